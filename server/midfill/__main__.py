@@ -1,0 +1,5 @@
+"""`python -m midfill`: the same as the `midfill` command."""
+
+from midfill.cli import main
+
+main()

@@ -1,0 +1,150 @@
+"""The engine contract: what a model offers to the completion pipeline.
+
+Three implementations keep it: `local` (transformers on this machine's CPU or GPU), `scripted`
+(answers from a script, for tests and for measuring everything but the model) and, in time, a remote
+one. The contract knows tokens, not editors. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+Progress = Callable[[str, float | None], None]
+"""Called with a short message ("loading weights") and the share done, 0..1, or None where unknown.
+
+It may be called from any thread.
+"""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Text can never become a sentinel: see `encode`."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text.
+
+        Strings that look like control tokens are encoded as ordinary characters, so that a file can
+        never place a sentinel in the prompt. No BOS or EOS is added. Lone surrogates become U+FFFD.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; control tokens are spelled out; incomplete UTF-8 becomes U+FFFD."""
+        ...
+
+    def token_id(self, name: str) -> int | None:
+        """The id of the one token spelled exactly `name` (control tokens included), or None."""
+        ...
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of every control token (sentinels, end of text, chat marks): never part of an answer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the pipeline needs to know of the model that runs.
+
+    Attributes:
+        name: catalogue name, hub id or path, as the user chose it.
+        family: the FIM family declared by the catalogue, or None if it must be recognised.
+        architecture: transformers' `model_type`, for example "qwen2" or "gpt_bigcode".
+        context: the most tokens that prompt and output may have together.
+        tokenizer: the model's own.
+        device: "cpu", "cuda:0", ...
+        dtype: "int8", "float32", "bfloat16".
+        adapter: name of the LoRA adapter that is on, or None.
+    """
+
+    name: str
+    family: str | None
+    architecture: str
+    context: int
+    tokenizer: Tokenizer
+    device: str
+    dtype: str
+    adapter: str | None = None
+
+
+@dataclass(slots=True)
+class Stats:
+    """What a request cost; filled in by the engine while the request runs. Times are `time.monotonic`."""
+
+    num_prompt: int = 0
+    num_reused: int = 0
+    num_generated: int = 0
+    submitted_s: float = 0.0
+    started_s: float = 0.0
+    first_token_s: float = 0.0
+    ended_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One completion to compute, greedily.
+
+    Attributes:
+        tokens: the prompt, sentinels included; at least one.
+        max_new_tokens: at least 1.
+        stop_ids: a token with one of these ids ends the output and is not part of it. The engine adds
+            the tokenizer's `control_ids`.
+        starts_with: the output must begin with this text; tokens that contradict it are not chosen
+            (token healing: characters removed from the prompt's end are put here). "" for no demand.
+        stats: see `Stats`.
+    """
+
+    tokens: tuple[int, ...]
+    max_new_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    starts_with: str = ""
+    stats: Stats = field(default_factory=Stats)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.
+
+    Attributes:
+        id: its id.
+        text: the characters it completes; "" while a multi-byte character is unfinished.
+        logprob: natural log-probability under the model, before any constraint.
+    """
+
+    id: int
+    text: str
+    logprob: float
+
+
+class Engine(Protocol):
+    """A model that runs. All methods are called on one asyncio event loop."""
+
+    @property
+    def model(self) -> ModelInfo:
+        """The running model. Raises `EngineUnavailableError` until `start` has returned."""
+        ...
+
+    async def start(self, progress: Progress) -> None:
+        """Load the model; returns when requests can be served.
+
+        Raises `ModelError`, `AdapterError` or `EngineError` with a sentence for the user.
+        """
+        ...
+
+    def generate(self, request: Request) -> AsyncIterator[Token]:
+        """Tokens as they are computed, ending at a stop id or `max_new_tokens`.
+
+        Closing the iterator (or cancelling the task that awaits it) cancels the request: the model is
+        free after at most one more forward pass. Raises `EngineError` if a step fails;
+        the engine then serves the next request.
+        """
+        ...
+
+    def prewarm(self, tokens: Sequence[int]) -> None:
+        """Compute the KV of a prompt when nothing else is to be done. Never waits, never fails."""
+        ...
+
+    async def close(self) -> None:
+        """Stop, free the model. Running requests end with `EngineUnavailableError`. May be called twice."""
+        ...
