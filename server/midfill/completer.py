@@ -1,0 +1,230 @@
+"""The pipeline from a snapshot to an answer: gate > prompt > engine > trim.
+
+Knows nothing of LSP: it takes a `Snapshot` and returns an `Answer`. Runs on the event loop; the only
+thing it waits for is the engine. A cancelled task leaves by `asyncio.CancelledError`, and leaving
+closes the token stream, which frees the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import logging
+import re
+import time
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from midfill.documents import Snapshot
+from midfill.engine import Engine, Request
+from midfill.errors import EngineError, EngineUnavailableError
+from midfill.prompt import Prompt, PromptBuilder
+from midfill.settings import Settings
+from midfill.trim import Place, clean, stop
+
+_LOG = logging.getLogger(__name__)
+
+_CONTINUES_WORD = re.compile(r"\w")
+# Behind the cursor may stand what editors insert by themselves: closers, then one separator.
+_HARMLESS_TAIL = re.compile(r"""\s*[)>}\]"'`]*\s*[:{;,]?\s*\Z""")
+_LINES_BELOW = 16
+# Of a longer line only the ends matter: its indentation, and what is next to the cursor.
+_LONG_LINE = 2_000
+
+
+class Trigger(StrEnum):
+    """Who asked."""
+
+    AUTOMATIC = "automatic"
+    INVOKED = "invoked"
+
+
+class Reason(StrEnum):
+    """Why an answer is empty. Each has a sentence in `REASONS`."""
+
+    LOADING = "loading"
+    MODEL_FAILED = "model-failed"
+    DISABLED = "disabled"
+    LANGUAGE_OFF = "language-off"
+    FILE_EXCLUDED = "file-excluded"
+    FILE_TOO_LARGE = "file-too-large"
+    EMPTY_FILE = "empty-file"
+    MID_WORD = "mid-word"
+    LINE_TAIL = "line-tail"
+    NOT_OPEN = "not-open"
+    MODEL_SILENT = "model-silent"
+    REPEATS_TEXT = "repeats-text"
+    ENGINE_ERROR = "engine-error"
+    DEADLINE = "deadline"
+
+
+REASONS = {
+    Reason.LOADING: "The model is still being loaded.",
+    Reason.MODEL_FAILED: "The model could not be loaded; the log and the first message say why.",
+    Reason.DISABLED: "Suggestions are switched off (`enabled`).",
+    Reason.LANGUAGE_OFF: "Suggestions are switched off for this language (`disabled_languages`).",
+    Reason.FILE_EXCLUDED: "The file's name is on the list of excluded files (`excluded_files`).",
+    Reason.FILE_TOO_LARGE: "The file is larger than `max_file_kb`.",
+    Reason.EMPTY_FILE: "The file is empty, so there is nothing to go by.",
+    Reason.MID_WORD: "The cursor is inside a word that goes on behind it.",
+    Reason.LINE_TAIL: "Code stands behind the cursor on its line; ask explicitly to get a suggestion there.",
+    Reason.NOT_OPEN: "The document is not open.",
+    Reason.MODEL_SILENT: "The model had nothing to add.",
+    Reason.REPEATS_TEXT: "The model only repeated what stands behind the cursor.",
+    Reason.ENGINE_ERROR: "The model failed on this request; the log says how.",
+    Reason.DEADLINE: "The model took longer than `deadline_s`.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What to show at the cursor.
+
+    Attributes:
+        text: the text to insert at the cursor, with the file's own line ends; "" for nothing.
+        source: where it comes from ("model"), or "none".
+        reason: why there is nothing; None if there is something.
+        latency_ms: from the snapshot to here.
+        num_prompt, num_reused, num_generated: tokens.
+        segments: the parts of the prompt and their sizes in tokens.
+    """
+
+    text: str = ""
+    source: str = "none"
+    reason: Reason | None = None
+    latency_ms: float = 0.0
+    num_prompt: int = 0
+    num_reused: int = 0
+    num_generated: int = 0
+    segments: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(slots=True)
+class Completer:
+    """Answers completion requests with whatever engine is there.
+
+    Attributes:
+        settings: the ones in force; assign new ones at any time.
+        failure: why there is no engine, once that is known.
+    """
+
+    settings: Settings
+    failure: str | None = None
+    _engine: Engine | None = None
+    _prompts: PromptBuilder | None = None
+    _forbidden: tuple[str, ...] = field(default=())
+
+    def use(self, engine: Engine) -> None:
+        """Serve from a started engine. Raises `ModelError` if its model's FIM family is not known."""
+        self._prompts = PromptBuilder(engine.model, self.settings)
+        self._forbidden = self._prompts.family.sentinels
+        self._engine = engine
+        self.failure = None
+
+    def fail(self, why: str) -> None:
+        """Answer with nothing from now on, because there is no model."""
+        self.failure = why
+        self._engine = None
+
+    def forget(self, uri: str) -> None:
+        """Drop what is remembered of a document that was closed."""
+        if self._prompts is not None:
+            self._prompts.forget(uri)
+
+    async def complete(self, snapshot: Snapshot, trigger: Trigger) -> Answer:
+        """Answer for one cursor. Never raises for a fault of the model: that is a reason."""
+        begun = time.monotonic()
+        if (reason := self.gate(snapshot, trigger)) is not None:
+            return Answer(reason=reason, latency_ms=_since(begun))
+        if self._engine is None or self._prompts is None:
+            reason = Reason.LOADING if self.failure is None else Reason.MODEL_FAILED
+            return Answer(reason=reason, latency_ms=_since(begun))
+        prompt = self._prompts.build(snapshot)
+        place = _place(snapshot)
+        request = Request(prompt.tokens, self.settings.max_new_tokens, starts_with=prompt.starts_with)
+        try:
+            async with asyncio.timeout(self.settings.deadline_s):
+                raw, complete = await self._generate(request, place)
+        except TimeoutError:
+            _LOG.warning("no answer within %.1f s", self.settings.deadline_s)
+            return self._nothing(Reason.DEADLINE, prompt, request, begun)
+        except EngineError as error:
+            _LOG.warning("the engine failed: %s", error)
+            return self._nothing(Reason.ENGINE_ERROR, prompt, request, begun)
+        text, why = clean(raw, place, complete=complete, forbidden=self._forbidden)
+        if why is not None:
+            return self._nothing(Reason(why), prompt, request, begun)
+        return Answer(
+            text.replace("\n", snapshot.document.line_ending),
+            source="model",
+            latency_ms=_since(begun),
+            num_prompt=len(prompt.tokens),
+            num_reused=request.stats.num_reused,
+            num_generated=request.stats.num_generated,
+            segments=prompt.segments,
+        )
+
+    def gate(self, snapshot: Snapshot, trigger: Trigger) -> Reason | None:
+        """Whether to ask the model at all: the reason against it, or None."""
+        document = snapshot.document
+        if not self.settings.enabled:
+            return Reason.DISABLED
+        if document.language_id in self.settings.disabled_languages:
+            return Reason.LANGUAGE_OFF
+        if is_excluded(document.uri, self.settings.excluded_files):
+            return Reason.FILE_EXCLUDED
+        if document.num_chars > self.settings.max_file_kb * 1024:
+            return Reason.FILE_TOO_LARGE
+        if all(not line or line.isspace() for line in document.lines):
+            return Reason.EMPTY_FILE
+        if trigger is Trigger.INVOKED:
+            return None
+        if _CONTINUES_WORD.match(snapshot.line_after):
+            return Reason.MID_WORD
+        if not _HARMLESS_TAIL.match(snapshot.line_after):
+            return Reason.LINE_TAIL
+        return None
+
+    async def _generate(self, request: Request, place: Place) -> tuple[str, bool]:
+        """The model's text after `starts_with`, and whether it came to an end of its own."""
+        engine = self._engine
+        if engine is None:
+            raise EngineUnavailableError("The engine is gone.")
+        held = request.starts_with
+        text = ""
+        async with aclosing(engine.generate(request)) as tokens:  # type: ignore[type-var]
+            async for token in tokens:
+                text += token.text
+                if len(text) > len(held) and (end := stop(text[len(held) :], place)) is not None:
+                    return text[len(held) :][:end], True
+        return text[len(held) :], request.stats.num_generated < request.max_new_tokens
+
+    def _nothing(self, reason: Reason, prompt: Prompt, request: Request, begun: float) -> Answer:
+        return Answer(
+            reason=reason,
+            latency_ms=_since(begun),
+            num_prompt=len(prompt.tokens),
+            num_reused=request.stats.num_reused,
+            num_generated=request.stats.num_generated,
+            segments=prompt.segments,
+        )
+
+
+def _place(snapshot: Snapshot) -> Place:
+    before, after = snapshot.line_before, snapshot.line_after
+    if len(before) > _LONG_LINE:
+        before = before[: _LONG_LINE // 2] + before[-_LONG_LINE // 2 :]
+    return Place(before, after[:_LONG_LINE], tuple(snapshot.lines_after(_LINES_BELOW)))
+
+
+def is_excluded(uri: str, patterns: tuple[str, ...]) -> bool:
+    """Whether the file name in a URI matches one of the patterns, upper and lower case alike."""
+    name = PurePosixPath(unquote(urlsplit(uri).path)).name.lower()
+    return any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns)
+
+
+def _since(begun: float) -> float:
+    return (time.monotonic() - begun) * 1000

@@ -1,0 +1,175 @@
+"""An engine that answers from a script: for tests, and to measure everything but the model.
+
+The script is a list of rules; the first whose `after` ends the prompt's text decides. Every character
+is a token, so that counting steps and cutting in mid-stream need no model. It keeps the contract,
+cancellation included, and says what it did in `log`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from midfill.engine import ModelInfo, Progress, Request, Token
+from midfill.errors import EngineError, EngineUnavailableError, ModelError
+
+_SENTINELS = {
+    "<|fim_prefix|>": 0x110000,
+    "<|fim_suffix|>": 0x110001,
+    "<|fim_middle|>": 0x110002,
+    "<|endoftext|>": 0x110003,
+}
+_NAMES = {id_: name for name, id_ in _SENTINELS.items()}
+
+
+class CharTokenizer:
+    """One token for each character; the sentinels of the Qwen family lie beyond Unicode."""
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`."""
+        return [ord(char) for char in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        return "".join(_NAMES.get(id_) or chr(id_) for id_ in ids)
+
+    def token_id(self, name: str) -> int | None:
+        """See `Tokenizer.token_id`."""
+        return _SENTINELS.get(name) if len(name) > 1 else ord(name)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """See `Tokenizer.control_ids`."""
+        return frozenset(_NAMES)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What to answer.
+
+    Attributes:
+        text: what the "model" writes from the cursor on.
+        after: the prompt's text must end so; "" always fits.
+        error: fail with this message instead.
+        token_delay_s: time that each token takes.
+        prefill_delay_s: time before the first token.
+        hang: never answer.
+    """
+
+    text: str = ""
+    after: str = ""
+    error: str = ""
+    token_delay_s: float = 0.0
+    prefill_delay_s: float = 0.0
+    hang: bool = False
+
+
+@dataclass(slots=True)
+class Script:
+    """The rules, and how the engine starts."""
+
+    rules: list[Rule] = field(default_factory=list)
+    load_delay_s: float = 0.0
+    load_error: str = ""
+    log: str = ""
+
+    @staticmethod
+    def read(path: Path) -> Script:
+        """Read a JSON file with the fields of `Script`. Raises `ModelError`."""
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values["rules"] = [Rule(**rule) for rule in values.get("rules", [])]
+            return Script(**values)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"Cannot read the engine script {path}: {error}.") from error
+
+
+class ScriptedEngine:
+    """See the module."""
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+        self._model: ModelInfo | None = None
+        self._busy = asyncio.Lock()
+        self._closed = False
+
+    @property
+    def model(self) -> ModelInfo:
+        """See `Engine.model`."""
+        if self._model is None:
+            raise EngineUnavailableError("The scripted engine has not been started.")
+        return self._model
+
+    async def start(self, progress: Progress) -> None:
+        """See `Engine.start`."""
+        progress("reading the script", None)
+        await asyncio.sleep(self._script.load_delay_s)
+        if self._script.load_error:
+            raise ModelError(self._script.load_error)
+        self._model = ModelInfo(
+            name="scripted",
+            family="qwen2.5-coder",
+            architecture="qwen2",
+            context=100_000,
+            tokenizer=CharTokenizer(),
+            device="cpu",
+            dtype="script",
+        )
+
+    async def generate(self, request: Request) -> AsyncIterator[Token]:
+        """See `Engine.generate`. One request at a time, as with a model: the lock is the device."""
+        tokenizer = self.model.tokenizer
+        request.stats.submitted_s = time.monotonic()
+        request.stats.num_prompt = len(request.tokens)
+        held = request.starts_with
+        prompt = tokenizer.decode(request.tokens) + held
+        rule = next((rule for rule in self._script.rules if prompt.endswith(rule.after)), Rule())
+        async with self._busy, aclosing(self._play(rule, held, request)) as tokens:
+            request.stats.started_s = time.monotonic()
+            async for token in tokens:
+                request.stats.num_generated += 1
+                request.stats.first_token_s = request.stats.first_token_s or time.monotonic()
+                yield token
+
+    async def _play(self, rule: Rule, held: str, request: Request) -> AsyncIterator[Token]:
+        steps = 0
+        fate = "cancelled"
+        try:
+            await asyncio.sleep(rule.prefill_delay_s)
+            if rule.hang:
+                await asyncio.get_running_loop().create_future()
+            if self._closed:
+                raise EngineUnavailableError("The engine was closed.")
+            if rule.error:
+                raise EngineError(rule.error)
+            for char in (held + rule.text)[: request.max_new_tokens]:
+                if rule.token_delay_s:
+                    await asyncio.sleep(rule.token_delay_s)
+                steps += 1
+                yield Token(ord(char), char, math.log(0.9))
+            fate = "finished"
+        except EngineError:
+            fate = "failed"
+            raise
+        finally:
+            self._note(fate, steps)
+
+    def _note(self, fate: str, steps: int) -> None:
+        if self._script.log:
+            with Path(self._script.log).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"fate": fate, "steps": steps, "at": time.time()}) + "\n")
+
+    def prewarm(self, tokens: Sequence[int]) -> None:
+        """See `Engine.prewarm`: there is nothing to warm."""
+
+    async def close(self) -> None:
+        """See `Engine.close`."""
+        self._closed = True
+        self._model = None

@@ -1,0 +1,393 @@
+"""The LSP edge: requests and notifications to snapshots, answers to items.
+
+The only module besides `protocol` that knows pygls and lsprotocol. Handlers take their snapshot
+before the first `await`; everything after that is the completer's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lsprotocol import types
+from pygls.lsp.server import LanguageServer
+
+from midfill import __version__
+from midfill.completer import REASONS, Answer, Completer, Reason, Trigger
+from midfill.documents import Change, Document, Encoding, Snapshot
+from midfill.engine import Engine
+from midfill.errors import MidfillError
+from midfill.protocol import Protocol, Refusal
+from midfill.settings import Settings, merge
+
+_LOG = logging.getLogger(__name__)
+
+_LABEL_CHARS = 60
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _State:
+    """Everything that changes while the server runs; only the event loop touches it."""
+
+    completer: Completer
+    documents: dict[str, Document] = field(default_factory=dict)
+    flights: dict[tuple[str, str], asyncio.Task[Any]] = field(default_factory=dict)
+    answers: dict[str, Answer] = field(default_factory=dict)
+    engine: Engine | None = None
+    encoding: Encoding = Encoding.UTF16
+    background: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class MidfillServer(LanguageServer):
+    """The language server.
+
+    Args:
+        settings: the user's own, before the editor adds its own.
+        make_engine: makes the engine when the settings are complete; may be slow, runs in a thread.
+    """
+
+    protocol: Protocol
+
+    def __init__(self, settings: Settings, make_engine: Callable[[Settings], Engine]) -> None:
+        super().__init__("midfill", __version__, protocol_cls=Protocol)
+        self._make_engine = make_engine
+        self.state = _State(Completer(settings))
+        self._register()
+
+    def _register(self) -> None:
+        features: list[tuple[str, Callable[[Any], Any], Any]] = [
+            (types.INITIALIZE, self.initialize, None),
+            (types.INITIALIZED, self.initialized, None),
+            (types.TEXT_DOCUMENT_DID_OPEN, self.did_open, None),
+            (types.TEXT_DOCUMENT_DID_CHANGE, self.did_change, None),
+            (types.TEXT_DOCUMENT_DID_CLOSE, self.did_close, None),
+            (types.WORKSPACE_DID_CHANGE_CONFIGURATION, self.did_change_configuration, None),
+            (
+                types.TEXT_DOCUMENT_INLINE_COMPLETION,
+                self.inline_completion,
+                # pygls advertises the feature only if it is given options.
+                types.InlineCompletionOptions(),
+            ),
+            (types.TEXT_DOCUMENT_COMPLETION, self.completion, types.CompletionOptions()),
+            ("midfill/documentText", self.document_text, None),
+            ("midfill/explain", self.explain, None),
+        ]
+        for name, handler, options in features:
+            self.feature(name, options)(_plain(handler))
+
+    # Life cycle
+
+    def initialize(self, params: types.InitializeParams) -> None:
+        """Take the editor's settings; the model is loaded after `initialized`."""
+        # lsprotocol gives a member or a bare string, pygls has chosen one that both sides know.
+        encoding = self.protocol.workspace.position_encoding
+        self.state.encoding = Encoding(types.PositionEncodingKind(encoding).value)
+        self._apply_settings(params.initialization_options)
+        if isinstance(params.process_id, int) and params.process_id > 0:
+            self._spawn(self.protocol.watch_parent(params.process_id))
+
+    def initialized(self, _: types.InitializedParams) -> None:
+        """Start to load the model."""
+        self._spawn(self._load())
+
+    async def run(self, stdin: int, stdout: int) -> int:
+        """Serve until the end and free the model. Returns the exit status."""
+        try:
+            return await self.protocol.serve(stdin, stdout)
+        finally:
+            for task in self.state.background:
+                task.cancel()
+            if self.state.engine is not None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.state.engine.close(), timeout=2)
+
+    async def _load(self) -> None:
+        """Load the model and say how it goes. A failure is said once; the server stays."""
+        settings = self.state.completer.settings
+        begun = time.monotonic()
+        async with _Progress(self, f"midfill: {settings.model}") as report:
+            try:
+                engine = await asyncio.to_thread(self._make_engine, settings)
+                self.state.engine = engine
+                await engine.start(report)
+                self.state.completer.use(engine)
+            except MidfillError as error:
+                self._load_failed(str(error))
+            except Exception as error:  # noqa: BLE001 - the server stays up, whatever a model does
+                _LOG.exception("loading the model failed")
+                self._load_failed(f"The model cannot be loaded: {type(error).__name__}. See the log.")
+            else:
+                model = engine.model
+                _LOG.info(
+                    "serving %s (%s, %s) after %.1f s",
+                    model.name,
+                    model.device,
+                    model.dtype,
+                    time.monotonic() - begun,
+                )
+
+    def _load_failed(self, why: str) -> None:
+        self.state.completer.fail(why)
+        _LOG.error("%s", why)
+        self.window_show_message(types.ShowMessageParams(types.MessageType.Error, f"midfill: {why}"))
+
+    def _spawn(self, coroutine: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(coroutine)
+        self.state.background.add(task)
+        task.add_done_callback(self.state.background.discard)
+
+    # Settings
+
+    def did_change_configuration(self, params: types.DidChangeConfigurationParams) -> None:
+        """Take new settings. Those that only count at the start wait for the next one."""
+        self._apply_settings(params.settings)
+
+    def _apply_settings(self, values: Any) -> None:
+        if isinstance(values, dict) and isinstance(values.get("midfill"), dict):
+            values = values["midfill"]
+        settings, problems = merge(values, self.state.completer.settings)
+        self.state.completer.settings = settings
+        for problem in problems:
+            _LOG.warning("%s", problem)
+        if problems:
+            message = "midfill: " + " ".join(problems)
+            self.window_show_message(types.ShowMessageParams(types.MessageType.Warning, message))
+
+    # Documents
+
+    def did_open(self, params: types.DidOpenTextDocumentParams) -> None:
+        """Start a document."""
+        item = params.text_document
+        self.state.documents[item.uri] = Document.open(item.uri, item.language_id, item.version, item.text)
+
+    def did_change(self, params: types.DidChangeTextDocumentParams) -> None:
+        """Apply edits. Changes of a document that is not open are dropped: there is nothing to change."""
+        uri = params.text_document.uri
+        document = self.state.documents.get(uri)
+        if document is None:
+            _LOG.warning("dropped a change of a document that is not open")
+            return
+        changes = [_change(change) for change in params.content_changes]
+        self.state.documents[uri] = document.edit(changes, params.text_document.version, self.state.encoding)
+
+    def did_close(self, params: types.DidCloseTextDocumentParams) -> None:
+        """Forget a document and cancel what is computed for it."""
+        uri = params.text_document.uri
+        self.state.documents.pop(uri, None)
+        self.state.answers.pop(uri, None)
+        self.state.completer.forget(uri)
+        for key in [key for key in self.state.flights if key[0] == uri]:
+            self.state.flights.pop(key).cancel()
+
+    def document_text(self, params: Any) -> dict[str, Any]:
+        """`midfill/documentText`: the server's copy of a document, for tests of synchronisation."""
+        document = self._document(params)
+        return {"text": document.text, "version": document.version}
+
+    def _document(self, params: Any) -> Document:
+        uri = _uri(params)
+        document = self.state.documents.get(uri)
+        if document is None:
+            raise Refusal(types.ErrorCodes.InvalidParams, "The document is not open.")
+        return document
+
+    # Suggestions
+
+    def inline_completion(
+        self, params: types.InlineCompletionParams
+    ) -> Awaitable[types.InlineCompletionList]:
+        """`textDocument/inlineCompletion`: ghost text."""
+        snapshot = self._snapshot(params.text_document.uri, params.position)
+        invoked = params.context.trigger_kind == types.InlineCompletionTriggerKind.Invoked
+        trigger = Trigger.INVOKED if invoked else Trigger.AUTOMATIC
+        return self._newest("inline", params.text_document.uri, self._inline(snapshot, trigger))
+
+    async def _inline(self, snapshot: Snapshot | None, trigger: Trigger) -> types.InlineCompletionList:
+        answer = await self._answer(snapshot, trigger)
+        if snapshot is None or not answer.text:
+            return types.InlineCompletionList([])
+        return types.InlineCompletionList(
+            [types.InlineCompletionItem(answer.text, range=self._range(snapshot))]
+        )
+
+    def completion(self, params: types.CompletionParams) -> Awaitable[types.CompletionList]:
+        """`textDocument/completion`: the same suggestion as an item of the popup."""
+        snapshot = self._snapshot(params.text_document.uri, params.position)
+        return self._newest("popup", params.text_document.uri, self._popup(snapshot))
+
+    async def _popup(self, snapshot: Snapshot | None) -> types.CompletionList:
+        answer = await self._answer(snapshot, Trigger.AUTOMATIC)
+        items = [self._popup_item(snapshot, answer.text)] if snapshot and answer.text else []
+        # What is typed next changes the suggestion, so the editor has to ask again.
+        return types.CompletionList(is_incomplete=True, items=items)
+
+    def _popup_item(self, snapshot: Snapshot, text: str) -> types.CompletionItem:
+        typed = snapshot.line_before.lstrip()
+        label = (typed + text).strip().splitlines()[0]
+        return types.CompletionItem(
+            label=label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…",
+            kind=types.CompletionItemKind.Text,
+            detail="midfill",
+            documentation=types.MarkupContent(
+                types.MarkupKind.Markdown,
+                f"```{snapshot.document.language_id}\n{typed}{text}\n```",
+            ),
+            # Behind the items of the language's own server.
+            sort_text="\U0010ffff",
+            filter_text=typed + text,
+            text_edit=types.TextEdit(
+                self._range(snapshot, from_column=len(snapshot.line_before) - len(typed)), typed + text
+            ),
+            insert_text_format=types.InsertTextFormat.PlainText,
+        )
+
+    def explain(self, params: Any) -> dict[str, Any]:
+        """`midfill/explain`: where the last answer for a document came from, or why it was empty."""
+        uri = _uri(params)
+        answer = self.state.answers.get(uri)
+        if answer is None:
+            reason = None if uri in self.state.documents else Reason.NOT_OPEN
+            return {"source": "none", "reason": reason, "message": REASONS[reason] if reason else None}
+        return {
+            "source": answer.source,
+            "reason": answer.reason,
+            "message": REASONS[answer.reason] if answer.reason else None,
+            "latencyMs": round(answer.latency_ms, 2),
+            "promptTokens": answer.num_prompt,
+            "reusedTokens": answer.num_reused,
+            "generatedTokens": answer.num_generated,
+            "segments": [{"source": name, "tokens": size} for name, size in answer.segments],
+        }
+
+    async def _answer(self, snapshot: Snapshot | None, trigger: Trigger) -> Answer:
+        if snapshot is None:
+            _LOG.info("empty answer: %s", Reason.NOT_OPEN)
+            return Answer(reason=Reason.NOT_OPEN)
+        answer = await self.state.completer.complete(snapshot, trigger)
+        if snapshot.document.uri in self.state.documents:
+            self.state.answers[snapshot.document.uri] = answer
+        _LOG.info(
+            "%s %s in %.1f ms (prompt %d, reused %d, generated %d tokens)",
+            answer.source,
+            answer.reason or "",
+            answer.latency_ms,
+            answer.num_prompt,
+            answer.num_reused,
+            answer.num_generated,
+        )
+        return answer
+
+    def _newest(self, kind: str, uri: str, work: Awaitable[T]) -> asyncio.Task[T]:
+        """Run `work`; a newer request of the same kind for the same document cancels it."""
+        key = (uri, kind)
+        if (older := self.state.flights.get(key)) is not None:
+            older.cancel()
+        task: asyncio.Task[T] = asyncio.ensure_future(work)
+        self.state.flights[key] = task
+        task.add_done_callback(lambda done: self._landed(key, done))
+        return task
+
+    def _landed(self, key: tuple[str, str], task: asyncio.Task[Any]) -> None:
+        if self.state.flights.get(key) is task:
+            del self.state.flights[key]
+
+    def _snapshot(self, uri: str, position: types.Position) -> Snapshot | None:
+        document = self.state.documents.get(uri)
+        if document is None:
+            return None
+        return Snapshot(document, document.point((position.line, position.character), self.state.encoding))
+
+    def _range(self, snapshot: Snapshot, from_column: int | None = None) -> types.Range:
+        cursor = snapshot.cursor
+        line, end = snapshot.document.position(cursor, self.state.encoding)
+        start = end
+        if from_column is not None:
+            start_point = type(cursor)(cursor.line, from_column)
+            start = snapshot.document.position(start_point, self.state.encoding)[1]
+        return types.Range(types.Position(line, start), types.Position(line, end))
+
+
+class _Progress(contextlib.AbstractAsyncContextManager["Callable[[str, float | None], None]"]):
+    """`$/progress` for clients that show it, callable from any thread."""
+
+    def __init__(self, server: MidfillServer, title: str) -> None:
+        self._server = server
+        self._title = title
+        self._token = f"midfill-{uuid.uuid4()}"
+        self._loop = asyncio.get_running_loop()
+        self._shown = False
+
+    async def __aenter__(self) -> Callable[[str, float | None], None]:
+        window = self._server.client_capabilities.window
+        if window is not None and window.work_done_progress:
+            # A client that refuses, or never answers, gets no progress; loading does not wait for it.
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._server.work_done_progress.create_async(self._token), timeout=1)
+                self._shown = True
+                self._server.work_done_progress.begin(
+                    self._token, types.WorkDoneProgressBegin(self._title, percentage=0)
+                )
+        return self.report
+
+    def report(self, message: str, share: float | None) -> None:
+        """See `midfill.engine.Progress`."""
+        if self._shown:
+            percentage = None if share is None else round(100 * share)
+            value = types.WorkDoneProgressReport(message=message, percentage=percentage)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._server.work_done_progress.report, self._token, value)
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._shown:
+            failure = self._server.state.completer.failure
+            end = types.WorkDoneProgressEnd(message="failed" if failure else "ready")
+            self._server.work_done_progress.end(self._token, end)
+
+
+def serve(settings: Settings, make_engine: Callable[[Settings], Engine]) -> int:
+    """Serve this process's stdin and stdout. Returns the exit status.
+
+    Nothing else may write to the real stdout: what libraries print goes to stderr.
+    """
+    # A busy engine thread otherwise keeps the interpreter from the event loop for 5 ms at a time.
+    sys.setswitchinterval(0.0005)
+    stdin = os.dup(0)
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    os.set_inheritable(stdin, False)
+    os.set_inheritable(stdout, False)
+    return asyncio.run(MidfillServer(settings, make_engine).run(stdin, stdout))
+
+
+def _plain(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function around a method: pygls sets attributes on handlers, which bound methods refuse."""
+
+    def handler(params: Any) -> Any:
+        return method(params)
+
+    return handler
+
+
+def _uri(params: Any) -> str:
+    document = params.get("textDocument") if isinstance(params, dict) else None
+    uri = document.get("uri") if isinstance(document, dict) else None
+    if not isinstance(uri, str):
+        raise Refusal(types.ErrorCodes.InvalidParams, "Expected {textDocument: {uri}}.")
+    return uri
+
+
+def _change(change: types.TextDocumentContentChangeEvent) -> Change:
+    if isinstance(change, types.TextDocumentContentChangeWholeDocument):
+        return Change(change.text)
+    start, end = change.range.start, change.range.end
+    return Change(change.text, (start.line, start.character), (end.line, end.character))

@@ -1,0 +1,166 @@
+"""Settings: one typed schema, read from the user's own file and from the editor.
+
+The user's file is `config.toml` in the user's configuration folder (`MIDFILL_CONFIG` names another).
+Editors send the same keys in `initializationOptions` and `workspace/didChangeConfiguration`, where
+camelCase is understood too. Files of a workspace are never read: they may come from anyone.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+from midfill.errors import SettingsError
+
+_START_ONLY = "It takes effect when the server starts."
+
+
+class Settings(BaseModel):
+    """Every setting, with its default, range and meaning."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        protected_namespaces=(),
+    )
+
+    enabled: bool = Field(default=True, description="Whether suggestions are made at all.")
+    model: str = Field(
+        default="qwen2.5-coder-0.5b",
+        min_length=1,
+        description="Catalogue name, Hugging Face id, local folder or GGUF file of the model. " + _START_ONLY,
+    )
+    family: str | None = Field(
+        default=None,
+        description="FIM family of a model that midfill does not recognise, for example `starcoder`. "
+        + _START_ONLY,
+    )
+    adapter: str | None = Field(
+        default=None, description="Folder of a LoRA adapter in PEFT format. " + _START_ONLY
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="`auto`, `cpu`, `cuda` or `cuda:N`. " + _START_ONLY,
+    )
+    dtype: Literal["auto", "int8", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Number format of the weights; `auto` is int8 on a CPU and bfloat16 on a GPU. "
+        + _START_ONLY,
+    )
+    num_threads: int = Field(
+        default=0, ge=0, le=1024, description="CPU threads; 0 means one per physical core. " + _START_ONLY
+    )
+    prefix_tokens: int = Field(
+        default=256, ge=16, le=65_536, description="Most tokens of the prompt from before the cursor."
+    )
+    suffix_tokens: int = Field(
+        default=128, ge=0, le=65_536, description="Most tokens of the prompt from after the cursor."
+    )
+    max_new_tokens: int = Field(
+        default=32, ge=1, le=1024, description="Most tokens that a suggestion may have."
+    )
+    deadline_s: float = Field(
+        default=10.0, ge=0.1, le=600, description="Seconds after which a request is given up."
+    )
+    disabled_languages: tuple[str, ...] = Field(
+        default=(), description="Language identifiers that get no suggestions, for example `markdown`."
+    )
+    excluded_files: tuple[str, ...] = Field(
+        default=(".env", ".env.*", "*.pem", "*.key", "*.pfx", "*.p12", "id_rsa*", "id_ed25519*", ".netrc"),
+        description="Patterns of file names that get no suggestions and are never shown to the model.",
+    )
+    max_file_kb: Annotated[int, Field(ge=1)] = Field(
+        default=20_000, description="Documents larger than this many kilobytes get no suggestions."
+    )
+
+
+def config_path() -> Path:
+    """Where the user's own settings file is (it need not exist)."""
+    if named := os.environ.get("MIDFILL_CONFIG"):
+        return Path(named)
+    return platformdirs.user_config_path("midfill") / "config.toml"
+
+
+def load(path: Path | None = None) -> Settings:
+    """Read the user's settings file; defaults where there is none.
+
+    Raises `SettingsError` naming the file and the key.
+    """
+    path = path or config_path()
+    return parse(_read(path), where=str(path))
+
+
+def parse(values: Mapping[str, Any], *, base: Settings | None = None, where: str = "settings") -> Settings:
+    """Check `values` and lay them over `base`. Raises `SettingsError` naming every bad key."""
+    settings, problems = merge(values, base or Settings())
+    if problems:
+        raise SettingsError(f"{where}: " + " ".join(problems))
+    return settings
+
+
+def merge(values: Any, base: Settings) -> tuple[Settings, list[str]]:
+    """Lay the good ones of `values` over `base`; say what is wrong with the others, a sentence each.
+
+    `values` is whatever an editor sent: junk leaves `base` as it is.
+    """
+    if values is None:
+        return base, []
+    if not isinstance(values, Mapping):
+        return base, [f"Settings must be an object, not {type(values).__name__}."]
+    names = {alias: name for name in Settings.model_fields for alias in (name, to_camel(name))}
+    merged = base.model_dump()
+    problems = []
+    for key, value in values.items():
+        name = names.get(key)
+        if name is None:
+            problems.append(f"Unknown setting {key!r}.")
+            continue
+        value = tuple(value) if isinstance(value, list) else value  # noqa: PLW2901 - JSON has no tuples
+        try:
+            Settings.model_validate({name: value})
+        except ValidationError as error:
+            what = error.errors()[0]["msg"]
+            problems.append(f"Setting {key!r}: {what}; {value!r:.80} was ignored.")
+        else:
+            merged[name] = value
+    return Settings.model_validate(merged), problems
+
+
+def store(key: str, value: str | float | bool, path: Path | None = None) -> Path:
+    """Write one setting into the user's file; the others stay. Returns the file's path.
+
+    Raises `SettingsError` for a bad key or value, or a file that cannot be read or written.
+    """
+    path = path or config_path()
+    values = _read(path) | {key: value}
+    parse(values, where=str(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(tomli_w.dumps(values), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise SettingsError(f"Cannot write {path}: {error.strerror}.") from error
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"Cannot read {path}: {error}. Mend or delete the file.") from error

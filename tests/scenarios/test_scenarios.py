@@ -1,0 +1,54 @@
+"""Each .txt file beside this one is a scenario: why, a document with a cursor ▮, the model, the answer.
+
+Sections: `-- NAME --` is the document; `-- model --` what the model writes at the cursor;
+`-- expect --` what is inserted, or `-- nothing --` with the reason code. `-- invoked --` (empty) means
+that the user asked explicitly; `-- settings --` holds settings in TOML.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from midfill.completer import Completer, Trigger
+from midfill.documents import Document, Point, Snapshot
+from midfill.engine.scripted import Rule, Script, ScriptedEngine
+from midfill.languages import language_id
+from midfill.settings import parse
+
+SCENARIOS = sorted(Path(__file__).parent.glob("*.txt"))
+SECTION = re.compile(r"^-- (.+) --\n", re.MULTILINE)
+
+
+def read(path):
+    why, *rest = SECTION.split(path.read_text(encoding="utf-8"))
+    assert why.strip(), f"{path.name} does not say why"
+    sections = {name: text.removesuffix("\n") for name, text in zip(rest[::2], rest[1::2], strict=True)}
+    known = {"model", "expect", "nothing", "invoked", "settings"}
+    (name,) = set(sections) - known
+    return name, sections
+
+
+@pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
+async def test_scenario(path):
+    name, sections = read(path)
+    before, after = sections[name].split("▮")
+    document = Document.open(f"file:///w/{name}", language_id(name), 1, before + after)
+    cursor = Point(before.count("\n"), len(before) - before.rfind("\n") - 1)
+    engine = ScriptedEngine(Script([Rule(text=sections.get("model", ""))]))
+    await engine.start(lambda _message, _share: None)
+    given = {"max_new_tokens": 500} | tomllib.loads(sections.get("settings", ""))
+    completer = Completer(parse(given))
+    completer.use(engine)
+
+    trigger = Trigger.INVOKED if "invoked" in sections else Trigger.AUTOMATIC
+    answer = await completer.complete(Snapshot(document, cursor), trigger)
+
+    if "nothing" in sections:
+        assert (answer.text, answer.reason) == ("", sections["nothing"])
+    else:
+        assert (answer.text, answer.reason) == (sections["expect"], None)
+
+
+def test_there_are_scenarios():
+    assert len(SCENARIOS) >= 20

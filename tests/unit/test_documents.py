@@ -1,0 +1,95 @@
+"""Documents against a naive model: a plain string, edited by walking it unit by unit."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from midfill.documents import Change, Document, Encoding, Point, Snapshot, split_lines
+
+ALPHABET = ["a", "b ", "\n", "\r", "\r\n", "é", "😀", "\u2028", "\x0c", "\x85", "漢", "👩\u200d💻", "\ud83d", "\ude00"]
+texts = st.lists(st.sampled_from(ALPHABET), max_size=14).map("".join)
+positions = st.tuples(st.integers(0, 6), st.integers(0, 10))
+changes = st.one_of(st.builds(Change, texts), st.builds(Change, texts, positions, positions))
+
+
+def joined(text):
+    """Surrogate halves side by side are one character to every client."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
+def width(char, encoding):
+    if encoding == "utf-32":
+        return 1
+    data = char.encode(encoding if encoding == "utf-8" else "utf-16-le", "surrogatepass")
+    return len(data) if encoding == "utf-8" else len(data) // 2
+
+
+def naive_offset(text, position, encoding):
+    line, character = position
+    index = 0
+    while line:
+        if index >= len(text):
+            return len(text)
+        line -= text[index] in "\r\n"
+        index += 2 if text[index : index + 2] == "\r\n" else 1
+    while index < len(text) and text[index] not in "\r\n" and character >= width(text[index], encoding):
+        character -= width(text[index], encoding)
+        index += 1
+    return index
+
+
+@settings(max_examples=2000, deadline=None)
+@given(texts, st.lists(changes, max_size=6), st.sampled_from(Encoding))
+def test_edits_equal_a_naive_model(text, edits, encoding):
+    naive = joined(text)
+    document = Document.open("file:///a", "python", 1, naive)
+    for version, change in enumerate(edits, start=2):
+        document = document.edit([change], version, encoding)
+        if change.start is None:
+            naive = joined(change.text)
+        else:
+            start, end = sorted(naive_offset(naive, place, encoding) for place in (change.start, change.end))
+            naive = joined(naive[:start] + change.text + naive[end:])
+        assert document.text == naive
+        assert document.lines == split_lines(naive)
+        assert document.num_chars == len(naive)
+        assert document.version == version
+
+
+@settings(max_examples=500, deadline=None)
+@given(texts, positions, st.sampled_from(Encoding))
+def test_places_go_there_and_back(text, position, encoding):
+    document = Document.open("file:///a", "python", 1, joined(text))
+    point = document.point(position, encoding)
+    assert document.point(document.position(point, encoding), encoding) == point
+    offset = sum(map(len, document.lines[: point.line])) + point.column
+    assert offset == naive_offset(document.text, position, encoding)
+
+
+@pytest.mark.parametrize("separator", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
+def test_only_the_three_line_ends_end_a_line(separator):
+    assert split_lines(f"a{separator}b\nc") == [f"a{separator}b\n", "c"]
+
+
+def test_a_position_past_the_end_is_clamped():
+    document = Document.open("file:///a", "python", 1, "abc")
+    assert document.point((0, 99), Encoding.UTF16) == Point(0, 3)
+    assert document.point((7, 0), Encoding.UTF16) == Point(0, 3)
+
+
+def test_a_unit_inside_a_character_means_the_place_before_it():
+    document = Document.open("file:///a", "python", 1, "a😀b")
+    assert document.point((0, 2), Encoding.UTF16) == Point(0, 1)
+    assert document.point((0, 3), Encoding.UTF16) == Point(0, 2)
+    assert document.point((0, 4), Encoding.UTF8) == Point(0, 1)
+
+
+def test_a_snapshot_does_not_see_later_edits():
+    document = Document.open("file:///a", "python", 1, "ab\ncd")
+    snapshot = Snapshot(document, Point(0, 1))
+    document.edit([Change("xyz", (0, 1), (1, 1))], 2, Encoding.UTF16)
+    assert (snapshot.line_before, snapshot.line_after, snapshot.lines_after(5)) == ("a", "b", ["cd"])
+
+
+@pytest.mark.parametrize(("text", "ending"), [("a\r\nb", "\r\n"), ("a\nb\r\n", "\n"), ("a\rb", "\r"), ("a", "\n")])
+def test_the_first_line_decides_the_line_ending(text, ending):
+    assert Document.open("file:///a", "python", 1, text).line_ending == ending

@@ -1,0 +1,66 @@
+import pytest
+from midfill.errors import SettingsError
+from midfill.settings import Settings, load, merge, parse, store
+
+
+def test_no_file_means_defaults(tmp_path):
+    assert load(tmp_path / "none.toml") == Settings()
+
+
+def test_a_bad_value_names_the_file_and_the_key(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('max_new_tokens = "many"\n')
+    with pytest.raises(SettingsError, match=r"config\.toml.*max_new_tokens"):
+        load(path)
+
+
+def test_broken_toml_names_the_file(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("model = [")
+    with pytest.raises(SettingsError, match=r"Cannot read .*config\.toml"):
+        load(path)
+
+
+@pytest.mark.parametrize("key", ["max_new_tokens", "maxNewTokens"])
+def test_editors_may_write_camel_case(key):
+    assert parse({key: 7}).max_new_tokens == 7
+
+
+def test_good_keys_count_beside_bad_ones():
+    settings, problems = merge({"maxNewTokens": 9, "deadline_s": "soon", "nonsense": 1}, Settings())
+    assert settings.max_new_tokens == 9
+    assert settings.deadline_s == Settings().deadline_s
+    assert len(problems) == 2
+    assert "deadline_s" in problems[0]
+    assert "nonsense" in problems[1]
+
+
+@pytest.mark.parametrize("junk", [3, "x", [1], True])
+def test_junk_keeps_the_old_settings(junk):
+    old = Settings(max_new_tokens=5)
+    settings, problems = merge(junk, old)
+    assert settings is old
+    assert problems
+
+
+def test_nothing_is_no_problem():
+    assert merge(None, Settings()) == (Settings(), [])
+
+
+def test_lists_are_taken_for_tuples():
+    assert parse({"disabled_languages": ["markdown"]}).disabled_languages == ("markdown",)
+
+
+def test_storing_keeps_the_other_settings(tmp_path):
+    path = tmp_path / "deep" / "config.toml"
+    store("max_new_tokens", 12, path)
+    store("model", "tiny-starcoder-py", path)
+    assert load(path) == Settings(max_new_tokens=12, model="tiny-starcoder-py")
+
+
+def test_storing_a_bad_value_changes_nothing(tmp_path):
+    path = tmp_path / "config.toml"
+    store("max_new_tokens", 12, path)
+    with pytest.raises(SettingsError, match="max_new_tokens"):
+        store("max_new_tokens", -1, path)
+    assert load(path).max_new_tokens == 12
