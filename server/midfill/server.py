@@ -238,10 +238,7 @@ class MidfillServer(LanguageServer):
             label=label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…",
             kind=types.CompletionItemKind.Text,
             detail="midfill",
-            documentation=types.MarkupContent(
-                types.MarkupKind.Markdown,
-                f"```{snapshot.document.language_id}\n{typed}{text}\n```",
-            ),
+            documentation=self._documentation(snapshot.document.language_id, typed + text),
             # Behind the items of the language's own server.
             sort_text="\U0010ffff",
             filter_text=typed + text,
@@ -250,6 +247,16 @@ class MidfillServer(LanguageServer):
             ),
             insert_text_format=types.InsertTextFormat.PlainText,
         )
+
+    def _documentation(self, language_id: str, code: str) -> types.MarkupContent | str:
+        """The whole suggestion, in the best form that the client shows."""
+        text_document = self.client_capabilities.text_document
+        completion = text_document.completion if text_document else None
+        item = completion.completion_item if completion else None
+        formats = (item.documentation_format if item else None) or ()
+        if types.MarkupKind.Markdown in formats:
+            return types.MarkupContent(types.MarkupKind.Markdown, f"```{language_id}\n{code}\n```")
+        return code
 
     def explain(self, params: Any) -> dict[str, Any]:
         """`midfill/explain`: where the last answer for a document came from, or why it was empty."""

@@ -1,0 +1,205 @@
+"""What an editor gets from the real server process, with a scripted engine in place of the model."""
+
+import asyncio
+import json
+import time
+
+import pytest
+from midfill.client import ServerError
+
+URI = "file:///work/main.py"
+
+
+def open_document(client, text, uri=URI, language="python", version=1):
+    item = {"uri": uri, "languageId": language, "version": version, "text": text}
+    client.notify("textDocument/didOpen", {"textDocument": item})
+
+
+def change(client, start, end, text, version, uri=URI):
+    area = {"start": dict(zip(("line", "character"), start, strict=True)), "end": dict(zip(("line", "character"), end, strict=True))}
+    params = {"textDocument": {"uri": uri, "version": version}, "contentChanges": [{"range": area, "text": text}]}
+    client.notify("textDocument/didChange", params)
+
+
+def at(line, character, uri=URI, trigger=2):
+    return {
+        "textDocument": {"uri": uri},
+        "position": {"line": line, "character": character},
+        "context": {"triggerKind": trigger},
+    }
+
+
+async def ghost(client, line, character, **kwargs):
+    return await client.request("textDocument/inlineCompletion", at(line, character, **kwargs))
+
+
+async def explain(client, uri=URI):
+    return await client.request("midfill/explain", {"textDocument": {"uri": uri}})
+
+
+async def ready(client):
+    """The (scripted) model has been loaded."""
+    async with asyncio.timeout(10):
+        while not any(m == "$/progress" and p["value"]["kind"] == "end" for m, p in client.heard):
+            await client.request("midfill/explain", {"textDocument": {"uri": "file:///ready"}})
+
+
+async def test_ghost_text_goes_to_the_cursor(client):
+    server = await client({"text": "2))"})
+    await ready(server)
+    open_document(server, "print(add(1, ))\n")
+    here = {"line": 0, "character": 13}
+    assert await ghost(server, 0, 13) == {"items": [{"insertText": "2", "range": {"start": here, "end": here}}]}
+
+
+async def test_columns_are_utf_16_unless_agreed_otherwise(client):
+    server = await client({"text": "1"})
+    await ready(server)
+    open_document(server, "s = '😀'; a = \n")
+    (item,) = (await ghost(server, 0, 14))["items"]
+    assert item["range"]["start"] == {"line": 0, "character": 14}
+
+
+async def test_the_popup_item_replaces_what_is_typed_of_the_line(client):
+    server = await client({"text": "sum(values)"})
+    await ready(server)
+    open_document(server, "    total = \n")
+    params = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 12}}
+    answer = await server.request("textDocument/completion", params)
+    (item,) = answer["items"]
+    assert answer["isIncomplete"] is True
+    assert item["label"] == "total = sum(values)"
+    assert item["textEdit"] == {
+        "range": {"start": {"line": 0, "character": 4}, "end": {"line": 0, "character": 12}},
+        "newText": "total = sum(values)",
+    }
+
+
+async def test_edits_are_applied_in_order(client):
+    server = await client()
+    open_document(server, "ab\ncd\n")
+    change(server, (0, 1), (1, 1), "X", 2)
+    change(server, (0, 0), (0, 0), "Y", 7)
+    answer = await server.request("midfill/documentText", {"textDocument": {"uri": URI}})
+    assert answer == {"text": "YaXd\n", "version": 7}
+
+
+async def test_a_request_sees_the_document_of_its_moment(client):
+    server = await client({"after": "one = ", "text": "1"}, {"after": "two = ", "text": "2"})
+    await ready(server)
+    open_document(server, "one = \n")
+    # All in one write: the change is read before the first request has run.
+    first = server.send_request("textDocument/inlineCompletion", at(0, 6))[1]
+    change(server, (0, 0), (0, 3), "two", 2)
+    assert (await first)["items"][0]["insertText"] == "1"
+    assert (await ghost(server, 0, 6))["items"][0]["insertText"] == "2"
+
+
+async def test_cancelling_answers_at_once_and_frees_the_model(client, tmp_path):
+    log = tmp_path / "log"
+    server = await client({"after": "slow = ", "text": "x" * 30, "token_delay_s": 0.05}, {"text": "1"}, log=str(log))
+    await ready(server)
+    open_document(server, "slow = \nfast = \n")
+    id_, slow = server.send_request("textDocument/inlineCompletion", at(0, 7))
+    await explain(server)
+    begun = time.monotonic()
+    server.cancel(id_)
+    with pytest.raises(ServerError) as error:
+        await slow
+    assert error.value.code == -32800
+    assert time.monotonic() - begun < 0.5
+    assert (await ghost(server, 1, 7))["items"][0]["insertText"] == "1"
+    cancelled, finished = (json.loads(line) for line in log.read_text().splitlines())
+    assert (cancelled["fate"], finished["fate"]) == ("cancelled", "finished")
+    assert cancelled["steps"] < 30
+
+
+async def test_a_newer_request_cancels_the_older_one(client):
+    server = await client({"after": "slow = ", "hang": True}, {"text": "1"})
+    await ready(server)
+    open_document(server, "slow = \nfast = \n")
+    slow = server.send_request("textDocument/inlineCompletion", at(0, 7))[1]
+    fast = await ghost(server, 1, 7)
+    with pytest.raises(ServerError) as error:
+        await slow
+    assert error.value.code == -32800
+    assert fast["items"]
+
+
+async def test_requests_of_other_documents_are_left_alone(client):
+    server = await client({"text": "1", "prefill_delay_s": 0.05})
+    await ready(server)
+    open_document(server, "a = \n")
+    open_document(server, "b = \n", uri="file:///other.py")
+    answers = await asyncio.gather(ghost(server, 0, 4), ghost(server, 0, 4, uri="file:///other.py"))
+    assert [len(answer["items"]) for answer in answers] == [1, 1]
+
+
+async def test_closing_a_document_cancels_its_requests(client):
+    server = await client({"hang": True})
+    await ready(server)
+    open_document(server, "a = \n")
+    slow = server.send_request("textDocument/inlineCompletion", at(0, 4))[1]
+    server.notify("textDocument/didClose", {"textDocument": {"uri": URI}})
+    with pytest.raises(ServerError) as error:
+        await slow
+    assert error.value.code == -32800
+
+
+async def test_every_empty_answer_has_a_reason(client):
+    server = await client({"after": "quiet = "}, {"text": "1"})
+    await ready(server)
+    open_document(server, "quiet = \nx = lazy\n")
+    assert (await ghost(server, 0, 8))["items"] == []
+    assert (await explain(server))["reason"] == "model-silent"
+    assert (await ghost(server, 1, 6))["items"] == []
+    assert (await explain(server))["reason"] == "mid-word"
+    assert (await ghost(server, 0, 0, uri="file:///closed.py"))["items"] == []
+    assert (await explain(server, "file:///closed.py"))["reason"] == "not-open"
+    assert "not open" in (await explain(server, "file:///closed.py"))["message"]
+
+
+async def test_while_the_model_is_loaded_answers_are_empty_with_that_reason(client):
+    server = await client({"text": "1"}, load_delay_s=30)
+    open_document(server, "a = \n")
+    assert (await ghost(server, 0, 4))["items"] == []
+    assert (await explain(server))["reason"] == "loading"
+
+
+async def test_a_model_that_cannot_be_loaded_is_said_once_and_the_server_stays(client):
+    server = await client(load_error="The file of the model is damaged. Fetch it again.")
+    await ready(server)
+    open_document(server, "a = \n")
+    for _ in range(3):
+        assert (await ghost(server, 0, 4))["items"] == []
+    assert (await explain(server))["reason"] == "model-failed"
+    messages = [params["message"] for method, params in server.heard if method == "window/showMessage"]
+    assert messages == ["midfill: The file of the model is damaged. Fetch it again."]
+
+
+async def test_loading_is_reported_by_progress(client):
+    server = await client({"text": "1"})
+    await ready(server)
+    kinds = [params["value"]["kind"] for method, params in server.heard if method == "$/progress"]
+    assert kinds == ["begin", "report", "end"]
+
+
+async def test_settings_come_from_the_editor_and_can_change(client):
+    server = await client({"text": "1"}, options={"disabledLanguages": ["python"]})
+    await ready(server)
+    open_document(server, "a = \n")
+    await ghost(server, 0, 4)
+    assert (await explain(server))["reason"] == "language-off"
+    server.notify("workspace/didChangeConfiguration", {"settings": {"midfill": {"disabled_languages": []}}})
+    assert (await ghost(server, 0, 4))["items"]
+
+
+async def test_a_bad_setting_is_named_and_the_others_count(client):
+    server = await client({"text": "1"}, options={"maxNewTokens": "many", "nonsense": 1, "enabled": False})
+    await ready(server)
+    open_document(server, "a = \n")
+    await ghost(server, 0, 4)
+    assert (await explain(server))["reason"] == "disabled"
+    (message,) = [params["message"] for method, params in server.heard if method == "window/showMessage"]
+    assert "maxNewTokens" in message
+    assert "nonsense" in message

@@ -1,0 +1,110 @@
+import asyncio
+import json
+
+import pytest
+from midfill.completer import REASONS, Completer, Reason, Trigger, is_excluded
+from midfill.documents import Document, Point, Snapshot
+from midfill.engine.scripted import Rule, Script, ScriptedEngine
+from midfill.errors import EngineUnavailableError
+from midfill.settings import Settings
+
+
+def snapshot(marked, uri="file:///a.py"):
+    before, after = marked.split("▮")
+    document = Document.open(uri, "python", 1, before + after)
+    return Snapshot(document, Point(before.count("\n"), len(before) - before.rfind("\n") - 1))
+
+
+async def completer(*rules, log="", **settings):
+    engine = ScriptedEngine(Script(list(rules), log=str(log)))
+    await engine.start(lambda _message, _share: None)
+    result = Completer(Settings(**settings))
+    result.use(engine)
+    return result
+
+
+async def ask(it, marked="a = ▮", trigger=Trigger.AUTOMATIC):
+    return await it.complete(snapshot(marked), trigger)
+
+
+async def test_an_answer_says_where_it_comes_from_and_what_it_cost():
+    answer = await ask(await completer(Rule("1")))
+    assert (answer.text, answer.source, answer.reason) == ("1", "model", None)
+    # The blank before the cursor was held back, and is generated again.
+    assert answer.num_generated == 2
+    assert answer.num_prompt == sum(size for _, size in answer.segments)
+
+
+async def test_before_the_model_is_loaded_the_reason_is_loading():
+    assert (await ask(Completer(Settings()))).reason == Reason.LOADING
+
+
+async def test_after_loading_failed_the_reason_is_that():
+    it = Completer(Settings())
+    it.fail("no such file")
+    assert (await ask(it)).reason == Reason.MODEL_FAILED
+
+
+async def test_a_failing_engine_is_a_reason_and_the_next_request_works():
+    it = await completer(Rule(after="bad = ", error="out of memory"), Rule("1"))
+    assert (await ask(it, "bad = ▮")).reason == Reason.ENGINE_ERROR
+    assert (await ask(it)).text == "1"
+
+
+async def test_a_hanging_engine_ends_at_the_deadline_and_the_next_request_works():
+    it = await completer(Rule(after="slow = ", hang=True), Rule("1"), deadline_s=0.1)
+    assert (await ask(it, "slow = ▮")).reason == Reason.DEADLINE
+    assert (await ask(it)).text == "1"
+
+
+async def test_a_closed_engine_is_a_reason():
+    engine = ScriptedEngine(Script([Rule("1")]))
+    await engine.start(lambda _message, _share: None)
+    it = Completer(Settings())
+    it.use(engine)
+    await engine.close()
+    assert (await ask(it)).reason == Reason.ENGINE_ERROR
+    with pytest.raises(EngineUnavailableError):
+        _ = engine.model
+
+
+async def test_cancelling_frees_the_engine_at_once(tmp_path):
+    log = tmp_path / "log"
+    it = await completer(Rule(after="slow = ", hang=True), Rule("1"), log=log)
+    task = asyncio.ensure_future(ask(it, "slow = ▮"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await ask(it)).text == "1"
+    fates = [json.loads(line)["fate"] for line in log.read_text().splitlines()]
+    assert fates == ["cancelled", "finished"]
+
+
+async def test_the_engine_is_stopped_where_the_suggestion_ends(tmp_path):
+    log = tmp_path / "log"
+    it = await completer(Rule("1)\nmore = 2\nand = more\n"), log=log)
+    assert (await ask(it, "a = (▮)")).text == "1"
+    (line,) = log.read_text().splitlines()
+    assert json.loads(line)["steps"] <= 3
+
+
+@pytest.mark.parametrize(
+    ("uri", "excluded"),
+    [
+        ("file:///w/.env", True),
+        ("file:///w/.env.local", True),
+        ("file:///w/%2Eenv", True),
+        ("file:///w/Server.PEM", True),
+        ("file:///w/environment.py", False),
+        ("untitled:Untitled-1", False),
+        ("vscode-notebook-cell:/w/a.ipynb#X1", False),
+    ],
+)
+def test_secrets_are_excluded_by_name(uri, excluded):
+    assert is_excluded(uri, Settings().excluded_files) is excluded
+
+
+def test_every_reason_has_a_sentence():
+    assert set(REASONS) == set(Reason)

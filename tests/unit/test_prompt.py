@@ -1,0 +1,172 @@
+import dataclasses
+
+import pytest
+from midfill.documents import Change, Document, Encoding, Point, Snapshot
+from midfill.engine import ModelInfo
+from midfill.engine.scripted import CharTokenizer
+from midfill.errors import ModelError
+from midfill.prompt import FAMILIES, PromptBuilder, recognise_family
+from midfill.settings import Settings
+
+MODEL = ModelInfo("m", "qwen2.5-coder", "qwen2", 4096, CharTokenizer(), "cpu", "float32")
+PRE, SUF, MID = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
+
+
+def snapshot(marked, uri="file:///a.py"):
+    before, after = marked.split("▮")
+    document = Document.open(uri, "python", 1, before + after)
+    return Snapshot(document, Point(before.count("\n"), len(before) - before.rfind("\n") - 1))
+
+
+def builder(model=MODEL, **settings):
+    return PromptBuilder(model, Settings(**settings))
+
+
+def text(prompt):
+    return CharTokenizer().decode(prompt.tokens)
+
+
+def typed(start, keys):
+    """Snapshots while `keys` are typed at the cursor of `start`, one after each key."""
+    document, cursor = start.document, start.cursor
+    for key in keys:
+        place = (cursor.line, cursor.column)
+        document = document.edit([Change(key, place, place)], document.version + 1, Encoding.UTF32)
+        cursor = Point(cursor.line + 1, 0) if key == "\n" else Point(cursor.line, cursor.column + 1)
+        yield Snapshot(document, cursor)
+
+
+def shared_prefix(one, two):
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+
+
+def test_what_is_typed_on_the_line_follows_the_middle_sentinel():
+    prompt = builder().build(snapshot("a = 1\nb = (▮)\nc = 3\n"))
+    assert text(prompt) == f"{PRE}a = 1\n{SUF})\nc = 3\n{MID}b = ("
+
+
+def test_segments_count_every_token():
+    prompt = builder().build(snapshot("a = 1\nb = (▮)\nc = 3\n"))
+    assert sum(size for _, size in prompt.segments) == len(prompt.tokens)
+
+
+@pytest.mark.parametrize("keys", ["value = compute(1, 2)", "x = 1\ny = 2\nif x:\n"])
+def test_typing_appends_to_the_prompt(keys):
+    build = builder().build
+    start = snapshot("import os\n\n\ndef f():\n    ▮\n    return 1\n")
+    before = build(start)
+    for step in typed(start, keys):
+        after = build(step)
+        # Healing takes back at most the last token (here, character) of the one before.
+        assert shared_prefix(before.tokens, after.tokens) >= len(before.tokens) - 1
+        before = after
+
+
+def test_an_edit_above_moves_the_anchor():
+    build = builder().build
+    start = snapshot("a = 1\nb = ▮\n")
+    build(start)
+    document = start.document.edit([Change("9", (0, 4), (0, 5))], 2, Encoding.UTF32)
+    assert "a = 9" in text(build(Snapshot(document, start.cursor)))
+
+
+def test_an_edit_below_moves_the_anchor():
+    build = builder().build
+    start = snapshot("a = ▮\nb = 2\n")
+    build(start)
+    document = start.document.edit([Change("9", (1, 4), (1, 5))], 2, Encoding.UTF32)
+    assert "b = 9" in text(build(Snapshot(document, start.cursor)))
+
+
+def test_documents_have_anchors_of_their_own():
+    build = builder().build
+    build(snapshot("a\nb▮\n", "file:///1.py"))
+    assert text(build(snapshot("c\n(▮\n", "file:///2.py"))) == f"{PRE}c\n{SUF}\n{MID}("
+
+
+@pytest.mark.parametrize(
+    ("line", "kept", "held"),
+    [("x = ", "x =", " "), ("\t\t", "\t", "\t"), ("    ", "   ", " "), ("f(", "f(", ""), ("json.lo", "json.l", "o"), ("", "", "")],
+)
+def test_half_a_token_is_held_back(line, kept, held):
+    prompt = builder().build(snapshot(f"import json\n{line}▮\n"))
+    assert text(prompt).endswith(MID + kept)
+    assert prompt.starts_with == held
+
+
+def test_the_budget_is_kept():
+    lines = "".join(f"value_{n} = {n} * {n}\n" for n in range(200))
+    for line in (0, 3, 57, 100, 199):
+        document = Document.open("file:///a.py", "python", 1, lines)
+        prompt = builder(prefix_tokens=120, suffix_tokens=60).build(Snapshot(document, Point(line, 4)))
+        sizes = dict(prompt.segments)
+        assert sizes.get("prefix", 0) + sizes["typed"] <= 120
+        assert sizes["suffix"] <= 60
+        if line >= 57:
+            assert sizes["prefix"] > 40
+
+
+def test_the_window_slides_in_jumps():
+    lines = "".join(f"v{n} = {n}\n" for n in range(300))
+    document = Document.open("file:///a.py", "python", 1, lines)
+    starts = set()
+    for line in range(100, 132):
+        prompt = builder(prefix_tokens=256).build(Snapshot(document, Point(line, 0)))
+        starts.add(text(prompt).removeprefix(PRE).split("\n")[0])
+    assert len(starts) <= 6
+
+
+def test_a_very_long_line_is_cut_before_the_cursor():
+    prompt = builder(prefix_tokens=50, suffix_tokens=20).build(snapshot("x" * 100_000 + "(▮" + "y" * 100_000))
+    assert text(prompt) == f"{PRE}{SUF}{'y' * 20}{MID}{'x' * 49}("
+
+
+def test_the_model_sees_plain_line_ends():
+    prompt = builder().build(snapshot("a = 1\r\nb = (▮\r\nc = 3\r\n"))
+    assert text(prompt) == f"{PRE}a = 1\n{SUF}\nc = 3\n{MID}b = ("
+
+
+def test_a_sentinel_in_the_file_is_plain_text():
+    prompt = builder().build(snapshot(f"s = '{MID}'\nt = (▮\n"))
+    ids = [CharTokenizer().token_id(name) for name in (PRE, SUF, MID)]
+    assert [prompt.tokens.count(id_) for id_ in ids] == [1, 1, 1]
+
+
+def test_suffix_first_families_end_with_the_prefix():
+    class Names(CharTokenizer):
+        def token_id(self, name):
+            return {"<fim_prefix>": 1, "<fim_suffix>": 2, "<fim_middle>": 3}.get(name)
+
+    model = dataclasses.replace(MODEL, family="mellum", architecture="llama", tokenizer=Names())
+    prompt = builder(model).build(snapshot("a\n(▮)\n"))
+    body = CharTokenizer()
+    assert prompt.tokens == (2, *body.encode(")\n"), 1, *body.encode("a\n("), 3)
+
+
+def test_an_unknown_family_is_refused_with_the_list():
+    with pytest.raises(ModelError, match=r"Unknown FIM family 'gpt-9'.*qwen2\.5-coder"):
+        recognise_family(MODEL, "gpt-9")
+
+
+def test_a_family_whose_sentinels_the_vocabulary_lacks_is_refused():
+    with pytest.raises(ModelError, match="<fim_prefix>"):
+        recognise_family(MODEL, "starcoder")
+
+
+def test_a_model_is_recognised_by_sentinels_and_architecture():
+    assert recognise_family(dataclasses.replace(MODEL, family=None))[0] == "qwen2.5-coder"
+
+
+def test_a_model_that_fits_no_family_is_refused():
+    with pytest.raises(ModelError, match=r"not known: it fits none.*Set|set `family"):
+        recognise_family(dataclasses.replace(MODEL, family=None, architecture="bloom"))
+
+
+def test_a_context_without_room_is_refused():
+    with pytest.raises(ModelError, match="max_new_tokens"):
+        builder(dataclasses.replace(MODEL, context=33))
+
+
+def test_every_family_names_three_different_sentinels():
+    for family in FAMILIES.values():
+        assert len(set(family.sentinels)) == len(family.sentinels) >= 3
