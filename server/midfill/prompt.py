@@ -23,7 +23,7 @@ from midfill.settings import Settings
 _MAX_ANCHORS = 64
 # No tokenizer of these families makes more characters of code into one token on average.
 _MAX_CHARS_PER_TOKEN = 8
-_WORD_END = re.compile(r"\w\Z")
+_UNFINISHED = re.compile(r"[ \t]?(?:[^\w\s]|_)*[^\W\d_]*\Z")
 
 
 class Order(StrEnum):
@@ -267,17 +267,14 @@ class PromptBuilder:
     def _heal(self, typed: str) -> tuple[tuple[int, ...], str]:
         """Tokens of what was typed, without what may be half a token; and that, as text.
 
-        Tokens join one blank to the word behind it (" return"), and "json.lo" is `json`, `.lo`, never
-        the beginning of `.loads`: a prompt that ends so has no likely continuation.
+        Tokenizers join a blank or marks to the word behind them (" return", ".loads", "(self"):
+        "json.lo" is `json`, `.lo`, never the beginning of `json`, `.loads`, so a prompt that ends so has
+        no likely continuation. Held back is the last word with the marks and the blank before it.
+        Digits are tokens of their own.
         """
-        if typed.endswith((" ", "\t")):
-            return tuple(self._tokenizer.encode(typed[:-1])), typed[-1]
-        tokens = tuple(self._tokenizer.encode(typed))
-        if _WORD_END.search(typed):
-            last = self._tokenizer.decode(tokens[-1:])
-            if typed.endswith(last):
-                return tokens[:-1], last
-        return tokens, ""
+        match = _UNFINISHED.search(typed)
+        held = match.group() if match else ""
+        return tuple(self._tokenizer.encode(typed[: len(typed) - len(held)])), held
 
     def _still_holds(self, anchor: _Anchor, snapshot: Snapshot) -> bool:
         """Whether the text around the cursor still begins and ends with what the anchor froze."""

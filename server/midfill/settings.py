@@ -157,6 +157,16 @@ def store(key: str, value: str | float | bool, path: Path | None = None) -> Path
     return path
 
 
+def markdown_table() -> str:
+    """The table of settings in the README; a test compares them."""
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = tomli_w.dumps({"x": field.default}).removeprefix("x = ").strip() if field.default is not None else ""
+        default = " ".join(default.split()).replace("[ ", "[").replace(", ]", "]")
+        rows.append(f"| `{name}` | {f'`{default}`' if default else 'none'} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
