@@ -15,8 +15,7 @@ import time
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from midfill.documents import Snapshot
 from midfill.engine import Engine, Request
@@ -30,6 +29,9 @@ _LOG = logging.getLogger(__name__)
 _CONTINUES_WORD = re.compile(r"\w")
 # Behind the cursor may stand what editors insert by themselves: closers, then one separator.
 _HARMLESS_TAIL = re.compile(r"""\s*[)>}\]"'`]*\s*[:{;,]?\s*\Z""")
+# Also the colon of URIs without a path ("untitled:.env"), and the separator of Windows.
+_SEPARATOR = re.compile(r"[/\\\\:]")
+_QUERY = re.compile(r"[?#]")
 _LINES_BELOW = 16
 # Of a longer line only the ends matter: its indentation, and what is next to the cursor.
 _LONG_LINE = 2_000
@@ -195,7 +197,7 @@ class Completer:
             raise EngineUnavailableError("The engine is gone.")
         held = request.starts_with
         text = ""
-        async with aclosing(engine.generate(request)) as tokens:  # type: ignore[type-var]
+        async with aclosing(engine.generate(request)) as tokens:
             async for token in tokens:
                 text += token.text
                 if len(text) > len(held) and (end := stop(text[len(held) :], place)) is not None:
@@ -222,8 +224,14 @@ def _place(snapshot: Snapshot) -> Place:
 
 def is_excluded(uri: str, patterns: tuple[str, ...]) -> bool:
     """Whether the file name in a URI matches one of the patterns, upper and lower case alike."""
-    name = PurePosixPath(unquote(urlsplit(uri).path)).name.lower()
-    return any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns)
+    # Not by `urlsplit`: it raises for some, and editors escape `?` and `#` as they please.
+    whole = _last_segment(uri)
+    path = _last_segment(_QUERY.split(uri, maxsplit=1)[0])
+    return any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns for name in {whole, path})
+
+
+def _last_segment(uri: str) -> str:
+    return _SEPARATOR.split(unquote(uri))[-1].lower()
 
 
 def _since(begun: float) -> float:

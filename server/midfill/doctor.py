@@ -162,7 +162,7 @@ async def _measure(engine: Engine) -> tuple[float, float]:
     begun = time.monotonic()
     first = 0.0
     count = 0
-    async with aclosing(engine.generate(Request(prompt, max_new_tokens=512))) as tokens:  # type: ignore[type-var]
+    async with aclosing(engine.generate(Request(prompt, max_new_tokens=512))) as tokens:
         async for _ in tokens:
             count += 1
             first = first or time.monotonic()

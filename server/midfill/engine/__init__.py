@@ -7,8 +7,9 @@ one. The contract knows tokens, not editors. Importing this module imports no to
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 Progress = Callable[[str, float | None], None]
@@ -16,6 +17,14 @@ Progress = Callable[[str, float | None], None]
 
 It may be called from any thread.
 """
+
+
+class TextStream(Protocol):
+    """Turns ids into text one at a time."""
+
+    def push(self, token: int) -> str:
+        """The characters that this id completes; "" while a multi-byte character is unfinished."""
+        ...
 
 
 class Tokenizer(Protocol):
@@ -41,6 +50,52 @@ class Tokenizer(Protocol):
     def control_ids(self) -> frozenset[int]:
         """Ids of every control token (sentinels, end of text, chat marks): never part of an answer."""
         ...
+
+    def vocab_bytes(self) -> list[bytes]:
+        """The bytes of each id in an answer, by id; b"" for an id that is not text."""
+        ...
+
+    def stream(self) -> TextStream:
+        """A fresh detokenizer for one answer."""
+        ...
+
+
+class LocalModel(Protocol):
+    """A model in a local folder: `config.json`, tokenizer, safetensors weights."""
+
+    @property
+    def name(self) -> str:
+        """Catalogue name, hub id or path, as the user chose it."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        ...
+
+    @property
+    def family(self) -> str | None:
+        """The FIM family declared by the catalogue, or None."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Which model to run here, and how.
+
+    Attributes:
+        model: the model's folder.
+        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
+        dtype: "auto" ("int8" on a CPU that can, "bfloat16" on CUDA), "int8", "float32", "bfloat16".
+        adapter: folder of a LoRA adapter in PEFT format, or None.
+        num_threads: CPU threads of the model; 0 for one per physical core.
+    """
+
+    model: LocalModel
+    device: str = "auto"
+    dtype: str = "auto"
+    adapter: Path | None = None
+    num_threads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +187,7 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, request: Request) -> AsyncIterator[Token]:
+    def generate(self, request: Request) -> AsyncGenerator[Token, None]:
         """Tokens as they are computed, ending at a stop id or `max_new_tokens`.
 
         Closing the iterator (or cancelling the task that awaits it) cancels the request: the model is
@@ -148,3 +203,10 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Stop, free the model. Running requests end with `EngineUnavailableError`. May be called twice."""
         ...
+
+
+def create(spec: EngineSpec) -> Engine:
+    """An engine that runs a model in this process; nothing is loaded before `start`."""
+    from midfill.engine.local import LocalEngine  # noqa: PLC0415 - local.py builds on this module
+
+    return LocalEngine(spec)

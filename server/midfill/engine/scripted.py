@@ -1,6 +1,6 @@
 """An engine that answers from a script: for tests, and to measure everything but the model.
 
-The script is a list of rules; the first whose `after` ends the prompt's text decides. Every character
+The script is a list of rules; the first that fits the prompt's text decides. Every character
 is a token, so that counting steps and cutting in mid-stream need no model. It keeps the contract,
 cancellation included, and says what it did in `log`.
 """
@@ -11,7 +11,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +57,7 @@ class Rule:
     Attributes:
         text: what the "model" writes from the cursor on.
         after: the prompt's text must end so; "" always fits.
+        contains: the prompt's text must have this somewhere; "" always fits.
         error: fail with this message instead.
         token_delay_s: time that each token takes.
         prefill_delay_s: time before the first token.
@@ -65,6 +66,7 @@ class Rule:
 
     text: str = ""
     after: str = ""
+    contains: str = ""
     error: str = ""
     token_delay_s: float = 0.0
     prefill_delay_s: float = 0.0
@@ -123,14 +125,15 @@ class ScriptedEngine:
             dtype="script",
         )
 
-    async def generate(self, request: Request) -> AsyncIterator[Token]:
+    async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
         """See `Engine.generate`. One request at a time, as with a model: the lock is the device."""
         tokenizer = self.model.tokenizer
         request.stats.submitted_s = time.monotonic()
         request.stats.num_prompt = len(request.tokens)
         held = request.starts_with
         prompt = tokenizer.decode(request.tokens) + held
-        rule = next((rule for rule in self._script.rules if prompt.endswith(rule.after)), Rule())
+        fitting = (r for r in self._script.rules if prompt.endswith(r.after) and r.contains in prompt)
+        rule = next(fitting, Rule())
         async with self._busy, aclosing(self._play(rule, held, request)) as tokens:
             request.stats.started_s = time.monotonic()
             async for token in tokens:
@@ -138,7 +141,7 @@ class ScriptedEngine:
                 request.stats.first_token_s = request.stats.first_token_s or time.monotonic()
                 yield token
 
-    async def _play(self, rule: Rule, held: str, request: Request) -> AsyncIterator[Token]:
+    async def _play(self, rule: Rule, held: str, request: Request) -> AsyncGenerator[Token, None]:
         steps = 0
         fate = "cancelled"
         try:

@@ -1,0 +1,515 @@
+"""A model on this machine: one thread that owns it, a mailbox, the step loop, cancellation.
+
+The event loop's side (`start`, `generate`, `prewarm`, `close`) only puts messages into the mailbox and reads
+tokens from a queue of its own. The engine thread loads the model, and then, step by step: reads the
+mailbox, drops cancelled requests, runs the forward pass that the scheduler planned, sends out tokens.
+So a cancelled request costs at most the pass that is under way. Knows nothing of editors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import threading
+import time
+from array import array
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Ids
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Protocol
+
+from midfill.engine import EngineSpec, ModelInfo, Progress, Request, TextStream, Token, Tokenizer
+from midfill.engine.healing import TokenIndex
+from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, Sequence
+from midfill.engine.slots import Slots
+from midfill.errors import EngineError, EngineUnavailableError, MidfillError
+
+_LOG = logging.getLogger(__name__)
+
+_SHUT_DOWN = "The model was shut down."
+
+_NUM_SLOTS = 4
+"""Documents whose keys and values are kept at the same time."""
+
+_MAX_WAITING = 64
+"""Requests that may wait. One person causes at most a few; more means that clients do not cancel."""
+
+_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
+"""Tokens per forward pass, by kind of device: a pass cannot be interrupted, so it has to be short."""
+
+
+class Runner(Protocol):
+    """What the loop needs of `runner.Runner`; a test counts steps with one of its own."""
+
+    context: int
+    vocab_size: int
+
+    def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[Choice | None]:
+        """Compute the chunks of one step; see `runner.Runner.forward`."""
+        ...
+
+    def drop(self, slots: list[int]) -> None:
+        """Free the memory of these slots."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is ready, and its vocabulary in byte order."""
+
+    info: ModelInfo
+    runner: Runner
+    index: TokenIndex
+
+
+Load = Callable[[EngineSpec, Progress], Loaded]
+
+
+def load(spec: EngineSpec, progress: Progress) -> Loaded:
+    """Import torch and load what `spec` names. Runs on the engine thread: it takes seconds."""
+    # A large vocabulary takes two seconds, during which the disk and the packing leave Python free.
+    with ThreadPoolExecutor(1, thread_name_prefix="midfill-tokenizer") as pool:
+        vocabulary = pool.submit(_load_vocabulary, spec)
+        progress("importing torch", None)
+        from midfill.engine.runner import load_runner  # noqa: PLC0415 - this is what imports torch
+
+        runner = load_runner(
+            spec.model.path,
+            device=spec.device,
+            dtype=spec.dtype,
+            adapter=spec.adapter,
+            num_threads=spec.num_threads,
+            report=lambda share: progress("loading weights", share),
+        )
+        tokenizer, index = vocabulary.result()
+    progress("warming up", None)
+    runner.warm_up(min(_chunk_tokens(runner.device), runner.context - 1))
+    info = ModelInfo(
+        name=spec.model.name,
+        family=spec.model.family,
+        architecture=runner.architecture,
+        context=runner.context,
+        tokenizer=tokenizer,
+        device=runner.device,
+        dtype=runner.dtype,
+        adapter=spec.adapter.name if spec.adapter is not None else None,
+    )
+    _release_free_memory()
+    return Loaded(info, runner, index)
+
+
+def _load_vocabulary(spec: EngineSpec) -> tuple[Tokenizer, TokenIndex]:
+    from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415 - not needed before a model is
+
+    tokenizer = load_tokenizer(spec.model.path)
+    index = TokenIndex(tokenizer.vocab_bytes(), tokenizer.control_ids)
+    _release_free_memory()
+    return tokenizer, index
+
+
+def _release_free_memory() -> None:
+    """Give back what loading has used and freed, 100 MB each time; glibc would keep it for this thread."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library has no such call
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _chunk_tokens(device: str) -> int:
+    return _CHUNK_TOKENS[device.partition(":")[0]]
+
+
+class _End:
+    """The end of an output, in a flight's inbox."""
+
+
+_END = _End()
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A request under way: what the two threads share of it.
+
+    `cancelled` is written by the event loop and read by the engine thread, `inbox` the other way round;
+    the rest belongs to the engine thread.
+    """
+
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    inbox: asyncio.Queue[Token | BaseException | _End] = field(default_factory=asyncio.Queue)
+    cancelled: bool = False
+    sequence: Sequence | None = None
+    stop_ids: frozenset[int] = frozenset()
+    stream: TextStream | None = None
+    demanded: bytes = b""  # what is left of `starts_with`
+    allowed: array[int] | None = None  # the ids that agree with it
+
+    def push(self, token: int) -> str:
+        """The characters that a token completes."""
+        return "" if self.stream is None else self.stream.push(token)
+
+    def send(self, item: Token | BaseException | _End) -> None:
+        """Engine thread: hand an item to the event loop."""
+        try:
+            self.loop.call_soon_threadsafe(self.inbox.put_nowait, item)
+        except RuntimeError:  # the loop is closed, and with it whoever waited
+            self.cancelled = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Prewarm:
+    """A prompt to compute when nothing else is to be done."""
+
+    tokens: list[int]
+
+
+class _ClosedError(Exception):
+    """Unwinds the engine thread when `close` comes while it loads."""
+
+
+class LocalEngine:
+    """`Engine` for a model in this process.
+
+    Args:
+        spec: which model.
+        load: loads it; another one is given in tests.
+
+    Attributes:
+        step_started_s: `time.monotonic()` when the forward pass under way began, or None between passes.
+        last_step_s: how long the last one took.
+        mailbox: to the engine thread; None only wakes it.
+        closing: tells the engine thread to end.
+    """
+
+    def __init__(self, spec: EngineSpec, *, load: Load = load) -> None:
+        self.step_started_s: float | None = None
+        self.last_step_s = 0.0
+        self._spec = spec
+        self._load = load
+        self.mailbox: SimpleQueue[_Flight | _Prewarm | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._ended = asyncio.Event()  # set on the loop once the thread is about to return
+        self.closing = False
+        self._unavailable: str | None = "The model is not loaded yet."
+        self._loaded: Loaded | None = None
+
+    # The event loop's side.
+
+    @property
+    def model(self) -> ModelInfo:
+        """The running model. Raises `EngineUnavailableError` until `start` has returned."""
+        if self._loaded is None or self._unavailable is not None:
+            raise EngineUnavailableError(self._unavailable or "The model is not loaded yet.")
+        return self._loaded.info
+
+    async def start(self, progress: Progress) -> None:
+        """Start the thread and wait until it has loaded the model; see `Engine.start`."""
+        if self._thread is not None or self.closing:
+            raise EngineError("An engine can be started only once.")
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        engine = threading.Thread(
+            target=self._run, args=(progress, loop, ready), name="midfill-engine", daemon=True
+        )
+        self._thread = engine
+        engine.start()
+        try:
+            await ready
+        except asyncio.CancelledError:
+            self.closing = True
+            raise
+
+    async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+        """Tokens as they are computed; see `Engine.generate`."""
+        if self._unavailable is not None:
+            raise EngineUnavailableError(self._unavailable)
+        request.stats.submitted_s = time.monotonic()
+        flight = _Flight(request, asyncio.get_running_loop())
+        self.mailbox.put(flight)
+        if self._unavailable is not None:
+            # The thread ended between the two lines; it may have read the mailbox for the last time.
+            raise EngineUnavailableError(self._unavailable)
+        try:
+            while not isinstance(item := await flight.inbox.get(), _End):
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            flight.cancelled = True
+            self.mailbox.put(None)  # wakes the thread, which then looks at the flags
+
+    def prewarm(self, tokens: Ids[int]) -> None:
+        """Compute a prompt when idle; a newer call replaces an older one. See `Engine.prewarm`."""
+        if self._unavailable is None:
+            self.mailbox.put(_Prewarm(list(tokens)))
+
+    async def close(self) -> None:
+        """Stop the thread after at most one forward pass and free the model."""
+        self.closing = True
+        self._unavailable = _SHUT_DOWN
+        if self._thread is None:
+            return
+        self.mailbox.put(None)
+        await self._ended.wait()
+        self._thread.join()
+
+    # The engine thread's side.
+
+    def _run(self, progress: Progress, loop: asyncio.AbstractEventLoop, ready: asyncio.Future[None]) -> None:
+        steps: _Steps | None = None
+        reason = _SHUT_DOWN
+        try:
+            failure = self._start(progress)
+            _call(loop, _resolve, ready, failure)
+            if self._loaded is not None:
+                steps = _Steps(self, self._loaded)
+                steps.run()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+            _LOG.critical("the engine thread ended", exc_info=True)
+            reason = f"The engine stopped after an internal error ({type(error).__name__}). Restart midfill."
+        finally:
+            # First refuse new requests, then end those that came before: none can slip between.
+            self._unavailable = self._unavailable or reason
+            if steps is not None:
+                steps.refuse_all(self._unavailable)
+            while not self.mailbox.empty():
+                if isinstance(message := self.mailbox.get(), _Flight):
+                    message.send(EngineUnavailableError(self._unavailable))
+            self._loaded = None
+            _call(loop, self._ended.set)
+
+    def _start(self, progress: Progress) -> MidfillError | None:
+        """Load the model; returns what went wrong."""
+
+        def checked(message: str, share: float | None) -> None:
+            if self.closing:
+                raise _ClosedError
+            progress(message, share)
+
+        failure: MidfillError
+        try:
+            self._loaded = self._load(self._spec, checked)
+        except _ClosedError:
+            failure = EngineUnavailableError("The engine was closed while it loaded.")
+        except MidfillError as error:
+            failure = error
+        except MemoryError:
+            name = self._spec.model.name
+            failure = EngineError(f"There is not enough memory for {name}; choose a smaller model.")
+        except ImportError as error:
+            failure = EngineError(f"A library for local models is missing: {error}. Install midfill again.")
+        except Exception as error:  # noqa: BLE001 - transformers and torch raise anything
+            _LOG.exception("loading failed")
+            failure = EngineError(f"The model could not be loaded: {type(error).__name__}: {error}")
+        else:
+            self._unavailable = None
+            if self.closing:  # `close` may have set its own sentence just before
+                self._unavailable = _SHUT_DOWN
+            return None
+        self._unavailable = str(failure)
+        return failure
+
+
+class _Steps:
+    """The step loop. Lives on the engine thread."""
+
+    def __init__(self, engine: LocalEngine, loaded: Loaded) -> None:
+        self._engine = engine
+        self._runner = loaded.runner
+        self._tokenizer = loaded.info.tokenizer
+        self._control_ids = self._tokenizer.control_ids
+        self._vocab = self._tokenizer.vocab_bytes()
+        self._index = loaded.index
+        self._key = (loaded.info.name, loaded.info.adapter)
+        self._slots = Slots(_NUM_SLOTS)
+        chunk_tokens = _chunk_tokens(loaded.info.device)
+        self._scheduler = Scheduler(
+            self._slots,
+            chunk_tokens=chunk_tokens,
+            step_tokens=chunk_tokens,
+            step_sequences=1,  # the runner computes one after another: more would only make a step longer
+            max_waiting=_MAX_WAITING,
+        )
+        self._flights: dict[Sequence, _Flight] = {}
+        self._prewarm: Sequence | None = None
+
+    def run(self) -> None:
+        """Until the engine closes: read the mailbox, drop cancelled requests, compute one step."""
+        while True:
+            self._receive()
+            if self._engine.closing:
+                return
+            for flight in [flight for flight in self._flights.values() if flight.cancelled]:
+                self._leave(flight)
+            if chunks := self._scheduler.schedule():
+                self._step(chunks)
+
+    def refuse_all(self, reason: str) -> None:
+        """End every request under way."""
+        for flight in self._flights.values():
+            flight.send(EngineUnavailableError(reason))
+        self._flights.clear()
+
+    def _receive(self) -> None:
+        """Take in all messages; wait for one if there is nothing to compute."""
+        mailbox = self._engine.mailbox
+        while not len(self._scheduler) or not mailbox.empty():
+            message = mailbox.get()
+            if isinstance(message, _Flight):
+                self._admit(message)
+            elif isinstance(message, _Prewarm):
+                self._replace_prewarm(message)
+            if self._engine.closing:
+                return
+
+    def _admit(self, flight: _Flight) -> None:
+        if flight.cancelled:
+            return
+        request = flight.request
+        try:
+            self._check(request.tokens)
+            flight.sequence = Sequence(self._key, list(request.tokens))
+            self._scheduler.add(flight.sequence)
+        except EngineError as error:
+            flight.send(error)
+            return
+        request.stats.num_prompt = len(request.tokens)
+        flight.stop_ids = request.stop_ids | self._control_ids
+        flight.stream = self._tokenizer.stream()
+        self._flights[flight.sequence] = flight
+        self._demand(flight, request.starts_with.encode("utf-8", errors="replace"))
+
+    def _check(self, tokens: Ids[int]) -> None:
+        if not tokens:
+            raise EngineError("The prompt is empty.")
+        if len(tokens) >= self._runner.context:
+            raise EngineError(
+                f"The prompt has {len(tokens)} tokens; the model takes at most {self._runner.context - 1}."
+            )
+        # On a GPU an id out of range would not raise but break the device for good.
+        if min(tokens) < 0 or max(tokens) >= self._runner.vocab_size:
+            raise EngineError("The prompt has token ids that the model does not know.")
+
+    def _replace_prewarm(self, prewarm: _Prewarm) -> None:
+        if self._prewarm is not None:
+            self._scheduler.remove(self._prewarm)
+            self._prewarm = None
+        try:
+            self._check(prewarm.tokens)
+        except EngineError:
+            return
+        sequence = Sequence(self._key, prewarm.tokens, Priority.IDLE, samples=False)
+        if sequence not in self._scheduler.add(sequence):
+            self._prewarm = sequence
+
+    def _step(self, chunks: list[Chunk]) -> None:
+        engine = self._engine
+        began = engine.step_started_s = time.monotonic()
+        for chunk in chunks:
+            self._note_start(chunk.sequence, began)
+        try:
+            choices = self._runner.forward(chunks, [self._allowed(chunk) for chunk in chunks])
+        except MemoryError:
+            _LOG.warning("out of memory in a step; idle slots are dropped")
+            self._fail(
+                chunks,
+                "There was not enough memory for this request. Kept computations were dropped; if it happens "
+                "again, use a smaller model or a shorter context.",
+            )
+            self._runner.drop(self._slots.forget_free())
+            return
+        except Exception as error:  # noqa: BLE001 - a failed step costs its requests, not the engine
+            _LOG.exception("a step failed")
+            self._fail(
+                chunks, f"The model failed on this request ({type(error).__name__}); the log has more."
+            )
+            return
+        finally:
+            engine.step_started_s = None
+            engine.last_step_s = time.monotonic() - began
+        for chunk, choice in zip(chunks, choices, strict=True):
+            self._scheduler.computed(chunk)
+            self._advance(chunk.sequence, choice)
+
+    def _note_start(self, sequence: Sequence, now: float) -> None:
+        flight = self._flights.get(sequence)
+        if flight is not None and not flight.request.stats.started_s:
+            flight.request.stats.started_s = now
+            flight.request.stats.num_reused = sequence.num_reused or 0
+
+    def _allowed(self, chunk: Chunk) -> array[int] | None:
+        flight = self._flights.get(chunk.sequence)
+        return flight.allowed if flight is not None and chunk.samples else None
+
+    def _advance(self, sequence: Sequence, choice: Choice | None) -> None:
+        """What a computed chunk means for its request."""
+        flight = self._flights.get(sequence)
+        if flight is None:
+            if sequence.num_computed == len(sequence.tokens):
+                self._scheduler.remove(sequence)
+                self._prewarm = None
+            return
+        if choice is None:
+            return
+        # Models have more logits than the tokenizer has tokens; the surplus ids mean nothing.
+        if choice.id in flight.stop_ids or choice.id >= len(self._vocab):
+            self._leave(flight, _END)
+            return
+        stats = flight.request.stats
+        stats.num_generated += 1
+        stats.first_token_s = stats.first_token_s or time.monotonic()
+        sequence.tokens.append(choice.id)
+        flight.send(Token(choice.id, flight.push(choice.id), choice.logprob))
+        if (
+            stats.num_generated >= flight.request.max_new_tokens
+            or len(sequence.tokens) >= self._runner.context
+        ):
+            self._leave(flight, _END)
+        elif flight.demanded:
+            self._demand(flight, flight.demanded[len(self._vocab[choice.id]) :])
+
+    def _demand(self, flight: _Flight, demanded: bytes) -> None:
+        """The output must go on with these bytes; it ends here if no token can."""
+        flight.demanded = demanded
+        flight.allowed = None
+        if demanded:
+            flight.allowed = self._index.allowed(demanded)
+            if not flight.allowed:
+                self._leave(flight, _END)
+
+    def _fail(self, chunks: list[Chunk], reason: str) -> None:
+        """The requests of a failed step end; what their slots hold cannot be trusted."""
+        for chunk in chunks:
+            flight = self._flights.get(chunk.sequence)
+            self._scheduler.remove(chunk.sequence, forget=True)
+            if flight is None:
+                self._prewarm = None
+            else:
+                self._leave(flight, EngineError(reason))
+        self._runner.drop([chunk.slot for chunk in chunks])
+
+    def _leave(self, flight: _Flight, last: _End | EngineError | None = None) -> None:
+        """A request ends; `last` tells the event loop, unless it has gone away itself."""
+        if flight.sequence is not None:
+            self._scheduler.remove(flight.sequence)
+            self._flights.pop(flight.sequence, None)
+        flight.request.stats.ended_s = time.monotonic()
+        if last is not None:
+            flight.send(last)
+
+
+def _resolve(future: asyncio.Future[None], error: MidfillError | None) -> None:
+    if future.done():  # whoever awaited it was cancelled
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
+    """Run a function on the event loop; nothing if the loop is closed, for then nobody waits."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)

@@ -1,0 +1,143 @@
+"""KV slots: which request may reuse which computed tokens.
+
+A slot is a place where the keys and values of one token sequence are kept. This module remembers which
+tokens each slot holds and hands slots out; it knows token ids and slot numbers, nothing of tensors,
+models or editors. Runs on the engine thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A slot handed out.
+
+    Attributes:
+        slot: its number.
+        reused: how many tokens of the request are computed already, once `copy_from` is obeyed.
+        copy_from: the slot whose first `reused` entries must be copied into `slot` before use, or None.
+    """
+
+    slot: int
+    reused: int
+    copy_from: int | None = None
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What one slot holds. `last_used` is a logical clock; 0 is never."""
+
+    key: Hashable = None
+    tokens: list[int] = field(default_factory=list)
+    leased: bool = False
+    last_used: int = 0
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    limit = min(len(left), len(right))
+    # Slices compare in C: the common case (one is the start of the other) needs no Python loop.
+    if left[:limit] == right[:limit]:
+        return limit
+    low, high = 0, limit - 1  # left[:low] agrees; left[: high + 1] does not
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class Slots:
+    """A fixed number of slots, handed out by longest common prefix.
+
+    A key says whose keys and values they are (model and adapter): slots of another key are never reused.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._slots = [_Slot() for _ in range(count)]
+        self._clock = 0
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def tokens(self, slot: int) -> Sequence[int]:
+        """The tokens whose keys and values the slot holds."""
+        return self._slots[slot].tokens
+
+    @property
+    def num_free(self) -> int:
+        """How many slots nobody has leased."""
+        return sum(not slot.leased for slot in self._slots)
+
+    def acquire(self, key: Hashable, tokens: list[int]) -> Lease:
+        """Lease the slot in which the fewest tokens of `tokens` must be computed. One must be free.
+
+        At least the last token is always left to compute: its logits are needed. A free slot is cut to the
+        common prefix and taken in place if that keeps most of it. Otherwise another document
+        lives there, so the prefix is copied to an empty slot or, if none is, to the one unused the longest.
+        """
+        free = [number for number, slot in enumerate(self._slots) if not slot.leased]
+        lengths = {
+            number: common_prefix(slot.tokens, tokens)
+            for number, slot in enumerate(self._slots)
+            if slot.key == key and slot.tokens
+        }
+        # In place where it can be; of equal ones the most recently used is the likelier to go on.
+        best = max(
+            lengths,
+            key=lambda number: (
+                lengths[number],
+                not self._slots[number].leased,
+                self._slots[number].last_used,
+            ),
+            default=None,
+        )
+        reused = 0 if best is None else min(lengths[best], len(tokens) - 1)
+        victim = min(free, key=lambda number: self._slots[number].last_used)
+        if best is None or reused == 0:
+            return self._take(victim, key, tokens, 0, None)
+        held = self._slots[best]
+        if not held.leased and (best == victim or 2 * lengths[best] >= len(held.tokens)):
+            return self._take(best, key, tokens, reused, None)
+        return self._take(victim, key, tokens, reused, best if best != victim else None)
+
+    def _take(self, number: int, key: Hashable, tokens: list[int], reused: int, source: int | None) -> Lease:
+        slot = self._slots[number]
+        slot.key = key
+        slot.tokens = tokens[:reused]
+        slot.leased = True
+        self._touch(slot)
+        return Lease(number, reused, source)
+
+    def extend(self, slot: int, tokens: Sequence[int]) -> None:
+        """Note that the keys and values of these tokens now follow in the slot."""
+        self._slots[slot].tokens.extend(tokens)
+
+    def release(self, slot: int) -> None:
+        """Give a slot back; what it holds stays and can be reused."""
+        released = self._slots[slot]
+        released.leased = False
+        self._touch(released)
+
+    def forget(self, slot: int) -> None:
+        """Mark what the slot holds as unusable; the lease, if any, stays."""
+        forgotten = self._slots[slot]
+        forgotten.tokens = []
+        forgotten.key = None
+        forgotten.last_used = 0
+
+    def forget_free(self) -> list[int]:
+        """Mark what all free slots hold as unusable; returns their numbers, so that memory can be freed."""
+        free = [number for number, slot in enumerate(self._slots) if not slot.leased]
+        for number in free:
+            self.forget(number)
+        return free
+
+    def _touch(self, slot: _Slot) -> None:
+        self._clock += 1
+        slot.last_used = self._clock if slot.tokens or slot.leased else 0

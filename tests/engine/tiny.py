@@ -1,0 +1,137 @@
+"""Tiny models with random weights, made in code, and plain transformers as the oracle."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from midfill.engine import EngineSpec, Request, Token
+from midfill.engine.local import LocalEngine, load
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONTROL = ("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
+MERGES = [("d", "e"), ("de", "f"), ("r", "e"), ("re", "t"), ("Ġ", "Ġ"), ("i", "n"), ("p", "r"), ("in", "t")]
+VOCAB_SIZE = 269
+
+_COMMON = {"vocab_size": VOCAB_SIZE, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0}
+_LLAMA = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+CONFIGS = {
+    "gpt_bigcode": {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 512},
+    "qwen2": {**_LLAMA, "tie_word_embeddings": True},
+    "llama": _LLAMA,
+    "starcoder2": {**_LLAMA, "sliding_window": 40, "use_bias": True},
+    "gemma": {**_LLAMA, "head_dim": 12},
+}
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    name: str
+    path: Path
+    family: str | None = None
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE vocabulary: 256 bytes, a few merges, control tokens at the end."""
+    vocab = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for left, right in MERGES:
+        vocab[left + right] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=MERGES))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(CONTROL))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_model(kind: str, folder: Path, *, seed: int = 0, **changes: object) -> LocalModel:
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **{**_COMMON, **CONFIGS[kind], **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return LocalModel(f"tiny-{kind}", folder)
+
+
+def reference(path: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def oracle(model: torch.nn.Module, ids: list[int], num_tokens: int, control_ids: frozenset[int]) -> list[int]:
+    """What `generate` gives, up to the first control id."""
+    prompt = torch.tensor([ids])
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=num_tokens,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    generated = output[0, len(ids) :].tolist()
+    end = next((i for i, token in enumerate(generated) if token in control_ids), len(generated))
+    return generated[:end]
+
+
+def logprobs(model: torch.nn.Module, ids: list[int], generated: list[int]) -> list[float]:
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*ids, *generated]])).logits[0, len(ids) - 1 : -1]
+    return [float(row.log_softmax(-1)[token]) for row, token in zip(logits, generated, strict=True)]
+
+
+@asynccontextmanager
+async def running(model: LocalModel, *, load_model=load, **options: object):
+    spec = EngineSpec(model, **{"device": "cpu", "dtype": "float32", **options})
+    engine = LocalEngine(spec, load=load_model)
+    try:
+        await engine.start(lambda *_: None)
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def collect(
+    engine: LocalEngine, ids: list[int], num_tokens: int = 16, **options: object
+) -> list[Token]:
+    request = Request(tuple(ids), num_tokens, **options)
+    async with aclosing(engine.generate(request)) as tokens:
+        return [token async for token in tokens]
+
+
+async def collect_ids(engine: LocalEngine, ids: list[int], num_tokens: int = 16) -> list[int]:
+    return [token.id for token in await collect(engine, ids, num_tokens)]
+
+
+def random_ids(generator: torch.Generator, count: int) -> list[int]:
+    return torch.randint(0, 256, (count,), generator=generator).tolist()
+
+
+async def settle() -> None:
+    """Let callbacks that are due on the event loop run."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+def plain_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
