@@ -42,9 +42,8 @@ def cli() -> None:
 def main() -> None:
     """Run the command line: errors of ours are one sentence and status 1, never a traceback."""
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as exit_:
-        sys.exit(exit_.exit_code)
+        # Without the standalone mode, click returns the status of `Exit` instead of raising it.
+        sys.exit(cli(standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -84,7 +83,8 @@ def serve(
     os._exit(status)
 
 
-@cli.command()
+# "-:3:1" is a place in stdin, not an option.
+@cli.command(context_settings={"ignore_unknown_options": True})
 @click.argument("where", metavar="FILE:LINE:COL")
 @click.option("--language", metavar="ID", help="Language identifier, if the file's name does not tell.")
 @click.option("--max-tokens", type=click.IntRange(1, 1024), help="Most tokens of the suggestion.")
@@ -175,7 +175,7 @@ def model_list(as_json: bool) -> None:
     from midfill.models import catalogue, store
 
     here = {installed.name: installed for installed in store.installed()}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": entry.name,
             "family": entry.family,
@@ -274,7 +274,8 @@ def model_use(name: str) -> None:
         if catalogue.lookup(name) is None and "/" not in name:
             hint = "`midfill model list` shows the names that midfill knows."
         raise MidfillError(f"{name!r} is not on this machine. {hint}")
-    value = str(Path(name).resolve()) if Path(name).exists() else name
+    path_given = None if catalogue.lookup(name) else store.as_path(name)
+    value = str(path_given or name)
     path = settings.store("model", value)
     click.echo(f"midfill uses {value} from the next start on ({path}).")
 

@@ -56,6 +56,10 @@ MODELS = {
 }
 
 
+def silent(message, share):
+    pass
+
+
 def permuted(weight, num_heads):
     """`permute` of llama.cpp's convert_hf_to_gguf.py."""
     rows, columns = weight.shape
@@ -114,7 +118,7 @@ def test_the_converted_model_has_the_logits_of_the_original(tmp_path, name):
     write_gguf(tmp_path / "m.gguf", name, model)
     folder = tmp_path / "converted"
     folder.mkdir()
-    convert(tmp_path / "m.gguf", folder, lambda message, share: None)
+    convert(tmp_path / "m.gguf", folder, silent)
     converted = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert type(converted) is type(model)
     ids = torch.randint(0, VOCAB, (2, 40))

@@ -1,0 +1,221 @@
+"""A model from the Hugging Face hub, or from a mirror of it (HF_ENDPOINT).
+
+Fetches configuration, tokenizer and safetensors weights only: no code, no pickles. Resumes what an
+interrupted run left. Knows nothing of midfill's cache but the folder it is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from midfill.errors import ModelError
+
+Report = Callable[[int], None]
+"""Called with the number of bytes that are here."""
+
+# Time for the hub's first answer. Where a network blocks it, the next source is tried after this.
+_FIRST_ANSWER_S = 4.0
+_POLL_S = 0.25
+
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "model.safetensors.index.json",
+)
+
+
+class HubUnreachableError(ModelError):
+    """The hub does not answer, or is switched off: another source may be tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What there is to fetch.
+
+    Attributes:
+        repository: the hub id.
+        revision: the commit.
+        sizes: bytes of each file.
+        hashes: SHA-256 of the large ones.
+    """
+
+    repository: str
+    revision: str
+    sizes: dict[str, int]
+    hashes: dict[str, str]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all files together."""
+        return sum(self.sizes.values())
+
+
+def look_up(repository: str) -> Listing:
+    """Ask the hub which files the model has.
+
+    Raises:
+        HubUnreachableError: no answer within a few seconds, or HF_HUB_OFFLINE is set.
+        ModelError: no such repository, no access to it, or nothing in it that midfill loads.
+    """
+    info = _ask(repository)
+    names = {item.rfilename: item for item in info.siblings or ()}
+    weights = [name for name in names if fnmatch(name, "model*.safetensors")]
+    weights = weights or [name for name in names if fnmatch(name, "*.safetensors") and "/" not in name]
+    if not weights:
+        raise ModelError(
+            f"The hub repository {repository} has no safetensors weights, only other formats; midfill "
+            "refuses pickled weights. Choose another model, or convert this one where you trust it."
+        )
+    wanted = {name: names[name] for name in (*_SMALL_FILES, *weights) if name in names}
+    return Listing(
+        repository,
+        info.sha or "main",
+        {name: item.size or 0 for name, item in wanted.items()},
+        {name: item.lfs.sha256 for name, item in wanted.items() if item.lfs is not None},
+    )
+
+
+def fetch(listing: Listing, folder: Path, report: Report) -> None:
+    """All files into the folder, verified by SHA-256 where the hub gives one.
+
+    Raises:
+        ModelError: the connection broke (run again, it goes on), or a file is not what it should be.
+    """
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - takes 0.3 s
+    from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415
+
+    disable_progress_bars()
+    try:
+        with _watched(folder, report):
+            snapshot_download(
+                listing.repository,
+                revision=listing.revision,
+                local_dir=folder,
+                allow_patterns=list(listing.sizes),
+            )
+    except Exception as error:
+        raise _explain(error, listing.repository, "stopped answering; run it again, it goes on") from error
+    for name, expected in listing.hashes.items():
+        with (folder / name).open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != expected:
+            (folder / name).unlink()
+            raise ModelError(
+                f"{name} of {listing.repository} has the wrong SHA-256: {found} instead of {expected}. It is "
+                "deleted and not used. Run it again."
+            )
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    if not (folder / "tokenizer.json").exists():
+        _build_tokenizer(folder, listing.repository)
+
+
+def _ask(repository: str) -> Any:
+    """The hub's answer, or HubUnreachableError after `_FIRST_ANSWER_S`.
+
+    In a thread of its own, because looking up a host name cannot be given a time limit.
+    """
+    answer: list[Any] = []
+
+    def ask() -> None:
+        try:
+            from huggingface_hub import HfApi  # noqa: PLC0415 - takes 0.3 s
+
+            answer.append(HfApi().model_info(repository, timeout=_FIRST_ANSWER_S, files_metadata=True))
+        except Exception as error:  # noqa: BLE001 - handed to the caller's thread
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, name="midfill-hub", daemon=True)
+    thread.start()
+    thread.join(_FIRST_ANSWER_S + 0.5)
+    if not answer:
+        raise HubUnreachableError(f"The hub did not answer within {_FIRST_ANSWER_S:.0f} s.")
+    if isinstance(answer[0], Exception):
+        raise _explain(answer[0], repository, "cannot be reached") from answer[0]
+    return answer[0]
+
+
+def _explain(error: Exception, repository: str, unreachable: str) -> Exception:
+    """One sentence for what the hub library raised; what is no matter of the hub stays as it is."""
+    from huggingface_hub import constants, errors  # noqa: PLC0415 - takes 0.3 s
+
+    page = f"{constants.ENDPOINT}/{repository}"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
+    if _is_network(error):
+        return HubUnreachableError(f"The hub ({constants.ENDPOINT}) {unreachable}: {error}")
+    if status >= 500 or status == 429:
+        return HubUnreachableError(f"The hub answers with status {status}. Try again later.")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return HubUnreachableError("The hub is switched off by HF_HUB_OFFLINE; unset it to fetch a model.")
+    if isinstance(error, errors.GatedRepoError):
+        sentence = f"is gated: accept its licence at {page}, run `hf auth login`, and fetch it again."
+    elif isinstance(error, errors.RepositoryNotFoundError):
+        sentence = f"is not on the hub, or is private. Check its name ({page}), or run `hf auth login`."
+    elif isinstance(error, errors.HFValidationError):
+        sentence = f"is no valid name of a hub repository: {error}"
+    elif status in (401, 403):
+        sentence = "cannot be fetched: the hub refuses access. Run `hf auth login`, and try again."
+    elif status:
+        sentence = f"cannot be fetched: the hub answers with status {status}: {error}"
+    else:
+        return error
+    return ModelError(f"{repository} {sentence}")
+
+
+def _is_network(error: Exception) -> bool:
+    """Whether there was no answer at all. The hub library's HTTP client differs between its versions."""
+    from huggingface_hub import errors  # noqa: PLC0415 - takes 0.3 s
+
+    if isinstance(error, errors.HfHubHTTPError | errors.OfflineModeIsEnabled):
+        return False
+    library = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
+    return bool(library & {"httpx", "httpx2", "requests"}) or isinstance(
+        error, ConnectionError | TimeoutError | errors.LocalEntryNotFoundError
+    )
+
+
+def _build_tokenizer(folder: Path, repository: str) -> None:
+    """A tokenizer.json from the older files of a slow tokenizer."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds, and few models need it
+
+    try:
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(folder)
+    except Exception as error:
+        raise ModelError(
+            f"{repository} has no tokenizer.json, and none can be made from its files without running its "
+            f"own code, which midfill does not do ({error})."
+        ) from error
+    if not (folder / "tokenizer.json").exists():
+        raise ModelError(f"{repository} has no tokenizer that the tokenizers library can load.")
+
+
+@contextmanager
+def _watched(folder: Path, report: Report) -> Iterator[None]:
+    """Report the size of a growing folder until the block ends."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(_POLL_S):
+            report(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+
+    thread = threading.Thread(target=watch, name="midfill-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,282 @@
+"""Models on this machine: where they live, which are complete, and how one comes into being.
+
+Every model in midfill's cache is a folder with config.json, tokenizer.json, safetensors weights and a
+manifest, midfill.json, that is written last. Folders are built beside their place and renamed into it,
+so a half-written one is never found. Uses no network, and imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from midfill.errors import ModelError
+from midfill.models import catalogue
+from midfill.models.catalogue import Entry
+
+_MANIFEST = "midfill.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A complete model folder.
+
+    Attributes:
+        name: catalogue name, hub id or path, as the user chose it.
+        path: the folder with config.json, tokenizer.json and safetensors weights.
+        family: the FIM family that the catalogue declares, or None.
+        source: where the weights came from, for the user.
+    """
+
+    name: str
+    path: Path
+    family: str | None
+    source: str
+
+
+def cache_root() -> Path:
+    """The folder of all that midfill can fetch again: $MIDFILL_CACHE, or the user's cache folder."""
+    if chosen := os.environ.get("MIDFILL_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    import platformdirs  # noqa: PLC0415 - not needed where the variable is set
+
+    return platformdirs.user_cache_path("midfill")
+
+
+def models_dir() -> Path:
+    """The folder that holds a folder for each model."""
+    return cache_root() / "models"
+
+
+def find(name_or_path: str, known: Mapping[str, Entry] | None = None) -> LocalModel | None:
+    """The model, if it is on this machine and complete.
+
+    Looked for in order: a catalogue name or hub id in midfill's cache, then in the hub's own cache; a
+    path to a model folder; a path to a GGUF file that has been converted before. A relative path of the
+    form "a/b" must be written "./a/b": otherwise a folder that happens to be in the current directory,
+    such as one of a cloned repository, could take the place of a hub model.
+
+    Args:
+        name_or_path: what the user wrote.
+        known: the catalogue; midfill's own by default.
+
+    Raises:
+        ModelError: the path exists, but is no model that midfill can load.
+    """
+    entry = catalogue.lookup(name_or_path, known)
+    if entry is None and (path := as_path(name_or_path)) is not None:
+        if path.is_dir():
+            return _from_folder(name_or_path, path)
+        return read_folder(models_dir() / gguf_key(path), name=name_or_path)
+    key = key_of(entry.name if entry else name_or_path)
+    name = entry.name if entry else name_or_path
+    if found := read_folder(models_dir() / key, name=name):
+        return found
+    hub = entry.hub if entry else name_or_path
+    if catalogue.is_hub_id(hub) and (snapshot := _hub_snapshot(hub)):
+        family = entry.family if entry else None
+        return LocalModel(name, snapshot, family, f"{hub}, in the cache of huggingface_hub")
+    return None
+
+
+def installed() -> list[LocalModel]:
+    """Every complete model in midfill's cache, by name."""
+    folder = models_dir()
+    if not folder.is_dir():
+        return []
+    found = (read_folder(path) for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted((model for model in found if model is not None), key=lambda model: model.name)
+
+
+def as_path(name_or_path: str) -> Path | None:
+    """The existing file or folder that the user means, or None if it is a name."""
+    path = Path(name_or_path).expanduser()
+    explicit = path.is_absolute() or name_or_path.startswith((".", "~")) or path.suffix.lower() == ".gguf"
+    if not explicit and catalogue.is_hub_id(name_or_path):
+        return None
+    try:
+        return path.absolute() if name_or_path.strip() and path.exists() else None
+    except (OSError, ValueError):  # too long, or with a zero byte: certainly no path
+        return None
+
+
+def key_of(name: str) -> str:
+    """The folder name of a model in the cache."""
+    return name.replace("/", "--").lower()
+
+
+def gguf_key(path: Path) -> str:
+    """The folder name of a converted GGUF file: it changes with the file's place, size and date."""
+    resolved = path.resolve()
+    stat = resolved.stat()
+    identity = f"{resolved}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    return f"gguf--{key_of(path.stem)}--{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a model folder.
+
+    Raises:
+        ModelError: it is not there, or is no JSON object.
+    """
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ModelError(f"{file} is no valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file} holds no JSON object.")
+    return config
+
+
+def read_folder(folder: Path, name: str | None = None) -> LocalModel | None:
+    """The model in a folder of midfill's cache, or None if it is not there or not complete."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        if manifest["format"] != _FORMAT:
+            return None
+        for file, facts in manifest["files"].items():
+            if (folder / file).stat().st_size != facts["bytes"]:
+                return None
+        return LocalModel(name or manifest["name"], folder, manifest["family"], manifest["source"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+@contextmanager
+def new_folder(key: str) -> Iterator[Path]:
+    """An empty folder to build a model in; gone at the end, unless `publish` has renamed it.
+
+    The caller holds the model's lock, so what an interrupted run left can be deleted.
+    """
+    building = models_dir() / f".building-{key}"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def publish(building: Path, key: str, *, name: str, family: str | None, source: str) -> LocalModel:
+    """Make a built folder findable: check it, sync it to disk, add the manifest, rename it into place.
+
+    Raises:
+        ModelError: the folder is not a complete model.
+    """
+    check_folder(building)
+    files = {}
+    for path in sorted(path for path in building.iterdir() if path.is_file()):
+        with path.open("rb") as stream:
+            files[path.name] = {
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
+            }
+            _sync(stream.fileno())
+    from midfill import __version__  # noqa: PLC0415 - reads the installed package's metadata
+
+    manifest = {
+        "format": _FORMAT,
+        "name": name,
+        "family": family,
+        "source": source,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "midfill": __version__,
+        "files": files,
+    }
+    with (building / _MANIFEST).open("w", encoding="utf-8") as out:
+        json.dump(manifest, out, indent=1)
+        out.flush()
+        _sync(out.fileno())
+    target = models_dir() / key
+    if target.exists():  # incomplete, or of an older format: `find` did not take it
+        old = models_dir() / f".old-{key}"
+        shutil.rmtree(old, ignore_errors=True)
+        target.replace(old)
+        shutil.rmtree(old, ignore_errors=True)
+    building.replace(target)
+    return LocalModel(name, target, family, source)
+
+
+def check_folder(folder: Path) -> None:
+    """A model folder has all that the engine reads.
+
+    Raises:
+        ModelError: something is missing, or the weights are pickled.
+    """
+    read_config(folder)
+    weights = _weight_files(folder)
+    if not weights:
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise ModelError(
+                f"{folder} holds its weights in Python's pickle format, which can run code when it is "
+                "loaded; midfill refuses it. If you trust it, convert it to safetensors: transformers' "
+                "from_pretrained(...).save_pretrained(...) does so."
+            )
+        if gguf := next(folder.glob("*.gguf"), None):
+            raise ModelError(f"{folder} is not a model folder. To use the GGUF file in it, name it: {gguf}")
+        raise ModelError(f"{folder} holds no weights: there is no *.safetensors file in it.")
+    for name in weights:
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} is incomplete: the weights {name} are missing. Fetch it again.")
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{folder} has no tokenizer.json. Make one with transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) into this folder."
+        )
+
+
+def _from_folder(name: str, folder: Path) -> LocalModel:
+    """A folder that the user names by its path: one of midfill's own keeps its family."""
+    check_folder(folder)
+    own = read_folder(folder)
+    return LocalModel(
+        name, folder, own.family if own else None, own.source if own else f"the folder {folder}"
+    )
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of all safetensors files that the folder should have."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        names = sorted(set(index["weight_map"].values()))
+    except OSError:
+        return sorted(path.name for path in folder.glob("*.safetensors"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"The index of the weights in {folder} is damaged. Fetch it again.") from error
+    if any(Path(name).name != name for name in names):
+        raise ModelError(f"The index of the weights in {folder} names files outside of it.")
+    return names
+
+
+def _hub_snapshot(hub: str) -> Path | None:
+    """The main snapshot of a repository in the hub library's cache, if it is a complete model."""
+    from huggingface_hub import constants  # noqa: PLC0415 - only where midfill's own cache has nothing
+
+    repository = Path(constants.HF_HUB_CACHE) / f"models--{hub.replace('/', '--')}"
+    try:
+        commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+        snapshot = repository / "snapshots" / commit
+        check_folder(snapshot)
+    except (OSError, ModelError):
+        return None
+    return snapshot
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some file systems refuse it for files opened to read; the hash in the manifest still tells.
+        return

@@ -1,0 +1,298 @@
+"""Text to token ids and back, from a model's tokenizer.json.
+
+Built on the `tokenizers` library alone: no transformers, no model. The tokenizer of the engine's
+contract differs from the library's own in four ways, each because code is edited text and not a chat:
+
+- Text can never become a control token. Not even the library's `encode_special_tokens` gives that:
+  the sentinels of Qwen2.5-Coder are added tokens that are not marked special. So the encoder is built
+  from the file with the control tokens taken out, and their names are kept beside it.
+- Nothing is added: no BOS, no EOS, no space before the first word.
+- Nothing is changed: Unicode normalisation is left out, so that `decode(encode(text)) == text`.
+- Every token has bytes, whatever came before it, so that a stream can be decoded token by token.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from midfill.errors import ModelError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SPACE_MARK = "\u2581"
+
+# The vocabularies of the Gemma family hold white space and HTML tags as added tokens. They are text:
+# a model that completes a web page must be able to read and write them.
+_TEXT_TOKEN = re.compile(
+    r"[\s\u2581]+"
+    r"|</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
+)
+
+
+def load_tokenizer(folder: Path) -> FastTokenizer:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: there is no tokenizer.json, it cannot be read, or it is of an unsupported kind.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        description = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"The tokenizer {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ModelError(f"The tokenizer {path} is no valid JSON: {error}. Fetch the model again.") from error
+    try:
+        return FastTokenizer(description)
+    except ModelError as error:
+        raise ModelError(f"The tokenizer {path} cannot be used. {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"The tokenizer {path} has not the form of a tokenizer.json: {error!r}.") from error
+
+
+class FastTokenizer:
+    """A tokenizer that satisfies the engine's contract. Its methods may be called from any thread.
+
+    Args:
+        description: the content of a tokenizer.json.
+    """
+
+    def __init__(self, description: Mapping[str, Any]) -> None:
+        from tokenizers import Tokenizer  # noqa: PLC0415 - `model list` needs no tokenizer
+
+        self._byte_level = "ByteLevel" in set(_types(description.get("decoder"))) | set(
+            _types(description.get("pre_tokenizer"))
+        )
+        vocab = _vocab(description["model"])
+        added = {token["content"]: token for token in description.get("added_tokens") or ()}
+        stray = {text for text in added if self._byte_level and len(text) == 1 and text in _BYTE_OF}
+        control = {
+            text: token["id"]
+            for text, token in added.items()
+            if text not in stray and (token.get("special") or not _TEXT_TOKEN.fullmatch(text))
+        }
+        ids: dict[str, int] = vocab | {text: token["id"] for text, token in added.items()}
+        self._ids = ids
+        self._added: dict[str, int] = {
+            text: token["id"] for text, token in added.items() if text not in stray
+        }
+        self._control_ids = frozenset(control.values())
+        self._num_ids = max(ids.values(), default=-1) + 1
+        marks = [ids.get(f"<0x{byte:02X}>") for byte in _utf8(_SPACE_MARK)]
+        self._mark_bytes = [] if self._byte_level else [i for i in marks if i is not None]
+        encoder = _text_only(description, vocab, control, {text: added[text]["id"] for text in stray})
+        try:
+            self._encoder = Tokenizer.from_str(json.dumps(encoder))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(f"The tokenizers library refuses it: {error}.") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text; what looks like a control token is encoded as ordinary characters."""
+        safe = _SURROGATE.sub("\ufffd", text)
+        if not self._mark_bytes or _SPACE_MARK not in safe:
+            return self._encode_plain(safe)
+        # SentencePiece writes spaces with this mark, so the mark itself must go by its bytes.
+        first, *others = safe.split(_SPACE_MARK)
+        ids = self._encode_plain(first)
+        for part in others:
+            ids += self._mark_bytes
+            ids += self._encode_plain(part)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; control tokens are spelled out; incomplete UTF-8 becomes U+FFFD."""
+        pieces = self._pieces
+        return b"".join(pieces[i] for i in ids if i < len(pieces)).decode("utf-8", errors="replace")
+
+    def token_id(self, name: str) -> int | None:
+        """The id of the one token spelled exactly `name` (control tokens included), or None."""
+        if (found := self._added.get(name)) is not None:
+            return found
+        if self._byte_level:
+            return self._ids.get("".join(_CHARACTER_OF[byte] for byte in _utf8(name)))
+        return self._ids.get(name.replace(" ", _SPACE_MARK))
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of every control token (sentinels, end of text, chat marks): never part of an answer."""
+        return self._control_ids
+
+    @property
+    def num_ids(self) -> int:
+        """One more than the highest id. A model's logits may be wider: the rest has no text."""
+        return self._num_ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token stands for: b"" for control tokens and unused ids."""
+        bytes_of = self.vocab_bytes()
+        return bytes_of[token] if token < len(bytes_of) else b""
+
+    def vocab_bytes(self) -> list[bytes]:
+        """`token_bytes` of every id from 0 to `num_ids`. Shared: do not change it."""
+        return self._text_pieces
+
+    def stream(self) -> TextStream:
+        """A decoder for ids that come one by one."""
+        return TextStream(self._pieces)
+
+    @cached_property
+    def _text_pieces(self) -> list[bytes]:
+        pieces = list(self._pieces)
+        for token in self._control_ids:
+            pieces[token] = b""
+        return pieces
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        pieces = [b""] * self._num_ids
+        spell = _byte_level_piece if self._byte_level else _sentencepiece_piece
+        for text, token in self._ids.items():
+            pieces[token] = spell(text)
+        for text, token in self._added.items():
+            # Added tokens are spelled as they are, save that SentencePiece's mark is a space in text.
+            plain = text if token in self._control_ids else text.replace(_SPACE_MARK, " ")
+            pieces[token] = _utf8(plain)
+        return pieces
+
+
+class TextStream:
+    """Decodes tokens one by one, holding back the bytes of a character that is not complete yet."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self._pieces = pieces
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The characters that this token completes, possibly none."""
+        piece = self._pieces[token] if token < len(self._pieces) else b""
+        return self._decoder.decode(piece)
+
+    def flush(self) -> str:
+        """What is held back at the end: U+FFFD for an unfinished character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """The printable character that stands for each byte in GPT-2's byte-level vocabularies.
+
+    Source: `bytes_to_unicode` of https://github.com/openai/gpt-2/blob/master/src/encoder.py.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {byte: chr(byte) for byte in printable}
+    others = (byte for byte in range(256) if byte not in alphabet)
+    return alphabet | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+_CHARACTER_OF = _byte_alphabet()
+_BYTE_OF = {character: byte for byte, character in _CHARACTER_OF.items()}
+_TO_LATIN_1 = {ord(character): byte for character, byte in _BYTE_OF.items()}
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", errors="replace")
+
+
+def _byte_level_piece(text: str) -> bytes:
+    try:
+        return text.translate(_TO_LATIN_1).encode("latin-1")
+    except UnicodeEncodeError:  # not in the byte alphabet: a sentinel with other characters
+        return _utf8(text)
+
+
+def _sentencepiece_piece(text: str) -> bytes:
+    if byte := _BYTE_PIECE.fullmatch(text):
+        return bytes.fromhex(byte[1])
+    return _utf8(text.replace(_SPACE_MARK, " "))
+
+
+def _types(node: Any) -> Iterator[str]:
+    """The types of a pipeline step and of the steps inside it."""
+    if isinstance(node, Mapping):
+        yield str(node.get("type"))
+        for inner in node.values():
+            for step in inner if isinstance(inner, list) else [inner]:
+                yield from _types(step)
+
+
+def _vocab(model: Mapping[str, Any]) -> dict[str, int]:
+    vocab = model["vocab"]
+    if model.get("type") == "Unigram" or isinstance(vocab, list):
+        return {piece: i for i, (piece, _) in enumerate(vocab)}
+    if model.get("type") == "WordPiece":
+        raise ModelError("It is a WordPiece vocabulary, which cannot spell source code.")
+    return dict(vocab)
+
+
+def _text_only(
+    description: Mapping[str, Any],
+    vocab: Mapping[str, int],
+    control: Mapping[str, int],
+    stray: dict[str, int],
+) -> dict[str, Any]:
+    """The same tokenizer, unable to produce a control token, to add anything or to change the text.
+
+    `stray` are single characters of the byte alphabet that some files (DeepSeek-Coder's) list as added
+    tokens. As such they would match the character itself, and decode to a broken byte; they are the
+    tokens of bytes that valid UTF-8 never has, and belong in the vocabulary.
+    """
+    model = dict(description["model"])
+    added = []
+    if isinstance(model["vocab"], dict):
+        added = [
+            token
+            for token in description.get("added_tokens") or ()
+            if token["content"] not in control and token["content"] not in stray
+        ]
+        # The library numbers added tokens anew unless the vocabulary has them.
+        kept = {token["content"]: token["id"] for token in added}
+        model["vocab"] = {text: i for text, i in vocab.items() if text not in control} | kept | stray
+        if model.get("unk_token") not in model["vocab"]:
+            model["unk_token"] = None
+    if model.get("merges") and any(text in vocab for text in control):
+        # "</" + "s>" may make "</s>" even where that is no added token any more.
+        model["merges"] = [merge for merge in model["merges"] if not _names(merge, control)]
+    return {
+        "version": description.get("version", "1.0"),
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": _unchanging(description.get("normalizer")),
+        "pre_tokenizer": _unchanging(description.get("pre_tokenizer")),
+        "post_processor": None,
+        "decoder": None,
+        "model": model,
+    }
+
+
+def _names(merge: str | Sequence[str], control: Mapping[str, int]) -> bool:
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left + right in control or left in control or right in control
+
+
+def _unchanging(step: Any) -> Any:
+    """A normaliser or pre-tokenizer without the parts that add a space or rewrite characters."""
+    if not isinstance(step, Mapping):
+        return step
+    kind = step.get("type")
+    if kind in {"NFC", "NFD", "NFKC", "NFKD", "Prepend", "Strip", "StripAccents", "Lowercase"}:
+        return None
+    if kind == "Sequence":
+        name = "normalizers" if "normalizers" in step else "pretokenizers"
+        kept = [inner for inner in map(_unchanging, step[name]) if inner is not None]
+        return {"type": "Sequence", name: kept} if kept else None
+    if kind == "Metaspace":
+        plain = {key: value for key, value in step.items() if key != "add_prefix_space"}
+        return plain | {"prepend_scheme": "never"}
+    if kind == "ByteLevel":
+        return dict(step) | {"add_prefix_space": False}
+    return step

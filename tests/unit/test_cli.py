@@ -1,0 +1,130 @@
+"""The command line as a process: what a person types, what comes back."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = [sys.executable, "-P", "-m", "midfill"]
+
+
+@pytest.fixture
+def midfill(tmp_path):
+    """Run midfill with a cache and settings of its own."""
+    env = os.environ | {"MIDFILL_CACHE": str(tmp_path / "cache"), "MIDFILL_CONFIG": str(tmp_path / "config.toml")}
+
+    def run(*arguments, text=None, cwd=None):
+        return subprocess.run(
+            [*COMMAND, *arguments], input=text, capture_output=True, text=True, timeout=60, check=False, env=env, cwd=cwd
+        )
+
+    return run
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.json"
+    path.write_text(json.dumps({"rules": [{"text": "1 + 1\n"}]}))
+    return f"scripted:{path}"
+
+
+def test_help_and_version_are_quick_and_import_nothing_heavy():
+    code = "import sys; sys.argv = ['midfill', '--help']\nfrom midfill.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print({'torch', 'transformers', 'lsprotocol', 'rich', 'pydantic', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    best = 9.0
+    for _ in range(5):
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - begun)
+    assert "midfill demo" in done.stdout
+    assert done.stderr.strip() == "set()"
+    assert best < 0.2
+
+
+@pytest.mark.parametrize("arguments", [["serve"], ["complete"], ["demo"], ["doctor"], ["model", "pull"], ["model", "check"]])
+def test_every_command_has_help(midfill, arguments):
+    done = midfill(*arguments, "--help")
+    assert done.returncode == 0
+    assert "Usage: " in done.stdout
+
+
+def test_the_version_is_printed(midfill):
+    assert midfill("--version").stdout.startswith("midfill 0.")
+
+
+def test_a_completion_is_printed(midfill, script, tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("a = \nb = 2\n")
+    done = midfill("complete", f"{path}:1:5", "--engine", script)
+    assert (done.returncode, done.stdout) == (0, "1 + 1\n")
+
+
+def test_a_completion_from_stdin_as_json(midfill, script):
+    done = midfill("complete", "-:1:5", "--language", "python", "--json", "--engine", script, text="a = \nb = 2\n")
+    assert json.loads(done.stdout)["text"] == "1 + 1"
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("nowhere.py:1:1", "Cannot read nowhere.py: No such file or directory."),
+        ("a.py:9:1", "a.py has 2 lines, so there is no line 9."),
+        ("a.py:0:1", "'a.py:0:1' is not FILE:LINE:COL"),
+        ("a.py", "'a.py' is not FILE:LINE:COL"),
+        ("a.py:x:y", "'a.py:x:y' is not FILE:LINE:COL"),
+        ("binary.py:1:1", "binary.py is not text in UTF-8."),
+    ],
+)
+def test_a_bad_place_is_named(midfill, tmp_path, where, message):
+    (tmp_path / "a.py").write_text("a = 1\n")
+    (tmp_path / "binary.py").write_bytes(b"\xff\xfe\xfa")
+    done = midfill("complete", where, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_suggestion_is_said_with_the_reason(midfill, script):
+    done = midfill("complete", "-:1:1", "--engine", script, text="\n")
+    assert done.returncode == 1
+    assert "The file is empty" in done.stderr
+
+
+def test_a_model_that_is_not_here_names_the_command_that_fetches_it(midfill):
+    done = midfill("complete", "-:1:1", text="a = 1\n")
+    assert done.returncode == 1
+    assert "midfill model pull qwen2.5-coder-0.5b" in done.stderr
+
+
+def test_models_are_listed(midfill):
+    models = json.loads(midfill("model", "list", "--json").stdout)
+    names = {model["name"] for model in models["models"]}
+    assert models["used"] == "qwen2.5-coder-0.5b"
+    assert names >= {"qwen2.5-coder-0.5b", "tiny-starcoder-py", "starcoderbase-7b", "mellum-4b", "seed-coder-8b"}
+    assert not any(model["installed"] for model in models["models"])
+
+
+@pytest.mark.parametrize("command", ["use", "path"])
+def test_an_absent_model_cannot_be_used(midfill, command):
+    done = midfill("model", command, "qwen2.5-coder-1.5b")
+    assert done.returncode == 1
+    assert "midfill model pull qwen2.5-coder-1.5b" in done.stderr
+
+
+def test_a_broken_settings_file_is_named(midfill, tmp_path):
+    (tmp_path / "config.toml").write_text("max_new_tokens = 0\n")
+    done = midfill("complete", "-:1:1", text="a = 1\n")
+    assert done.returncode == 1
+    assert "config.toml" in done.stderr
+    assert "max_new_tokens" in done.stderr
+
+
+def test_the_doctor_names_the_remedy_for_a_missing_model(midfill):
+    done = midfill("doctor", "--json")
+    assert done.returncode == 1
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["model"]["status"] == "error"
+    assert checks["model"]["remedy"] == "Run: midfill model pull qwen2.5-coder-0.5b"
