@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from midfill import __version__
 from midfill.errors import MidfillError, SettingsError
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _ADAPTER = click.option(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with:  midfill demo",
 )
-@click.version_option(package_name="midfill", message="midfill %(version)s")
+@click.version_option(__version__, message="midfill %(version)s")
 def cli() -> None:
     """Fill-in-the-middle code completion on your own machine, for any LSP editor."""
 
@@ -60,11 +61,19 @@ def main() -> None:
     "--log-file", type=click.Path(path_type=Path), help="Append the log to this file, not to stderr."
 )
 @click.option("--log-level", type=click.Choice(_LOG_LEVELS), default="warning", show_default=True)
+@click.option(
+    "--record", type=click.Path(path_type=Path), help="For `midfill replay`; the file contains source text."
+)
 @_MODEL
 @_ADAPTER
 @click.option("--engine", "script", hidden=True, help="For tests: scripted:FILE.")
-def serve(
-    log_file: Path | None, log_level: str, model: str | None, adapter: str | None, script: str | None
+def serve(  # noqa: PLR0913 - one parameter for each option
+    log_file: Path | None,
+    log_level: str,
+    record: Path | None,
+    model: str | None,
+    adapter: str | None,
+    script: str | None,
 ) -> None:
     """Run the language server on stdin and stdout. Editors start it.
 
@@ -72,12 +81,16 @@ def serve(
     Examples:
       midfill serve
       midfill serve --log-file /tmp/midfill.log --log-level info
+      midfill serve --record session.jsonl
     """
     from midfill.server import serve as serve_stdio
 
     _set_up_logging(log_file, log_level)
     settings = _settings(model=model, adapter=adapter)
-    status = serve_stdio(settings, _engine_maker(script))
+    from midfill.recording import Recorder
+
+    tap = Recorder(record).note if record is not None else None
+    status = serve_stdio(settings, _engine_maker(script), tap)
     logging.shutdown()
     # A forward pass that still runs on the engine's thread must not hold the process.
     os._exit(status)
@@ -148,8 +161,6 @@ def demo(model: str | None, as_json: bool) -> None:
     if store.find(settings.model) is None:
         _with_progress(f"fetching {settings.model}", lambda report: fetch.pull(settings.model, report))
     console = None if as_json else Console(highlight=False)
-    if console is not None:
-        console.print(f"[dim]starting midfill serve with {settings.model} ...[/dim]\n")
     suggestions = asyncio.run(play.run(console, {"model": settings.model}))
     seconds = time.monotonic() - begun
     if console is None:
@@ -161,6 +172,57 @@ def demo(model: str | None, as_json: bool) -> None:
             console.print(line, markup=False, soft_wrap=True)
     if not all(suggestion.text for suggestion in suggestions):
         raise MidfillError("Not every sample got a suggestion: run `midfill doctor`.")
+
+
+@cli.command()
+@click.argument("recording", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--command", metavar="CMD", help="The server to start, e.g. 'midfill serve --model NAME'.")
+@click.option(
+    "--speed",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="So many times as fast as it was recorded; 0 waits for answers only.",
+)
+@_JSON
+def replay(recording: Path, command: str | None, speed: float, as_json: bool) -> None:
+    """Play a session that `midfill serve --record` wrote, and compare the answers.
+
+    Ends with status 1 if an answer differs from the recorded one.
+
+    \b
+    Example:
+      midfill replay session.jsonl --speed 0
+    """
+    from midfill import recording as sessions
+
+    result = asyncio.run(sessions.replay(recording, command, speed))
+    click.echo(json.dumps(result) if as_json else sessions.describe(result))
+    if result["different"]:
+        raise click.exceptions.Exit(1)
+
+
+@cli.group()
+def bench() -> None:
+    """Measure midfill's own speed."""
+
+
+@bench.command("lsp")
+@click.option("--keys", type=click.IntRange(10), default=500, show_default=True, help="Keys to type.")
+@click.option("--busy", is_flag=True, help="While a real model decodes in the same process.")
+@_MODEL
+@_JSON
+def bench_lsp(keys: int, busy: bool, model: str | None, as_json: bool) -> None:
+    """Type into the real server and measure what all but the model takes.
+
+    A script takes the model's place; each key is timed from its change and request to the answer.
+
+    """
+    from midfill.bench import bench_lsp as measure
+
+    result = asyncio.run(measure(keys, busy_model=_settings(model=model).model if busy else None))
+    rows = (f"{key:12} {value}" for key, value in result.items())
+    click.echo(json.dumps(result) if as_json else "\n".join(rows))
 
 
 @cli.group()
@@ -316,6 +378,90 @@ def doctor(as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
+@cli.group("eval")
+def eval_() -> None:
+    """Measure how good the suggestions are."""
+
+
+@eval_.command("infilling")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--raw", is_flag=True, help="The model alone: no anchoring, healing, stopping or clean-up.")
+@click.option("--limit", type=click.IntRange(1), help="At most this many tasks, evenly from each kind.")
+@click.option("--max-tokens", type=click.IntRange(1, 1024), help="Most tokens of a suggestion.")
+@click.option("--results", type=click.Path(path_type=Path), help="Keep results here, and go on from them.")
+@click.option("--compare", type=click.Path(path_type=Path), help="Results of another run, compared pair by pair.")
+@_MODEL
+@_ADAPTER
+@_JSON
+def eval_infilling(  # noqa: PLR0913, PLR0917 - one parameter for each option
+    file: Path,
+    raw: bool,
+    limit: int | None,
+    max_tokens: int | None,
+    results: Path | None,
+    compare: Path | None,
+    model: str | None,
+    adapter: str | None,
+    as_json: bool,
+) -> None:
+    """Fill the holes of FILE's tasks, run their tests, and print what share passes.
+
+    FILE has a JSON object a line (.jsonl or .jsonl.gz), in the format of HumanEval-Infilling. The programs
+    are run: use tasks that you trust.
+
+    \b
+    Examples:
+      midfill eval infilling tasks.jsonl.gz --limit 40
+      midfill eval infilling tasks.jsonl --results new.jsonl --compare old.jsonl --json
+    """
+    from midfill import evaluation
+
+    tasks = evaluation.read_tasks(file)
+    tasks = evaluation.sample(tasks, limit) if limit else tasks
+    settings = _settings(model=model, adapter=adapter, max_new_tokens=max_tokens)
+    done = {result.id: result for result in evaluation.read_results(results)} if results else {}
+    found = _with_progress(
+        "loading the model",
+        lambda report: asyncio.run(_evaluate(settings, tasks, done, results, report, raw=raw)),
+    )
+    summary = evaluation.summarise(found)
+    if compare is not None:
+        earlier = {result.id: result for result in evaluation.read_results(compare)}
+        summary["compared"] = evaluation.compare(found, earlier)
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    for kind, share in summary["pass@1"].items():
+        click.echo(f"{kind:24} pass@1 {share:6.1%}   exact {summary['exact'][kind]:6.1%}")
+    click.echo(f"{summary['tasks']} tasks, p50 {summary['latency_ms']['p50']:.0f} ms")
+    if compare is not None:
+        compared = summary["compared"]
+        click.echo("compared: {better} better, {worse} worse of {tasks}, p = {p}".format(**compared))
+
+
+async def _evaluate(  # noqa: PLR0913 - what a run is made of
+    settings: Settings, tasks: Any, done: Any, results: Path | None, report: Progress, *, raw: bool
+) -> Any:
+    from midfill import evaluation
+
+    engine = _engine_maker(None)(settings)
+    try:
+        await engine.start(report)
+        filler = evaluation.Filler(engine, settings, raw=raw)
+        count = len(done)
+
+        def keep(result: Any) -> None:
+            nonlocal count
+            count += 1
+            report("filling holes", min(1.0, count / len(tasks)))
+            if results is not None:
+                evaluation.append_result(results, result)
+
+        return await evaluation.evaluate(tasks, filler, done, keep)
+    finally:
+        await engine.close()
+
+
 def _settings(**overrides: Any) -> Settings:
     """The user's settings, with those of the command line laid over them."""
     from midfill import settings
@@ -326,6 +472,10 @@ def _settings(**overrides: Any) -> Settings:
 
 def _engine_maker(script: str | None) -> Callable[[Settings], Engine]:
     def make(settings: Settings) -> Engine:
+        if script is not None and script.startswith("busy:"):
+            from midfill.bench import BusyEngine
+
+            return BusyEngine(Path(script.removeprefix("busy:")), _engine_maker(None)(settings))
         if script is not None:
             from midfill.engine.scripted import Script, ScriptedEngine
 
@@ -437,6 +587,7 @@ def _with_progress(title: str, work: Callable[[Progress], T]) -> T:
         TaskProgressColumn(),
         TimeElapsedColumn(),
         console=console,
+        transient=True,
     ) as bar:
         task = bar.add_task(title, total=None)
 

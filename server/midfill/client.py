@@ -34,6 +34,22 @@ class ServerError(MidfillError):
         self.code = code
 
 
+def to_frame(message: Any) -> bytes:
+    """A message as it goes over the wire."""
+    body = json.dumps(message).encode()
+    return b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+async def read_message(stream: asyncio.StreamReader) -> Any:
+    """The next message, or None when the server has closed its output."""
+    try:
+        header = await stream.readuntil(b"\r\n\r\n")
+        length = int(header.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+        return json.loads(await stream.readexactly(length))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+
+
 class Client:
     """One server process and the conversation with it. Make it with `start`."""
 
@@ -117,18 +133,14 @@ class Client:
         stdin = self.process.stdin
         if stdin is None or stdin.is_closing():
             raise ServerError(0, "The server is gone.")
-        body = json.dumps(message).encode()
-        stdin.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        stdin.write(to_frame(message))
 
     async def _read(self) -> None:
         stdout = self.process.stdout
         if stdout is None:
             return
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                header = await stdout.readuntil(b"\r\n\r\n")
-                length = int(header.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-                self._receive(json.loads(await stdout.readexactly(length)))
+        while (message := await read_message(stdout)) is not None:
+            self._receive(message)
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(ServerError(0, "The server ended."))

@@ -30,7 +30,7 @@ _CONTINUES_WORD = re.compile(r"\w")
 # Behind the cursor may stand what editors insert by themselves: closers, then one separator.
 _HARMLESS_TAIL = re.compile(r"""\s*[)>}\]"'`]*\s*[:{;,]?\s*\Z""")
 # Also the colon of URIs without a path ("untitled:.env"), and the separator of Windows.
-_SEPARATOR = re.compile(r"[/\\\\:]")
+_SEPARATOR = re.compile(r"[/\\:]")
 _QUERY = re.compile(r"[?#]")
 _LINES_BELOW = 16
 # Of a longer line only the ends matter: its indentation, and what is next to the cursor.
@@ -155,6 +155,10 @@ class Completer:
             return self._nothing(Reason.DEADLINE, prompt, request, begun)
         except EngineError as error:
             _LOG.warning("the engine failed: %s", error)
+            return self._nothing(Reason.ENGINE_ERROR, prompt, request, begun)
+        except Exception as error:  # noqa: BLE001 - one request fails, whatever a model does
+            # Not its message, which may quote the prompt.
+            _LOG.error("the engine failed: %s", type(error).__name__)
             return self._nothing(Reason.ENGINE_ERROR, prompt, request, begun)
         text, why = clean(raw, place, complete=complete, forbidden=self._forbidden)
         if why is not None:

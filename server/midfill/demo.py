@@ -10,17 +10,18 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
 from rich.console import Console
+from rich.status import Status
 from rich.text import Text
 
 from midfill.client import Client, ServerError
 from midfill.errors import MidfillError
 from midfill.languages import language_id
-
 
 _OPEN, _CLOSE = "⟦", "⟧"
 # A quick typist; the seed makes every run type alike.
@@ -92,7 +93,8 @@ async def run(console: Console | None, options: dict[str, Any]) -> list[Suggesti
     """
     client = await Client.start()
     try:
-        await _ready(client, options)
+        with console.status("starting midfill serve") if console else nullcontext() as status:
+            await _ready(client, options, status)
         shown = []
         for name, spots in samples():
             for spot in spots:
@@ -105,8 +107,8 @@ async def run(console: Console | None, options: dict[str, Any]) -> list[Suggesti
         await client.close()
 
 
-async def _ready(client: Client, options: dict[str, Any]) -> None:
-    """Wait until the server has loaded its model."""
+async def _ready(client: Client, options: dict[str, Any], status: Status | None) -> None:
+    """Wait until the server has loaded its model; show how it goes."""
     loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def hear(method: str, params: Any) -> None:
@@ -114,8 +116,12 @@ async def _ready(client: Client, options: dict[str, Any]) -> None:
             return
         if method == "window/showMessage":
             loaded.set_exception(MidfillError(params["message"]))
-        elif method == "$/progress" and params["value"]["kind"] == "end":
-            loaded.set_result(None)
+        elif method == "$/progress":
+            value = params["value"]
+            if value["kind"] == "end":
+                loaded.set_result(None)
+            elif status is not None and value.get("message"):
+                status.update(f"midfill serve: {value['message']}")
 
     client.on_notification = hear
     await client.initialize(options)

@@ -1,4 +1,4 @@
-"""`midfill doctor` and `midfill model check`: is everything here, does it work, how fast is it?
+"""`midfill doctor` and `midfill model check`: what is here, whether it works, how fast it is.
 
 Every finding that is not "ok" comes with what to do about it.
 """
@@ -31,6 +31,10 @@ MakeEngine = Callable[[Settings], Engine]
 
 _PACKAGES = ("midfill", "torch", "transformers", "peft", "tokenizers", "pygls")
 _SPEED_TEST_S = 1.0
+_SPEED_TEST_TOKENS = 257
+_SPEED_TEST_TEXT = "".join(
+    f"def area_{n}(width, height):\n    return {n} * width * height\n\n\n" for n in range(32)
+)
 _SLOW_TOKENS_PER_S = 5.0
 _MIN_FREE_GB = 2.0
 _MB = 1_000_000
@@ -132,44 +136,65 @@ def _memory(settings: Settings) -> Check:
     entry = catalogue.lookup(settings.model)
     if entry is not None and free_mb < entry.memory_mb:
         found = f"{free_mb / 1000:.1f} GB free, {entry.name} needs {entry.memory_mb / 1000:.1f} GB"
-        return Check("memory", "warning", found, "Close programs, or choose a smaller model: midfill model list")
+        return Check(
+            "memory", "warning", found, "Close programs, or choose a smaller model: midfill model list"
+        )
     return Check("memory", "ok", f"{free_mb / 1000:.1f} GB free")
 
 
 async def _speed(settings: Settings, make_engine: MakeEngine) -> Check:
-    """Load the model, then let it write for a second."""
+    """Load the model, and let it read and write for about a second."""
     begun = time.monotonic()
     engine = None
     try:
         engine = await asyncio.to_thread(make_engine, settings)
         await engine.start(lambda _message, _share: None)
         load_s = time.monotonic() - begun
-        first_ms, tokens_per_s = await _measure(engine)
+        speed = await _measure(engine)
     except MidfillError as error:
         return Check("speed", "error", str(error), f"Run: midfill model check {settings.model}")
     finally:
         if engine is not None:
             await engine.close()
-    found = f"loaded in {load_s:.1f} s, first token {first_ms:.0f} ms, {tokens_per_s:.1f} tokens/s"
-    if tokens_per_s < _SLOW_TOKENS_PER_S:
-        return Check("speed", "warning", found, "Choose a smaller model: midfill model list")
+    found = (
+        f"loaded in {load_s:.1f} s, reads {speed.read_per_s:.0f} and writes {speed.written_per_s:.1f} "
+        f"tokens/s, first token after a key {speed.next_key_ms:.0f} ms"
+    )
+    if speed.written_per_s < _SLOW_TOKENS_PER_S:
+        return Check(
+            "speed", "warning", found, "Close programs, or choose a smaller model: midfill model list"
+        )
     return Check("speed", "ok", found)
 
 
-async def _measure(engine: Engine) -> tuple[float, float]:
-    """Milliseconds to the first token of a short prompt, and tokens per second after it."""
-    prompt = tuple(engine.model.tokenizer.encode("import os\n\n\ndef list_files(folder):\n" * 4))
-    begun = time.monotonic()
-    first = 0.0
-    count = 0
-    async with aclosing(engine.generate(Request(prompt, max_new_tokens=512))) as tokens:
-        async for _ in tokens:
-            count += 1
-            first = first or time.monotonic()
-            if time.monotonic() - first > _SPEED_TEST_S:
+@dataclass(frozen=True, slots=True)
+class _Speed:
+    """Tokens per second read (prefill) and written (decode), and the time to a first token with warm KV."""
+
+    read_per_s: float
+    written_per_s: float
+    next_key_ms: float
+
+
+async def _measure(engine: Engine) -> _Speed:
+    tokens = tuple(engine.model.tokenizer.encode(_SPEED_TEST_TEXT))[:_SPEED_TEST_TOKENS]
+    cold = Request(tokens[:-1], max_new_tokens=engine.model.context - len(tokens))
+    async with aclosing(engine.generate(cold)) as output:
+        async for _ in output:
+            if time.monotonic() - cold.stats.first_token_s > _SPEED_TEST_S:
                 break
-    first = first or time.monotonic()
-    return (first - begun) * 1000, max(count - 1, 0) / max(time.monotonic() - first, 1e-6)
+    writing_s = time.monotonic() - cold.stats.first_token_s
+    warm = Request(tokens, max_new_tokens=1)
+    async with aclosing(engine.generate(warm)) as output:
+        async for _ in output:
+            pass
+    # A model that ends at once has nothing to measure.
+    reading_s = max(cold.stats.first_token_s - cold.stats.started_s, 1e-6)
+    return _Speed(
+        len(cold.tokens) / reading_s,
+        max(cold.stats.num_generated - 1, 0) / writing_s,
+        max(warm.stats.first_token_s - warm.stats.submitted_s, 0.0) * 1000,
+    )
 
 
 async def check_model(settings: Settings, make_engine: MakeEngine) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Document:
 
         Versions are recorded, not checked: clients repeat them and go back, and the last text wins.
         """
-        lines, num_chars = self.lines, self.num_chars
+        lines, num_chars = self.lines.copy(), self.num_chars
         for change in changes:
             if change.start is None or change.end is None:
                 lines = split_lines(change.text)
@@ -99,7 +99,7 @@ class Document:
                 end = locate(lines, change.end, encoding)
                 first, last, middle = _splice(lines, start, end, change.text)
                 num_chars += _count(middle) - _count(lines[first:last])
-                lines = lines[:first] + middle + lines[last:]
+                lines[first:last] = middle
         return replace(self, lines=lines, num_chars=num_chars, version=version)
 
     def point(self, position: tuple[int, int], encoding: Encoding) -> Point:

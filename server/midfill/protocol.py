@@ -1,13 +1,19 @@
 """The wire: frames over stdio, JSON-RPC's rules and the LSP life cycle, kept where pygls breaks them.
 
 pygls gives the registry of features, the capabilities and lsprotocol's types. What it gets wrong is
-mended here and nowhere else, each with a test in `tests/lsp/test_protocol.py`:
+mended here and nowhere else (params of documents and cursors: in `messages`), each with a test:
 
 - its reader wants exact header spelling, waits for bodies that never come and dies of bad ones;
-- bad messages get no answer or a pop-up; errors carry tracebacks; params are logged with their text;
+  bad messages get no answer or a pop-up; errors carry tracebacks; one table holds the requests of
+  both directions (`test_protocol.py`);
 - requests before `initialize` and after `shutdown` are not refused, a second `initialize` is served;
-- a coroutine handler starts after later messages were handled, so it would see a newer document;
-- writing to a client that does not read blocks the event loop.
+  a closed output is noticed at the next answer only (`test_lifecycle.py`);
+- one bad client capability refuses the whole `initialize` (`test_protocol.py`);
+- messages are logged with their text, by itself and by asyncio (`test_security.py`);
+- a coroutine handler starts after later messages were handled, so it would see a newer document
+  (`test_server.py`); it keeps a second copy of every document (`test_load.py`);
+- writing to a client that does not read blocks the event loop (`test_load.py`);
+- it announces commands and file operations that nobody serves (`test_capabilities.py`).
 
 Runs on the event loop, with one thread that reads and one that writes.
 """
@@ -22,18 +28,21 @@ import logging
 import os
 import queue
 import re
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import psutil
 from lsprotocol import types
 from pygls.exceptions import JsonRpcException
 from pygls.lsp.server import LanguageServer
 from pygls.protocol import LanguageServerProtocol, lsp_method
+
+from midfill.messages import READERS, MalformedError
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,6 +51,16 @@ _MAX_BODY_BYTES = 1 << 30
 _MAX_HEADER_BYTES = 1 << 16
 _READ_BYTES = 1 << 18
 _CONTENT_LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*(\d{1,20})[ \t]*\Z", re.IGNORECASE)
+# pygls would keep a second copy of every document, and serves commands though there are none.
+_NOT_BUILTIN = (
+    types.TEXT_DOCUMENT_DID_OPEN,
+    types.TEXT_DOCUMENT_DID_CHANGE,
+    types.TEXT_DOCUMENT_DID_CLOSE,
+    types.NOTEBOOK_DOCUMENT_DID_OPEN,
+    types.NOTEBOOK_DOCUMENT_DID_CHANGE,
+    types.NOTEBOOK_DOCUMENT_DID_CLOSE,
+    types.WORKSPACE_EXECUTE_COMMAND,
+)
 _PARENT_CHECK_S = 5.0
 _CLOSE_S = 2.0
 
@@ -143,12 +162,22 @@ class Refusal(Exception):  # noqa: N818 - it is an answer, not a fault
 
 
 class Protocol(LanguageServerProtocol):
-    """pygls' protocol with its faults mended; see the module."""
+    """pygls' protocol with its faults mended; see the module.
+
+    Attributes:
+        tap: is given every body with its sender, "client" or "server".
+    """
 
     def __init__(self, server: LanguageServer, converter: Any) -> None:
         super().__init__(server, converter)
+        self.tap: Callable[[str, bytes], None] | None = None
         self._initialized = False
+        # The client's requests that run. pygls keeps them in one table with the server's own, whose
+        # ids it makes up: an answer could then meet a request.
+        self._running: dict[Any, asyncio.Task[Any]] = {}
         self._exit: asyncio.Future[int] | None = None
+        for method in _NOT_BUILTIN:
+            self.fm.builtin_features.pop(method, None)
         # pygls logs whole messages, which hold source text.
         logging.getLogger("pygls").setLevel(logging.CRITICAL + 1)
 
@@ -156,6 +185,8 @@ class Protocol(LanguageServerProtocol):
 
     def receive(self, body: bytes) -> None:
         """Handle one message body: every request gets exactly one answer, now or later."""
+        if self.tap is not None:
+            self.tap("client", body)
         try:
             message = json.loads(body.decode("utf-8"))
         except (UnicodeDecodeError, ValueError, RecursionError):
@@ -179,8 +210,6 @@ class Protocol(LanguageServerProtocol):
         try:
             self._check_life_cycle(method)
             handler = self._find(method)
-            if handler is None:
-                raise Refusal(types.ErrorCodes.MethodNotFound, f"Unknown method {method[:80]!r}.")
             argument = self._structure(method, params)
         except Refusal as refusal:
             self._refuse(id_, refusal)
@@ -197,21 +226,22 @@ class Protocol(LanguageServerProtocol):
             return
         if method == types.CANCEL_REQUEST:
             id_ = params.get("id") if isinstance(params, dict) else None
-            if isinstance(id_, (str, int)) and (future := self._request_futures.get(id_)) is not None:
-                future.cancel()
-            return
-        handler = self._find(method)
-        if handler is None:
+            if isinstance(id_, (str, int, float)) and (task := self._running.get(id_)) is not None:
+                task.cancel()
             return
         try:
+            handler = self._find(method)
             argument = self._structure(method, params)
         except Refusal as refusal:
-            _LOG.warning("dropped a %s notification: %s", method, refusal.message)
+            if refusal.code != types.ErrorCodes.MethodNotFound:
+                _LOG.warning("dropped a %s notification: %s", method, refusal.message)
             return
         self._call(None, handler, argument, answer=False)
 
     def _receive_response(self, message: dict[str, Any]) -> None:
-        future = self._request_futures.pop(message.get("id"), None)  # type: ignore[arg-type]
+        id_: Any = message.get("id")
+        future = self._request_futures.pop(id_, None)
+        self._result_types.pop(id_, None)
         if future is None or future.done():
             return
         if "error" in message:
@@ -229,11 +259,21 @@ class Protocol(LanguageServerProtocol):
         elif not self._initialized:
             raise Refusal(types.ErrorCodes.ServerNotInitialized, "Send `initialize` first.")
 
-    def _find(self, method: str) -> Callable[..., Any] | None:
-        return self.fm.builtin_features.get(method) or self.fm.features.get(method)
+    def _find(self, method: str) -> Callable[..., Any]:
+        builtin: dict[str, Callable[..., Any]] = self.fm.builtin_features
+        own: dict[str, Callable[..., Any]] = self.fm.features
+        handler = builtin.get(method) or own.get(method)
+        if handler is None:
+            raise Refusal(types.ErrorCodes.MethodNotFound, f"Unknown method {method[:80]!r}.")
+        return handler
 
     def _structure(self, method: str, params: Any) -> Any:
-        """Raw params to lsprotocol's type. Methods of our own get the raw object."""
+        """Raw params to what the method's handler takes: our own values, or lsprotocol's types."""
+        if (reader := READERS.get(method)) is not None:
+            try:
+                return reader(params)
+            except MalformedError:
+                raise _malformed(method) from None
         known = types.METHOD_TO_TYPES.get(method)
         if known is None:
             return params
@@ -243,14 +283,10 @@ class Protocol(LanguageServerProtocol):
             return self._structure_initialize(params)
         if method == types.INITIALIZED:
             return types.InitializedParams()
-        if method == types.TEXT_DOCUMENT_INLINE_COMPLETION:
-            params = _with_trigger_kind(params)
         try:
-            return self._converter.structure(params, known[2])
+            return self._converter.structure(params, cast("type[Any]", known[2]))
         except Exception:  # noqa: BLE001 - cattrs raises many kinds; all mean the same
-            raise Refusal(
-                types.ErrorCodes.InvalidParams, f"The params of {method} are missing or malformed."
-            ) from None
+            raise _malformed(method) from None
 
     def _structure_initialize(self, params: Any) -> types.InitializeParams:
         """Like `_structure`, but one bad capability does not lock its editor out: it is left away."""
@@ -300,12 +336,12 @@ class Protocol(LanguageServerProtocol):
             return
         task = asyncio.ensure_future(result)
         if answer:
-            self._request_futures[id_] = task  # type: ignore[assignment]
+            self._running[id_] = task
         task.add_done_callback(done)
 
     def _finish(self, id_: Any, future: Any, *, answer: bool) -> None:
-        if answer and self._request_futures.get(id_) is future:
-            del self._request_futures[id_]
+        if answer and self._running.get(id_) is future:
+            del self._running[id_]
         if future.cancelled():
             if answer:
                 self._refuse(id_, Refusal(types.LSPErrorCodes.RequestCancelled, "The request was cancelled."))
@@ -318,12 +354,7 @@ class Protocol(LanguageServerProtocol):
         if isinstance(error, Refusal):
             refusal = error
         else:
-            # Only the kind and the place: an exception's message may quote the document.
-            trace = error.__traceback__
-            while trace is not None and trace.tb_next is not None:
-                trace = trace.tb_next
-            place = f"{trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}" if trace else "?"
-            _LOG.error("a handler failed: %s in %s", type(error).__name__, place)
+            _LOG.error("a handler failed: %s", _describe(error))
             refusal = Refusal(types.ErrorCodes.InternalError, f"Internal error ({type(error).__name__}).")
         if answer:
             self._refuse(id_, refusal)
@@ -339,31 +370,27 @@ class Protocol(LanguageServerProtocol):
         if self.writer is None:
             return
         body = json.dumps(data, default=self._serialize_message, separators=(",", ":")).encode("ascii")
+        if self.tap is not None:
+            self.tap("server", body)
         self.writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
 
-    # Builtin features of pygls that we keep, without its second copy of every document
+    # Builtin features of pygls that we keep
+
+    @lsp_method(types.INITIALIZE)
+    def lsp_initialize(self, params: types.InitializeParams) -> Any:
+        """Like pygls', less what it announces for every server: commands and file operations."""
+        result = yield from super().lsp_initialize(params)
+        result.capabilities.execute_command_provider = None
+        if result.capabilities.workspace is not None:
+            result.capabilities.workspace.file_operations = None
+        return result
 
     @lsp_method(types.SHUTDOWN)
     def lsp_shutdown(self, *_: Any) -> None:  # type: ignore[override] # a generator there
         """Refuse what comes from now on, and cancel what still runs."""
         self._shutdown = True
-        for future in list(self._request_futures.values()):
-            future.cancel()
-
-    @lsp_method(types.TEXT_DOCUMENT_DID_OPEN)
-    def lsp_text_document__did_open(self, params: Any) -> Any:
-        """Hand on to our own feature."""
-        return self.fm.features[types.TEXT_DOCUMENT_DID_OPEN](params)
-
-    @lsp_method(types.TEXT_DOCUMENT_DID_CHANGE)
-    def lsp_text_document__did_change(self, params: Any) -> Any:
-        """Hand on to our own feature."""
-        return self.fm.features[types.TEXT_DOCUMENT_DID_CHANGE](params)
-
-    @lsp_method(types.TEXT_DOCUMENT_DID_CLOSE)
-    def lsp_text_document__did_close(self, params: Any) -> Any:
-        """Hand on to our own feature."""
-        return self.fm.features[types.TEXT_DOCUMENT_DID_CLOSE](params)
+        for task in list(self._running.values()):
+            task.cancel()
 
     # Running
 
@@ -376,27 +403,49 @@ class Protocol(LanguageServerProtocol):
         """Serve file descriptors until `exit`, end of input, a broken output, SIGTERM or a dead parent."""
         loop = asyncio.get_running_loop()
         self._exit = loop.create_future()
+        # asyncio's own handler logs the arguments of a callback that failed: a whole message.
+        loop.set_exception_handler(_report_failure)
 
         def stop_soon() -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended already
                 loop.call_soon_threadsafe(self.stop, 1)
 
         writer = Writer(stdout, stop_soon)
-        self.set_writer(writer)  # type: ignore[arg-type]
+        self.set_writer(writer)
         if sys.platform != "win32":
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop, 1)
+            self._watch_output(loop, stdout)
         threading.Thread(
             target=_read, args=(stdin, loop, self.receive, stop_soon), name="midfill-reader", daemon=True
         ).start()
         try:
             return await self._exit
         finally:
-            for future in list(self._request_futures.values()):
-                future.cancel()
-            # One turn of the loop, in which the cancelled requests are answered.
-            await asyncio.sleep(0)
+            with contextlib.suppress(OSError, NotImplementedError):
+                loop.remove_reader(stdout)
+            running = list(self._running.values())
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running, timeout=_CLOSE_S)
+                # One turn of the loop, in which they are answered.
+                await asyncio.sleep(0)
             await asyncio.to_thread(writer.close)
+
+    def _watch_output(self, loop: asyncio.AbstractEventLoop, stdout: int) -> None:
+        """Stop when the other end of the output is closed, though there is nothing to write."""
+        poll = select.poll()
+        poll.register(stdout, 0)
+
+        def woken() -> None:
+            # A socket also wakes us for what comes in, or for its other half; that is no end.
+            loop.remove_reader(stdout)
+            if poll.poll(0):
+                self.stop(1)
+
+        with contextlib.suppress(OSError):  # a regular file cannot be watched, and has no other end
+            loop.add_reader(stdout, woken)
 
     async def watch_parent(self, process_id: int) -> None:
         """Stop when the process that started the server is gone, even if it left our input open."""
@@ -424,6 +473,10 @@ class Protocol(LanguageServerProtocol):
         self.stop(1)
 
 
+def _malformed(method: str) -> Refusal:
+    return Refusal(types.ErrorCodes.InvalidParams, f"The params of {method} are missing or malformed.")
+
+
 def _read(
     descriptor: int,
     loop: asyncio.AbstractEventLoop,
@@ -440,14 +493,21 @@ def _read(
     on_end()
 
 
+def _report_failure(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what failed in the background, by kind and place only."""
+    error = context.get("exception")
+    _LOG.error("%s", _describe(error) if error is not None else context.get("message", "?"))
+
+
+def _describe(error: BaseException) -> str:
+    """The kind and the place of an exception: its message may quote the document."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f"{trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}" if trace else "?"
+    return f"{type(error).__name__} in {place}"
+
+
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _with_trigger_kind(params: Any) -> Any:
-    """Clients from before LSP 3.18 was settled count from 0: Invoked 0, Automatic 1."""
-    context = params.get("context") if isinstance(params, dict) else None
-    if isinstance(context, dict) and context.get("triggerKind") == 0:
-        return params | {"context": context | {"triggerKind": 1}}
-    return params

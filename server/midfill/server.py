@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import gc
 import logging
 import os
 import sys
@@ -22,15 +24,19 @@ from pygls.lsp.server import LanguageServer
 
 from midfill import __version__
 from midfill.completer import REASONS, Answer, Completer, Reason, Trigger
-from midfill.documents import Change, Document, Encoding, Snapshot
+from midfill.documents import Document, Encoding, Snapshot
 from midfill.engine import Engine
 from midfill.errors import MidfillError
+from midfill.messages import Asked, Edited, NotebookChanged, NotebookClosed, NotebookOpened, Opened
+from midfill.notebooks import Notebooks
 from midfill.protocol import Protocol, Refusal
-from midfill.settings import Settings, merge
+from midfill.settings import Settings, keep_start_only, merge
 
 _LOG = logging.getLogger(__name__)
 
 _LABEL_CHARS = 60
+_LONG_LINE = 2_000
+_TRIM_CHARS = 16_000_000
 
 T = TypeVar("T")
 
@@ -41,10 +47,13 @@ class _State:
 
     completer: Completer
     documents: dict[str, Document] = field(default_factory=dict)
+    notebooks: Notebooks = field(default_factory=Notebooks)
     flights: dict[tuple[str, str], asyncio.Task[Any]] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
     engine: Engine | None = None
     encoding: Encoding = Encoding.UTF16
+    started: bool = False
+    num_chars_closed: int = 0
     background: set[asyncio.Task[None]] = field(default_factory=set)
 
 
@@ -59,7 +68,9 @@ class MidfillServer(LanguageServer):
     protocol: Protocol
 
     def __init__(self, settings: Settings, make_engine: Callable[[Settings], Engine]) -> None:
-        super().__init__("midfill", __version__, protocol_cls=Protocol)
+        # Notebooks of every kind, cells of every language.
+        notebooks = types.NotebookDocumentSyncOptions([types.NotebookDocumentFilterWithNotebook("*")])
+        super().__init__("midfill", __version__, protocol_cls=Protocol, notebook_document_sync=notebooks)
         self._make_engine = make_engine
         self.state = _State(Completer(settings))
         self._register()
@@ -71,6 +82,9 @@ class MidfillServer(LanguageServer):
             (types.TEXT_DOCUMENT_DID_OPEN, self.did_open, None),
             (types.TEXT_DOCUMENT_DID_CHANGE, self.did_change, None),
             (types.TEXT_DOCUMENT_DID_CLOSE, self.did_close, None),
+            (types.NOTEBOOK_DOCUMENT_DID_OPEN, self.did_open_notebook, None),
+            (types.NOTEBOOK_DOCUMENT_DID_CHANGE, self.did_change_notebook, None),
+            (types.NOTEBOOK_DOCUMENT_DID_CLOSE, self.did_close_notebook, None),
             (types.WORKSPACE_DID_CHANGE_CONFIGURATION, self.did_change_configuration, None),
             (
                 types.TEXT_DOCUMENT_INLINE_COMPLETION,
@@ -97,8 +111,10 @@ class MidfillServer(LanguageServer):
             self._spawn(self.protocol.watch_parent(params.process_id))
 
     def initialized(self, _: types.InitializedParams) -> None:
-        """Start to load the model."""
-        self._spawn(self._load())
+        """Start to load the model, once."""
+        if not self.state.started:
+            self.state.started = True
+            self._spawn(self._load())
 
     async def run(self, stdin: int, stdout: int) -> int:
         """Serve until the end and free the model. Returns the exit status."""
@@ -121,11 +137,14 @@ class MidfillServer(LanguageServer):
                 self.state.engine = engine
                 await engine.start(report)
                 self.state.completer.use(engine)
+                # What has been imported and loaded stays; a collection that walks over it would cost a
+                # key that is just being answered tens of milliseconds.
+                gc.freeze()
             except MidfillError as error:
                 self._load_failed(str(error))
             except Exception as error:  # noqa: BLE001 - the server stays up, whatever a model does
                 _LOG.exception("loading the model failed")
-                self._load_failed(f"The model cannot be loaded: {type(error).__name__}. See the log.")
+                self._load_failed(f"The model cannot be loaded ({type(error).__name__}). The log says more.")
             else:
                 model = engine.model
                 _LOG.info(
@@ -149,13 +168,16 @@ class MidfillServer(LanguageServer):
     # Settings
 
     def did_change_configuration(self, params: types.DidChangeConfigurationParams) -> None:
-        """Take new settings. Those that only count at the start wait for the next one."""
-        self._apply_settings(params.settings)
+        """Take new settings. Those that only count at the start stay as they are."""
+        self._apply_settings(params.settings, started=self.state.started)
 
-    def _apply_settings(self, values: Any) -> None:
+    def _apply_settings(self, values: Any, *, started: bool = False) -> None:
         if isinstance(values, dict) and isinstance(values.get("midfill"), dict):
             values = values["midfill"]
         settings, problems = merge(values, self.state.completer.settings)
+        if started:
+            settings, later = keep_start_only(settings, self.state.completer.settings)
+            problems += later
         self.state.completer.settings = settings
         for problem in problems:
             _LOG.warning("%s", problem)
@@ -165,74 +187,97 @@ class MidfillServer(LanguageServer):
 
     # Documents
 
-    def did_open(self, params: types.DidOpenTextDocumentParams) -> None:
+    def did_open(self, opened: Opened) -> None:
         """Start a document."""
-        item = params.text_document
-        self.state.documents[item.uri] = Document.open(item.uri, item.language_id, item.version, item.text)
+        self.state.documents[opened.uri] = Document.open(
+            opened.uri, opened.language_id, opened.version, opened.text
+        )
 
-    def did_change(self, params: types.DidChangeTextDocumentParams) -> None:
+    def did_change(self, edited: Edited) -> None:
         """Apply edits. Changes of a document that is not open are dropped: there is nothing to change."""
-        uri = params.text_document.uri
-        document = self.state.documents.get(uri)
+        document = self.state.documents.get(edited.uri)
         if document is None:
             _LOG.warning("dropped a change of a document that is not open")
             return
-        changes = [_change(change) for change in params.content_changes]
-        self.state.documents[uri] = document.edit(changes, params.text_document.version, self.state.encoding)
+        version = document.version if edited.version is None else edited.version
+        self.state.documents[edited.uri] = document.edit(edited.changes, version, self.state.encoding)
 
-    def did_close(self, params: types.DidCloseTextDocumentParams) -> None:
+    def did_close(self, uri: str) -> None:
         """Forget a document and cancel what is computed for it."""
-        uri = params.text_document.uri
-        self.state.documents.pop(uri, None)
+        self._close(uri)
+
+    def did_open_notebook(self, opened: NotebookOpened) -> None:
+        """Start a notebook and the documents of its cells."""
+        for text in opened.texts:
+            self.did_open(text)
+        self.state.notebooks.open(opened.uri, opened.cells)
+
+    def did_change_notebook(self, changed: NotebookChanged) -> None:
+        """Move, close, open and edit cells."""
+        if changed.splice is not None:
+            self.state.notebooks.splice(changed.uri, *changed.splice)
+        for uri in changed.closed:
+            self._close(uri)
+        for text in changed.opened:
+            self.did_open(text)
+        for edited in changed.edits:
+            self.did_change(edited)
+
+    def did_close_notebook(self, closed: NotebookClosed) -> None:
+        """Forget a notebook and its cells, those too that the client does not name."""
+        for uri in {*self.state.notebooks.close(closed.uri), *closed.cells}:
+            self._close(uri)
+
+    def _close(self, uri: str) -> None:
+        document = self.state.documents.pop(uri, None)
+        self.state.num_chars_closed += document.num_chars if document else 0
+        if self.state.num_chars_closed > _TRIM_CHARS:
+            self.state.num_chars_closed = 0
+            _return_memory()
         self.state.answers.pop(uri, None)
         self.state.completer.forget(uri)
         for key in [key for key in self.state.flights if key[0] == uri]:
             self.state.flights.pop(key).cancel()
 
-    def document_text(self, params: Any) -> dict[str, Any]:
+    def document_text(self, uri: str) -> dict[str, Any]:
         """`midfill/documentText`: the server's copy of a document, for tests of synchronisation."""
-        document = self._document(params)
-        return {"text": document.text, "version": document.version}
-
-    def _document(self, params: Any) -> Document:
-        uri = _uri(params)
         document = self.state.documents.get(uri)
         if document is None:
             raise Refusal(types.ErrorCodes.InvalidParams, "The document is not open.")
-        return document
+        return {"text": document.text, "version": document.version}
 
     # Suggestions
 
-    def inline_completion(
-        self, params: types.InlineCompletionParams
-    ) -> Awaitable[types.InlineCompletionList]:
+    def inline_completion(self, asked: Asked) -> Awaitable[dict[str, Any]]:
         """`textDocument/inlineCompletion`: ghost text."""
-        snapshot = self._snapshot(params.text_document.uri, params.position)
-        invoked = params.context.trigger_kind == types.InlineCompletionTriggerKind.Invoked
-        trigger = Trigger.INVOKED if invoked else Trigger.AUTOMATIC
-        return self._newest("inline", params.text_document.uri, self._inline(snapshot, trigger))
+        snapshot = self._snapshot(asked)
+        trigger = Trigger.INVOKED if asked.invoked else Trigger.AUTOMATIC
+        return self._newest("inline", asked.uri, self._inline(snapshot, self._whole(snapshot), trigger))
 
-    async def _inline(self, snapshot: Snapshot | None, trigger: Trigger) -> types.InlineCompletionList:
-        answer = await self._answer(snapshot, trigger)
+    async def _inline(
+        self, snapshot: Snapshot | None, whole: Snapshot | None, trigger: Trigger
+    ) -> dict[str, Any]:
+        answer = await self._answer(whole, trigger)
         if snapshot is None or not answer.text:
-            return types.InlineCompletionList([])
-        return types.InlineCompletionList(
-            [types.InlineCompletionItem(answer.text, range=self._range(snapshot))]
-        )
+            return {"items": []}
+        return {"items": [{"insertText": answer.text, "range": self._range(snapshot)}]}
 
-    def completion(self, params: types.CompletionParams) -> Awaitable[types.CompletionList]:
+    def completion(self, asked: Asked) -> Awaitable[types.CompletionList]:
         """`textDocument/completion`: the same suggestion as an item of the popup."""
-        snapshot = self._snapshot(params.text_document.uri, params.position)
-        return self._newest("popup", params.text_document.uri, self._popup(snapshot))
+        snapshot = self._snapshot(asked)
+        return self._newest("popup", asked.uri, self._popup(snapshot, self._whole(snapshot)))
 
-    async def _popup(self, snapshot: Snapshot | None) -> types.CompletionList:
-        answer = await self._answer(snapshot, Trigger.AUTOMATIC)
+    async def _popup(self, snapshot: Snapshot | None, whole: Snapshot | None) -> types.CompletionList:
+        answer = await self._answer(whole, Trigger.AUTOMATIC)
         items = [self._popup_item(snapshot, answer.text)] if snapshot and answer.text else []
         # What is typed next changes the suggestion, so the editor has to ask again.
         return types.CompletionList(is_incomplete=True, items=items)
 
     def _popup_item(self, snapshot: Snapshot, text: str) -> types.CompletionItem:
         typed = snapshot.line_before.lstrip()
+        if len(typed) > _LONG_LINE:
+            # Of a line that no popup can show, nothing is repeated.
+            typed = ""
         label = (typed + text).strip().splitlines()[0]
         return types.CompletionItem(
             label=label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…",
@@ -258,9 +303,8 @@ class MidfillServer(LanguageServer):
             return types.MarkupContent(types.MarkupKind.Markdown, f"```{language_id}\n{code}\n```")
         return code
 
-    def explain(self, params: Any) -> dict[str, Any]:
+    def explain(self, uri: str) -> dict[str, Any]:
         """`midfill/explain`: where the last answer for a document came from, or why it was empty."""
-        uri = _uri(params)
         answer = self.state.answers.get(uri)
         if answer is None:
             reason = None if uri in self.state.documents else Reason.NOT_OPEN
@@ -308,11 +352,15 @@ class MidfillServer(LanguageServer):
         if self.state.flights.get(key) is task:
             del self.state.flights[key]
 
-    def _snapshot(self, uri: str, position: types.Position) -> Snapshot | None:
-        document = self.state.documents.get(uri)
+    def _snapshot(self, asked: Asked) -> Snapshot | None:
+        document = self.state.documents.get(asked.uri)
         if document is None:
             return None
-        return Snapshot(document, document.point((position.line, position.character), self.state.encoding))
+        return Snapshot(document, document.point(asked.position, self.state.encoding))
+
+    def _whole(self, snapshot: Snapshot | None) -> Snapshot | None:
+        """What the model sees of a snapshot: all of the notebook, if it is of a cell."""
+        return None if snapshot is None else self.state.notebooks.whole(snapshot, self.state.documents)
 
     def _range(self, snapshot: Snapshot, from_column: int | None = None) -> types.Range:
         cursor = snapshot.cursor
@@ -361,10 +409,16 @@ class _Progress(contextlib.AbstractAsyncContextManager["Callable[[str, float | N
             self._server.work_done_progress.end(self._token, end)
 
 
-def serve(settings: Settings, make_engine: Callable[[Settings], Engine]) -> int:
+def serve(
+    settings: Settings,
+    make_engine: Callable[[Settings], Engine],
+    tap: Callable[[str, bytes], None] | None = None,
+) -> int:
     """Serve this process's stdin and stdout. Returns the exit status.
 
-    Nothing else may write to the real stdout: what libraries print goes to stderr.
+    `tap` is given every message body with its sender: see `Protocol`.
+    Nothing else may write to the real stdout: what libraries print goes to stderr. Threads may still
+    run when it returns, so the caller has to end the process.
     """
     # A busy engine thread otherwise keeps the interpreter from the event loop for 5 ms at a time.
     sys.setswitchinterval(0.0005)
@@ -373,7 +427,18 @@ def serve(settings: Settings, make_engine: Callable[[Settings], Engine]) -> int:
     os.dup2(2, 1)
     os.set_inheritable(stdin, False)
     os.set_inheritable(stdout, False)
-    return asyncio.run(MidfillServer(settings, make_engine).run(stdin, stdout))
+    # Not `asyncio.run`: it waits for every thread at the end, one that imports torch or loads too.
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    server = MidfillServer(settings, make_engine)
+    server.protocol.tap = tap
+    return loop.run_until_complete(server.run(stdin, stdout))
+
+
+def _return_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it in the arena of the thread that asked for it."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _plain(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -383,18 +448,3 @@ def _plain(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return method(params)
 
     return handler
-
-
-def _uri(params: Any) -> str:
-    document = params.get("textDocument") if isinstance(params, dict) else None
-    uri = document.get("uri") if isinstance(document, dict) else None
-    if not isinstance(uri, str):
-        raise Refusal(types.ErrorCodes.InvalidParams, "Expected {textDocument: {uri}}.")
-    return uri
-
-
-def _change(change: types.TextDocumentContentChangeEvent) -> Change:
-    if isinstance(change, types.TextDocumentContentChangeWholeDocument):
-        return Change(change.text)
-    start, end = change.range.start, change.range.end
-    return Change(change.text, (start.line, start.character), (end.line, end.character))

@@ -139,6 +139,21 @@ def merge(values: Any, base: Settings) -> tuple[Settings, list[str]]:
     return Settings.model_validate(merged), problems
 
 
+def keep_start_only(new: Settings, old: Settings) -> tuple[Settings, list[str]]:
+    """Undo changes of settings that count only at the start; a sentence for each that was changed.
+
+    A running server's model, adapter and device were chosen when it started, and stay.
+    """
+    kept = {
+        name: getattr(old, name)
+        for name, field in Settings.model_fields.items()
+        if (field.description or "").endswith(_START_ONLY) and getattr(new, name) != getattr(old, name)
+    }
+    return new.model_copy(update=kept), [
+        f"Setting {name!r}: restart the server to change it." for name in kept
+    ]
+
+
 def store(key: str, value: str | float | bool, path: Path | None = None) -> Path:
     """Write one setting into the user's file; the others stay. Returns the file's path.
 
@@ -161,7 +176,11 @@ def markdown_table() -> str:
     """The table of settings in the README; a test compares them."""
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        default = tomli_w.dumps({"x": field.default}).removeprefix("x = ").strip() if field.default is not None else ""
+        default = (
+            tomli_w.dumps({"x": field.default}).removeprefix("x = ").strip()
+            if field.default is not None
+            else ""
+        )
         default = " ".join(default.split()).replace("[ ", "[").replace(", ]", "]")
         rows.append(f"| `{name}` | {f'`{default}`' if default else 'none'} | {field.description} |")
     return "\n".join(rows) + "\n"

@@ -11,40 +11,9 @@ import tiny
 
 from midfill.engine import Request
 from midfill.engine.local import load
-from midfill.engine.scheduler import Choice
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError
 
 LONG = list(range(250))
-
-
-class SteppedRunner:
-    """A model without weights that counts its forward passes and waits for leave before each."""
-
-    context = 512
-    vocab_size = tiny.VOCAB_SIZE
-
-    def __init__(self):
-        self.began: asyncio.Queue[int] = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
-        self.leave = threading.Semaphore(0)
-        self.steps = []
-        self.error = None
-        self.dropped = []
-
-    def forward(self, chunks, _allowed):
-        self.steps.append([(chunk.start, len(chunk.tokens)) for chunk in chunks])
-        self.loop.call_soon_threadsafe(self.began.put_nowait, len(self.steps))
-        assert self.leave.acquire(timeout=60)
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
-        return [Choice(65, -0.5) if chunk.samples else None for chunk in chunks]
-
-    def drop(self, slots):
-        self.dropped.append(slots)
-
-    def open(self):
-        self.leave.release(10_000)
 
 
 @pytest.fixture
@@ -56,17 +25,10 @@ async def stepped(tmp_path):
         loaded = load(spec, progress)
         return replace(loaded, runner=runners[0])
 
-    runners.append(SteppedRunner())
+    runners.append(tiny.SteppedRunner())
     async with tiny.running(model, load_model=load_stepped) as engine:
         yield engine, runners[0]
         runners[0].open()
-
-
-async def start_and_reach_step(engine, runner, step, ids, num_tokens=8):
-    task = asyncio.create_task(tiny.collect_ids(engine, ids, num_tokens))
-    while await runner.began.get() < step:
-        runner.leave.release()
-    return task
 
 
 async def cancelled(task):
@@ -79,7 +41,7 @@ async def cancelled(task):
 async def test_cancelling_frees_the_model_after_the_pass_under_way(stepped, step):
     # 250 tokens are four passes; the fifth and later ones decode.
     engine, runner = stepped
-    task = await start_and_reach_step(engine, runner, step, LONG)
+    task = await tiny.start_and_reach_step(engine, runner, step, LONG)
     await cancelled(task)
     runner.open()
     assert await tiny.collect_ids(engine, [7], 1) == [65]
@@ -88,7 +50,7 @@ async def test_cancelling_frees_the_model_after_the_pass_under_way(stepped, step
 
 async def test_a_request_cancelled_while_it_waits_is_never_computed(stepped):
     engine, runner = stepped
-    first = await start_and_reach_step(engine, runner, 1, LONG)
+    first = await tiny.start_and_reach_step(engine, runner, 1, LONG)
     waiting = asyncio.create_task(tiny.collect_ids(engine, [1, 2, 3], 5))
     await tiny.settle()
     await cancelled(waiting)
@@ -99,7 +61,7 @@ async def test_a_request_cancelled_while_it_waits_is_never_computed(stepped):
 
 async def test_a_newer_request_runs_after_the_pass_under_way(stepped):
     engine, runner = stepped
-    old = await start_and_reach_step(engine, runner, 1, LONG)
+    old = await tiny.start_and_reach_step(engine, runner, 1, LONG)
     new = asyncio.create_task(tiny.collect_ids(engine, [1, 2, 3], 1))
     await tiny.settle()
     runner.open()
@@ -109,7 +71,7 @@ async def test_a_newer_request_runs_after_the_pass_under_way(stepped):
 
 async def test_the_kept_past_of_a_cancelled_request_is_reused(stepped):
     engine, runner = stepped
-    await cancelled(await start_and_reach_step(engine, runner, 3, LONG))
+    await cancelled(await tiny.start_and_reach_step(engine, runner, 3, LONG))
     runner.open()
     await tiny.collect_ids(engine, LONG, 1)
     assert runner.steps[3:] == [[(192, 58)]]
@@ -141,7 +103,7 @@ async def test_a_newer_prewarm_replaces_an_older_one(stepped):
 
 async def test_closing_ends_running_and_later_requests(stepped):
     engine, runner = stepped
-    task = await start_and_reach_step(engine, runner, 2, LONG)
+    task = await tiny.start_and_reach_step(engine, runner, 2, LONG)
     closing = asyncio.create_task(engine.close())
     await tiny.settle()
     runner.open()
@@ -159,7 +121,7 @@ async def test_closing_ends_running_and_later_requests(stepped):
 
 async def test_a_failed_step_fails_only_its_request(stepped, caplog):
     engine, runner = stepped
-    old = await start_and_reach_step(engine, runner, 1, LONG)
+    old = await tiny.start_and_reach_step(engine, runner, 1, LONG)
     new = asyncio.create_task(tiny.collect_ids(engine, [1, 2, 3], 1))
     await tiny.settle()
     runner.leave.release()
@@ -189,7 +151,7 @@ async def test_out_of_memory_fails_the_request_and_drops_the_idle_slots(stepped)
 
 async def test_an_engine_thread_that_dies_says_so_to_everybody(stepped, caplog):
     engine, runner = stepped
-    task = await start_and_reach_step(engine, runner, 1, LONG)
+    task = await tiny.start_and_reach_step(engine, runner, 1, LONG)
     waiting = asyncio.create_task(tiny.collect_ids(engine, [1], 1))
     await tiny.settle()
     runner.error = SystemExit()
@@ -203,7 +165,7 @@ async def test_an_engine_thread_that_dies_says_so_to_everybody(stepped, caplog):
 
 async def test_a_full_queue_refuses(stepped):
     engine, runner = stepped
-    first = await start_and_reach_step(engine, runner, 1, LONG)
+    first = await tiny.start_and_reach_step(engine, runner, 1, LONG)
     others = [asyncio.create_task(tiny.collect_ids(engine, [1], 1)) for _ in range(64)]
     await tiny.settle()
     runner.open()

@@ -4,14 +4,14 @@ import pytest
 import tiny
 import torch
 
-from midfill.engine.quantize import Int8Linear, supported
+from midfill.engine.quantize import Int8Linear, Int8Weight, supported
 from midfill.engine.weights import build_model
 
 pytestmark = pytest.mark.skipif(not supported(), reason="the int8 kernels are for x86")
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Int8Linear:
-    return Int8Linear(weight.shape, weight.split(5), bias)
+    return Int8Linear(Int8Weight(weight.shape, weight.split(5)), bias)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 65])

@@ -81,4 +81,18 @@ def test_forgotten_tokens_are_not_reused():
     slot = fill(slots, [1, 2, 3])
     slots.forget(slot)
     assert slots.acquire(KEY, [1, 2, 3]).reused == 0
-    assert slots.forget_free() == [1]
+
+
+def test_shrinking_leaves_half_of_the_slots_and_one_at_least():
+    slots = Slots(4)
+    busy = slots.acquire(KEY, [1, 2, 3]).slot
+    kept = fill(slots, [7, 8])
+    assert sorted(slots.shrink()) == sorted({0, 1, 2, 3} - {busy})
+    assert len(slots) == 2
+    assert slots.num_free == 1
+    assert slots.acquire(KEY, [7, 8, 9]).reused == 0
+    slots.release(busy)
+    slots.shrink()
+    slots.shrink()
+    assert len(slots) == 1
+    assert kept != busy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from midfill.engine import EngineSpec, Request, Token
 from midfill.engine.local import LocalEngine, load
+from midfill.engine.scheduler import Choice
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,6 +47,36 @@ class LocalModel:
     name: str
     path: Path
     family: str | None = None
+
+
+class SteppedRunner:
+    """A model without weights that counts its forward passes and waits for leave before each."""
+
+    context = 512
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self):
+        self.began: asyncio.Queue[int] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.leave = threading.Semaphore(0)
+        self.steps = []
+        self.error = None
+        self.dropped = []
+
+    def forward(self, chunks, _allowed):
+        self.steps.append([(chunk.start, len(chunk.tokens)) for chunk in chunks])
+        self.loop.call_soon_threadsafe(self.began.put_nowait, len(self.steps))
+        assert self.leave.acquire(timeout=60)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return [Choice(65, -0.5) if chunk.samples else None for chunk in chunks]
+
+    def drop(self, slots):
+        self.dropped.append(slots)
+
+    def open(self):
+        self.leave.release(10_000)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -116,6 +148,13 @@ async def collect(
 
 async def collect_ids(engine: LocalEngine, ids: list[int], num_tokens: int = 16) -> list[int]:
     return [token.id for token in await collect(engine, ids, num_tokens)]
+
+
+async def start_and_reach_step(engine, runner, step, ids, num_tokens=8):
+    task = asyncio.create_task(collect_ids(engine, ids, num_tokens))
+    while await runner.began.get() < step:
+        runner.leave.release()
+    return task
 
 
 def random_ids(generator: torch.Generator, count: int) -> list[int]:

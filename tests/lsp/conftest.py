@@ -1,8 +1,12 @@
 import json
 
 import pytest
-from midfill.client import SERVE_COMMAND, Client
+import pytest_asyncio
 from raw import Raw
+
+from midfill.client import SERVE_COMMAND, Client
+
+WARM = {"after": "warm", "text": "!"}
 
 
 @pytest.fixture
@@ -11,13 +15,13 @@ def script(tmp_path):
 
     def write(*rules, **options):
         path = tmp_path / "script.json"
-        path.write_text(json.dumps({"rules": list(rules)} | options))
+        path.write_text(json.dumps({"rules": [WARM, *rules]} | options))
         return ["--engine", f"scripted:{path}"]
 
     return write
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def scripted(script):
     """Start a raw server with a scripted engine: `await scripted(rule, ...)`."""
     servers = []
@@ -34,7 +38,7 @@ async def scripted(script):
         await server.__aexit__()
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def client(script):
     """Start a scripted server behind the product's own client: `await client(rule, ...)`."""
     clients = []
@@ -50,3 +54,13 @@ async def client(script):
     yield start
     for it in clients:
         await it.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory):
+    """One server for all those tests of a module that leave no trace in it."""
+    path = tmp_path_factory.mktemp("shared") / "script.json"
+    path.write_text(json.dumps({"rules": [WARM, {"text": "1"}]}))
+    async with await Raw.start("--engine", f"scripted:{path}") as server:
+        await server.initialize()
+        yield server

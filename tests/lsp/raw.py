@@ -1,9 +1,15 @@
 """A server process driven byte by byte, for what a well-behaved client would never send."""
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
+
+import psutil
 
 COMMAND = [sys.executable, "-P", "-m", "midfill", "serve"]
 TIMEOUT_S = 10
@@ -11,7 +17,9 @@ TIMEOUT_S = 10
 
 def frame(message, **headers):
     body = message if isinstance(message, bytes) else json.dumps(message).encode()
-    lines = [f"Content-Length: {len(body)}"] + [f"{name.replace('_', '-')}: {v}" for name, v in headers.items()]
+    lines = [f"Content-Length: {len(body)}"] + [
+        f"{name.replace('_', '-')}: {v}" for name, v in headers.items()
+    ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
@@ -82,6 +90,41 @@ class Raw:
         self.notify("initialized", {})
         return answer["result"]
 
+    async def loaded(self):
+        """The scripted model has been loaded: it has answered, by the rule that `script` always adds."""
+        uri = "file:///warm.py"
+        item = {"uri": uri, "languageId": "python", "version": 1, "text": "warm"}
+        self.notify("textDocument/didOpen", {"textDocument": item})
+        here = {"textDocument": {"uri": uri}, "position": {"line": 0, "character": 4}}
+        async with asyncio.timeout(TIMEOUT_S):
+            reason = "loading"
+            while reason == "loading":
+                self.request("warm", "textDocument/inlineCompletion", here | {"context": {"triggerKind": 1}})
+                await self.answer("warm")
+                self.request("why", "midfill/explain", {"textDocument": {"uri": uri}})
+                reason = (await self.answer("why"))["result"]["reason"]
+
+    async def rest(self):
+        """Everything up to the end of the stream."""
+        messages = []
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                messages.append(await self.receive())
+        return messages
+
+    def memory(self):
+        """Bytes of memory in use (resident set)."""
+        return psutil.Process(self.process.pid).memory_info().rss
+
+    def peak_memory(self):
+        """The most bytes of memory that it has ever had."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+    def close_output(self):
+        """Close our end of the server's stdout, as an editor that crashed in part does."""
+        self.process._transport.get_pipe_transport(1).close()
+
     async def serves(self):
         """It still answers a request."""
         self.request("alive?", "midfill/explain", {"textDocument": {"uri": "file:///alive.py"}})
@@ -92,3 +135,35 @@ class Raw:
         """Exit status, within five seconds."""
         async with asyncio.timeout(5):
             return await self.process.wait()
+
+
+class Blocking:
+    """The same, without an event loop: for hypothesis, whose examples are plain calls."""
+
+    def __init__(self, *arguments):
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        self._ids = itertools.count()
+
+    def notify(self, method, params):
+        self.process.stdin.write(frame({"jsonrpc": "2.0", "method": method, "params": params}))
+
+    def request(self, method, params):
+        """The result of a request."""
+        id_ = next(self._ids)
+        self.process.stdin.write(frame({"jsonrpc": "2.0", "id": id_, "method": method, "params": params}))
+        self.process.stdin.flush()
+        while (message := self._read()).get("id") != id_:
+            pass
+        return message["result"]
+
+    def _read(self):
+        length = int(self.process.stdout.readline().split(b":")[1])
+        self.process.stdout.readline()
+        return json.loads(self.process.stdout.read(length))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(5)
+        self.process.stdout.close()

@@ -14,7 +14,9 @@ SCRIPT = Path(__file__).with_name("editor_script.json")
 COMMAND = [sys.executable, "-P", "-m", "midfill", "serve", "--engine", f"scripted:{SCRIPT}"]
 
 
-@pytest_lsp.fixture(config=ClientServerConfig(server_command=COMMAND), params=["visual_studio_code", "neovim", "emacs"])
+@pytest_lsp.fixture(
+    config=ClientServerConfig(server_command=COMMAND), params=["visual_studio_code", "neovim", "emacs"]
+)
 async def editor(request, lsp_client: LanguageClient):
     params = types.InitializeParams(capabilities=client_capabilities(request.param), root_uri="file:///work")
     result = await lsp_client.initialize_session(params)

@@ -5,7 +5,10 @@ import json
 import time
 
 import pytest
+
 from midfill.client import ServerError
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 URI = "file:///work/main.py"
 
@@ -15,9 +18,15 @@ def open_document(client, text, uri=URI, language="python", version=1):
     client.notify("textDocument/didOpen", {"textDocument": item})
 
 
-def change(client, start, end, text, version, uri=URI):
-    area = {"start": dict(zip(("line", "character"), start, strict=True)), "end": dict(zip(("line", "character"), end, strict=True))}
-    params = {"textDocument": {"uri": uri, "version": version}, "contentChanges": [{"range": area, "text": text}]}
+def change(client, start, end, text, version):
+    area = {
+        "start": dict(zip(("line", "character"), start, strict=True)),
+        "end": dict(zip(("line", "character"), end, strict=True)),
+    }
+    params = {
+        "textDocument": {"uri": URI, "version": version},
+        "contentChanges": [{"range": area, "text": text}],
+    }
     client.notify("textDocument/didChange", params)
 
 
@@ -49,7 +58,9 @@ async def test_ghost_text_goes_to_the_cursor(client):
     await ready(server)
     open_document(server, "print(add(1, ))\n")
     here = {"line": 0, "character": 13}
-    assert await ghost(server, 0, 13) == {"items": [{"insertText": "2", "range": {"start": here, "end": here}}]}
+    assert await ghost(server, 0, 13) == {
+        "items": [{"insertText": "2", "range": {"start": here, "end": here}}]
+    }
 
 
 async def test_columns_are_utf_16_unless_agreed_otherwise(client):
@@ -97,7 +108,9 @@ async def test_a_request_sees_the_document_of_its_moment(client):
 
 async def test_cancelling_answers_at_once_and_frees_the_model(client, tmp_path):
     log = tmp_path / "log"
-    server = await client({"after": "slow = ", "text": "x" * 30, "token_delay_s": 0.05}, {"text": "1"}, log=str(log))
+    server = await client(
+        {"after": "slow = ", "text": "x" * 30, "token_delay_s": 0.05}, {"text": "1"}, log=str(log)
+    )
     await ready(server)
     open_document(server, "slow = \nfast = \n")
     id_, slow = server.send_request("textDocument/inlineCompletion", at(0, 7))

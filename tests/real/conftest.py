@@ -1,4 +1,5 @@
 import pytest
+
 from midfill.client import SERVE_COMMAND, Client
 from midfill.models import catalogue, fetch
 

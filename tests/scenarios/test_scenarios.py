@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from midfill.completer import Completer, Trigger
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine

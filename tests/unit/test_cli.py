@@ -14,11 +14,21 @@ COMMAND = [sys.executable, "-P", "-m", "midfill"]
 @pytest.fixture
 def midfill(tmp_path):
     """Run midfill with a cache and settings of its own."""
-    env = os.environ | {"MIDFILL_CACHE": str(tmp_path / "cache"), "MIDFILL_CONFIG": str(tmp_path / "config.toml")}
+    env = os.environ | {
+        "MIDFILL_CACHE": str(tmp_path / "cache"),
+        "MIDFILL_CONFIG": str(tmp_path / "config.toml"),
+    }
 
     def run(*arguments, text=None, cwd=None):
         return subprocess.run(
-            [*COMMAND, *arguments], input=text, capture_output=True, text=True, timeout=60, check=False, env=env, cwd=cwd
+            [*COMMAND, *arguments],
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env=env,
+            cwd=cwd,
         )
 
     return run
@@ -32,8 +42,17 @@ def script(tmp_path):
 
 
 def test_help_and_version_are_quick_and_import_nothing_heavy():
-    code = "import sys; sys.argv = ['midfill', '--help']\nfrom midfill.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-    code += "print({'torch', 'transformers', 'lsprotocol', 'rich', 'pydantic', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    code = """
+import sys
+sys.argv = ["midfill", "--help"]
+from midfill.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+heavy = {"torch", "transformers", "lsprotocol", "rich", "pydantic", "numpy"}
+print(heavy & set(sys.modules), file=sys.stderr)
+"""
     best = 9.0
     for _ in range(5):
         begun = time.perf_counter()
@@ -44,7 +63,9 @@ def test_help_and_version_are_quick_and_import_nothing_heavy():
     assert best < 0.2
 
 
-@pytest.mark.parametrize("arguments", [["serve"], ["complete"], ["demo"], ["doctor"], ["model", "pull"], ["model", "check"]])
+@pytest.mark.parametrize(
+    "arguments", [["serve"], ["complete"], ["demo"], ["doctor"], ["model", "pull"], ["model", "check"]]
+)
 def test_every_command_has_help(midfill, arguments):
     done = midfill(*arguments, "--help")
     assert done.returncode == 0
@@ -63,7 +84,9 @@ def test_a_completion_is_printed(midfill, script, tmp_path):
 
 
 def test_a_completion_from_stdin_as_json(midfill, script):
-    done = midfill("complete", "-:1:5", "--language", "python", "--json", "--engine", script, text="a = \nb = 2\n")
+    done = midfill(
+        "complete", "-:1:5", "--language", "python", "--json", "--engine", script, text="a = \nb = 2\n"
+    )
     assert json.loads(done.stdout)["text"] == "1 + 1"
 
 
@@ -103,7 +126,13 @@ def test_models_are_listed(midfill):
     models = json.loads(midfill("model", "list", "--json").stdout)
     names = {model["name"] for model in models["models"]}
     assert models["used"] == "qwen2.5-coder-0.5b"
-    assert names >= {"qwen2.5-coder-0.5b", "tiny-starcoder-py", "starcoderbase-7b", "mellum-4b", "seed-coder-8b"}
+    assert names >= {
+        "qwen2.5-coder-0.5b",
+        "tiny-starcoder-py",
+        "starcoderbase-7b",
+        "mellum-4b",
+        "seed-coder-8b",
+    }
     assert not any(model["installed"] for model in models["models"])
 
 

@@ -2,6 +2,7 @@ import asyncio
 import json
 
 import pytest
+
 from midfill.completer import REASONS, Completer, Reason, Trigger, is_excluded
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine

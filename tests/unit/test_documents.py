@@ -1,40 +1,11 @@
-"""Documents against a naive model: a plain string, edited by walking it unit by unit."""
+"""Documents against a naive model (see `tests/lsp/naive.py`), and the rules of their positions."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive import changes, joined, naive_edit, naive_offset, positions, texts
+
 from midfill.documents import Change, Document, Encoding, Point, Snapshot, split_lines
-
-ALPHABET = ["a", "b ", "\n", "\r", "\r\n", "é", "😀", "\u2028", "\x0c", "\x85", "漢", "👩\u200d💻", "\ud83d", "\ude00"]
-texts = st.lists(st.sampled_from(ALPHABET), max_size=14).map("".join)
-positions = st.tuples(st.integers(0, 6), st.integers(0, 10))
-changes = st.one_of(st.builds(Change, texts), st.builds(Change, texts, positions, positions))
-
-
-def joined(text):
-    """Surrogate halves side by side are one character to every client."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
-
-
-def width(char, encoding):
-    if encoding == "utf-32":
-        return 1
-    data = char.encode(encoding if encoding == "utf-8" else "utf-16-le", "surrogatepass")
-    return len(data) if encoding == "utf-8" else len(data) // 2
-
-
-def naive_offset(text, position, encoding):
-    line, character = position
-    index = 0
-    while line:
-        if index >= len(text):
-            return len(text)
-        line -= text[index] in "\r\n"
-        index += 2 if text[index : index + 2] == "\r\n" else 1
-    while index < len(text) and text[index] not in "\r\n" and character >= width(text[index], encoding):
-        character -= width(text[index], encoding)
-        index += 1
-    return index
 
 
 @settings(max_examples=2000, deadline=None)
@@ -44,11 +15,7 @@ def test_edits_equal_a_naive_model(text, edits, encoding):
     document = Document.open("file:///a", "python", 1, naive)
     for version, change in enumerate(edits, start=2):
         document = document.edit([change], version, encoding)
-        if change.start is None:
-            naive = joined(change.text)
-        else:
-            start, end = sorted(naive_offset(naive, place, encoding) for place in (change.start, change.end))
-            naive = joined(naive[:start] + change.text + naive[end:])
+        naive = naive_edit(naive, change, encoding)
         assert document.text == naive
         assert document.lines == split_lines(naive)
         assert document.num_chars == len(naive)
@@ -90,6 +57,8 @@ def test_a_snapshot_does_not_see_later_edits():
     assert (snapshot.line_before, snapshot.line_after, snapshot.lines_after(5)) == ("a", "b", ["cd"])
 
 
-@pytest.mark.parametrize(("text", "ending"), [("a\r\nb", "\r\n"), ("a\nb\r\n", "\n"), ("a\rb", "\r"), ("a", "\n")])
+@pytest.mark.parametrize(
+    ("text", "ending"), [("a\r\nb", "\r\n"), ("a\nb\r\n", "\n"), ("a\rb", "\r"), ("a", "\n")]
+)
 def test_the_first_line_decides_the_line_ending(text, ending):
     assert Document.open("file:///a", "python", 1, text).line_ending == ending

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+
 from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine import ModelInfo
 from midfill.engine.scripted import CharTokenizer
@@ -37,7 +38,9 @@ def typed(start, keys):
 
 
 def shared_prefix(one, two):
-    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
+    )
 
 
 def test_what_is_typed_on_the_line_follows_the_middle_sentinel():

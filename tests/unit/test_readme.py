@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import click
+
 from midfill.cli import cli
 from midfill.settings import markdown_table
 

@@ -1,4 +1,5 @@
 import pytest
+
 from midfill.errors import SettingsError
 from midfill.settings import Settings, load, merge, parse, store
 

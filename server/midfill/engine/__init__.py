@@ -88,7 +88,8 @@ class EngineSpec:
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "auto" ("int8" on a CPU that can, "bfloat16" on CUDA), "int8", "float32", "bfloat16".
         adapter: folder of a LoRA adapter in PEFT format, or None.
-        num_threads: CPU threads of the model; 0 for one per physical core.
+        num_threads: CPU threads of the model; 0 for one per physical core, fewer while other programs
+            keep cores busy.
     """
 
     model: LocalModel
@@ -206,7 +207,11 @@ class Engine(Protocol):
 
 
 def create(spec: EngineSpec) -> Engine:
-    """An engine that runs a model in this process; nothing is loaded before `start`."""
-    from midfill.engine.local import LocalEngine  # noqa: PLC0415 - local.py builds on this module
+    """An engine that runs a model in this process; nothing is loaded before `start`.
 
-    return LocalEngine(spec)
+    It is loaded again when a forward pass hangs or its thread dies.
+    """
+    from midfill.engine.local import LocalEngine  # noqa: PLC0415 - both build on this module
+    from midfill.engine.supervisor import Supervisor  # noqa: PLC0415
+
+    return Supervisor(lambda: LocalEngine(spec))

@@ -17,7 +17,6 @@ import time
 from array import array
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Ids
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Protocol
@@ -59,11 +58,19 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that is ready, and its vocabulary in byte order."""
+    """A model that is ready.
+
+    Attributes:
+        info: what the pipeline is told.
+        runner: the model itself.
+        index: its vocabulary in byte order.
+        slow_turn_s: how long the warm-up took, a full chunk included: no turn should take much longer.
+    """
 
     info: ModelInfo
     runner: Runner
     index: TokenIndex
+    slow_turn_s: float = 0.0
 
 
 Load = Callable[[EngineSpec, Progress], Loaded]
@@ -71,23 +78,22 @@ Load = Callable[[EngineSpec, Progress], Loaded]
 
 def load(spec: EngineSpec, progress: Progress) -> Loaded:
     """Import torch and load what `spec` names. Runs on the engine thread: it takes seconds."""
-    # A large vocabulary takes two seconds, during which the disk and the packing leave Python free.
-    with ThreadPoolExecutor(1, thread_name_prefix="midfill-tokenizer") as pool:
-        vocabulary = pool.submit(_load_vocabulary, spec)
-        progress("importing torch", None)
-        from midfill.engine.runner import load_runner  # noqa: PLC0415 - this is what imports torch
+    progress("importing torch", None)
+    from midfill.engine.loading import load_runner  # noqa: PLC0415 - this is what imports torch
 
-        runner = load_runner(
-            spec.model.path,
-            device=spec.device,
-            dtype=spec.dtype,
-            adapter=spec.adapter,
-            num_threads=spec.num_threads,
-            report=lambda share: progress("loading weights", share),
-        )
-        tokenizer, index = vocabulary.result()
+    runner, (tokenizer, index) = load_runner(
+        spec.model.path,
+        device=spec.device,
+        dtype=spec.dtype,
+        adapter=spec.adapter,
+        num_threads=spec.num_threads,
+        report=lambda share: progress("loading weights", share),
+        meanwhile=lambda: _load_vocabulary(spec),
+    )
     progress("warming up", None)
+    began = time.monotonic()
     runner.warm_up(min(_chunk_tokens(runner.device), runner.context - 1))
+    slow_turn_s = time.monotonic() - began
     info = ModelInfo(
         name=spec.model.name,
         family=spec.model.family,
@@ -99,10 +105,11 @@ def load(spec: EngineSpec, progress: Progress) -> Loaded:
         adapter=spec.adapter.name if spec.adapter is not None else None,
     )
     _release_free_memory()
-    return Loaded(info, runner, index)
+    return Loaded(info, runner, index, slow_turn_s)
 
 
 def _load_vocabulary(spec: EngineSpec) -> tuple[Tokenizer, TokenIndex]:
+    """Two seconds of plain Python for a large vocabulary."""
     from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415 - not needed before a model is
 
     tokenizer = load_tokenizer(spec.model.path)
@@ -177,23 +184,26 @@ class LocalEngine:
         load: loads it; another one is given in tests.
 
     Attributes:
-        step_started_s: `time.monotonic()` when the forward pass under way began, or None between passes.
-        last_step_s: how long the last one took.
+        turn_started_s: `time.monotonic()` when the turn under way began (a forward pass, as a rule), or
+            None while the thread waits for work. Read by whoever watches for a pass that never ends.
+        lost: why a model that was loaded serves no more though nobody closed it; None while it does.
         mailbox: to the engine thread; None only wakes it.
         closing: tells the engine thread to end.
     """
 
     def __init__(self, spec: EngineSpec, *, load: Load = load) -> None:
-        self.step_started_s: float | None = None
-        self.last_step_s = 0.0
+        self.turn_started_s: float | None = None
+        self.lost: str | None = None
         self._spec = spec
         self._load = load
         self.mailbox: SimpleQueue[_Flight | _Prewarm | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()  # set on the loop once the thread is about to return
         self.closing = False
+        self._abandoned = False
         self._unavailable: str | None = "The model is not loaded yet."
         self._loaded: Loaded | None = None
+        self._open: set[_Flight] = set()  # those whose iterators are open; the event loop's own
 
     # The event loop's side.
 
@@ -203,6 +213,16 @@ class LocalEngine:
         if self._loaded is None or self._unavailable is not None:
             raise EngineUnavailableError(self._unavailable or "The model is not loaded yet.")
         return self._loaded.info
+
+    @property
+    def slow_turn_s(self) -> float:
+        """How long a turn may well take on this machine: that of the warm-up. 0 before it is known."""
+        return 0.0 if self._loaded is None else self._loaded.slow_turn_s
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compute and nobody waits. A prewarm that waits does not count."""
+        return self.turn_started_s is None and not self._open
 
     async def start(self, progress: Progress) -> None:
         """Start the thread and wait until it has loaded the model; see `Engine.start`."""
@@ -231,12 +251,14 @@ class LocalEngine:
         if self._unavailable is not None:
             # The thread ended between the two lines; it may have read the mailbox for the last time.
             raise EngineUnavailableError(self._unavailable)
+        self._open.add(flight)
         try:
             while not isinstance(item := await flight.inbox.get(), _End):
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
+            self._open.discard(flight)
             flight.cancelled = True
             self.mailbox.put(None)  # wakes the thread, which then looks at the flags
 
@@ -246,14 +268,26 @@ class LocalEngine:
             self.mailbox.put(_Prewarm(list(tokens)))
 
     async def close(self) -> None:
-        """Stop the thread after at most one forward pass and free the model."""
+        """Stop the thread after at most one forward pass and free the model; see also `abandon`."""
         self.closing = True
         self._unavailable = _SHUT_DOWN
         if self._thread is None:
             return
         self.mailbox.put(None)
         await self._ended.wait()
-        self._thread.join()
+        if not self._abandoned:
+            self._thread.join()
+
+    def abandon(self, reason: str) -> None:
+        """Give up a thread that hangs: all requests end with `reason`, and nothing waits for it any more.
+
+        Nothing can stop a thread; it and its model remain until the pass returns, if it ever does.
+        """
+        self._abandoned = self.closing = True
+        self.lost = self._unavailable = reason
+        for flight in self._open:
+            flight.inbox.put_nowait(EngineUnavailableError(reason))
+        self._ended.set()
 
     # The engine thread's side.
 
@@ -268,10 +302,12 @@ class LocalEngine:
                 steps.run()
         except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             _LOG.critical("the engine thread ended", exc_info=True)
-            reason = f"The engine stopped after an internal error ({type(error).__name__}). Restart midfill."
+            reason = f"The engine stopped after an internal error ({type(error).__name__})."
+            self.lost = self.lost or reason
         finally:
             # First refuse new requests, then end those that came before: none can slip between.
             self._unavailable = self._unavailable or reason
+            self.turn_started_s = None
             if steps is not None:
                 steps.refuse_all(self._unavailable)
             while not self.mailbox.empty():
@@ -339,6 +375,7 @@ class _Steps:
         """Until the engine closes: read the mailbox, drop cancelled requests, compute one step."""
         while True:
             self._receive()
+            self._engine.turn_started_s = time.monotonic()
             if self._engine.closing:
                 return
             for flight in [flight for flight in self._flights.values() if flight.cancelled]:
@@ -356,7 +393,9 @@ class _Steps:
         """Take in all messages; wait for one if there is nothing to compute."""
         mailbox = self._engine.mailbox
         while not len(self._scheduler) or not mailbox.empty():
+            self._engine.turn_started_s = None
             message = mailbox.get()
+            self._engine.turn_started_s = time.monotonic()
             if isinstance(message, _Flight):
                 self._admit(message)
             elif isinstance(message, _Prewarm):
@@ -405,20 +444,17 @@ class _Steps:
             self._prewarm = sequence
 
     def _step(self, chunks: list[Chunk]) -> None:
-        engine = self._engine
-        began = engine.step_started_s = time.monotonic()
         for chunk in chunks:
-            self._note_start(chunk.sequence, began)
+            self._note_start(chunk.sequence, time.monotonic())
         try:
             choices = self._runner.forward(chunks, [self._allowed(chunk) for chunk in chunks])
         except MemoryError:
-            _LOG.warning("out of memory in a step; idle slots are dropped")
             self._fail(
                 chunks,
                 "There was not enough memory for this request. Kept computations were dropped; if it happens "
                 "again, use a smaller model or a shorter context.",
             )
-            self._runner.drop(self._slots.forget_free())
+            self._shrink()
             return
         except Exception as error:  # noqa: BLE001 - a failed step costs its requests, not the engine
             _LOG.exception("a step failed")
@@ -426,9 +462,6 @@ class _Steps:
                 chunks, f"The model failed on this request ({type(error).__name__}); the log has more."
             )
             return
-        finally:
-            engine.step_started_s = None
-            engine.last_step_s = time.monotonic() - began
         for chunk, choice in zip(chunks, choices, strict=True):
             self._scheduler.computed(chunk)
             self._advance(chunk.sequence, choice)
@@ -489,6 +522,17 @@ class _Steps:
             else:
                 self._leave(flight, EngineError(reason))
         self._runner.drop([chunk.slot for chunk in chunks])
+
+    def _shrink(self) -> None:
+        """Keep the past of fewer documents, since memory ran out."""
+        before = len(self._slots)
+        self._runner.drop(self._slots.shrink())
+        if len(self._slots) < before:
+            _LOG.warning(
+                "out of memory: the computations of %d documents are kept from now on, not of %d",
+                len(self._slots),
+                before,
+            )
 
     def _leave(self, flight: _Flight, last: _End | EngineError | None = None) -> None:
         """A request ends; `last` tells the event loop, unless it has gone away itself."""

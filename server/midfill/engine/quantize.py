@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,24 +37,47 @@ def _needs_reduced_range() -> bool:
     return not has_vnni()
 
 
+class Int8Weight:
+    """A weight (out x in, or vocabulary x width) in 8 bits: row ~ values * scale.
+
+    Attributes:
+        values: int8 rows.
+        scales: one for each row, fp64.
+    """
+
+    def __init__(self, shape: torch.Size, blocks: Iterable[torch.Tensor]) -> None:
+        """Quantise a weight that comes in blocks of consecutive rows, of any float type.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        self.values, self.scales = _round(shape, blocks)
+
+    @cached_property
+    def packed(self) -> Any:
+        """The kernel's own form. It takes three times as long as the rounding, on one thread."""
+        zeros = torch.zeros(len(self.scales), dtype=torch.int64)
+        with warnings.catch_warnings():
+            # torch says that quantised tensors will be removed and names torchao instead. Ours lives for
+            # this call only, the packed form is not deprecated, and torchao has no x86 kernel as fast.
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
+            quantised = torch._make_per_channel_quantized_tensor(self.values, self.scales, zeros, 0)  # noqa: SLF001 - no public one takes int8
+        return torch.ops.quantized.linear_prepack(quantised, None)
+
+
 class Int8Linear(nn.Linear):
     """A linear layer whose `weight` is an empty placeholder: the real one is packed for the kernel.
 
     It remains an `nn.Linear` so that PEFT puts an unmerged LoRA around it.
     """
 
-    def __init__(self, shape: torch.Size, blocks: Iterable[torch.Tensor], bias: torch.Tensor | None) -> None:
-        """Quantise a weight (out x in) that comes in blocks of consecutive rows, of any float type.
-
-        Raises:
-            ValueError: it is not finite.
-        """
-        num_out, num_in = shape
+    def __init__(self, weight: Int8Weight, bias: torch.Tensor | None) -> None:
+        num_out, num_in = weight.values.shape
         super().__init__(num_in, num_out, bias=False, device="meta")
         self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         if bias is not None:
             self.bias = nn.Parameter(bias.float(), requires_grad=False)
-        self._packed = _pack(shape, blocks)
+        self._packed = weight.packed
         self._reduce_range = _needs_reduced_range()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name nn.Linear gave it
@@ -76,12 +100,11 @@ class Int8Embedding(nn.Embedding):
     small model's memory.
     """
 
-    def __init__(self, shape: torch.Size, blocks: Iterable[torch.Tensor], padding_idx: int | None) -> None:
-        """Quantise a weight (vocabulary x width); see `Int8Linear`."""
-        super().__init__(shape[0], shape[1], padding_idx, device="meta")
-        values, scales = _round(shape, blocks)
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self._scales = scales.float()[:, None]
+    def __init__(self, weight: Int8Weight, padding_idx: int | None) -> None:
+        num_rows, width = weight.values.shape
+        super().__init__(num_rows, width, padding_idx, device="meta")
+        self.weight = nn.Parameter(weight.values, requires_grad=False)
+        self._scales = weight.scales.float()[:, None]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name nn.Embedding gave it
         """The rows in fp32."""
@@ -109,16 +132,3 @@ def _round(shape: torch.Size, blocks: Iterable[torch.Tensor]) -> tuple[torch.Ten
         values[start:end] = torch.div(wide, scale[:, None]).round_()
         start = end
     return values, scales
-
-
-def _pack(shape: torch.Size, blocks: Iterable[torch.Tensor]) -> Any:
-    """The kernel's own form of the weight."""
-    values, scales = _round(shape, blocks)
-    zeros = torch.zeros(len(scales), dtype=torch.int64)
-    with warnings.catch_warnings():
-        # torch says that quantised tensors will be removed and names torchao instead. Ours lives for
-        # this call only, the packed form is not deprecated, and torchao has no x86 kernel as fast.
-        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
-        quantised = torch._make_per_channel_quantized_tensor(values, scales, zeros, 0)  # noqa: SLF001 - no public one takes int8
-    del values  # before the packed copy is made
-    return torch.ops.quantized.linear_prepack(quantised, None)

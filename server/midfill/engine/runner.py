@@ -7,25 +7,19 @@ nothing of threads, requests or text. Runs on the engine thread only.
 
 from __future__ import annotations
 
-import os
+import time
 from array import array
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers.cache_utils import Cache
 
-from midfill.engine import quantize
+from midfill.engine.cores import FreeCores
+from midfill.engine.loading import memory_errors
 from midfill.engine.scheduler import Choice, Chunk, Sequence
-from midfill.engine.weights import build_model
-from midfill.errors import EngineError
 
 _BLOCK_TOKENS = 256
 """The memory of a slot grows in blocks of this many tokens."""
-
-_DTYPES = ("int8", "float32", "bfloat16")
 
 
 class SlotCache(Cache):  # type: ignore[misc]  # transformers has no types that strict mode can use
@@ -128,7 +122,8 @@ class Runner:
         dtype: "int8", "float32" or "bfloat16".
     """
 
-    def __init__(self, model: Any, dtype: str, device: torch.device) -> None:
+    def __init__(self, model: Any, dtype: str, device: torch.device, cores: FreeCores | None = None) -> None:
+        """Take over a loaded model; `cores` chooses the threads of each pass, if they are to change."""
         config = model.config.get_text_config()
         self._model = model
         self._trunk = model.base_model
@@ -140,6 +135,7 @@ class Runner:
         self.vocab_size: int = config.vocab_size
         self.device = str(device)
         self.dtype = dtype
+        self._cores = cores
         self._positions = torch.arange(self.context, device=device)[None]
 
     def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[Choice | None]:
@@ -155,16 +151,12 @@ class Runner:
         Raises:
             MemoryError: there is not enough memory, on whatever device.
         """
-        try:
-            with torch.inference_mode():
-                for chunk in chunks:
-                    if chunk.copy_from is not None:
-                        self._cache(chunk.slot).copy_from(self._cache(chunk.copy_from), chunk.start)
-                return [self._compute(chunk, ids) for chunk, ids in zip(chunks, allowed, strict=True)]
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                raise MemoryError(str(error)) from error
-            raise
+        self._choose_threads()
+        with memory_errors(), torch.inference_mode():
+            for chunk in chunks:
+                if chunk.copy_from is not None:
+                    self._cache(chunk.slot).copy_from(self._cache(chunk.copy_from), chunk.start)
+            return [self._compute(chunk, ids) for chunk, ids in zip(chunks, allowed, strict=True)]
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk of this size and a single token: the first passes are slow, whoever waits for them."""
@@ -172,6 +164,14 @@ class Runner:
         self.forward([Chunk(prompt, 0, 0, prompt.tokens, samples=True)], [None])
         self.forward([Chunk(prompt, 0, num_tokens, [0], samples=True)], [None])
         self.drop([0])
+
+    def _choose_threads(self) -> None:
+        if self._cores is None:
+            return
+        before = self._cores.count
+        count = self._cores.update(time.monotonic())
+        if count != before:
+            torch.set_num_threads(count)
 
     def drop(self, slots: list[int]) -> None:
         """Free the memory of these slots."""
@@ -211,68 +211,3 @@ def _choose(logits: torch.Tensor, allowed: array[int] | None) -> Choice:
         token = ids[logits[ids].argmax()]
     logprob = logits[token] - logits.logsumexp(dim=0)
     return Choice(int(token), float(logprob))
-
-
-def load_runner(  # noqa: PLR0913 - the fields of EngineSpec, by name
-    path: Path,
-    *,
-    device: str,
-    dtype: str,
-    adapter: Path | None,
-    num_threads: int,
-    report: Callable[[float], None],
-) -> Runner:
-    """Load the model of a folder. The arguments are those of `EngineSpec`; `report` gets the share done.
-
-    Raises:
-        ModelError: the model cannot be used.
-        AdapterError: the adapter cannot be used, or not with this model.
-        EngineError: the device or dtype cannot be had.
-    """
-    place = _device(device)
-    plan = _plan(dtype, place)
-    num_threads = num_threads or _num_cores()
-    torch.set_num_threads(num_threads)
-    model = build_model(path, plan, place, num_threads, report)
-    if adapter is not None:
-        from midfill.engine.lora import attach_adapter  # noqa: PLC0415 - imports peft, which most never need
-
-        attach_adapter(model, adapter)
-    return Runner(model, plan, place)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise EngineError(f'There is no device "{name}"; use auto, cpu or cuda.') from error
-    if device.type == "cuda":
-        index = device.index or 0
-        if index >= torch.cuda.device_count():
-            raise EngineError(
-                f'Device "{name}" is not there; torch sees {torch.cuda.device_count()} CUDA devices.'
-            )
-        return torch.device("cuda", index)
-    if device.type != "cpu":
-        raise EngineError(f'Device "{name}" is not supported; use auto, cpu or cuda.')
-    return device
-
-
-def _plan(dtype: str, device: torch.device) -> str:
-    if dtype == "auto":
-        if device.type == "cuda":
-            return "bfloat16"
-        return "int8" if quantize.supported() else "float32"
-    if dtype not in _DTYPES:
-        raise EngineError(f'There is no dtype "{dtype}"; use auto, {", ".join(_DTYPES)}.')
-    if dtype == "int8" and (device.type != "cpu" or not quantize.supported()):
-        raise EngineError("int8 needs an x86 CPU; use dtype float32 or auto.")
-    return dtype
-
-
-def _num_cores() -> int:
-    """Physical cores this process may use: hyper-threads share the units that a matrix product keeps busy."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))

@@ -49,6 +49,18 @@ class CharTokenizer:
         """See `Tokenizer.control_ids`."""
         return frozenset(_NAMES)
 
+    def vocab_bytes(self) -> list[bytes]:
+        """See `Tokenizer.vocab_bytes`."""
+        return [chr(id_).encode("utf-8", "surrogatepass") for id_ in range(0x110000)] + [b""] * len(_NAMES)
+
+    def stream(self) -> CharTokenizer:
+        """See `Tokenizer.stream`; every token is whole, so there is nothing to remember."""
+        return self
+
+    def push(self, token: int) -> str:
+        """See `TextStream.push`."""
+        return "" if token in _NAMES else chr(token)
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -58,7 +70,8 @@ class Rule:
         text: what the "model" writes from the cursor on.
         after: the prompt's text must end so; "" always fits.
         contains: the prompt's text must have this somewhere; "" always fits.
-        error: fail with this message instead.
+        error: fail with this message after `error_after` characters.
+        crash: raise what no engine should, a bare `RuntimeError` that quotes the prompt.
         token_delay_s: time that each token takes.
         prefill_delay_s: time before the first token.
         hang: never answer.
@@ -68,6 +81,8 @@ class Rule:
     after: str = ""
     contains: str = ""
     error: str = ""
+    error_after: int = 0
+    crash: bool = False
     token_delay_s: float = 0.0
     prefill_delay_s: float = 0.0
     hang: bool = False
@@ -75,11 +90,22 @@ class Rule:
 
 @dataclass(slots=True)
 class Script:
-    """The rules, and how the engine starts."""
+    """The rules, and how the engine starts.
+
+    Attributes:
+        rules: the first that fits decides.
+        load_delay_s: time that the start takes.
+        load_error: the start fails with this message.
+        load_crash: the start fails with what no engine should raise.
+        load_block_s: a thread of the start cannot be interrupted for this long.
+        log: a file that gets a JSON line for each request that has ended.
+    """
 
     rules: list[Rule] = field(default_factory=list)
     load_delay_s: float = 0.0
     load_error: str = ""
+    load_crash: bool = False
+    load_block_s: float = 0.0
     log: str = ""
 
     @staticmethod
@@ -113,6 +139,10 @@ class ScriptedEngine:
         """See `Engine.start`."""
         progress("reading the script", None)
         await asyncio.sleep(self._script.load_delay_s)
+        if self._script.load_block_s:
+            await asyncio.to_thread(time.sleep, self._script.load_block_s)
+        if self._script.load_crash:
+            raise RuntimeError("not a sentence for users")
         if self._script.load_error:
             raise ModelError(self._script.load_error)
         self._model = ModelInfo(
@@ -150,13 +180,17 @@ class ScriptedEngine:
                 await asyncio.get_running_loop().create_future()
             if self._closed:
                 raise EngineUnavailableError("The engine was closed.")
-            if rule.error:
-                raise EngineError(rule.error)
+            if rule.crash:
+                raise RuntimeError(self.model.tokenizer.decode(request.tokens))
             for char in (held + rule.text)[: request.max_new_tokens]:
+                if rule.error and steps >= rule.error_after:
+                    break
                 if rule.token_delay_s:
                     await asyncio.sleep(rule.token_delay_s)
                 steps += 1
                 yield Token(ord(char), char, math.log(0.9))
+            if rule.error:
+                raise EngineError(rule.error)  # noqa: TRY301 - its fate is noted below
             fate = "finished"
         except EngineError:
             fate = "failed"

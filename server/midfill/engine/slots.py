@@ -33,6 +33,7 @@ class _Slot:
     key: Hashable = None
     tokens: list[int] = field(default_factory=list)
     leased: bool = False
+    retired: bool = False
     last_used: int = 0
 
 
@@ -63,7 +64,7 @@ class Slots:
         self._clock = 0
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return sum(not slot.retired for slot in self._slots)
 
     def tokens(self, slot: int) -> Sequence[int]:
         """The tokens whose keys and values the slot holds."""
@@ -72,7 +73,7 @@ class Slots:
     @property
     def num_free(self) -> int:
         """How many slots nobody has leased."""
-        return sum(not slot.leased for slot in self._slots)
+        return len(self._free())
 
     def acquire(self, key: Hashable, tokens: list[int]) -> Lease:
         """Lease the slot in which the fewest tokens of `tokens` must be computed. One must be free.
@@ -81,7 +82,7 @@ class Slots:
         common prefix and taken in place if that keeps most of it. Otherwise another document
         lives there, so the prefix is copied to an empty slot or, if none is, to the one unused the longest.
         """
-        free = [number for number, slot in enumerate(self._slots) if not slot.leased]
+        free = self._free()
         lengths = {
             number: common_prefix(slot.tokens, tokens)
             for number, slot in enumerate(self._slots)
@@ -131,12 +132,21 @@ class Slots:
         forgotten.key = None
         forgotten.last_used = 0
 
-    def forget_free(self) -> list[int]:
-        """Mark what all free slots hold as unusable; returns their numbers, so that memory can be freed."""
-        free = [number for number, slot in enumerate(self._slots) if not slot.leased]
+    def shrink(self) -> list[int]:
+        """Forget what the free slots hold and use only half as many slots from now on, never less than one.
+
+        Leased slots stay. Returns the numbers of the free ones, so that their memory can be freed.
+        """
+        free = self._free()
+        num_surplus = len(self) - max(1, len(self) // 2)
         for number in free:
             self.forget(number)
+        for number in free[len(free) - min(num_surplus, len(free)) :]:
+            self._slots[number].retired = True
         return free
+
+    def _free(self) -> list[int]:
+        return [number for number, slot in enumerate(self._slots) if not slot.leased and not slot.retired]
 
     def _touch(self, slot: _Slot) -> None:
         self._clock += 1

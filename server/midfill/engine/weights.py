@@ -1,31 +1,29 @@
 """Weights from safetensors files into a transformers model, tensor by tensor.
 
 The model is built without memory, then each tensor is read, checked and put in its place in the form
-that the dtype plan asks for. A file is opened anew for every block of a tensor and closed after it, so
-the peak is the finished model plus a few blocks. Nothing pickled is read, and no code that a model's
-folder may hold is run.
+that the dtype plan asks for, so that the peak is the finished model plus a few blocks (see `files`). No
+code that a model's folder may hold is run.
 
-Knows files and modules; nothing of caches or requests. Runs on the engine thread and, while a model loads,
+Knows modules; nothing of caches or requests. Runs on the engine thread and, while a model loads,
 on a few threads of its own.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from midfill.engine.quantize import Int8Embedding, Int8Linear
+from midfill.engine.files import read_blocks
+from midfill.engine.quantize import Int8Embedding, Int8Linear, Int8Weight
 from midfill.errors import ModelError
 
 _HARMLESS = re.compile(r"(\.attn\.(masked_)?bias|\.masked_bias|\.rotary_emb\.inv_freq)$")
@@ -34,23 +32,26 @@ _HARMLESS = re.compile(r"(\.attn\.(masked_)?bias|\.masked_bias|\.rotary_emb\.inv
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 """Layers whose past can be cut at any token, which reuse needs. Recurrent states cannot."""
 
-_BLOCK_ELEMENTS = 1 << 19
-"""Tensors are read in blocks of about this many elements. A file's map counts as memory while it is open,
-and larger scratch memory leaves holes between the layers: with 2^22 a 0.5b model ends 0.4 GB higher."""
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def build_model(
-    path: Path, dtype: str, device: torch.device, num_threads: int, report: Callable[[float], None]
+def build_model(  # noqa: PLR0913 - what to load, how, and what is there already
+    path: Path,
+    files: dict[str, Path],
+    dtype: str,
+    device: torch.device,
+    *,
+    num_threads: int,
+    ahead: dict[str, Future[Int8Weight]],
+    report: Callable[[float], None],
 ) -> Any:
     """The model of the folder `path`, ready for inference.
 
     Args:
-        path: folder with `config.json` and `model.safetensors` or its shards.
+        path: folder with `config.json`.
+        files: the file of each tensor; see `files.find_tensors`.
         dtype: "int8", "float32" or "bfloat16".
         device: where the weights go.
         num_threads: how many layers are read and packed at a time.
+        ahead: int8 weights that are being made already, by the names of their tensors.
         report: called with the share done, 0..1; an exception of it ends the loading.
 
     Returns:
@@ -59,46 +60,12 @@ def build_model(
     Raises:
         ModelError: the folder does not hold a model that can be run, with the file or tensor at fault.
     """
-    files = find_tensors(path)
     model = _empty_model(path, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    _Loader(model, files, dtype, device, report).run(num_threads)
+    _Loader(model, files, dtype, device, ahead=ahead, report=report).run(num_threads)
     model.to(device)  # The buffers: parameters are there already.
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model
-
-
-def find_tensors(path: Path) -> dict[str, Path]:
-    """The file of each tensor in the folder. Raises `ModelError` if a file is missing or damaged."""
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
-    if single.is_file():
-        names = [single]
-    elif index.is_file():
-        names = _shards(index)
-    else:
-        pickled = next(iter([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]), None)
-        hint = f" ({pickled.name} is pickled and is not opened)" if pickled is not None else ""
-        raise ModelError(f"{path} has no model.safetensors{hint}. Pull the model again or convert it.")
-    files: dict[str, Path] = {}
-    for file in names:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                files.update(dict.fromkeys(tensors.keys(), file))
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} is damaged or cut short ({error}). Pull the model again.") from error
-    return files
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} cannot be read ({error!r}). Pull the model again.") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{index} names a file outside of its folder: {name!r}.")
-    return [index.parent / name for name in names]
 
 
 def _empty_model(path: Path, dtype: torch.dtype) -> Any:
@@ -127,18 +94,21 @@ def _empty_model(path: Path, dtype: torch.dtype) -> Any:
 class _Loader:
     """Puts the tensors of the files into the modules of one model."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the arguments of `build_model`
         self,
         model: Any,
         files: dict[str, Path],
         dtype: str,
         device: torch.device,
+        *,
+        ahead: dict[str, Future[Int8Weight]],
         report: Callable[[float], None],
     ) -> None:
         self._model = model
         self._files = files
         self._dtype = dtype
         self._device = device
+        self._ahead = ahead
         self._report = report
         self._embedding = model.get_input_embeddings()
         # Names that have no tensor of their own, to the names they share one with.
@@ -202,35 +172,9 @@ class _Loader:
             )
 
     def _blocks(self, name: str, shape: torch.Size) -> Iterator[torch.Tensor]:
-        """A tensor as consecutive blocks of its rows, each a view of the file that is gone with the block.
-
-        Shape and type are checked; whether the values are finite is not.
-        """
+        """See `files.read_blocks`. Whether the values are finite is not checked."""
         name = self._tied.get(name, name)
-        file = self._files[name]
-        num_rows = shape[0] if shape else 1
-        step = max(1, _BLOCK_ELEMENTS * num_rows // max(1, shape.numel()))
-        for start in range(0, num_rows, step):
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    part = tensors.get_slice(name)
-                    found = tuple(part.get_shape())
-                    block: torch.Tensor | None = None
-                    if found == tuple(shape):
-                        block = part[start : start + step] if shape else tensors.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"{name} cannot be read from {file}: {error}. Pull the model again."
-                ) from error
-            if block is None:
-                raise ModelError(
-                    f"{name} in {file} has shape {found}, the configuration says {tuple(shape)}."
-                )
-            if block.dtype not in _FLOATS:
-                raise ModelError(
-                    f"{name} in {file} is {block.dtype}; only 16- and 32-bit floats can be used."
-                )
-            yield block
+        return read_blocks(self._files[name], name, shape)
 
     def _read(self, name: str, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A tensor of the file in memory of its own, with the shape and, unless given, the type of `like`."""
@@ -253,21 +197,24 @@ class _Loader:
 
     def _load_int8(self, name: str, module: nn.Linear) -> None:
         bias = None if module.bias is None else self._read(_join(name, "bias"), module.bias)
-        shape = module.weight.shape
-        self._replace(name, lambda blocks: Int8Linear(shape, blocks, bias), shape)
+        self._replace(name, Int8Linear(self._int8_weight(name, module), bias))
 
     def _load_embedding(self, name: str, module: nn.Embedding) -> None:
-        shape = module.weight.shape
-        self._replace(name, lambda blocks: Int8Embedding(shape, blocks, module.padding_idx), shape)
+        self._replace(name, Int8Embedding(self._int8_weight(name, module), module.padding_idx))
 
-    def _replace(
-        self, name: str, make: Callable[[Iterator[torch.Tensor]], nn.Module], shape: torch.Size
-    ) -> None:
-        weight = _join(name, "weight")
+    def _int8_weight(self, name: str, module: nn.Linear | nn.Embedding) -> Int8Weight:
+        full = _join(name, "weight")
+        shape = module.weight.shape
+        ahead = self._ahead.get(self._tied.get(full, full))
         try:
-            made = make(self._blocks(weight, shape))
+            if ahead is not None and ahead.result().values.shape == shape:
+                return ahead.result()
+            # A wrong shape is found out by reading it.
+            return Int8Weight(shape, self._blocks(full, shape))
         except ValueError as error:
-            raise self._not_finite(weight) from error
+            raise self._not_finite(full) from error
+
+    def _replace(self, name: str, made: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(self._modules[parent], child, made)
 

@@ -1,0 +1,161 @@
+"""Speed of everything but the model: keys typed into the real server, over pipes.
+
+The server runs in a process of its own, with a script in place of the model, so that what is measured
+is reading, editing, prompt building, trimming and answering. With `busy`, a real model decodes on its
+thread of that process all the while, and competes for the interpreter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from midfill.client import SERVE_COMMAND, Client
+from midfill.engine import Engine, ModelInfo, Progress, Request, Token
+from midfill.engine.scripted import Script, ScriptedEngine
+from midfill.errors import MidfillError
+
+_URI = "file:///bench/main.py"
+_TYPED = "    result = compute(values, key)\n"
+_NUM_LINES = 5_000
+_NUM_WARM_UP = 50
+_LOAD_S = 300.0
+_TARGETS = {"median_ms": 2.0, "p99_ms": 6.0}
+_BUSY_TARGETS = {"p95_ms": 10.0}
+
+
+async def bench_lsp(num_keys: int, busy_model: str | None = None) -> dict[str, Any]:
+    """Type keys into the middle of a document; the latencies from change and request to answer.
+
+    `busy_model` names the model that decodes meanwhile. Raises `MidfillError` if the server cannot
+    load it.
+    """
+    with tempfile.TemporaryDirectory(prefix="midfill-bench-") as folder:
+        script = Path(folder) / "script.json"
+        script.write_text(json.dumps({"rules": [{"text": "items)"}]}), encoding="utf-8")
+        engine = f"scripted:{script}" if busy_model is None else f"busy:{script}"
+        client = await Client.start([*SERVE_COMMAND, "--engine", engine])
+        try:
+            await _load(client, {} if busy_model is None else {"model": busy_model})
+            latencies_ms = await _type(client, num_keys)
+        finally:
+            await client.close()
+    targets = _TARGETS if busy_model is None else _BUSY_TARGETS
+    cuts = statistics.quantiles(latencies_ms, n=100, method="inclusive")
+    found = {"median_ms": statistics.median(latencies_ms), "p95_ms": cuts[94], "p99_ms": cuts[98]}
+    return {
+        "benchmark": "lsp",
+        "busy": busy_model,
+        "lines": _NUM_LINES,
+        "keys": num_keys,
+        **{name: round(value, 3) for name, value in found.items()},
+        "max_ms": round(max(latencies_ms), 3),
+        "targets": targets,
+        "met": all(found[name] < limit for name, limit in targets.items()),
+    }
+
+
+async def _load(client: Client, options: dict[str, Any]) -> None:
+    """Shake hands and wait until the engine serves."""
+    loaded = asyncio.get_running_loop().create_future()
+
+    def heard(method: str, params: Any) -> None:
+        if loaded.done():
+            return
+        if method == "window/showMessage":
+            loaded.set_exception(MidfillError(params["message"]))
+        elif method == "$/progress" and params["value"]["kind"] == "end":
+            loaded.set_result(None)
+
+    client.on_notification = heard
+    await client.initialize(options)
+    await asyncio.wait_for(loaded, _LOAD_S)
+
+
+async def _type(client: Client, num_keys: int) -> list[float]:
+    text = "".join(f"    value_{i} = compute({i}, key)  # line {i}\n" for i in range(_NUM_LINES))
+    item = {"uri": _URI, "languageId": "python", "version": 1, "text": text}
+    client.notify("textDocument/didOpen", {"textDocument": item})
+    line, column = _NUM_LINES // 2, 0
+    # An empty line to type into.
+    _insert(client, (line, 0), "\n", 2)
+    latencies_ms = []
+    for key in range(_NUM_WARM_UP + num_keys):
+        char = _TYPED[key % len(_TYPED)]
+        begun = time.perf_counter()
+        _insert(client, (line, column), char, key + 3)
+        line, column = (line + 1, 0) if char == "\n" else (line, column + 1)
+        params = {
+            "textDocument": {"uri": _URI},
+            "position": {"line": line, "character": column},
+            "context": {"triggerKind": 2},
+        }
+        await client.request("textDocument/inlineCompletion", params)
+        latencies_ms.append((time.perf_counter() - begun) * 1000)
+    return latencies_ms[_NUM_WARM_UP:]
+
+
+def _insert(client: Client, position: tuple[int, int], text: str, version: int) -> None:
+    place = {"line": position[0], "character": position[1]}
+    change = {"range": {"start": place, "end": place}, "text": text}
+    params = {"textDocument": {"uri": _URI, "version": version}, "contentChanges": [change]}
+    client.notify("textDocument/didChange", params)
+
+
+class BusyEngine:
+    """Answers from a script while another engine decodes without end."""
+
+    def __init__(self, script: Path, real: Engine) -> None:
+        self._scripted = ScriptedEngine(Script.read(script))
+        self._real = real
+        self._work: asyncio.Task[None] | None = None
+
+    @property
+    def model(self) -> ModelInfo:
+        """See `Engine.model`: the script's."""
+        return self._scripted.model
+
+    async def start(self, progress: Progress) -> None:
+        """See `Engine.start`; returns when the real model has begun to decode."""
+        await self._scripted.start(progress)
+        await self._real.start(progress)
+        first = asyncio.Event()
+        self._work = asyncio.create_task(self._decode(first))
+        await first.wait()
+
+    async def _decode(self, first: asyncio.Event) -> None:
+        """Long answers one after the other, the same each time."""
+        model = self._real.model
+        tokens = tuple(model.tokenizer.encode("def a_long_function(values):\n    "))
+        room = model.context - len(tokens)
+        while True:
+            request = Request(tokens, max_new_tokens=min(512, room))
+            async with aclosing(self._real.generate(request)) as stream:
+                async for _ in stream:
+                    first.set()
+            # A model that ends at once must not keep the loop from everything else.
+            await asyncio.sleep(0)
+
+    def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+        """See `Engine.generate`."""
+        return self._scripted.generate(request)
+
+    def prewarm(self, tokens: Sequence[int]) -> None:
+        """See `Engine.prewarm`."""
+
+    async def close(self) -> None:
+        """See `Engine.close`."""
+        if self._work is not None:
+            self._work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._work
+        await self._scripted.close()
+        await self._real.close()

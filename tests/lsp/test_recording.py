@@ -1,0 +1,173 @@
+"""A recorded session, replayed against a fresh server, gives the same answers."""
+# ruff: noqa: ASYNC221 - the command line is run while nothing else is
+
+import json
+import shlex
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from raw import Raw
+
+from midfill.client import SERVE_COMMAND
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+URI = "file:///work/main.py"
+MIDFILL = [sys.executable, "-P", "-m", "midfill"]
+
+
+@pytest.fixture
+def rules():
+    return [{"after": "slow = ", "hang": True}, {"after": "a = ", "text": "1"}, {"text": "other"}]
+
+
+async def record(script, rules, path):
+    """A session of everything that can be answered in several ways."""
+    async with await Raw.start(*script(*rules), "--record", str(path)) as server:
+        await server.initialize(processId=1, capabilities={"window": {"workDoneProgress": True}})
+        # Its answer depends on whether the model has been loaded, so a replay does not compare it.
+        ask(server, "early", 0, 0)
+        while (message := await server.receive()).get("params", {}).get("value", {}).get("kind") != "end":
+            if message.get("method") == "window/workDoneProgress/create":
+                server.send({"jsonrpc": "2.0", "id": message["id"], "result": None})
+        item = {"uri": URI, "languageId": "python", "version": 1, "text": "a = é😀\nslow = \n"}
+        server.notify("textDocument/didOpen", {"textDocument": item})
+        ask(server, 1, 0, 4)
+        await server.answer(1)
+        edit = {
+            "textDocument": {"uri": URI, "version": 2},
+            "contentChanges": [{"text": "a = \nslow = \nb = \n"}],
+        }
+        server.notify("textDocument/didChange", edit)
+        ask(server, 1, 0, 4)
+        await server.answer(1)
+        ask(server, "cancelled", 1, 7)
+        server.notify("$/cancelRequest", {"id": "cancelled"})
+        await server.answer("cancelled")
+        server.send(b"not json \xff")
+        assert (await server.receive())["error"]["code"] == -32700
+        server.request(3, "no/such")
+        await server.answer(3)
+        server.request(4, "shutdown")
+        await server.answer(4)
+        server.notify("exit")
+        assert await server.status() == 0
+
+
+def ask(server, id_, line, character):
+    params = {
+        "textDocument": {"uri": URI},
+        "position": {"line": line, "character": character},
+        "context": {"triggerKind": 1},
+    }
+    server.request(id_, "textDocument/inlineCompletion", params)
+
+
+def replay(path, script_arguments, *options):
+    command = shlex.join([*SERVE_COMMAND, *script_arguments])
+    return subprocess.run(
+        [*MIDFILL, "replay", str(path), "--command", command, *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+async def test_a_recorded_session_is_replayed_with_equal_answers(script, tmp_path, rules):
+    path = tmp_path / "session.jsonl"
+    await record(script, rules, path)
+    done = replay(path, script(*rules), "--json")
+    result = json.loads(done.stdout)
+    assert result["different"] == []
+    assert result["equal"] == result["compared"] >= 6
+    assert result["compared"] + result["while_loading"] == result["requests"]
+    assert result["median_ms"]["replayed"] > 0
+    assert done.returncode == 0
+
+
+async def test_a_difference_is_shown_and_is_status_one(script, tmp_path, rules):
+    path = tmp_path / "session.jsonl"
+    await record(script, rules, path)
+    other = [rules[0], {"after": "a = ", "text": "2"}, rules[2]]
+    done = replay(path, script(*other), "--speed", "0")
+    assert done.returncode == 1
+    assert '"insertText": "1"' in done.stdout
+    assert '"insertText": "2"' in done.stdout
+
+
+async def test_a_recording_is_private_and_says_what_it_holds(script, tmp_path, rules):
+    path = tmp_path / "session.jsonl"
+    await record(script, rules, path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert "source text" in header["warning"]
+    assert {line["from"] for line in lines} == {"client", "server"}
+    assert [line["t"] for line in lines] == sorted(line["t"] for line in lines)
+    help_text = subprocess.run(
+        [*MIDFILL, "serve", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "source text" in " ".join(help_text.split())
+
+
+async def test_an_older_recording_is_kept(script, tmp_path, rules):
+    path = tmp_path / "session.jsonl"
+    path.write_text("mine")
+    await record(script, rules, path)
+    assert path.read_text() == "mine"
+    assert json.loads((tmp_path / "session.jsonl.2").read_text().splitlines()[0])["midfillRecording"] == 1
+
+
+async def test_nothing_is_recorded_unless_asked_for(scripted, tmp_path):
+    server = await scripted({"text": "1"})
+    await server.loaded()
+    assert [path.name for path in tmp_path.iterdir()] == ["script.json"]
+
+
+async def test_a_session_that_was_cut_off_is_replayed_as_far_as_it_goes(script, tmp_path, rules):
+    path = tmp_path / "session.jsonl"
+    await record(script, rules, path)
+    text = path.read_text()
+    path.write_text(text[: text.index("cancelRequest")])
+    assert replay(path, script(*rules), "--speed", "0").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "junk\n", "{}\n{}\n", '{"midfillRecording": 99}\n{}\n', "[]\n"], ids=repr
+)
+async def test_what_is_no_recording_is_refused_in_a_sentence(tmp_path, text):
+    path = tmp_path / "session.jsonl"
+    path.write_text(text)
+    done = replay(path, [])
+    assert done.returncode == 1
+    assert done.stderr.startswith("midfill: ")
+    assert "Traceback" not in done.stderr
+
+
+async def test_a_recording_that_cannot_be_written_is_said_at_once(script, tmp_path):
+    done = subprocess.run(
+        [*MIDFILL, "serve", *script(), "--record", str(tmp_path / "no" / "x")],
+        capture_output=True,
+        text=True,
+        input="",
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Cannot write the recording" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+async def test_a_full_disk_ends_the_recording_and_not_the_server(script, tmp_path):
+    code = (
+        "import midfill.recording as r, midfill.cli as c, sys\n"
+        "r._create = lambda path: (path, open('/dev/full', 'w'))\n"
+        f"sys.argv = ['midfill', 'serve', '--record', 'x', *{script({'text': '1'})!r}]\n"
+        "c.main()\n"
+    )
+    async with await Raw.start(command=[sys.executable, "-P", "-c", code], cwd=tmp_path) as server:
+        await server.initialize()
+        await server.loaded()
+        await server.serves()
