@@ -109,7 +109,7 @@ class Completer:
     """Answers completion requests with whatever engine is there.
 
     Attributes:
-        settings: the ones in force; assign new ones at any time.
+        settings: the ones in force; change them by `configure`.
         failure: why there is no engine, once that is known.
     """
 
@@ -125,6 +125,12 @@ class Completer:
         self._forbidden = self._prompts.family.sentinels
         self._engine = engine
         self.failure = None
+
+    def configure(self, settings: Settings) -> None:
+        """Take new settings. Raises `ModelError`, and keeps the old ones, if no prompt fits into them."""
+        if self._engine is not None:
+            self._prompts = PromptBuilder(self._engine.model, settings)
+        self.settings = settings
 
     def fail(self, why: str) -> None:
         """Answer with nothing from now on, because there is no model."""

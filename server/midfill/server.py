@@ -178,7 +178,10 @@ class MidfillServer(LanguageServer):
         if started:
             settings, later = keep_start_only(settings, self.state.completer.settings)
             problems += later
-        self.state.completer.settings = settings
+        try:
+            self.state.completer.configure(settings)
+        except MidfillError as error:
+            problems.append(str(error))
         for problem in problems:
             _LOG.warning("%s", problem)
         if problems:

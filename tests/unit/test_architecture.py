@@ -23,7 +23,14 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-TORCH_ALLOWED = {"engine/runner.py", "engine/lora.py", "engine/quantize.py", "engine/weights.py", "engine/loading.py", "engine/files.py"}
+TORCH_ALLOWED = {
+    "engine/runner.py",
+    "engine/lora.py",
+    "engine/quantize.py",
+    "engine/weights.py",
+    "engine/loading.py",
+    "engine/files.py",
+}
 MAX_MODULE_LINES = 600
 
 

@@ -6,7 +6,7 @@ import pytest
 from midfill.completer import REASONS, Completer, Reason, Trigger, is_excluded
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
-from midfill.errors import EngineUnavailableError
+from midfill.errors import EngineUnavailableError, ModelError
 from midfill.settings import Settings
 
 
@@ -109,3 +109,20 @@ def test_secrets_are_excluded_by_name(uri, excluded):
 
 def test_every_reason_has_a_sentence():
     assert set(REASONS) == set(Reason)
+
+
+async def test_new_settings_count_for_the_next_request():
+    it = await completer(Rule("1"))
+    before = await ask(it, "x = 1\n" * 40 + "a = ▮")
+    it.configure(Settings(prefix_tokens=32))
+    after = await ask(it, "x = 1\n" * 40 + "a = ▮")
+    assert after.num_prompt < before.num_prompt
+
+
+async def test_settings_that_leave_no_room_keep_the_old_ones():
+    it = await completer(Rule("1"))
+    old = it.settings
+    with pytest.raises(ModelError, match="max_new_tokens"):
+        it.configure(Settings.model_construct(**old.model_dump() | {"max_new_tokens": 100_000}))
+    assert it.settings is old
+    assert (await ask(it)).text == "1"

@@ -1,0 +1,145 @@
+"""`midfill model`: list, fetch, check and choose models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import click
+
+from midfill.cli.shared import ADAPTER, JSON, engine_maker, read_settings, with_progress
+from midfill.errors import MidfillError
+
+
+@click.group()
+def model() -> None:
+    """List, fetch, check and choose models."""
+
+
+@model.command("list")
+@JSON
+def model_list(as_json: bool) -> None:
+    """List the models that midfill knows by name, and those that are on this machine."""
+    from midfill.models import catalogue, store
+
+    here = {installed.name: installed for installed in store.installed()}
+    rows: list[dict[str, Any]] = [
+        {
+            "name": entry.name,
+            "family": entry.family,
+            "license": entry.license,
+            "parameters": entry.parameters,
+            "context": entry.context,
+            "memory_mb": entry.memory_mb,
+            "hub": entry.hub,
+            "installed": entry.name in here,
+        }
+        for entry in catalogue.entries().values()
+    ]
+    rows += [
+        {"name": name, "family": found.family, "installed": True}
+        for name, found in here.items()
+        if name not in catalogue.entries()
+    ]
+    used = read_settings().model
+    if as_json:
+        click.echo(json.dumps({"models": rows, "used": used}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("", "name", "parameters", "memory", "licence", "here"):
+        table.add_column(title, justify="right" if title in ("parameters", "memory") else "left")
+    for row in rows:
+        parameters = f"{row['parameters'] / 1e9:.1f} B" if "parameters" in row else ""
+        memory = f"{row['memory_mb'] / 1000:.1f} GB" if "memory_mb" in row else ""
+        chosen = "*" if row["name"] == used else ""
+        here_mark = "yes" if row["installed"] else ""
+        table.add_row(chosen, row["name"], parameters, memory, row.get("license", ""), here_mark)
+    Console(highlight=False).print(table)
+    click.echo(
+        "\n* the one in use. Fetch one with `midfill model pull NAME`, "
+        "choose it with `midfill model use NAME`."
+    )
+
+
+@model.command("pull")
+@click.argument("name")
+def model_pull(name: str) -> None:
+    """Fetch a model: a catalogue name, a Hugging Face id, or a GGUF file to convert.
+
+    It can be stopped and started again; what is here already is not fetched twice.
+
+    \b
+    Examples:
+      midfill model pull qwen2.5-coder-1.5b
+      midfill model pull bigcode/tiny_starcoder_py
+    """
+    from midfill.models import fetch
+
+    found = with_progress(f"fetching {name}", lambda report: fetch.pull(name, report))
+    click.echo(f"{found.name} is ready: {found.path}")
+
+
+@model.command("check")
+@click.argument("name")
+@ADAPTER
+@JSON
+def model_check(name: str, adapter: str | None, as_json: bool) -> None:
+    """Load a model, show what midfill makes of it, and let it fill three known holes.
+
+    \b
+    Examples:
+      midfill model check qwen2.5-coder-0.5b
+      midfill model check ./my-model --json
+    """
+    from midfill.doctor import check_model
+
+    settings = read_settings(model=name, adapter=adapter)
+    result = asyncio.run(check_model(settings, engine_maker(None)))
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        for key, value in result.items():
+            if key != "holes":
+                click.echo(f"{key:12} {value}")
+        for hole in result["holes"]:
+            mark = click.style("pass", fg="green") if hole["passed"] else click.style("fail", fg="red")
+            click.echo(f"{mark}  {hole['hole']}  ->  {hole['text']!r}")
+    if not result["passed"]:
+        raise MidfillError(f"{name} does not fill the holes: is it a base model with FIM training?")
+
+
+@model.command("use")
+@click.argument("name")
+def model_use(name: str) -> None:
+    """Choose the model for all editors; written to your settings file."""
+    from midfill import settings
+    from midfill.models import catalogue, store
+
+    if store.find(name) is None:
+        hint = f"Fetch it first: midfill model pull {name}"
+        if catalogue.lookup(name) is None and "/" not in name:
+            hint = "`midfill model list` shows the names that midfill knows."
+        raise MidfillError(f"{name!r} is not on this machine. {hint}")
+    path_given = None if catalogue.lookup(name) else store.as_path(name)
+    value = str(path_given or name)
+    path = settings.store("model", value)
+    click.echo(f"midfill uses {value} from the next start on ({path}).")
+
+
+@model.command("path")
+@click.argument("name", required=False)
+def model_path(name: str | None) -> None:
+    """Print where a model is on disk; without NAME, the folder of all models."""
+    from midfill.models import store
+
+    if name is None:
+        click.echo(store.models_dir())
+        return
+    found = store.find(name)
+    if found is None:
+        raise MidfillError(f"{name!r} is not on this machine. Fetch it: midfill model pull {name}")
+    click.echo(found.path)
