@@ -21,13 +21,11 @@ from typing import Any
 from midfill.client import SERVE_COMMAND, Client
 from midfill.engine import Engine, ModelInfo, Progress, Request, Token
 from midfill.engine.scripted import Script, ScriptedEngine
-from midfill.errors import MidfillError
 
 _URI = "file:///bench/main.py"
 _TYPED = "    result = compute(values, key)\n"
 _NUM_LINES = 5_000
 _NUM_WARM_UP = 50
-_LOAD_S = 300.0
 _TARGETS = {"median_ms": 2.0, "p99_ms": 6.0}
 _BUSY_TARGETS = {"p95_ms": 10.0}
 
@@ -44,7 +42,7 @@ async def bench_lsp(num_keys: int, busy_model: str | None = None) -> dict[str, A
         engine = f"scripted:{script}" if busy_model is None else f"busy:{script}"
         client = await Client.start([*SERVE_COMMAND, "--engine", engine])
         try:
-            await _load(client, {} if busy_model is None else {"model": busy_model})
+            await client.load({} if busy_model is None else {"model": busy_model})
             latencies_ms = await _type(client, num_keys)
         finally:
             await client.close()
@@ -61,23 +59,6 @@ async def bench_lsp(num_keys: int, busy_model: str | None = None) -> dict[str, A
         "targets": targets,
         "met": all(found[name] < limit for name, limit in targets.items()),
     }
-
-
-async def _load(client: Client, options: dict[str, Any]) -> None:
-    """Shake hands and wait until the engine serves."""
-    loaded = asyncio.get_running_loop().create_future()
-
-    def heard(method: str, params: Any) -> None:
-        if loaded.done():
-            return
-        if method == "window/showMessage":
-            loaded.set_exception(MidfillError(params["message"]))
-        elif method == "$/progress" and params["value"]["kind"] == "end":
-            loaded.set_result(None)
-
-    client.on_notification = heard
-    await client.initialize(options)
-    await asyncio.wait_for(loaded, _LOAD_S)
 
 
 async def _type(client: Client, num_keys: int) -> list[float]:

@@ -96,6 +96,35 @@ class Client:
         self.notify("initialized", {})
         return result
 
+    async def load(
+        self,
+        options: Mapping[str, Any] | None = None,
+        report: Callable[[str], None] = lambda _message: None,
+        timeout_s: float = 300.0,
+    ) -> None:
+        """Shake hands and wait until the server has loaded its model; `report` hears how it goes.
+
+        Raises `MidfillError` with what the server says if it cannot, or that it took too long.
+        """
+        loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def hear(method: str, params: Any) -> None:
+            if loaded.done():
+                return
+            if method == "window/showMessage":
+                loaded.set_exception(MidfillError(params["message"]))
+            elif method == "$/progress" and params["value"]["kind"] == "end":
+                loaded.set_result(None)
+            elif method == "$/progress" and params["value"].get("message"):
+                report(params["value"]["message"])
+
+        self.on_notification = hear
+        await self.initialize(options)
+        try:
+            await asyncio.wait_for(loaded, timeout_s)
+        except TimeoutError:
+            raise MidfillError(f"The server has not loaded its model within {timeout_s:.0f} s.") from None
+
     def send_request(self, method: str, params: Any) -> tuple[int, asyncio.Future[Any]]:
         """Send a request; returns its id and the future of its result, which may raise `ServerError`."""
         id_ = next(self._ids)

@@ -16,18 +16,15 @@ from importlib import resources
 from typing import Any
 
 from rich.console import Console
-from rich.status import Status
 from rich.text import Text
 
 from midfill.client import Client, ServerError
-from midfill.errors import MidfillError
 from midfill.languages import language_id
 
 _OPEN, _CLOSE = "⟦", "⟧"
 # A quick typist; the seed makes every run type alike.
 _KEY_INTERVAL_S = (0.045, 0.13)
 _LINES_ABOVE = 4
-_LOAD_S = 120.0
 _ANSWER_S = 30.0
 
 EDITOR_LINES = (
@@ -94,7 +91,12 @@ async def run(console: Console | None, options: dict[str, Any]) -> list[Suggesti
     client = await Client.start()
     try:
         with console.status("starting midfill serve") if console else nullcontext() as status:
-            await _ready(client, options, status)
+
+            def report(message: str) -> None:
+                if status is not None:
+                    status.update(f"midfill serve: {message}")
+
+            await client.load(options, report)
         shown = []
         for name, spots in samples():
             for spot in spots:
@@ -105,30 +107,6 @@ async def run(console: Console | None, options: dict[str, Any]) -> list[Suggesti
         return shown
     finally:
         await client.close()
-
-
-async def _ready(client: Client, options: dict[str, Any], status: Status | None) -> None:
-    """Wait until the server has loaded its model; show how it goes."""
-    loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def hear(method: str, params: Any) -> None:
-        if loaded.done():
-            return
-        if method == "window/showMessage":
-            loaded.set_exception(MidfillError(params["message"]))
-        elif method == "$/progress":
-            value = params["value"]
-            if value["kind"] == "end":
-                loaded.set_result(None)
-            elif status is not None and value.get("message"):
-                status.update(f"midfill serve: {value['message']}")
-
-    client.on_notification = hear
-    await client.initialize(options)
-    try:
-        await asyncio.wait_for(loaded, _LOAD_S)
-    except TimeoutError:
-        raise MidfillError(f"The server has not loaded its model within {_LOAD_S:.0f} s.") from None
 
 
 async def _play(client: Client, name: str, spot: Spot) -> Suggestion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 
@@ -60,6 +61,18 @@ async def test_values_that_are_not_finite(model, weights, dtype, name, value):
     message = await failure(model, dtype=dtype)
     assert name in message
     assert "not finite" in message
+
+
+async def test_a_file_that_has_not_the_hash_of_the_manifest(model, weights):
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    manifest = {"files": {weights.name: {"bytes": weights.stat().st_size, "sha256": digest}}}
+    (model.path / "midfill.json").write_text(json.dumps(manifest))
+    async with tiny.running(model):
+        pass
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "sha256" in await failure(model)
 
 
 async def test_a_missing_tensor(model, weights):

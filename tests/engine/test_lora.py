@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from midfill.engine.lora import attach_adapter
 from midfill.engine.quantize import supported
-from midfill.engine.weights import build_model
 from midfill.errors import AdapterError
 
 # PEFT 0.21 asks transformers 5.23 for a property by its old name; the oracle here is plain PEFT.
@@ -41,7 +40,7 @@ def adapter(tmp_path):
 
 
 def ours(tmp_path, dtype="float32"):
-    return build_model(tmp_path / "model", dtype, torch.device("cpu"), 2, lambda _: None)
+    return tiny.build(tmp_path / "model", dtype)
 
 
 @pytest.mark.parametrize("kind", list(TARGETS))

@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
+from midfill.engine.loading import load_runner
 from midfill.engine.quantize import Int8Linear, Int8Weight, supported
-from midfill.engine.weights import build_model
 
 pytestmark = pytest.mark.skipif(not supported(), reason="the int8 kernels are for x86")
 
@@ -41,7 +41,7 @@ def test_values_that_are_not_finite_are_refused():
 def test_an_int8_model_is_close_to_fp32(tmp_path, kind):
     # Weights like a trained model's, not those that make argmax easy.
     tiny.write_model(kind, tmp_path, initializer_range=0.1)
-    model = build_model(tmp_path, "int8", torch.device("cpu"), 2, lambda _: None)
+    model = tiny.build(tmp_path, "int8")
     assert isinstance(model.get_output_embeddings(), Int8Linear)
     ids = torch.arange(200)[None]
     with torch.inference_mode():
@@ -51,3 +51,21 @@ def test_an_int8_model_is_close_to_fp32(tmp_path, kind):
     divergence = (expected.exp() * (expected - found)).sum(-1).mean()
     assert divergence < 0.02
     assert (expected.argmax(-1) == found.argmax(-1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_weight_that_is_made_during_the_import_is_the_one_in_the_file(tmp_path, tied):
+    tiny.write_model("qwen2", tmp_path, tie_word_embeddings=tied)
+    runner, met = load_runner(
+        tmp_path,
+        device="cpu",
+        dtype="int8",
+        adapter=None,
+        num_threads=2,
+        report=lambda _: None,
+        meanwhile=lambda: "met",
+    )
+    assert met == "met"
+    ids = torch.arange(200)[None]
+    with torch.inference_mode():
+        assert torch.equal(runner._model(ids).logits, tiny.build(tmp_path, "int8")(ids).logits)

@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from midfill.engine import create
-from midfill.engine.local import LocalEngine, load
 from midfill.engine.loading import memory_errors
+from midfill.engine.local import LocalEngine, load
 from midfill.engine.supervisor import Supervisor
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
 

@@ -14,8 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from midfill.engine import EngineSpec, Request, Token
+from midfill.engine.files import find_tensors
 from midfill.engine.local import LocalEngine, load
 from midfill.engine.scheduler import Choice
+from midfill.engine.weights import build_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -155,6 +157,19 @@ async def start_and_reach_step(engine, runner, step, ids, num_tokens=8):
     while await runner.began.get() < step:
         runner.leave.release()
     return task
+
+
+def build(path: Path, dtype: str) -> torch.nn.Module:
+    """The engine's own modules, without the engine."""
+    return build_model(
+        path,
+        find_tensors(path),
+        dtype,
+        torch.device("cpu"),
+        num_threads=2,
+        ahead={},
+        report=lambda _: None,
+    )
 
 
 def random_ids(generator: torch.Generator, count: int) -> list[int]:

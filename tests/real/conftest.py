@@ -1,4 +1,5 @@
 import pytest
+import pytest_asyncio
 
 from midfill.client import SERVE_COMMAND, Client
 from midfill.models import catalogue, fetch
@@ -17,15 +18,10 @@ def model():
     return fetch.pull(catalogue.DEFAULT, lambda _message, _share: None)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(model):
-    """A server that has loaded the default model."""
+    """A server that has loaded the default model; loading takes seconds, so a module shares it."""
     client = await Client.start([*SERVE_COMMAND])
-    client.heard = []
-    client.on_notification = lambda method, params: client.heard.append((method, params))
-    await client.initialize()
-    while not any(method == "$/progress" and p["value"]["kind"] == "end" for method, p in client.heard):
-        await client.request("midfill/explain", {"textDocument": {"uri": "file:///ready"}})
-    assert not [params for method, params in client.heard if method == "window/showMessage"]
+    await client.load()
     yield client
     await client.close()
