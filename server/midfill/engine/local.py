@@ -17,6 +17,7 @@ import time
 from array import array
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Ids
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Protocol
@@ -26,6 +27,7 @@ from midfill.engine.healing import TokenIndex
 from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, Sequence
 from midfill.engine.slots import Slots
 from midfill.errors import EngineError, EngineUnavailableError, MidfillError
+from midfill.models.store import verify
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,18 +80,21 @@ Load = Callable[[EngineSpec, Progress], Loaded]
 
 def load(spec: EngineSpec, progress: Progress) -> Loaded:
     """Import torch and load what `spec` names. Runs on the engine thread: it takes seconds."""
-    progress("importing torch", None)
-    from midfill.engine.loading import load_runner  # noqa: PLC0415 - this is what imports torch
+    with ThreadPoolExecutor(1, thread_name_prefix="midfill-verify") as pool:
+        verified = pool.submit(verify, spec.model.path)  # While torch is imported, there is a core free.
+        progress("importing torch", None)
+        from midfill.engine.loading import load_runner  # noqa: PLC0415 - this is what imports torch
 
-    runner, (tokenizer, index) = load_runner(
-        spec.model.path,
-        device=spec.device,
-        dtype=spec.dtype,
-        adapter=spec.adapter,
-        num_threads=spec.num_threads,
-        report=lambda share: progress("loading weights", share),
-        meanwhile=lambda: _load_vocabulary(spec),
-    )
+        runner, (tokenizer, index) = load_runner(
+            spec.model.path,
+            device=spec.device,
+            dtype=spec.dtype,
+            adapter=spec.adapter,
+            num_threads=spec.num_threads,
+            report=lambda share: progress("loading weights", share),
+            meanwhile=lambda: _load_vocabulary(spec),
+        )
+        verified.result()
     progress("warming up", None)
     began = time.monotonic()
     runner.warm_up(min(_chunk_tokens(runner.device), runner.context - 1))

@@ -18,7 +18,7 @@ from contextlib import aclosing
 
 from midfill.engine import ModelInfo, Progress, Request, Token
 from midfill.engine.local import LocalEngine
-from midfill.errors import EngineUnavailableError, MidfillError
+from midfill.errors import EngineUnavailableError
 
 _LOG = logging.getLogger(__name__)
 
@@ -165,8 +165,8 @@ class Supervisor:
                 return
             self._engine = self._make()
             await self._engine.start(lambda _message, _share: None)
-        except MidfillError as error:
-            # The next request tries again, as long as that is allowed.
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next request has to hear of it
+            # That request tries again, as long as it is allowed.
             self._engine.lost = f"The model could not be restarted: {error}"
             if not self._closed:
                 _LOG.error("%s", self._engine.lost)
