@@ -60,9 +60,11 @@ class Reason(StrEnum):
     MODEL_SILENT = "model-silent"
     REPEATS_TEXT = "repeats-text"
     ENGINE_ERROR = "engine-error"
+    ENGINE_UNAVAILABLE = "engine-unavailable"
     DEADLINE = "deadline"
 
 
+# A sentence for each reason, for the user.
 REASONS = {
     Reason.LOADING: "The model is still being loaded.",
     Reason.MODEL_FAILED: "The model could not be loaded; the log and the first message say why.",
@@ -77,6 +79,7 @@ REASONS = {
     Reason.MODEL_SILENT: "The model had nothing to add.",
     Reason.REPEATS_TEXT: "The model only repeated what stands behind the cursor.",
     Reason.ENGINE_ERROR: "The model failed on this request; the log says how.",
+    Reason.ENGINE_UNAVAILABLE: "The model is being restarted after a fault, or has been given up.",
     Reason.DEADLINE: "The model took longer than `deadline_s`.",
 }
 
@@ -89,6 +92,7 @@ class Answer:
         text: the text to insert at the cursor, with the file's own line ends; "" for nothing.
         source: where it comes from ("model"), or "none".
         reason: why there is nothing; None if there is something.
+        detail: what the engine said about it, a sentence; "" if nothing.
         latency_ms: from the snapshot to here.
         num_prompt, num_reused, num_generated: tokens.
         segments: the parts of the prompt and their sizes in tokens.
@@ -97,6 +101,7 @@ class Answer:
     text: str = ""
     source: str = "none"
     reason: Reason | None = None
+    detail: str = ""
     latency_ms: float = 0.0
     num_prompt: int = 0
     num_reused: int = 0
@@ -161,7 +166,9 @@ class Completer:
             return self._nothing(Reason.DEADLINE, prompt, request, begun)
         except EngineError as error:
             _LOG.warning("the engine failed: %s", error)
-            return self._nothing(Reason.ENGINE_ERROR, prompt, request, begun)
+            unavailable = isinstance(error, EngineUnavailableError)
+            reason = Reason.ENGINE_UNAVAILABLE if unavailable else Reason.ENGINE_ERROR
+            return self._nothing(reason, prompt, request, begun, detail=str(error))
         except Exception as error:  # noqa: BLE001 - one request fails, whatever a model does
             # Not its message, which may quote the prompt.
             _LOG.error("the engine failed: %s", type(error).__name__)
@@ -214,9 +221,12 @@ class Completer:
                     return text[len(held) :][:end], True
         return text[len(held) :], request.stats.num_generated < request.max_new_tokens
 
-    def _nothing(self, reason: Reason, prompt: Prompt, request: Request, begun: float) -> Answer:
+    def _nothing(
+        self, reason: Reason, prompt: Prompt, request: Request, begun: float, detail: str = ""
+    ) -> Answer:
         return Answer(
             reason=reason,
+            detail=detail,
             latency_ms=_since(begun),
             num_prompt=len(prompt.tokens),
             num_reused=request.stats.num_reused,

@@ -53,6 +53,7 @@ class _State:
     engine: Engine | None = None
     encoding: Encoding = Encoding.UTF16
     started: bool = False
+    said: set[str] = field(default_factory=set)
     num_chars_closed: int = 0
     background: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -315,7 +316,7 @@ class MidfillServer(LanguageServer):
         return {
             "source": answer.source,
             "reason": answer.reason,
-            "message": REASONS[answer.reason] if answer.reason else None,
+            "message": answer.detail or (REASONS[answer.reason] if answer.reason else None),
             "latencyMs": round(answer.latency_ms, 2),
             "promptTokens": answer.num_prompt,
             "reusedTokens": answer.num_reused,
@@ -330,6 +331,10 @@ class MidfillServer(LanguageServer):
         answer = await self.state.completer.complete(snapshot, trigger)
         if snapshot.document.uri in self.state.documents:
             self.state.answers[snapshot.document.uri] = answer
+        if answer.reason is Reason.ENGINE_UNAVAILABLE and answer.detail not in self.state.said:
+            self.state.said.add(answer.detail)
+            message = f"midfill: {answer.detail}"
+            self.window_show_message(types.ShowMessageParams(types.MessageType.Warning, message))
         _LOG.info(
             "%s %s in %.1f ms (prompt %d, reused %d, generated %d tokens)",
             answer.source,

@@ -61,7 +61,11 @@ class Settings(BaseModel):
         + _START_ONLY,
     )
     num_threads: int = Field(
-        default=0, ge=0, le=1024, description="CPU threads; 0 means one per physical core. " + _START_ONLY
+        default=0,
+        ge=0,
+        le=1024,
+        description="CPU threads; 0 means one per physical core, fewer while other programs keep cores busy. "
+        + _START_ONLY,
     )
     prefix_tokens: int = Field(
         default=256, ge=16, le=65_536, description="Most tokens of the prompt from before the cursor."

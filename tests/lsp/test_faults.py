@@ -44,6 +44,18 @@ async def test_a_step_that_raises_fails_its_request_only(scripted, method, bad):
         assert len((await ask(server, 0, method))[0]) == 1
 
 
+async def test_an_engine_that_is_lost_is_said_once(scripted):
+    sentence = "The model was restarted 3 times; restart the server."
+    server = await scripted({"after": "bad = ", "error": sentence, "lost": True}, {"text": "1"})
+    await server.loaded()
+    open_document(server)
+    for _ in range(3):
+        assert await ask(server, 1) == ([], "engine-unavailable")
+    assert len((await ask(server, 0))[0]) == 1
+    said = [message["params"] for message in server.seen if message.get("method") == "window/showMessage"]
+    assert said == [{"type": 2, "message": f"midfill: {sentence}"}]
+
+
 async def test_a_step_that_raises_in_the_middle_of_an_answer(scripted):
     server = await scripted(
         {"after": "bad = ", "text": "12345", "error": "gone", "error_after": 3}, {"text": "1"}

@@ -64,7 +64,9 @@ async def test_a_closed_engine_is_a_reason():
     it = Completer(Settings())
     it.use(engine)
     await engine.close()
-    assert (await ask(it)).reason == Reason.ENGINE_ERROR
+    answer = await ask(it)
+    assert answer.reason == Reason.ENGINE_UNAVAILABLE
+    assert answer.detail
     with pytest.raises(EngineUnavailableError):
         _ = engine.model
 

@@ -71,6 +71,7 @@ class Rule:
         after: the prompt's text must end so; "" always fits.
         contains: the prompt's text must have this somewhere; "" always fits.
         error: fail with this message after `error_after` characters.
+        lost: the failure is that of an engine that is not there any more.
         crash: raise what no engine should, a bare `RuntimeError` that quotes the prompt.
         token_delay_s: time that each token takes.
         prefill_delay_s: time before the first token.
@@ -82,6 +83,7 @@ class Rule:
     contains: str = ""
     error: str = ""
     error_after: int = 0
+    lost: bool = False
     crash: bool = False
     token_delay_s: float = 0.0
     prefill_delay_s: float = 0.0
@@ -190,7 +192,8 @@ class ScriptedEngine:
                 steps += 1
                 yield Token(ord(char), char, math.log(0.9))
             if rule.error:
-                raise EngineError(rule.error)  # noqa: TRY301 - its fate is noted below
+                failure = EngineUnavailableError if rule.lost else EngineError
+                raise failure(rule.error)
             fate = "finished"
         except EngineError:
             fate = "failed"
