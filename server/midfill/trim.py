@@ -17,6 +17,8 @@ _QUOTES = "\"'`"
 # What an editor inserts by itself behind the cursor, and what may stand behind it.
 _CLOSING_TAIL = re.compile(r"[\s)\]}>\"'`,;:]+")
 _BLOCK_CLOSER = re.compile(r"\s*(?:[)\]}>]+[;,)\]}>]*|end|done|fi|esac)\s*\Z")
+# A line with a word and some more in it is not there twice by chance, as `else:` or `}` is.
+_TELLING = re.compile(r"\w.*\W.*\w")
 _ENOUGH_REPEATS = 3
 _BLOCK_OPENING = ("{", "(", "[", ":", "=>", "->")
 
@@ -79,7 +81,7 @@ def clean(
     end = stop(text + "\n", place)
     text = text if end is None else text[:end]
     if place.single_line:
-        text = _without_overlap(text, place.line_after)
+        text = _without_overlap(text, place)
     elif place.line_after and text.startswith(place.line_after):
         text = text[len(place.line_after) :]
     text = "\n".join(line.rstrip(" \t") for line in text.split("\n")).rstrip("\n")
@@ -88,15 +90,24 @@ def clean(
 
 @dataclass(frozen=True, slots=True)
 class _Brackets:
-    """What a text opens and closes: the first closer without an opener, and whether anything is open."""
+    """What a text leaves open and closes too much.
+
+    Attributes:
+        unmatched: where the first closer without an opener stands; None if there is none.
+        imbalance: closers without an opener, and openers and quotes without a closer.
+        open: the closers that are still to come, outermost first.
+    """
 
     unmatched: int | None
-    open: bool
+    imbalance: int
+    open: tuple[str, ...]
 
 
-def _brackets(text: str) -> _Brackets:
-    depth: list[str] = []
+def _brackets(text: str, before: tuple[str, ...] = ()) -> _Brackets:
+    """What `text` does to brackets, where the closers `before` were still to come."""
+    depth = list(before)
     unmatched = None
+    closed = 0
     quote = previous = ""
     for index, char in enumerate(text):
         if quote:
@@ -109,10 +120,11 @@ def _brackets(text: str) -> _Brackets:
         elif char in _CLOSERS:
             if depth:
                 depth.pop()
-            elif unmatched is None:
-                unmatched = index
+            else:
+                closed += 1
+                unmatched = index if unmatched is None else unmatched
         previous = char
-    return _Brackets(unmatched, bool(depth or quote))
+    return _Brackets(unmatched, closed + len(depth) + bool(quote), tuple(depth))
 
 
 def _end_of_single_line(text: str, line_after: str) -> int | None:
@@ -126,69 +138,105 @@ def _end_of_single_line(text: str, line_after: str) -> int | None:
     return None if newline < 0 else newline
 
 
-def _without_overlap(text: str, line_after: str) -> str:
-    """Drop the end of `text` that stands behind the cursor already."""
-    tail = line_after.rstrip()
+def _without_overlap(text: str, place: Place) -> str:
+    """Drop the end of `text` that stands behind the cursor already.
+
+    What is the same may also belong to the text, as the bracket of `len(names)` before a `)` does:
+    then dropping it would leave the line with more open than before, and it stays.
+    """
+    tail = place.line_after.rstrip()
+
+    def imbalance(kept: str) -> int:
+        return _brackets(place.line_before + kept + tail).imbalance
+
+    best, least = text, imbalance(text)
     for length in range(min(len(text), len(tail)), 0, -1):
         shared = tail[:length]
-        if not text.endswith(shared):
-            continue
         whole = length == len(tail) and length > 1
-        kept = text[: len(text) - length]
-        # Closers that belong to what the text itself opened stay.
-        if (whole or _CLOSING_TAIL.fullmatch(shared)) and not _brackets(kept).open:
-            return kept
-    return text
+        if text.endswith(shared) and (whole or _CLOSING_TAIL.fullmatch(shared)):
+            kept = text[: len(text) - length]
+            # Of cuts that are as good, the longest; and any cut rather than none.
+            if (found := imbalance(kept)) < least or (best is text and found == least):
+                best, least = kept, found
+    return best
 
 
 def _end_of_block(text: str, place: Place) -> int | None:
     """Where the block that the cursor is in ends: at a dedent, at known text, at repetition."""
     lines = text.split("\n")
-    first = place.line_before + lines[0]
-    base = _width(first if first.strip() else place.line_before)
-    # On an empty line the block is the one around it; else the one that this line opens.
-    opened = bool(place.line_before.strip()) and first.rstrip().endswith(_BLOCK_OPENING)
+    block = _Block.around(place, lines[0])
     end = 0
-    seen: list[str] = []
     # The last piece is still being written.
     for number, line in enumerate(lines[:-1]):
-        full = place.line_before + line if number == 0 else line
-        if line.strip() and _repeats_below(full, place):
-            return max(end - 1, 0)
-        if number > 0:
-            if not line.strip():
-                if seen and not seen[-1].strip():
-                    return _before_blank(text, end)
-            elif _leaves_block(line, base, opened=opened):
-                if opened and _width(line) == base and _BLOCK_CLOSER.fullmatch(line):
-                    return end + len(line)
-                return _before_blank(text, end)
-            if len(seen) >= _ENOUGH_REPEATS - 1 and _same(seen[-(_ENOUGH_REPEATS - 1) :], line):
-                return max(end - 1, 0)
-        seen.append(line)
-        end += len(line) + 1
-        if len(seen) >= place.max_lines:
-            return end - 1
+        if block.is_over_before(lines, number):
+            return len(text[:end].rstrip(" \t\n"))
+        end += len(line)
+        if block.is_over_after(line, text[:end]) or number + 1 == place.max_lines:
+            return end
+        end += 1
     return None
 
 
-def _leaves_block(line: str, base: int, *, opened: bool) -> bool:
-    width = _width(line)
-    return width < base or (opened and width == base)
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The block that a suggestion of several lines belongs to.
+
+    Attributes:
+        place: where the suggestion goes.
+        base: width of the indentation of its first line.
+        opened: whether that line opens a block of its own; else the block is the one around it.
+        closers: those that the cursor's line still awaits.
+    """
+
+    place: Place
+    base: int
+    opened: bool
+    closers: tuple[str, ...]
+
+    @staticmethod
+    def around(place: Place, first: str) -> _Block:
+        """The block at a place, given the first line that the model wrote."""
+        whole = place.line_before + first
+        opened = bool(place.line_before.strip()) and whole.rstrip().endswith(_BLOCK_OPENING)
+        base = _width(whole if whole.strip() else place.line_before)
+        return _Block(place, base, opened, _brackets(place.line_before).open)
+
+    def is_over_before(self, lines: list[str], number: int) -> bool:
+        """Whether a line does not belong to the suggestion any more."""
+        line = lines[number]
+        whole = self.place.line_before + line if number == 0 else line
+        if line.strip() and _stands_below(whole, self.place):
+            return True
+        if self._closes_outside(line, "\n".join(lines[: number + 1])):
+            # The file has that closer already, if one as deep stands below.
+            below = self.place.next_line
+            return below.lstrip()[:1] in _CLOSERS and _width(below) >= _width(whole)
+        if number == 0:
+            return False
+        if not line.strip():
+            return number > 1 and not lines[number - 1].strip()
+        width = _width(line)
+        if width < self.base or (self.opened and width == self.base and not _BLOCK_CLOSER.fullmatch(line)):
+            return True
+        earlier = lines[max(0, number - _ENOUGH_REPEATS + 1) : number]
+        return len(earlier) == _ENOUGH_REPEATS - 1 and all(one.strip() == line.strip() for one in earlier)
+
+    def is_over_after(self, line: str, text: str) -> bool:
+        """Whether `line`, the last one of `text`, is the end of the block."""
+        closes_own = self.opened and _width(line) == self.base and _BLOCK_CLOSER.fullmatch(line)
+        return bool(closes_own) or self._closes_outside(line, text)
+
+    def _closes_outside(self, line: str, text: str) -> bool:
+        """Whether `text`, and `line` at its end, closes what was opened above the cursor's line."""
+        return not _CLOSERS.isdisjoint(line) and _brackets(text, self.closers).unmatched is not None
 
 
-def _before_blank(text: str, end: int) -> int:
-    """The length of `text[:end]` without the blank lines at its end."""
-    return len(text[:end].rstrip(" \t\n")) if text[:end].strip() else 0
-
-
-def _same(earlier: list[str], line: str) -> bool:
-    return bool(line.strip()) and all(other.strip() == line.strip() for other in earlier)
-
-
-def _repeats_below(line: str, place: Place) -> bool:
-    """Whether a line says what the next line of the file says."""
-    return bool(place.next_line) and line.rstrip() == place.next_line
+def _stands_below(line: str, place: Place) -> bool:
+    """Whether the model goes on with text of the file: with the next line, or a telling one soon after."""
+    line = line.rstrip()
+    if line == place.next_line:
+        return bool(line)
+    return _TELLING.search(line) is not None and line in {below.rstrip() for below in place.following}
 
 
 def _width(line: str) -> int:
