@@ -23,17 +23,3 @@ def measure(*options):
 @pytest.mark.slow
 def test_the_overhead_of_a_key_is_within_its_budget():
     measure()
-
-
-@pytest.mark.slow
-@pytest.mark.real
-def test_the_overhead_is_within_its_budget_while_a_model_decodes():
-    # The model must have been fetched: `midfill model pull qwen2.5-coder-0.5b`.
-    found = subprocess.run(
-        [sys.executable, "-P", "-m", "midfill", "model", "path", "qwen2.5-coder-0.5b"],
-        capture_output=True,
-        check=False,
-    )
-    if found.returncode:
-        pytest.skip("the default model is not on this machine")
-    measure("--busy", "--model", "qwen2.5-coder-0.5b")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from midfill.cli.shared import ADAPTER, JSON, MODEL, engine_maker, read_settings, with_progress
+from midfill.cli.shared import ADAPTER, JSON, MODEL, SCRIPT, engine_maker, read_settings, with_progress
 
 if TYPE_CHECKING:
     from midfill.engine import Progress
@@ -37,6 +38,139 @@ def bench_lsp(keys: int, busy: bool, model: str | None, as_json: bool) -> None:
     result = asyncio.run(measure(keys, busy_model=read_settings(model=model).model if busy else None))
     rows = (f"{key:12} {value}" for key, value in result.items())
     click.echo(json.dumps(result) if as_json else "\n".join(rows))
+
+
+@bench.command("engine")
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--gguf",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The same weights, for the comparison with llama.cpp.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@MODEL
+@JSON
+@SCRIPT
+def bench_engine(
+    device: str | None,
+    gguf: Path | None,
+    rounds: int,
+    model: str | None,
+    as_json: bool,
+    script: str | None,
+) -> None:
+    """Measure how fast the model reads and writes, beside generate and llama.cpp.
+
+    All run the same weights in turn, in the same minutes; `--gguf` and the package xllamacpp
+    (`pip install 'midfill[bench]'`) are needed for llama.cpp. It takes a minute or two: leave the machine
+    alone.
+
+    \b
+    Examples:
+      midfill bench engine
+      midfill bench engine --gguf qwen2.5-coder-0.5b.gguf --json
+    """
+    from midfill.bench.engine import Weights, table
+    from midfill.bench.engine import bench_engine as measure
+    from midfill.models import store
+
+    settings = read_settings(model=model, device=device)
+    found = store.find(settings.model) if script is None else None
+    result = with_progress(
+        "loading the model",
+        lambda report: asyncio.run(
+            measure(
+                settings,
+                engine_maker(script),
+                report,
+                weights=Weights(found.path if found else None, gguf),
+                rounds=rounds,
+            )
+        ),
+    )
+    _show(result, table, as_json=as_json)
+
+
+@bench.command("replay")
+@click.argument("trace", metavar="[TRACE]", required=False, type=click.Path(path_type=Path))
+@click.option("--files", type=click.Path(path_type=Path), help="Make up typing into this source tree.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For --files: which typing.")
+@click.option("--episodes", type=click.IntRange(1), default=60, show_default=True, help="For --files.")
+@click.option("--limit-s", type=click.FloatRange(0, min_open=True), help="Stop typing after so many seconds.")
+@click.option(
+    "--speed", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Type faster."
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw the latencies and the fates (PNG, SVG, PDF)."
+)
+@MODEL
+@JSON
+@SCRIPT
+def bench_replay(
+    trace: Path | None,
+    files: Path | None,
+    seed: int,
+    episodes: int,
+    limit_s: float | None,
+    speed: float,
+    plot: Path | None,
+    model: str | None,
+    as_json: bool,
+    script: str | None,
+) -> None:
+    """Type like a person into the real server, in real time, and measure what the person gets.
+
+    TRACE is a file of recorded typing (.jsonl or .jsonl.gz); with --files the typing is made up from
+    statistics of real people, the same for the same seed. Requests are cancelled by the next key, and a
+    suggestion that leads to the text that is to be typed is accepted.
+
+    \b
+    Examples:
+      midfill bench replay typing.jsonl.gz --limit-s 120
+      midfill bench replay --files src --seed 1 --plot replay.png --json
+    """
+    from midfill.bench import replay, typist
+    from midfill.bench import trace as traces
+    from midfill.bench.plot import need_matplotlib
+    from midfill.bench.plot import plot as draw
+
+    if (trace is None) == (files is None):
+        raise click.UsageError("Give either a TRACE or --files DIR.")
+    if plot is not None:
+        need_matplotlib()
+    if files is not None:
+        played = typist.generate(files, seed, episodes)
+    elif trace is not None:
+        played = traces.read_trace(trace)
+    settings = read_settings(model=model)
+    session = with_progress(
+        "loading the model",
+        lambda report: asyncio.run(
+            replay.replay(
+                played,
+                report,
+                engine=script,
+                options={"model": model} if model else None,
+                pace=replay.Pace(speed, limit_s),
+            )
+        ),
+    )
+    name = str(trace or files)
+    what = {"trace": name, "seed": seed if files else None, "speed": speed}
+    what["model"] = settings.model if script is None else "scripted"
+    summary = {**what, **replay.summarise(session)}
+    if plot is not None:
+        draw(session.requests, "midfill bench replay: {model}, {trace}".format(**summary), plot)
+    _show(summary, replay.table, as_json=as_json)
+
+
+def _show(result: dict[str, Any], table: Callable[[dict[str, Any]], Any], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(table(result))
 
 
 @click.group("eval")

@@ -1,0 +1,157 @@
+"""Typed sessions: what was open, which keys came when, and where suggestions were asked for.
+
+An episode is one document and the keys typed into it at one place. `read_trace` takes it from a file of
+JSON lines, `{"t": milliseconds, "send": {"method", "params"}}`, with the messages of LSP. Knows nothing
+of servers; pure but for reading the file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from midfill.documents import Change, Document, Encoding
+from midfill.errors import MidfillError
+from midfill.messages import MalformedError, read_edited, read_inline_completion, read_opened, read_uri
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One edit of the typist.
+
+    Attributes:
+        gap_s: seconds since the key before, or since the document was opened.
+        changes: what it does to the text; positions count in UTF-16.
+        cursor: (line, character) after it.
+        request_after_s: seconds until the editor asks for a suggestion, if no other key comes first;
+            None if it does not ask.
+    """
+
+    gap_s: float
+    changes: tuple[Change, ...]
+    cursor: tuple[int, int]
+    request_after_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """A document and what was typed into it.
+
+    Attributes:
+        rest_s: seconds from the last key until the document is closed.
+    """
+
+    uri: str
+    language_id: str
+    text: str
+    keys: tuple[Key, ...]
+    rest_s: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes."""
+        return sum(key.gap_s for key in self.keys) + self.rest_s
+
+    def documents(self) -> list[Document]:
+        """The document after each key."""
+        document = Document.open(self.uri, self.language_id, 1, self.text)
+        documents = []
+        for key in self.keys:
+            document = document.edit(key.changes, document.version + 1, Encoding.UTF16)
+            documents.append(document)
+        return documents
+
+
+def read_trace(path: Path) -> list[Episode]:
+    """Episodes of a .jsonl or .jsonl.gz file. Raises `MidfillError` naming the file and the line."""
+    number = 0
+    reader = _Reader()
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):  # noqa: B007 - the error names it
+                if not line.isspace():
+                    reader.read(json.loads(line))
+            episodes = reader.end()
+    except UnicodeDecodeError as error:
+        raise MidfillError(f"{path}, line {number + 1}: not text in UTF-8.") from error
+    except (OSError, EOFError) as error:
+        raise MidfillError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error) or "not a message"
+        raise MidfillError(f"{path}, line {number}: not a row of a typing trace ({why}).") from error
+    if not episodes:
+        raise MidfillError(f"{path} has no session in which something is typed.")
+    return episodes
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Rows to episodes. One document is open at a time."""
+
+    episodes: list[Episode] = field(default_factory=list)
+    open: Episode | None = None
+    last_s: float = 0.0
+    key_s: float = 0.0
+
+    def read(self, row: Any) -> None:
+        """Take one row. Raises `ValueError` (`MalformedError`), `KeyError` or `TypeError` if it is none."""
+        now_s, method, params = float(row["t"]) / 1000, row["send"]["method"], row["send"].get("params")
+        if now_s < self.last_s:
+            raise MalformedError(f"its time {row['t']} is before that of the row above")
+        if method == "textDocument/didOpen":
+            self._close(self.last_s)
+            opened = read_opened(params)
+            self.open = Episode(opened.uri, opened.language_id, opened.text, (), 0.0)
+            self.key_s = now_s
+        elif method == "textDocument/didChange":
+            edited = read_edited(params)
+            changes = tuple(edited.changes)
+            if not changes or changes[-1].start is None:
+                raise MalformedError("a change without a range")
+            key = Key(now_s - self.key_s, changes, cursor_after(changes[-1]), None)
+            episode = self._of(edited.uri)
+            self.open = replace(episode, keys=(*episode.keys, key))
+            self.key_s = now_s
+        elif method == "textDocument/inlineCompletion":
+            asked = read_inline_completion(params)
+            episode = self._of(asked.uri)
+            if not episode.keys:
+                raise MalformedError("a request before the first key")
+            key = replace(episode.keys[-1], cursor=asked.position, request_after_s=now_s - self.key_s)
+            self.open = replace(episode, keys=(*episode.keys[:-1], key))
+        elif method == "textDocument/didClose":
+            self._of(read_uri(params))
+            self._close(now_s)
+        # `$/cancelRequest` and the like: the replay makes its own.
+        self.last_s = now_s
+
+    def end(self) -> list[Episode]:
+        """All episodes in which something is typed."""
+        self._close(self.last_s)
+        return self.episodes
+
+    def _of(self, uri: str) -> Episode:
+        if self.open is None or self.open.uri != uri:
+            raise MalformedError("its document is not the one that is open")
+        return self.open
+
+    def _close(self, now_s: float) -> None:
+        if self.open is not None and self.open.keys:
+            self.episodes.append(replace(self.open, rest_s=now_s - self.key_s))
+        self.open = None
+
+
+def cursor_after(change: Change) -> tuple[int, int]:
+    """Where an edit that has a range leaves the cursor: behind its text, in UTF-16."""
+    line, column = change.start or (0, 0)
+    *above, last = change.text.split("\n")
+    return line + len(above), len(last.encode("utf-16-le")) // 2 + (0 if above else column)
+
+
+def total_s(episodes: Iterable[Episode]) -> float:
+    """How long all of them take."""
+    return sum(episode.seconds for episode in episodes)

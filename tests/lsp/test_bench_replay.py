@@ -1,0 +1,146 @@
+"""`midfill bench replay` and `bench engine` as a person starts them, with a script for a model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+COMMAND = [sys.executable, "-P", "-m", "midfill", "bench"]
+URI = "file:///replay/main.py"
+TYPED = "total = sum(values)"
+
+
+def run(*arguments):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def measured(*arguments):
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    def write(*rules):
+        path = tmp_path / "script.json"
+        path.write_text(json.dumps({"rules": rules}))
+        return f"scripted:{path}"
+
+    return write
+
+
+@pytest.fixture
+def trace(tmp_path):
+    """TYPED, a key every 300 ms, and a request 50 ms after each."""
+    document = {"uri": URI}
+    item = document | {"languageId": "python", "version": 1, "text": "values = [1, 2]\n\n"}
+    rows = [(0, "textDocument/didOpen", {"textDocument": item})]
+    for column, char in enumerate(TYPED):
+        place = {"line": 1, "character": column}
+        change = {"range": {"start": place, "end": place}, "text": char}
+        at = 300 * (column + 1)
+        params = {"textDocument": document | {"version": column + 2}, "contentChanges": [change]}
+        rows.append((at, "textDocument/didChange", params))
+        params = {"textDocument": document, "position": {"line": 1, "character": column + 1}}
+        rows.append((at + 50, "textDocument/inlineCompletion", params | {"context": {"triggerKind": 2}}))
+    rows.append((300 * len(TYPED) + 500, "textDocument/didClose", {"textDocument": document}))
+    path = tmp_path / "trace.jsonl"
+    path.write_text(
+        "".join(json.dumps({"t": t, "send": {"method": m, "params": p}}) + "\n" for t, m, p in rows)
+    )
+    return path
+
+
+def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(trace, engine):
+    found = measured(
+        "replay", trace, "--engine", engine({"after": "total =", "text": " sum(values)"}, {"text": "zzz"})
+    )
+    assert found["fates"]["accepted"] == 1
+    assert found["keys"] == len(TYPED)
+    assert found["keystrokes_saved"] == len(" sum(values)") - 1
+    assert found["requests"] == len("total =") + 1
+    assert found["fates"]["shown"] == len("total =")
+    assert found["cancelled_share"] == 0
+    assert found["suggestion_ms"]["p50"] < 100
+    assert found["peak_rss_mb"] > 10
+    assert found["startup_s"] > 0
+
+
+def test_requests_that_the_next_key_overtakes_are_cancelled(trace, engine):
+    found = measured("replay", trace, "--speed", 3, "--engine", engine({"hang": True}))
+    assert found["requests"] == len(TYPED)
+    assert found["cancelled_share"] == 1
+    assert found["fates"]["cancelled"] == len(TYPED)
+    assert 0 < found["cancel_to_free_ms"]["p99"] < 200
+    assert found["suggestion_ms"] == {"p50": None, "p95": None, "p99": None}
+
+
+def test_a_suggestion_that_leads_elsewhere_is_not_accepted(trace, engine):
+    found = measured("replay", trace, "--speed", 2, "--engine", engine({"text": "sum(other)"}))
+    assert found["fates"]["accepted"] == 0
+    assert found["keystrokes_saved"] == 0
+    assert found["wasted_tokens"] == found["generated_tokens"] > 0
+
+
+def test_the_time_can_be_limited(trace, engine):
+    found = measured("replay", trace, "--limit-s", 1, "--engine", engine({"text": "zzz"}))
+    assert 2 <= found["keys"] <= 5
+    assert found["seconds"] < 3
+
+
+def test_made_up_typing_is_drawn(tmp_path, engine):
+    pytest.importorskip("matplotlib")
+    source = "".join(f"def area_{n}(width):\n    return {n} * width\n\n\n" for n in range(40))
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.py").write_text(source)
+    picture = tmp_path / "replay.png"
+    options = ("--episodes", 2, "--speed", 4, "--plot", picture)
+    done = run("replay", "--files", tmp_path / "src", *options, "--engine", engine({"text": "width"}))
+    assert done.returncode == 0, done.stderr
+    assert "time to a suggestion, ms" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ((), 2, "Give either a TRACE or --files DIR."),
+        (("a.jsonl", "--files", "."), 2, "Give either a TRACE or --files DIR."),
+        (("nowhere.jsonl",), 1, "Cannot read nowhere.jsonl"),
+        (("--files", "/nowhere"), 1, "There is no source code of"),
+    ],
+)
+def test_a_replay_of_nothing_is_refused(arguments, status, message):
+    done = run("replay", *arguments)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_cannot_be_loaded_is_a_sentence(trace, tmp_path):
+    (tmp_path / "bad.json").write_text(json.dumps({"load_error": "No such model here."}))
+    done = run("replay", trace, "--engine", f"scripted:{tmp_path / 'bad.json'}")
+    assert done.returncode == 1
+    assert "No such model here." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_engine_is_measured_alone_where_nothing_can_be_compared(engine):
+    found = measured("engine", "--rounds", 1, "--engine", engine({"text": "x" * 64}))
+    assert found["model"] == "scripted"
+    assert found["decode_tok_s"] > 0
+    assert found["first_token_warm_ms"] > 0
+    nothing = {"decode": None, "prefill": None}
+    assert found["ratios"] == {"llama.cpp": nothing, "generate": nothing}
+    assert found["tokens_equal_generate"] is None
+    assert set(found["skipped"]) == {"llama.cpp", "generate", "tokens_equal_generate"}
+
+
+def test_the_reasons_for_what_is_not_compared_are_shown(engine):
+    done = run("engine", "--rounds", 1, "--engine", engine({"text": "x" * 64}))
+    assert done.returncode == 0, done.stderr
+    assert "no generate: the model has no folder" in done.stdout
