@@ -11,6 +11,7 @@ on, P0 and S stay as they are, token for token, and only the tail is new.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import StrEnum
@@ -303,20 +304,10 @@ class PromptBuilder:
                 break
             if line % step == 0 or end - line < step:
                 starts.append(line)
-        # Furthest start first. Shorter texts have fewer tokens, so the first that fits is the longest.
-        low, high = 0, len(starts)
-        best: tuple[int, str, tuple[int, ...]] = (end, "", ())
-        while low < high:
-            middle = (low + high + 1) // 2
-            start = starts[middle - 1]
-            head = _clean("".join(lines[start:end]))
-            tokens = tuple(self._tokenizer.encode(head))
-            if len(tokens) <= budget:
-                best = (start, head, tokens)
-                low = middle
-            else:
-                high = middle - 1
-        return best
+        starts = starts[: self._num_fitting([lines[start:end] for start in starts], budget)]
+        start = starts[-1] if starts else end
+        head = _clean("".join(lines[start:end]))
+        return start, head, tuple(self._tokenizer.encode(head))
 
     def _tail(self, snapshot: Snapshot) -> tuple[str, tuple[int, ...]]:
         """S: the text after the cursor, cut to the budget, at a line's end where possible."""
@@ -326,15 +317,15 @@ class PromptBuilder:
             return text, tokens
         # Shrink by whole lines until it fits; a single line that does not fit is cut inside.
         rows = split_lines(text)
-        low, high = 0, len(rows)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if len(self._tokenizer.encode("".join(rows[:middle]))) <= self._suffix_tokens:
-                low = middle
-            else:
-                high = middle - 1
-        text = "".join(rows[:low]) or text[: self._suffix_tokens]
+        fitting = self._num_fitting([rows[: count + 1] for count in range(len(rows))], self._suffix_tokens)
+        text = "".join(rows[:fitting]) or text[: self._suffix_tokens]
         return text, tuple(self._tokenizer.encode(text))[: self._suffix_tokens]
+
+    def _num_fitting(self, texts: list[list[str]], budget: int) -> int:
+        """How many of the texts, each longer than the one before, have at most `budget` tokens."""
+        return bisect_right(
+            texts, budget, key=lambda rows: len(self._tokenizer.encode(_clean("".join(rows))))
+        )
 
 
 def _text_after(snapshot: Snapshot, max_chars: int) -> str:
