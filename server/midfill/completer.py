@@ -13,14 +13,14 @@ import logging
 import re
 import time
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from urllib.parse import unquote
 
 from midfill.documents import Snapshot
 from midfill.engine import Engine, Request
 from midfill.errors import EngineError, EngineUnavailableError
-from midfill.prompt import Prompt, PromptBuilder
+from midfill.prompt import PromptBuilder
 from midfill.settings import Settings
 from midfill.trim import Place, clean, stop
 
@@ -110,6 +110,23 @@ class Answer:
 
 
 @dataclass(slots=True)
+class _Output:
+    """What came from the engine.
+
+    Attributes:
+        text: what the model wrote at the cursor.
+        complete: whether it came to an end of its own, not to its token limit.
+        failure: why it is of no use; None if it is.
+        detail: what the engine said about that, a sentence.
+    """
+
+    text: str = ""
+    complete: bool = False
+    failure: Reason | None = None
+    detail: str = ""
+
+
+@dataclass(slots=True)
 class Completer:
     """Answers completion requests with whatever engine is there.
 
@@ -155,36 +172,8 @@ class Completer:
         if self._engine is None or self._prompts is None:
             reason = Reason.LOADING if self.failure is None else Reason.MODEL_FAILED
             return Answer(reason=reason, latency_ms=_since(begun))
-        prompt = self._prompts.build(snapshot)
-        place = _place(snapshot)
-        request = Request(prompt.tokens, self.settings.max_new_tokens, starts_with=prompt.starts_with)
-        try:
-            async with asyncio.timeout(self.settings.deadline_s):
-                raw, complete = await self._generate(request, place)
-        except TimeoutError:
-            _LOG.warning("no answer within %.1f s", self.settings.deadline_s)
-            return self._nothing(Reason.DEADLINE, prompt, request, begun)
-        except EngineError as error:
-            _LOG.warning("the engine failed: %s", error)
-            unavailable = isinstance(error, EngineUnavailableError)
-            reason = Reason.ENGINE_UNAVAILABLE if unavailable else Reason.ENGINE_ERROR
-            return self._nothing(reason, prompt, request, begun, detail=str(error))
-        except Exception as error:  # noqa: BLE001 - one request fails, whatever a model does
-            # Not its message, which may quote the prompt.
-            _LOG.error("the engine failed: %s", type(error).__name__)
-            return self._nothing(Reason.ENGINE_ERROR, prompt, request, begun)
-        text, why = clean(raw, place, complete=complete, forbidden=self._forbidden)
-        if why is not None:
-            return self._nothing(Reason(why), prompt, request, begun)
-        return Answer(
-            text.replace("\n", snapshot.document.line_ending),
-            source="model",
-            latency_ms=_since(begun),
-            num_prompt=len(prompt.tokens),
-            num_reused=request.stats.num_reused,
-            num_generated=request.stats.num_generated,
-            segments=prompt.segments,
-        )
+        answer = await self._compute(self._engine, self._prompts, snapshot)
+        return replace(answer, latency_ms=_since(begun))
 
     def gate(self, snapshot: Snapshot, trigger: Trigger) -> Reason | None:
         """Whether to ask the model at all: the reason against it, or None."""
@@ -207,32 +196,63 @@ class Completer:
             return Reason.LINE_TAIL
         return None
 
-    async def _generate(self, request: Request, place: Place) -> tuple[str, bool]:
-        """The model's text after `starts_with`, and whether it came to an end of its own."""
-        engine = self._engine
-        if engine is None:
-            raise EngineUnavailableError("The engine is gone.")
-        held = request.starts_with
-        text = ""
-        async with aclosing(engine.generate(request)) as tokens:
-            async for token in tokens:
-                text += token.text
-                if len(text) > len(held) and (end := stop(text[len(held) :], place)) is not None:
-                    return text[len(held) :][:end], True
-        return text[len(held) :], request.stats.num_generated < request.max_new_tokens
-
-    def _nothing(
-        self, reason: Reason, prompt: Prompt, request: Request, begun: float, detail: str = ""
-    ) -> Answer:
-        return Answer(
-            reason=reason,
-            detail=detail,
-            latency_ms=_since(begun),
+    async def _compute(self, engine: Engine, prompts: PromptBuilder, snapshot: Snapshot) -> Answer:
+        """Ask the model: prompt > engine > trim."""
+        prompt = prompts.build(snapshot)
+        place = _place(snapshot)
+        request = Request(prompt.tokens, self.settings.max_new_tokens, starts_with=prompt.starts_with)
+        output = await self._generate(engine, request, place)
+        answer = self._trim(output, place, snapshot)
+        return replace(
+            answer,
             num_prompt=len(prompt.tokens),
             num_reused=request.stats.num_reused,
             num_generated=request.stats.num_generated,
             segments=prompt.segments,
         )
+
+    async def _generate(self, engine: Engine, request: Request, place: Place) -> _Output:
+        """What the model writes, up to where a suggestion ends, or how it failed."""
+        output = _Output()
+        try:
+            async with asyncio.timeout(self.settings.deadline_s):
+                await _stream(engine, request, place, output)
+        except TimeoutError:
+            _LOG.warning("no answer within %.1f s", self.settings.deadline_s)
+            output.failure = Reason.DEADLINE
+        except EngineError as error:
+            _LOG.warning("the engine failed: %s", error)
+            unavailable = isinstance(error, EngineUnavailableError)
+            output.failure = Reason.ENGINE_UNAVAILABLE if unavailable else Reason.ENGINE_ERROR
+            output.detail = str(error)
+        except Exception as error:  # noqa: BLE001 - one request fails, whatever a model does
+            # Not its message, which may quote the prompt.
+            _LOG.error("the engine failed: %s", type(error).__name__)
+            output.failure = Reason.ENGINE_ERROR
+        return output
+
+    def _trim(self, output: _Output, place: Place, snapshot: Snapshot) -> Answer:
+        """What of the model's text is worth inserting, with the file's own line ends."""
+        if output.failure is not None:
+            return Answer(reason=output.failure, detail=output.detail)
+        text, why = clean(output.text, place, complete=output.complete, forbidden=self._forbidden)
+        if why is not None:
+            return Answer(reason=Reason(why))
+        return Answer(text.replace("\n", snapshot.document.line_ending), source="model")
+
+
+async def _stream(engine: Engine, request: Request, place: Place, output: _Output) -> None:
+    """Collect the model's text after `starts_with`; stop it where the suggestion has come to its end."""
+    num_held = len(request.starts_with)
+    text = ""
+    async with aclosing(engine.generate(request)) as tokens:
+        async for token in tokens:
+            text += token.text
+            output.text = text[num_held:]
+            if output.text and (end := stop(output.text, place)) is not None:
+                output.text, output.complete = output.text[:end], True
+                return
+    output.complete = request.stats.num_generated < request.max_new_tokens
 
 
 def _place(snapshot: Snapshot) -> Place:
