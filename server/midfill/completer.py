@@ -200,7 +200,9 @@ class Completer:
         """Ask the model: prompt > engine > trim."""
         prompt = prompts.build(snapshot)
         place = _place(snapshot)
-        request = Request(prompt.tokens, self.settings.max_new_tokens, starts_with=prompt.starts_with)
+        request = Request(
+            prompt.tokens, prompt.max_new_tokens, prompt.stop_ids, starts_with=prompt.starts_with
+        )
         output = await self._generate(engine, request, place)
         answer = self._trim(output, place, snapshot)
         return replace(

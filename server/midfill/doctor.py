@@ -23,8 +23,8 @@ from midfill.completer import Completer, Trigger
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine import Engine, Request
 from midfill.errors import MidfillError, SettingsError
+from midfill.families import recognise_family
 from midfill.models import catalogue, store
-from midfill.prompt import recognise_family
 from midfill.settings import Settings
 
 MakeEngine = Callable[[Settings], Engine]
@@ -210,7 +210,7 @@ async def check_model(settings: Settings, make_engine: MakeEngine) -> dict[str, 
         return {
             "model": model.name,
             "family": name,
-            "order": family.order.value,
+            "layout": family.layouts[0].value,
             "sentinels": {sentinel: model.tokenizer.token_id(sentinel) for sentinel in family.sentinels},
             "context": model.context,
             "device": model.device,

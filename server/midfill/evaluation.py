@@ -29,7 +29,7 @@ from midfill.completer import Completer, Trigger
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine import Engine, Request
 from midfill.errors import MidfillError
-from midfill.prompt import recognise_family
+from midfill.families import recognise_family
 from midfill.settings import Settings
 
 _TEST_S = 10.0

@@ -1,11 +1,11 @@
-r"""From a snapshot to the tokens that the model reads.
+r"""From a snapshot to the tokens that the model reads: windows, layouts, token healing, the token budget.
 
-Knows the FIM families (a table of data), the token budget and the layout that keeps the cursor last.
+A KV cache can be reused up to the first token that changed, so what the user types must come last, and
+what comes before it must stay as it is. The text around the cursor is frozen at an anchor: P0, whole
+lines above the cursor, and S, what followed the cursor then. What was typed since is `typed`, the only
+part that changes with a key; `families.Layout` says in which order the three stand.
 
-A KV cache can be reused up to the first token that changed, so what the user types must come last.
-For families that were trained prefix-first the prompt is anchored: `<PRE>P0<SUF>S<MID>typed`, where
-P0 ends at a line start and what was typed since follows the middle sentinel. While the user types
-on, P0 and S stay as they are, token for token, and only the tail is new.
+Runs on the event loop. Knows no editor and no model but for its tokenizer.
 """
 
 from __future__ import annotations
@@ -13,164 +13,23 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 from midfill.documents import Snapshot, split_lines
-from midfill.engine import ModelInfo, Tokenizer
+from midfill.engine import ModelInfo
 from midfill.errors import ModelError
+from midfill.families import Family, Layout, recognise_family
 from midfill.settings import Settings
 
 _MAX_ANCHORS = 64
 # No tokenizer of these families makes more characters of code into one token on average.
 _MAX_CHARS_PER_TOKEN = 8
 _UNFINISHED = re.compile(r"[ \t]?(?:[^\w\s]|_)*[^\W\d_]*\Z")
-
-
-class Order(StrEnum):
-    """In which order a family was trained to see the prefix P and the suffix S."""
-
-    PSM = "prefix, suffix, middle"
-    SPM = "suffix, prefix, middle"
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How one line of models was trained to fill in the middle.
-
-    Attributes:
-        prefix, suffix, middle: sentinels by name; `middle` is "" where the family has none.
-        order: see `Order`.
-        bos: a token that must open the prompt, or "".
-        architectures: values of transformers' `model_type` that the family comes in.
-        name: a pattern that the model's name must match; families that share sentinels differ in it.
-    """
-
-    prefix: str
-    suffix: str
-    middle: str
-    order: Order = Order.PSM
-    bos: str = ""
-    architectures: frozenset[str] = frozenset()
-    name: str = ""
-
-    @property
-    def sentinels(self) -> tuple[str, ...]:
-        """The names of the sentinels that the prompt needs."""
-        return tuple(name for name in (self.prefix, self.suffix, self.middle, self.bos) if name)
-
-
-def _starcoder_like(*architectures: str, name: str = "") -> Family:
-    return Family(
-        "<fim_prefix>",
-        "<fim_suffix>",
-        "<fim_middle>",
-        architectures=frozenset(architectures),
-        name=name,
-    )
-
-
-def _piped(*architectures: str, name: str = "", bos: str = "") -> Family:
-    return Family(
-        "<|fim_prefix|>",
-        "<|fim_suffix|>",
-        "<|fim_middle|>",
-        architectures=frozenset(architectures),
-        name=name,
-        bos=bos,
-    )
-
-
-# Forms from the models' cards and papers; `check_family` asserts the sentinels against the tokenizer.
-FAMILIES: dict[str, Family] = {
-    "starcoder": _starcoder_like("gpt_bigcode"),
-    "starcoder2": _starcoder_like("starcoder2"),
-    "santacoder": Family(
-        "<fim-prefix>", "<fim-suffix>", "<fim-middle>", architectures=frozenset({"gpt_bigcode", "gpt2"})
-    ),
-    "refact": _starcoder_like("gpt_refact", "llama", name="refact"),
-    "granite-code": _starcoder_like("llama", "granite", name="granite"),
-    "stable-code": _starcoder_like("stablelm"),
-    "deepseek-coder": Family(
-        "<｜fim▁begin｜>",
-        "<｜fim▁hole｜>",
-        "<｜fim▁end｜>",
-        bos="<｜begin▁of▁sentence｜>",
-        architectures=frozenset({"llama", "deepseek_v2"}),
-    ),
-    "qwen2.5-coder": _piped("qwen2"),
-    "qwen3-coder": _piped("qwen3", "qwen3_moe", name="coder"),
-    "codegemma": _piped("gemma", bos="<bos>"),
-    "granite": _piped("granite", "granitemoehybrid", name="granite"),
-    "codestral": Family(
-        "[PREFIX]",
-        "[SUFFIX]",
-        "",
-        order=Order.SPM,
-        bos="<s>",
-        architectures=frozenset({"mistral"}),
-        name="codestral",
-    ),
-    "mellum": Family(
-        "<fim_prefix>",
-        "<fim_suffix>",
-        "<fim_middle>",
-        order=Order.SPM,
-        architectures=frozenset({"llama"}),
-        name="mellum",
-    ),
-    "seed-coder": Family(
-        "<[fim-prefix]>",
-        "<[fim-suffix]>",
-        "<[fim-middle]>",
-        order=Order.SPM,
-        bos="<[begin▁of▁sentence]>",
-        architectures=frozenset({"llama"}),
-    ),
-}
-
-
-def recognise_family(model: ModelInfo, named: str | None = None) -> tuple[str, Family]:
-    """The family of a model: the one that settings or catalogue name, else the only one that fits.
-
-    A family fits if its sentinels are single tokens of the vocabulary and its architecture and name
-    agree. Raises `ModelError` that lists the families: no model ever gets another family's template.
-    """
-    named = named or model.family
-    if named is not None:
-        family = FAMILIES.get(named)
-        if family is None:
-            raise ModelError(f"Unknown FIM family {named!r}. Known families: {', '.join(FAMILIES)}.")
-        check_family(named, family, model.tokenizer)
-        return named, family
-    fitting = [
-        name
-        for name, family in FAMILIES.items()
-        if model.architecture in family.architectures
-        and re.search(family.name, model.name, re.IGNORECASE)
-        and all(model.tokenizer.token_id(sentinel) is not None for sentinel in family.sentinels)
-    ]
-    if len(fitting) != 1:
-        what = f"fits {' and '.join(fitting)}" if fitting else "fits none of them"
-        raise ModelError(
-            f"The FIM family of {model.name!r} ({model.architecture}) is not known: it {what}. "
-            f'If you know it, set `family = "..."` to one of: {", ".join(FAMILIES)}.'
-        )
-    return fitting[0], FAMILIES[fitting[0]]
-
-
-def check_family(name: str, family: Family, tokenizer: Tokenizer) -> None:
-    """Assert that every sentinel is one control token. Raises `ModelError` naming the one that is not.
-
-    Where a tokenizer maps unknown names to `<unk>` or end-of-text, a missing sentinel would silently
-    end the prompt instead; `Tokenizer.token_id` knows exact spellings only.
-    """
-    for sentinel in family.sentinels:
-        if tokenizer.token_id(sentinel) is None:
-            raise ModelError(
-                f"The model's tokenizer has no single token {sentinel!r}, which the FIM family {name!r} "
-                "needs. Choose a base model of that family, or the right `family`."
-            )
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# What editors insert behind the cursor by themselves, after Enter between brackets with the indentation.
+_AUTO_CLOSED = re.compile(r"\s*[)\]}>\"'`]+[;,]?")
+_MAX_AUTO_CLOSED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,17 +40,38 @@ class Prompt:
         tokens: the ids, sentinels included.
         starts_with: characters just before the cursor that were held back from the prompt because
             half a token would mislead the model; its output has to begin with them (token healing).
+        max_new_tokens: what was asked for, or what the model's context leaves.
+        stop_ids: ids that end the output.
+        layout: the order of the parts.
         segments: (source, number of tokens) in prompt order, for explaining and measuring.
     """
 
     tokens: tuple[int, ...]
     starts_with: str
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    layout: Layout
     segments: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class _Budget:
+    """Most tokens of the parts of a prompt."""
+
+    prefix: int
+    suffix: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Anchor:
-    """P0 and S, frozen, and where they were taken from."""
+    """P0 and S, frozen, and where they were taken from.
+
+    Attributes:
+        first_line, line: P0 is the lines from the one up to the other, without it.
+        head, head_tokens: P0.
+        tail, tail_tokens: S.
+        cut_at: the column at which `typed` begins in a line that is too long for the budget, else 0.
+    """
 
     first_line: int
     line: int
@@ -199,49 +79,82 @@ class _Anchor:
     head_tokens: tuple[int, ...]
     tail: str
     tail_tokens: tuple[int, ...]
+    cut_at: int
 
 
 class PromptBuilder:
-    """Builds prompts for one model; remembers each document's anchor. Runs on the event loop."""
+    """Builds prompts for one model; remembers each document's anchor.
 
-    def __init__(self, model: ModelInfo, settings: Settings) -> None:
-        self.family_name, self.family = recognise_family(model, settings.family)
+    Args:
+        model: the model that runs.
+        settings: the ones in force.
+        family: name and row, if they are known already; else the model is recognised.
+
+    Raises:
+        ModelError: the model's family is not known, cannot have the wanted layout, or the model's context
+            has no room for a prompt.
+    """
+
+    def __init__(
+        self, model: ModelInfo, settings: Settings, family: tuple[str, Family] | None = None
+    ) -> None:
+        self.family_name, self.family = family or recognise_family(model, settings.family)
+        self.layout = _layout(self.family_name, self.family, settings.layout)
         self._tokenizer = model.tokenizer
-        self._ids = {name: model.tokenizer.token_id(name) for name in self.family.sentinels}
-        room = model.context - settings.max_new_tokens - len(self._ids)
-        self._prefix_tokens = min(settings.prefix_tokens, room * 2 // 3)
-        self._suffix_tokens = min(settings.suffix_tokens, room // 3)
-        if self._prefix_tokens < 1:
+        self._context = model.context
+        self._settings = settings
+        self._ids = {
+            name: token
+            for name in (*self.family.sentinels, *self.family.stops)
+            if (token := model.tokenizer.token_id(name)) is not None
+        }
+        self._stop_ids = frozenset(self._ids[name] for name in self.family.stops if name in self._ids)
+        if self._room(settings.max_new_tokens) < 2:
             raise ModelError(
                 f"The context of {model.name!r} ({model.context} tokens) leaves no room for a prompt: "
                 f"lower `max_new_tokens` ({settings.max_new_tokens})."
             )
         self._anchors: OrderedDict[str, _Anchor] = OrderedDict()
 
-    def build(self, snapshot: Snapshot) -> Prompt:
-        """Make the prompt of a snapshot, within the token budget."""
-        anchor, typed_tokens, held = self._place(snapshot)
+    def build(self, snapshot: Snapshot, *, max_new_tokens: int | None = None) -> Prompt:
+        """Make the prompt of a snapshot, so that it and `max_new_tokens` fit into the model's context.
+
+        Args:
+            snapshot: the document and the cursor.
+            max_new_tokens: the most that this request may write; by default the setting.
+        """
+        if max_new_tokens is None:
+            max_new_tokens = self._settings.max_new_tokens
+        room = max(self._room(max_new_tokens), 2)
+        prefix = min(self._settings.prefix_tokens, room - room // 3)
+        budget = _Budget(prefix, min(self._settings.suffix_tokens, room - prefix))
+        anchor, typed, held = self._place(snapshot, budget)
         self._remember(snapshot.document.uri, anchor)
-        head = ("prefix", anchor.head_tokens)
-        tail = ("suffix", anchor.tail_tokens)
-        rest = ("typed", typed_tokens)
-        prefix, suffix, middle = (
-            (name, (self._ids[name],) if name else ())
-            for name in (self.family.prefix, self.family.suffix, self.family.middle)
+        texts = {"head": anchor.head_tokens, "typed": typed, "tail": anchor.tail_tokens}
+        parts = list(self.family.parts(self.layout))
+        if self.family.needs_suffix and not anchor.tail_tokens:
+            parts = [part for part in parts if part[1] in (self.family.bos, "head", "typed")]
+        segments = [
+            (_SOURCES.get(name, name), (self._ids[name],) if kind == "sentinel" else texts[name])
+            for kind, name in parts
+        ]
+        tokens = tuple(token for _, ids in segments for token in ids)
+        return Prompt(
+            tokens,
+            held,
+            max(1, min(max_new_tokens, self._context - len(tokens))),
+            self._stop_ids,
+            self.layout,
+            tuple((name, len(ids)) for name, ids in segments if ids),
         )
-        if self.family.order is Order.PSM:
-            parts = [prefix, head, suffix, tail, middle, rest]
-        else:
-            parts = [suffix, tail, prefix, head, rest, middle]
-        if self.family.bos:
-            parts.insert(0, (self.family.bos, (self._ids[self.family.bos],)))
-        tokens = tuple(token for _, ids in parts for token in ids if token is not None)
-        segments = tuple((name, len(ids)) for name, ids in parts if ids)
-        return Prompt(tokens, held, segments)
 
     def forget(self, uri: str) -> None:
         """Drop the anchor of a document that was closed."""
         self._anchors.pop(uri, None)
+
+    def _room(self, max_new_tokens: int) -> int:
+        """Tokens of text that fit beside the sentinels and the output."""
+        return self._context - max_new_tokens - len(self.family.sentinels)
 
     def _remember(self, uri: str, anchor: _Anchor) -> None:
         self._anchors[uri] = anchor
@@ -249,23 +162,42 @@ class PromptBuilder:
         if len(self._anchors) > _MAX_ANCHORS:
             self._anchors.popitem(last=False)
 
-    def _place(self, snapshot: Snapshot) -> tuple[_Anchor, tuple[int, ...], str]:
+    def _place(self, snapshot: Snapshot, budget: _Budget) -> tuple[_Anchor, tuple[int, ...], str]:
         """The anchor to use, the tokens typed since, and the characters held back."""
         old = self._anchors.get(snapshot.document.uri)
-        if old is not None and self._still_holds(old, snapshot):
+        if old is not None and self._still_holds(old, snapshot, budget):
             above = "".join(snapshot.document.lines[old.line : snapshot.cursor.line])
-            tokens, held = self._heal(_clean(above) + snapshot.line_before)
-            if len(old.head_tokens) + len(tokens) <= self._prefix_tokens:
+            tokens, held = self._heal(_clean(above + snapshot.line_before)[old.cut_at :], old.head)
+            if len(old.head_tokens) + len(tokens) <= budget.prefix:
                 return old, tokens, held
-        # Of a very long line, the part next to the cursor is kept.
-        tokens, held = self._heal(snapshot.line_before[-self._prefix_tokens * _MAX_CHARS_PER_TOKEN :])
-        tokens = tokens[-self._prefix_tokens :]
-        first_line, head, head_tokens = self._head(snapshot, self._prefix_tokens - len(tokens))
-        tail, tail_tokens = self._tail(snapshot)
-        anchor = _Anchor(first_line, snapshot.cursor.line, head, head_tokens, tail, tail_tokens)
-        return anchor, tokens, held
+        typed, cut_at = self._typed(snapshot, budget.prefix)
+        tokens, held = self._heal(typed, "")
+        first_line, head = snapshot.cursor.line, ""
+        if not cut_at:
+            first_line, head = self._head(snapshot, budget.prefix - len(tokens), old)
+            tokens, held = self._heal(typed, head)
+        tail, tail_tokens = self._tail(snapshot, budget.suffix)
+        head_tokens = self._encode_head(head)
+        return (
+            _Anchor(first_line, snapshot.cursor.line, head, head_tokens, tail, tail_tokens, cut_at),
+            tokens,
+            held,
+        )
 
-    def _heal(self, typed: str) -> tuple[tuple[int, ...], str]:
+    def _typed(self, snapshot: Snapshot, budget: int) -> tuple[str, int]:
+        """The line up to the cursor, and the column where it begins.
+
+        That is 0 but for a line beyond the budget: of that, what fills half of it is taken. Half, so that the
+        window stays where it is for a while.
+        """
+        before = _clean(snapshot.line_before)
+        near = before[-budget * _MAX_CHARS_PER_TOKEN :]
+        if len(near) == len(before) and len(self._encode_head(before)) <= budget:
+            return before, 0
+        size = self._longest(len(near), budget // 2, lambda size: near[len(near) - size :])
+        return near[len(near) - size :], len(before) - size
+
+    def _heal(self, typed: str, head: str) -> tuple[tuple[int, ...], str]:
         """Tokens of what was typed, without what may be half a token; and that, as text.
 
         Tokenizers join a blank or marks to the word behind them (" return", ".loads", "(self"):
@@ -273,29 +205,36 @@ class PromptBuilder:
         no likely continuation. Held back is the last word with the marks and the blank before it.
         Digits are tokens of their own.
         """
-        match = _UNFINISHED.search(typed)
+        match = _UNFINISHED.search(typed) if self._settings.healing else None
         held = match.group() if match else ""
-        return tuple(self._tokenizer.encode(typed[: len(typed) - len(held)])), held
+        kept = typed[: len(typed) - len(held)]
+        return tuple(self._tokenizer.encode(kept)) if head else self._encode_head(kept), held
 
-    def _still_holds(self, anchor: _Anchor, snapshot: Snapshot) -> bool:
+    def _encode_head(self, text: str) -> tuple[int, ...]:
+        """Tokens of the prefix from its beginning on."""
+        return tuple(self._tokenizer.encode(self.family.prefix_lead + text))
+
+    def _still_holds(self, anchor: _Anchor, snapshot: Snapshot, budget: _Budget) -> bool:
         """Whether the text around the cursor still begins and ends with what the anchor froze."""
         lines = snapshot.document.lines
         return (
             anchor.line <= snapshot.cursor.line
+            and len(anchor.tail_tokens) <= budget.suffix
+            and (anchor.line < snapshot.cursor.line or anchor.cut_at <= snapshot.cursor.column)
             and _clean("".join(lines[anchor.first_line : anchor.line])) == anchor.head
-            and _text_after(snapshot, max(len(anchor.tail), 1)).startswith(anchor.tail)
-            and bool(anchor.tail) == bool(_text_after(snapshot, 1))
+            and _continues(_text_after(snapshot, len(anchor.tail) + _MAX_AUTO_CLOSED), anchor.tail)
         )
 
-    def _head(self, snapshot: Snapshot, budget: int) -> tuple[int, str, tuple[int, ...]]:
-        """P0: whole lines above the cursor's, from a line number that stays the same for a while.
+    def _head(self, snapshot: Snapshot, budget: int, old: _Anchor | None) -> tuple[int, str]:
+        """P0 and its first line: whole lines above the cursor's, from a line that stays the same for a while.
 
-        The window starts at a multiple of `step` lines, so that it does not slide by a line each time
-        the user goes to the next one, which would make every token of it new.
+        A window that slid by a line each time the user goes to the next one would make every token of it
+        new. So it keeps its first line while it can; when it has to move, it starts at a multiple of `step`
+        lines and leaves a quarter of the budget to what will be typed.
         """
         lines = snapshot.document.lines
         end = snapshot.cursor.line
-        step = max(1, self._prefix_tokens // 32)
+        step = max(1, self._settings.prefix_tokens // 32)
         starts: list[int] = []
         chars = 0
         for line in range(end - 1, -1, -1):
@@ -304,28 +243,63 @@ class PromptBuilder:
                 break
             if line % step == 0 or end - line < step:
                 starts.append(line)
-        starts = starts[: self._num_fitting([lines[start:end] for start in starts], budget)]
-        start = starts[-1] if starts else end
-        head = _clean("".join(lines[start:end]))
-        return start, head, tuple(self._tokenizer.encode(head))
 
-    def _tail(self, snapshot: Snapshot) -> tuple[str, tuple[int, ...]]:
+        def num_tokens(start: int) -> int:
+            return len(self._encode_head(_clean("".join(lines[start:end]))))
+
+        fitting = bisect_right(starts, budget, key=num_tokens)
+        if fitting and starts[fitting - 1] == 0:
+            start = 0
+        elif old is not None and old.first_line in starts[fitting // 2 : fitting]:
+            start = old.first_line
+        else:
+            fitting = bisect_right(starts, budget - budget // 4, key=num_tokens) or fitting
+            start = starts[fitting - 1] if fitting else end
+        return start, _clean("".join(lines[start:end]))
+
+    def _tail(self, snapshot: Snapshot, budget: int) -> tuple[str, tuple[int, ...]]:
         """S: the text after the cursor, cut to the budget, at a line's end where possible."""
-        text = _text_after(snapshot, self._suffix_tokens * _MAX_CHARS_PER_TOKEN)
+        text = _text_after(snapshot, budget * _MAX_CHARS_PER_TOKEN)
         tokens = tuple(self._tokenizer.encode(text))
-        if len(tokens) <= self._suffix_tokens:
+        if len(tokens) <= budget:
             return text, tokens
-        # Shrink by whole lines until it fits; a single line that does not fit is cut inside.
         rows = split_lines(text)
-        fitting = self._num_fitting([rows[: count + 1] for count in range(len(rows))], self._suffix_tokens)
-        text = "".join(rows[:fitting]) or text[: self._suffix_tokens]
-        return text, tuple(self._tokenizer.encode(text))[: self._suffix_tokens]
+        text = "".join(rows[: self._longest(len(rows), budget, lambda count: "".join(rows[:count]))])
+        if not text:
+            text = rows[0][: self._longest(len(rows[0]), budget, lambda size: rows[0][:size])]
+        return text, tuple(self._tokenizer.encode(text))
 
-    def _num_fitting(self, texts: list[list[str]], budget: int) -> int:
-        """How many of the texts, each longer than the one before, have at most `budget` tokens."""
-        return bisect_right(
-            texts, budget, key=lambda rows: len(self._tokenizer.encode(_clean("".join(rows))))
+    def _longest(self, most: int, budget: int, piece: Callable[[int], str]) -> int:
+        """The largest size up to `most` whose piece of text has at most `budget` tokens; 0 always fits."""
+        sizes = range(1, most + 1)
+        return bisect_right(sizes, budget, key=lambda size: len(self._tokenizer.encode(piece(size))))
+
+
+# What users call the parts of a prompt.
+_SOURCES = {"head": "prefix", "typed": "typed", "tail": "suffix"}
+
+
+def _layout(name: str, family: Family, wanted: str) -> Layout:
+    """The layout that settings name, or the family's first. Raises `ModelError` if it cannot have it."""
+    if wanted == "auto":
+        return family.layouts[0]
+    if wanted not in family.layouts:
+        raise ModelError(
+            f"Models of the family {name!r} do not understand the layout {wanted!r}; "
+            f"they can have {', '.join(family.layouts)}. Change `layout`."
         )
+    return Layout(wanted)
+
+
+def _continues(after: str, tail: str) -> bool:
+    """Whether the text after the cursor is the frozen one still, save for what the editor closed by itself.
+
+    Each bracket and quote that is typed changes the text after the cursor in most editors. Left out
+    of the prompt until the anchor moves, the closer costs nothing: without it the model closes what was
+    opened, and `trim` knows what stands there.
+    """
+    at = after.find(tail) if tail else len(after)
+    return at == 0 or (0 < at <= _MAX_AUTO_CLOSED and _AUTO_CLOSED.fullmatch(after, 0, at) is not None)
 
 
 def _text_after(snapshot: Snapshot, max_chars: int) -> str:
@@ -343,5 +317,7 @@ def _text_after(snapshot: Snapshot, max_chars: int) -> str:
 
 
 def _clean(text: str) -> str:
-    r"""The model has learned \n only; the answer gets the file's own line ends back."""
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    r"""The model has learned \n only, and no surrogate halves; the answer gets the file's line ends back."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)

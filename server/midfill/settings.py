@@ -76,6 +76,15 @@ class Settings(BaseModel):
     max_new_tokens: int = Field(
         default=32, ge=1, le=1024, description="Most tokens that a suggestion may have."
     )
+    layout: Literal["auto", "anchored", "appending", "psm", "spm"] = Field(
+        default="auto",
+        description="Order of the prompt's parts, for measurements; `auto` is what was measured best for "
+        "the model's family.",
+    )
+    healing: bool = Field(
+        default=True,
+        description="Whether a half-typed word is taken back and completed as a whole; off for measurements.",
+    )
     deadline_s: float = Field(
         default=10.0, ge=0.1, le=600, description="Seconds after which a request is given up."
     )

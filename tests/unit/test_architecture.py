@@ -15,7 +15,7 @@ LAYERS = [
     {"documents", "messages", "notebooks", "settings", "languages"},
     {"models"},
     {"engine"},
-    {"prompt", "trim"},
+    {"families", "prompt", "trim"},
     {"completer"},
     {"protocol", "server", "client", "recording", "bench", "demo", "doctor", "evaluation"},
     {"cli"},

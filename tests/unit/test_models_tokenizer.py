@@ -1,15 +1,12 @@
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from midfill.errors import ModelError
-from midfill.models.gguf import tokenizer_from_gguf
 from midfill.models.tokenizer import FastTokenizer, load_tokenizer
 
-VOCABS = Path(__file__).parents[3] / "shared" / "data" / "vocabs"
 NAMES = ["deepseek-coder", "gpt-2", "llama-spm", "qwen2", "refact", "starcoder"]
 
 SAMPLE = (
@@ -17,21 +14,6 @@ SAMPLE = (
     '        raise ValueError(f"r={r:.3f} 12345")\n\n\n    return   3.14159 * r**2\n'
     "<p>don't</p> \u00f5 \u00ff \u0000"
 )
-
-
-@pytest.fixture(scope="module")
-def vocabulary():
-    cached = {}
-
-    def get(name):
-        path = VOCABS / f"ggml-vocab-{name}.gguf"
-        if not path.exists():
-            pytest.skip(f"the vocabularies of ../shared are not here: {path}")
-        if name not in cached:
-            cached[name] = tokenizer_from_gguf(path)
-        return cached[name]
-
-    return get
 
 
 def spelled(tokenizer, token):
