@@ -144,7 +144,7 @@ class Completer:
     def use(self, engine: Engine) -> None:
         """Serve from a started engine. Raises `ModelError` if its model's FIM family is not known."""
         self._prompts = PromptBuilder(engine.model, self.settings)
-        self._forbidden = self._prompts.family.sentinels
+        self._forbidden = self._prompts.family.never_text
         self._engine = engine
         self.failure = None
 

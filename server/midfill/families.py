@@ -92,6 +92,12 @@ class Family:
         """The names of the sentinels that every prompt needs."""
         return tuple(name for name in (self.prefix, self.suffix, self.middle, self.bos) if name)
 
+    @property
+    def never_text(self) -> tuple[str, ...]:
+        """Names that mean nothing but a sentinel, however a model spells them; `</s>` is HTML as well."""
+        stops = (name for name in self.stops if "|" in name or "｜" in name)
+        return tuple(dict.fromkeys((*filter(None, (self.prefix, self.suffix, self.middle)), *stops)))
+
     def parts(self, layout: Layout) -> Iterator[tuple[str, str]]:
         """The parts of a prompt in order, BOS first, with their kinds.
 

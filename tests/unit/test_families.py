@@ -125,3 +125,9 @@ def test_every_row_makes_sense(family):
 def test_a_layout_that_the_family_does_not_know_is_refused():
     with pytest.raises(ModelError, match=r"'qwen2\.5-coder' do not understand the layout 'spm'.*anchored"):
         PromptBuilder(MODEL, Settings(layout="spm"))
+
+
+def test_marks_that_text_may_hold_are_not_cut_from_answers():
+    assert "<s>" not in FAMILIES["codellama"].never_text
+    assert "</s>" not in FAMILIES["codestral"].never_text
+    assert {"<|fim_prefix|>", "<|fim_middle|>", "<|endoftext|>"} <= set(FAMILIES["qwen2.5-coder"].never_text)
