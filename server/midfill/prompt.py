@@ -234,7 +234,7 @@ class PromptBuilder:
         """
         lines = snapshot.document.lines
         end = snapshot.cursor.line
-        step = max(1, self._settings.prefix_tokens // 32)
+        step = max(1, self._settings.prefix_tokens // 64)
         starts: list[int] = []
         chars = 0
         for line in range(end - 1, -1, -1):

@@ -129,8 +129,9 @@ def test_the_window_slides_in_jumps():
     lines = "".join(f"v{n} = {n}\n" for n in range(300))
     document = Document.open("file:///a.py", "python", 1, lines)
     starts = set()
+    build = builder(prefix_tokens=256).build
     for line in range(100, 132):
-        prompt = builder(prefix_tokens=256).build(Snapshot(document, Point(line, 0)))
+        prompt = build(Snapshot(document, Point(line, 0)))
         starts.add(text(prompt).removeprefix(PRE).split("\n")[0])
     assert len(starts) <= 6
 
