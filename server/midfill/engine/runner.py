@@ -7,6 +7,7 @@ nothing of threads, requests or text. Runs on the engine thread only.
 
 from __future__ import annotations
 
+import inspect
 import time
 from array import array
 from typing import Any
@@ -127,6 +128,9 @@ class Runner:
         config = model.config.get_text_config()
         self._model = model
         self._trunk = model.base_model
+        # transformers renamed the argument in 5.24 and warns of the old name.
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._device = device
         self._num_layers: int = config.num_hidden_layers
         self._caches: dict[int, SlotCache] = {}
@@ -191,11 +195,11 @@ class Runner:
         cache.length = chunk.start
         # Without a choice to make, the head (a third of a small model) is left out.
         module = self._model if chunk.samples else self._trunk
-        kwargs = {"logits_to_keep": 1} if chunk.samples else {}
+        kwargs: dict[str, Any] = {"logits_to_keep": 1} if chunk.samples else {}
+        kwargs[self._cache_argument] = cache
         output = module(
             input_ids=torch.tensor([chunk.tokens], device=self._device),
             position_ids=self._positions[:, chunk.start : chunk.start + len(chunk.tokens)],
-            past_key_values=cache,
             use_cache=True,
             **kwargs,
         )
