@@ -96,6 +96,8 @@ class Answer:
         latency_ms: from the snapshot to here.
         num_prompt, num_reused, num_generated: tokens.
         segments: the parts of the prompt and their sizes in tokens.
+        logprobs: log-probabilities of the tokens that the text is made of.
+        finished: the text came to an end of its own, not to the token limit.
     """
 
     text: str = ""
@@ -107,6 +109,8 @@ class Answer:
     num_reused: int = 0
     num_generated: int = 0
     segments: tuple[tuple[str, int], ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finished: bool = False
 
 
 @dataclass(slots=True)
@@ -118,12 +122,23 @@ class _Output:
         complete: whether it came to an end of its own, not to its token limit.
         failure: why it is of no use; None if it is.
         detail: what the engine said about that, a sentence.
+        tokens: for each, where it ends in `text` (0 and less: before the cursor) and its log-probability.
     """
 
     text: str = ""
     complete: bool = False
     failure: Reason | None = None
     detail: str = ""
+    tokens: list[tuple[int, float]] = field(default_factory=list)
+
+    def logprobs(self, num_chars: int) -> tuple[float, ...]:
+        """Log-probabilities of the tokens that the first `num_chars` characters are made of."""
+        begins = [0, *(end for end, _ in self.tokens)]
+        return tuple(
+            logprob
+            for begin, (end, logprob) in zip(begins, self.tokens, strict=False)
+            if end > 0 and begin < num_chars
+        )
 
 
 @dataclass(slots=True)
@@ -240,7 +255,12 @@ class Completer:
         text, why = clean(output.text, place, complete=output.complete, forbidden=self._forbidden)
         if why is not None:
             return Answer(reason=Reason(why))
-        return Answer(text.replace("\n", snapshot.document.line_ending), source="model")
+        return Answer(
+            text.replace("\n", snapshot.document.line_ending),
+            source="model",
+            logprobs=output.logprobs(len(text)),
+            finished=output.complete,
+        )
 
 
 async def _stream(engine: Engine, request: Request, place: Place, output: _Output) -> None:
@@ -251,6 +271,7 @@ async def _stream(engine: Engine, request: Request, place: Place, output: _Outpu
         async for token in tokens:
             text += token.text
             output.text = text[num_held:]
+            output.tokens.append((len(text) - num_held, token.logprob))
             if output.text and (end := stop(output.text, place)) is not None:
                 output.text, output.complete = output.text[:end], True
                 return

@@ -36,6 +36,15 @@ async def test_an_answer_says_where_it_comes_from_and_what_it_cost():
     assert answer.num_prompt == sum(size for _, size in answer.segments)
 
 
+async def test_an_answer_knows_the_log_probabilities_of_its_own_tokens_only():
+    # One token for each character; the blank is healed, and what follows the line is trimmed.
+    answer = await ask(await completer(Rule("12)\nmore")), "f(a, ▮)")
+    assert answer.text == "12"
+    assert answer.finished
+    assert len(answer.logprobs) == 2
+    assert not (await ask(await completer(Rule("12345"), max_new_tokens=3), "a = ▮")).finished
+
+
 async def test_before_the_model_is_loaded_the_reason_is_loading():
     assert (await ask(Completer(Settings()))).reason == Reason.LOADING
 
