@@ -8,19 +8,18 @@ closes the token stream, which frees the model.
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 import logging
 import re
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from urllib.parse import unquote
 
 from midfill.documents import Snapshot
 from midfill.engine import Engine, Request
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.prompt import PromptBuilder
+from midfill.secrecy import SecretWatch, is_excluded
 from midfill.settings import Settings
 from midfill.trim import Place, clean, stop
 
@@ -29,9 +28,6 @@ _LOG = logging.getLogger(__name__)
 _CONTINUES_WORD = re.compile(r"\w")
 # Behind the cursor may stand what editors insert by themselves: closers, then one separator.
 _HARMLESS_TAIL = re.compile(r"""\s*[)>}\]"'`]*\s*[:{;,]?\s*\Z""")
-# Also the colon of URIs without a path ("untitled:.env"), and the separator of Windows.
-_SEPARATOR = re.compile(r"[/\\:]")
-_QUERY = re.compile(r"[?#]")
 _LINES_BELOW = 16
 # Of a longer line only the ends matter: its indentation, and what is next to the cursor.
 _LONG_LINE = 2_000
@@ -53,6 +49,7 @@ class Reason(StrEnum):
     LANGUAGE_OFF = "language-off"
     FILE_EXCLUDED = "file-excluded"
     FILE_TOO_LARGE = "file-too-large"
+    SECRET_IN_FILE = "secret-in-file"  # noqa: S105 - the reason's code
     EMPTY_FILE = "empty-file"
     MID_WORD = "mid-word"
     LINE_TAIL = "line-tail"
@@ -72,6 +69,8 @@ REASONS = {
     Reason.LANGUAGE_OFF: "Suggestions are switched off for this language (`disabled_languages`).",
     Reason.FILE_EXCLUDED: "The file's name is on the list of excluded files (`excluded_files`).",
     Reason.FILE_TOO_LARGE: "The file is larger than `max_file_kb`.",
+    Reason.SECRET_IN_FILE: "The file holds what looks like a password, a token or a private key "
+    "(`detect_secrets`).",
     Reason.EMPTY_FILE: "The file is empty, so there is nothing to go by.",
     Reason.MID_WORD: "The cursor is inside a word that goes on behind it.",
     Reason.LINE_TAIL: "Code stands behind the cursor on its line; ask explicitly to get a suggestion there.",
@@ -155,6 +154,7 @@ class Completer:
     _engine: Engine | None = None
     _prompts: PromptBuilder | None = None
     _forbidden: tuple[str, ...] = field(default=())
+    _secrets: SecretWatch = field(default_factory=SecretWatch)
 
     def use(self, engine: Engine) -> None:
         """Serve from a started engine. Raises `ModelError` if its model's FIM family is not known."""
@@ -176,6 +176,7 @@ class Completer:
 
     def forget(self, uri: str) -> None:
         """Drop what is remembered of a document that was closed."""
+        self._secrets.forget(uri)
         if self._prompts is not None:
             self._prompts.forget(uri)
 
@@ -203,6 +204,8 @@ class Completer:
             return Reason.FILE_TOO_LARGE
         if all(not line or line.isspace() for line in document.lines):
             return Reason.EMPTY_FILE
+        if self.settings.detect_secrets and self._secrets.finds_secret(snapshot):
+            return Reason.SECRET_IN_FILE
         if trigger is Trigger.INVOKED:
             return None
         if _CONTINUES_WORD.match(snapshot.line_after):
@@ -283,18 +286,6 @@ def _place(snapshot: Snapshot) -> Place:
     if len(before) > _LONG_LINE:
         before = before[: _LONG_LINE // 2] + before[-_LONG_LINE // 2 :]
     return Place(before, after[:_LONG_LINE], tuple(snapshot.lines_after(_LINES_BELOW)))
-
-
-def is_excluded(uri: str, patterns: tuple[str, ...]) -> bool:
-    """Whether the file name in a URI matches one of the patterns, upper and lower case alike."""
-    # Not by `urlsplit`: it raises for some, and editors escape `?` and `#` as they please.
-    whole = _last_segment(uri)
-    path = _last_segment(_QUERY.split(uri, maxsplit=1)[0])
-    return any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns for name in {whole, path})
-
-
-def _last_segment(uri: str) -> str:
-    return _SEPARATOR.split(unquote(uri))[-1].lower()
 
 
 def _since(begun: float) -> float:

@@ -18,6 +18,7 @@ from functools import cached_property
 
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)")
 _SPLIT_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+_BLOCK = 256
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
@@ -198,6 +199,27 @@ def count_units(text: str, encoding: Encoding) -> int:
     if encoding is Encoding.UTF8:
         return len(text.encode("utf-8", "surrogatepass"))
     return len(text.encode("utf-16-le", "surrogatepass")) // 2
+
+
+def changed_lines(old: Sequence[str], new: Sequence[str]) -> tuple[int, int, int]:
+    """What differs between two versions, as one range: `old[first:old_end]` became `new[first:new_end]`.
+
+    Lines that an edit left alone are the same objects, so that comparing blocks of them costs little.
+    """
+    most = min(len(old), len(new))
+    first = 0
+    while first < most and old[first : first + _BLOCK] == new[first : first + _BLOCK]:
+        first = min(first + _BLOCK, most)
+    while first < most and old[first] == new[first]:
+        first += 1
+    old_end, new_end = len(old), len(new)
+    while old_end - _BLOCK >= first <= new_end - _BLOCK and (
+        old[old_end - _BLOCK : old_end] == new[new_end - _BLOCK : new_end]
+    ):
+        old_end, new_end = old_end - _BLOCK, new_end - _BLOCK
+    while old_end > first < new_end and old[old_end - 1] == new[new_end - 1]:
+        old_end, new_end = old_end - 1, new_end - 1
+    return first, old_end, new_end
 
 
 def _count(lines: list[str]) -> int:

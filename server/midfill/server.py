@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from lsprotocol import types
 from pygls.lsp.server import LanguageServer
 
-from midfill import __version__
+from midfill import __version__, secrecy
 from midfill.completer import REASONS, Answer, Completer, Reason, Trigger
 from midfill.documents import Document, Encoding, Snapshot
 from midfill.engine import Engine
@@ -136,7 +136,7 @@ class MidfillServer(LanguageServer):
             try:
                 engine = await asyncio.to_thread(self._make_engine, settings)
                 self.state.engine = engine
-                await engine.start(report)
+                await asyncio.gather(engine.start(report), asyncio.to_thread(secrecy.prepare))
                 self.state.completer.use(engine)
                 # What has been imported and loaded stays; a collection that walks over it would cost a
                 # key that is just being answered tens of milliseconds.

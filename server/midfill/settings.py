@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from midfill.errors import SettingsError
+from midfill.secrecy import SECRET_FILES
 
 _START_ONLY = "It takes effect when the server starts."
 
@@ -92,8 +93,14 @@ class Settings(BaseModel):
         default=(), description="Language identifiers that get no suggestions, for example `markdown`."
     )
     excluded_files: tuple[str, ...] = Field(
-        default=(".env", ".env.*", "*.pem", "*.key", "*.pfx", "*.p12", "id_rsa*", "id_ed25519*", ".netrc"),
-        description="Patterns of file names that get no suggestions and are never shown to the model.",
+        default=SECRET_FILES,
+        description="Patterns of names (or of the ends of paths) of files that get no suggestions and are "
+        "never shown to the model.",
+    )
+    detect_secrets: bool = Field(
+        default=True,
+        description="Whether a file in which a password, a token or a private key is found gets no "
+        "suggestions either.",
     )
     max_file_kb: Annotated[int, Field(ge=1)] = Field(
         default=20_000, description="Documents larger than this many kilobytes get no suggestions."

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from planted import certain
 from raw import Raw
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -143,6 +144,29 @@ async def test_files_that_hold_secrets_never_reach_the_model(scripted, tmp_path,
     ):
         open_document(server, "KEY=", uri)
         assert await ask(server, 0, 4, uri) == []
+    assert len(log.read_text().splitlines()) == num_before
+
+
+async def test_a_secret_typed_into_a_file_ends_its_suggestions(scripted, tmp_path):
+    log = tmp_path / "log"
+    server = await scripted({"text": "1"}, log=str(log))
+    await server.loaded()
+    uri = "file:///work/main.py"
+    open_document(server, "a = \n", uri)
+    assert len(await ask(server, 0, 4, uri)) == 1
+    num_before = len(log.read_text().splitlines())
+    line, _ = certain()["GitHub token"]
+    change = {
+        "range": {"start": {"line": 1, "character": 0}, "end": {"line": 1, "character": 0}},
+        "text": line,
+    }
+    server.notify(
+        "textDocument/didChange",
+        {"textDocument": {"uri": uri, "version": 2}, "contentChanges": [change]},
+    )
+    assert await ask(server, 0, 4, uri) == []
+    server.request("why", "midfill/explain", {"textDocument": {"uri": uri}})
+    assert (await server.answer("why"))["result"]["reason"] == "secret-in-file"
     assert len(log.read_text().splitlines()) == num_before
 
 

@@ -12,7 +12,7 @@ ROOT = Path(midfill.__file__).parent
 # Lower number, lower layer. A module may import its own layer and those below.
 LAYERS = [
     {"errors"},
-    {"documents", "messages", "notebooks", "settings", "languages"},
+    {"documents", "messages", "notebooks", "settings", "languages", "secrecy"},
     {"models"},
     {"engine"},
     {"families", "prompt", "trim"},

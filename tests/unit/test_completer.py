@@ -2,8 +2,9 @@ import asyncio
 import json
 
 import pytest
+from planted import certain
 
-from midfill.completer import REASONS, Completer, Reason, Trigger, is_excluded
+from midfill.completer import REASONS, Completer, Reason, Trigger
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import EngineUnavailableError, ModelError
@@ -102,20 +103,18 @@ async def test_the_engine_is_stopped_where_the_suggestion_ends(tmp_path):
     assert json.loads(line)["steps"] <= 4
 
 
-@pytest.mark.parametrize(
-    ("uri", "excluded"),
-    [
-        ("file:///w/.env", True),
-        ("file:///w/.env.local", True),
-        ("file:///w/%2Eenv", True),
-        ("file:///w/Server.PEM", True),
-        ("file:///w/environment.py", False),
-        ("untitled:Untitled-1", False),
-        ("vscode-notebook-cell:/w/a.ipynb#X1", False),
-    ],
-)
-def test_secrets_are_excluded_by_name(uri, excluded):
-    assert is_excluded(uri, Settings().excluded_files) is excluded
+@pytest.mark.parametrize("where", ["above ▮\n{}\n", "{}\nbelow ▮\n"])
+async def test_a_file_with_a_secret_gets_nothing_until_the_secret_is_gone(where, tmp_path):
+    log = tmp_path / "log"
+    it = await completer(Rule("1"), log=log)
+    line, _ = certain()["GitHub token"]
+    assert (await ask(it, where.format("a = 1"))).text
+    answer = await ask(it, where.format(line))
+    assert (answer.reason, answer.text) == (Reason.SECRET_IN_FILE, "")
+    assert (await ask(it, where.format("b = 1"))).text
+    assert len(log.read_text().splitlines()) == 2
+    it.configure(Settings(detect_secrets=False))
+    assert (await ask(it, where.format(line))).text
 
 
 def test_every_reason_has_a_sentence():

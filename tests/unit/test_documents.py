@@ -1,11 +1,13 @@
 """Documents against a naive model (see `tests/lsp/naive.py`), and the rules of their positions."""
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import changes, joined, naive_edit, naive_offset, positions, texts
 
-from midfill.documents import Change, Document, Encoding, Point, Snapshot, split_lines
+from midfill.documents import Change, Document, Encoding, Point, Snapshot, changed_lines, split_lines
 
 
 @settings(max_examples=2000, deadline=None)
@@ -62,3 +64,18 @@ def test_a_snapshot_does_not_see_later_edits():
 )
 def test_the_first_line_decides_the_line_ending(text, ending):
     assert Document.open("file:///a", "python", 1, text).line_ending == ending
+
+
+@pytest.mark.parametrize("size", [0, 3, 255, 256, 600, 2_000])
+def test_the_changed_lines_are_all_that_differs(size):
+    rng = random.Random(size)  # noqa: S311
+    for _ in range(50):
+        old = [f"{n}\n" for n in range(size)]
+        new = old.copy()
+        at = rng.randint(0, size)
+        inserted = ["new\n"] * rng.randint(0, 3)
+        new[at : at + rng.randint(0, 3)] = inserted
+        first, old_end, new_end = changed_lines(old, new)
+        assert old[:first] + new[first:new_end] + old[old_end:] == new
+        assert new[first:new_end] == inserted
+        assert changed_lines(new, old) == (first, new_end, old_end)
