@@ -12,7 +12,7 @@ ROOT = Path(midfill.__file__).parent
 # Lower number, lower layer. A module may import its own layer and those below.
 LAYERS = [
     {"errors"},
-    {"documents", "messages", "notebooks", "settings", "languages", "secrecy"},
+    {"documents", "messages", "notebooks", "settings", "languages", "secrecy", "syntax"},
     {"models"},
     {"engine"},
     {"families", "prompt", "trim"},

@@ -1,0 +1,353 @@
+"""What tree-sitter knows of a piece of source: brackets that are brackets, strings, comments, errors.
+
+Everything here takes text and the editor's language identifier and answers None where there is no
+grammar, so that a caller can go by indentation instead. The pieces are windows of a file and unfinished,
+so the questions are about tokens, which survive an unclosed brace further up, and not about whole nodes,
+which do not. Knows nothing of documents or models. Any thread; nothing is kept but the grammars.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+from tree_sitter import Language, Node, Parser, Tree
+from tree_sitter_language_pack import SupportedLanguage, get_language
+
+# Of one reading. It happens on the event loop, while a key may be waiting.
+_BUDGET_S = 0.004
+_BRACKETS = {"(": ")", "[": "]", "{": "}"}
+_CLOSERS = frozenset(_BRACKETS.values())
+_RUBY = dict.fromkeys(
+    ("def", "class", "module", "do", "begin", "case", "if", "unless", "while", "until", "for"), "end"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Grammar:
+    """How a language is read.
+
+    Attributes:
+        name: of the grammar in the language pack.
+        keywords: words that open a block, and what closes it.
+        lead: what the grammar wants to see before it takes anything for code.
+        stray: closers that also stand where nothing was opened, as `)` in a shell's `case` does.
+    """
+
+    name: SupportedLanguage
+    keywords: Mapping[str, str] = field(default_factory=dict)
+    lead: bytes = b""
+    stray: frozenset[str] = frozenset()
+
+
+# By LSP language identifier. `typescript` does not read JSX, `tsx` does not read `<T>x`.
+_GRAMMARS = {
+    "c": _Grammar("c"),
+    "cpp": _Grammar("cpp"),
+    "csharp": _Grammar("csharp"),
+    "css": _Grammar("css"),
+    "dart": _Grammar("dart"),
+    "elixir": _Grammar("elixir", {"do": "end", "fn": "end"}),
+    "go": _Grammar("go"),
+    "java": _Grammar("java"),
+    "javascript": _Grammar("javascript"),
+    "javascriptreact": _Grammar("javascript"),
+    "json": _Grammar("json"),
+    "jsonc": _Grammar("json"),
+    "kotlin": _Grammar("kotlin"),
+    "lua": _Grammar("lua", {"function": "end", "if": "end", "do": "end", "repeat": "until"}),
+    "php": _Grammar("php", lead=b"<?php "),
+    "python": _Grammar("python"),
+    "ruby": _Grammar("ruby", _RUBY),
+    "rust": _Grammar("rust"),
+    "scala": _Grammar("scala"),
+    "shellscript": _Grammar(
+        "bash",
+        {"if": "fi", "do": "done", "case": "esac"},
+        stray=frozenset({")"}),
+    ),
+    "swift": _Grammar("swift"),
+    "typescript": _Grammar("typescript"),
+    "typescriptreact": _Grammar("tsx"),
+    "zig": _Grammar("zig"),
+}
+# In these words a node's type says that its text is no code.
+_OPAQUE = ("string", "comment", "char", "rune", "regex", "heredoc")
+_LOOPS = frozenset({"while", "until", "for"})
+_MODIFIERS = frozenset({"if", "unless", "while", "until"})
+
+
+@dataclass(frozen=True, slots=True)
+class Delimiter:
+    """A bracket, or a word that opens or closes a block.
+
+    Attributes:
+        start, end: where it stands, in code points.
+        text: as it is written.
+        closer: what closes it; "" if it closes something itself.
+    """
+
+    start: int
+    end: int
+    text: str
+    closer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What tokens a text has, from `start` on.
+
+    Attributes:
+        open: the closers that are still to come at `start`, outermost first.
+        delimiters: those from `start` on, in order.
+        opaque: (start, end, is a comment) of comments, strings and the like that end after `start`, in order.
+    """
+
+    open: tuple[str, ...]
+    delimiters: tuple[Delimiter, ...]
+    opaque: tuple[tuple[int, int, bool], ...]
+
+    def within(self, offset: int) -> bool:
+        """Whether a place is inside of a string or a comment that began before it."""
+        index = bisect.bisect_left(self.opaque, offset, key=lambda span: span[0])
+        return index > 0 and offset < self.opaque[index - 1][1]
+
+    def is_comment(self, start: int, end: int) -> bool:
+        """Whether a stretch without blanks at its ends is nothing but comment."""
+        return any(first <= start and end <= last for first, last, comment in self.opaque if comment)
+
+
+def knows(language_id: str) -> bool:
+    """Whether there is a grammar for a language."""
+    return language_id in _GRAMMARS
+
+
+def outline(text: str, language_id: str, start: int = 0) -> Outline | None:
+    """The outline of a text from `start` on. None without a grammar, or if it takes too long."""
+    growing = Growing.of(text[:start], language_id)
+    return None if growing is None else growing.outline(text[start:])
+
+
+def count_errors(text: str, language_id: str) -> int | None:
+    """How many places of a text the grammar cannot make sense of.
+
+    None without a grammar, or if it takes too long.
+    """
+    grammar = _GRAMMARS.get(language_id)
+    if grammar is None:
+        return None
+    tree = _parse(_lead(text, grammar) + _encode(text), grammar)
+    if tree is None:
+        return None
+    count, nodes = 0, [tree.root_node]
+    while nodes:
+        node = nodes.pop()
+        if node.is_error or node.is_missing:
+            count += 1
+        if node.has_error:
+            nodes += node.children
+    return count
+
+
+@dataclass(slots=True)
+class Growing:
+    """A text that is read again each time it has grown: only what is new is parsed.
+
+    Attributes:
+        before: the text that does not change.
+    """
+
+    before: bytes
+    _grammar: _Grammar
+    _data: bytes = b""
+    _tree: Tree | None = None
+
+    @staticmethod
+    def of(before: str, language_id: str) -> Growing | None:
+        """For a text that begins with `before`. None without a grammar."""
+        grammar = _GRAMMARS.get(language_id)
+        return None if grammar is None else Growing(_lead(before, grammar) + _encode(before), grammar)
+
+    def outline(self, text: str) -> Outline | None:
+        """The outline of `text`, which follows `before`; offsets count from the start of `text`.
+
+        None, from then on, once it has taken too long.
+        """
+        data = self.before + _encode(text)
+        if self._tree is not None:
+            same = _num_common(self._data, data)
+            at = _point(data, same)
+            old_end, new_end = _point(self._data, len(self._data)), _point(data, len(data))
+            self._tree.edit(same, len(self._data), len(data), at, old_end, new_end)
+        elif self._data:
+            return None
+        self._tree, self._data = _parse(data, self._grammar, self._tree), data
+        return None if self._tree is None else _read(self._tree, data, len(self.before), self._grammar)
+
+
+def _parse(data: bytes, grammar: _Grammar, old: Tree | None = None) -> Tree | None:
+    """The tree of a text; None if it is not there within the budget.
+
+    Grammars take ten times as long for a text that is no code to them, such as one that begins within a
+    string. What counts is our own time, not that of other programs, so that answers do not depend on them.
+    """
+    deadline = time.thread_time() + _BUDGET_S
+
+    def read(byte: int, _: object) -> bytes:
+        return data[byte:]
+
+    def late(*_: object) -> bool:
+        return time.thread_time() > deadline
+
+    parser = Parser(_language(grammar.name))
+    try:
+        if old is None:
+            return parser.parse(read, progress_callback=late)
+        return parser.parse(read, old, progress_callback=late)
+    except ValueError:  # the budget is spent
+        return None
+
+
+def _read(tree: Tree, data: bytes, begin: int, grammar: _Grammar) -> Outline:
+    """The outline of what follows `begin`, from a tree of it all."""
+    offset = _Offset(data, begin)
+    before: list[Delimiter] = []
+    delimiters: list[Delimiter] = []
+    opaque: list[tuple[int, int, bool]] = []
+    opaque_end = 0
+    for node in _walk(tree.root_node, begin):
+        if node.is_named:
+            # Of a comment in a string, and the parts of a string, the outermost counts.
+            if _is_opaque(node) and node.end_byte > max(begin, opaque_end):
+                opaque_end = node.end_byte
+                opaque.append((offset(node.start_byte), offset(opaque_end), "comment" in node.type))
+        elif (closer := _closer(node, grammar, data)) is not None:
+            text = node.type
+            found = Delimiter(offset(node.start_byte), offset(node.end_byte), text, closer)
+            (before if node.start_byte < begin else delimiters).append(found)
+    open_, _ = balance(before, stray=grammar.stray)
+    if grammar.stray:
+        delimiters = list(_without_stray(open_, delimiters, grammar.stray))
+    return Outline(open_, tuple(delimiters), tuple(opaque))
+
+
+def balance(
+    delimiters: list[Delimiter] | tuple[Delimiter, ...],
+    before: tuple[str, ...] = (),
+    stray: frozenset[str] = frozenset(),
+) -> tuple[tuple[str, ...], tuple[Delimiter, ...]]:
+    """Closers still to come after `delimiters`, where `before` were; and those that close nothing."""
+    depth = list(before)
+    unmatched = []
+    for one in delimiters:
+        if one.closer:
+            depth.append(one.closer)
+        elif one.text in stray and depth[-1:] != [one.text]:
+            continue
+        elif depth:
+            depth.pop()
+        else:
+            unmatched.append(one)
+    return tuple(depth), tuple(unmatched)
+
+
+def _without_stray(
+    before: tuple[str, ...], delimiters: list[Delimiter], stray: frozenset[str]
+) -> Iterator[Delimiter]:
+    for index, one in enumerate(delimiters):
+        if one.text not in stray or balance(delimiters[:index], before, stray)[0][-1:] == (one.text,):
+            yield one
+
+
+def _walk(root: Node, begin: int) -> Iterator[Node]:
+    """Tokens and opaque nodes in order, without the parts before `begin` that are whole."""
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if node.child_count and node.end_byte <= begin and not node.has_error:
+            continue
+        if not node.child_count or _is_opaque(node):
+            yield node
+        nodes += reversed(node.children)
+
+
+def _is_opaque(node: Node) -> bool:
+    return node.is_named and any(word in node.type for word in _OPAQUE)
+
+
+def _closer(node: Node, grammar: _Grammar, data: bytes) -> str | None:
+    """What an anonymous token is closed by; "" if it closes something; None if it does neither."""
+    text = node.type
+    if node.is_missing or not text:
+        return None
+    # Also "${", "#{", "$(" and the like; but not the "#[" of comments, which are named nodes.
+    if text[-1] in _BRACKETS and not text[0].isalnum():
+        return _BRACKETS[text[-1]] * text.count(text[-1])
+    if not text.strip(")]}"):
+        return ""
+    if text in grammar.keywords:
+        return grammar.keywords[text] if _opens_block(node, grammar, data) else None
+    return "" if text in grammar.keywords.values() else None
+
+
+def _opens_block(node: Node, grammar: _Grammar, data: bytes) -> bool:
+    """Whether a keyword opens a block here: not in `return if x`, nor twice in `while x do`."""
+    parent = node.parent
+    closer = grammar.keywords[node.type]
+    if parent is not None and not parent.has_error:
+        return any(child.type == closer for child in parent.children)
+    if grammar.keywords is not _RUBY:
+        return True
+    line = data[data.rfind(b"\n", 0, node.start_byte) + 1 : node.start_byte].decode(errors="replace").strip()
+    if node.type == "do":
+        return line.partition(" ")[0] not in _LOOPS
+    return node.type not in _MODIFIERS or not line or line.endswith("=")
+
+
+def _lead(text: str, grammar: _Grammar) -> bytes:
+    return b"" if grammar.lead[:2] in _encode(text) else grammar.lead
+
+
+def _encode(text: str) -> bytes:
+    # A lone surrogate becomes one byte, so that code points can still be counted.
+    return text.encode("utf-8", "replace")
+
+
+class _Offset:
+    """Bytes of `data` to code points from `begin` on; negative before it."""
+
+    def __init__(self, data: bytes, begin: int) -> None:
+        self._begin = begin
+        self._counts: list[int] | None = None
+        if not data.isascii():
+            starts = ((byte & 0xC0) != 0x80 for byte in data)
+            self._counts = [0, *itertools.accumulate(starts)]
+
+    def __call__(self, byte: int) -> int:
+        if self._counts is None:
+            return byte - self._begin
+        return self._counts[byte] - self._counts[self._begin]
+
+
+def _num_common(old: bytes, new: bytes) -> int:
+    """How many bytes two texts share at their beginning."""
+    low, high = 0, min(len(old), len(new))
+    if old[:high] == new[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if old[:middle] == new[:middle] else (low, middle - 1)
+    return low
+
+
+def _point(data: bytes, byte: int) -> tuple[int, int]:
+    return data.count(b"\n", 0, byte), byte - data.rfind(b"\n", 0, byte) - 1
+
+
+@cache
+def _language(name: SupportedLanguage) -> Language:
+    return get_language(name)
