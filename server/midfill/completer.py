@@ -18,6 +18,7 @@ from enum import StrEnum
 from midfill.documents import Snapshot
 from midfill.engine import Engine, Request
 from midfill.errors import EngineError, EngineUnavailableError
+from midfill.families import Family
 from midfill.prompt import PromptBuilder
 from midfill.secrecy import SecretWatch, is_excluded
 from midfill.settings import Settings
@@ -156,9 +157,12 @@ class Completer:
     _forbidden: tuple[str, ...] = field(default=())
     _secrets: SecretWatch = field(default_factory=SecretWatch)
 
-    def use(self, engine: Engine) -> None:
-        """Serve from a started engine. Raises `ModelError` if its model's FIM family is not known."""
-        self._prompts = PromptBuilder(engine.model, self.settings)
+    def use(self, engine: Engine, family: tuple[str, Family] | None = None) -> None:
+        """Serve from a started engine, its model's FIM family recognised or given (see `probing.identify`).
+
+        Raises `ModelError` if the family is not known.
+        """
+        self._prompts = PromptBuilder(engine.model, self.settings, family)
         self._forbidden = self._prompts.family.never_text
         self._engine = engine
         self.failure = None
@@ -166,7 +170,9 @@ class Completer:
     def configure(self, settings: Settings) -> None:
         """Take new settings. Raises `ModelError`, and keeps the old ones, if no prompt fits into them."""
         if self._engine is not None:
-            self._prompts = PromptBuilder(self._engine.model, settings)
+            known = self._prompts
+            family = None if known is None else (known.family_name, known.family)
+            self._prompts = PromptBuilder(self._engine.model, settings, family)
         self.settings = settings
 
     def fail(self, why: str) -> None:

@@ -23,8 +23,8 @@ from midfill.completer import Completer, Trigger
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine import Engine, Request
 from midfill.errors import MidfillError, SettingsError
-from midfill.families import recognise_family
 from midfill.models import catalogue, store
+from midfill.probing import identify, probe
 from midfill.settings import Settings
 
 MakeEngine = Callable[[Settings], Engine]
@@ -203,22 +203,24 @@ async def check_model(settings: Settings, make_engine: MakeEngine) -> dict[str, 
     try:
         await engine.start(lambda _message, _share: None)
         model = engine.model
-        name, family = recognise_family(model, settings.family)
+        name, family = await identify(engine, settings.family)
+        orders = await probe(engine, family)
         completer = Completer(settings)
-        completer.use(engine)
+        completer.use(engine, (name, family))
         holes = [await _fill(completer, text, expected) for text, expected in HOLES]
         return {
             "model": model.name,
             "family": name,
-            "layout": family.layouts[0].value,
+            "layouts": list(family.layouts),
             "sentinels": {sentinel: model.tokenizer.token_id(sentinel) for sentinel in family.sentinels},
+            "probe": orders.as_dict(),
             "context": model.context,
             "device": model.device,
             "dtype": model.dtype,
             "adapter": model.adapter,
             "memory_mb": round(psutil.Process().memory_info().rss / _MB),
             "holes": holes,
-            "passed": all(hole["passed"] for hole in holes),
+            "passed": all(hole["passed"] for hole in holes) and orders.agrees(family),
         }
     finally:
         await engine.close()

@@ -1,8 +1,8 @@
 r"""FIM families: how each line of models was trained to fill in the middle. A table of data, and its checks.
 
 A family's sentinels are known by name and resolved to ids when a model is loaded; each must be a single
-control token. A model that fits no row is refused with the list, or asked itself (`probing`); it never
-gets another family's template. Knows no documents and no windows: see `prompt`.
+control token. A model that fits no row is refused with the list, or probed (`probing`); it never gets
+another family's template. Knows no documents and no windows: see `prompt`.
 """
 
 from __future__ import annotations
@@ -91,6 +91,12 @@ class Family:
     def sentinels(self) -> tuple[str, ...]:
         """The names of the sentinels that every prompt needs."""
         return tuple(name for name in (self.prefix, self.suffix, self.middle, self.bos) if name)
+
+    @property
+    def file_marks(self) -> tuple[str, ...]:
+        """The names of the sentinels that introduce other files; plain text like "#" is none."""
+        marks = (self.cross_file.repository, self.cross_file.file) if self.cross_file else ()
+        return tuple(mark for mark in marks if mark.startswith("<"))
 
     @property
     def never_text(self) -> tuple[str, ...]:
@@ -310,7 +316,7 @@ def problems(family: Family, tokenizer: Tokenizer) -> list[str]:
     found = []
     seen: dict[int, str] = {}
     ends = {tokenizer.token_id(name) for name in family.stops}
-    for name in (*family.sentinels, family.stops[0]):
+    for name in (*family.sentinels, *family.file_marks, family.stops[0]):
         token = tokenizer.token_id(name)
         if token is None:
             found.append(f"its tokenizer has no single token {name!r}")

@@ -29,6 +29,7 @@ from midfill.engine import Engine
 from midfill.errors import MidfillError
 from midfill.messages import Asked, Edited, NotebookChanged, NotebookClosed, NotebookOpened, Opened
 from midfill.notebooks import Notebooks
+from midfill.probing import identify
 from midfill.protocol import Protocol, Refusal
 from midfill.settings import Settings, keep_start_only, merge
 
@@ -137,7 +138,7 @@ class MidfillServer(LanguageServer):
                 engine = await asyncio.to_thread(self._make_engine, settings)
                 self.state.engine = engine
                 await asyncio.gather(engine.start(report), asyncio.to_thread(secrecy.prepare))
-                self.state.completer.use(engine)
+                self.state.completer.use(engine, await identify(engine, settings.family))
                 # What has been imported and loaded stays; a collection that walks over it would cost a
                 # key that is just being answered tens of milliseconds.
                 gc.freeze()

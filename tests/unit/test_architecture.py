@@ -15,7 +15,7 @@ LAYERS = [
     {"documents", "messages", "notebooks", "settings", "languages", "secrecy", "syntax"},
     {"models"},
     {"engine"},
-    {"families", "prompt", "trim"},
+    {"families", "probing", "prompt", "trim"},
     {"completer"},
     {"protocol", "server", "client", "recording", "bench", "demo", "doctor", "evaluation"},
     {"cli"},

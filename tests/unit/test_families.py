@@ -14,8 +14,9 @@ MODEL = ModelInfo("m", "qwen2.5-coder", "qwen2", 4096, CharTokenizer(), "cpu", "
 
 # Which real vocabulary has the sentinels of which families.
 VOCABULARIES = {
-    "starcoder": {"starcoder", "refact", "granite-code", "stable-code", "mellum", "starcoder2"},
-    "refact": {"starcoder", "refact", "granite-code", "stable-code", "mellum", "starcoder2"},
+    # The file of this name is StarCoder2's; StarCoder's own is that of Refact.
+    "starcoder": {"starcoder2", "refact", "granite-code", "stable-code"},
+    "refact": {"starcoder", "refact", "granite-code", "stable-code", "mellum"},
     "deepseek-coder": {"deepseek-coder"},
     "qwen2.5-coder": {"qwen2.5-coder", "qwen3-coder"},
     "qwen2": set(),
@@ -42,7 +43,7 @@ class Names(CharTokenizer):
 
 
 def names_of(family):
-    return (*family.sentinels, family.stops[0])
+    return (*family.sentinels, *family.file_marks, family.stops[0])
 
 
 def test_an_unknown_family_is_refused_with_the_list():
@@ -65,7 +66,7 @@ def test_a_model_that_fits_no_family_is_refused():
 
 
 def test_families_that_share_sentinels_are_told_apart_by_name():
-    shared = Names("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|endoftext|>")
+    shared = Names("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<filename>", "<|endoftext|>")
     model = dataclasses.replace(MODEL, family=None, architecture="llama", tokenizer=shared)
     for name in ("refact", "mellum"):
         assert recognise_family(dataclasses.replace(model, name=f"me/{name}-1b"))[0] == name

@@ -154,10 +154,16 @@ def test_a_sentinel_in_the_file_is_plain_text():
 
 def test_suffix_first_families_end_with_the_prefix():
     class Names(CharTokenizer):
-        control_ids = frozenset({1, 2, 3, 4})
+        control_ids = frozenset({1, 2, 3, 4, 5})
 
         def token_id(self, name):
-            names = {"<fim_prefix>": 1, "<fim_suffix>": 2, "<fim_middle>": 3, "<|endoftext|>": 4}
+            names = {
+                "<fim_prefix>": 1,
+                "<fim_suffix>": 2,
+                "<fim_middle>": 3,
+                "<|endoftext|>": 4,
+                "<filename>": 5,
+            }
             return names.get(name)
 
     model = dataclasses.replace(MODEL, family="mellum", architecture="llama", tokenizer=Names())

@@ -15,9 +15,9 @@ from midfill.settings import Settings
 
 # A vocabulary, the family whose sentinels it has, and a `model_type`.
 MODELS = [
-    ("starcoder", "starcoder"),
-    ("starcoder", "mellum"),
-    ("refact", "refact"),
+    ("starcoder", "starcoder2"),
+    ("refact", "starcoder"),
+    ("refact", "mellum"),
     ("deepseek-coder", "deepseek-coder"),
     ("qwen2.5-coder", "qwen2.5-coder"),
 ]

@@ -229,12 +229,13 @@ for _group in (model, bench, evaluate):
 
 async def _complete_once(settings: Settings, make: Callable[[Settings], Engine], snapshot: Any) -> Any:
     from midfill.completer import REASONS, Completer, Trigger
+    from midfill.probing import identify
 
     engine = make(settings)
     try:
         await engine.start(lambda _message, _share: None)
         completer = Completer(settings)
-        completer.use(engine)
+        completer.use(engine, await identify(engine, settings.family))
         answer = await completer.complete(snapshot, Trigger.INVOKED)
         info = {
             "text": answer.text,

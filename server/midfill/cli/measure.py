@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from midfill.cli.shared import ADAPTER, JSON, MODEL, SCRIPT, engine_maker, read_settings, with_progress
+from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
     from midfill.engine import Progress
@@ -234,6 +236,52 @@ def eval_infilling(
     if compare is not None:
         compared = summary["compared"]
         click.echo("compared: {better} better, {worse} worse of {tasks}, p = {p}".format(**compared))
+
+
+@evaluate.command("families")
+@click.option(
+    "--vocab",
+    "vocabs",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A GGUF file with a vocabulary; may be repeated. Without it, the models on this machine.",
+)
+@click.option("--no-probe", is_flag=True, help="Only look at vocabularies; load no model.")
+@JSON
+def eval_families(vocabs: tuple[Path, ...], no_probe: bool, as_json: bool) -> None:
+    """Hold the table of FIM families against real vocabularies and models.
+
+    For each family: whether its sentinels are single control tokens, which ids they and its stops have,
+    in which orders its prompts can be laid out. Each installed model is loaded and probed: in which
+    order of prefix and suffix it finds known middles likeliest. Ends with status 1 if one disagrees.
+
+    \b
+    Examples:
+      midfill eval families
+      midfill eval families --vocab starcoder.gguf --vocab deepseek.gguf --json
+    """
+    from midfill.models import store
+    from midfill.models.gguf import tokenizer_from_gguf
+    from midfill.models.tokenizer import load_tokenizer
+    from midfill.probing import examine, table
+
+    models = [] if vocabs else store.installed()
+    tokenizers = {path.name: tokenizer_from_gguf(path) for path in vocabs}
+    tokenizers |= {model.name: load_tokenizer(model.path) for model in models}
+    if not tokenizers:
+        raise MidfillError(
+            "There is no model on this machine: run `midfill model pull`, or give --vocab FILE.gguf."
+        )
+    settings = read_settings()
+    engines = {
+        model.name: partial(engine_maker(None), settings.model_copy(update={"model": model.name}))
+        for model in models
+        if not no_probe
+    }
+    result = with_progress("probing models", lambda report: asyncio.run(examine(tokenizers, engines, report)))
+    _show(result, table, as_json=as_json)
+    if not all(model["agrees"] for model in result["models"].values()):
+        raise click.exceptions.Exit(1)
 
 
 async def _evaluate(

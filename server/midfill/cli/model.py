@@ -88,7 +88,11 @@ def model_pull(name: str) -> None:
 @ADAPTER
 @JSON
 def model_check(name: str, adapter: str | None, as_json: bool) -> None:
-    """Load a model, show what midfill makes of it, and let it fill three known holes.
+    """Load a model, show what midfill makes of it, and let it fill known holes.
+
+    The probe shows how likely the model finds the true text of four holes, in nats per character (0 is
+    certain), in each order of prefix and suffix, and after the prefix alone. A model that fits no FIM
+    family by its name is used in the order that it understands.
 
     \b
     Examples:

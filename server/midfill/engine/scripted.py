@@ -25,6 +25,8 @@ _SENTINELS = {
     "<|fim_suffix|>": 0x110001,
     "<|fim_middle|>": 0x110002,
     "<|endoftext|>": 0x110003,
+    "<|repo_name|>": 0x110004,
+    "<|file_sep|>": 0x110005,
 }
 _NAMES = {id_: name for name, id_ in _SENTINELS.items()}
 
