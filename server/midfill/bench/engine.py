@@ -8,10 +8,11 @@ ours. Goes through the engine's contract only: knows no torch.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,9 +24,6 @@ from midfill.settings import Settings
 
 MakeEngine = Callable[[Settings], Engine]
 
-_PREFILL_TOKENS = 512
-_DECODE_CONTEXT = 384
-_DECODE_TOKENS = 64
 _WARM_UP_TOKENS = 8
 _WARM_KEYS = 8
 _EQUAL_TOKENS = 24
@@ -49,6 +47,33 @@ class Weights:
     gguf: Path | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What each engine does in a round. A model with a short context does less.
+
+    Attributes:
+        rounds: how many of them.
+        prefill_tokens: the prompt that is read.
+        context_tokens: what stands before the tokens that are written.
+        decode_tokens: how many are written.
+    """
+
+    rounds: int = 3
+    prefill_tokens: int = 512
+    context_tokens: int = 384
+    decode_tokens: int = 64
+
+    def within(self, context: int) -> Plan:
+        """The same for a model that takes at most `context` tokens."""
+        before = min(self.context_tokens, context // 2)
+        return replace(
+            self,
+            prefill_tokens=min(self.prefill_tokens, context - 1),
+            context_tokens=before,
+            decode_tokens=min(self.decode_tokens, context - before - _WARM_KEYS - 1),
+        )
+
+
 @dataclass(slots=True)
 class _Found:
     """What the rounds have given, by engine."""
@@ -70,7 +95,7 @@ async def bench_engine(
     report: Progress,
     *,
     weights: Weights,
-    rounds: int = 3,
+    plan: Plan | None = None,
 ) -> dict[str, Any]:
     """Measure; the result is what `--json` prints.
 
@@ -83,10 +108,11 @@ async def bench_engine(
     try:
         await engine.start(report)
         model = engine.model
-        rivals = await _rivals(found, model, weights, report)
-        for number in range(rounds):
-            report(f"round {number + 1} of {rounds}", number / rounds)
-            await _round(found, number, engine, rivals)
+        plan = (plan or Plan()).within(model.context)
+        rivals = await _rivals(found, model, plan, weights, report)
+        for number in range(plan.rounds):
+            report(f"round {number + 1} of {plan.rounds}", number / plan.rounds)
+            await _round(found, number, plan, engine, rivals)
         peak_mb = peak_rss_mb(os.getpid())
         await engine.close()
         expected = await _expected(found, model, rivals, report)
@@ -98,40 +124,41 @@ async def bench_engine(
     if expected is not None:
         report("float32, token for token", None)
         equal = await _equals(settings, make_engine, model, expected)
-    return _result(found, model, rounds, peak_mb, equal)
+    return _result(found, model, plan, peak_mb, equal)
 
 
-async def _rivals(found: _Found, model: ModelInfo, weights: Weights, report: Progress) -> list[Rival]:
+async def _rivals(
+    found: _Found, model: ModelInfo, plan: Plan, weights: Weights, report: Progress
+) -> list[Rival]:
     """Those that can be had; why not, for the others."""
     rivals = []
     paths = {GENERATE: weights.folder, LLAMA_CPP: weights.gguf}
     if weights.folder is None:
         found.skipped[GENERATE] = "the model has no folder"
     if weights.gguf is None:
-        found.skipped[LLAMA_CPP] = "no GGUF file of these weights was given (--gguf FILE)"
+        found.skipped[LLAMA_CPP] = (
+            f"there is no GGUF file of these weights: midfill model pull {model.name} --gguf, or --gguf FILE"
+        )
     elif not can_run_llama_cpp():
         found.skipped[LLAMA_CPP] = "xllamacpp is not installed: pip install 'midfill[bench]'"
+    context = max(plan.prefill_tokens, plan.context_tokens + plan.decode_tokens) + _WARM_UP_TOKENS
     for name, path in paths.items():
         if path is None or name in found.skipped:
             continue
         report(f"loading the model into {name}", None)
         try:
-            rivals.append(await Rival.start(name, path, model.device))
+            rivals.append(await Rival.start(name, path, model.device, context))
         except RivalError as error:
             found.skipped[name] = str(error)
     return rivals
 
 
-async def _round(found: _Found, number: int, engine: Engine, rivals: Sequence[Rival]) -> None:
+async def _round(found: _Found, number: int, plan: Plan, engine: Engine, rivals: Sequence[Rival]) -> None:
     """Every engine once, with prompts that none has seen."""
-    context = engine.model.context
-    num_prefill = min(_PREFILL_TOKENS, context - 1)
-    num_context = min(_DECODE_CONTEXT, context // 2)
-    num_new = min(_DECODE_TOKENS, context - num_context - _WARM_KEYS - 1)
-    encode = engine.model.tokenizer.encode
-    warm_up = tuple(encode(_code(f"warm_{number}")))[:16]
-    prefill = tuple(encode(_code(f"read_{number}")))[:num_prefill]
-    decode = tuple(encode(_code(f"write_{number}")))[:num_context]
+    num_new = plan.decode_tokens
+    warm_up = _prompt(engine.model, f"warm_{number}", 16)
+    prefill = _prompt(engine.model, f"read_{number}", plan.prefill_tokens)
+    decode = _prompt(engine.model, f"write_{number}", plan.context_tokens)
     await _run(engine, warm_up, _WARM_UP_TOKENS)
     ours = await _run(engine, prefill, 1)
     written = await _run(engine, decode, num_new)
@@ -178,13 +205,17 @@ async def _run(engine: Engine, tokens: tuple[int, ...], num_new: int) -> Run:
     )
 
 
-def _code(name: str) -> str:
-    """Code that differs from the first token on, and goes on for longer than anybody reads."""
-    return "".join(
-        f"{name}_{n} = area(width={n}, height={n * 7 % 31})\n\n\n"
-        f"def {name}_{n}(values):\n    return values[{n}]\n\n\n"
-        for n in range(64)
-    )
+def _prompt(model: ModelInfo, name: str, num_tokens: int) -> tuple[int, ...]:
+    """So many tokens of code that differs from other names' from the first token on."""
+    tokens: list[int] = []
+    for n in itertools.count():
+        if len(tokens) >= num_tokens:
+            return tuple(tokens[:num_tokens])
+        tokens += model.tokenizer.encode(
+            f"{name}_{n} = area(width={n}, height={n * 7 % 31})\n\n\n"
+            f"def {name}_{n}(values):\n    return values[{n}]\n\n\n"
+        )
+    raise AssertionError
 
 
 async def _expected(
@@ -226,7 +257,7 @@ async def _equals(
 
 
 def _result(
-    found: _Found, model: ModelInfo, rounds: int, peak_mb: float, equal: bool | None
+    found: _Found, model: ModelInfo, plan: Plan, peak_mb: float, equal: bool | None
 ) -> dict[str, Any]:
     def middle(values: Sequence[float] | None) -> float | None:
         return round(median(values), 2) if values else None
@@ -236,14 +267,18 @@ def _result(
         return round(median(ours) / median(theirs), 3) if ours and theirs else None
 
     names = (LLAMA_CPP, GENERATE)
+    decode_tok_s, first_token_ms = middle(found.decode.get("midfill")), middle(found.first_token_ms)
     return {
         "model": model.name,
         "device": model.device,
         "dtype": model.dtype,
-        "rounds": rounds,
-        "decode_tok_s": middle(found.decode.get("midfill")),
+        **asdict(plan),
+        "decode_tok_s": decode_tok_s,
         "prefill_tok_s": middle(found.prefill.get("midfill")),
-        "first_token_warm_ms": middle(found.first_token_ms),
+        "first_token_warm_ms": first_token_ms,
+        "first_token_warm_steps": (
+            round(first_token_ms * decode_tok_s / 1000, 2) if first_token_ms and decode_tok_s else None
+        ),
         "tokens_equal_generate": equal,
         "peak_rss_mb": peak_mb,
         "ratios": {
@@ -270,7 +305,10 @@ def table(result: dict[str, Any]) -> Any:
     """The figures for a person: a rich table."""
     from rich.table import Table  # noqa: PLC0415 - only a person needs it
 
-    title = "{model} ({device}, {dtype}), medians of {rounds} rounds".format(**result)
+    title = (
+        "{model} ({device}, {dtype}), medians of {rounds} rounds: {prefill_tokens} tokens read, "
+        "{decode_tokens} written after {context_tokens}"
+    ).format(**result)
     grid = Table("", "decode, tok/s", "ours / it", "prefill, tok/s", "ours / it", title=title)
     grid.add_row("midfill", _cell(result["decode_tok_s"]), "", _cell(result["prefill_tok_s"]), "")
     for name, figures in result["others"].items():
@@ -284,7 +322,8 @@ def table(result: dict[str, Any]) -> Any:
         )
     equal = {None: "not compared", True: "equal", False: "NOT EQUAL"}[result["tokens_equal_generate"]]
     lines = [
-        f"first token after one more token: {_cell(result['first_token_warm_ms'])} ms",
+        f"first token after one more token: {_cell(result['first_token_warm_ms'])} ms, "
+        f"{_cell(result['first_token_warm_steps'])} decode steps",
         f"float32 tokens beside generate's: {equal}",
         f"peak memory: {result['peak_rss_mb']:.0f} MB",
         *(f"no {name}: {why}" for name, why in result["skipped"].items()),

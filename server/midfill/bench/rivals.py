@@ -1,7 +1,7 @@
 """Other engines on the same weights, each in a process of its own: `transformers.generate` and llama.cpp.
 
-As a program (`python -m midfill.bench.rivals KIND PATH DEVICE`) it loads the model and then answers each
-line of JSON on stdin, `{"tokens", "num_new", "stop_ids"}`, with a line of JSON. It ends when its stdin does.
+As a program (`python -m midfill.bench.rivals KIND PATH DEVICE CONTEXT`) it loads the model and then answers
+each line of JSON on stdin, `{"tokens", "num_new", "stop_ids"}`, with one of its own. It ends when its stdin does.
 llama.cpp runs as its own server, which listens on the loopback only.
 `Rival` is the other side of that conversation. Importing this module imports no model library.
 """
@@ -28,7 +28,6 @@ from midfill.errors import MidfillError
 GENERATE, LLAMA_CPP = "generate", "llama.cpp"
 _ANSWER_S = 300.0
 _END_S = 10.0
-_CONTEXT = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +74,13 @@ class Rival:
         self._process = process
 
     @classmethod
-    async def start(cls, name: str, path: Path, device: str) -> Rival:
-        """Start the process and wait until it has loaded the model. Raises `RivalError`."""
+    async def start(cls, name: str, path: Path, device: str, context: int = 2048) -> Rival:
+        """Start the process and wait until it has loaded the model. Raises `RivalError`.
+
+        `context` is the most tokens that prompt and output will have together.
+        """
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "midfill.bench.rivals", name, str(path), device),
+            *(sys.executable, "-P", "-m", "midfill.bench.rivals", name, str(path), device, str(context)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -136,7 +138,7 @@ class Rival:
 _Answer = Callable[[list[int], int, list[int]], Run]
 
 
-def _load_generate(path: str, device: str) -> _Answer:
+def _load_generate(path: str, device: str, _context: int) -> _Answer:
     """Plain transformers: fp32 on a CPU, bfloat16 on a GPU."""
     import torch  # noqa: PLC0415 - only in this process
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
@@ -188,13 +190,13 @@ def _load_generate(path: str, device: str) -> _Answer:
     return answer
 
 
-def _load_llama_cpp(path: str, _device: str) -> _Answer:
+def _load_llama_cpp(path: str, _device: str, context: int) -> _Answer:
     """Its server, as xllamacpp packs it, on as many threads as there are cores."""
     import xllamacpp  # noqa: PLC0415 - only in this process
 
     params = xllamacpp.CommonParams()
     params.model.path = path
-    params.n_ctx = _CONTEXT
+    params.n_ctx = context
     params.n_parallel = 1
     params.cpuparams.n_threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     params.hostnames = ["127.0.0.1"]
@@ -231,7 +233,7 @@ def _load_llama_cpp(path: str, _device: str) -> _Answer:
     return answer
 
 
-def main(kind: str, path: str, device: str) -> None:
+def main(kind: str, path: str, device: str, context: str) -> None:
     """Load, then answer lines until stdin ends."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
         # What libraries print goes nowhere.
@@ -242,7 +244,7 @@ def main(kind: str, path: str, device: str) -> None:
             replies.flush()
 
         try:
-            answer = (_load_generate if kind == GENERATE else _load_llama_cpp)(path, device)
+            answer = (_load_generate if kind == GENERATE else _load_llama_cpp)(path, device, int(context))
             reply({})
             for line in sys.stdin:
                 asked = json.loads(line)

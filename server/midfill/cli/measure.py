@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +19,13 @@ from midfill.errors import MidfillError
 if TYPE_CHECKING:
     from midfill.engine import Progress
     from midfill.settings import Settings
+
+
+GGUF = click.option(
+    "--gguf",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The same weights, for the comparison with llama.cpp; else the one that was pulled.",
+)
 
 
 @click.group()
@@ -44,53 +53,63 @@ def bench_lsp(keys: int, busy: bool, model: str | None, as_json: bool) -> None:
 
 @bench.command("engine")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
-@click.option(
-    "--gguf",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The same weights, for the comparison with llama.cpp.",
-)
+@GGUF
+@click.option("--shape", metavar="NAME", help="Random weights of a known shape; a wrong NAME lists them.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--prefill-tokens", type=click.IntRange(1), default=512, show_default=True, help="To read.")
+@click.option(
+    "--context-tokens", type=click.IntRange(1), default=384, show_default=True, help="Before what is written."
+)
 @MODEL
 @JSON
 @SCRIPT
 def bench_engine(
     device: str | None,
     gguf: Path | None,
+    shape: str | None,
     rounds: int,
+    prefill_tokens: int,
+    context_tokens: int,
     model: str | None,
     as_json: bool,
     script: str | None,
 ) -> None:
     """Measure how fast the model reads and writes, beside generate and llama.cpp.
 
-    All run the same weights in turn, in the same minutes; `--gguf` and the package xllamacpp
-    (`pip install 'midfill[bench]'`) are needed for llama.cpp. It takes a minute or two: leave the machine
-    alone.
+    All run the same weights in turn, in the same minutes; the GGUF file (`midfill model pull NAME --gguf`)
+    and the package xllamacpp (`pip install 'midfill[bench]'`) are needed for llama.cpp. It takes a minute
+    or two: leave the machine alone. With --shape nothing is fetched: the weights are made up, in a
+    temporary folder (2 bytes a weight).
 
     \b
     Examples:
       midfill bench engine
       midfill bench engine --gguf qwen2.5-coder-0.5b.gguf --json
+      midfill bench engine --shape starcoderbase-7b --device cuda --context-tokens 2048
     """
-    from midfill.bench.engine import Weights, table
+    from midfill.bench.engine import Plan, Weights, table
     from midfill.bench.engine import bench_engine as measure
+    from midfill.bench.shapes import write_shape
     from midfill.models import store
 
+    if shape is not None and (model is not None or gguf is not None):
+        raise click.UsageError("--shape makes a model up: give it without --model and --gguf.")
     settings = read_settings(model=model, device=device)
-    found = store.find(settings.model) if script is None else None
-    result = with_progress(
-        "loading the model",
-        lambda report: asyncio.run(
-            measure(
-                settings,
-                engine_maker(script),
-                report,
-                weights=Weights(found.path if found else None, gguf),
-                rounds=rounds,
-            )
-        ),
-    )
-    _show(result, table, as_json=as_json)
+    plan = Plan(rounds, prefill_tokens, context_tokens)
+
+    def work(report: Progress) -> dict[str, Any]:
+        with contextlib.ExitStack() as stack:
+            used, weights = settings, Weights()
+            if shape is not None:
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix="midfill-shape-")))
+                write_shape(shape, folder, report=lambda share: report(f"making up {shape}", share))
+                used, weights = settings.model_copy(update={"model": str(folder)}), Weights(folder)
+            elif script is None and (found := store.find(settings.model)) is not None:
+                weights = Weights(found.path, gguf or store.find_gguf(settings.model))
+            result = asyncio.run(measure(used, engine_maker(script), report, weights=weights, plan=plan))
+            return result if shape is None else result | {"model": f"random:{shape}"}
+
+    _show(with_progress("loading the model", work), table, as_json=as_json)
 
 
 @bench.command("replay")

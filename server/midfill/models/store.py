@@ -88,6 +88,20 @@ def find(name_or_path: str, known: Mapping[str, Entry] | None = None) -> LocalMo
     return None
 
 
+def find_gguf(name_or_path: str, known: Mapping[str, Entry] | None = None) -> Path | None:
+    """The GGUF file of a model, for programs that read no other: one that was kept, or one of the user's."""
+    entry = catalogue.lookup(name_or_path, known)
+    if entry is None and (path := as_path(name_or_path)) is not None:
+        return path if path.suffix.lower() == ".gguf" and path.is_file() else None
+    kept = gguf_place(entry.name if entry else name_or_path)
+    return kept if kept.is_file() else None
+
+
+def gguf_place(name: str) -> Path:
+    """Where `fetch.pull_gguf` keeps a GGUF file; it is there whole and verified, or not at all."""
+    return cache_root() / "gguf" / f"{key_of(name)}.gguf"
+
+
 def installed() -> list[LocalModel]:
     """Every complete model in midfill's cache, by name."""
     folder = models_dir()
