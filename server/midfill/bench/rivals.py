@@ -1,7 +1,8 @@
 """Other engines on the same weights, each in a process of its own: `transformers.generate` and llama.cpp.
 
 As a program (`python -m midfill.bench.rivals KIND PATH DEVICE CONTEXT`) it loads the model and then answers
-each line of JSON on stdin, `{"tokens", "num_new", "stop_ids"}`, with one of its own. It ends when its stdin does.
+each line of JSON on stdin, `{"tokens", "num_new", "stop_ids"}`, with one of its own. It ends when its stdin
+does.
 llama.cpp runs as its own server, which listens on the loopback only.
 `Rival` is the other side of that conversation. Importing this module imports no model library.
 """
