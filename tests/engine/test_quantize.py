@@ -67,5 +67,6 @@ def test_the_weight_that_is_made_during_the_import_is_the_one_in_the_file(tmp_pa
     )
     assert met == "met"
     ids = torch.arange(200)[None]
+    runner._model.set_attn_implementation("sdpa")
     with torch.inference_mode():
         assert torch.equal(runner._model(ids).logits, tiny.build(tmp_path, "int8")(ids).logits)

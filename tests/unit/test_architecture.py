@@ -24,6 +24,10 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 TORCH_ALLOWED = {
+    "engine/attention.py",
+    "engine/memory.py",
+    "engine/replay.py",
+    "engine/cuda.py",
     "engine/runner.py",
     "engine/lora.py",
     "engine/quantize.py",

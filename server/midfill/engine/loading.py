@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,6 +22,7 @@ from midfill.engine import quantize
 from midfill.engine.cores import FreeCores
 from midfill.engine.files import find_tensors, read_blocks, shape_of
 from midfill.engine.quantize import Int8Weight
+from midfill.engine.slots import NUM_SLOTS
 from midfill.errors import EngineError
 
 if TYPE_CHECKING:
@@ -81,7 +83,14 @@ def load_runner(  # noqa: PLR0913 - the fields of EngineSpec, by name
 
             attach_adapter(model, adapter)
     torch.set_num_threads(num_threads)
-    return Runner(model, plan, place, cores), result.result()
+    runner = Runner(model, plan, place, cores)
+    if place.type == "cuda":
+        from midfill.engine import cuda  # noqa: PLC0415 - imports the runner
+
+        runner.use_replays(
+            cuda.CudaDevice(place), partial(cuda.kernel, place), NUM_SLOTS, cuda.free_bytes(place)
+        )
+    return runner, result.result()
 
 
 def _largest(files: dict[str, Path]) -> str | None:

@@ -25,7 +25,7 @@ from typing import Protocol
 from midfill.engine import EngineSpec, ModelInfo, Progress, Request, TextStream, Token, Tokenizer
 from midfill.engine.healing import TokenIndex
 from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, Sequence
-from midfill.engine.slots import Slots
+from midfill.engine.slots import NUM_SLOTS, Slots
 from midfill.errors import EngineError, EngineUnavailableError, MidfillError
 from midfill.models.store import verify
 
@@ -33,14 +33,14 @@ _LOG = logging.getLogger(__name__)
 
 _SHUT_DOWN = "The model was shut down."
 
-_NUM_SLOTS = 4
-"""Documents whose keys and values are kept at the same time."""
-
 _MAX_WAITING = 64
 """Requests that may wait. One person causes at most a few; more means that clients do not cancel."""
 
 _CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
 """Tokens per forward pass, by kind of device: a pass cannot be interrupted, so it has to be short."""
+
+_CAPTURE_S = 4.0
+"""How long loading may go on with CUDA graphs; the rest are captured when there is nothing else to do."""
 
 
 class Runner(Protocol):
@@ -99,6 +99,7 @@ def load(spec: EngineSpec, progress: Progress) -> Loaded:
     began = time.monotonic()
     runner.warm_up(min(_chunk_tokens(runner.device), runner.context - 1))
     slow_turn_s = time.monotonic() - began
+    runner.capture(lambda share: progress("capturing graphs", share), _CAPTURE_S)
     info = ModelInfo(
         name=spec.model.name,
         family=spec.model.family,
@@ -364,7 +365,7 @@ class _Steps:
         self._vocab = self._tokenizer.vocab_bytes()
         self._index = loaded.index
         self._key = (loaded.info.name, loaded.info.adapter)
-        self._slots = Slots(_NUM_SLOTS)
+        self._slots = Slots(NUM_SLOTS)
         chunk_tokens = _chunk_tokens(loaded.info.device)
         self._scheduler = Scheduler(
             self._slots,

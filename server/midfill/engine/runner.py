@@ -1,8 +1,8 @@
 """The model itself: keys and values in slots, the forward pass, the choice of a token.
 
-Models are transformers' own modules with our cache, so that every architecture with plain attention works.
-Chunks of a step are computed one after another. Knows tensors, slot numbers and token ids;
-nothing of threads, requests or text. Runs on the engine thread only.
+Models are transformers' own modules with our attention, so that every architecture with plain attention
+works. The chunks of a step are computed in one pass: the projections see all their tokens as one row. Knows
+tensors, slot numbers and token ids; nothing of threads, requests or text. Runs on the engine thread only.
 """
 
 from __future__ import annotations
@@ -10,106 +10,19 @@ from __future__ import annotations
 import inspect
 import time
 from array import array
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache
 
+from midfill.engine import attention, graphs
 from midfill.engine.cores import FreeCores
 from midfill.engine.loading import memory_errors
+from midfill.engine.memory import Entries, FixedMemory, GrowingMemory, Kernel, Memory, Span, Spans
 from midfill.engine.scheduler import Choice, Chunk, Sequence
 
-_BLOCK_TOKENS = 256
-"""The memory of a slot grows in blocks of this many tokens."""
-
-
-class SlotCache(Cache):  # type: ignore[misc]  # transformers has no types that strict mode can use
-    """Keys and values of one sequence, in the form that transformers' modules ask for.
-
-    `length` is set by the runner: entries from there on are written by the next forward pass, wherever
-    an earlier one had got to. So cutting the past is an assignment, and a failed pass leaves no trace.
-    """
-
-    def __init__(self, num_layers: int, context: int) -> None:
-        super().__init__(layers=[])
-        self.length = 0
-        self._context = context
-        self._keys: list[torch.Tensor | None] = [None] * num_layers
-        self._values: list[torch.Tensor | None] = [None] * num_layers
-        self._flags = [False] * num_layers
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: Any,  # noqa: ARG002 - some architectures pass more; plain attention needs none of it
-        **kwargs: Any,  # noqa: ARG002
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new entries (1 x heads x tokens x width) in place; returns views of all so far."""
-        start = self.length
-        end = start + key_states.shape[2]
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
-        if keys is None or values is None or keys.shape[2] < end:
-            keys = self._keys[layer_idx] = self._grown(keys, key_states, end)
-            values = self._values[layer_idx] = self._grown(values, value_states, end)
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        return keys[:, :, :end], values[:, :, :end]
-
-    def copy_from(self, other: SlotCache, length: int) -> None:
-        """Take over the first `length` entries of another slot."""
-        for ours, theirs in ((self._keys, other._keys), (self._values, other._values)):
-            for layer, source in enumerate(theirs):
-                if source is None:
-                    raise AssertionError("a slot with computed tokens has entries in every layer")
-                target = ours[layer]
-                if target is None or target.shape[2] < length:
-                    target = ours[layer] = self._grown(None, source, length)
-                target[:, :, :length] = source[:, :, :length]
-
-    def _grown(self, old: torch.Tensor | None, like: torch.Tensor, length: int) -> torch.Tensor:
-        capacity = min(-(-length // _BLOCK_TOKENS) * _BLOCK_TOKENS, max(self._context, length))
-        batch, heads, _, width = like.shape
-        grown = like.new_empty((batch, heads, capacity, width))
-        if old is not None:
-            grown[:, :, : self.length] = old[:, :, : self.length]
-        return grown
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - the same for all layers
-        """How many tokens precede the ones being computed."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:  # noqa: ARG002
-        """Length and offset of the keys to mask. Sliding layers keep all; the mask hides the old ones."""
-        return self.length + query_length, 0
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
-        """The most tokens it can hold."""
-        return self._context
-
-    def __len__(self) -> int:
-        return len(self._flags)
-
-    # The base class answers these from its list of layers; ours has none that differ.
-    is_compileable = False
-    is_croppable = False
-    is_initialized = True
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        """No layer forgets old entries."""
-        return self._flags
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """No layer keeps a recurrent state."""
-        return self._flags
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        """Every layer has entries of its own."""
-        return self._flags
+if TYPE_CHECKING:
+    from midfill.engine.replay import Device, Replays
 
 
 class Runner:
@@ -124,7 +37,11 @@ class Runner:
     """
 
     def __init__(self, model: Any, dtype: str, device: torch.device, cores: FreeCores | None = None) -> None:
-        """Take over a loaded model; `cores` chooses the threads of each pass, if they are to change."""
+        """Take over a loaded model; `cores` chooses the threads of each pass, if they are to change.
+
+        Raises `ModelError` if the model's attention is not one that can be replaced.
+        """
+        attention.use(model)
         config = model.config.get_text_config()
         self._model = model
         self._trunk = model.base_model
@@ -132,15 +49,17 @@ class Runner:
         parameters = inspect.signature(model.forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._device = device
-        self._num_layers: int = config.num_hidden_layers
-        self._caches: dict[int, SlotCache] = {}
         self.architecture: str = model.config.model_type
         self.context: int = config.max_position_embeddings
         self.vocab_size: int = config.vocab_size
         self.device = str(device)
         self.dtype = dtype
         self._cores = cores
-        self._positions = torch.arange(self.context, device=device)[None]
+        self._num_layers: int = config.num_hidden_layers
+        self._num_heads: int = config.num_attention_heads
+        self._memory: Memory = GrowingMemory(self._num_layers, self.context)
+        self._replays: Replays | None = None
+        self._positions = torch.arange(self.context, device=device)
 
     def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[Choice | None]:
         """Compute the chunks of one step.
@@ -156,11 +75,88 @@ class Runner:
             MemoryError: there is not enough memory, on whatever device.
         """
         self._choose_threads()
+        try:
+            with memory_errors(), torch.inference_mode():
+                self._copy(chunks)
+                if self._replays is None:
+                    return self._compute(chunks, allowed)
+                return self._replay(self._replays, chunks, allowed)
+        except MemoryError:
+            if self._replays is not None:
+                self._replays.drop()
+            raise
+
+    def _copy(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            if chunk.copy_from is not None:
+                if self._replays is not None:
+                    self._replays.forget()
+                self._memory.copy(chunk.copy_from, chunk.slot, chunk.start)
+
+    def _replay(
+        self, replays: Replays, chunks: list[Chunk], allowed: list[array[int] | None]
+    ) -> list[Choice | None]:
+        """Compute the chunks in captured passes where there are such."""
+        choices: list[Choice | None] = [None] * len(chunks)
+        groups = graphs.groups([len(chunk.tokens) for chunk in chunks])
+        for group in groups:
+            some = [chunks[i] for i in group]
+            constraints = [allowed[i] for i in group]
+            found = replays.compute(some, constraints, alone=len(groups) == 1)
+            if found is None:
+                found = self._compute(some, constraints)
+            for i, choice in zip(group, found, strict=True):
+                choices[i] = choice
+        return choices
+
+    def use_replays(
+        self, device: Device, kernel: Callable[[Entries, int], Kernel], num_slots: int, free_bytes: int
+    ) -> None:
+        """Allocate the memory of all slots, and compute in captured passes from now on.
+
+        Args:
+            device: what captures and replays.
+            kernel: chooses the attention of captured passes by a layer's entries and the query heads.
+            num_slots: how many slots there will be.
+            free_bytes: of the device; see `graphs.capacity`. If it is short, `context` becomes less.
+
+        Raises:
+            MemoryError: there is not enough memory.
+        """
+        from midfill.engine.replay import MARGIN, Replays  # noqa: PLC0415 - it imports this module
+
+        prompt = Sequence(key=None, tokens=[0])
         with memory_errors(), torch.inference_mode():
-            for chunk in chunks:
-                if chunk.copy_from is not None:
-                    self._cache(chunk.slot).copy_from(self._cache(chunk.copy_from), chunk.start)
-            return [self._compute(chunk, ids) for chunk, ids in zip(chunks, allowed, strict=True)]
+            self._compute([Chunk(prompt, 0, 0, prompt.tokens, samples=False)], [None])
+            like = [self._memory.entries(layer, 0, 1) for layer in range(self._num_layers)]
+            token_bytes = sum(tensor[0].nbytes for entries in like for tensor in entries)
+            self.context = graphs.capacity(self.context, token_bytes, num_slots, free_bytes)
+            memory = FixedMemory(like, num_slots, self.context + MARGIN)
+            self._memory = memory
+            self._replays = Replays(
+                self.run,
+                memory,
+                context=self.context,
+                vocab_size=self.vocab_size,
+                kernel=kernel(like[0], self._num_heads),
+                device=device,
+                place=self._device,
+            )
+
+    def capture(self, report: Callable[[float], None], limit_s: float) -> None:
+        """Capture passes, the likeliest first, for about this long, on a device that has such."""
+        if self._replays is None:
+            return
+        began = time.monotonic()
+        while self.idle() and (spent_s := time.monotonic() - began) < limit_s:
+            report(spent_s / limit_s)
+
+    def idle(self) -> bool:
+        """Nothing else is to be done: capture one pass more. Whether there was one."""
+        if self._replays is None or not self._replays.num_waiting:
+            return False
+        with torch.inference_mode():
+            return self._replays.capture_next()
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk of this size and a single token: the first passes are slow, whoever waits for them."""
@@ -179,34 +175,60 @@ class Runner:
 
     def drop(self, slots: list[int]) -> None:
         """Free the memory of these slots."""
-        for slot in slots:
-            self._caches.pop(slot, None)
+        self._memory.drop(slots)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _cache(self, slot: int) -> SlotCache:
-        cache = self._caches.get(slot)
-        if cache is None:
-            cache = self._caches[slot] = SlotCache(self._num_layers, self.context)
-        return cache
-
-    def _compute(self, chunk: Chunk, allowed: array[int] | None) -> Choice | None:
-        cache = self._cache(chunk.slot)
-        cache.length = chunk.start
-        # Without a choice to make, the head (a third of a small model) is left out.
-        module = self._model if chunk.samples else self._trunk
-        kwargs: dict[str, Any] = {"logits_to_keep": 1} if chunk.samples else {}
-        kwargs[self._cache_argument] = cache
-        output = module(
-            input_ids=torch.tensor([chunk.tokens], device=self._device),
-            position_ids=self._positions[:, chunk.start : chunk.start + len(chunk.tokens)],
-            use_cache=True,
-            **kwargs,
+    def _compute(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[Choice | None]:
+        spans = []
+        ids: list[int] = []
+        last: list[int] = []  # where in the row the logits are wanted
+        for chunk in chunks:
+            spans.append(Span(chunk.slot, chunk.start, len(ids), len(chunk.tokens)))
+            ids += chunk.tokens
+            if chunk.samples:
+                last.append(len(ids) - 1)
+        positions = [self._positions[span.start : span.start + span.length] for span in spans]
+        logits = self.run(
+            torch.tensor([ids], device=self._device),
+            torch.cat(positions)[None],
+            Spans(self._memory, spans),
+            torch.tensor(last, device=self._device) if last else None,
         )
-        return _choose(output.logits[0, -1].float(), allowed) if chunk.samples else None
+        rows = iter(() if logits is None else logits)
+        return [
+            choose(next(rows), constraint) if chunk.samples else None
+            for chunk, constraint in zip(chunks, allowed, strict=True)
+        ]
+
+    def run(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        past: attention.Past,
+        wanted: torch.Tensor | int | None,
+    ) -> Any:
+        """One forward pass over a row of tokens.
+
+        Args:
+            ids: 1 x tokens.
+            positions: where each stands in its sequence.
+            past: whose keys and values they see.
+            wanted: indexes of the tokens whose logits are wanted, 0 for all, None for none.
+
+        Returns:
+            Logits (wanted x vocabulary) in fp32, or None.
+        """
+        # Without a choice to make, the head (a third of a small model) is left out.
+        module = self._trunk if wanted is None else self._model
+        kwargs: dict[str, Any] = {} if wanted is None else {"logits_to_keep": wanted}
+        kwargs[self._cache_argument] = past
+        with attention.attending(past):
+            output = module(input_ids=ids, position_ids=positions, use_cache=True, **kwargs)
+        return None if wanted is None else output.logits[0].float()
 
 
-def _choose(logits: torch.Tensor, allowed: array[int] | None) -> Choice:
+def choose(logits: torch.Tensor, allowed: array[int] | None) -> Choice:
     """The greedy choice among the allowed ids; the log-probability is that among all."""
     if allowed is None:
         token = logits.argmax()

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+NUM_SLOTS = 4
+"""Documents whose keys and values are kept at the same time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:

@@ -1,0 +1,172 @@
+"""Attention over keys and values that lie in slots, for transformers' own modules.
+
+transformers asks a table of functions for attention; ours is registered there under `NAME`, with no function
+for masks, so that no model builds one. A forward pass takes one row of tokens, whatever sequences they belong
+to. Its "past" says which: it gets the new keys and values of each layer (`update`, in the place
+of a cache) and then answers the layer's queries (`attend`). So every architecture that uses that table works.
+
+Query heads that share a head of keys are packed: they become further queries of that one head. To repeat the
+keys for them, which transformers does where there is a mask, is to write and read all of them once for
+each query head.
+
+Knows tensors; nothing of requests. Runs on the engine thread only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from midfill.errors import ModelError
+
+NAME = "midfill"
+"""What transformers calls our attention."""
+
+_UNSUPPORTED = ("softcap", "position_bias", "s_aux")
+"""What some architectures add to attention, and ours does not know."""
+
+
+class Past(Protocol):
+    """The tokens of one forward pass and what precedes them."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep a layer's new keys and values (1 x heads x tokens x width). The result is not used."""
+        ...
+
+    def attend(self, query: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:
+        """Attention in the layer updated last.
+
+        Args:
+            query: 1 x heads x tokens x width.
+            scale: of the products; None for 1 / sqrt(width).
+            window: how many keys a query sees, itself included; None for all before it.
+
+        Returns:
+            1 x tokens x heads x width of the values.
+        """
+        ...
+
+
+class _Current(threading.local):
+    past: Past | None = None
+
+
+_CURRENT = _Current()
+
+
+@contextmanager
+def attending(past: Past) -> Iterator[None]:
+    """Attention in this thread is that of `past`. Not all modules pass on what a caller gives them."""
+    _CURRENT.past = past
+    try:
+        yield
+    finally:
+        _CURRENT.past = None
+
+
+def _forward(  # noqa: PLR0913, PLR0917 - the signature is that of transformers
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,  # noqa: ARG001 - the past has them
+    value: torch.Tensor,  # noqa: ARG001
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 - none is built
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls; see its `AttentionInterface`."""
+    if _CURRENT.past is None:
+        raise AssertionError("a forward pass runs inside `attending`")
+    foreign = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if foreign:
+        raise ModelError(
+            f"{type(module).__name__} has attention with {foreign[0]}, which midfill cannot run; "
+            "choose another model (midfill model list)."
+        )
+    return _CURRENT.past.attend(query, scaling, sliding_window), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
+
+
+def use(model: Any) -> None:
+    """Let a transformers model attend through this module.
+
+    Raises:
+        ModelError: its modules do not ask the table.
+    """
+    model.set_attn_implementation(NAME)
+    if model.config.get_text_config()._attn_implementation != NAME:  # noqa: SLF001 - there is no public getter
+        raise ModelError(
+            f"The attention of {type(model).__name__} cannot be replaced, so that its past cannot be kept; "
+            "choose another model (midfill model list)."
+        )
+
+
+def packed(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attention with the query heads of each key head packed into the query dimension.
+
+    Args:
+        query: batch x heads x queries x width; heads / key heads of them share a key head, in order.
+        keys: batch x key heads x length x width; any strides.
+        values: batch x key heads x length x width of values.
+        mask: to be added to the products, from `packed_mask`; None if every query sees every key.
+        scale: of the products; None for 1 / sqrt(width).
+
+    Returns:
+        batch x heads x queries x width of values.
+    """
+    batch, heads, num_queries, width = query.shape
+    key_heads = keys.shape[1]
+    groups = query.reshape(batch, key_heads, heads // key_heads * num_queries, width)
+    if query.is_cuda:
+        # With a mask the fused kernels give each head of keys to one block of threads, and there are only one
+        # or two heads. Plain products are spread over the whole device.
+        scale = width**-0.5 if scale is None else scale
+        products = torch.matmul(groups * scale, keys.transpose(2, 3))
+        if mask is not None:
+            products = products + mask
+        weights = products.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+        output = torch.matmul(weights, values)
+    else:
+        output = functional.scaled_dot_product_attention(groups, keys, values, attn_mask=mask, scale=scale)
+    return output.reshape(batch, heads, num_queries, values.shape[-1])
+
+
+def packed_mask(
+    positions: torch.Tensor, keys: range, groups: int, window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """What `packed` adds so that a query sees no key behind it, and none that has left the window.
+
+    Args:
+        positions: batch x queries, where each query stands in its sequence.
+        keys: where the keys stand.
+        groups: query heads per key head.
+        window: see `Past.attend`.
+        dtype: that of the queries.
+
+    Returns:
+        batch x 1 x (groups * queries) x keys: 0 or the smallest number.
+    """
+    places = torch.arange(keys.start, keys.stop, device=positions.device)
+    queries = positions[..., None]
+    hidden = places > queries
+    if window is not None:
+        hidden |= places <= queries - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
+    mask.masked_fill_(hidden, torch.finfo(dtype).min)
+    return mask.repeat(1, groups, 1)[:, None]

@@ -1,0 +1,173 @@
+"""Which captured pass serves a step, and what is captured when: integers only."""
+
+from __future__ import annotations
+
+import pytest
+
+from midfill.engine import graphs
+from midfill.engine.graphs import Graphs, Shape
+
+LONGEST = 8192 + 512
+
+
+class Captures:
+    """Captures shapes by name; raises what it is told to."""
+
+    def __init__(self, room=1000):
+        self.shapes = []
+        self.room = room
+        self.error = None
+
+    def capture(self, shape):
+        if self.error is not None:
+            raise self.error
+        self.shapes.append(shape)
+        return str(shape)
+
+    def has_room(self):
+        return len(self.shapes) < self.room
+
+
+def make(**options):
+    captures = Captures(**options)
+    return captures, Graphs(LONGEST, captures.capture, captures.has_room)
+
+
+def wanted(found, rows, width, end, *, head=True):
+    return found.find(found.shape(rows, width, end, head=head))
+
+
+@pytest.mark.parametrize(
+    ("end", "keys"), [(1, 256), (256, 256), (257, 512), (2048, 2048), (2049, 4096), (8193, LONGEST)]
+)
+def test_the_keys_that_are_read_are_bounded_by_a_bucket(end, keys):
+    _, found = make()
+    assert found.shape(1, 1, end, head=True).keys == keys
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size"),
+    [
+        ([1], (1, 1)),
+        ([2], (1, 4)),
+        ([5], (1, 8)),
+        ([17], (1, 32)),
+        ([64], (1, 64)),
+        ([65], (1, 128)),
+        ([512], (1, 512)),
+        ([513], None),
+        ([1, 1], (2, 1)),
+        ([1, 1, 1], (4, 1)),
+        ([16, 1, 1, 3], (4, 16)),
+        ([17, 1, 1], None),
+        ([1] * 5, None),
+    ],
+)
+def test_chunks_are_padded_to_the_next_rows_and_width(lengths, size):
+    assert graphs.fit(lengths) == size
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([], []),
+        ([1], [[0]]),
+        ([1, 1, 1, 1], [[0, 1, 2, 3]]),
+        ([1, 1, 1, 1, 1], [[0, 1, 2, 3], [4]]),
+        ([512, 1, 1], [[0], [1, 2]]),
+        ([1, 512, 1], [[0], [1], [2]]),
+        ([600, 1], [[0], [1]]),
+    ],
+)
+def test_short_chunks_share_a_pass_and_long_ones_have_their_own(lengths, expected):
+    assert graphs.groups(lengths) == expected
+
+
+def test_the_first_captures_serve_every_step_of_one_sequence():
+    _, found = make()
+    for _ in range(len(graphs.WIDTHS) + 1):
+        assert found.capture_next()
+    for end in (1, 300, 8192):
+        for width in graphs.WIDTHS:
+            shape, _ = wanted(found, 1, width, end)
+            assert (shape.width, shape.keys) == (width, LONGEST)
+    shape, _ = wanted(found, 1, 512, 8192, head=False)
+    assert not shape.head
+
+
+def test_the_cheapest_captured_pass_is_chosen():
+    captures, found = make()
+    while found.capture_next():
+        pass
+    assert len(set(captures.shapes)) == len(captures.shapes) == len(found)
+    for rows, width, end in [(1, 1, 100), (1, 8, 1000), (2, 1, 3000), (4, 16, 50), (1, 512, 512)]:
+        shape, captured = wanted(found, rows, width, end)
+        assert shape.serves(Shape(rows, width, end))
+        assert captured == str(shape)
+        assert not [
+            other
+            for other in captures.shapes
+            if other.serves(Shape(rows, width, end)) and other.cost < shape.cost
+        ]
+
+
+def test_nothing_captured_serves_nothing():
+    _, found = make()
+    assert wanted(found, 1, 1, 10) is None
+
+
+def test_what_was_missed_is_captured_next():
+    captures, found = make()
+    found.capture_next()
+    assert wanted(found, 2, 1, 100) is None
+    assert wanted(found, 1, 1, 100)[0].keys == LONGEST
+    found.capture_next()
+    found.capture_next()
+    assert captures.shapes[1:] == [Shape(1, 1, 256), Shape(2, 1, 256)]
+    assert wanted(found, 2, 1, 100)[0] == Shape(2, 1, 256)
+
+
+def test_without_room_nothing_more_is_captured():
+    captures, found = make(room=3)
+    while found.capture_next():
+        pass
+    assert len(found) == len(captures.shapes) == 3
+    assert found.num_waiting == 0
+    assert wanted(found, 1, 1, 10) is not None
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("operation not permitted when stream is capturing")]
+)
+def test_a_capture_that_fails_is_the_last(error, caplog):
+    captures, found = make()
+    found.capture_next()
+    captures.error = error
+    assert not found.capture_next()
+    captures.error = None
+    assert not found.capture_next()
+    assert len(found) == 1
+    assert ("runs without graphs" in caplog.text) == isinstance(error, RuntimeError)
+
+
+def test_out_of_memory_frees_every_pass():
+    _, found = make()
+    found.capture_next()
+    assert wanted(found, 1, 1, 10) is not None
+    found.drop()
+    assert (len(found), found.num_waiting) == (0, 0)
+    assert wanted(found, 1, 1, 10) is None
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "expected"),
+    [(100, 32768), (10, 32768), (2, 8192), (0.2, 1024)],
+)
+def test_slots_have_room_for_the_context_or_for_what_fits_into_a_third_of_the_memory(free_gb, expected):
+    # 12 KB a token and 4 slots, as the 0.5b has.
+    assert graphs.capacity(32768, 12_288, 4, int(free_gb * 2**30)) == expected
+
+
+def test_no_room_for_slots_at_all():
+    with pytest.raises(MemoryError, match="4 slots"):
+        graphs.capacity(32768, 12_288, 4, 1 << 20)

@@ -1,0 +1,342 @@
+"""Captured passes, without a device: the test's own calls the pass instead of replaying it.
+
+All else is the real thing, on the CPU in fp32: padding, buckets, several rows, the token that is fed back,
+steps that run ahead. The tokens equal those of `generate` and of passes that are not captured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from midfill.engine.local import load
+from midfill.engine.memory import packed_rows
+from midfill.engine.runner import Runner
+from midfill.engine.scheduler import Chunk, Sequence
+
+KINDS = list(tiny.CONFIGS)
+GIGABYTE = 1 << 30
+
+
+class Recorder:
+    """A device that calls instead of replaying. Copies are made at once, as a stream would in its order."""
+
+    def __init__(self):
+        self.num_replays = 0
+        self.waits = []
+        self.error = None
+        self.room = 1000
+
+    def capture(self, run):
+        if self.error is not None:
+            raise self.error
+        run()
+        self.room -= 1
+
+        def replay():
+            if self.error is not None:
+                raise self.error
+            self.num_replays += 1
+            with torch.inference_mode():
+                run()
+
+        return replay
+
+    def fetch(self, tensor):
+        return Fetched(self, tensor.tolist(), self.num_replays)
+
+    def has_room(self):
+        return self.room > 0
+
+
+class Fetched:
+    def __init__(self, recorder, values, number):
+        self.recorder, self.values, self.number = recorder, values, number
+
+    def wait(self):
+        # How many passes were launched after this one before anybody looked at it.
+        self.recorder.waits.append(self.recorder.num_replays - self.number)
+        return self.values
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: tiny.write_model(kind, folder / kind) for kind in KINDS}
+
+
+def make(path, *, captures=15):
+    """A runner with the first passes captured: all widths at one length, two at a shorter one."""
+    recorder = Recorder()
+    runner = plain(path)
+    runner.use_replays(recorder, lambda _like, _heads: packed_rows, 4, GIGABYTE)
+    for _ in range(captures):
+        if not runner.idle():
+            break
+    recorder.num_replays = 0
+    return runner, recorder
+
+
+def plain(path):
+    return Runner(tiny.build(path, "float32"), "float32", torch.device("cpu"))
+
+
+class Sequences:
+    """Sequences in slots of a runner, as the scheduler would run them."""
+
+    def __init__(self, runner, prompts):
+        self.runner = runner
+        self.tokens = dict(enumerate(map(list, prompts)))
+        self.computed = dict.fromkeys(self.tokens, 0)
+        self.logprobs = {slot: [] for slot in self.tokens}
+
+    def step(self, slots, most=512, allowed=None):
+        chunks = []
+        for slot in slots:
+            start, tokens = self.computed[slot], self.tokens[slot]
+            end = min(len(tokens), start + most)
+            chunks.append(Chunk(Sequence(None, tokens), slot, start, tokens[start:end], end == len(tokens)))
+        choices = self.runner.forward(chunks, allowed or [None] * len(chunks))
+        for chunk, choice in zip(chunks, choices, strict=True):
+            self.computed[chunk.slot] += len(chunk.tokens)
+            if choice is not None:
+                self.tokens[chunk.slot].append(choice.id)
+                self.logprobs[chunk.slot].append(choice.logprob)
+        return choices
+
+
+def prompts(seed, *lengths):
+    generator = torch.Generator().manual_seed(seed)
+    return [tiny.random_ids(generator, length) for length in lengths]
+
+
+def expected(path, prompt, num_tokens):
+    return [*prompt, *tiny.oracle(tiny.reference(path), prompt, num_tokens, frozenset())]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("captures", [1, 15, pytest.param(1000, marks=pytest.mark.slow)])
+def test_one_sequence_equals_generate(models, kind, captures):
+    path = models[kind].path
+    runner, recorder = make(path, captures=captures)
+    for prompt in prompts(1, 1, 7, 70, 290):
+        running = Sequences(runner, [prompt])
+        while len(running.tokens[0]) < len(prompt) + 20:
+            running.step([0], most=64)
+        assert running.tokens[0] == expected(path, prompt, 20)
+        found = tiny.logprobs(tiny.reference(path), prompt, running.tokens[0][len(prompt) :])
+        assert running.logprobs[0] == pytest.approx(found, abs=1e-4)
+    assert recorder.num_replays > 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("captured", [False, True])
+def test_batched_equals_alone_equals_generate(models, kind, captured):
+    path = models[kind].path
+    runner = make(path)[0] if captured else plain(path)
+    documents = prompts(2, 30, 120, 3, 77)
+    running = Sequences(runner, documents)
+    # The prompts differ in length, so that chunks of prompts and single tokens share steps.
+    for _ in range(20):
+        running.step([3, 0, 1, 2], most=50)
+    for slot, prompt in enumerate(documents):
+        generated = running.tokens[slot][len(prompt) :]
+        assert len(generated) >= 16
+        assert running.tokens[slot] == expected(path, prompt, len(generated))
+
+
+def test_decode_steps_run_ahead_of_their_reader(models):
+    runner, recorder = make(models["qwen2"].path)
+    [prompt] = prompts(3, 40)
+    running = Sequences(runner, [prompt])
+    for _ in range(10):
+        running.step([0])
+    # While the first result was waited for, two more steps were under way, and so on.
+    assert recorder.waits == [2] * 10
+    assert recorder.num_replays == 12
+    assert running.tokens[0] == expected(models["qwen2"].path, prompt, 10)
+
+
+def test_sequences_that_run_ahead_together_may_end_one_by_one(models):
+    path = models["llama"].path
+    runner, recorder = make(path)
+    documents = prompts(4, 20, 33, 41)
+    running = Sequences(runner, documents)
+    for slots in [[0, 1, 2]] * 4 + [[0, 2]] * 4 + [[2]] * 4:
+        running.step(slots)
+    assert [len(running.tokens[slot]) - len(documents[slot]) for slot in range(3)] == [8, 4, 12]
+    for slot, prompt in enumerate(documents):
+        count = len(running.tokens[slot]) - len(prompt)
+        assert running.tokens[slot] == expected(path, prompt, count)
+    # The prompts are too long for one pass. Nothing is computed twice: two steps at the end are for nothing.
+    assert recorder.num_replays == 3 + 11 + 2
+
+
+def test_another_request_comes_between(models):
+    path = models["gpt_bigcode"].path
+    runner, _ = make(path)
+    documents = prompts(5, 60, 25)
+    running = Sequences(runner, documents)
+    for slots in [[0], [0], [1], [0], [1], [1], [0, 1], [1, 0], [0]]:
+        running.step(slots)
+    for slot, prompt in enumerate(documents):
+        count = len(running.tokens[slot]) - len(prompt)
+        assert running.tokens[slot] == expected(path, prompt, count)
+
+
+def test_a_cut_past_is_written_anew_though_steps_ran_ahead(models):
+    path = models["qwen2"].path
+    runner, _ = make(path)
+    [prompt] = prompts(6, 90)
+    running = Sequences(runner, [prompt])
+    for end in (90, 75, 60, 59, 10):
+        for _ in range(4):
+            running.step([0])
+        assert running.tokens[0][-4:] == expected(path, running.tokens[0][:-4], 4)[-4:]
+        running.tokens[0] = [*prompt[:end], end]
+        running.computed[0] = end
+    running.step([0])
+    assert running.tokens[0] == expected(path, [*prompt[:10], 10], 1)
+
+
+def test_the_same_place_with_another_token_is_not_what_ran_ahead(models):
+    path = models["qwen2"].path
+    runner, _ = make(path)
+    [prompt] = prompts(7, 30)
+    running = Sequences(runner, [prompt])
+    running.step([0])
+    typed = (running.tokens[0][-1] + 1) % 256
+    running.tokens[0][-1] = typed
+    running.step([0])
+    assert running.tokens[0] == expected(path, [*prompt, typed], 1)
+
+
+def test_a_copied_past_is_not_what_ran_ahead(models):
+    path = models["llama"].path
+    runner, _ = make(path)
+    documents = prompts(8, 40, 40)
+    running = Sequences(runner, documents)
+    running.step([1])
+    running.step([0])
+    # Slot 0 now gets the past of slot 1, and the very token that its next step was to compute.
+    token = running.tokens[0][-1]
+    chunk = Chunk(Sequence(None, []), 0, 40, [token], samples=True, copy_from=1)
+    [choice] = runner.forward([chunk], [None])
+    assert [choice.id] == expected(path, [*documents[1], token], 1)[-1:]
+
+
+def test_a_constrained_choice_is_made_from_the_same_pass(models):
+    path = models["qwen2"].path
+    captured, recorder = make(path)
+    [prompt] = prompts(9, 50)
+    running, reference = Sequences(captured, [prompt]), Sequences(plain(path), [prompt])
+    for ids in ([5, 9, 200], None, None, [17, 3], None, None):
+        constraint = [None if ids is None else array("q", ids)]
+        [found] = running.step([0], allowed=constraint)
+        [wanted] = reference.step([0], allowed=constraint)
+        assert found.id == wanted.id
+        assert found.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+        assert ids is None or found.id in ids
+    # After a demand nothing runs ahead: the next one depends on its token.
+    assert recorder.waits[0] == recorder.waits[3] == 0
+
+
+def test_a_step_without_a_captured_pass_runs_without(models):
+    path = models["starcoder2"].path
+    runner, recorder = make(path, captures=0)
+    [prompt] = prompts(10, 100)
+    running = Sequences(runner, [prompt])
+    for _ in range(6):
+        running.step([0])
+    assert recorder.num_replays == 0
+    # Now one is there, for one token; what was computed without is in the same memory.
+    assert runner.idle()
+    for _ in range(6):
+        running.step([0])
+    assert recorder.num_replays == 6 + 2
+    assert running.tokens[0] == expected(path, prompt, 12)
+
+
+def test_captures_leave_the_slots_alone(models):
+    path = models["gemma"].path
+    runner, _ = make(path, captures=3)
+    [prompt] = prompts(11, 200)
+    running = Sequences(runner, [prompt])
+    running.step([0])
+    for _ in range(12):
+        assert runner.idle()
+    for _ in range(9):
+        running.step([0])
+    assert running.tokens[0] == expected(path, prompt, 10)
+
+
+def test_steps_do_not_run_ahead_beyond_the_context(models):
+    path = models["gpt_bigcode"].path  # one learned position too many would be an error
+    runner, recorder = make(path)
+    [prompt] = prompts(12, 507)
+    running = Sequences(runner, [prompt])
+    for _ in range(5):
+        running.step([0])
+    assert recorder.waits == [2, 2, 2, 2, 1]
+    assert running.tokens[0] == expected(path, prompt, 5)
+
+
+def test_less_memory_is_a_shorter_context(models):
+    path = models["llama"].path
+    runner = plain(path)
+    token_bytes = 3 * 2 * 2 * 12 * 4
+    runner.use_replays(Recorder(), lambda _like, _heads: packed_rows, 4, 3 * 4 * 300 * token_bytes)
+    assert runner.context == 256
+
+
+def test_out_of_memory_frees_the_graphs_and_goes_on_without(models):
+    path = models["qwen2"].path
+    runner, recorder = make(path)
+    [prompt] = prompts(13, 30)
+    running = Sequences(runner, [prompt])
+    running.step([0])
+    recorder.error = torch.OutOfMemoryError("CUDA out of memory")
+    running.tokens[0] = [*prompt, 7]
+    running.computed[0] = 30
+    with pytest.raises(MemoryError):
+        running.step([0])
+    recorder.error = None
+    replays = recorder.num_replays
+    for _ in range(3):
+        running.step([0])
+    assert recorder.num_replays == replays
+    assert running.tokens[0] == expected(path, [*prompt, 7], 3)
+    assert not runner.idle()
+
+
+@pytest.mark.parametrize("kind", ["gpt_bigcode", "qwen2"])
+async def test_the_engine_on_captured_passes_equals_generate(models, kind):
+    """Cancellation, reuse, random edits: the whole loop on captured passes."""
+    path = models[kind].path
+    reference = tiny.reference(path)
+
+    def load_captured(spec, progress):
+        loaded = load(spec, progress)
+        runner, _ = make(path)
+        return replace(loaded, runner=runner)
+
+    generator = torch.Generator().manual_seed(14)
+    ids = tiny.random_ids(generator, 90)
+    async with tiny.running(models[kind], load_model=load_captured) as engine:
+        control = engine.model.tokenizer.control_ids
+        for turn in range(60):
+            at = int(torch.randint(max(1, len(ids) - 20), len(ids) + 1, (1,), generator=generator))
+            drop = int(torch.randint(0, 4, (1,), generator=generator))
+            ids = (ids[:at] + tiny.random_ids(generator, 1 + turn % 4) + ids[at + drop :])[:150]
+            if turn % 3 == 0:
+                task = asyncio.create_task(tiny.collect_ids(engine, ids, 30))
+                await tiny.settle()
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            assert await tiny.collect_ids(engine, ids, 6) == tiny.oracle(reference, ids, 6, control)
