@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from midfill import __version__
-from midfill.cli.measure import bench, evaluate
+from midfill.cli.evaluate import evaluate
+from midfill.cli.measure import bench
 from midfill.cli.model import model
 from midfill.cli.shared import ADAPTER, JSON, MODEL, SCRIPT, engine_maker, read_settings, with_progress
 from midfill.errors import MidfillError, SettingsError

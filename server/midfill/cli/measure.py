@@ -1,24 +1,20 @@
-"""`midfill eval` and `midfill bench`: how good the suggestions are, and how fast."""
+"""`midfill bench`: how fast the suggestions come."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from midfill.cli.shared import ADAPTER, JSON, MODEL, SCRIPT, engine_maker, read_settings, with_progress
-from midfill.errors import MidfillError
+from midfill.cli.shared import JSON, MODEL, SCRIPT, engine_maker, read_settings, show, with_progress
 
 if TYPE_CHECKING:
     from midfill.engine import Progress
-    from midfill.settings import Settings
 
 
 GGUF = click.option(
@@ -109,7 +105,7 @@ def bench_engine(
             result = asyncio.run(measure(used, engine_maker(script), report, weights=weights, plan=plan))
             return result if shape is None else result | {"model": f"random:{shape}"}
 
-    _show(with_progress("loading the model", work), table, as_json=as_json)
+    show(with_progress("loading the model", work), table, as_json=as_json)
 
 
 @bench.command("replay")
@@ -182,145 +178,4 @@ def bench_replay(
     summary = {**what, **replay.summarise(session)}
     if plot is not None:
         draw(session.requests, "midfill bench replay: {model}, {trace}".format(**summary), plot)
-    _show(summary, replay.table, as_json=as_json)
-
-
-def _show(result: dict[str, Any], table: Callable[[dict[str, Any]], Any], *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    from rich.console import Console
-
-    Console(highlight=False).print(table(result))
-
-
-@click.group("eval")
-def evaluate() -> None:
-    """Measure how good the suggestions are."""
-
-
-@evaluate.command("infilling")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--raw", is_flag=True, help="The model alone: no anchoring, healing, stopping or clean-up.")
-@click.option("--limit", type=click.IntRange(1), help="At most this many tasks, evenly from each kind.")
-@click.option("--max-tokens", type=click.IntRange(1, 1024), help="Most tokens of a suggestion.")
-@click.option("--results", type=click.Path(path_type=Path), help="Keep results here, and go on from them.")
-@click.option(
-    "--compare", type=click.Path(path_type=Path), help="Results of another run, to compare in pairs."
-)
-@MODEL
-@ADAPTER
-@JSON
-def eval_infilling(
-    file: Path,
-    raw: bool,
-    limit: int | None,
-    max_tokens: int | None,
-    results: Path | None,
-    compare: Path | None,
-    model: str | None,
-    adapter: str | None,
-    as_json: bool,
-) -> None:
-    """Fill the holes of FILE's tasks, run their tests, and print what share passes.
-
-    FILE has a JSON object a line (.jsonl or .jsonl.gz), in the format of HumanEval-Infilling. The programs
-    are run: use tasks that you trust.
-
-    \b
-    Examples:
-      midfill eval infilling tasks.jsonl.gz --limit 40
-      midfill eval infilling tasks.jsonl --results new.jsonl --compare old.jsonl --json
-    """
-    from midfill import evaluation
-
-    tasks = evaluation.read_tasks(file)
-    tasks = evaluation.sample(tasks, limit) if limit else tasks
-    settings = read_settings(model=model, adapter=adapter, max_new_tokens=max_tokens)
-    done = {result.id: result for result in evaluation.read_results(results)} if results else {}
-    found = with_progress(
-        "loading the model",
-        lambda report: asyncio.run(_evaluate(settings, tasks, done, results, report, raw=raw)),
-    )
-    summary = evaluation.summarise(found)
-    if compare is not None:
-        earlier = {result.id: result for result in evaluation.read_results(compare)}
-        summary["compared"] = evaluation.compare(found, earlier)
-    if as_json:
-        click.echo(json.dumps(summary))
-        return
-    for kind, share in summary["pass@1"].items():
-        click.echo(f"{kind:24} pass@1 {share:6.1%}   exact {summary['exact'][kind]:6.1%}")
-    click.echo(f"{summary['tasks']} tasks, p50 {summary['latency_ms']['p50']:.0f} ms")
-    if compare is not None:
-        compared = summary["compared"]
-        click.echo("compared: {better} better, {worse} worse of {tasks}, p = {p}".format(**compared))
-
-
-@evaluate.command("families")
-@click.option(
-    "--vocab",
-    "vocabs",
-    multiple=True,
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A GGUF file with a vocabulary; may be repeated. Without it, the models on this machine.",
-)
-@click.option("--no-probe", is_flag=True, help="Only look at vocabularies; load no model.")
-@JSON
-def eval_families(vocabs: tuple[Path, ...], no_probe: bool, as_json: bool) -> None:
-    """Hold the table of FIM families against real vocabularies and models.
-
-    For each family: whether its sentinels are single control tokens, which ids they and its stops have,
-    in which orders its prompts can be laid out. Each installed model is loaded and probed: in which
-    order of prefix and suffix it finds known middles likeliest. Ends with status 1 if one disagrees.
-
-    \b
-    Examples:
-      midfill eval families
-      midfill eval families --vocab starcoder.gguf --vocab deepseek.gguf --json
-    """
-    from midfill.models import store
-    from midfill.models.gguf import tokenizer_from_gguf
-    from midfill.models.tokenizer import load_tokenizer
-    from midfill.probing import examine, table
-
-    models = [] if vocabs else store.installed()
-    tokenizers = {path.name: tokenizer_from_gguf(path) for path in vocabs}
-    tokenizers |= {model.name: load_tokenizer(model.path) for model in models}
-    if not tokenizers:
-        raise MidfillError(
-            "There is no model on this machine: run `midfill model pull`, or give --vocab FILE.gguf."
-        )
-    settings = read_settings()
-    engines = {
-        model.name: partial(engine_maker(None), settings.model_copy(update={"model": model.name}))
-        for model in models
-        if not no_probe
-    }
-    result = with_progress("probing models", lambda report: asyncio.run(examine(tokenizers, engines, report)))
-    _show(result, table, as_json=as_json)
-    if not all(model["agrees"] for model in result["models"].values()):
-        raise click.exceptions.Exit(1)
-
-
-async def _evaluate(
-    settings: Settings, tasks: Any, done: Any, results: Path | None, report: Progress, *, raw: bool
-) -> Any:
-    from midfill import evaluation
-
-    engine = engine_maker(None)(settings)
-    try:
-        await engine.start(report)
-        filler = evaluation.Filler(engine, settings, raw=raw)
-        count = len(done)
-
-        def keep(result: Any) -> None:
-            nonlocal count
-            count += 1
-            report("filling holes", min(1.0, count / len(tasks)))
-            if results is not None:
-                evaluation.append_result(results, result)
-
-        return await evaluation.evaluate(tasks, filler, done, keep)
-    finally:
-        await engine.close()
+    show(summary, replay.table, as_json=as_json)

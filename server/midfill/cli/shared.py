@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -64,6 +65,16 @@ def engine_maker(script: str | None) -> Callable[[Settings], Engine]:
         )
 
     return make
+
+
+def show(result: dict[str, Any], table: Callable[[dict[str, Any]], Any], *, as_json: bool) -> None:
+    """Print a result as one JSON object, or as what `table` makes of it."""
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(table(result))
 
 
 def with_progress(title: str, work: Callable[[Progress], T]) -> T:

@@ -1,0 +1,311 @@
+"""`midfill eval`: how good the suggestions are."""
+
+from __future__ import annotations
+
+import asyncio
+import tomllib
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from midfill.cli.shared import ADAPTER, JSON, MODEL, SCRIPT, engine_maker, read_settings, show, with_progress
+from midfill.errors import MidfillError
+
+if TYPE_CHECKING:
+    from midfill.engine import Progress
+    from midfill.evaluation.fillers import Filler
+    from midfill.settings import Settings
+
+_RESULTS = click.option(
+    "--results", type=click.Path(path_type=Path), help="Keep results here, and go on from them."
+)
+_SERVER = click.option("--server", is_flag=True, help="Through `midfill serve` in a process of its own.")
+_PLOT = click.option("--plot", type=click.Path(path_type=Path), help="Draw the results (PNG, SVG, PDF).")
+_SET = click.option(
+    "--set",
+    "given",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting for this run; may be repeated.",
+)
+
+
+@click.group("eval")
+def evaluate() -> None:
+    """Measure how good the suggestions are."""
+
+
+@evaluate.command("infilling")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--raw", is_flag=True, help="The model alone: no anchoring, healing, stopping or clean-up.")
+@_SERVER
+@click.option("--limit", type=click.IntRange(1), help="At most this many tasks, evenly from each kind.")
+@click.option("--max-tokens", type=click.IntRange(1, 1024), help="Most tokens of a suggestion.")
+@_RESULTS
+@click.option(
+    "--compare", type=click.Path(path_type=Path), help="Results of another run, to compare in pairs."
+)
+@_PLOT
+@_SET
+@MODEL
+@ADAPTER
+@JSON
+@SCRIPT
+def eval_infilling(
+    file: Path,
+    raw: bool,
+    server: bool,
+    limit: int | None,
+    max_tokens: int | None,
+    results: Path | None,
+    compare: Path | None,
+    plot: Path | None,
+    given: tuple[str, ...],
+    model: str | None,
+    adapter: str | None,
+    as_json: bool,
+    script: str | None,
+) -> None:
+    """Fill the holes of FILE's tasks, run their tests, and print what share passes.
+
+    FILE has a JSON object a line (.jsonl or .jsonl.gz), in the format of HumanEval-Infilling: task_id,
+    prompt, suffix, canonical_solution, test. The programs are run, without network where the system allows
+    it, but they can write your files: use tasks that you trust. JavaScript needs node, Java a JDK.
+
+    \b
+    Examples:
+      midfill eval infilling tasks.jsonl.gz --limit 40
+      midfill eval infilling tasks.jsonl --results new.jsonl --compare old.jsonl --json
+      midfill eval infilling tasks.jsonl --raw --plot raw.png
+    """
+    from midfill.evaluation import infilling, records, sandbox
+    from midfill.families import FAMILIES
+
+    if raw and server:
+        raise click.UsageError("--raw leaves the server out: give one of --raw and --server.")
+    draw = _plotter(plot)
+    tasks, skipped = infilling.runnable(infilling.read_tasks(file))
+    tasks = infilling.sample(tasks, limit) if limit else tasks
+    settings = _settings(given, model=model, adapter=adapter, max_new_tokens=max_tokens)
+    earlier = records.read(compare)[1] if compare else None
+    header = {
+        "eval": "infilling",
+        "tasks": file.name,
+        "through": _through(raw, server),
+        **_described(settings),
+    }
+    kept = records.Records(results, header)
+    sentinels = {name for family in FAMILIES.values() for name in family.never_text}
+    if any(task.id not in kept.rows for task in tasks):
+        _with_filler(
+            settings,
+            script,
+            lambda filler, tell: infilling.evaluate(tasks, filler, kept, sorted(sentinels), tell),
+            raw=raw,
+            server=server,
+        )
+    found = [infilling.Result(**kept.rows[task.id]) for task in tasks]
+    summary = {"model": settings.model, "through": _through(raw, server), **infilling.summarise(found)}
+    summary |= {"network": not sandbox.isolation(), "skipped": skipped}
+    if earlier is not None:
+        summary["compared"] = infilling.compare(found, earlier)
+    if plot is not None:
+        draw.infilling(summary, plot)
+    show(summary, infilling.describe, as_json=as_json)
+
+
+@evaluate.command("repo")
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("--holes", type=click.IntRange(1), default=100, show_default=True, help="How many holes.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which holes.")
+@_SERVER
+@_RESULTS
+@click.option(
+    "--compare",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    metavar="A B",
+    help="Instead of a run: what is better in results B than in results A of the same holes.",
+)
+@_PLOT
+@_SET
+@MODEL
+@ADAPTER
+@JSON
+@SCRIPT
+def eval_repo(
+    path: Path | None,
+    holes: int,
+    seed: int,
+    server: bool,
+    results: Path | None,
+    compare: tuple[Path, Path] | None,
+    plot: Path | None,
+    given: tuple[str, ...],
+    model: str | None,
+    adapter: str | None,
+    as_json: bool,
+    script: str | None,
+) -> None:
+    """Make holes in the repository at PATH, fill them, and compare with what stood there.
+
+    Files of recent commits are drawn more often; the same seed draws the same holes. Nothing is run or
+    changed. All suggestions are asked for as by typing; what the setting `eagerness` shows of them is
+    worked out for each of its values. The file of --results holds source text.
+
+    \b
+    Examples:
+      midfill eval repo .
+      midfill eval repo ~/src/app --holes 300 --results app.jsonl --plot app.png
+      midfill eval repo . --set suffix_tokens=512 --results long.jsonl
+      midfill eval repo --compare short.jsonl long.jsonl --json
+    """
+    from midfill.evaluation import holes as places
+    from midfill.evaluation import records, repository
+
+    if compare:
+        difference = repository.compare(records.read(compare[0]), records.read(compare[1]))
+        show(difference, repository.describe_difference, as_json=as_json)
+        return
+    if path is None:
+        raise click.UsageError("Give the PATH of a repository, or --compare A B.")
+    draw = _plotter(plot)
+    settings = _settings(given, model=model, adapter=adapter)
+    samples = places.choose(path, settings, count=holes, seed=seed)
+    header = {"eval": "repo", "repository": path.resolve().name, "seed": seed, **_described(settings)}
+    kept = records.Records(results, header | {"through": _through(raw=False, server=server)})
+    if any(sample.id not in kept.rows for sample in samples):
+        _with_filler(
+            settings,
+            script,
+            lambda filler, tell: repository.evaluate(samples, filler, kept, tell),
+            server=server,
+        )
+    found = [repository.read_result(kept.rows[sample.id]) for sample in samples]
+    summary = {**kept.header, **repository.summarise(found)}
+    if plot is not None:
+        draw.repository(found, summary, plot)
+    show(summary, repository.describe, as_json=as_json)
+
+
+@evaluate.command("families")
+@click.option(
+    "--vocab",
+    "vocabs",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A GGUF file with a vocabulary; may be repeated. Without it, the models on this machine.",
+)
+@click.option("--no-probe", is_flag=True, help="Only look at vocabularies; load no model.")
+@JSON
+def eval_families(vocabs: tuple[Path, ...], no_probe: bool, as_json: bool) -> None:
+    """Hold the table of FIM families against real vocabularies and models.
+
+    For each family: whether its sentinels are single control tokens, which ids they and its stops have,
+    in which orders its prompts can be laid out. Each installed model is loaded and probed: in which
+    order of prefix and suffix it finds known middles likeliest. Ends with status 1 if one disagrees.
+
+    \b
+    Examples:
+      midfill eval families
+      midfill eval families --vocab starcoder.gguf --vocab deepseek.gguf --json
+    """
+    from midfill.models import store
+    from midfill.models.gguf import tokenizer_from_gguf
+    from midfill.models.tokenizer import load_tokenizer
+    from midfill.probing import examine, table
+
+    models = [] if vocabs else store.installed()
+    tokenizers = {path.name: tokenizer_from_gguf(path) for path in vocabs}
+    tokenizers |= {model.name: load_tokenizer(model.path) for model in models}
+    if not tokenizers:
+        raise MidfillError(
+            "There is no model on this machine: run `midfill model pull`, or give --vocab FILE.gguf."
+        )
+    settings = read_settings()
+    engines = {
+        model.name: partial(engine_maker(None), settings.model_copy(update={"model": model.name}))
+        for model in models
+        if not no_probe
+    }
+    result = with_progress("probing models", lambda report: asyncio.run(examine(tokenizers, engines, report)))
+    show(result, table, as_json=as_json)
+    if not all(model["agrees"] for model in result["models"].values()):
+        raise click.exceptions.Exit(1)
+
+
+def _settings(given: tuple[str, ...], **overrides: Any) -> Settings:
+    """The user's settings, with `--set` and other options laid over them."""
+    for one in given:
+        key, equals, value = one.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set {one}: write KEY=VALUE, for example --set max_new_tokens=64.")
+        try:
+            overrides[key.strip()] = tomllib.loads(f"x = {value}")["x"]
+        except tomllib.TOMLDecodeError:
+            # Strings need no quotes.
+            overrides[key.strip()] = value
+    return read_settings(**overrides)
+
+
+def _through(raw: bool, server: bool) -> str:
+    return "model" if raw else "server" if server else "pipeline"
+
+
+def _described(settings: Settings) -> dict[str, Any]:
+    """What the header of results says of the settings: the model, and what is not the default."""
+    from midfill.settings import Settings
+
+    changed = {
+        key: value for key, value in settings.model_dump().items() if value != getattr(Settings(), key)
+    }
+    return {"model": settings.model, "settings": {k: v for k, v in sorted(changed.items()) if k != "model"}}
+
+
+def _with_filler(
+    settings: Settings,
+    script: str | None,
+    work: Callable[[Filler, Callable[[float], None]], Awaitable[None]],
+    *,
+    raw: bool = False,
+    server: bool = False,
+) -> None:
+    """Run `work` with a filler that is ready, under a progress bar."""
+    from midfill.evaluation import fillers
+    from midfill.settings import load
+
+    async def run(report: Progress) -> None:
+        def tell(share: float) -> None:
+            report("filling holes", share)
+
+        if server:
+            options = fillers.options_of(settings, load())
+            filler = await fillers.ServerFiller.start(options, settings.model, report, script)
+            try:
+                await work(filler, tell)
+            finally:
+                await filler.close()
+            return
+        engine = engine_maker(script)(settings)
+        try:
+            await engine.start(report)
+            make = fillers.RawFiller if raw else fillers.PipelineFiller
+            await work(make(engine, settings), tell)
+        finally:
+            await engine.close()
+
+    with_progress("loading the model", lambda report: asyncio.run(run(report)))
+
+
+def _plotter(plot: Path | None) -> Any:
+    """The module that draws, if a picture is wanted. Raises `MidfillError` before anything is measured."""
+    if plot is None:
+        return None
+    from midfill.bench.plot import need_matplotlib
+    from midfill.evaluation import plots
+
+    need_matplotlib()
+    return plots

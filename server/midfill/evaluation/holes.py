@@ -1,0 +1,308 @@
+"""Holes in a repository: places where a cursor may have stood, and what its author wrote there.
+
+Files are drawn by their history: those of recent commits more often. In a file, holes are made where
+completions are asked for; all the text behind a hole stays. The same repository and seed give the same holes.
+Everything is done with lines and indentation, so that any language will do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from midfill.errors import MidfillError
+from midfill.evaluation.fillers import Hole
+from midfill.languages import language_id
+from midfill.secrecy import is_excluded
+from midfill.settings import Settings
+
+# Kinds of places and their shares: most requests come from the middle of a line.
+KINDS = {"rest-of-line": 7, "arguments": 2, "new-line": 4, "block": 3, "nothing": 4}
+
+_MAX_FILE_BYTES = 400_000
+_MAX_LINE_CHARS = 300
+_MAX_BLOCK_LINES = 8
+_NUM_COMMITS = 1000
+# A file in the newest commit counts twice as much as one this many commits back.
+_HALF_LIFE_COMMITS = 100
+_NOT_CODE = frozenset({"plaintext", "markdown", "json", "yaml", "toml", "html", "css", "sql"})
+_NOT_OURS = frozenset(
+    {
+        "node_modules",
+        "vendor",
+        "third_party",
+        "dist",
+        "build",
+        "target",
+        "venv",
+        "site-packages",
+        "__pycache__",
+    }
+)
+_GENERATED = re.compile(r"\bDO NOT EDIT\b|@generated\b|\bgenerated (?:by|from)\b", re.IGNORECASE)
+_GENERATED_MARK_LINES = 5
+_COMMENT = re.compile(r"\s*(?:#|//|/\*|\*|--|<!--)")
+_LETTER = re.compile(r"[^\W\d_]")
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+_CALL = re.compile(r"\w\(")
+_ONLY_CLOSERS = re.compile(r"""[\s)\]}>"'`;,:{]*\Z""")
+_OPENS_BLOCK = re.compile(r".*[:{]\s*(?:(?:#|//).*)?\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A hole in a file of the repository.
+
+    Attributes:
+        id: the place, and a digest of the text, so that results of a changed file are not taken for these.
+        file: path in the repository, with slashes.
+        kind: one of `KINDS`.
+        hole: the document with the cursor.
+        truth: what was there; "" if the author wrote nothing.
+    """
+
+    id: str
+    file: str
+    kind: str
+    hole: Hole
+    truth: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    path: Path
+    name: str
+    language: str
+    text: str
+    weight: float
+
+
+def choose(root: Path, settings: Settings, *, count: int, seed: int) -> list[Sample]:
+    """At most `count` holes in the repository at `root`, each place once.
+
+    Raises `MidfillError` if there is no folder, or no source file in it.
+    """
+    if not root.is_dir():
+        raise MidfillError(f"{root} is not a folder. Give the folder of a repository.")
+    names, weights = _history(root)
+    chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
+    sources = [
+        source
+        for name in sorted(names)
+        if (source := _read(root, name, weights.get(name, 0.0), settings)) is not None
+    ]
+    if not sources:
+        raise MidfillError(
+            f"{root} has no source files in a language that midfill knows, leaving out what is ignored by "
+            "git, generated, vendored or excluded by the settings."
+        )
+    # Files without a recent commit are drawn too, but seldom.
+    floor = max(source.weight for source in sources) / 100 or 1.0
+    return list(_draw(sources, [max(source.weight, floor) for source in sources], count, chooser))
+
+
+def _draw(
+    sources: Sequence[_Source], weights: Sequence[float], count: int, chooser: random.Random
+) -> Iterator[Sample]:
+    places: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    taken: set[tuple[str, int, int]] = set()
+    drawn: dict[str, int] = defaultdict(int)
+    # No file decides the result alone.
+    most = max(2, -(-4 * count // len(sources)))
+    kinds = [kind for kind, share in KINDS.items() for _ in range(share)]
+    found = 0
+    for attempt in range(50 * count):
+        if found == count:
+            return
+        source = chooser.choices(sources, weights)[0]
+        kind = kinds[attempt % len(kinds)] if attempt < count else chooser.choice(kinds)
+        key = (source.name, kind)
+        if key not in places:
+            places[key] = list(_PLACES[kind](source.text))
+            chooser.shuffle(places[key])
+        if drawn[source.name] == most or not places[key]:
+            continue
+        # A block of one line is also a new line.
+        if (place := (source.name, *places[key].pop())) in taken:
+            continue
+        taken.add(place)
+        drawn[source.name] += 1
+        found += 1
+        yield _sample(source, kind, *place[1:])
+
+
+def _sample(source: _Source, kind: str, start: int, end: int) -> Sample:
+    text = source.text
+    line = text.count("\n", 0, start) + 1
+    column = start - text.rfind("\n", 0, start)
+    digest = hashlib.sha256(f"{start}:{end}:{text}".encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    hole = Hole(source.path.as_uri(), source.language, text[:start], text[end:])
+    return Sample(f"{source.name}:{line}:{column}#{digest}", source.name, kind, hole, text[start:end])
+
+
+def _history(root: Path) -> tuple[list[str], dict[str, float]]:
+    """The names of the repository's files, and the weights that recent commits give them."""
+    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if listed is None:
+        return list(_walk(root)), {}
+    weights: dict[str, float] = defaultdict(float)
+    log = _git(
+        root, "log", "-z", "--format=%x01", "--name-only", "--no-renames", "--relative", f"-n{_NUM_COMMITS}"
+    )
+    age = -1
+    for field in (log or "").split("\0"):
+        age += field.count("\x01")
+        if name := field.rpartition("\x01")[2].strip("\n"):
+            weights[name] += 0.5 ** (age / _HALF_LIFE_COMMITS)
+    return [name for name in listed.split("\0") if name], weights
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git prints, or None if there is no git or no repository."""
+    # Configuration of a repository must not start programs.
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "-c",
+        "core.fsmonitor=false",
+        "-c",
+        "log.showSignature=false",
+        *arguments,
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.decode("utf-8", "surrogateescape")
+
+
+def _walk(root: Path) -> Iterator[str]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            yield (Path(folder) / name).relative_to(root).as_posix()
+
+
+def _read(root: Path, name: str, weight: float, settings: Settings) -> _Source | None:
+    """A source file, or None if it is none that somebody writes by hand and wants suggestions in."""
+    language = language_id(name)
+    path = root.resolve() / name
+    if (
+        language in _NOT_CODE
+        or language in settings.disabled_languages
+        or not _NOT_OURS.isdisjoint(Path(name).parts)
+        or is_excluded(name, settings.excluded_files)
+    ):
+        return None
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
+            return None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    lines = text.split("\n")
+    generated = any(_GENERATED.search(line) for line in lines[:_GENERATED_MARK_LINES])
+    minified = any(len(line) > 10 * _MAX_LINE_CHARS for line in lines)
+    if generated or minified or len(lines) < 5:
+        return None
+    return _Source(path, name, language, text, weight)
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Each line with its offset."""
+    offset = 0
+    for line in text.split("\n"):
+        yield offset, line
+        offset += len(line) + 1
+
+
+def _code_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines worth completing: with a letter in them, not very long, neither comment nor docstring."""
+    quoted = False
+    for offset, line in _lines(text):
+        if line.count('"""') % 2 or line.count("'''") % 2:
+            quoted = not quoted
+            continue
+        if quoted:
+            continue
+        fits = len(line.strip()) >= 4 and len(line) <= _MAX_LINE_CHARS
+        if fits and not _COMMENT.match(line) and _LETTER.search(line):
+            yield offset, line
+
+
+def _rests_of_lines(text: str) -> Iterator[tuple[int, int]]:
+    """From a token's begin, or from within a word, to the end of the line."""
+    for offset, line in _code_lines(text):
+        content = line.rstrip()
+        tokens = list(_TOKEN.finditer(content))
+        for token in tokens[1:]:
+            if not _ONLY_CLOSERS.match(content, token.start()):
+                yield offset + token.start(), offset + len(line)
+        for token in tokens:
+            if len(token.group()) >= 5 and token.group().isidentifier():
+                yield offset + token.start() + 3, offset + len(line)
+
+
+def _arguments(text: str) -> Iterator[tuple[int, int]]:
+    """Between the brackets of a call, as when the editor has closed it: only closers follow."""
+    for offset, line in _code_lines(text):
+        for call in _CALL.finditer(line):
+            depth = 1
+            for index in range(call.end(), len(line)):
+                depth += (line[index] in "([{") - (line[index] in ")]}")
+                if depth == 0:
+                    if index > call.end() and _ONLY_CLOSERS.match(line, index):
+                        yield offset + call.end(), offset + index
+                    break
+
+
+def _new_lines(text: str) -> Iterator[tuple[int, int]]:
+    """A whole line, but for its indentation."""
+    for offset, line in _code_lines(text):
+        yield offset + len(line) - len(line.lstrip()), offset + len(line)
+
+
+def _blocks(text: str) -> Iterator[tuple[int, int]]:
+    """The lines below one that opens a block, as far as they are indented deeper."""
+    lines = list(_lines(text))
+    for number, (_, header) in enumerate(lines[:-1]):
+        if not header.strip() or not _OPENS_BLOCK.match(header) or _COMMENT.match(header):
+            continue
+        base = len(header) - len(header.lstrip())
+        body = 0
+        for _, line in lines[number + 1 :]:
+            if line.strip() and len(line) - len(line.lstrip()) <= base:
+                break
+            body += 1
+        while body and not lines[number + body][1].strip():
+            body -= 1
+        if 1 <= body <= _MAX_BLOCK_LINES and lines[number + 1][1].strip():
+            offset, first = lines[number + 1]
+            last_offset, last = lines[number + body]
+            yield offset + len(first) - len(first.lstrip()), last_offset + len(last)
+
+
+def _nothings(text: str) -> Iterator[tuple[int, int]]:
+    """Where the author wrote nothing: at the end of a line that is whole, and on a blank line."""
+    for offset, line in _code_lines(text):
+        yield offset + len(line.rstrip()), offset + len(line.rstrip())
+    for offset, line in _lines(text.rstrip("\n")):
+        if not line.strip() and offset:
+            yield offset + len(line), offset + len(line)
+
+
+_PLACES: dict[str, Callable[[str], Iterator[tuple[int, int]]]] = {
+    "rest-of-line": _rests_of_lines,
+    "arguments": _arguments,
+    "new-line": _new_lines,
+    "block": _blocks,
+    "nothing": _nothings,
+}

@@ -1,0 +1,273 @@
+"""The user's own repository as the benchmark: what midfill suggests where somebody wrote something.
+
+A suggestion is compared with what stood in the hole. Nothing is run. The confidence gate is applied to the
+results afterwards, as the pipeline does last of all, so that one run of the model shows every
+`eagerness`; `tests/unit/test_evaluation.py` holds the two to the same answers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from midfill.bench.figures import percentiles
+from midfill.completer import Trigger
+from midfill.errors import MidfillError
+from midfill.evaluation.fillers import Filler
+from midfill.evaluation.holes import KINDS, Sample
+from midfill.evaluation.records import Records
+from midfill.evaluation.statistics import mcnemar, ratio_interval
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came for one hole.
+
+    Attributes:
+        id, file, kind, language: of the hole.
+        line_before, line_after: the cursor's line on both sides.
+        truth: what its author wrote there.
+        text: what midfill would insert if it showed everything.
+        reason: why there is nothing.
+        logprobs, finished: see `Filled`.
+        latency_ms: from asking to having it.
+    """
+
+    id: str
+    file: str
+    kind: str
+    language: str
+    line_before: str
+    line_after: str
+    truth: str
+    text: str
+    reason: str | None
+    logprobs: tuple[float, ...]
+    finished: bool
+    latency_ms: float
+
+
+async def evaluate(
+    samples: Sequence[Sample], filler: Filler, records: Records, tell: Callable[[float], None]
+) -> None:
+    """Fill every hole that `records` does not have yet; `tell` hears the share done."""
+    for number, sample in enumerate(samples):
+        if sample.id not in records.rows:
+            filled = await filler.fill(sample.hole, Trigger.AUTOMATIC)
+            result = Result(
+                sample.id,
+                sample.file,
+                sample.kind,
+                sample.hole.language,
+                sample.hole.line_before,
+                sample.hole.after.partition("\n")[0],
+                sample.truth,
+                filled.text,
+                filled.reason,
+                tuple(round(logprob, 4) for logprob in filled.logprobs),
+                filled.finished,
+                round(filled.latency_ms, 1),
+            )
+            records.keep(asdict(result))
+        tell((number + 1) / len(samples))
+
+
+def read_result(row: Mapping[str, Any]) -> Result:
+    """A result from the row that `Records` keeps."""
+    return Result(**{**row, "logprobs": tuple(row["logprobs"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How good a suggestion is, by what stood there.
+
+    Attributes:
+        shown: there is a suggestion.
+        exact: it is what stood there.
+        first_line: its first line is.
+        right: all its lines are, as far as it goes: it can be accepted as it is.
+        too_long: it has all that stood there, and lines more.
+        similarity: 0..1, of Ratcliff and Obershelp.
+        saved_chars: characters of the lines at its begin that are right: those that an oracle takes over,
+            line by line.
+    """
+
+    shown: bool
+    exact: bool
+    first_line: bool
+    right: bool
+    too_long: bool
+    similarity: float
+    saved_chars: int
+
+
+def score(text: str, truth: str) -> Score:
+    """Compare a suggestion with the truth; blanks at line ends do not count."""
+    ours, theirs = _rows(text), _rows(truth)
+    if not ours:
+        return Score(False, not theirs, False, False, False, float(not theirs), 0)
+    agreeing = 0
+    for mine, their in zip(ours, theirs, strict=False):
+        if mine != their:
+            break
+        agreeing += 1
+    return Score(
+        shown=True,
+        exact=ours == theirs,
+        first_line=agreeing > 0,
+        right=agreeing == len(ours),
+        too_long=bool(theirs) and agreeing == len(theirs) < len(ours),
+        similarity=difflib.SequenceMatcher(
+            None, "\n".join(ours).strip(), "\n".join(theirs).strip(), autojunk=False
+        ).ratio(),
+        saved_chars=sum(len(row.strip()) for row in ours[:agreeing]),
+    )
+
+
+def _rows(text: str) -> list[str]:
+    rows = [row.rstrip() for row in text.split("\n")]
+    while rows and not rows[-1]:
+        rows.pop()
+    return rows
+
+
+def summarise(results: Sequence[Result], shows: Callable[[Result], bool] = lambda _: True) -> dict[str, Any]:
+    """All figures, as `--json` prints them.
+
+    `shows` says which suggestions the user would see; others count as silence.
+    """
+    written = [result for result in results if result.truth]
+    nothing = [result for result in results if not result.truth]
+
+    def text(result: Result) -> str:
+        return result.text if shows(result) else ""
+
+    def rate(of: Callable[[Score], float], among: Sequence[Result]) -> dict[str, float | None]:
+        kinds = {kind: [result for result in among if result.kind == kind] for kind in KINDS}
+        groups = {**{kind: group for kind, group in kinds.items() if group}, "all": among}
+        return {
+            name: _mean(sum(of(scores[result.id]) for result in group), len(group))
+            for name, group in groups.items()
+        }
+
+    scores = {result.id: score(text(result), result.truth) for result in results}
+    shown = [result for result in results if scores[result.id].shown]
+    files = [result.file for result in written]
+    chars = sum(len("".join(result.truth.split())) for result in written)
+    return {
+        "holes": len(results),
+        "files": len({result.file for result in results}),
+        "exact": rate(lambda one: one.exact, written),
+        "exact_interval": ratio_interval(
+            files, [scores[result.id].exact for result in written], [1] * len(written)
+        ),
+        "first_line": rate(lambda one: one.first_line, written),
+        "similarity": rate(lambda one: one.similarity, written),
+        "shown": rate(lambda one: one.shown, results),
+        "precision": rate(lambda one: one.right, shown),
+        "too_long": rate(lambda one: one.too_long, shown),
+        "saved_chars": sum(one.saved_chars for one in scores.values()),
+        "saved_share": _mean(sum(one.saved_chars for one in scores.values()), chars),
+        "silent_where_nothing": rate(lambda one: not one.shown, nothing)["all"] if nothing else None,
+        "reasons": _count(result.reason for result in results if result.reason),
+        "latency_ms": percentiles([result.latency_ms for result in results], 50, 95),
+    }
+
+
+def _mean(total: float, number: int) -> float | None:
+    return round(total / number, 4) if number else None
+
+
+def _count(values: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for value in values:
+        found[value] = found.get(value, 0) + 1
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def compare(
+    before: tuple[Mapping[str, Any], Mapping[str, Mapping[str, Any]]],
+    after: tuple[Mapping[str, Any], Mapping[str, Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """What is better in the results `after` than in the results `before`, over the holes that both have.
+
+    Each is a header and rows, as `records.read` gives them. The intervals are of the mean difference, with
+    files drawn again. Raises `MidfillError` if they have no hole in common.
+    """
+    for header, _ in (before, after):
+        if header.get("eval") != "repo":
+            raise MidfillError("--compare needs two files of results that `midfill eval repo` has made.")
+    pairs = [
+        (read_result(row), read_result(after[1][id_])) for id_, row in before[1].items() if id_ in after[1]
+    ]
+    if not pairs:
+        raise MidfillError("The two files have no hole in common: they are of other text, or another seed.")
+    both = [(score(old.text, old.truth), score(new.text, new.truth)) for old, new in pairs]
+    files = [old.file for old, _ in pairs]
+    figures: dict[str, Any] = {}
+    for name in ("exact", "first_line", "right", "similarity", "saved_chars", "too_long", "shown"):
+        old, new = ([float(getattr(one, name)) for one in side] for side in zip(*both, strict=True))
+        gains = [theirs - ours for ours, theirs in zip(old, new, strict=True)]
+        figures[name] = {
+            "before": _mean(sum(old), len(old)),
+            "after": _mean(sum(new), len(new)),
+            "gain": _mean(sum(gains), len(gains)),
+            "interval": ratio_interval(files, gains, [1] * len(gains)),
+        }
+    better = sum(new.exact and not old.exact for old, new in both)
+    worse = sum(old.exact and not new.exact for old, new in both)
+    return {
+        "holes": len(pairs),
+        "files": len(set(files)),
+        **figures,
+        "latency_ms": {
+            name: percentiles([result.latency_ms for result in side], 50, 95)
+            for name, side in zip(("before", "after"), zip(*pairs, strict=True), strict=True)
+        },
+        "exact_changes": {"better": better, "worse": worse, "p": mcnemar(better, worse)},
+        "differs": sorted(key for key in {*before[0], *after[0]} if before[0].get(key) != after[0].get(key)),
+    }
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """The summary for a person."""
+    names = ("exact", "first_line", "similarity", "shown", "precision", "too_long")
+    kinds = list(summary["shown"])
+    rows = [f"{'':14}" + "".join(f"{name.replace('_', ' '):>12}" for name in names)]
+    for kind in kinds:
+        cells = (summary[name].get(kind) for name in names)
+        rows.append(f"{kind:14}" + "".join(f"{'-' if cell is None else f'{cell:.1%}':>12}" for cell in cells))
+    if summary["exact_interval"]:
+        low, high = summary["exact_interval"]
+        rows.append(f"exact, 95 % interval over files: {low:.1%} to {high:.1%}")
+    (p50, p95), quiet = summary["latency_ms"].values(), summary["silent_where_nothing"]
+    rows.append(
+        f"{summary['holes']} holes in {summary['files']} files; an oracle saves "
+        f"{summary['saved_share'] or 0:.1%} of the characters; {p50:.0f} ms, p95 {p95:.0f}"
+    )
+    if quiet is not None:
+        rows.append(f"silent at {quiet:.1%} of the places where nothing was written")
+    if reasons := ", ".join(f"{name} {count}" for name, count in summary["reasons"].items()):
+        rows.append(f"nothing shown: {reasons}")
+    return "\n".join(rows)
+
+
+def describe_difference(difference: Mapping[str, Any]) -> str:
+    """A comparison for a person."""
+    rows = [f"{'':14}{'before':>9}{'after':>9}{'gain':>9}   95 % interval over files"]
+    for name, figure in difference.items():
+        if isinstance(figure, dict) and "gain" in figure:
+            interval = figure["interval"]
+            shown = f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "too few files"
+            label = name.replace("_", " ")
+            rows.append(
+                f"{label:14}{figure['before']:9.4f}{figure['after']:9.4f}{figure['gain']:+9.4f}   {shown}"
+            )
+    changes, differs = difference["exact_changes"], ", ".join(difference["differs"]) or "nothing"
+    rows.append(
+        f"{difference['holes']} holes in {difference['files']} files; exact: {changes['better']} better, "
+        f"{changes['worse']} worse, p = {changes['p']}; the runs differ in: {differs}"
+    )
+    return "\n".join(rows)

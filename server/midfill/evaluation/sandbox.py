@@ -1,0 +1,105 @@
+"""Running programs that a model has written a part of.
+
+Each runs in a folder and a process group of its own, with nothing of our environment, with limits on time,
+memory and file sizes. Where Linux lets `unshare` do it, it also has no network, and a process namespace that
+ends with it, so that nothing it starts outlives it. It can read what you can read, and write what you can
+write: only tasks that are trusted should be run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_WALL_S = 10.0
+# A Java program is compiled first.
+_CPU_S = 20
+_FILE_BYTES = 1 << 20
+_MEMORY_MB = 1024
+_FILES = {"python": "main.py", "javascript": "main.js", "java": "Main.java"}
+_ISOLATED = ("--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--")
+
+
+def missing(language: str) -> str | None:
+    """Why programs in `language` cannot be run here, a sentence; None if they can."""
+    if language == "python":
+        return None
+    if language == "javascript":
+        return None if shutil.which("node") else "`node` is not on the PATH."
+    if language == "java":
+        # `java` alone, without the compiler, cannot run a source file.
+        return None if shutil.which("java") and shutil.which("javac") else "There is no JDK on the PATH."
+    return f"Programs in {language} cannot be run."
+
+
+@functools.cache
+def isolation() -> tuple[str, ...]:
+    """The command that takes network and process ids away; () where the system does not allow it."""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        return ()
+    command = (unshare, *_ISOLATED)
+    try:
+        # Containers often have the program, and forbid what it does.
+        tried = subprocess.run([*command, "true"], capture_output=True, check=False, timeout=5)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return command if tried.returncode == 0 else ()
+
+
+async def passes(language: str, program: str) -> bool:
+    """Whether a program ends with status 0 within its limits. See `missing` first."""
+    with tempfile.TemporaryDirectory(prefix="midfill-eval-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / _FILES[language]
+        path.write_text(program, encoding="utf-8", errors="replace")
+        process = await asyncio.create_subprocess_exec(
+            *isolation(),
+            *_runner(language),
+            str(path),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            cwd=folder,
+            env={"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"},
+            start_new_session=True,
+            preexec_fn=functools.partial(_limit, language),
+        )
+        try:
+            return await asyncio.wait_for(process.wait(), _WALL_S) == 0
+        except TimeoutError:
+            return False
+        finally:
+            _end_group(process.pid)
+            await process.wait()
+
+
+def _runner(language: str) -> list[str]:
+    if language == "python":
+        return [sys.executable, "-I", "-S"]
+    found = shutil.which({"javascript": "node", "java": "java"}[language]) or language
+    if language == "javascript":
+        return [found, f"--max-old-space-size={_MEMORY_MB}"]
+    return [found, "-ea", f"-Xmx{_MEMORY_MB}m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
+
+
+def _limit(language: str) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # node and java reserve address space that they never use, and have options of their own.
+    if language == "python":
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_MB << 20, _MEMORY_MB << 20))
+
+
+def _end_group(process_id: int) -> None:
+    try:
+        os.killpg(process_id, 9)
+    except ProcessLookupError:
+        return
