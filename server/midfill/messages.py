@@ -79,11 +79,16 @@ class NotebookClosed:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request for suggestions at (line, character)."""
+    """A request for suggestions at (line, character).
+
+    Attributes:
+        selected: what the item that is selected in the editor's popup would change; None without a popup.
+    """
 
     uri: str
     position: tuple[int, int]
     invoked: bool
+    selected: Change | None = None
 
 
 def read_uri(params: Any) -> str:
@@ -155,10 +160,16 @@ def read_inline_completion(params: Any) -> Asked:
     cannot be told from the Invoked of today.
     """
     uri = read_uri(params)
-    kind = _integer(_object(params.get("context")).get("triggerKind"))
+    context = _object(params.get("context"))
+    kind = _integer(context.get("triggerKind"))
     if not 0 <= kind <= _AUTOMATIC:
         raise MalformedError("triggerKind")
-    return Asked(uri, _position(params.get("position")), invoked=kind <= _INVOKED)
+    return Asked(
+        uri,
+        _position(params.get("position")),
+        invoked=kind <= _INVOKED,
+        selected=_selected(context.get("selectedCompletionInfo")),
+    )
 
 
 READERS: dict[str, Callable[[Any], Any]] = {
@@ -201,6 +212,13 @@ def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
         raise MalformedError("an integer is missing")
     return int(max(-_MAX, min(value, _MAX)))
+
+
+def _selected(value: Any) -> Change | None:
+    """The popup's selected item; None where it does not say what it would replace."""
+    if value is None or _object(value).get("range") is None:
+        return None
+    return _change(value)
 
 
 def _position(value: Any) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from pygls.lsp.server import LanguageServer
 
 from midfill import __version__, secrecy
 from midfill.completer import REASONS, Answer, Completer, Reason, Trigger
-from midfill.documents import Document, Encoding, Snapshot
+from midfill.documents import Change, Document, Encoding, Point, Snapshot, split_lines
 from midfill.engine import Engine
 from midfill.errors import MidfillError
 from midfill.messages import Asked, Edited, NotebookChanged, NotebookClosed, NotebookOpened, Opened
@@ -257,15 +257,32 @@ class MidfillServer(LanguageServer):
         """`textDocument/inlineCompletion`: ghost text."""
         snapshot = self._snapshot(asked)
         trigger = Trigger.INVOKED if asked.invoked else Trigger.AUTOMATIC
-        return self._newest("inline", asked.uri, self._inline(snapshot, self._whole(snapshot), trigger))
+        selected = asked.selected
+        if snapshot is not None and selected is not None:
+            snapshot = self._with_selected(snapshot, selected)
+        inline = self._inline(snapshot, self._whole(snapshot), trigger, selected)
+        return self._newest("inline", asked.uri, inline)
 
     async def _inline(
-        self, snapshot: Snapshot | None, whole: Snapshot | None, trigger: Trigger
+        self, snapshot: Snapshot | None, whole: Snapshot | None, trigger: Trigger, selected: Change | None
     ) -> dict[str, Any]:
         answer = await self._answer(whole, trigger)
         if snapshot is None or not answer.text:
             return {"items": []}
+        if selected is not None and selected.start is not None and selected.end is not None:
+            # The editor shows only what extends the selected item, over the same range.
+            area = types.Range(types.Position(*selected.start), types.Position(*selected.end))
+            return {"items": [{"insertText": selected.text + answer.text, "range": area}]}
         return {"items": [{"insertText": answer.text, "range": self._range(snapshot)}]}
+
+    def _with_selected(self, snapshot: Snapshot, selected: Change) -> Snapshot:
+        """The document as it would be with the popup's selected item accepted, and the cursor behind that."""
+        document, encoding = snapshot.document, self.state.encoding
+        edited = document.edit([selected], document.version, encoding)
+        start, _ = sorted(document.point(end or (0, 0), encoding) for end in (selected.start, selected.end))
+        *above, last = split_lines(selected.text)
+        column = len(last) + (0 if above else start.column)
+        return Snapshot(edited, Point(start.line + len(above), column))
 
     def completion(self, asked: Asked) -> Awaitable[types.CompletionList]:
         """`textDocument/completion`: the same suggestion as an item of the popup."""

@@ -53,6 +53,38 @@ async def ready(client):
             await client.request("midfill/explain", {"textDocument": {"uri": "file:///ready"}})
 
 
+@pytest.mark.parametrize(
+    ("selected", "start", "insert"),
+    [
+        ({"text": "loads"}, (0, 9), "loads(data)"),
+        # The selected item replaces more than was typed, and is of two lines.
+        ({"text": "x = 1\nloads"}, (0, 0), "x = 1\nloads(data)"),
+    ],
+)
+async def test_a_suggestion_extends_the_selected_item_of_the_popup(client, selected, start, insert):
+    server = await client({"after": "loads", "text": "(data)"}, {"text": "wrong"})
+    await ready(server)
+    open_document(server, "x = json.lo\n")
+    area = {"start": {"line": 0, "character": start[1]}, "end": {"line": 0, "character": 11}}
+    params = at(0, 11)
+    params["context"]["selectedCompletionInfo"] = selected | {"range": area}
+    answer = await server.request("textDocument/inlineCompletion", params)
+    assert answer["items"] == [{"insertText": insert, "range": area}]
+    # The document itself has not changed.
+    text = await server.request("midfill/documentText", {"textDocument": {"uri": URI}})
+    assert text["text"] == "x = json.lo\n"
+
+
+async def test_a_selected_item_without_a_range_is_ignored(client):
+    server = await client({"after": "json.lo", "text": "ads(data)"})
+    await ready(server)
+    open_document(server, "x = json.lo\n")
+    params = at(0, 11)
+    params["context"]["selectedCompletionInfo"] = {"text": "loads", "range": None}
+    answer = await server.request("textDocument/inlineCompletion", params)
+    assert [item["insertText"] for item in answer["items"]] == ["ads(data)"]
+
+
 async def test_ghost_text_goes_to_the_cursor(client):
     server = await client({"text": "2))"})
     await ready(server)
