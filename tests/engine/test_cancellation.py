@@ -91,6 +91,19 @@ async def test_a_prewarm_stands_aside_within_one_step(stepped):
     assert runner.steps[3:] == [[(64, 64)], [(128, 64)], [(192, 58)]]
 
 
+async def test_what_was_put_off_is_done_in_a_pause_piece_by_piece(stepped):
+    engine, runner = stepped
+    task = await tiny.start_and_reach_step(engine, runner, 1, [1, 2])
+    runner.put_off = 3
+    runner.open()
+    await task
+    assert runner.put_off == 3
+    while await runner.began.get() != 0:
+        pass
+    assert runner.put_off == 0
+    await tiny.collect_ids(engine, [7], 1)
+
+
 async def test_a_newer_prewarm_replaces_an_older_one(stepped):
     engine, runner = stepped
     engine.prewarm(LONG)
@@ -216,6 +229,7 @@ async def test_after_a_cancellation_the_tokens_still_equal_generate(tmp_path, ki
             context = runner.context
             vocab_size = runner.vocab_size
             drop = runner.drop
+            idle = runner.idle
 
             def forward(self, chunks, allowed):
                 steps.append(len(chunks))

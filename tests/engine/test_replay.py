@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from stepping import Recorder, Sequences, expected, prompts
 
 from midfill.engine.local import load
 from midfill.engine.memory import packed_rows
@@ -21,47 +22,6 @@ from midfill.engine.scheduler import Chunk, Sequence
 
 KINDS = list(tiny.CONFIGS)
 GIGABYTE = 1 << 30
-
-
-class Recorder:
-    """A device that calls instead of replaying. Copies are made at once, as a stream would in its order."""
-
-    def __init__(self):
-        self.num_replays = 0
-        self.waits = []
-        self.error = None
-        self.room = 1000
-
-    def capture(self, run):
-        if self.error is not None:
-            raise self.error
-        run()
-        self.room -= 1
-
-        def replay():
-            if self.error is not None:
-                raise self.error
-            self.num_replays += 1
-            with torch.inference_mode():
-                run()
-
-        return replay
-
-    def fetch(self, tensor):
-        return Fetched(self, tensor.tolist(), self.num_replays)
-
-    def has_room(self):
-        return self.room > 0
-
-
-class Fetched:
-    def __init__(self, recorder, values, number):
-        self.recorder, self.values, self.number = recorder, values, number
-
-    def wait(self):
-        # How many passes were launched after this one before anybody looked at it.
-        self.recorder.waits.append(self.recorder.num_replays - self.number)
-        return self.values
 
 
 @pytest.fixture(scope="module")
@@ -84,39 +44,6 @@ def make(path, *, captures=15):
 
 def plain(path):
     return Runner(tiny.build(path, "float32"), "float32", torch.device("cpu"))
-
-
-class Sequences:
-    """Sequences in slots of a runner, as the scheduler would run them."""
-
-    def __init__(self, runner, prompts):
-        self.runner = runner
-        self.tokens = dict(enumerate(map(list, prompts)))
-        self.computed = dict.fromkeys(self.tokens, 0)
-        self.logprobs = {slot: [] for slot in self.tokens}
-
-    def step(self, slots, most=512, allowed=None):
-        chunks = []
-        for slot in slots:
-            start, tokens = self.computed[slot], self.tokens[slot]
-            end = min(len(tokens), start + most)
-            chunks.append(Chunk(Sequence(None, tokens), slot, start, tokens[start:end], end == len(tokens)))
-        choices = self.runner.forward(chunks, allowed or [None] * len(chunks))
-        for chunk, choice in zip(chunks, choices, strict=True):
-            self.computed[chunk.slot] += len(chunk.tokens)
-            if choice is not None:
-                self.tokens[chunk.slot].append(choice.id)
-                self.logprobs[chunk.slot].append(choice.logprob)
-        return choices
-
-
-def prompts(seed, *lengths):
-    generator = torch.Generator().manual_seed(seed)
-    return [tiny.random_ids(generator, length) for length in lengths]
-
-
-def expected(path, prompt, num_tokens):
-    return [*prompt, *tiny.oracle(tiny.reference(path), prompt, num_tokens, frozenset())]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,6 +87,33 @@ def test_decode_steps_run_ahead_of_their_reader(models):
     assert recorder.waits == [2] * 10
     assert recorder.num_replays == 12
     assert running.tokens[0] == expected(models["qwen2"].path, prompt, 10)
+
+
+def test_only_one_slow_step_runs_ahead(models):
+    runner, recorder = make(models["qwen2"].path)
+    [prompt] = prompts(3, 40)
+    for step_s, ahead in ((0.004, 1), (0.001, 2)):
+        runner._replays.pace(step_s)
+        running = Sequences(runner, [prompt])
+        recorder.waits.clear()
+        for _ in range(4):
+            running.step([0])
+        assert recorder.waits == [ahead] * 4
+
+
+def test_capturing_while_the_model_loads(models):
+    runner, recorder = make(models["llama"].path, captures=0)
+    shares = []
+    runner.capture(shares.append, limit_s=0.5)
+    assert shares == sorted(shares)
+    assert 0 < runner._replays.num_captured <= len(shares) + 1
+    [prompt] = prompts(15, 40)
+    running = Sequences(runner, [prompt])
+    recorder.num_replays = 0
+    for _ in range(5):
+        running.step([0])
+    assert recorder.num_replays > 0
+    assert running.tokens[0] == expected(models["llama"].path, prompt, 5)
 
 
 def test_sequences_that_run_ahead_together_may_end_one_by_one(models):

@@ -64,6 +64,7 @@ class SteppedRunner:
         self.steps = []
         self.error = None
         self.dropped = []
+        self.put_off = 0
 
     def forward(self, chunks, _allowed):
         self.steps.append([(chunk.start, len(chunk.tokens)) for chunk in chunks])
@@ -76,6 +77,13 @@ class SteppedRunner:
 
     def drop(self, slots):
         self.dropped.append(slots)
+
+    def idle(self):
+        if not self.put_off:
+            return False
+        self.put_off -= 1
+        self.loop.call_soon_threadsafe(self.began.put_nowait, -self.put_off)
+        return True
 
     def open(self):
         self.leave.release(10_000)

@@ -39,6 +39,8 @@ class CudaDevice:
 
     def __init__(self, place: torch.device) -> None:
         self._place = place
+        # Graphs are replayed on this thread's current device.
+        torch.cuda.set_device(place)
         self._stream = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]
         # All graphs share scratch memory: they never run at the same time, and what must outlive a replay is
         # copied out of it by the pass itself.
@@ -47,7 +49,7 @@ class CudaDevice:
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """See `replay.Device.capture`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._place), memory_errors():
+        with memory_errors():
             here = torch.cuda.current_stream()
             self._stream.wait_stream(here)
             # Libraries allocate at their first call, which must not be recorded.
@@ -89,7 +91,7 @@ def kernel(place: torch.device, like: Entries, heads: int) -> Kernel:
     """
     try:
         difference = max(_difference(place, like, heads, width) for width in (1, 8))
-    except (RuntimeError, TypeError, ImportError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, ImportError) as error:
         _LOG.info("no flash attention here: %s", error)
         return packed_rows
     if not difference < 0.03:  # of bf16 values of about 1; NaN is no agreement either

@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Ids
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from midfill.engine import EngineSpec, ModelInfo, Progress, Request, TextStream, Token, Tokenizer
@@ -42,6 +42,9 @@ _CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
 _CAPTURE_S = 4.0
 """How long loading may go on with CUDA graphs; the rest are captured when there is nothing else to do."""
 
+_PAUSE_S = 0.5
+"""Without a message for so long, nobody types: most keys come within 0.2 s of the one before."""
+
 
 class Runner(Protocol):
     """What the loop needs of `runner.Runner`; a test counts steps with one of its own."""
@@ -55,6 +58,10 @@ class Runner(Protocol):
 
     def drop(self, slots: list[int]) -> None:
         """Free the memory of these slots."""
+        ...
+
+    def idle(self) -> bool:
+        """Nobody waits: do a piece of what was put off. Whether there was any."""
         ...
 
 
@@ -400,7 +407,7 @@ class _Steps:
         mailbox = self._engine.mailbox
         while not len(self._scheduler) or not mailbox.empty():
             self._engine.turn_started_s = None
-            message = mailbox.get()
+            message = self._next_message()
             self._engine.turn_started_s = time.monotonic()
             if isinstance(message, _Flight):
                 self._admit(message)
@@ -408,6 +415,19 @@ class _Steps:
                 self._replace_prewarm(message)
             if self._engine.closing:
                 return
+
+    def _next_message(self) -> _Flight | _Prewarm | None:
+        """Wait for a message. In a pause that lasts, the runner does what it has put off, piece by piece."""
+        mailbox = self._engine.mailbox
+        more = not len(self._scheduler)
+        while more:
+            try:
+                return mailbox.get(timeout=_PAUSE_S)
+            except Empty:
+                self._engine.turn_started_s = time.monotonic()
+                more = self._runner.idle()
+                self._engine.turn_started_s = None
+        return mailbox.get()
 
     def _admit(self, flight: _Flight) -> None:
         if flight.cancelled:

@@ -3,9 +3,9 @@
 A captured pass reads its inputs (ids, slots, starts) from tensors that stay where they are, and leaves there
 the inputs of the decode step that follows it: the token it has chosen, one place further. So the next step
 can be launched before anybody has seen this one's token. While the engine thread turns a token into text, the
-device is at work on the following ones (`_AHEAD`); results come back by copies that nobody waits for before
-they are needed. What was computed ahead for nothing, because the output ended or was cancelled, is ignored:
-it lies behind the tokens that count, and costs the device at most that many steps.
+device is at work on the following ones (`_MOST_AHEAD`); results come back by copies that nobody waits for
+before they are needed. What was computed ahead for nothing, because the output ended or was cancelled, is
+ignored: it lies behind the tokens that count, and costs the device at most that many steps.
 
 `Device` is what this module needs of CUDA; a test has its own, which calls the pass instead of replaying it.
 Runs on the engine thread only.
@@ -27,9 +27,12 @@ from midfill.engine.memory import FixedMemory, Kernel, Rows
 from midfill.engine.runner import choose
 from midfill.engine.scheduler import Choice, Chunk
 
-_AHEAD = 2
+_MOST_AHEAD = 2
 """Decode steps launched beyond the one that is waited for. One hides the engine thread's work on a token, two
 also its waiting for the interpreter; more would only be in the way of the next request."""
+
+_QUICK_S = 0.002
+"""Of steps that take longer than this only one is launched ahead: a cancelled request still costs them."""
 
 MARGIN = graphs.WIDTHS[-1]
 """Room behind the context, where padding and passes that are being captured may write."""
@@ -121,6 +124,7 @@ class Replays:
         # For a choice among some tokens only, which is made after the pass.
         self._logits = torch.zeros((most_rows, vocab_size), device=place)
         self._ahead: deque[_Flight] = deque()
+        self._most_ahead = _MOST_AHEAD
 
     @property
     def num_captured(self) -> int:
@@ -136,6 +140,10 @@ class Replays:
         """Capture one more pass; see `Graphs.capture_next`."""
         self._ahead.clear()
         return self._graphs.capture_next()
+
+    def pace(self, step_s: float) -> None:
+        """Note how long a decode step takes, which decides how many are launched ahead."""
+        self._most_ahead = _MOST_AHEAD if step_s <= _QUICK_S else 1
 
     def drop(self) -> None:
         """Free the memory of all captured passes, for good."""
@@ -236,7 +244,7 @@ class Replays:
     def _follow(self, flight: _Flight) -> None:
         """Launch the decode steps after `flight`: each leaves the inputs of the next where it reads them."""
         last = self._ahead[-1] if self._ahead else flight
-        while len(self._ahead) < _AHEAD:
+        while len(self._ahead) < self._most_ahead:
             places = [
                 (slot, start + length)
                 for (slot, start), length in zip(last.places, last.lengths, strict=True)

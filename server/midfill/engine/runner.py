@@ -144,12 +144,28 @@ class Runner:
             )
 
     def capture(self, report: Callable[[float], None], limit_s: float) -> None:
-        """Capture passes, the likeliest first, for about this long, on a device that has such."""
+        """Capture passes, the likeliest first, for about this long, on a device that has such.
+
+        Nothing may be in slot 0 yet.
+        """
         if self._replays is None:
             return
         began = time.monotonic()
         while self.idle() and (spent_s := time.monotonic() - began) < limit_s:
             report(spent_s / limit_s)
+        self._replays.pace(self._time_step())
+
+    def _time_step(self) -> float:
+        """How long a decode step takes, in seconds: the shortest of a few that follow one another."""
+        prompt = Sequence(key=None, tokens=[0])
+        shortest = float("inf")
+        for _ in range(6):
+            began = time.monotonic()
+            start = len(prompt.tokens) - 1
+            [choice] = self.forward([Chunk(prompt, 0, start, prompt.tokens[start:], samples=True)], [None])
+            shortest = min(shortest, time.monotonic() - began)
+            prompt.tokens.append(0 if choice is None else choice.id)
+        return shortest
 
     def idle(self) -> bool:
         """Nothing else is to be done: capture one pass more. Whether there was one."""
