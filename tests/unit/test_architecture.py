@@ -25,6 +25,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 TORCH_ALLOWED = {
     "engine/attention.py",
+    "engine/fuse.py",
     "engine/memory.py",
     "engine/replay.py",
     "engine/cuda.py",

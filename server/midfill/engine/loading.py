@@ -83,9 +83,13 @@ def load_runner(  # noqa: PLR0913 - the fields of EngineSpec, by name
 
             attach_adapter(model, adapter)
     torch.set_num_threads(num_threads)
+    if place.type == "cuda":
+        from midfill.engine.fuse import fuse  # noqa: PLC0415 - of no use elsewhere
+
+        fuse(model)
     runner = Runner(model, plan, place, cores)
     if place.type == "cuda":
-        from midfill.engine import cuda  # noqa: PLC0415 - imports the runner
+        from midfill.engine import cuda  # noqa: PLC0415 - of no use elsewhere
 
         runner.use_replays(
             cuda.CudaDevice(place), partial(cuda.kernel, place), NUM_SLOTS, cuda.free_bytes(place)

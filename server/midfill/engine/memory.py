@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -224,10 +225,8 @@ class Rows:
 
     Attributes:
         slots: rows.
-        ends: rows; where each ends, padding included.
         positions: rows x width; where each token stands.
         num_keys: how many entries of each slot are read at most.
-        capacity: how many a slot has.
     """
 
     def __init__(
@@ -239,10 +238,9 @@ class Rows:
         kernel: Kernel,
     ) -> None:
         self.slots = slots
-        self.ends = starts + shape.width
+        self._ends = starts + shape.width
         self.positions = starts[:, None] + torch.arange(shape.width, device=starts.device)
         self.num_keys = shape.keys
-        self.capacity = memory.capacity
         self._memory = memory
         self._kernel = kernel
         self._index = (slots[:, None] * memory.capacity + self.positions).flatten()
@@ -273,6 +271,21 @@ class Rows:
             self._masks[window] = packed_mask(self.positions, range(self.num_keys), groups, window, dtype)
         return self._masks[window]
 
+    @cached_property
+    def limits(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For a kernel that takes all slots as one row of keys, in int32.
+
+        Where the queries of each row begin, and end; where its keys begin; how many there are.
+        """
+        num_rows, width = self.positions.shape
+        first_keys = self.slots * self._memory.capacity
+        return (
+            torch.arange(0, (num_rows + 1) * width, width, dtype=torch.int32, device=self.slots.device),
+            # One more, as the kernel wants it. Only the beginnings count.
+            torch.cat([first_keys, first_keys[-1:] + self._memory.capacity]).int(),
+            self._ends.int(),
+        )
+
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - what a cache is asked
         """Not used: positions are given."""
         return 0
@@ -298,25 +311,24 @@ def flash_rows(
     """`Kernel` with torch's flash attention: reads what there is, where it lies. CUDA only."""
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - only where it can run
 
-    num_rows, width = rows.positions.shape
-    offsets = rows.slots * rows.capacity
+    width = rows.positions.shape[1]
     # A single query sees all keys. To say so lets the kernel pack heads and split keys over the device.
     left, right = (-1, -1) if width == 1 else (-1, 0)
     if window is not None:
         left, right = window - 1, 0
+    first_queries, first_keys, num_keys = rows.limits
     output = varlen_attn(
         query[0].transpose(0, 1),
         entries[0].flatten(0, 1),
         entries[1].flatten(0, 1),
-        torch.arange(0, (num_rows + 1) * width, width, dtype=torch.int32, device=query.device),
-        # Only where each sequence begins counts; where it ends is in `seqused_k`.
-        torch.cat([offsets, offsets[-1:] + rows.capacity]).int(),
+        first_queries,
+        first_keys,
         width,
         rows.num_keys,
         scale=scale,
         window_size=(left, right),
         enable_gqa=True,
-        seqused_k=rows.ends.int(),
+        seqused_k=num_keys,
     )
     if not isinstance(output, torch.Tensor):
         raise TypeError("varlen_attn gave more than the output")

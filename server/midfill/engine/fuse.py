@@ -1,0 +1,114 @@
+"""Fewer kernels for the same arithmetic, in transformers' own modules.
+
+A token of a small model costs a GPU less time than it takes to begin its kernels, one after another. So
+projections of the same input (query, key and value; gate and up) become one product, and a norm that is
+written as seven operations becomes one. A module is replaced only if it has just the form that is known
+here, and a norm only if the result agrees. Projections of which one has an adapter stay as they are.
+
+Knows modules; nothing of caches or requests. Runs on the engine thread only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers that a module applies to the same input, by the names that most architectures give them."""
+
+
+def fuse(model: Any) -> int:
+    """Replace what can be replaced, in place. Returns the number of modules."""
+    replaced = 0
+    for module in list(model.modules()):
+        for names in _SIBLINGS:
+            linears: list[Any] = [getattr(module, name, None) for name in names]
+            # Not a subclass: int8 and LoRA layers are more than their weight.
+            if all(type(linear) is nn.Linear for linear in linears) and _alike(linears):
+                shared = _Shared(linears)
+                for place, name in enumerate(names):
+                    setattr(module, name, _Part(shared, place))
+                replaced += len(names)
+        for name, child in module.named_children():
+            if (norm := _fused_norm(child)) is not None:
+                setattr(module, name, norm)
+                replaced += 1
+    return replaced
+
+
+def _alike(linears: list[Any]) -> bool:
+    return len({(linear.in_features, linear.bias is None, linear.weight.device) for linear in linears}) == 1
+
+
+class _Shared:
+    """Linear layers with the same input as one product, computed when the first of them is asked for."""
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        self.sizes = [linear.out_features for linear in linears]
+        with torch.no_grad():
+            self.weight = torch.cat([linear.weight.data for linear in linears])
+            biases = [linear.bias for linear in linears if linear.bias is not None]
+            self.bias = torch.cat(biases) if biases else None
+        self._input: torch.Tensor | None = None
+        self._outputs: list[torch.Tensor] = []
+        self._left = 0
+
+    def part(self, inputs: torch.Tensor, place: int) -> torch.Tensor:
+        """The output of one layer."""
+        if self._input is not inputs:
+            self._input = inputs
+            product = functional.linear(inputs, self.weight, self.bias)
+            self._outputs = list(torch.split(product, self.sizes, dim=-1))
+            self._left = len(self.sizes)
+        output = self._outputs[place]
+        self._left -= 1
+        if (
+            not self._left
+        ):  # Nothing is kept alive, and a tensor at the same place is not mistaken for this one.
+            self._input, self._outputs = None, []
+        return output
+
+
+class _Part(nn.Module):
+    """One of the layers that share a product."""
+
+    def __init__(self, shared: _Shared, place: int) -> None:
+        super().__init__()
+        self._shared = shared
+        self._place = place
+        self.out_features = shared.sizes[place]
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """See `nn.Linear`."""
+        return self._shared.part(inputs, self._place)
+
+
+class _FusedNorm(nn.Module):
+    """The root-mean-square norm as one operation."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self._epsilon = epsilon
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """See torch.nn.functional.rms_norm."""
+        return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self._epsilon)
+
+
+def _fused_norm(module: nn.Module) -> nn.Module | None:
+    """The same norm in one operation; None if it is none, or another kind of it."""
+    epsilon = getattr(module, "variance_epsilon", None)
+    weight = getattr(module, "weight", None)
+    if epsilon is None or not isinstance(weight, nn.Parameter) or weight.ndim != 1:
+        return None
+    fused = _FusedNorm(weight, epsilon)
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn((1, 4, len(weight)), generator=generator).to(weight.device, weight.dtype)
+    with torch.inference_mode():
+        tolerance = 4 * torch.finfo(weight.dtype).eps
+        same = torch.allclose(fused(example), module(example), rtol=tolerance, atol=tolerance)
+    return fused if same else None
