@@ -1,8 +1,9 @@
-"""The pipeline from a snapshot to an answer: gate > prompt > engine > trim.
+"""The pipeline from a snapshot to an answer: gate > reuse > prompt > engine > trim > store.
 
 Knows nothing of LSP: it takes a `Snapshot` and returns an `Answer`. Runs on the event loop; the only
-thing it waits for is the engine. A cancelled task leaves by `asyncio.CancelledError`, and leaving
-closes the token stream, which frees the model.
+thing it waits for is the engine. What the model is asked for is a flight of its own (see `suggestions`),
+so that a newer request can go on with it. A cancelled request leaves its flight; a flight that nobody can use
+any more closes its token stream, which frees the model.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import asyncio
 import logging
 import re
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 
-from midfill.documents import Snapshot
+from midfill.documents import Document, Snapshot
 from midfill.engine import Engine, Request
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.families import Family
 from midfill.prompt import PromptBuilder
 from midfill.secrecy import SecretWatch, is_excluded
 from midfill.settings import Settings
+from midfill.suggestions import Computed, Flight, Match, Suggestions
 from midfill.trim import Place, clean, stop
 
 _LOG = logging.getLogger(__name__)
@@ -32,6 +36,8 @@ _HARMLESS_TAIL = re.compile(r"""\s*[)>}\]"'`]*\s*[:{;,]?\s*\Z""")
 _LINES_BELOW = 16
 # Of a longer line only the ends matter: its indentation, and what is next to the cursor.
 _LONG_LINE = 2_000
+# After an answer the typist may go on at once, and would wait for the forward pass under way.
+_REST_S = 0.1
 
 
 class Trigger(StrEnum):
@@ -84,13 +90,30 @@ REASONS = {
 }
 
 
+class Source(StrEnum):
+    """Where an answer comes from."""
+
+    NONE = "none"
+    MODEL = "model"
+    TYPED_THROUGH = "typed-through"
+    """The rest of a suggestion that the user is typing, or has accepted a part of."""
+    CACHE = "cache"
+    """Computed before, for exactly this text."""
+    JOINED = "joined"
+    """Was being computed already, and agrees with what has been typed since."""
+    STREAK = "streak"
+    """What the model had written behind the end of the suggestion before."""
+    PREFETCH = "prefetch"
+    """Computed as if the suggestion before had been accepted, which it then was."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What to show at the cursor.
 
     Attributes:
         text: the text to insert at the cursor, with the file's own line ends; "" for nothing.
-        source: where it comes from ("model"), or "none".
+        source: where it comes from.
         reason: why there is nothing; None if there is something.
         detail: what the engine said about it, a sentence; "" if nothing.
         latency_ms: from the snapshot to here.
@@ -101,7 +124,7 @@ class Answer:
     """
 
     text: str = ""
-    source: str = "none"
+    source: Source = Source.NONE
     reason: Reason | None = None
     detail: str = ""
     latency_ms: float = 0.0
@@ -118,15 +141,19 @@ class _Output:
     """What came from the engine.
 
     Attributes:
-        text: what the model wrote at the cursor.
-        complete: whether it came to an end of its own, not to its token limit.
+        text: what the model wrote at the cursor, up to where the suggestion ends.
+        raw: all that it wrote there.
+        complete: whether it came to the suggestion's end, not to its token limit.
+        ended: whether the model itself came to an end.
         failure: why it is of no use; None if it is.
         detail: what the engine said about that, a sentence.
         tokens: for each, where it ends in `text` (0 and less: before the cursor) and its log-probability.
     """
 
     text: str = ""
+    raw: str = ""
     complete: bool = False
+    ended: bool = False
     failure: Reason | None = None
     detail: str = ""
     tokens: list[tuple[int, float]] = field(default_factory=list)
@@ -140,6 +167,19 @@ class _Output:
             if end > 0 and begin < num_chars
         )
 
+    def beyond(self, start: int, end: int | None) -> _Output:
+        """The part of `raw` from one character to another, as if the model had come to its end there."""
+        tokens = [(at - start, logprob) for at, logprob in self.tokens]
+        return _Output(self.raw[start:end], complete=True, tokens=tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What is remembered of an answer: itself, and what it was made from."""
+
+    answer: Answer
+    output: _Output
+
 
 @dataclass(slots=True)
 class Completer:
@@ -148,14 +188,18 @@ class Completer:
     Attributes:
         settings: the ones in force; change them by `configure`.
         failure: why there is no engine, once that is known.
+        looks_ahead: whether to compute, while the user rests, what comes next if a suggestion is accepted.
     """
 
     settings: Settings
     failure: str | None = None
+    looks_ahead: bool = False
     _engine: Engine | None = None
     _prompts: PromptBuilder | None = None
     _forbidden: tuple[str, ...] = field(default=())
     _secrets: SecretWatch = field(default_factory=SecretWatch)
+    _suggestions: Suggestions[_Made] = field(default_factory=Suggestions)
+    _rest: asyncio.TimerHandle | None = None
 
     def use(self, engine: Engine, family: tuple[str, Family] | None = None) -> None:
         """Serve from a started engine, its model's FIM family recognised or given (see `probing.identify`).
@@ -166,6 +210,7 @@ class Completer:
         self._forbidden = self._prompts.family.never_text
         self._engine = engine
         self.failure = None
+        self.drop_work()
 
     def configure(self, settings: Settings) -> None:
         """Take new settings. Raises `ModelError`, and keeps the old ones, if no prompt fits into them."""
@@ -173,29 +218,49 @@ class Completer:
             known = self._prompts
             family = None if known is None else (known.family_name, known.family)
             self._prompts = PromptBuilder(self._engine.model, settings, family)
+        if settings != self.settings:
+            self.drop_work()
         self.settings = settings
 
     def fail(self, why: str) -> None:
         """Answer with nothing from now on, because there is no model."""
         self.failure = why
         self._engine = None
+        self.drop_work()
+
+    def edited(self, document: Document) -> None:
+        """A document has changed: what is computed for it ends, unless it agrees with what was typed."""
+        self._stop_resting()
+        self._suggestions.edited(document)
 
     def forget(self, uri: str) -> None:
         """Drop what is remembered of a document that was closed."""
         self._secrets.forget(uri)
+        self._suggestions.forget(uri)
         if self._prompts is not None:
             self._prompts.forget(uri)
+
+    def drop_work(self) -> None:
+        """Drop every suggestion, and what is computed that nobody waits for."""
+        self._stop_resting()
+        self._suggestions.clear()
 
     async def complete(self, snapshot: Snapshot, trigger: Trigger) -> Answer:
         """Answer for one cursor. Never raises for a fault of the model: that is a reason."""
         begun = time.monotonic()
+        self._stop_resting()
         if (reason := self.gate(snapshot, trigger)) is not None:
             return Answer(reason=reason, latency_ms=_since(begun))
         if self._engine is None or self._prompts is None:
             reason = Reason.LOADING if self.failure is None else Reason.MODEL_FAILED
             return Answer(reason=reason, latency_ms=_since(begun))
-        answer = await self._compute(self._engine, self._prompts, snapshot)
-        return replace(answer, latency_ms=_since(begun))
+        while (answer := self._reuse(snapshot, trigger)) is None:
+            answer = await self._ask(snapshot, trigger)
+            if answer is not None:
+                break
+        self._look_ahead(snapshot, answer)
+        text = answer.text.replace("\n", snapshot.document.line_ending)
+        return replace(answer, text=text, latency_ms=_since(begun))
 
     def gate(self, snapshot: Snapshot, trigger: Trigger) -> Reason | None:
         """Whether to ask the model at all: the reason against it, or None."""
@@ -220,29 +285,108 @@ class Completer:
             return Reason.LINE_TAIL
         return None
 
-    async def _compute(self, engine: Engine, prompts: PromptBuilder, snapshot: Snapshot) -> Answer:
+    def _reuse(self, snapshot: Snapshot, trigger: Trigger) -> Answer | None:
+        """What there is without the model: the rest of a suggestion, or one for exactly this text."""
+        self._suggestions.moved(snapshot)
+        for match in self._suggestions.matches(snapshot, explicit=trigger is Trigger.INVOKED):
+            if (answer := self._continue(match, snapshot)) is not None:
+                self._suggestions.keep(match.suggestion)
+                return replace(answer, num_prompt=0, num_reused=0, num_generated=0, segments=())
+        return None
+
+    def _continue(self, match: Match[_Made], snapshot: Snapshot) -> Answer | None:
+        """What a suggestion that still holds has to say here; None if it has come to its end."""
+        computed = match.suggestion.computed
+        made = computed.made
+        if match.exact:
+            source = Source.PREFETCH if match.suggestion.ahead else Source.CACHE
+            return replace(made.answer, source=source if computed.text else Source.NONE)
+        if match.rest:
+            return replace(made.answer, text=match.rest, source=Source.TYPED_THROUGH)
+        if not (beyond := match.beyond):
+            return None
+        place = _place(snapshot)
+        end = stop(beyond, place)
+        if end is None and not made.output.ended:
+            # Where this suggestion would end is not known.
+            return None
+        start = len(match.typed)
+        answer = self._trim(made.output.beyond(start, None if end is None else start + end), place)
+        return replace(answer, source=Source.STREAK) if answer.text else None
+
+    async def _ask(self, snapshot: Snapshot, trigger: Trigger) -> Answer | None:
+        """Join the flight that agrees with this text, or launch one; None if it went another way."""
+        explicit = trigger is Trigger.INVOKED
+        joined = self._suggestions.join(snapshot, explicit=explicit)
+        if joined is None:
+            flight = self._suggestions.launch(snapshot, self._work(snapshot), explicit=explicit)
+            match = await flight.wait(("", ""))
+            return None if match is None else match.suggestion.computed.made.answer
+        match = await joined[0].wait(joined[1])
+        if match is None:
+            return None
+        computed = match.suggestion.computed
+        if match.exact or not computed.lasting:
+            return replace(computed.made.answer, source=Source.JOINED if computed.text else Source.NONE)
+        return replace(computed.made.answer, text=match.rest, source=Source.JOINED) if match.rest else None
+
+    def _look_ahead(self, snapshot: Snapshot, answer: Answer) -> None:
+        """When the user rests: compute what comes next if this answer is accepted."""
+        if not self.looks_ahead or not self.settings.prefetch or not answer.text:
+            return
+        accepted = snapshot.insert(answer.text.replace("\n", snapshot.document.line_ending))
+        self._rest = asyncio.get_running_loop().call_later(_REST_S, self._prefetch, snapshot, accepted)
+
+    def _prefetch(self, snapshot: Snapshot, accepted: Snapshot) -> None:
+        known = self._suggestions.matches(accepted, explicit=False)
+        if (
+            self._engine is None
+            or self.gate(accepted, Trigger.AUTOMATIC) is not None
+            or any(self._continue(match, accepted) is not None for match in known)
+            or self._suggestions.join(accepted, explicit=False) is not None
+        ):
+            return
+        self._suggestions.launch(accepted, self._work(accepted), ahead_of=snapshot)
+
+    def _stop_resting(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
+
+    def _work(self, snapshot: Snapshot) -> Callable[[Flight[_Made]], Awaitable[Computed[_Made]]]:
+        """The stages that ask the model, with the engine and the settings of this moment."""
+        if self._engine is None or self._prompts is None:
+            raise AssertionError("work is made where there is an engine")
+        return partial(self._compute, self._engine, self._prompts, snapshot)
+
+    async def _compute(
+        self, engine: Engine, prompts: PromptBuilder, snapshot: Snapshot, flight: Flight[_Made]
+    ) -> Computed[_Made]:
         """Ask the model: prompt > engine > trim."""
         prompt = prompts.build(snapshot)
         place = _place(snapshot)
         request = Request(
             prompt.tokens, prompt.max_new_tokens, prompt.stop_ids, starts_with=prompt.starts_with
         )
-        output = await self._generate(engine, request, place)
-        answer = self._trim(output, place, snapshot)
-        return replace(
-            answer,
+        flight.run_as(request)
+        output = await self._generate(engine, request, place, flight)
+        answer = replace(
+            self._trim(output, place),
             num_prompt=len(prompt.tokens),
             num_reused=request.stats.num_reused,
             num_generated=request.stats.num_generated,
             segments=prompt.segments,
         )
+        return Computed(answer.text, output.raw, _Made(answer, output), lasting=output.failure is None)
 
-    async def _generate(self, engine: Engine, request: Request, place: Place) -> _Output:
+    async def _generate(
+        self, engine: Engine, request: Request, place: Place, flight: Flight[_Made]
+    ) -> _Output:
         """What the model writes, up to where a suggestion ends, or how it failed."""
         output = _Output()
         try:
             async with asyncio.timeout(self.settings.deadline_s):
-                await _stream(engine, request, place, output)
+                await _stream(engine, request, place, flight, output)
         except TimeoutError:
             _LOG.warning("no answer within %.1f s", self.settings.deadline_s)
             output.failure = Reason.DEADLINE
@@ -257,34 +401,34 @@ class Completer:
             output.failure = Reason.ENGINE_ERROR
         return output
 
-    def _trim(self, output: _Output, place: Place, snapshot: Snapshot) -> Answer:
-        """What of the model's text is worth inserting, with the file's own line ends."""
+    def _trim(self, output: _Output, place: Place) -> Answer:
+        """What of the model's text is worth inserting."""
         if output.failure is not None:
             return Answer(reason=output.failure, detail=output.detail)
         text, why = clean(output.text, place, complete=output.complete, forbidden=self._forbidden)
         if why is not None:
             return Answer(reason=Reason(why))
         return Answer(
-            text.replace("\n", snapshot.document.line_ending),
-            source="model",
-            logprobs=output.logprobs(len(text)),
-            finished=output.complete,
+            text, source=Source.MODEL, logprobs=output.logprobs(len(text)), finished=output.complete
         )
 
 
-async def _stream(engine: Engine, request: Request, place: Place, output: _Output) -> None:
+async def _stream(
+    engine: Engine, request: Request, place: Place, flight: Flight[_Made], output: _Output
+) -> None:
     """Collect the model's text after `starts_with`; stop it where the suggestion has come to its end."""
     num_held = len(request.starts_with)
     text = ""
     async with aclosing(engine.generate(request)) as tokens:
         async for token in tokens:
             text += token.text
-            output.text = text[num_held:]
+            output.text = output.raw = text[num_held:]
             output.tokens.append((len(text) - num_held, token.logprob))
+            flight.push(output.raw)
             if output.text and (end := stop(output.text, place)) is not None:
                 output.text, output.complete = output.text[:end], True
                 return
-    output.complete = request.stats.num_generated < request.max_new_tokens
+    output.complete = output.ended = request.stats.num_generated < request.max_new_tokens
 
 
 def _place(snapshot: Snapshot) -> Place:

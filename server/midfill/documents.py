@@ -135,6 +135,14 @@ class Snapshot:
         below = self.document.lines[self.cursor.line + 1 : self.cursor.line + 1 + max_lines]
         return [line[: content_length(line)] for line in below]
 
+    def insert(self, text: str) -> Snapshot:
+        """What it becomes when `text` is inserted at the cursor: the cursor is behind it then."""
+        place = self.cursor.line, self.cursor.column
+        document = self.document.edit([Change(text, place, place)], self.document.version, Encoding.UTF32)
+        *above, last = split_lines(text)
+        column = len(last) + (0 if above else self.cursor.column)
+        return Snapshot(document, Point(self.cursor.line + len(above), column))
+
 
 def split_lines(text: str) -> list[str]:
     r"""Split after each \n, \r\n or \r, which stay. The last item has no terminator and may be "".

@@ -74,7 +74,7 @@ class MidfillServer(LanguageServer):
         notebooks = types.NotebookDocumentSyncOptions([types.NotebookDocumentFilterWithNotebook("*")])
         super().__init__("midfill", __version__, protocol_cls=Protocol, notebook_document_sync=notebooks)
         self._make_engine = make_engine
-        self.state = _State(Completer(settings))
+        self.state = _State(Completer(settings, looks_ahead=True))
         self._register()
 
     def _register(self) -> None:
@@ -125,6 +125,7 @@ class MidfillServer(LanguageServer):
         finally:
             for task in self.state.background:
                 task.cancel()
+            self.state.completer.drop_work()
             if self.state.engine is not None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.state.engine.close(), timeout=2)
@@ -205,7 +206,10 @@ class MidfillServer(LanguageServer):
             _LOG.warning("dropped a change of a document that is not open")
             return
         version = document.version if edited.version is None else edited.version
-        self.state.documents[edited.uri] = document.edit(edited.changes, version, self.state.encoding)
+        document = document.edit(edited.changes, version, self.state.encoding)
+        self.state.documents[edited.uri] = document
+        whole = self.state.notebooks.whole(Snapshot(document, Point(0, 0)), self.state.documents)
+        self.state.completer.edited(whole.document)
 
     def did_close(self, uri: str) -> None:
         """Forget a document and cancel what is computed for it."""
@@ -365,7 +369,10 @@ class MidfillServer(LanguageServer):
         return answer
 
     def _newest(self, kind: str, uri: str, work: Awaitable[T]) -> asyncio.Task[T]:
-        """Run `work`; a newer request of the same kind for the same document cancels it."""
+        """Run `work`; a newer request of the same kind for the same document cancels it.
+
+        What the model does for it goes on if the newer one can use it: see `suggestions`.
+        """
         key = (uri, kind)
         if (older := self.state.flights.get(key)) is not None:
             older.cancel()

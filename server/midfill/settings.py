@@ -86,6 +86,11 @@ class Settings(BaseModel):
         default=True,
         description="Whether a half-typed word is taken back and completed as a whole; off for measurements.",
     )
+    prefetch: bool = Field(
+        default=True,
+        description="Compute what comes next, as if the suggestion on the screen had been accepted, while "
+        "the model has nothing else to do.",
+    )
     deadline_s: float = Field(
         default=10.0, ge=0.1, le=600, description="Seconds after which a request is given up."
     )

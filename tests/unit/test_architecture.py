@@ -15,7 +15,7 @@ LAYERS = [
     {"documents", "messages", "notebooks", "settings", "languages", "secrecy", "syntax"},
     {"models"},
     {"engine"},
-    {"families", "probing", "prompt", "trim"},
+    {"families", "probing", "prompt", "suggestions", "trim"},
     {"completer"},
     {"protocol", "server", "client", "recording", "bench", "demo", "doctor", "evaluation"},
     {"cli"},

@@ -137,9 +137,9 @@ class Stats:
     ended_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Request:
-    """One completion to compute, greedily.
+    """One completion to compute, greedily. Only `idle` may be changed once it has been submitted.
 
     Attributes:
         tokens: the prompt, sentinels included; at least one.
@@ -148,6 +148,8 @@ class Request:
             the tokenizer's `control_ids`.
         starts_with: the output must begin with this text; tokens that contradict it are not chosen
             (token healing: characters removed from the prompt's end are put here). "" for no demand.
+        idle: nobody waits for it yet, so it stands aside, after at most one forward pass, for any request
+            that is not idle. The event loop may set and unset this while the request runs.
         stats: see `Stats`.
     """
 
@@ -155,6 +157,7 @@ class Request:
     max_new_tokens: int
     stop_ids: frozenset[int] = frozenset()
     starts_with: str = ""
+    idle: bool = False
     stats: Stats = field(default_factory=Stats)
 
 

@@ -26,7 +26,7 @@ from midfill.engine import EngineSpec, ModelInfo, Progress, Request, TextStream,
 from midfill.engine.healing import TokenIndex
 from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, Sequence
 from midfill.engine.slots import NUM_SLOTS, Slots
-from midfill.errors import EngineError, EngineUnavailableError, MidfillError
+from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
 from midfill.models.store import verify
 
 _LOG = logging.getLogger(__name__)
@@ -393,6 +393,8 @@ class _Steps:
                 return
             for flight in [flight for flight in self._flights.values() if flight.cancelled]:
                 self._leave(flight)
+            for sequence, flight in self._flights.items():
+                sequence.priority = _priority(flight.request)
             if chunks := self._scheduler.schedule():
                 self._step(chunks)
 
@@ -435,10 +437,16 @@ class _Steps:
         request = flight.request
         try:
             self._check(request.tokens)
-            flight.sequence = Sequence(self._key, list(request.tokens))
-            self._scheduler.add(flight.sequence)
+            flight.sequence = Sequence(self._key, list(request.tokens), _priority(request))
+            dropped = self._scheduler.add(flight.sequence)
         except EngineError as error:
             flight.send(error)
+            return
+        for sequence in dropped:
+            idle = flight if sequence is flight.sequence else self._flights.get(sequence)
+            if idle is not None:
+                self._leave(idle, EngineOverloadedError("There was no room for idle work."))
+        if flight.sequence in dropped:
             return
         request.stats.num_prompt = len(request.tokens)
         flight.stop_ids = request.stop_ids | self._control_ids
@@ -568,6 +576,10 @@ class _Steps:
         flight.request.stats.ended_s = time.monotonic()
         if last is not None:
             flight.send(last)
+
+
+def _priority(request: Request) -> Priority:
+    return Priority.IDLE if request.idle else Priority.INTERACTIVE
 
 
 def _resolve(future: asyncio.Future[None], error: MidfillError | None) -> None:

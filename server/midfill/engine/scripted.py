@@ -123,6 +123,33 @@ class Script:
             raise ModelError(f"Cannot read the engine script {path}: {error}.") from error
 
 
+class _Turn:
+    """A request's use of the device, a lock: held to the end, or, if idle, given away at each step."""
+
+    def __init__(self, device: asyncio.Lock, request: Request) -> None:
+        self._device = device
+        self._request = request
+        self._holds = False
+
+    async def take(self) -> None:
+        """Wait for the device."""
+        while self._request.idle:
+            self.end()
+            if not self._device.locked():
+                return
+            async with self._device:
+                pass
+        if not self._holds:
+            await self._device.acquire()
+            self._holds = True
+
+    def end(self) -> None:
+        """Give it to others."""
+        if self._holds:
+            self._device.release()
+            self._holds = False
+
+
 class ScriptedEngine:
     """See the module."""
 
@@ -168,14 +195,21 @@ class ScriptedEngine:
         prompt = tokenizer.decode(request.tokens) + held
         fitting = (r for r in self._script.rules if prompt.endswith(r.after) and r.contains in prompt)
         rule = next(fitting, Rule())
-        async with self._busy, aclosing(self._play(rule, held, request)) as tokens:
-            request.stats.started_s = time.monotonic()
-            async for token in tokens:
-                request.stats.num_generated += 1
-                request.stats.first_token_s = request.stats.first_token_s or time.monotonic()
-                yield token
+        turn = _Turn(self._busy, request)
+        try:
+            await turn.take()
+            async with aclosing(self._play(rule, held, request, turn)) as tokens:
+                request.stats.started_s = time.monotonic()
+                async for token in tokens:
+                    request.stats.num_generated += 1
+                    request.stats.first_token_s = request.stats.first_token_s or time.monotonic()
+                    yield token
+        finally:
+            turn.end()
 
-    async def _play(self, rule: Rule, held: str, request: Request) -> AsyncGenerator[Token, None]:
+    async def _play(
+        self, rule: Rule, held: str, request: Request, turn: _Turn
+    ) -> AsyncGenerator[Token, None]:
         steps = 0
         fate = "cancelled"
         try:
@@ -189,6 +223,7 @@ class ScriptedEngine:
             for char in (held + rule.text)[: request.max_new_tokens]:
                 if rule.error and steps >= rule.error_after:
                     break
+                await turn.take()
                 if rule.token_delay_s:
                     await asyncio.sleep(rule.token_delay_s)
                 steps += 1
@@ -201,12 +236,13 @@ class ScriptedEngine:
             fate = "failed"
             raise
         finally:
-            self._note(fate, steps)
+            self._note(fate, steps, idle=request.idle)
 
-    def _note(self, fate: str, steps: int) -> None:
+    def _note(self, fate: str, steps: int, *, idle: bool) -> None:
         if self._script.log:
+            row = {"fate": fate, "steps": steps, "idle": idle, "at": time.time()}
             with Path(self._script.log).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"fate": fate, "steps": steps, "at": time.time()}) + "\n")
+                file.write(json.dumps(row) + "\n")
 
     def prewarm(self, tokens: Sequence[int]) -> None:
         """See `Engine.prewarm`: there is nothing to warm."""
