@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 
+from midfill.confidence import THRESHOLDS, Eagerness, Evidence, best, worth_showing
 from midfill.documents import Document, Snapshot
 from midfill.engine import Engine, Request
 from midfill.errors import EngineError, EngineUnavailableError
@@ -63,6 +64,7 @@ class Reason(StrEnum):
     NOT_OPEN = "not-open"
     MODEL_SILENT = "model-silent"
     REPEATS_TEXT = "repeats-text"
+    LOW_CONFIDENCE = "low-confidence"
     ENGINE_ERROR = "engine-error"
     ENGINE_UNAVAILABLE = "engine-unavailable"
     DEADLINE = "deadline"
@@ -84,6 +86,7 @@ REASONS = {
     Reason.NOT_OPEN: "The document is not open.",
     Reason.MODEL_SILENT: "The model had nothing to add.",
     Reason.REPEATS_TEXT: "The model only repeated what stands behind the cursor.",
+    Reason.LOW_CONFIDENCE: "The model was not sure enough (`eagerness`); ask explicitly to see it anyway.",
     Reason.ENGINE_ERROR: "The model failed on this request; the log says how.",
     Reason.ENGINE_UNAVAILABLE: "The model is being restarted after a fault, or has been given up.",
     Reason.DEADLINE: "The model took longer than `deadline_s`.",
@@ -119,7 +122,7 @@ class Answer:
         latency_ms: from the snapshot to here.
         num_prompt, num_reused, num_generated: tokens.
         segments: the parts of the prompt and their sizes in tokens.
-        logprobs: log-probabilities of the tokens that the text is made of.
+        tokens: for each token that the text is made of: where it ends in the text, its log-probability.
         finished: the text came to an end of its own, not to the token limit.
     """
 
@@ -132,7 +135,7 @@ class Answer:
     num_reused: int = 0
     num_generated: int = 0
     segments: tuple[tuple[str, int], ...] = ()
-    logprobs: tuple[float, ...] = ()
+    tokens: tuple[tuple[int, float], ...] = ()
     finished: bool = False
 
 
@@ -158,13 +161,13 @@ class _Output:
     detail: str = ""
     tokens: list[tuple[int, float]] = field(default_factory=list)
 
-    def logprobs(self, num_chars: int) -> tuple[float, ...]:
-        """Log-probabilities of the tokens that the first `num_chars` characters are made of."""
+    def within(self, num_chars: int) -> tuple[tuple[int, float], ...]:
+        """The tokens that the first `num_chars` characters are made of."""
         begins = [0, *(end for end, _ in self.tokens)]
         return tuple(
-            logprob
-            for begin, (end, logprob) in zip(begins, self.tokens, strict=False)
-            if end > 0 and begin < num_chars
+            token
+            for begin, token in zip(begins, self.tokens, strict=False)
+            if token[0] > 0 and begin < num_chars
         )
 
     def beyond(self, start: int, end: int | None) -> _Output:
@@ -289,18 +292,19 @@ class Completer:
         """What there is without the model: the rest of a suggestion, or one for exactly this text."""
         self._suggestions.moved(snapshot)
         for match in self._suggestions.matches(snapshot, explicit=trigger is Trigger.INVOKED):
-            if (answer := self._continue(match, snapshot)) is not None:
+            if (answer := self._continue(match, snapshot, trigger)) is not None:
                 self._suggestions.keep(match.suggestion)
                 return replace(answer, num_prompt=0, num_reused=0, num_generated=0, segments=())
         return None
 
-    def _continue(self, match: Match[_Made], snapshot: Snapshot) -> Answer | None:
+    def _continue(self, match: Match[_Made], snapshot: Snapshot, trigger: Trigger) -> Answer | None:
         """What a suggestion that still holds has to say here; None if it has come to its end."""
         computed = match.suggestion.computed
         made = computed.made
         if match.exact:
             source = Source.PREFETCH if match.suggestion.ahead else Source.CACHE
-            return replace(made.answer, source=source if computed.text else Source.NONE)
+            answer = self._weigh(made.answer, _place(snapshot), trigger)
+            return replace(answer, source=source if answer.text else Source.NONE)
         if match.rest:
             return replace(made.answer, text=match.rest, source=Source.TYPED_THROUGH)
         if not (beyond := match.beyond):
@@ -311,7 +315,8 @@ class Completer:
             # Where this suggestion would end is not known.
             return None
         start = len(match.typed)
-        answer = self._trim(made.output.beyond(start, None if end is None else start + end), place)
+        output = made.output.beyond(start, None if end is None else start + end)
+        answer = self._weigh(self._trim(output, place), place, trigger)
         return replace(answer, source=Source.STREAK) if answer.text else None
 
     async def _ask(self, snapshot: Snapshot, trigger: Trigger) -> Answer | None:
@@ -327,7 +332,8 @@ class Completer:
             return None
         computed = match.suggestion.computed
         if match.exact or not computed.lasting:
-            return replace(computed.made.answer, source=Source.JOINED if computed.text else Source.NONE)
+            answer = self._weigh(computed.made.answer, _place(snapshot), trigger)
+            return replace(answer, source=Source.JOINED if answer.text else Source.NONE)
         return replace(computed.made.answer, text=match.rest, source=Source.JOINED) if match.rest else None
 
     def _look_ahead(self, snapshot: Snapshot, answer: Answer) -> None:
@@ -342,7 +348,7 @@ class Completer:
         if (
             self._engine is None
             or self.gate(accepted, Trigger.AUTOMATIC) is not None
-            or any(self._continue(match, accepted) is not None for match in known)
+            or any(self._continue(match, accepted, Trigger.AUTOMATIC) is not None for match in known)
             or self._suggestions.join(accepted, explicit=False) is not None
         ):
             return
@@ -370,8 +376,9 @@ class Completer:
         )
         flight.run_as(request)
         output = await self._generate(engine, request, place, flight)
+        trigger = Trigger.INVOKED if flight.explicit else Trigger.AUTOMATIC
         answer = replace(
-            self._trim(output, place),
+            self._weigh(self._trim(output, place), place, trigger),
             num_prompt=len(prompt.tokens),
             num_reused=request.stats.num_reused,
             num_generated=request.stats.num_generated,
@@ -408,9 +415,20 @@ class Completer:
         text, why = clean(output.text, place, complete=output.complete, forbidden=self._forbidden)
         if why is not None:
             return Answer(reason=Reason(why))
-        return Answer(
-            text, source=Source.MODEL, logprobs=output.logprobs(len(text)), finished=output.complete
-        )
+        return Answer(text, source=Source.MODEL, tokens=output.within(len(text)), finished=output.complete)
+
+    def _weigh(self, answer: Answer, place: Place, trigger: Trigger) -> Answer:
+        """Of an answer that nobody asked for explicitly, the lines that are likely enough right."""
+        if trigger is Trigger.INVOKED or not answer.text:
+            return answer
+        evidence = Evidence(answer.text, answer.tokens, answer.finished, place.line_before)
+        eagerness = Eagerness(self.settings.eagerness)
+        if (end := worth_showing(evidence, eagerness)) == len(answer.text):
+            return answer
+        if end:
+            return replace(answer, text=answer.text[:end], finished=False)
+        detail = f"At best {best(evidence):.0%} likely to be right; `eagerness` = {eagerness} asks for "
+        return Answer(reason=Reason.LOW_CONFIDENCE, detail=f"{detail}{THRESHOLDS[eagerness]:.0%}.")
 
 
 async def _stream(
@@ -423,7 +441,8 @@ async def _stream(
         async for token in tokens:
             text += token.text
             output.text = output.raw = text[num_held:]
-            output.tokens.append((len(text) - num_held, token.logprob))
+            if token.logprob is not None:
+                output.tokens.append((len(text) - num_held, token.logprob))
             flight.push(output.raw)
             if output.text and (end := stop(output.text, place)) is not None:
                 output.text, output.complete = output.text[:end], True

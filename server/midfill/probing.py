@@ -175,7 +175,7 @@ async def _score(engine: Engine, tokens: tuple[int, ...], truth: str) -> float:
     async with aclosing(engine.generate(request)) as output:
         async for token in output:
             text += token.text
-            total += token.logprob
+            total += -math.inf if token.logprob is None else token.logprob
             if len(text) >= len(truth):
                 break
     return total / len(truth) if text.startswith(truth) else -math.inf

@@ -91,6 +91,11 @@ class Settings(BaseModel):
         description="Compute what comes next, as if the suggestion on the screen had been accepted, while "
         "the model has nothing else to do.",
     )
+    eagerness: Literal["low", "normal", "high", "always"] = Field(
+        default="normal",
+        description="How readily something is shown unasked: `low` only what is likely right, `always` "
+        "whatever the model wrote. Asking explicitly always shows it.",
+    )
     deadline_s: float = Field(
         default=10.0, ge=0.1, le=600, description="Seconds after which a request is given up."
     )

@@ -15,7 +15,7 @@ LAYERS = [
     {"documents", "messages", "notebooks", "settings", "languages", "secrecy", "syntax"},
     {"models"},
     {"engine"},
-    {"families", "probing", "prompt", "suggestions", "trim"},
+    {"families", "probing", "prompt", "suggestions", "trim", "confidence"},
     {"completer"},
     {"protocol", "server", "client", "recording", "bench", "demo", "doctor", "evaluation"},
     {"cli"},

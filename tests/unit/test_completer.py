@@ -39,11 +39,40 @@ async def test_an_answer_says_where_it_comes_from_and_what_it_cost():
 
 async def test_an_answer_knows_the_log_probabilities_of_its_own_tokens_only():
     # One token for each character; the blank is healed, and what follows the line is trimmed.
-    answer = await ask(await completer(Rule("12)\nmore")), "f(a, ▮)")
+    answer = await ask(await completer(Rule("12)\nmore", logprob=-0.1)), "f(a, ▮)")
     assert answer.text == "12"
     assert answer.finished
-    assert len(answer.logprobs) == 2
+    assert [end for end, _ in answer.tokens] == [1, 2]
     assert not (await ask(await completer(Rule("12345"), max_new_tokens=3), "a = ▮")).finished
+
+
+UNSURE = Rule("compute(value)\nmore\n", logprob=-1.5)
+
+
+async def test_what_the_model_is_not_sure_of_is_shown_only_to_who_asks():
+    answer = await ask(await completer(UNSURE))
+    assert (answer.text, answer.reason) == ("", Reason.LOW_CONFIDENCE)
+    assert "`eagerness` = normal" in answer.detail
+    assert (await ask(await completer(UNSURE), trigger=Trigger.INVOKED)).text
+    assert (await ask(await completer(UNSURE, eagerness="always"))).text
+
+
+async def test_what_was_silenced_is_still_shown_to_who_asks_afterwards():
+    it = await completer(UNSURE)
+    assert (await ask(it)).reason == Reason.LOW_CONFIDENCE
+    assert (await ask(it)).reason == Reason.LOW_CONFIDENCE
+    assert (await ask(it, trigger=Trigger.INVOKED)).text
+    it.configure(Settings(eagerness="always"))
+    assert (await ask(it)).text
+
+
+async def test_of_several_lines_those_are_shown_that_the_model_is_sure_of():
+    sure = Rule("compute(value)\nguess_what_comes_then(value)\n", logprob=-0.05)
+    assert (await ask(await completer(sure, max_new_tokens=64), "a = ▮\r\n")).text == "compute(value)"
+
+
+async def test_an_engine_that_tells_no_log_probabilities_is_not_silenced():
+    assert (await ask(await completer(Rule("compute(value)")))).text == "compute(value)"
 
 
 async def test_before_the_model_is_loaded_the_reason_is_loading():

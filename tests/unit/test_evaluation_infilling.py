@@ -154,10 +154,11 @@ async def test_tasks_go_through_the_pipeline_and_resume(tasks, tmp_path):
 
 
 async def test_the_raw_model_is_not_stopped(tasks):
-    filler = RawFiller(await scripted(Rule("    return a + b\n\n\n\nx = 1")), Settings(max_new_tokens=64))
+    rule = Rule("    return a + b\n\n\n\nx = 1", logprob=-0.1)
+    filler = RawFiller(await scripted(rule), Settings(max_new_tokens=64))
     filled = await filler.fill(tasks[0].hole, None)
     assert filled.text == "    return a + b\n\n\n\nx = 1"
-    assert len(filled.logprobs) == len(filled.text)
+    assert len(filled.tokens) == len(filled.text)
     assert filled.finished
 
 

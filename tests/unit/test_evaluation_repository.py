@@ -3,6 +3,7 @@ from collections import Counter
 
 import pytest
 
+from midfill.confidence import Eagerness
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import MidfillError
@@ -15,6 +16,7 @@ from midfill.evaluation.repository import (
     evaluate,
     read_result,
     score,
+    shown_text,
     summarise,
 )
 from midfill.evaluation.statistics import mcnemar, ratio_interval
@@ -146,9 +148,10 @@ async def run(repository):
     async def play(*rules, count=30):
         engine = ScriptedEngine(Script(list(rules)))
         await engine.start(lambda _message, _share: None)
+        everything = Settings(eagerness="always")
         kept = records.Records(None, {"eval": "repo", "settings": {"rules": len(rules)}})
         samples = holes.choose(repository, Settings(), count=count, seed=1)
-        await evaluate(samples, PipelineFiller(engine, Settings()), kept, lambda _share: None)
+        await evaluate(samples, PipelineFiller(engine, everything), kept, lambda _share: None)
         return kept.header, kept.rows
 
     return play
@@ -160,9 +163,9 @@ async def test_a_model_that_knows_the_text_is_exact_and_one_that_does_not_is_not
         Rule(line[cut:] + "\n", after=line[:cut]) for line in lines for cut in range(len(line) - 1, 1, -1)
     ]
     _, rows = await run(*sorted(rules, key=lambda rule: -len(rule.after)))
-    good = summarise([read_result(row) for row in rows.values()])
+    good = summarise([read_result(row) for row in rows.values()], Eagerness.ALWAYS)
     _, rows = await run(Rule("nonsense"))
-    bad = summarise([read_result(row) for row in rows.values()])
+    bad = summarise([read_result(row) for row in rows.values()], Eagerness.ALWAYS)
     assert good["exact"]["rest-of-line"] > 0.8
     assert bad["exact"]["all"] == 0
     assert good["saved_chars"] > 0 == bad["saved_chars"]
@@ -171,9 +174,30 @@ async def test_a_model_that_knows_the_text_is_exact_and_one_that_does_not_is_not
     assert "rest-of-line" in describe(good)
 
 
+async def test_each_eagerness_is_worked_out_from_one_run_as_the_pipeline_would_show_it(repository):
+    engine = ScriptedEngine(
+        Script([Rule("math\n\n    x = 1\n", logprob=-0.01), Rule("area(\nnonsense\n", logprob=-1.5)])
+    )
+    await engine.start(lambda _message, _share: None)
+    samples = holes.choose(repository, Settings(), count=30, seed=1)
+    shown = {}
+    for eagerness in Eagerness:
+        kept = records.Records(None, {})
+        filler = PipelineFiller(engine, Settings(eagerness=str(eagerness)))
+        await evaluate(samples, filler, kept, lambda _share: None)
+        shown[eagerness] = {id_: row["text"] for id_, row in kept.rows.items()}
+    results = [read_result(row) for row in kept.rows.values()]
+    for eagerness, texts in shown.items():
+        assert {result.id: shown_text(result, eagerness) for result in results} == texts
+    assert shown[Eagerness.LOW] != shown[Eagerness.ALWAYS]
+    trades = summarise(results, Eagerness.NORMAL)["by_eagerness"]
+    assert list(trades) == ["low", "normal", "high", "always"]
+    assert trades["low"]["shown"] <= trades["normal"]["shown"] <= trades["always"]["shown"]
+
+
 async def test_two_runs_are_compared_by_hole(run):
     before, after = await run(Rule("nonsense")), await run(Rule("math\n"), Rule(""))
-    found = compare(before, after)
+    found = compare(before, after, Eagerness.ALWAYS)
     assert found["holes"] == 30
     assert found["shown"]["before"] == 1
     assert found["differs"] == ["settings"]
@@ -181,9 +205,9 @@ async def test_two_runs_are_compared_by_hole(run):
     assert low <= found["similarity"]["gain"] <= high
     assert "settings" in describe_difference(found)
     with pytest.raises(MidfillError, match="no hole in common"):
-        compare(before, (after[0], {}))
+        compare(before, (after[0], {}), Eagerness.ALWAYS)
     with pytest.raises(MidfillError, match="eval repo"):
-        compare(before, ({"eval": "infilling"}, after[1]))
+        compare(before, ({"eval": "infilling"}, after[1]), Eagerness.ALWAYS)
 
 
 def test_mcnemar_is_exact():

@@ -32,6 +32,8 @@ _SET = click.option(
     help="Change a setting for this run; may be repeated.",
 )
 
+_DEADLINE_S = 120.0
+
 
 @click.group("eval")
 def evaluate() -> None:
@@ -153,8 +155,8 @@ def eval_repo(
     """Make holes in the repository at PATH, fill them, and compare with what stood there.
 
     Files of recent commits are drawn more often; the same seed draws the same holes. Nothing is run or
-    changed. All suggestions are asked for as by typing; what the setting `eagerness` shows of them is
-    worked out for each of its values. The file of --results holds source text.
+    changed. Suggestions are asked for as by typing; what each `eagerness` would show of them is worked out
+    from one run (not with --server, where the server decides). The file of --results holds source text.
 
     \b
     Examples:
@@ -163,11 +165,13 @@ def eval_repo(
       midfill eval repo . --set suffix_tokens=512 --results long.jsonl
       midfill eval repo --compare short.jsonl long.jsonl --json
     """
+    from midfill.confidence import Eagerness
     from midfill.evaluation import holes as places
     from midfill.evaluation import records, repository
 
     if compare:
-        difference = repository.compare(records.read(compare[0]), records.read(compare[1]))
+        eagerness = Eagerness(_settings(given).eagerness)
+        difference = repository.compare(records.read(compare[0]), records.read(compare[1]), eagerness)
         show(difference, repository.describe_difference, as_json=as_json)
         return
     if path is None:
@@ -175,8 +179,15 @@ def eval_repo(
     draw = _plotter(plot)
     settings = _settings(given, model=model, adapter=adapter)
     samples = places.choose(path, settings, count=holes, seed=seed)
+    eagerness = Eagerness(settings.eagerness)
     header = {"eval": "repo", "repository": path.resolve().name, "seed": seed, **_described(settings)}
-    kept = records.Records(results, header | {"through": _through(raw=False, server=server)})
+    header["through"] = _through(raw=False, server=server)
+    if server:
+        header["eagerness"] = str(eagerness)
+    else:
+        # The gate is the last stage, so that it can be applied to the results.
+        settings = settings.model_copy(update={"eagerness": "always"})
+    kept = records.Records(results, header)
     if any(sample.id not in kept.rows for sample in samples):
         _with_filler(
             settings,
@@ -185,7 +196,7 @@ def eval_repo(
             server=server,
         )
     found = [repository.read_result(kept.rows[sample.id]) for sample in samples]
-    summary = {**kept.header, **repository.summarise(found)}
+    summary = {**kept.header, **repository.summarise(found, eagerness)}
     if plot is not None:
         draw.repository(found, summary, plot)
     show(summary, repository.describe, as_json=as_json)
@@ -237,8 +248,31 @@ def eval_families(vocabs: tuple[Path, ...], no_probe: bool, as_json: bool) -> No
         raise click.exceptions.Exit(1)
 
 
+@evaluate.command("calibrate")
+@click.argument("training", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--held-out", multiple=True, type=click.Path(path_type=Path), help="Judge it on these results.")
+@JSON
+def eval_calibrate(training: tuple[Path, ...], held_out: tuple[Path, ...], as_json: bool) -> None:
+    """Fit the confidence gate to results of `midfill eval repo`, and judge it on others.
+
+    Prints the tables of midfill.confidence. Give a file of results for each repository: thresholds are
+    chosen by predictions for repositories that the weights have not seen.
+
+    \b
+    Example:
+      midfill eval calibrate app.jsonl tool.jsonl site.jsonl --held-out other.jsonl
+    """
+    from midfill.evaluation import calibration
+
+    show(calibration.calibrate(training, held_out), calibration.describe, as_json=as_json)
+
+
 def _settings(given: tuple[str, ...], **overrides: Any) -> Settings:
-    """The user's settings, with `--set` and other options laid over them."""
+    """The user's settings, with `--set` and other options laid over them.
+
+    Quality is measured apart from speed, so that a slow hour of the machine does not count as silence.
+    """
+    overrides["deadline_s"] = _DEADLINE_S
     for one in given:
         key, equals, value = one.partition("=")
         if not equals:
@@ -259,10 +293,13 @@ def _described(settings: Settings) -> dict[str, Any]:
     """What the header of results says of the settings: the model, and what is not the default."""
     from midfill.settings import Settings
 
+    base = Settings()
     changed = {
-        key: value for key, value in settings.model_dump().items() if value != getattr(Settings(), key)
+        key: value
+        for key, value in settings.model_dump(mode="json").items()
+        if value != base.model_dump(mode="json")[key] and key not in {"model", "deadline_s", "eagerness"}
     }
-    return {"model": settings.model, "settings": {k: v for k, v in sorted(changed.items()) if k != "model"}}
+    return {"model": settings.model, "settings": dict(sorted(changed.items()))}
 
 
 def _with_filler(

@@ -168,12 +168,13 @@ class Token:
     Attributes:
         id: its id.
         text: the characters it completes; "" while a multi-byte character is unfinished.
-        logprob: natural log-probability under the model, before any constraint.
+        logprob: natural log-probability under the model, before any constraint; None where the engine does
+            not know it.
     """
 
     id: int
     text: str
-    logprob: float
+    logprob: float | None
 
 
 class Engine(Protocol):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -78,6 +77,7 @@ class Rule:
         token_delay_s: time that each token takes.
         prefill_delay_s: time before the first token.
         hang: never answer.
+        logprob: log-probability of each token; None as from an engine that does not tell.
     """
 
     text: str = ""
@@ -90,6 +90,7 @@ class Rule:
     token_delay_s: float = 0.0
     prefill_delay_s: float = 0.0
     hang: bool = False
+    logprob: float | None = None
 
 
 @dataclass(slots=True)
@@ -227,7 +228,7 @@ class ScriptedEngine:
                 if rule.token_delay_s:
                     await asyncio.sleep(rule.token_delay_s)
                 steps += 1
-                yield Token(ord(char), char, math.log(0.9))
+                yield Token(ord(char), char, rule.logprob)
             if rule.error:
                 failure = EngineUnavailableError if rule.lost else EngineError
                 raise failure(rule.error)

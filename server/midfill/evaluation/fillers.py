@@ -54,14 +54,14 @@ class Filled:
         text: what is to be inserted; "" for nothing. Line ends are \n.
         reason: why there is nothing.
         latency_ms: from asking to having it.
-        logprobs: log-probabilities of the text's tokens; () where they are not known.
+        tokens: where each of the text's tokens ends, and its log-probability; () where it is not known.
         finished: the text came to an end of its own.
     """
 
     text: str
     reason: str | None = None
     latency_ms: float = 0.0
-    logprobs: tuple[float, ...] = ()
+    tokens: tuple[tuple[int, float], ...] = ()
     finished: bool = False
 
 
@@ -95,7 +95,7 @@ class PipelineFiller:
             answer.text.replace(document.line_ending, "\n"),
             answer.reason,
             answer.latency_ms,
-            answer.logprobs,
+            answer.tokens,
             answer.finished,
         )
 
@@ -125,17 +125,18 @@ class RawFiller:
             tokens_in += texts[name] if kind == "text" else [sentinel] if sentinel is not None else []
         request = Request(tuple(tokens_in), self._settings.max_new_tokens)
         text = ""
-        logprobs = []
+        spans = []
         async with aclosing(self._engine.generate(request)) as tokens:
             async for token in tokens:
                 text += token.text
-                logprobs.append(token.logprob)
+                if token.logprob is not None:
+                    spans.append((len(text), token.logprob))
         stats = request.stats
         return Filled(
             text,
             None if text else "model-silent",
             (stats.ended_s - stats.submitted_s) * 1000,
-            tuple(logprobs),
+            tuple(spans),
             stats.num_generated < request.max_new_tokens,
         )
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from midfill.confidence import THRESHOLDS, beginnings, confidence
 from midfill.errors import MidfillError
+from midfill.evaluation.calibration import reliability
+from midfill.evaluation.repository import Result, score
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _COLOURS = ("#4393c3", "#d6604d", "#1a9850", "#999999")
@@ -32,6 +38,54 @@ def infilling(summary: Mapping[str, Any], path: Path) -> None:
     axes.set_title("midfill eval infilling: {model}, {tasks} tasks, {through}".format(**summary), fontsize=11)
     axes.legend(fontsize=8)
     _save(figure, path)
+
+
+def repository(results: Sequence[Result], summary: Mapping[str, Any], path: Path) -> None:
+    """How good by kind of place, and how reliable the confidence is. Raises `MidfillError`."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    kinds, reliable = figure.subplots(1, 2)
+    figure.suptitle(
+        "midfill eval repo: {model} on {repository}, {holes} holes".format(**summary), fontsize=11
+    )
+    names = ("shown", "precision", "exact")
+    labels = [kind for kind in summary["shown"] if summary["shown"][kind] is not None]
+    for offset, (name, colour) in enumerate(zip(names, _COLOURS, strict=False)):
+        places = [index + (offset - 1) * 0.27 for index in range(len(labels))]
+        heights = [summary[name].get(kind) or 0.0 for kind in labels]
+        bars = kinds.bar(places, heights, 0.25, label=name, color=colour)
+        kinds.bar_label(bars, fmt="{:.0%}", fontsize=7)
+    kinds.set_xticks(range(len(labels)), labels, fontsize=8)
+    kinds.set_ylim(0, 1.05)
+    kinds.yaxis.set_major_formatter("{x:.0%}")
+    kinds.set_title(f"at eagerness {summary['eagerness']}", fontsize=9)
+    kinds.legend(fontsize=8)
+    _reliability(reliable, results)
+    _save(figure, path)
+
+
+def _reliability(axes: Axes, results: Sequence[Result]) -> None:
+    """How often beginnings of suggestions are right, against how likely that was said to be."""
+    judged = [
+        (confidence(result.evidence, end), score(result.text[:end], result.truth).right)
+        for result in results
+        if result.tokens
+        for end in beginnings(result.text)
+    ]
+    axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
+    axes.set_title(f"reliability, {len(judged)} beginnings of suggestions", fontsize=9)
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("share that is right")
+    for eagerness, threshold in THRESHOLDS.items():
+        axes.axvline(threshold, color="#999999", linewidth=0.8, linestyle=":")
+        axes.annotate(str(eagerness), (threshold, 0.98), fontsize=7, rotation=90, ha="right", va="top")
+    if not judged:
+        return
+    bins = reliability(np.array([one for one, _ in judged]), np.array([float(right) for _, right in judged]))
+    axes.plot(
+        [one["predicted"] for one in bins], [one["right"] for one in bins], marker="o", color=_COLOURS[0]
+    )
 
 
 def _save(figure: Figure, path: Path) -> None:

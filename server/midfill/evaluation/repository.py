@@ -14,6 +14,7 @@ from typing import Any
 
 from midfill.bench.figures import percentiles
 from midfill.completer import Trigger
+from midfill.confidence import Eagerness, Evidence, worth_showing
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Filler
 from midfill.evaluation.holes import KINDS, Sample
@@ -31,7 +32,7 @@ class Result:
         truth: what its author wrote there.
         text: what midfill would insert if it showed everything.
         reason: why there is nothing.
-        logprobs, finished: see `Filled`.
+        tokens, finished: see `Filled`.
         latency_ms: from asking to having it.
     """
 
@@ -44,9 +45,14 @@ class Result:
     truth: str
     text: str
     reason: str | None
-    logprobs: tuple[float, ...]
+    tokens: tuple[tuple[int, float], ...]
     finished: bool
     latency_ms: float
+
+    @property
+    def evidence(self) -> Evidence:
+        """What the confidence gate judges it by."""
+        return Evidence(self.text, self.tokens, self.finished, self.line_before)
 
 
 async def evaluate(
@@ -66,7 +72,7 @@ async def evaluate(
                 sample.truth,
                 filled.text,
                 filled.reason,
-                tuple(round(logprob, 4) for logprob in filled.logprobs),
+                tuple((end, round(logprob, 4)) for end, logprob in filled.tokens),
                 filled.finished,
                 round(filled.latency_ms, 1),
             )
@@ -76,7 +82,7 @@ async def evaluate(
 
 def read_result(row: Mapping[str, Any]) -> Result:
     """A result from the row that `Records` keeps."""
-    return Result(**{**row, "logprobs": tuple(row["logprobs"])})
+    return Result(**{**row, "tokens": tuple((end, logprob) for end, logprob in row["tokens"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,16 +139,29 @@ def _rows(text: str) -> list[str]:
     return rows
 
 
-def summarise(results: Sequence[Result], shows: Callable[[Result], bool] = lambda _: True) -> dict[str, Any]:
-    """All figures, as `--json` prints them.
+def summarise(results: Sequence[Result], eagerness: Eagerness) -> dict[str, Any]:
+    """All figures, as `--json` prints them: those of one `eagerness`, and the trade-off of each of them."""
+    summary = {"eagerness": str(eagerness), **_figures(results, eagerness)}
+    names = ("shown", "precision", "exact", "too_long")
+    trades = {}
+    for level in Eagerness:
+        figures = _figures(results, level)
+        trades[str(level)] = {
+            **{name: figures[name]["all"] for name in names},
+            "saved_chars": figures["saved_chars"],
+            "silent_where_nothing": figures["silent_where_nothing"],
+        }
+    return {**summary, "by_eagerness": trades}
 
-    `shows` says which suggestions the user would see; others count as silence.
-    """
+
+def shown_text(result: Result, eagerness: Eagerness) -> str:
+    """What of a result the user would see."""
+    return result.text[: worth_showing(result.evidence, eagerness)]
+
+
+def _figures(results: Sequence[Result], eagerness: Eagerness) -> dict[str, Any]:
     written = [result for result in results if result.truth]
     nothing = [result for result in results if not result.truth]
-
-    def text(result: Result) -> str:
-        return result.text if shows(result) else ""
 
     def rate(of: Callable[[Score], float], among: Sequence[Result]) -> dict[str, float | None]:
         kinds = {kind: [result for result in among if result.kind == kind] for kind in KINDS}
@@ -152,7 +171,8 @@ def summarise(results: Sequence[Result], shows: Callable[[Result], bool] = lambd
             for name, group in groups.items()
         }
 
-    scores = {result.id: score(text(result), result.truth) for result in results}
+    texts = {result.id: shown_text(result, eagerness) for result in results}
+    scores = {result.id: score(texts[result.id], result.truth) for result in results}
     shown = [result for result in results if scores[result.id].shown]
     files = [result.file for result in written]
     chars = sum(len("".join(result.truth.split())) for result in written)
@@ -171,7 +191,7 @@ def summarise(results: Sequence[Result], shows: Callable[[Result], bool] = lambd
         "saved_chars": sum(one.saved_chars for one in scores.values()),
         "saved_share": _mean(sum(one.saved_chars for one in scores.values()), chars),
         "silent_where_nothing": rate(lambda one: not one.shown, nothing)["all"] if nothing else None,
-        "reasons": _count(result.reason for result in results if result.reason),
+        "reasons": _count(result.reason or "low-confidence" for result in results if not texts[result.id]),
         "latency_ms": percentiles([result.latency_ms for result in results], 50, 95),
     }
 
@@ -190,11 +210,13 @@ def _count(values: Any) -> dict[str, int]:
 def compare(
     before: tuple[Mapping[str, Any], Mapping[str, Mapping[str, Any]]],
     after: tuple[Mapping[str, Any], Mapping[str, Mapping[str, Any]]],
+    eagerness: Eagerness,
 ) -> dict[str, Any]:
     """What is better in the results `after` than in the results `before`, over the holes that both have.
 
-    Each is a header and rows, as `records.read` gives them. The intervals are of the mean difference, with
-    files drawn again. Raises `MidfillError` if they have no hole in common.
+    Each is a header and rows, as `records.read` gives them; both are shown with the same `eagerness`. The
+    intervals are of the mean difference, with files drawn again. Raises `MidfillError` if they have no hole
+    in common.
     """
     for header, _ in (before, after):
         if header.get("eval") != "repo":
@@ -204,7 +226,10 @@ def compare(
     ]
     if not pairs:
         raise MidfillError("The two files have no hole in common: they are of other text, or another seed.")
-    both = [(score(old.text, old.truth), score(new.text, new.truth)) for old, new in pairs]
+    both = [
+        (score(shown_text(old, eagerness), old.truth), score(shown_text(new, eagerness), new.truth))
+        for old, new in pairs
+    ]
     files = [old.file for old, _ in pairs]
     figures: dict[str, Any] = {}
     for name in ("exact", "first_line", "right", "similarity", "saved_chars", "too_long", "shown"):
@@ -219,6 +244,7 @@ def compare(
     better = sum(new.exact and not old.exact for old, new in both)
     worse = sum(old.exact and not new.exact for old, new in both)
     return {
+        "eagerness": str(eagerness),
         "holes": len(pairs),
         "files": len(set(files)),
         **figures,
@@ -249,6 +275,12 @@ def describe(summary: Mapping[str, Any]) -> str:
     )
     if quiet is not None:
         rows.append(f"silent at {quiet:.1%} of the places where nothing was written")
+    for level, trade in summary["by_eagerness"].items():
+        rows.append(
+            f"eagerness {level:7} shows {trade['shown'] or 0:6.1%}, {trade['precision'] or 0:6.1%} right, "
+            f"saves {trade['saved_chars']} characters"
+            + (" (this run)" if level == summary["eagerness"] else "")
+        )
     if reasons := ", ".join(f"{name} {count}" for name, count in summary["reasons"].items()):
         rows.append(f"nothing shown: {reasons}")
     return "\n".join(rows)

@@ -1,0 +1,196 @@
+"""Fitting the confidence model to results of `midfill eval repo`, and judging it on others.
+
+Each file of results is one repository. Thresholds come from predictions for repositories that the weights
+were not fitted to (leave one out); what they are worth is measured on files that took no part in either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from midfill.confidence import Eagerness, beginnings, features
+from midfill.errors import MidfillError
+from midfill.evaluation import records
+from midfill.evaluation.repository import Result, Score, read_result, score
+
+Array = NDArray[np.float64]
+
+# The characters that an oracle saves, of those that it would save if everything were shown.
+_KEPT = {Eagerness.LOW: 0.7, Eagerness.NORMAL: 0.95, Eagerness.HIGH: 0.99}
+_PENALTY = 3.0
+_NUM_BINS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A suggestion, with each beginning of it that could be shown.
+
+    Attributes:
+        group: the repository.
+        ends: where the beginnings end.
+        rows: their features, in the order of `names`.
+        scores: how good each would be.
+    """
+
+    group: str
+    names: tuple[str, ...]
+    rows: Array
+    scores: tuple[Score, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A logistic model in the units of the features."""
+
+    names: tuple[str, ...]
+    bias: float
+    weights: Array
+
+    def predict(self, rows: Array) -> Array:
+        """The probability of each row."""
+        found: Array = 1 / (1 + np.exp(-(self.bias + rows @ self.weights)))
+        return found
+
+
+def read_cases(paths: Sequence[Path]) -> list[Case]:
+    """The suggestions of files that `midfill eval repo --results` has made. Raises `MidfillError`."""
+    cases = []
+    for path in paths:
+        found = [read_result(row) for row in records.read(path)[1].values()]
+        cases += [_case(str(path), result) for result in found if result.text and result.tokens]
+    if not cases:
+        raise MidfillError("No suggestions with log-probabilities in " + ", ".join(map(str, paths)))
+    return cases
+
+
+def _case(group: str, result: Result) -> Case:
+    evidence = result.evidence
+    found = [features(evidence, end) for end in beginnings(result.text)]
+    rows = np.array([list(row.values()) for row in found])
+    scores = tuple(score(result.text[:end], result.truth) for end in beginnings(result.text))
+    return Case(group, tuple(found[0]), rows, scores)
+
+
+def fit(cases: Sequence[Case]) -> Fit:
+    """Maximum likelihood with a ridge penalty on standardised features, by Newton's method."""
+    rows = np.concatenate([case.rows for case in cases])
+    right = np.array([one.right for case in cases for one in case.scores], dtype=np.float64)
+    mean, deviation = rows.mean(axis=0), rows.std(axis=0) + 1e-9
+    design = np.column_stack([np.ones(len(rows)), (rows - mean) / deviation])
+    penalty = np.diag([1e-6, *[_PENALTY] * rows.shape[1]])
+    found = np.zeros(design.shape[1])
+    for _ in range(50):
+        likely = 1 / (1 + np.exp(-design @ found))
+        gradient = design.T @ (right - likely) - penalty @ found
+        hessian = (design * (likely * (1 - likely))[:, None]).T @ design + penalty
+        step = np.linalg.solve(hessian, gradient)
+        found += step
+        if np.abs(step).max() < 1e-9:
+            break
+    weights = found[1:] / deviation
+    return Fit(cases[0].names, float(found[0] - weights @ mean), weights)
+
+
+def cross_predict(cases: Sequence[Case]) -> list[Array]:
+    """The probabilities of each case by a model that was fitted to the other groups."""
+    groups = {case.group for case in cases}
+    if len(groups) < 2:
+        raise MidfillError("Calibrating takes results of two repositories at least.")
+    models = {group: fit([case for case in cases if case.group != group]) for group in groups}
+    return [models[case.group].predict(case.rows) for case in cases]
+
+
+def shown(case: Case, likely: Array, threshold: float) -> Score | None:
+    """How good what is shown of a case at a threshold is; None if nothing is shown."""
+    places = np.flatnonzero(likely >= threshold)
+    return case.scores[places[-1]] if len(places) else None
+
+
+def trade(cases: Sequence[Case], likely: Sequence[Array], threshold: float) -> dict[str, float]:
+    """What a threshold gives, beside showing everything: suggestions, precision, characters saved."""
+    seen = [one for case, p in zip(cases, likely, strict=True) if (one := shown(case, p, threshold))]
+    everything = [case.scores[-1] for case in cases]
+    full = sum(one.saved_chars for one in everything)
+    return {
+        "threshold": round(threshold, 4),
+        "shown": round(len(seen) / len(cases), 4),
+        "precision": round(sum(one.right for one in seen) / max(1, len(seen)), 4),
+        "precision_of_all": round(sum(one.right for one in everything) / len(cases), 4),
+        "saved_of_all": round(sum(one.saved_chars for one in seen) / max(1, full), 4),
+    }
+
+
+def thresholds(cases: Sequence[Case], likely: Sequence[Array]) -> dict[Eagerness, float]:
+    """For each eagerness the highest threshold that keeps its share of the characters saved."""
+    found = {}
+    for eagerness, kept in _KEPT.items():
+        fitting = [
+            float(threshold)
+            for threshold in np.arange(0.01, 0.9, 0.01)
+            if trade(cases, likely, threshold)["saved_of_all"] >= kept
+        ]
+        found[eagerness] = round(max(fitting, default=0.01), 2)
+    return found
+
+
+def reliability(likely: Array, right: Array) -> list[dict[str, float]]:
+    """Bins with as many members each: how likely, and how often it was right."""
+    order = np.argsort(likely, kind="stable")
+    return [
+        {
+            "predicted": round(float(likely[part].mean()), 4),
+            "right": round(float(right[part].mean()), 4),
+            "count": len(part),
+        }
+        for part in np.array_split(order, _NUM_BINS)
+        if len(part)
+    ]
+
+
+def calibrate(training: Sequence[Path], held_out: Sequence[Path]) -> dict[str, Any]:
+    """Weights and thresholds from `training`, their worth on `held_out`. Raises `MidfillError`."""
+    cases = read_cases(training)
+    crossed = cross_predict(cases)
+    levels = thresholds(cases, crossed)
+    model = fit(cases)
+    result: dict[str, Any] = {
+        "suggestions": len(cases),
+        "weights": {"bias": round(model.bias, 4)}
+        | {name: round(float(weight), 4) for name, weight in zip(model.names, model.weights, strict=True)},
+        "thresholds": {str(eagerness): threshold for eagerness, threshold in levels.items()},
+        "training": {str(level): trade(cases, crossed, cut) for level, cut in levels.items()},
+    }
+    if held_out:
+        others = read_cases(held_out)
+        likely = [model.predict(case.rows) for case in others]
+        right = np.array([one.right for case in others for one in case.scores], dtype=np.float64)
+        result["held_out"] = {
+            "suggestions": len(others),
+            **{str(level): trade(others, likely, cut) for level, cut in levels.items()},
+            "brier": round(float(np.mean((np.concatenate(likely) - right) ** 2)), 4),
+            "reliability": reliability(np.concatenate(likely), right),
+        }
+    return result
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """The weights and thresholds as the tables of `midfill.confidence`, and what they are worth."""
+    rows = ["WEIGHTS: dict[str, float] = {"]
+    rows += [f'    "{name}": {weight},' for name, weight in result["weights"].items()]
+    rows += ["}", "THRESHOLDS: dict[Eagerness, float] = {"]
+    rows += [f"    Eagerness.{name.upper()}: {value}," for name, value in result["thresholds"].items()]
+    rows.append("}")
+    for part in ("training", "held_out"):
+        for level in result["thresholds"] if part in result else ():
+            one = result[part][level]
+            rows.append(
+                f"{part:9} {level:7} shown {one['shown']:.1%}, right {one['precision']:.1%} of them (of all: "
+                f"{one['precision_of_all']:.1%}), characters saved {one['saved_of_all']:.1%} of all"
+            )
+    return "\n".join(rows)
