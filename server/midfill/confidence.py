@@ -87,8 +87,8 @@ def features(evidence: Evidence, end: int) -> dict[str, float]:
     }
 
 
-# Made by `midfill eval calibrate` from 236 suggestions of qwen2.5-coder-0.5b in click, express, attrs and axios
-# (`midfill eval repo PATH --holes 60 --seed 1 --results FILE` in each); see LOG.
+# Made by `midfill eval calibrate` from 206 suggestions of qwen2.5-coder-0.5b in click, express, attrs and
+# axios (`midfill eval repo PATH --holes 60 --seed 1 --results FILE` in each); see LOG.
 WEIGHTS: dict[str, float] = {
     "bias": 2.1865,
     "total": 0.2916,
