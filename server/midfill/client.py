@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from midfill.errors import MidfillError
+from midfill.messages import OWN_CLIENT
 
 # -P: the folder that the user stands in must not be searched for modules.
 SERVE_COMMAND = (sys.executable, "-P", "-m", "midfill", "serve")
@@ -80,10 +81,14 @@ class Client:
         )
         return cls(process)
 
-    async def initialize(self, options: Mapping[str, Any] | None = None) -> Any:
-        """Shake hands; the server then starts to load its model. Returns the server's capabilities."""
+    async def initialize(self, options: Mapping[str, Any] | None = None, name: str = OWN_CLIENT) -> Any:
+        """Shake hands; the server then starts to load its model. Returns the server's capabilities.
+
+        Under any other name than its own, a client's suggestions count as a user's: see `feedback`.
+        """
         params = {
             "processId": None,
+            "clientInfo": {"name": name},
             "rootUri": None,
             "capabilities": {
                 "general": {"positionEncodings": ["utf-16"]},

@@ -22,6 +22,10 @@ _INVOKED = 1
 _AUTOMATIC = 2
 
 
+# What midfill's own clients call themselves: the demo's, the evaluations', the benchmarks'.
+OWN_CLIENT = "midfill"
+
+
 class MalformedError(ValueError):
     """Params that cannot be read."""
 
@@ -89,6 +93,14 @@ class Asked:
     position: tuple[int, int]
     invoked: bool
     selected: Change | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command to run, with whatever arguments."""
+
+    name: str
+    arguments: list[Any]
 
 
 def read_uri(params: Any) -> str:
@@ -172,6 +184,12 @@ def read_inline_completion(params: Any) -> Asked:
     )
 
 
+def read_command(params: Any) -> Command:
+    """`workspace/executeCommand`."""
+    params = _object(params)
+    return Command(_string(params.get("command")), _list(params.get("arguments")))
+
+
 READERS: dict[str, Callable[[Any], Any]] = {
     "textDocument/didOpen": read_opened,
     "textDocument/didChange": read_edited,
@@ -181,6 +199,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "notebookDocument/didClose": read_notebook_closed,
     "textDocument/completion": read_completion,
     "textDocument/inlineCompletion": read_inline_completion,
+    "workspace/executeCommand": read_command,
     "midfill/documentText": read_uri,
     "midfill/explain": read_uri,
 }

@@ -51,7 +51,7 @@ _MAX_BODY_BYTES = 1 << 30
 _MAX_HEADER_BYTES = 1 << 16
 _READ_BYTES = 1 << 18
 _CONTENT_LENGTH = re.compile(rb"content-length[ \t]*:[ \t]*(\d{1,20})[ \t]*\Z", re.IGNORECASE)
-# pygls would keep a second copy of every document, and serves commands though there are none.
+# pygls would keep a second copy of every document, and serves commands of its own registry only.
 _NOT_BUILTIN = (
     types.TEXT_DOCUMENT_DID_OPEN,
     types.TEXT_DOCUMENT_DID_CHANGE,
@@ -378,9 +378,11 @@ class Protocol(LanguageServerProtocol):
 
     @lsp_method(types.INITIALIZE)
     def lsp_initialize(self, params: types.InitializeParams) -> Any:
-        """Like pygls', less what it announces for every server: commands and file operations."""
+        """Like pygls', less what it announces for every server: commands of its own and file operations."""
         result = yield from super().lsp_initialize(params)
-        result.capabilities.execute_command_provider = None
+        result.capabilities.execute_command_provider = self.fm.feature_options.get(
+            types.WORKSPACE_EXECUTE_COMMAND
+        )
         if result.capabilities.workspace is not None:
             result.capabilities.workspace.file_operations = None
         return result

@@ -27,7 +27,17 @@ from midfill.completer import REASONS, Answer, Completer, Reason, Trigger
 from midfill.documents import Change, Document, Encoding, Point, Snapshot, split_lines
 from midfill.engine import Engine
 from midfill.errors import MidfillError
-from midfill.messages import Asked, Edited, NotebookChanged, NotebookClosed, NotebookOpened, Opened
+from midfill.feedback import Journal
+from midfill.messages import (
+    OWN_CLIENT,
+    Asked,
+    Command,
+    Edited,
+    NotebookChanged,
+    NotebookClosed,
+    NotebookOpened,
+    Opened,
+)
 from midfill.notebooks import Notebooks
 from midfill.probing import identify
 from midfill.protocol import Protocol, Refusal
@@ -38,6 +48,9 @@ _LOG = logging.getLogger(__name__)
 _LABEL_CHARS = 60
 _LONG_LINE = 2_000
 _TRIM_CHARS = 16_000_000
+
+ACCEPTED = "midfill.accepted"
+EXPLAIN = "midfill.explain"
 
 T = TypeVar("T")
 
@@ -56,7 +69,11 @@ class _State:
     started: bool = False
     said: set[str] = field(default_factory=set)
     num_chars_closed: int = 0
+    journal: Journal = field(init=False)
     background: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.journal = Journal(self.documents)
 
 
 class MidfillServer(LanguageServer):
@@ -95,6 +112,11 @@ class MidfillServer(LanguageServer):
                 types.InlineCompletionOptions(),
             ),
             (types.TEXT_DOCUMENT_COMPLETION, self.completion, types.CompletionOptions()),
+            (
+                types.WORKSPACE_EXECUTE_COMMAND,
+                self.execute_command,
+                types.ExecuteCommandOptions([ACCEPTED, EXPLAIN]),
+            ),
             ("midfill/documentText", self.document_text, None),
             ("midfill/explain", self.explain, None),
         ]
@@ -109,6 +131,8 @@ class MidfillServer(LanguageServer):
         encoding = self.protocol.workspace.position_encoding
         self.state.encoding = Encoding(types.PositionEncodingKind(encoding).value)
         self._apply_settings(params.initialization_options)
+        # What our own demo and measurements accept is no one's opinion.
+        self.state.journal.counts = params.client_info is None or params.client_info.name != OWN_CLIENT
         if isinstance(params.process_id, int) and params.process_id > 0:
             self._spawn(self.protocol.watch_parent(params.process_id))
 
@@ -126,6 +150,7 @@ class MidfillServer(LanguageServer):
             for task in self.state.background:
                 task.cancel()
             self.state.completer.drop_work()
+            self.state.journal.end()
             if self.state.engine is not None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.state.engine.close(), timeout=2)
@@ -206,10 +231,11 @@ class MidfillServer(LanguageServer):
             _LOG.warning("dropped a change of a document that is not open")
             return
         version = document.version if edited.version is None else edited.version
-        document = document.edit(edited.changes, version, self.state.encoding)
-        self.state.documents[edited.uri] = document
-        whole = self.state.notebooks.whole(Snapshot(document, Point(0, 0)), self.state.documents)
+        after = document.edit(edited.changes, version, self.state.encoding)
+        self.state.documents[edited.uri] = after
+        whole = self.state.notebooks.whole(Snapshot(after, Point(0, 0)), self.state.documents)
         self.state.completer.edited(whole.document)
+        self.state.journal.edit(document, after, edited.changes, self.state.encoding)
 
     def did_close(self, uri: str) -> None:
         """Forget a document and cancel what is computed for it."""
@@ -244,6 +270,7 @@ class MidfillServer(LanguageServer):
             self.state.num_chars_closed = 0
             _return_memory()
         self.state.answers.pop(uri, None)
+        self.state.journal.close(uri)
         self.state.completer.forget(uri)
         for key in [key for key in self.state.flights if key[0] == uri]:
             self.state.flights.pop(key).cancel()
@@ -276,8 +303,12 @@ class MidfillServer(LanguageServer):
         if selected is not None and selected.start is not None and selected.end is not None:
             # The editor shows only what extends the selected item, over the same range.
             area = types.Range(types.Position(*selected.start), types.Position(*selected.end))
-            return {"items": [{"insertText": selected.text + answer.text, "range": area}]}
-        return {"items": [{"insertText": answer.text, "range": self._range(snapshot)}]}
+            item = {"insertText": selected.text + answer.text, "range": area}
+        else:
+            item = {"insertText": answer.text, "range": self._range(snapshot)}
+        if (command := self._offer(snapshot, answer.text)) is not None:
+            item["command"] = command
+        return {"items": [item]}
 
     def _with_selected(self, snapshot: Snapshot, selected: Change) -> Snapshot:
         """The document as it would be with the popup's selected item accepted, and the cursor behind that."""
@@ -317,6 +348,7 @@ class MidfillServer(LanguageServer):
                 self._range(snapshot, from_column=len(snapshot.line_before) - len(typed)), typed + text
             ),
             insert_text_format=types.InsertTextFormat.PlainText,
+            command=self._offer(snapshot, text),
         )
 
     def _documentation(self, language_id: str, code: str) -> types.MarkupContent | str:
@@ -346,12 +378,42 @@ class MidfillServer(LanguageServer):
             "segments": [{"source": name, "tokens": size} for name, size in answer.segments],
         }
 
+    def execute_command(self, command: Command) -> Any:
+        """`workspace/executeCommand`: an accepted item's command, or the one that explains."""
+        if command.name == ACCEPTED:
+            for id_ in command.arguments[:1]:
+                if type(id_) is int:
+                    self.state.journal.accept(id_)
+            return None
+        if command.name == EXPLAIN:
+            return self._explain_last(command.arguments)
+        raise Refusal(types.ErrorCodes.InvalidParams, f"Unknown command {command.name[:80]!r}.")
+
+    def _explain_last(self, arguments: list[Any]) -> dict[str, Any]:
+        """`midfill.explain`: the last answer, of the document that is named or of any; shown as a message."""
+        named = arguments[0] if arguments and isinstance(arguments[0], str) else None
+        uri = named or next(reversed(self.state.answers), None)
+        explained = self.explain(uri or "")
+        what = explained["message"] or f"The last suggestion came from: {explained['source']}."
+        message = "midfill: nothing has been asked for yet." if uri is None else f"midfill: {what}"
+        self.window_show_message(types.ShowMessageParams(types.MessageType.Info, message))
+        return explained
+
+    def _offer(self, snapshot: Snapshot, text: str) -> types.Command | None:
+        """The command of a suggestion's item, by which the editor says that it was accepted."""
+        engine = self.state.engine
+        if engine is None or not self.state.completer.settings.count_feedback:
+            return None
+        id_ = self.state.journal.offer(snapshot.document, snapshot.cursor, text, engine.model.name)
+        return None if id_ is None else types.Command("midfill: accepted", ACCEPTED, arguments=[id_])
+
     async def _answer(self, snapshot: Snapshot | None, trigger: Trigger) -> Answer:
         if snapshot is None:
             _LOG.info("empty answer: %s", Reason.NOT_OPEN)
             return Answer(reason=Reason.NOT_OPEN)
         answer = await self.state.completer.complete(snapshot, trigger)
         if snapshot.document.uri in self.state.documents:
+            self.state.answers.pop(snapshot.document.uri, None)
             self.state.answers[snapshot.document.uri] = answer
         if answer.reason is Reason.ENGINE_UNAVAILABLE and answer.detail not in self.state.said:
             self.state.said.add(answer.detail)

@@ -112,6 +112,11 @@ class Settings(BaseModel):
         description="Whether a file in which a password, a token or a private key is found gets no "
         "suggestions either.",
     )
+    count_feedback: bool = Field(
+        default=True,
+        description="Whether accepted suggestions are counted, on this machine only and without their text; "
+        "`midfill status` shows the counts.",
+    )
     max_file_kb: Annotated[int, Field(ge=1)] = Field(
         default=20_000, description="Documents larger than this many kilobytes get no suggestions."
     )

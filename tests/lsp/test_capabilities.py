@@ -36,7 +36,7 @@ REQUESTS = {
     "documentOnTypeFormattingProvider": ("textDocument/onTypeFormatting", HERE | {"ch": "a", "options": {}}),
     "renameProvider": ("textDocument/rename", HERE | {"newName": "x"}),
     "foldingRangeProvider": ("textDocument/foldingRange", HERE),
-    "executeCommandProvider": ("workspace/executeCommand", {"command": "x"}),
+    "executeCommandProvider": ("workspace/executeCommand", {"command": "midfill.accepted"}),
     "selectionRangeProvider": ("textDocument/selectionRange", HERE | {"positions": []}),
     "linkedEditingRangeProvider": ("textDocument/linkedEditingRange", HERE),
     "callHierarchyProvider": ("textDocument/prepareCallHierarchy", HERE),
@@ -85,7 +85,7 @@ async def test_announced_is_served_and_served_is_announced(scripted, capabilitie
         else:
             assert answer["error"]["code"] == -32601
     assert served == set(announced) - NOTIFIED
-    assert served == {"completionProvider", "inlineCompletionProvider"}
+    assert served == {"completionProvider", "inlineCompletionProvider", "executeCommandProvider"}
 
 
 async def test_what_is_announced_in_detail(scripted):
@@ -102,5 +102,6 @@ async def test_what_is_announced_in_detail(scripted):
     assert announced["notebookDocumentSync"] == {"notebookSelector": [{"notebook": "*"}]}
     # Editors share one server between folders only if it says this: one model in memory, not several.
     assert announced["workspace"] == {"workspaceFolders": {"supported": True, "changeNotifications": True}}
+    assert announced["executeCommandProvider"] == {"commands": ["midfill.accepted", "midfill.explain"]}
     # No item has more to tell when it is asked again.
     assert announced["completionProvider"] == {}

@@ -12,7 +12,7 @@ ROOT = Path(midfill.__file__).parent
 # Lower number, lower layer. A module may import its own layer and those below.
 LAYERS = [
     {"errors"},
-    {"documents", "messages", "notebooks", "settings", "languages", "secrecy", "syntax"},
+    {"documents", "feedback", "messages", "notebooks", "settings", "languages", "secrecy", "syntax"},
     {"models"},
     {"engine"},
     {"families", "probing", "prompt", "suggestions", "trim", "confidence"},

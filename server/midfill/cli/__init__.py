@@ -197,6 +197,47 @@ def doctor(as_json: bool) -> None:
 
 
 @cli.command()
+@JSON
+def status(as_json: bool) -> None:
+    """Show the model in use, and how many of its suggestions were accepted and stayed.
+
+    The counts are kept on this machine, by model and language, without any text. They are written by
+    running servers every half minute. `count_feedback = false` switches them off.
+
+    \b
+    Examples:
+      midfill status
+      midfill status --json
+    """
+    from midfill import feedback
+    from midfill.models import store
+    from midfill.settings import config_path
+
+    settings = read_settings()
+    counts_path = feedback.state_path()
+    counts = feedback.read(counts_path)
+    found = store.find(settings.model)
+    result = {
+        "version": __version__,
+        "model": settings.model,
+        "model_path": str(found.path) if found else None,
+        "adapter": settings.adapter,
+        "settings": str(config_path()),
+        "counts_file": str(counts_path),
+        "counts": feedback.as_dict(counts),
+    }
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    from rich.console import Console
+
+    here = result["model_path"] or f"not on this machine: run `midfill model pull {settings.model}`"
+    click.echo(f"midfill {__version__}\nmodel     {settings.model} ({here})")
+    click.echo(f"settings  {result['settings']}\ncounts    {counts_path}\n")
+    Console(highlight=False).print(feedback.table(counts))
+
+
+@cli.command()
 @click.argument("recording", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("--command", metavar="CMD", help="The server to start, e.g. 'midfill serve --model NAME'.")
 @click.option(
