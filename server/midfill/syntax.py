@@ -132,15 +132,15 @@ def outline(text: str, language_id: str, start: int = 0) -> Outline | None:
     return None if growing is None else growing.outline(text[start:])
 
 
-def count_errors(text: str, language_id: str) -> int | None:
+def count_errors(text: str, language_id: str, budget_s: float = _BUDGET_S) -> int | None:
     """How many places of a text the grammar cannot make sense of.
 
-    None without a grammar, or if it takes too long.
+    None without a grammar, or if reading it takes longer than `budget_s`.
     """
     grammar = _GRAMMARS.get(language_id)
     if grammar is None:
         return None
-    tree = _parse(_lead(text, grammar) + _encode(text), grammar)
+    tree = _parse(_lead(text, grammar) + _encode(text), grammar, budget_s=budget_s)
     if tree is None:
         return None
     count, nodes = 0, [tree.root_node]
@@ -189,13 +189,15 @@ class Growing:
         return None if self._tree is None else _read(self._tree, data, len(self.before), self._grammar)
 
 
-def _parse(data: bytes, grammar: _Grammar, old: Tree | None = None) -> Tree | None:
+def _parse(
+    data: bytes, grammar: _Grammar, old: Tree | None = None, budget_s: float = _BUDGET_S
+) -> Tree | None:
     """The tree of a text; None if it is not there within the budget.
 
     Grammars take ten times as long for a text that is no code to them, such as one that begins within a
     string. What counts is our own time, not that of other programs, so that answers do not depend on them.
     """
-    deadline = time.thread_time() + _BUDGET_S
+    deadline = time.thread_time() + budget_s
 
     def read(byte: int, _: object) -> bytes:
         return data[byte:]

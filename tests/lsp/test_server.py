@@ -204,6 +204,20 @@ async def test_every_empty_answer_has_a_reason(client):
     assert "not open" in (await explain(server, "file:///closed.py"))["message"]
 
 
+async def test_what_the_model_is_not_sure_of_is_shown_only_when_asked_for(client):
+    server = await client({"text": "compute(value)", "logprob": -2.0}, {"text": "1"})
+    await ready(server)
+    open_document(server, "a = \n")
+    assert (await ghost(server, 0, 4))["items"] == []
+    why = await explain(server)
+    assert why["reason"] == "low-confidence"
+    assert "eagerness" in why["message"]
+    assert (await ghost(server, 0, 4, trigger=1))["items"][0]["insertText"] == "compute(value)"
+    settings = {"settings": {"midfill": {"eagerness": "always"}}}
+    server.notify("workspace/didChangeConfiguration", settings)
+    assert (await ghost(server, 0, 4))["items"][0]["insertText"] == "compute(value)"
+
+
 async def test_while_the_model_is_loaded_answers_are_empty_with_that_reason(client):
     server = await client({"text": "1"}, load_delay_s=30)
     open_document(server, "a = \n")

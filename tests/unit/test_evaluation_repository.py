@@ -1,5 +1,6 @@
 import subprocess
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,7 @@ from midfill.evaluation.repository import (
     describe,
     describe_difference,
     evaluate,
+    places_that_break,
     read_result,
     score,
     shown_text,
@@ -193,6 +195,22 @@ async def test_each_eagerness_is_worked_out_from_one_run_as_the_pipeline_would_s
     trades = summarise(results, Eagerness.NORMAL)["by_eagerness"]
     assert list(trades) == ["low", "normal", "high", "always"]
     assert trades["low"]["shown"] <= trades["normal"]["shown"] <= trades["always"]["shown"]
+
+
+async def test_syntax_errors_that_a_suggestion_brings_in_are_counted(repository):
+    engine = ScriptedEngine(Script([Rule("1 +\n    (((\n")]))
+    await engine.start(lambda _message, _share: None)
+    hole = Hole((repository / "new.py").as_uri(), "python", "def f():\n    return ", "\n")
+    sample = holes.Sample("new.py:2:12#0", "new.py", "rest-of-line", hole, "1 + 2")
+    kept = records.Records(None, {})
+    await evaluate([sample], PipelineFiller(engine, Settings()), kept, lambda _share: None)
+    result = read_result(kept.rows[sample.id])
+    assert result.text.startswith("1 +")
+    assert len(result.text) in result.broken
+    assert summarise([result], Eagerness.ALWAYS)["syntax_errors"] == 1.0
+    right = replace(result, text="1", broken=places_that_break(sample, "1"))
+    assert right.broken == ()
+    assert summarise([right], Eagerness.ALWAYS)["syntax_errors"] == 0.0
 
 
 async def test_two_runs_are_compared_by_hole(run):

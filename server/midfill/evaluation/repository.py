@@ -14,12 +14,16 @@ from typing import Any
 
 from midfill.bench.figures import percentiles
 from midfill.completer import Trigger
-from midfill.confidence import Eagerness, Evidence, worth_showing
+from midfill.confidence import Eagerness, Evidence, beginnings, worth_showing
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Filler
 from midfill.evaluation.holes import KINDS, Sample
 from midfill.evaluation.records import Records
 from midfill.evaluation.statistics import mcnemar, ratio_interval
+from midfill.syntax import count_errors
+
+# Whole files are parsed, and nobody waits.
+_PARSE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Result:
         reason: why there is nothing.
         tokens, finished: see `Filled`.
         latency_ms: from asking to having it.
+        broken: see `places_that_break`.
     """
 
     id: str
@@ -48,6 +53,7 @@ class Result:
     tokens: tuple[tuple[int, float], ...]
     finished: bool
     latency_ms: float
+    broken: tuple[int, ...] | None = None
 
     @property
     def evidence(self) -> Evidence:
@@ -75,14 +81,31 @@ async def evaluate(
                 tuple((end, round(logprob, 4)) for end, logprob in filled.tokens),
                 filled.finished,
                 round(filled.latency_ms, 1),
+                places_that_break(sample, filled.text),
             )
             records.keep(asdict(result))
         tell((number + 1) / len(samples))
 
 
+def places_that_break(sample: Sample, text: str) -> tuple[int, ...] | None:
+    """Of the lengths that a suggestion could be cut to, those with more syntax errors than the truth has.
+
+    It is the whole file that is parsed. None where there is no grammar for it.
+    """
+    before, after, language = sample.hole.before, sample.hole.after, sample.hole.language
+    usual = count_errors(before + sample.truth + after, language, _PARSE_S)
+    if usual is None:
+        return None
+    ends = {*beginnings(text), len(text)} if text else set()
+    counts = {end: count_errors(before + text[:end] + after, language, _PARSE_S) for end in sorted(ends)}
+    return tuple(end for end, count in counts.items() if count is not None and count > usual)
+
+
 def read_result(row: Mapping[str, Any]) -> Result:
     """A result from the row that `Records` keeps."""
-    return Result(**{**row, "tokens": tuple((end, logprob) for end, logprob in row["tokens"])})
+    tokens = tuple((end, logprob) for end, logprob in row["tokens"])
+    broken = row.get("broken")
+    return Result(**{**row, "tokens": tokens, "broken": None if broken is None else tuple(broken)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +166,13 @@ def summarise(results: Sequence[Result], eagerness: Eagerness) -> dict[str, Any]
     """All figures, as `--json` prints them: those of one `eagerness`, and the trade-off of each of them."""
     summary = {"eagerness": str(eagerness), **_figures(results, eagerness)}
     names = ("shown", "precision", "exact", "too_long")
+    plain = ("syntax_errors", "saved_chars", "silent_where_nothing")
     trades = {}
     for level in Eagerness:
         figures = _figures(results, level)
         trades[str(level)] = {
             **{name: figures[name]["all"] for name in names},
-            "saved_chars": figures["saved_chars"],
-            "silent_where_nothing": figures["silent_where_nothing"],
+            **{name: figures[name] for name in plain},
         }
     return {**summary, "by_eagerness": trades}
 
@@ -174,6 +197,7 @@ def _figures(results: Sequence[Result], eagerness: Eagerness) -> dict[str, Any]:
     texts = {result.id: shown_text(result, eagerness) for result in results}
     scores = {result.id: score(texts[result.id], result.truth) for result in results}
     shown = [result for result in results if scores[result.id].shown]
+    parsed = [len(texts[result.id]) in result.broken for result in shown if result.broken is not None]
     files = [result.file for result in written]
     chars = sum(len("".join(result.truth.split())) for result in written)
     return {
@@ -188,6 +212,7 @@ def _figures(results: Sequence[Result], eagerness: Eagerness) -> dict[str, Any]:
         "shown": rate(lambda one: one.shown, results),
         "precision": rate(lambda one: one.right, shown),
         "too_long": rate(lambda one: one.too_long, shown),
+        "syntax_errors": _mean(sum(parsed), len(parsed)),
         "saved_chars": sum(one.saved_chars for one in scores.values()),
         "saved_share": _mean(sum(one.saved_chars for one in scores.values()), chars),
         "silent_where_nothing": rate(lambda one: not one.shown, nothing)["all"] if nothing else None,
@@ -273,6 +298,8 @@ def describe(summary: Mapping[str, Any]) -> str:
         f"{summary['holes']} holes in {summary['files']} files; an oracle saves "
         f"{summary['saved_share'] or 0:.1%} of the characters; {p50:.0f} ms, p95 {p95:.0f}"
     )
+    if (errors := summary["syntax_errors"]) is not None:
+        rows.append(f"{errors:.1%} of what is shown brings syntax errors into the file")
     if quiet is not None:
         rows.append(f"silent at {quiet:.1%} of the places where nothing was written")
     for level, trade in summary["by_eagerness"].items():
