@@ -204,7 +204,7 @@ FAMILIES: dict[str, Family] = {
         "<|fim_suffix|>",
         "<|fim_middle|>",
         stops=_QWEN_STOPS,
-        layouts=(Layout.ANCHORED, Layout.APPENDING, Layout.PSM),
+        layouts=(Layout.APPENDING, Layout.ANCHORED, Layout.PSM),
         cross_file=_QWEN_FILES,
         architectures=frozenset({"qwen2"}),
     ),

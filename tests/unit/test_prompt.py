@@ -19,8 +19,8 @@ def snapshot(marked, uri="file:///a.py"):
     return Snapshot(document, Point(before.count("\n"), len(before) - before.rfind("\n") - 1))
 
 
-def builder(model=MODEL, **settings):
-    return PromptBuilder(model, Settings(**settings))
+def builder(model=MODEL, layout="anchored", **settings):
+    return PromptBuilder(model, Settings(layout=layout, **settings))
 
 
 def text(prompt):
@@ -46,6 +46,21 @@ def shared_prefix(one, two):
 def test_what_is_typed_on_the_line_follows_the_middle_sentinel():
     prompt = builder().build(snapshot("a = 1\nb = (▮)\nc = 3\n"))
     assert text(prompt) == f"{PRE}a = 1\n{SUF})\nc = 3\n{MID}b ="
+    assert prompt.starts_with == " ("
+
+
+@pytest.mark.parametrize(
+    ("layout", "form"),
+    [
+        ("psm", f"{PRE}a = 1\nb ={SUF})\nc = 3\n{MID}"),
+        ("anchored", f"{PRE}a = 1\n{SUF})\nc = 3\n{MID}b ="),
+        ("appending", f"{PRE}{SUF})\nc = 3\n{MID}a = 1\nb ="),
+        ("auto", f"{PRE}{SUF})\nc = 3\n{MID}a = 1\nb ="),
+    ],
+)
+def test_layouts(layout, form):
+    prompt = builder(layout=layout).build(snapshot("a = 1\nb = (▮)\nc = 3\n"))
+    assert text(prompt) == form
     assert prompt.starts_with == " ("
 
 
@@ -167,7 +182,7 @@ def test_suffix_first_families_end_with_the_prefix():
             return names.get(name)
 
     model = dataclasses.replace(MODEL, family="mellum", architecture="llama", tokenizer=Names())
-    prompt = builder(model).build(snapshot("a\n7▮)\n"))
+    prompt = builder(model, "spm").build(snapshot("a\n7▮)\n"))
     body = CharTokenizer()
     assert prompt.tokens == (2, *body.encode(")\n"), 1, *body.encode("a\n7"), 3)
 
