@@ -133,7 +133,7 @@ async def test_tasks_go_through_the_pipeline_and_resume(tasks, tmp_path):
     path = tmp_path / "results.jsonl"
     header = {"eval": "infilling", "model": "scripted"}
     first = Records(path, header)
-    await evaluate(tasks, filler, first, [], lambda _share: None)
+    await evaluate(tasks, filler, first, lambda _share: None)
     assert [(row["passed"], row["exact"]) for row in first.rows.values()] == [(True, True), (True, False)]
     # A run that was killed leaves half a line.
     path.write_text(path.read_text() + '{"id": "Si')
@@ -145,7 +145,7 @@ async def test_tasks_go_through_the_pipeline_and_resume(tasks, tmp_path):
             raise AssertionError(hole)
 
     shares = []
-    await evaluate(tasks, Never(), again, [], shares.append)
+    await evaluate(tasks, Never(), again, shares.append)
     assert shares == [0.5, 1.0]
     again.keep({"id": "late"})
     assert list(read(path)[1]) == [*first.rows, "late"]
@@ -162,13 +162,25 @@ async def test_the_raw_model_is_not_stopped(tasks):
     assert filled.finished
 
 
+async def test_what_perfect_stop_rules_would_make_of_a_text_is_tested(tasks):
+    class Rambling:
+        async def fill(self, hole, _trigger):
+            return Filled("    return a + b\n    nonsense(" if hole.language == "python" else "  wrong();")
+
+    records = Records(None, {})
+    await evaluate(tasks, Rambling(), records, lambda _share: None, cut=True)
+    summary = summarise([Result(**row) for row in records.rows.values()])
+    assert summary["pass@1"] == {"Single": 0.0, "Js": 0.0, "all": 0.0}
+    assert summary["pass@1_when_cut"] == {"Single": 1.0, "Js": 0.0, "all": 0.5}
+
+
 async def test_sentinels_and_repeated_lines_are_counted(tasks):
     class Fixed:
         async def fill(self, _hole, _trigger):
             return Filled("<|fim_middle|>\n}", None)
 
     records = Records(None, {})
-    await evaluate(tasks, Fixed(), records, ["<|fim_middle|>"], lambda _share: None)
+    await evaluate(tasks, Fixed(), records, lambda _share: None)
     summary = summarise([Result(**row) for row in records.rows.values()])
     assert (summary["sentinels"], summary["repeat_next_line"]) == (2, 1)
 

@@ -43,6 +43,9 @@ def evaluate() -> None:
 @evaluate.command("infilling")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--raw", is_flag=True, help="The model alone: no anchoring, healing, stopping or clean-up.")
+@click.option(
+    "--cut", is_flag=True, help="Also test beginnings of a text that fails, as if it had been stopped there."
+)
 @_SERVER
 @click.option("--limit", type=click.IntRange(1), help="At most this many tasks, evenly from each kind.")
 @click.option("--max-tokens", type=click.IntRange(1, 1024), help="Most tokens of a suggestion.")
@@ -59,6 +62,7 @@ def evaluate() -> None:
 def eval_infilling(
     file: Path,
     raw: bool,
+    cut: bool,
     server: bool,
     limit: int | None,
     max_tokens: int | None,
@@ -81,10 +85,9 @@ def eval_infilling(
     Examples:
       midfill eval infilling tasks.jsonl.gz --limit 40
       midfill eval infilling tasks.jsonl --results new.jsonl --compare old.jsonl --json
-      midfill eval infilling tasks.jsonl --raw --plot raw.png
+      midfill eval infilling tasks.jsonl --raw --cut --plot raw.png
     """
     from midfill.evaluation import infilling, records, sandbox
-    from midfill.families import FAMILIES
 
     if raw and server:
         raise click.UsageError("--raw leaves the server out: give one of --raw and --server.")
@@ -96,16 +99,16 @@ def eval_infilling(
     header = {
         "eval": "infilling",
         "tasks": file.name,
+        "cut": cut,
         "through": _through(raw, server),
         **_described(settings),
     }
     kept = records.Records(results, header)
-    sentinels = {name for family in FAMILIES.values() for name in family.never_text}
     if any(task.id not in kept.rows for task in tasks):
         _with_filler(
             settings,
             script,
-            lambda filler, tell: infilling.evaluate(tasks, filler, kept, sorted(sentinels), tell),
+            lambda filler, tell: infilling.evaluate(tasks, filler, kept, tell, cut=cut),
             raw=raw,
             server=server,
         )

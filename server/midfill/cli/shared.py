@@ -69,12 +69,13 @@ def engine_maker(script: str | None) -> Callable[[Settings], Engine]:
 
 def show(result: dict[str, Any], table: Callable[[dict[str, Any]], Any], *, as_json: bool) -> None:
     """Print a result as one JSON object, or as what `table` makes of it."""
-    if as_json:
-        click.echo(json.dumps(result))
+    shown = json.dumps(result) if as_json else table(result)
+    if isinstance(shown, str):
+        click.echo(shown)
         return
     from rich.console import Console
 
-    Console(highlight=False).print(table(result))
+    Console(highlight=False).print(shown)
 
 
 def with_progress(title: str, work: Callable[[Progress], T]) -> T:

@@ -23,7 +23,16 @@ from midfill.evaluation import sandbox
 from midfill.evaluation.fillers import Filler, Hole
 from midfill.evaluation.records import Records
 from midfill.evaluation.statistics import mcnemar
+from midfill.families import FAMILIES
 
+_SHARES = {
+    "pass@1": "pass@1",
+    "pass@1_when_cut": "pass when cut",
+    "exact": "exact",
+    "similarity": "similarity",
+    "silent": "silent",
+}
+_SENTINELS = sorted({name for family in FAMILIES.values() for name in family.never_text})
 _LANGUAGES = {"python": "python", "js": "javascript", "javascript": "javascript", "java": "java"}
 _SUFFIXES = {"python": ".py", "javascript": ".js", "java": ".java"}
 # One wrong Java import makes every task fail where that library is not installed.
@@ -87,6 +96,8 @@ class Result:
         repeats_next_line: the text has the next line that stands below the hole, and the truth has not.
         reason: why there is no text.
         latency_ms: from asking to having it.
+        passed_when_cut: some beginning of the text passes: what perfect stop rules would make of it. None
+            where that was not asked for.
     """
 
     id: str
@@ -98,6 +109,7 @@ class Result:
     repeats_next_line: bool
     reason: str | None
     latency_ms: float
+    passed_when_cut: bool | None = None
 
     @property
     def kind(self) -> str:
@@ -175,10 +187,14 @@ async def evaluate(
     tasks: Sequence[Task],
     filler: Filler,
     records: Records,
-    sentinels: Sequence[str],
     tell: Callable[[float], None],
+    *,
+    cut: bool = False,
 ) -> None:
-    """Fill and test every task that `records` does not have yet; `tell` hears the share done."""
+    """Fill and test every task that `records` does not have yet; `tell` hears the share done.
+
+    With `cut`, beginnings of each text that fails are tested as well.
+    """
     for number, task in enumerate(tasks):
         if task.id not in records.rows:
             filled = await filler.fill(task.hole, Trigger.INVOKED)
@@ -193,13 +209,24 @@ async def evaluate(
                 passed,
                 text.rstrip() == task.truth.rstrip(),
                 round(similarity, 4),
-                any(sentinel in text for sentinel in sentinels),
+                any(sentinel in text for sentinel in _SENTINELS),
                 repeats_next_line(task, text),
                 filled.reason,
                 round(filled.latency_ms, 1),
+                (passed or await _passes_when_cut(task, text)) if cut else None,
             )
             records.keep(asdict(result))
         tell((number + 1) / len(tasks))
+
+
+async def _passes_when_cut(task: Task, text: str) -> bool:
+    """Whether the text passes when it is cut where the truth ends, or at the end of one of its lines."""
+    lines = text.split("\n")
+    cuts = ["\n".join(lines[: count + 1]) for count in range(len(lines) - 1)]
+    for candidate in dict.fromkeys([text[: len(task.truth)], *cuts]):
+        if candidate != text and await sandbox.passes(task.language, task.program(candidate)):
+            return True
+    return False
 
 
 def repeats_next_line(task: Task, text: str) -> bool:
@@ -229,8 +256,10 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
     def shares(of: Callable[[Result], float]) -> dict[str, float]:
         return {kind: round(sum(map(of, group)) / len(group), 4) for kind, group in groups.items()}
 
+    cut = [result.passed_when_cut is not None for result in results]
     return {
         "pass@1": shares(lambda result: result.passed),
+        **({"pass@1_when_cut": shares(lambda result: bool(result.passed_when_cut))} if all(cut) else {}),
         "exact": shares(lambda result: result.exact),
         "similarity": shares(lambda result: result.similarity),
         "silent": shares(lambda result: not result.text),
@@ -251,11 +280,10 @@ def compare(ours: Sequence[Result], theirs: Mapping[str, Mapping[str, Any]]) -> 
 
 def describe(summary: Mapping[str, Any]) -> str:
     """The summary for a person."""
-    rows = [f"{'':24} {'pass@1':>7} {'exact':>7} {'similar':>8} {'silent':>7}"]
+    names = [name for name in _SHARES if name in summary]
+    rows = [f"{'':22}" + "".join(f"{_SHARES[name]:>14}" for name in names)]
     rows += [
-        f"{kind:24} {share:7.1%} {summary['exact'][kind]:7.1%} {summary['similarity'][kind]:8.1%} "
-        f"{summary['silent'][kind]:7.1%}"
-        for kind, share in summary["pass@1"].items()
+        f"{kind:22}" + "".join(f"{summary[name][kind]:14.1%}" for name in names) for kind in summary["pass@1"]
     ]
     p50, p95 = summary["latency_ms"].values()
     rows.append(
