@@ -17,13 +17,14 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
+from typing import Any
 
 from midfill.confidence import THRESHOLDS, Eagerness, Evidence, best, worth_showing
 from midfill.documents import Document, Snapshot
-from midfill.engine import Engine, Request
+from midfill.engine import Engine, Request, Stats
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.families import Family
-from midfill.prompt import PromptBuilder
+from midfill.prompt import Prompt, PromptBuilder
 from midfill.secrecy import SecretWatch, is_excluded
 from midfill.settings import Settings
 from midfill.suggestions import Computed, Flight, Match, Suggestions
@@ -122,6 +123,9 @@ class Answer:
         latency_ms: from the snapshot to here.
         num_prompt, num_reused, num_generated: tokens.
         segments: the parts of the prompt and their sizes in tokens.
+        prompt: what the model read; None if it was not asked. For explaining, like the next two.
+        stages: what took how many milliseconds.
+        texts: each filter that changed the text, and the text after it; the model's own is first.
         tokens: for each token that the text is made of: where it ends in the text, its log-probability.
         finished: the text came to an end of its own, not to the token limit.
     """
@@ -135,8 +139,23 @@ class Answer:
     num_reused: int = 0
     num_generated: int = 0
     segments: tuple[tuple[str, int], ...] = ()
+    prompt: Prompt | None = None
+    stages: tuple[tuple[str, float], ...] = ()
+    texts: tuple[tuple[str, str], ...] = ()
     tokens: tuple[tuple[int, float], ...] = ()
     finished: bool = False
+
+
+# What of an answer tells of the model's work, when it is used again without that.
+_NO_MODEL: dict[str, Any] = {
+    "num_prompt": 0,
+    "num_reused": 0,
+    "num_generated": 0,
+    "segments": (),
+    "prompt": None,
+    "stages": (),
+    "texts": (),
+}
 
 
 @dataclass(slots=True)
@@ -257,13 +276,13 @@ class Completer:
         if self._engine is None or self._prompts is None:
             reason = Reason.LOADING if self.failure is None else Reason.MODEL_FAILED
             return Answer(reason=reason, latency_ms=_since(begun))
-        while (answer := self._reuse(snapshot, trigger)) is None:
-            answer = await self._ask(snapshot, trigger)
-            if answer is not None:
-                break
+        answer = self._reuse(snapshot, trigger)
+        stages = (("gate and reuse", _since(begun)),)
+        while answer is None:
+            answer = await self._ask(snapshot, trigger) or self._reuse(snapshot, trigger)
         self._look_ahead(snapshot, answer)
         text = answer.text.replace("\n", snapshot.document.line_ending)
-        return replace(answer, text=text, latency_ms=_since(begun))
+        return replace(answer, text=text, latency_ms=_since(begun), stages=stages + answer.stages)
 
     def gate(self, snapshot: Snapshot, trigger: Trigger) -> Reason | None:
         """Whether to ask the model at all: the reason against it, or None."""
@@ -294,7 +313,7 @@ class Completer:
         for match in self._suggestions.matches(snapshot, explicit=trigger is Trigger.INVOKED):
             if (answer := self._continue(match, snapshot, trigger)) is not None:
                 self._suggestions.keep(match.suggestion)
-                return replace(answer, num_prompt=0, num_reused=0, num_generated=0, segments=())
+                return replace(answer, **_NO_MODEL)
         return None
 
     def _continue(self, match: Match[_Made], snapshot: Snapshot, trigger: Trigger) -> Answer | None:
@@ -369,20 +388,30 @@ class Completer:
         self, engine: Engine, prompts: PromptBuilder, snapshot: Snapshot, flight: Flight[_Made]
     ) -> Computed[_Made]:
         """Ask the model: prompt > engine > trim."""
+        begun = time.monotonic()
         prompt = prompts.build(snapshot)
         place = _place(snapshot)
+        built = time.monotonic()
         request = Request(
             prompt.tokens, prompt.max_new_tokens, prompt.stop_ids, starts_with=prompt.starts_with
         )
         flight.run_as(request)
         output = await self._generate(engine, request, place, flight)
+        written = time.monotonic()
         trigger = Trigger.INVOKED if flight.explicit else Trigger.AUTOMATIC
+        trimmed = self._trim(output, place)
+        answer = self._weigh(trimmed, place, trigger)
+        texts = [("model", output.raw), ("stop rules", output.text)]
+        texts += [("clean-up", trimmed.text), ("confidence", answer.text)]
         answer = replace(
-            self._weigh(self._trim(output, place), place, trigger),
+            answer,
             num_prompt=len(prompt.tokens),
             num_reused=request.stats.num_reused,
             num_generated=request.stats.num_generated,
             segments=prompt.segments,
+            prompt=prompt,
+            stages=_stages(begun, built, request.stats, written),
+            texts=tuple(step for at, step in enumerate(texts) if not at or step[1] != texts[at - 1][1]),
         )
         return Computed(answer.text, output.raw, _Made(answer, output), lasting=output.failure is None)
 
@@ -448,6 +477,20 @@ async def _stream(
                 output.text, output.complete = output.text[:end], True
                 return
     output.complete = output.ended = request.stats.num_generated < request.max_new_tokens
+
+
+def _stages(begun: float, built: float, stats: Stats, written: float) -> tuple[tuple[str, float], ...]:
+    """Milliseconds of each stage that asked the model; those that it did not come to are left out."""
+    begins = (
+        ("prompt", begun),
+        ("queue", built),
+        ("prefill", stats.started_s),
+        ("decode", stats.first_token_s),
+        ("clean-up", written),
+    )
+    come_to = [(name, at) for name, at in begins if at]
+    ends = [at for _, at in come_to[1:]] + [time.monotonic()]
+    return tuple((name, (end - at) * 1000) for (name, at), end in zip(come_to, ends, strict=True))
 
 
 def _place(snapshot: Snapshot) -> Place:

@@ -103,6 +103,14 @@ class Command:
     arguments: list[Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """A question about the last answer for a document; with the texts only if the user wants to see them."""
+
+    uri: str
+    with_text: bool
+
+
 def read_uri(params: Any) -> str:
     """`{textDocument: {uri}}`, which many methods have."""
     return _string(_object(_object(params).get("textDocument")).get("uri"))
@@ -190,6 +198,11 @@ def read_command(params: Any) -> Command:
     return Command(_string(params.get("command")), _list(params.get("arguments")))
 
 
+def read_explain(params: Any) -> Explain:
+    """`midfill/explain`."""
+    return Explain(read_uri(params), with_text=_object(params).get("text") is True)
+
+
 READERS: dict[str, Callable[[Any], Any]] = {
     "textDocument/didOpen": read_opened,
     "textDocument/didChange": read_edited,
@@ -201,7 +214,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "textDocument/inlineCompletion": read_inline_completion,
     "workspace/executeCommand": read_command,
     "midfill/documentText": read_uri,
-    "midfill/explain": read_uri,
+    "midfill/explain": read_explain,
 }
 
 

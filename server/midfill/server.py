@@ -27,12 +27,14 @@ from midfill.completer import REASONS, Answer, Completer, Reason, Trigger
 from midfill.documents import Change, Document, Encoding, Point, Snapshot, split_lines
 from midfill.engine import Engine
 from midfill.errors import MidfillError
+from midfill.explanation import explain
 from midfill.feedback import Journal
 from midfill.messages import (
     OWN_CLIENT,
     Asked,
     Command,
     Edited,
+    Explain,
     NotebookChanged,
     NotebookClosed,
     NotebookOpened,
@@ -361,22 +363,14 @@ class MidfillServer(LanguageServer):
             return types.MarkupContent(types.MarkupKind.Markdown, f"```{language_id}\n{code}\n```")
         return code
 
-    def explain(self, uri: str) -> dict[str, Any]:
-        """`midfill/explain`: where the last answer for a document came from, or why it was empty."""
-        answer = self.state.answers.get(uri)
+    def explain(self, asked: Explain) -> dict[str, Any]:
+        """`midfill/explain`: how the last answer for a document came about, or why it was empty."""
+        answer = self.state.answers.get(asked.uri)
         if answer is None:
-            reason = None if uri in self.state.documents else Reason.NOT_OPEN
+            reason = None if asked.uri in self.state.documents else Reason.NOT_OPEN
             return {"source": "none", "reason": reason, "message": REASONS[reason] if reason else None}
-        return {
-            "source": answer.source,
-            "reason": answer.reason,
-            "message": answer.detail or (REASONS[answer.reason] if answer.reason else None),
-            "latencyMs": round(answer.latency_ms, 2),
-            "promptTokens": answer.num_prompt,
-            "reusedTokens": answer.num_reused,
-            "generatedTokens": answer.num_generated,
-            "segments": [{"source": name, "tokens": size} for name, size in answer.segments],
-        }
+        engine = self.state.engine
+        return explain(answer, engine.model.tokenizer if asked.with_text and engine is not None else None)
 
     def execute_command(self, command: Command) -> Any:
         """`workspace/executeCommand`: an accepted item's command, or the one that explains."""
@@ -393,9 +387,9 @@ class MidfillServer(LanguageServer):
         """`midfill.explain`: the last answer, of the document that is named or of any; shown as a message."""
         named = arguments[0] if arguments and isinstance(arguments[0], str) else None
         uri = named or next(reversed(self.state.answers), None)
-        explained = self.explain(uri or "")
+        explained = self.explain(Explain(uri or "", with_text=arguments[1:2] == [True]))
         what = explained["message"] or f"The last suggestion came from: {explained['source']}."
-        message = "midfill: nothing has been asked for yet." if uri is None else f"midfill: {what}"
+        message = "midfill: Nothing has been asked for yet." if uri is None else f"midfill: {what}"
         self.window_show_message(types.ShowMessageParams(types.MessageType.Info, message))
         return explained
 

@@ -17,6 +17,7 @@ LAYERS = [
     {"engine"},
     {"families", "probing", "prompt", "suggestions", "trim", "confidence"},
     {"completer"},
+    {"explanation"},
     {"protocol", "server", "client", "recording", "bench", "demo", "doctor", "evaluation"},
     {"cli"},
     {"__main__"},

@@ -102,6 +102,7 @@ def serve(
 @click.argument("where", metavar="FILE:LINE:COL")
 @click.option("--language", metavar="ID", help="Language identifier, if the file's name does not tell.")
 @click.option("--max-tokens", type=click.IntRange(1, 1024), help="Most tokens of the suggestion.")
+@click.option("--explain", "explained", is_flag=True, help="Show the prompt, the stages and the filters too.")
 @MODEL
 @ADAPTER
 @JSON
@@ -110,6 +111,7 @@ def complete(
     where: str,
     language: str | None,
     max_tokens: int | None,
+    explained: bool,
     model: str | None,
     adapter: str | None,
     as_json: bool,
@@ -123,6 +125,7 @@ def complete(
     \b
     Examples:
       midfill complete src/app.py:42:17
+      midfill complete src/app.py:42:17 --explain
       git show HEAD:src/app.py | midfill complete -:42:17 --language python --json
       printf 'def add(a, b):\\n    return' | midfill complete - --language python
     """
@@ -131,8 +134,13 @@ def complete(
     document, cursor = _read_place(where, language)
     settings = read_settings(model=model, adapter=adapter, max_new_tokens=max_tokens)
     answer, info = asyncio.run(_complete_once(settings, engine_maker(script), Snapshot(document, cursor)))
+    explanation = info.pop("explanation")
     if as_json:
-        click.echo(json.dumps(info))
+        click.echo(json.dumps(info | ({"explanation": explanation} if explained else {})))
+    elif explained:
+        from midfill.explanation import describe
+
+        click.echo(describe(explanation))
     elif answer:
         click.echo(answer)
     else:
@@ -271,6 +279,7 @@ for _group in (model, bench, evaluate):
 
 async def _complete_once(settings: Settings, make: Callable[[Settings], Engine], snapshot: Any) -> Any:
     from midfill.completer import REASONS, Completer, Trigger
+    from midfill.explanation import explain
     from midfill.probing import identify
 
     engine = make(settings)
@@ -288,6 +297,7 @@ async def _complete_once(settings: Settings, make: Callable[[Settings], Engine],
             "prompt_tokens": answer.num_prompt,
             "generated_tokens": answer.num_generated,
             "model": engine.model.name,
+            "explanation": explain(answer, engine.model.tokenizer),
         }
         return answer.text, info
     finally:
