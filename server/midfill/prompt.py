@@ -25,7 +25,11 @@ from midfill.settings import Settings
 _MAX_ANCHORS = 64
 # No tokenizer of these families makes more characters of code into one token on average.
 _MAX_CHARS_PER_TOKEN = 8
-_UNFINISHED = re.compile(r"[ \t]?(?:[^\w\s]|_)*[^\W\d_]*\Z")
+_UNFINISHED = re.compile(r"(?<=\S)[ \t]+\Z|[ \t]?(?:[^\w\s]|_)*[^\W\d_]*\Z")
+_BLANKS = re.compile(r"[ \t]*")
+_OPENERS = (":", "{", "(", "[")
+# How far up indentation is looked at.
+_LINES_ABOVE = 40
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # What editors insert behind the cursor by themselves, after Enter between brackets with the indentation.
 _AUTO_CLOSED = re.compile(r"\s*[)\]}>\"'`]+[;,]?")
@@ -167,15 +171,16 @@ class PromptBuilder:
         old = self._anchors.get(snapshot.document.uri)
         if old is not None and self._still_holds(old, snapshot, budget):
             above = "".join(snapshot.document.lines[old.line : snapshot.cursor.line])
-            tokens, held = self._heal(_clean(above + snapshot.line_before)[old.cut_at :], old.head)
+            typed = _clean(above + snapshot.line_before)[old.cut_at :]
+            tokens, held = self._heal(typed, old.head, snapshot)
             if len(old.head_tokens) + len(tokens) <= budget.prefix:
                 return old, tokens, held
         typed, cut_at = self._typed(snapshot, budget.prefix)
-        tokens, held = self._heal(typed, "")
+        tokens, held = self._heal(typed, "", snapshot)
         first_line, head = snapshot.cursor.line, ""
         if not cut_at:
             first_line, head = self._head(snapshot, budget.prefix - len(tokens), old)
-            tokens, held = self._heal(typed, head)
+            tokens, held = self._heal(typed, head, snapshot)
         tail, tail_tokens = self._tail(snapshot, budget.suffix)
         head_tokens = self._encode_head(head)
         return (
@@ -197,16 +202,23 @@ class PromptBuilder:
         size = self._longest(len(near), budget // 2, lambda size: near[len(near) - size :])
         return near[len(near) - size :], len(before) - size
 
-    def _heal(self, typed: str, head: str) -> tuple[tuple[int, ...], str]:
+    def _heal(self, typed: str, head: str, snapshot: Snapshot) -> tuple[tuple[int, ...], str]:
         """Tokens of what was typed, without what may be half a token; and that, as text.
 
         Tokenizers join a blank or marks to the word behind them (" return", ".loads", "(self"):
         "json.lo" is `json`, `.lo`, never the beginning of `json`, `.loads`, so a prompt that ends so has
         no likely continuation. Held back is the last word with the marks and the blank before it.
         Digits are tokens of their own.
+
+        Likewise an indentation is all but its last blank in one token, so a prompt with half of it would
+        have to go on at that width. Held back whole it costs a token to write, so only where it is needed.
         """
-        match = _UNFINISHED.search(typed) if self._settings.healing else None
-        held = match.group() if match else ""
+        held = ""
+        if self._settings.healing:
+            match = _UNFINISHED.search(typed)
+            held = match.group() if match else ""
+            if held.isspace() and _is_half_indented(snapshot):
+                held = typed[len(typed.rstrip(" \t")) :]
         kept = typed[: len(typed) - len(held)]
         return tuple(self._tokenizer.encode(kept)) if head else self._encode_head(kept), held
 
@@ -289,6 +301,21 @@ def _layout(name: str, family: Family, wanted: str) -> Layout:
             f"they can have {', '.join(family.layouts)}. Change `layout`."
         )
     return Layout(wanted)
+
+
+def _is_half_indented(snapshot: Snapshot) -> bool:
+    """Whether all before the cursor is indentation, and not as wide as it will probably be."""
+    own = snapshot.line_before
+    if not own or not own.isspace():
+        return False
+    line = snapshot.cursor.line
+    above = [text for text in snapshot.document.lines[max(0, line - _LINES_ABOVE) : line] if text.strip()]
+    leads = [match.group() for text in above if (match := _BLANKS.match(text))]
+    if not above:
+        return False
+    if above[-1].rstrip().endswith(_OPENERS):
+        return len(own.expandtabs()) <= len(leads[-1].expandtabs())
+    return own not in leads
 
 
 def _continues(after: str, tail: str) -> bool:

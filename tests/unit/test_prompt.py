@@ -107,8 +107,6 @@ def test_documents_have_anchors_of_their_own():
     ("line", "kept", "held"),
     [
         ("x = ", "x =", " "),
-        ("\t\t", "\t", "\t"),
-        ("    ", "   ", " "),
         ("f(", "f", "("),
         ("x = (se", "x =", " (se"),
         ("found.", "found", "."),
@@ -124,6 +122,27 @@ def test_documents_have_anchors_of_their_own():
 )
 def test_half_a_token_is_held_back(line, kept, held):
     prompt = builder().build(snapshot(f"import json\n{line}▮\n"))
+    assert text(prompt).endswith(MID + kept)
+    assert prompt.starts_with == held
+
+
+@pytest.mark.parametrize(
+    ("code", "kept", "held"),
+    [
+        # As wide as a line above, or wider below an opener: all but the last blank is a token of its own.
+        ("def f():\n    x = 1\n    ▮\n", "   ", " "),
+        ("def f():\n    ▮\n", "   ", " "),
+        ("\tif a {\n\t\t▮\n", "\t", "\t"),
+        # Half of an indentation.
+        ("def f():\n    if x:\n    ▮\n", "", "    "),
+        ("def f():\n    x = 1\n  ▮\n", "", "  "),
+        ("\tif a {\n\t▮\n", "", "\t"),
+        # Columns.
+        ("x = 1\nname   ▮\n", "name", "   "),
+    ],
+)
+def test_half_an_indentation_is_held_back(code, kept, held):
+    prompt = builder().build(snapshot(code))
     assert text(prompt).endswith(MID + kept)
     assert prompt.starts_with == held
 
