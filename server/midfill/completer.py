@@ -1,4 +1,4 @@
-"""The pipeline from a snapshot to an answer: gate > reuse > prompt > engine > trim > store.
+"""The pipeline from a snapshot to an answer: gate > reuse > context > prompt > engine > trim > store.
 
 Knows nothing of LSP: it takes a `Snapshot` and returns an `Answer`. Runs on the event loop; the only
 thing it waits for is the engine. What the model is asked for is a flight of its own (see `suggestions`),
@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from midfill.confidence import THRESHOLDS, Eagerness, Evidence, best, worth_showing
+from midfill.context import Collected, Context
 from midfill.documents import Document, Snapshot
 from midfill.engine import Engine, Request, Stats
 from midfill.errors import EngineError, EngineUnavailableError
@@ -201,6 +202,7 @@ class _Made:
 
     answer: Answer
     output: _Output
+    context: Collected
 
 
 @dataclass(slots=True)
@@ -211,17 +213,22 @@ class Completer:
         settings: the ones in force; change them by `configure`.
         failure: why there is no engine, once that is known.
         looks_ahead: whether to compute, while the user rests, what comes next if a suggestion is accepted.
+        context: what other files contribute.
     """
 
     settings: Settings
     failure: str | None = None
     looks_ahead: bool = False
+    context: Context = field(init=False)
     _engine: Engine | None = None
     _prompts: PromptBuilder | None = None
     _forbidden: tuple[str, ...] = field(default=())
     _secrets: SecretWatch = field(default_factory=SecretWatch)
     _suggestions: Suggestions[_Made] = field(default_factory=Suggestions)
     _rest: asyncio.TimerHandle | None = None
+
+    def __post_init__(self) -> None:
+        self.context = Context(self.settings)
 
     def use(self, engine: Engine, family: tuple[str, Family] | None = None) -> None:
         """Serve from a started engine, its model's FIM family recognised or given (see `probing.identify`).
@@ -243,6 +250,7 @@ class Completer:
         if settings != self.settings:
             self.drop_work()
         self.settings = settings
+        self.context.configure(settings)
 
     def fail(self, why: str) -> None:
         """Answer with nothing from now on, because there is no model."""
@@ -259,6 +267,7 @@ class Completer:
         """Drop what is remembered of a document that was closed."""
         self._secrets.forget(uri)
         self._suggestions.forget(uri)
+        self.context.closed(uri)
         if self._prompts is not None:
             self._prompts.forget(uri)
 
@@ -310,7 +319,12 @@ class Completer:
     def _reuse(self, snapshot: Snapshot, trigger: Trigger) -> Answer | None:
         """What there is without the model: the rest of a suggestion, or one for exactly this text."""
         self._suggestions.moved(snapshot)
+        context = self.context.collect(snapshot)
         for match in self._suggestions.matches(snapshot, explicit=trigger is Trigger.INVOKED):
+            # What was computed for exactly this text with other context would be another answer now; what the
+            # user is typing through stays.
+            if match.exact and match.suggestion.computed.made.context is not context:
+                continue
             if (answer := self._continue(match, snapshot, trigger)) is not None:
                 self._suggestions.keep(match.suggestion)
                 return replace(answer, **_NO_MODEL)
@@ -387,9 +401,10 @@ class Completer:
     async def _compute(
         self, engine: Engine, prompts: PromptBuilder, snapshot: Snapshot, flight: Flight[_Made]
     ) -> Computed[_Made]:
-        """Ask the model: prompt > engine > trim."""
+        """Ask the model: context > prompt > engine > trim."""
         begun = time.monotonic()
-        prompt = prompts.build(snapshot)
+        context = self.context.collect(snapshot)
+        prompt = prompts.build(snapshot, context)
         place = _place(snapshot)
         built = time.monotonic()
         request = Request(
@@ -413,7 +428,9 @@ class Completer:
             stages=_stages(begun, built, request.stats, written),
             texts=tuple(step for at, step in enumerate(texts) if not at or step[1] != texts[at - 1][1]),
         )
-        return Computed(answer.text, output.raw, _Made(answer, output), lasting=output.failure is None)
+        return Computed(
+            answer.text, output.raw, _Made(answer, output, context), lasting=output.failure is None
+        )
 
     async def _generate(
         self, engine: Engine, request: Request, place: Place, flight: Flight[_Made]

@@ -39,6 +39,9 @@ _BY_SUFFIX = {
     ".yml": "yaml",
 }
 
+SUFFIXES = tuple(_BY_SUFFIX)
+"""The ends of file names that are known, with their dots."""
+
 
 def language_id(name: str) -> str:
     """The identifier for a file name; "plaintext" where it is not known."""

@@ -16,6 +16,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from midfill.context import NOTHING, Collected
+from midfill.context.writing import ContextWriter, Segment, Written
 from midfill.documents import Snapshot, split_lines
 from midfill.engine import ModelInfo
 from midfill.errors import ModelError
@@ -119,17 +121,29 @@ class PromptBuilder:
                 f"lower `max_new_tokens` ({settings.max_new_tokens})."
             )
         self._anchors: OrderedDict[str, _Anchor] = OrderedDict()
+        self._writer = ContextWriter(self.family, model.tokenizer)
 
-    def build(self, snapshot: Snapshot, *, max_new_tokens: int | None = None) -> Prompt:
+    def build(
+        self,
+        snapshot: Snapshot,
+        context: Collected = NOTHING,
+        *,
+        max_new_tokens: int | None = None,
+    ) -> Prompt:
         """Make the prompt of a snapshot, so that it and `max_new_tokens` fit into the model's context.
 
         Args:
             snapshot: the document and the cursor.
+            context: what other files contribute.
             max_new_tokens: the most that this request may write; by default the setting.
         """
         if max_new_tokens is None:
             max_new_tokens = self._settings.max_new_tokens
         room = max(self._room(max_new_tokens), 2)
+        written = self._writer.write(
+            snapshot.document, context, min(self._settings.context_tokens, room // 2)
+        )
+        room -= written.num_tokens
         prefix = min(self._settings.prefix_tokens, room - room // 3)
         budget = _Budget(prefix, min(self._settings.suffix_tokens, room - prefix))
         anchor, typed, held = self._place(snapshot, budget)
@@ -142,6 +156,7 @@ class PromptBuilder:
             (_SOURCES.get(name, name), (self._ids[name],) if kind == "sentinel" else texts[name])
             for kind, name in parts
         ]
+        segments = _with_context(segments, written, after_bos=bool(self.family.bos))
         tokens = tuple(token for _, ids in segments for token in ids)
         return Prompt(
             tokens,
@@ -327,6 +342,19 @@ def _continues(after: str, tail: str) -> bool:
     """
     at = after.find(tail) if tail else len(after)
     return at == 0 or (0 < at <= _MAX_AUTO_CLOSED and _AUTO_CLOSED.fullmatch(after, 0, at) is not None)
+
+
+def _with_context(segments: list[Segment], context: Written, *, after_bos: bool) -> list[Segment]:
+    """Other files behind BOS; comments where the text of the file begins."""
+    place = int(after_bos)
+    head = next(index for index, (name, _) in enumerate(segments) if name in {"prefix", "typed"})
+    return [
+        *segments[:place],
+        *context.at_start,
+        *segments[place:head],
+        *context.in_prefix,
+        *segments[head:],
+    ]
 
 
 def _text_after(snapshot: Snapshot, max_chars: int) -> str:

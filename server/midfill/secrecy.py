@@ -72,7 +72,7 @@ _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY|PuTTY-User-Key-File|--
 # `api_token = "..."`, `"credential": "..."`, `Authorization: Bearer ...`, TOKEN=... in a shell.
 _ASSIGNED = re.compile(
     r"""(?:token|credentials?|passphrase|access_?key|passw(?:or)?d|(?<![a-z])pass|pwd|secret|api_?key|auth_?key)\w*["'\])]*
-        \s*(?::=|=>|[:=]{1,3})\s* (?: [brf]{0,2}["'`]([^"'`]+)["'`] | ([^\s"'`,;(){}\[\]]+)\s*\Z )
+        \s*(?::=|=>|[:=]{1,3})\s* (?: [brf]{0,2}["'`]([^"'`]+)["'`] | ([^\s"'`,;(){}\[\]]+)(?!\S) )
       | \bbearer\s+([A-Za-z0-9._~+/-]{16,}=*)""",
     re.VERBOSE | re.IGNORECASE,
 )

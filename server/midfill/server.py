@@ -24,11 +24,14 @@ from pygls.lsp.server import LanguageServer
 
 from midfill import __version__, secrecy
 from midfill.completer import REASONS, Answer, Completer, Reason, Trigger
+from midfill.context import file_of
+from midfill.context.files import IGNORE_FILES
 from midfill.documents import Change, Document, Encoding, Point, Snapshot, split_lines
 from midfill.engine import Engine
 from midfill.errors import MidfillError
 from midfill.explanation import explain
 from midfill.feedback import Journal
+from midfill.languages import SUFFIXES
 from midfill.messages import (
     OWN_CLIENT,
     Asked,
@@ -107,6 +110,8 @@ class MidfillServer(LanguageServer):
             (types.NOTEBOOK_DOCUMENT_DID_CHANGE, self.did_change_notebook, None),
             (types.NOTEBOOK_DOCUMENT_DID_CLOSE, self.did_close_notebook, None),
             (types.WORKSPACE_DID_CHANGE_CONFIGURATION, self.did_change_configuration, None),
+            (types.WORKSPACE_DID_CHANGE_WORKSPACE_FOLDERS, self.did_change_folders, None),
+            (types.WORKSPACE_DID_CHANGE_WATCHED_FILES, self.did_change_files, None),
             (
                 types.TEXT_DOCUMENT_INLINE_COMPLETION,
                 self.inline_completion,
@@ -139,10 +144,12 @@ class MidfillServer(LanguageServer):
             self._spawn(self.protocol.watch_parent(params.process_id))
 
     def initialized(self, _: types.InitializedParams) -> None:
-        """Start to load the model, once."""
+        """Start to load the model and to index the workspace, once."""
         if not self.state.started:
             self.state.started = True
             self._spawn(self._load())
+            self._open_folders()
+            self._spawn(self._watch_files())
 
     async def run(self, stdin: int, stdout: int) -> int:
         """Serve until the end and free the model. Returns the exit status."""
@@ -153,6 +160,7 @@ class MidfillServer(LanguageServer):
                 task.cancel()
             self.state.completer.drop_work()
             self.state.journal.end()
+            self.state.completer.context.close()
             if self.state.engine is not None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.state.engine.close(), timeout=2)
@@ -218,13 +226,50 @@ class MidfillServer(LanguageServer):
             message = "midfill: " + " ".join(problems)
             self.window_show_message(types.ShowMessageParams(types.MessageType.Warning, message))
 
+    # Workspace
+
+    def did_change_folders(self, _: types.DidChangeWorkspaceFoldersParams) -> None:
+        """Folders came or went; the protocol has noted which."""
+        if self.state.started:
+            self._open_folders()
+
+    def did_change_files(self, params: types.DidChangeWatchedFilesParams) -> None:
+        """Files of the workspace were written, made or deleted."""
+        self.state.completer.context.files_changed([change.uri for change in params.changes])
+
+    def _open_folders(self) -> None:
+        workspace = self.protocol.workspace
+        named = [(folder.name, folder.uri) for folder in workspace.folders.values()]
+        if not named and workspace.root_uri:
+            # Older clients name one folder only.
+            named = [("", workspace.root_uri)]
+        folders = [(name, path) for name, uri in named if (path := file_of(uri)) is not None]
+        self.state.completer.context.open_folders(folders)
+
+    async def _watch_files(self) -> None:
+        """Ask the client to tell of changed files, if it can: nothing is polled."""
+        workspace = self.client_capabilities.workspace
+        watching = workspace.did_change_watched_files if workspace else None
+        if watching is None or not watching.dynamic_registration:
+            return
+        patterns = [*(f"**/*{suffix}" for suffix in SUFFIXES), *(f"**/{name}" for name in IGNORE_FILES)]
+        options = types.DidChangeWatchedFilesRegistrationOptions(
+            [types.FileSystemWatcher(pattern) for pattern in patterns]
+        )
+        method = types.WORKSPACE_DID_CHANGE_WATCHED_FILES
+        # A client that refuses tells nothing, and is served as well.
+        with contextlib.suppress(Exception):
+            await self.client_register_capability_async(
+                types.RegistrationParams([types.Registration(f"midfill-{uuid.uuid4()}", method, options)])
+            )
+
     # Documents
 
     def did_open(self, opened: Opened) -> None:
         """Start a document."""
-        self.state.documents[opened.uri] = Document.open(
-            opened.uri, opened.language_id, opened.version, opened.text
-        )
+        document = Document.open(opened.uri, opened.language_id, opened.version, opened.text)
+        self.state.documents[opened.uri] = document
+        self.state.completer.context.opened(document)
 
     def did_change(self, edited: Edited) -> None:
         """Apply edits. Changes of a document that is not open are dropped: there is nothing to change."""
@@ -235,6 +280,7 @@ class MidfillServer(LanguageServer):
         version = document.version if edited.version is None else edited.version
         after = document.edit(edited.changes, version, self.state.encoding)
         self.state.documents[edited.uri] = after
+        self.state.completer.context.edited(document, after)
         whole = self.state.notebooks.whole(Snapshot(after, Point(0, 0)), self.state.documents)
         self.state.completer.edited(whole.document)
         self.state.journal.edit(document, after, edited.changes, self.state.encoding)

@@ -2,7 +2,7 @@
 
 The user's file is `config.toml` in the user's configuration folder (`MIDFILL_CONFIG` names another).
 Editors send the same keys in `initializationOptions` and `workspace/didChangeConfiguration`, where
-camelCase is understood too. Files of a workspace are never read: they may come from anyone.
+camelCase is understood too. Files of a workspace set nothing: they may come from anyone.
 """
 
 from __future__ import annotations
@@ -73,6 +73,14 @@ class Settings(BaseModel):
     )
     suffix_tokens: int = Field(
         default=128, ge=0, le=65_536, description="Most tokens of the prompt from after the cursor."
+    )
+    context: tuple[Literal["imports", "open", "repository", "edits"], ...] = Field(
+        default=(),
+        description="What the prompt may show of other files: what is defined by `imports`, pieces of `open` "
+        "documents and of the whole `repository`, recent `edits`. Empty: nothing, and no file is read.",
+    )
+    context_tokens: int = Field(
+        default=256, ge=0, le=65_536, description="Most tokens of the prompt from other files."
     )
     max_new_tokens: int = Field(
         default=32, ge=1, le=1024, description="Most tokens that a suggestion may have."

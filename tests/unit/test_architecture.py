@@ -15,7 +15,7 @@ LAYERS = [
     {"documents", "feedback", "messages", "notebooks", "settings", "languages", "secrecy", "syntax"},
     {"models"},
     {"engine"},
-    {"families", "probing", "prompt", "suggestions", "trim", "confidence"},
+    {"context", "families", "probing", "prompt", "suggestions", "trim", "confidence"},
     {"completer"},
     {"explanation"},
     {"protocol", "server", "client", "recording", "bench", "demo", "doctor", "evaluation"},
