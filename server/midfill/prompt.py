@@ -197,7 +197,7 @@ class PromptBuilder:
             first_line, head = self._head(snapshot, budget.prefix - len(tokens), old)
             tokens, held = self._heal(typed, head, snapshot)
         tail, tail_tokens = self._tail(snapshot, budget.suffix)
-        head_tokens = self._encode_head(head)
+        head_tokens = self._encode_head(head) if head else ()
         return (
             _Anchor(first_line, snapshot.cursor.line, head, head_tokens, tail, tail_tokens, cut_at),
             tokens,
@@ -235,7 +235,9 @@ class PromptBuilder:
             if held.isspace() and _is_half_indented(snapshot):
                 held = typed[len(typed.rstrip(" \t")) :]
         kept = typed[: len(typed) - len(held)]
-        return tuple(self._tokenizer.encode(kept)) if head else self._encode_head(kept), held
+        if head or self.layout is Layout.ANCHORED:
+            return tuple(self._tokenizer.encode(kept)), held
+        return self._encode_head(kept), held
 
     def _encode_head(self, text: str) -> tuple[int, ...]:
         """Tokens of the prefix from its beginning on."""

@@ -4,11 +4,18 @@ from pathlib import Path
 
 import pytest
 
+from midfill.families import FAMILIES
 from midfill.models import catalogue, store
 from midfill.models.gguf import tokenizer_from_gguf
-from midfill.models.tokenizer import load_tokenizer
+from midfill.models.gguf_file import open_gguf
+from midfill.models.gguf_tokenizer import tokenizer_json
+from midfill.models.tokenizer import FastTokenizer, load_tokenizer
 
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+# Families whose own vocabularies are not here: Llama's, which theirs are made of, with their sentinels.
+SENTENCEPIECE = ("codellama", "codestral")
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +33,10 @@ def vocabulary():
 
     def get(name):
         if name not in cached:
-            cached[name] = _installed(name) if name == "qwen2.5-coder" else _from_gguf(name)
+            if name in SENTENCEPIECE:
+                cached[name] = _with_sentinels(name)
+            else:
+                cached[name] = _installed(name) if name == "qwen2.5-coder" else _from_gguf(name)
         return cached[name]
 
     return get
@@ -39,8 +49,27 @@ def _installed(name):
     return load_tokenizer(found.path)
 
 
-def _from_gguf(name):
+def _path(name):
     path = SHARED_DATA / "vocabs" / f"ggml-vocab-{name}.gguf"
     if not path.exists():
         pytest.skip(f"the vocabularies of ../shared are not here: {path}")
-    return tokenizer_from_gguf(path)
+    return path
+
+
+def _from_gguf(name):
+    return tokenizer_from_gguf(_path(name))
+
+
+def _with_sentinels(family):
+    row = FAMILIES[family]
+    with open_gguf(_path("llama-spm")) as file:
+        description = tokenizer_json(file.metadata, "llama-spm")
+        taken = len(file.metadata["tokenizer.ggml.tokens"])
+    known = {token["content"] for token in description["added_tokens"]}
+    for name in (*row.sentinels, row.stops[0]):
+        if name not in known:
+            token = {"id": taken, "content": name, "special": True, "normalized": False}
+            token |= {"single_word": False, "lstrip": False, "rstrip": False}
+            description["added_tokens"].append(token)
+            taken += 1
+    return FastTokenizer(description)

@@ -20,6 +20,8 @@ MODELS = [
     ("refact", "mellum"),
     ("deepseek-coder", "deepseek-coder"),
     ("qwen2.5-coder", "qwen2.5-coder"),
+    ("codellama", "codellama"),
+    ("codestral", "codestral"),
 ]
 CASES = [(vocab, family, layout) for vocab, family in MODELS for layout in FAMILIES[family].layouts]
 AUTO_CLOSED = re.compile(r"\s*[)\]}>\"'`]+[;,]?")
@@ -85,13 +87,19 @@ def check(prompt, builder, tokenizer, snapshot, max_new_tokens):
     family = builder.family
     texts = texts_of(prompt, tokenizer)
     before, after = map(clean, split(snapshot.document, snapshot.cursor))
-    prefix = (texts.get("prefix", "") + texts.get("typed", "")).removeprefix(family.prefix_lead)
+    prefix = texts.get("prefix", "") + texts.get("typed", "")
+    # Where the prefix is empty and what was typed is the beginning of the middle, nothing leads it.
+    if prompt.layout is not Layout.ANCHORED or texts.get("prefix"):
+        assert prefix.startswith(family.prefix_lead)
+        prefix = prefix.removeprefix(family.prefix_lead)
     assert before.endswith(prefix + prompt.starts_with)
     suffix = texts.get("suffix", "")
     if not after.startswith(suffix):
         assert AUTO_CLOSED.fullmatch(after[: after.index(suffix)])
     controls = [token for token in prompt.tokens if token in tokenizer.control_ids]
-    assert sorted(controls) == sorted(tokenizer.token_id(name) for name in family.sentinels)
+    expected = family.sentinels if suffix or not family.needs_suffix else (family.bos,)
+    assert sorted(controls) == sorted(tokenizer.token_id(name) for name in expected)
+    assert not family.bos or prompt.tokens[0] == tokenizer.token_id(family.bos)
     assert len(prompt.tokens) + prompt.max_new_tokens <= builder._context
     assert 1 <= prompt.max_new_tokens <= max_new_tokens
     return prefix + prompt.starts_with, suffix, before, after
