@@ -101,6 +101,22 @@ def test_only_one_slow_step_runs_ahead(models):
         assert recorder.waits == [ahead] * 4
 
 
+def test_one_part_of_a_prompt_is_read_while_the_next_is_prepared(models):
+    path = models["qwen2"].path
+    runner, recorder = make(path)
+    [prompt] = prompts(16, 300)
+    for step_s, waits in ((0.004, [0, 0, 0, 0]), (0.001, [1, 1, 1])):
+        runner._replays.pace(step_s)
+        recorder.waits.clear()
+        running = Sequences(runner, [prompt])
+        for _ in range(4):
+            assert running.step([0], most=64) == [None]
+        assert recorder.waits == waits
+        for _ in range(4):
+            running.step([0], most=64)
+        assert running.tokens[0] == expected(path, prompt, 4)
+
+
 def test_capturing_while_the_model_loads(models):
     runner, recorder = make(models["llama"].path, captures=0)
     shares = []

@@ -49,8 +49,8 @@ class _Shared:
     def __init__(self, linears: list[nn.Linear]) -> None:
         self.sizes = [linear.out_features for linear in linears]
         with torch.no_grad():
-            self.weight = torch.cat([linear.weight.data for linear in linears])
-            biases = [linear.bias for linear in linears if linear.bias is not None]
+            self.weight = torch.cat([linear.weight for linear in linears])
+            biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
             self.bias = torch.cat(biases) if biases else None
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []

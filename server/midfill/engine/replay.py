@@ -125,6 +125,7 @@ class Replays:
         self._logits = torch.zeros((most_rows, vocab_size), device=place)
         self._ahead: deque[_Flight] = deque()
         self._most_ahead = _MOST_AHEAD
+        self._reading: Fetch | None = None  # the pass of a prompt that nobody has waited for
 
     @property
     def num_captured(self) -> int:
@@ -176,6 +177,9 @@ class Replays:
             flight = self._ahead.popleft()
         if flight is None:
             return None
+        if not any(chunk.samples for chunk in chunks):
+            self._read(flight)
+            return [None] * len(chunks)
         free = all(ids is None for ids in allowed)
         # The pass has chosen among all tokens. Where only some are allowed, its logits are asked again.
         demanded = {
@@ -198,6 +202,19 @@ class Replays:
                 [_choice(flight, row, length - 1, results).id] for row, length in lengths
             ]
         return choices
+
+    def _read(self, flight: _Flight) -> None:
+        """Wait for a pass that chooses nothing; if passes are quick, for the one before it instead.
+
+        So the device has the next part of a prompt when it is done with one, and never more than that.
+        """
+        before, self._reading = self._reading, None
+        if self._most_ahead == 1:
+            flight.fetch.wait()
+            return
+        self._reading = flight.fetch
+        if before is not None:
+            before.wait()
 
     def _land(self, chunks: Sequence[Chunk], allowed: Sequence[array[int] | None]) -> list[int] | None:
         """The rows of the next pass under way that compute just these chunks; None if it does not."""
