@@ -61,11 +61,16 @@ class Settings(BaseModel):
         description="Number format of the weights; `auto` is int8 on a CPU and bfloat16 on a GPU. "
         + _START_ONLY,
     )
+    runner: Literal["auto", "openvino", "torch"] = Field(
+        default="auto",
+        description="What runs the model; `auto` is OpenVINO for int8 on a CPU where it can, else torch. "
+        + _START_ONLY,
+    )
     num_threads: int = Field(
         default=0,
         ge=0,
         le=1024,
-        description="CPU threads; 0 means one per physical core, fewer while other programs keep cores busy. "
+        description="CPU threads; 0 means one per physical core (torch takes fewer while others are busy). "
         + _START_ONLY,
     )
     prefix_tokens: int = Field(

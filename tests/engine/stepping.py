@@ -64,7 +64,8 @@ class Sequences:
             start, tokens = self.computed[slot], self.tokens[slot]
             end = min(len(tokens), start + most)
             chunks.append(Chunk(Sequence(None, tokens), slot, start, tokens[start:end], end == len(tokens)))
-        choices = self.runner.forward(chunks, allowed or [None] * len(chunks))
+        found = self.runner.forward(chunks, allowed or [None] * len(chunks))
+        choices = [chosen[0] if chosen else None for chosen in found]
         for chunk, choice in zip(chunks, choices, strict=True):
             self.computed[chunk.slot] += len(chunk.tokens)
             if choice is not None:

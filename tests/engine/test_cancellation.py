@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from midfill.engine import Request
-from midfill.engine.local import load
+from midfill.engine.loading import load
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError
 
 LONG = list(range(250))
@@ -228,6 +228,9 @@ async def test_after_a_cancellation_the_tokens_still_equal_generate(tmp_path, ki
         class Counting:
             context = runner.context
             vocab_size = runner.vocab_size
+            chunk_tokens = runner.chunk_tokens
+            step_sequences = runner.step_sequences
+            max_guesses = runner.max_guesses
             drop = runner.drop
             idle = runner.idle
 

@@ -6,7 +6,11 @@ import pytest
 import tiny
 import torch
 
+from midfill.engine.openvino_graph import LAYOUTS
+
 KINDS = list(tiny.CONFIGS)
+ALL = [("torch", kind) for kind in KINDS] + [("openvino", kind) for kind in LAYOUTS]
+RUNNERS = ["torch", pytest.param("openvino", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +24,10 @@ def prompts(seed: int, *lengths: int) -> list[list[int]]:
     return [tiny.random_ids(generator, length) for length in lengths]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-async def test_tokens_and_log_probabilities_equal_generate(models, kind):
+@pytest.mark.parametrize(("runner", "kind"), ALL)
+async def test_tokens_and_log_probabilities_equal_generate(models, runner, kind):
     model = tiny.reference(models[kind].path)
-    async with tiny.running(models[kind]) as engine:
+    async with tiny.running(models[kind], runner=runner) as engine:
         control = engine.model.tokenizer.control_ids
         for ids in prompts(1, 1, 7, 64, 65, 200):
             tokens = await tiny.collect(engine, ids, 24)
@@ -33,11 +37,11 @@ async def test_tokens_and_log_probabilities_equal_generate(models, kind):
             assert [token.logprob for token in tokens] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-async def test_a_reused_prefix_changes_nothing(models, kind):
+@pytest.mark.parametrize(("runner", "kind"), ALL)
+async def test_a_reused_prefix_changes_nothing(models, runner, kind):
     model = tiny.reference(models[kind].path)
     [ids] = prompts(2, 150)
-    async with tiny.running(models[kind]) as engine:
+    async with tiny.running(models[kind], runner=runner) as engine:
         control = engine.model.tokenizer.control_ids
         first = await tiny.collect_ids(engine, ids)
         assert await tiny.collect_ids(engine, ids) == first
@@ -59,13 +63,14 @@ async def test_the_stats_say_what_was_reused(models):
         assert stats.submitted_s <= stats.started_s <= stats.first_token_s <= stats.ended_s
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("kind", ["gpt_bigcode", "qwen2", "llama"])
-async def test_two_hundred_random_edits_change_nothing(models, kind):
+async def test_two_hundred_random_edits_change_nothing(models, runner, kind):
     model = tiny.reference(models[kind].path)
     generator = torch.Generator().manual_seed(4)
     ids = tiny.random_ids(generator, 90)
     reused = 0
-    async with tiny.running(models[kind]) as engine:
+    async with tiny.running(models[kind], runner=runner) as engine:
         control = engine.model.tokenizer.control_ids
         for _ in range(200):
             at = int(torch.randint(max(1, len(ids) - 20), len(ids) + 1, (1,), generator=generator))
@@ -79,12 +84,13 @@ async def test_two_hundred_random_edits_change_nothing(models, kind):
     assert reused > 200 * 60
 
 
-async def test_several_documents_keep_their_own_past(models):
+@pytest.mark.parametrize("runner", RUNNERS)
+async def test_several_documents_keep_their_own_past(models, runner):
     model = tiny.reference(models["llama"].path)
     documents = prompts(5, 80, 90, 100, 110, 120)
     # Two of them begin alike, as documents with the same context do.
     documents[1] = documents[0][:70] + documents[1]
-    async with tiny.running(models["llama"]) as engine:
+    async with tiny.running(models["llama"], runner=runner) as engine:
         control = engine.model.tokenizer.control_ids
         for turn in range(3):
             for document in documents:
@@ -92,10 +98,11 @@ async def test_several_documents_keep_their_own_past(models):
                 assert await tiny.collect_ids(engine, ids, 6) == tiny.oracle(model, ids, 6, control)
 
 
-async def test_requests_at_the_same_time_get_their_own_tokens(models):
+@pytest.mark.parametrize("runner", RUNNERS)
+async def test_requests_at_the_same_time_get_their_own_tokens(models, runner):
     model = tiny.reference(models["qwen2"].path)
     documents = prompts(6, 30, 70, 110, 50, 90, 20)
-    async with tiny.running(models["qwen2"]) as engine:
+    async with tiny.running(models["qwen2"], runner=runner) as engine:
         control = engine.model.tokenizer.control_ids
         answers = await tiny.asyncio.gather(*(tiny.collect_ids(engine, ids, 8) for ids in documents))
     assert answers == [tiny.oracle(model, ids, 8, control) for ids in documents]

@@ -94,7 +94,7 @@ async def test_a_wrong_shape(model, weights):
 
 async def test_integers_in_place_of_weights(model, weights):
     change(weights, **{NORM: torch.zeros(48, dtype=torch.int64)})
-    assert "int64" in await failure(model)
+    assert "I64" in await failure(model)
 
 
 async def test_old_buffers_are_ignored(model, weights):

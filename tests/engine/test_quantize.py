@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from midfill.engine.loading import load_runner
 from midfill.engine.quantize import Int8Linear, Int8Weight, supported
+from midfill.engine.torch_loading import load_runner
 
 pytestmark = pytest.mark.skipif(not supported(), reason="the int8 kernels are for x86")
 

@@ -196,7 +196,7 @@ def test_a_copied_past_is_not_what_ran_ahead(models):
     # Slot 0 now gets the past of slot 1, and the very token that its next step was to compute.
     token = running.tokens[0][-1]
     chunk = Chunk(Sequence(None, []), 0, 40, [token], samples=True, copy_from=1)
-    [choice] = runner.forward([chunk], [None])
+    [[choice]] = runner.forward([chunk], [None])
     assert [choice.id] == expected(path, [*documents[1], token], 1)[-1:]
 
 

@@ -9,9 +9,10 @@ import pytest
 import tiny
 
 from midfill.engine import create
-from midfill.engine.loading import memory_errors
-from midfill.engine.local import LocalEngine, load
+from midfill.engine.loading import load
+from midfill.engine.local import LocalEngine
 from midfill.engine.supervisor import Supervisor
+from midfill.engine.torch_loading import memory_errors
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
 
 LONG = list(range(250))

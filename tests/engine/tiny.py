@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from midfill.engine import EngineSpec, Request, Token
 from midfill.engine.files import find_tensors
-from midfill.engine.local import LocalEngine, load
+from midfill.engine.loading import load
+from midfill.engine.local import LocalEngine
 from midfill.engine.scheduler import Choice
 from midfill.engine.weights import build_model
 
@@ -56,6 +57,9 @@ class SteppedRunner:
 
     context = 512
     vocab_size = VOCAB_SIZE
+    chunk_tokens = 64
+    step_sequences = 1
+    max_guesses = 0
 
     def __init__(self):
         self.began: asyncio.Queue[int] = asyncio.Queue()
@@ -73,7 +77,7 @@ class SteppedRunner:
         if self.error is not None:
             error, self.error = self.error, None
             raise error
-        return [Choice(65, -0.5) if chunk.samples else None for chunk in chunks]
+        return [chunk.verify(lambda _: Choice(65, -0.5)) if chunk.samples else [] for chunk in chunks]
 
     def drop(self, slots):
         self.dropped.append(slots)

@@ -34,8 +34,7 @@ TORCH_ALLOWED = {
     "engine/lora.py",
     "engine/quantize.py",
     "engine/weights.py",
-    "engine/loading.py",
-    "engine/files.py",
+    "engine/torch_loading.py",
 }
 MAX_MODULE_LINES = 600
 

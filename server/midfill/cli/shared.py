@@ -61,6 +61,7 @@ def engine_maker(script: str | None) -> Callable[[Settings], Engine]:
                 dtype=settings.dtype,
                 adapter=Path(settings.adapter) if settings.adapter else None,
                 num_threads=settings.num_threads,
+                runner=settings.runner,
             )
         )
 

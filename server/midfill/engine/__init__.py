@@ -79,6 +79,9 @@ class LocalModel(Protocol):
         ...
 
 
+RUNNERS = ("auto", "openvino", "torch")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """Which model to run here, and how.
@@ -88,8 +91,10 @@ class EngineSpec:
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "auto" ("int8" on a CPU that can, "bfloat16" on CUDA), "int8", "float32", "bfloat16".
         adapter: folder of a LoRA adapter in PEFT format, or None.
-        num_threads: CPU threads of the model; 0 for one per physical core, fewer while other programs
-            keep cores busy.
+        num_threads: CPU threads of the model; 0 for one per physical core, and with torch fewer while other
+            programs keep cores busy.
+        runner: one of `RUNNERS`; "auto" is OpenVINO for int8 on a CPU where it knows the architecture, else
+            torch.
     """
 
     model: LocalModel
@@ -97,6 +102,7 @@ class EngineSpec:
     dtype: str = "auto"
     adapter: Path | None = None
     num_threads: int = 0
+    runner: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,12 @@ def read_usage() -> Usage:
     return Usage(time.monotonic(), idle_s, time.process_time())
 
 
+def num_cores() -> int:
+    """Physical cores this process may use: hyper-threads share the units that a matrix product keeps busy."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
 class FreeCores:
     """Counts the cores that this process has or could have.
 

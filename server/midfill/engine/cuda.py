@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 
 from midfill.engine.graphs import Shape
-from midfill.engine.loading import memory_errors
 from midfill.engine.memory import Entries, FixedMemory, Kernel, Rows, flash_rows, packed_rows
+from midfill.engine.torch_loading import memory_errors
 
 _LOG = logging.getLogger(__name__)
 

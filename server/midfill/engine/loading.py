@@ -1,160 +1,228 @@
-"""From a model's folder to a runner: the device, the dtype plan, and the order of loading.
+"""From a model's folder to a model that is ready: which runner, and the order of loading.
 
-After torch, importing transformers takes 2.5 s on one thread. The model's largest weight takes as long, so
-it is made meanwhile, and the vocabulary waits until transformers is there, since both need Python: 8.8 s
-instead of 10.4 on two cores. So this module imports torch only. Runs on the engine thread.
+On a CPU OpenVINO runs the architectures that there is a graph for; torch runs all others, adapters, GPUs
+and the reference (float32). Neither is imported before it is known which one is needed: torch and
+transformers take 4 s on their own. Runs on the engine thread.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+import contextlib
+import ctypes
+import sys
+import time
+from array import array
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-import psutil
-import torch
-
-from midfill.engine import quantize
-from midfill.engine.cores import FreeCores
-from midfill.engine.files import find_tensors, read_blocks, shape_of
-from midfill.engine.quantize import Int8Weight
-from midfill.engine.slots import NUM_SLOTS
+from midfill.engine import RUNNERS, EngineSpec, ModelInfo, Progress, Tokenizer
+from midfill.engine.cores import num_cores
+from midfill.engine.healing import TokenIndex
+from midfill.engine.scheduler import Choice, Chunk
 from midfill.errors import EngineError
+from midfill.models.store import verify
 
 if TYPE_CHECKING:
-    from midfill.engine.runner import Runner
-
-T = TypeVar("T")
-
-_AHEAD_ELEMENTS = 1 << 22
-"""Block size of the weight that is made during the import: with smaller blocks it waits for the interpreter
-lock, which the import holds, most of the time."""
-
-_DTYPES = ("int8", "float32", "bfloat16")
+    from midfill.engine.openvino_graph import Shape
 
 
-def load_runner(  # noqa: PLR0913 - the fields of EngineSpec, by name
-    path: Path,
-    *,
-    device: str,
-    dtype: str,
-    adapter: Path | None,
-    num_threads: int,
-    report: Callable[[float], None],
-    meanwhile: Callable[[], T],
-) -> tuple[Runner, T]:
-    """Load the model of a folder. The arguments are those of `EngineSpec`; `report` gets the share done.
+_CAPTURE_S = 4.0
+"""How long loading may go on with CUDA graphs; the rest are captured when there is nothing else to do."""
 
-    `meanwhile` is called in a thread of its own while weights are read and packed, which leaves Python free.
 
-    Returns:
-        The model, and the result of `meanwhile`.
+class Runner(Protocol):
+    """What the step loop needs of a model. `runner.Runner` and `openvino_runner.OpenVinoRunner` are two.
+
+    Attributes:
+        context: the most tokens of one sequence.
+        vocab_size: the number of logits.
+        chunk_tokens: tokens for one forward pass: it cannot be interrupted, so it has to be short.
+        step_sequences: sequences for one forward pass.
+        max_guesses: the most guesses of one sequence that it verifies; 0 if it cannot.
+    """
+
+    context: int
+    vocab_size: int
+    chunk_tokens: int
+    step_sequences: int
+    max_guesses: int
+
+    def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
+        """Compute the chunks of one step; see `runner.Runner.forward`."""
+        ...
+
+    def drop(self, slots: list[int]) -> None:
+        """Free the memory of these slots."""
+        ...
+
+    def idle(self) -> bool:
+        """Nobody waits: do a piece of what was put off. Whether there was any."""
+        ...
+
+
+class LoadedRunner(Runner, Protocol):
+    """What is asked of a runner once, when it has been loaded.
+
+    Attributes:
+        architecture: transformers' `model_type`.
+        device: for the user, for example "cpu".
+        dtype: "int8", "float32" or "bfloat16".
+    """
+
+    architecture: str
+    device: str
+    dtype: str
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Run a chunk of this size and a single token."""
+        ...
+
+    def capture(self, report: Callable[[float], None], limit_s: float) -> None:
+        """Capture passes for about this long, on a device that has such."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is ready.
+
+    Attributes:
+        info: what the pipeline is told.
+        runner: the model itself.
+        index: its vocabulary in byte order.
+        slow_turn_s: how long the warm-up took, a full chunk included: no turn should take much longer.
+    """
+
+    info: ModelInfo
+    runner: Runner
+    index: TokenIndex
+    slow_turn_s: float = 0.0
+
+
+def load(spec: EngineSpec, progress: Progress) -> Loaded:
+    """Load what `spec` names: it takes seconds.
 
     Raises:
         ModelError: the model cannot be used.
         AdapterError: the adapter cannot be used, or not with this model.
-        EngineError: the device or dtype cannot be had.
+        EngineError: the runner, device or dtype cannot be had.
         MemoryError: there is not enough memory.
     """
-    place = _device(device)
-    plan = _plan(dtype, place)
-    # A number that the user has set is kept to.
-    cores = FreeCores(_num_cores()) if num_threads == 0 and place.type == "cpu" else None
-    num_threads = num_threads or _num_cores()
-    # Several threads do a tensor each. Helpers of each would spin while the others work: 21 s, not 9.
-    torch.set_num_threads(1)
-    with memory_errors(), ThreadPoolExecutor(2, thread_name_prefix="midfill-ahead") as pool:
-        files = find_tensors(path)
-        ahead = {}
-        if plan == "int8" and (name := _largest(files)) is not None:
-            ahead[name] = pool.submit(_int8_weight, files[name], name)
-        # These import transformers, which takes as long as the largest weight and leaves a core free.
-        from midfill.engine.runner import Runner  # noqa: PLC0415
-        from midfill.engine.weights import build_model  # noqa: PLC0415
+    shape = _openvino_shape(spec)
+    with ThreadPoolExecutor(1, thread_name_prefix="midfill-verify") as pool:
+        verified = pool.submit(verify, spec.model.path)  # While libraries are imported, there is a core free.
+        if shape is not None:
+            runner, (tokenizer, index) = _load_openvino(spec, shape, progress)
+        else:
+            runner, (tokenizer, index) = _load_torch(spec, progress)
+        verified.result()
+    progress("warming up", None)
+    began = time.monotonic()
+    runner.warm_up(min(runner.chunk_tokens, runner.context - 1))
+    slow_turn_s = time.monotonic() - began
+    runner.capture(lambda share: progress("capturing graphs", share), _CAPTURE_S)
+    info = ModelInfo(
+        name=spec.model.name,
+        family=spec.model.family,
+        architecture=runner.architecture,
+        context=runner.context,
+        tokenizer=tokenizer,
+        device=runner.device,
+        dtype=runner.dtype,
+        adapter=spec.adapter.name if spec.adapter is not None else None,
+    )
+    _release_free_memory()
+    return Loaded(info, runner, index, slow_turn_s)
 
-        result = pool.submit(meanwhile)
-        model = build_model(path, files, plan, place, num_threads=num_threads, ahead=ahead, report=report)
-        if adapter is not None:
-            from midfill.engine.lora import attach_adapter  # noqa: PLC0415 - imports peft, which most never need
 
-            attach_adapter(model, adapter)
-    torch.set_num_threads(num_threads)
-    if place.type == "cuda":
-        from midfill.engine.fuse import fuse  # noqa: PLC0415 - of no use elsewhere
-
-        fuse(model)
-    runner = Runner(model, plan, place, cores)
-    if place.type == "cuda":
-        from midfill.engine import cuda  # noqa: PLC0415 - of no use elsewhere
-
-        runner.use_replays(
-            cuda.CudaDevice(place), partial(cuda.kernel, place), NUM_SLOTS, cuda.free_bytes(place)
+def _openvino_shape(spec: EngineSpec) -> Shape | None:
+    """The shape of the model if OpenVINO is to run it, else None."""
+    if spec.runner not in RUNNERS:
+        raise EngineError(f'There is no runner "{spec.runner}"; use {", ".join(RUNNERS)}.')
+    if spec.runner == "torch":
+        return None
+    # Float32 is the reference, which only whoever asks for OpenVINO wants from it.
+    dtypes = {"auto", "int8"} if spec.runner == "auto" else {"auto", "int8", "float32"}
+    try:
+        from midfill.engine.openvino_graph import (  # noqa: PLC0415 - imports openvino
+            UnsupportedError,
+            read_shape,
         )
-    return runner, result.result()
+    except ImportError as error:
+        why = f"it cannot be imported ({error})"
+    else:
+        if spec.adapter is not None:
+            why = "it serves no adapters"
+        elif spec.device != "cpu" and not (spec.device == "auto" and not _has_cuda()):
+            why = f'it does not serve device "{spec.device}"'
+        elif spec.dtype not in dtypes:
+            why = f"it does not serve dtype {spec.dtype}"
+        else:
+            try:
+                return read_shape(spec.model.path)
+            except UnsupportedError as error:
+                why = str(error)
+    if spec.runner == "openvino":
+        raise EngineError(f'OpenVINO cannot run this model: {why}. Use runner "auto" or "torch".')
+    return None
 
 
-def _largest(files: dict[str, Path]) -> str | None:
-    """The tensor that takes longest: the head's. Its own, if it shares none with the embedding."""
-    shapes = {name: shape_of(file, name) for name, file in files.items()}
-    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
-    return max(matrices, key=lambda name: (shapes[name].numel(), "head" in name), default=None)
-
-
-def _int8_weight(file: Path, name: str) -> Int8Weight:
-    shape = shape_of(file, name)
-    with torch.no_grad():
-        weight = Int8Weight(shape, read_blocks(file, name, shape, _AHEAD_ELEMENTS))
-        _ = weight.packed
-    return weight
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def _has_cuda() -> bool:
+    """Whether there is a driver of NVIDIA's, and torch can use it: without one torch need not be asked."""
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise EngineError(f'There is no device "{name}"; use auto, cpu or cuda.') from error
-    if device.type == "cuda":
-        index = device.index or 0
-        if index >= torch.cuda.device_count():
-            raise EngineError(
-                f'Device "{name}" is not there; torch sees {torch.cuda.device_count()} CUDA devices.'
-            )
-        return torch.device("cuda", index)
-    if device.type != "cpu":
-        raise EngineError(f'Device "{name}" is not supported; use auto, cpu or cuda.')
-    return device
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    import torch  # noqa: PLC0415 - takes a second
+
+    return torch.cuda.is_available()
 
 
-def _plan(dtype: str, device: torch.device) -> str:
-    if dtype == "auto":
-        if device.type == "cuda":
-            return "bfloat16"
-        return "int8" if quantize.supported() else "float32"
-    if dtype not in _DTYPES:
-        raise EngineError(f'There is no dtype "{dtype}"; use auto, {", ".join(_DTYPES)}.')
-    if dtype == "int8" and (device.type != "cpu" or not quantize.supported()):
-        raise EngineError("int8 needs an x86 CPU; use dtype float32 or auto.")
-    return dtype
+def _load_openvino(
+    spec: EngineSpec, shape: Shape, progress: Progress
+) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
+    from midfill.engine import openvino_runner  # noqa: PLC0415 - imports openvino
+
+    with ThreadPoolExecutor(1, thread_name_prefix="midfill-ahead") as pool:
+        vocabulary = pool.submit(_load_vocabulary, spec)
+        runner = openvino_runner.load(
+            spec.model.path,
+            shape,
+            dtype="int8" if spec.dtype == "auto" else spec.dtype,
+            num_threads=spec.num_threads or num_cores(),
+            report=lambda share: progress("loading weights", share),
+        )
+        return runner, vocabulary.result()
 
 
-def _num_cores() -> int:
-    """Physical cores this process may use: hyper-threads share the units that a matrix product keeps busy."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+def _load_torch(spec: EngineSpec, progress: Progress) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
+    progress("importing torch", None)
+    from midfill.engine.torch_loading import load_runner  # noqa: PLC0415 - this is what imports torch
+
+    return load_runner(
+        spec.model.path,
+        device=spec.device,
+        dtype=spec.dtype,
+        adapter=spec.adapter,
+        num_threads=spec.num_threads,
+        report=lambda share: progress("loading weights", share),
+        meanwhile=lambda: _load_vocabulary(spec),
+    )
 
 
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns what torch raises for want of memory, on whatever device, into `MemoryError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MemoryError(str(error)) from error
-        raise
+def _load_vocabulary(spec: EngineSpec) -> tuple[Tokenizer, TokenIndex]:
+    """Two seconds of plain Python for a large vocabulary."""
+    from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415 - not needed before a model is
+
+    tokenizer = load_tokenizer(spec.model.path)
+    index = TokenIndex(tokenizer.vocab_bytes(), tokenizer.control_ids)
+    _release_free_memory()
+    return tokenizer, index
+
+
+def _release_free_memory() -> None:
+    """Give back what loading has used and freed, 100 MB each time; glibc would keep it for this thread."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library has no such call
+        ctypes.CDLL(None).malloc_trim(0)

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import threading
 import time
 from array import array
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Ids
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Protocol
 
-from midfill.engine import EngineSpec, ModelInfo, Progress, Request, TextStream, Token, Tokenizer
-from midfill.engine.healing import TokenIndex
+from midfill.engine import EngineSpec, ModelInfo, Progress, Request, TextStream, Token
+from midfill.engine.drafts import Drafts
+from midfill.engine.loading import Loaded, load
 from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, Sequence
 from midfill.engine.slots import NUM_SLOTS, Slots
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
-from midfill.models.store import verify
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,109 +33,11 @@ _SHUT_DOWN = "The model was shut down."
 _MAX_WAITING = 64
 """Requests that may wait. One person causes at most a few; more means that clients do not cancel."""
 
-_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
-"""Tokens per forward pass, by kind of device: a pass cannot be interrupted, so it has to be short."""
-
-_CAPTURE_S = 4.0
-"""How long loading may go on with CUDA graphs; the rest are captured when there is nothing else to do."""
-
 _PAUSE_S = 0.5
 """Without a message for so long, nobody types: most keys come within 0.2 s of the one before."""
 
 
-class Runner(Protocol):
-    """What the loop needs of `runner.Runner`; a test counts steps with one of its own."""
-
-    context: int
-    vocab_size: int
-
-    def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[Choice | None]:
-        """Compute the chunks of one step; see `runner.Runner.forward`."""
-        ...
-
-    def drop(self, slots: list[int]) -> None:
-        """Free the memory of these slots."""
-        ...
-
-    def idle(self) -> bool:
-        """Nobody waits: do a piece of what was put off. Whether there was any."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model that is ready.
-
-    Attributes:
-        info: what the pipeline is told.
-        runner: the model itself.
-        index: its vocabulary in byte order.
-        slow_turn_s: how long the warm-up took, a full chunk included: no turn should take much longer.
-    """
-
-    info: ModelInfo
-    runner: Runner
-    index: TokenIndex
-    slow_turn_s: float = 0.0
-
-
 Load = Callable[[EngineSpec, Progress], Loaded]
-
-
-def load(spec: EngineSpec, progress: Progress) -> Loaded:
-    """Import torch and load what `spec` names. Runs on the engine thread: it takes seconds."""
-    with ThreadPoolExecutor(1, thread_name_prefix="midfill-verify") as pool:
-        verified = pool.submit(verify, spec.model.path)  # While torch is imported, there is a core free.
-        progress("importing torch", None)
-        from midfill.engine.loading import load_runner  # noqa: PLC0415 - this is what imports torch
-
-        runner, (tokenizer, index) = load_runner(
-            spec.model.path,
-            device=spec.device,
-            dtype=spec.dtype,
-            adapter=spec.adapter,
-            num_threads=spec.num_threads,
-            report=lambda share: progress("loading weights", share),
-            meanwhile=lambda: _load_vocabulary(spec),
-        )
-        verified.result()
-    progress("warming up", None)
-    began = time.monotonic()
-    runner.warm_up(min(_chunk_tokens(runner.device), runner.context - 1))
-    slow_turn_s = time.monotonic() - began
-    runner.capture(lambda share: progress("capturing graphs", share), _CAPTURE_S)
-    info = ModelInfo(
-        name=spec.model.name,
-        family=spec.model.family,
-        architecture=runner.architecture,
-        context=runner.context,
-        tokenizer=tokenizer,
-        device=runner.device,
-        dtype=runner.dtype,
-        adapter=spec.adapter.name if spec.adapter is not None else None,
-    )
-    _release_free_memory()
-    return Loaded(info, runner, index, slow_turn_s)
-
-
-def _load_vocabulary(spec: EngineSpec) -> tuple[Tokenizer, TokenIndex]:
-    """Two seconds of plain Python for a large vocabulary."""
-    from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415 - not needed before a model is
-
-    tokenizer = load_tokenizer(spec.model.path)
-    index = TokenIndex(tokenizer.vocab_bytes(), tokenizer.control_ids)
-    _release_free_memory()
-    return tokenizer, index
-
-
-def _release_free_memory() -> None:
-    """Give back what loading has used and freed, 100 MB each time; glibc would keep it for this thread."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library has no such call
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _chunk_tokens(device: str) -> int:
-    return _CHUNK_TOKENS[device.partition(":")[0]]
 
 
 class _End:
@@ -165,6 +64,7 @@ class _Flight:
     stream: TextStream | None = None
     demanded: bytes = b""  # what is left of `starts_with`
     allowed: array[int] | None = None  # the ids that agree with it
+    guessed_by: int = 0  # see `Drafts.guess`
 
     def push(self, token: int) -> str:
         """The characters that a token completes."""
@@ -195,6 +95,7 @@ class LocalEngine:
     Args:
         spec: which model.
         load: loads it; another one is given in tests.
+        drafts: whether tokens are guessed and verified several at a time; the output is the same.
 
     Attributes:
         turn_started_s: `time.monotonic()` when the turn under way began (a forward pass, as a rule), or
@@ -204,11 +105,12 @@ class LocalEngine:
         closing: tells the engine thread to end.
     """
 
-    def __init__(self, spec: EngineSpec, *, load: Load = load) -> None:
+    def __init__(self, spec: EngineSpec, *, load: Load = load, drafts: bool = True) -> None:
         self.turn_started_s: float | None = None
         self.lost: str | None = None
         self._spec = spec
         self._load = load
+        self._drafts = drafts
         self.mailbox: SimpleQueue[_Flight | _Prewarm | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()  # set on the loop once the thread is about to return
@@ -311,7 +213,7 @@ class LocalEngine:
             failure = self._start(progress)
             _call(loop, _resolve, ready, failure)
             if self._loaded is not None:
-                steps = _Steps(self, self._loaded)
+                steps = _Steps(self, self._loaded, drafts=self._drafts)
                 steps.run()
         except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             _LOG.critical("the engine thread ended", exc_info=True)
@@ -364,7 +266,7 @@ class LocalEngine:
 class _Steps:
     """The step loop. Lives on the engine thread."""
 
-    def __init__(self, engine: LocalEngine, loaded: Loaded) -> None:
+    def __init__(self, engine: LocalEngine, loaded: Loaded, *, drafts: bool) -> None:
         self._engine = engine
         self._runner = loaded.runner
         self._tokenizer = loaded.info.tokenizer
@@ -373,16 +275,16 @@ class _Steps:
         self._index = loaded.index
         self._key = (loaded.info.name, loaded.info.adapter)
         self._slots = Slots(NUM_SLOTS)
-        chunk_tokens = _chunk_tokens(loaded.info.device)
         self._scheduler = Scheduler(
             self._slots,
-            chunk_tokens=chunk_tokens,
-            step_tokens=chunk_tokens,
-            step_sequences=1,  # the runner computes one after another: more would only make a step longer
+            chunk_tokens=self._runner.chunk_tokens,
+            step_tokens=self._runner.chunk_tokens,
+            step_sequences=self._runner.step_sequences,
             max_waiting=_MAX_WAITING,
         )
         self._flights: dict[Sequence, _Flight] = {}
         self._prewarm: Sequence | None = None
+        self._drafts = Drafts() if drafts else None
 
     def run(self) -> None:
         """Until the engine closes: read the mailbox, drop cancelled requests, compute one step."""
@@ -453,6 +355,8 @@ class _Steps:
         flight.stream = self._tokenizer.stream()
         self._flights[flight.sequence] = flight
         self._demand(flight, request.starts_with.encode("utf-8", errors="replace"))
+        if flight.sequence in self._flights:
+            self._guess(flight, flight.sequence)
 
     def _check(self, tokens: Ids[int]) -> None:
         if not tokens:
@@ -480,6 +384,7 @@ class _Steps:
     def _step(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             self._note_start(chunk.sequence, time.monotonic())
+        began = time.monotonic()
         try:
             choices = self._runner.forward(chunks, [self._allowed(chunk) for chunk in chunks])
         except MemoryError:
@@ -496,21 +401,45 @@ class _Steps:
                 chunks, f"The model failed on this request ({type(error).__name__}); the log has more."
             )
             return
-        for chunk, choice in zip(chunks, choices, strict=True):
-            self._scheduler.computed(chunk)
-            self._advance(chunk.sequence, choice)
+        self._judge(chunks, choices, time.monotonic() - began)
+        for chunk, chosen in zip(chunks, choices, strict=True):
+            self._scheduler.computed(chunk, max(0, len(chosen) - 1))
+            self._advance(chunk.sequence, chosen)
 
     def _note_start(self, sequence: Sequence, now: float) -> None:
         flight = self._flights.get(sequence)
         if flight is not None and not flight.request.stats.started_s:
             flight.request.stats.started_s = now
             flight.request.stats.num_reused = sequence.num_reused or 0
+            if self._drafts is not None:
+                self._drafts.learn(sequence.tokens, flight.request.stats.num_reused)
 
     def _allowed(self, chunk: Chunk) -> array[int] | None:
         flight = self._flights.get(chunk.sequence)
         return flight.allowed if flight is not None and chunk.samples else None
 
-    def _advance(self, sequence: Sequence, choice: Choice | None) -> None:
+    def _judge(self, chunks: list[Chunk], choices: list[list[Choice]], seconds: float) -> None:
+        """Take note of what was guessed, what came of it and what it took."""
+        if self._drafts is None:
+            return
+        for chunk, chosen in zip(chunks, choices, strict=True):
+            flight = self._flights.get(chunk.sequence)
+            if flight is not None and chunk.num_guesses:
+                self._drafts.judge(flight.guessed_by, chunk.num_guesses, len(chosen) - 1)
+        if len(chunks) == 1 and len(chunks[0].tokens) == chunks[0].num_guesses + 1:
+            self._drafts.timed(len(chunks[0].tokens), seconds)
+
+    def _guess(self, flight: _Flight, sequence: Sequence) -> None:
+        """Guess what may follow, no more than may be generated; nothing while some text is demanded."""
+        sequence.guesses, flight.guessed_by = [], 0
+        if self._drafts is None or flight.demanded or not self._runner.max_guesses:
+            return
+        stats, request = flight.request.stats, flight.request
+        room = min(request.max_new_tokens - stats.num_generated, self._runner.context - len(sequence.tokens))
+        guesses, flight.guessed_by = self._drafts.guess(sequence.tokens)
+        sequence.guesses = guesses[: min(room - 1, self._runner.max_guesses)]
+
+    def _advance(self, sequence: Sequence, choices: list[Choice]) -> None:
         """What a computed chunk means for its request."""
         flight = self._flights.get(sequence)
         if flight is None:
@@ -518,8 +447,15 @@ class _Steps:
                 self._scheduler.remove(sequence)
                 self._prewarm = None
             return
-        if choice is None:
-            return
+        for choice in choices:
+            self._emit(flight, sequence, choice)
+            if sequence not in self._flights:
+                return
+        if choices:
+            self._guess(flight, sequence)
+
+    def _emit(self, flight: _Flight, sequence: Sequence, choice: Choice) -> None:
+        """Send a chosen token out, or end the request."""
         # Models have more logits than the tokenizer has tokens; the surplus ids mean nothing.
         if choice.id in flight.stop_ids or choice.id >= len(self._vocab):
             self._leave(flight, _END)
@@ -571,6 +507,8 @@ class _Steps:
     def _leave(self, flight: _Flight, last: _End | EngineError | None = None) -> None:
         """A request ends; `last` tells the event loop, unless it has gone away itself."""
         if flight.sequence is not None:
+            if self._drafts is not None:
+                self._drafts.learn(flight.sequence.tokens, len(flight.request.tokens))
             self._scheduler.remove(flight.sequence)
             self._flights.pop(flight.sequence, None)
         flight.request.stats.ended_s = time.monotonic()

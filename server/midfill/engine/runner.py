@@ -17,12 +17,19 @@ import torch
 
 from midfill.engine import attention, graphs
 from midfill.engine.cores import FreeCores
-from midfill.engine.loading import memory_errors
 from midfill.engine.memory import Entries, FixedMemory, GrowingMemory, Kernel, Memory, Span, Spans
 from midfill.engine.scheduler import Choice, Chunk, Sequence
+from midfill.engine.slots import NUM_SLOTS
+from midfill.engine.torch_loading import memory_errors
 
 if TYPE_CHECKING:
     from midfill.engine.replay import Device, Replays
+
+
+_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
+"""Tokens per forward pass, by kind of device."""
+
+_MAX_GUESSES = 7
 
 
 class Runner:
@@ -34,7 +41,10 @@ class Runner:
         vocab_size: the number of logits.
         device: for the user, for example "cpu".
         dtype: "int8", "float32" or "bfloat16".
+        chunk_tokens, step_sequences, max_guesses: see `loading.Runner`.
     """
+
+    step_sequences = NUM_SLOTS
 
     def __init__(self, model: Any, dtype: str, device: torch.device, cores: FreeCores | None = None) -> None:
         """Take over a loaded model; `cores` chooses the threads of each pass, if they are to change.
@@ -55,13 +65,15 @@ class Runner:
         self.device = str(device)
         self.dtype = dtype
         self._cores = cores
+        self.chunk_tokens = _CHUNK_TOKENS[device.type]
+        self.max_guesses = _MAX_GUESSES
         self._num_layers: int = config.num_hidden_layers
         self._num_heads: int = config.num_attention_heads
         self._memory: Memory = GrowingMemory(self._num_layers, self.context)
         self._replays: Replays | None = None
         self._positions = torch.arange(self.context, device=device)
 
-    def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[Choice | None]:
+    def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
         """Compute the chunks of one step.
 
         Args:
@@ -69,7 +81,8 @@ class Runner:
             allowed: for each chunk the ids to choose from, or None for all.
 
         Returns:
-            For each chunk the most likely next token if it `samples`, else None.
+            For each chunk that `samples` the most likely next token, and one more for each guess that came
+            true (see `Chunk.verify`); nothing for the others.
 
         Raises:
             MemoryError: there is not enough memory, on whatever device.
@@ -95,18 +108,21 @@ class Runner:
 
     def _replay(
         self, replays: Replays, chunks: list[Chunk], allowed: list[array[int] | None]
-    ) -> list[Choice | None]:
+    ) -> list[list[Choice]]:
         """Compute the chunks in captured passes where there are such."""
-        choices: list[Choice | None] = [None] * len(chunks)
+        choices: list[list[Choice]] = [[]] * len(chunks)
         groups = graphs.groups([len(chunk.tokens) for chunk in chunks])
         for group in groups:
             some = [chunks[i] for i in group]
             constraints = [allowed[i] for i in group]
             found = replays.compute(some, constraints, alone=len(groups) == 1)
-            if found is None:
-                found = self._compute(some, constraints)
-            for i, choice in zip(group, found, strict=True):
-                choices[i] = choice
+            verified = (
+                self._compute(some, constraints)
+                if found is None
+                else [[] if choice is None else [choice] for choice in found]
+            )
+            for i, chosen in zip(group, verified, strict=True):
+                choices[i] = chosen
         return choices
 
     def use_replays(
@@ -133,6 +149,7 @@ class Runner:
             self.context = graphs.capacity(self.context, token_bytes, num_slots, free_bytes)
             memory = FixedMemory(like, num_slots, self.context + MARGIN)
             self._memory = memory
+            self.max_guesses = 0  # captured passes choose once for each sequence
             self._replays = Replays(
                 self.run,
                 memory,
@@ -162,9 +179,9 @@ class Runner:
         for _ in range(6):
             began = time.monotonic()
             start = len(prompt.tokens) - 1
-            [choice] = self.forward([Chunk(prompt, 0, start, prompt.tokens[start:], samples=True)], [None])
+            [chosen] = self.forward([Chunk(prompt, 0, start, prompt.tokens[start:], samples=True)], [None])
             shortest = min(shortest, time.monotonic() - began)
-            prompt.tokens.append(0 if choice is None else choice.id)
+            prompt.tokens.append(chosen[0].id)
         return shortest
 
     def idle(self) -> bool:
@@ -195,7 +212,7 @@ class Runner:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _compute(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[Choice | None]:
+    def _compute(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
         spans = []
         ids: list[int] = []
         last: list[int] = []  # where in the row the logits are wanted
@@ -203,7 +220,7 @@ class Runner:
             spans.append(Span(chunk.slot, chunk.start, len(ids), len(chunk.tokens)))
             ids += chunk.tokens
             if chunk.samples:
-                last.append(len(ids) - 1)
+                last += range(len(ids) - 1 - chunk.num_guesses, len(ids))
         positions = [self._positions[span.start : span.start + span.length] for span in spans]
         logits = self.run(
             torch.tensor([ids], device=self._device),
@@ -211,11 +228,14 @@ class Runner:
             Spans(self._memory, spans),
             torch.tensor(last, device=self._device) if last else None,
         )
-        rows = iter(() if logits is None else logits)
-        return [
-            choose(next(rows), constraint) if chunk.samples else None
-            for chunk, constraint in zip(chunks, allowed, strict=True)
-        ]
+        choices: list[list[Choice]] = []
+        row = 0
+        for chunk, constraint in zip(chunks, allowed, strict=True):
+            wanted = chunk.num_guesses + 1 if chunk.samples else 0
+            rows = None if logits is None else logits[row : row + wanted]
+            choices.append(chunk.verify(_chooser(rows, constraint)) if wanted else [])
+            row += wanted
+        return choices
 
     def run(
         self,
@@ -242,6 +262,10 @@ class Runner:
         with attention.attending(past):
             output = module(input_ids=ids, position_ids=positions, use_cache=True, **kwargs)
         return None if wanted is None else output.logits[0].float()
+
+
+def _chooser(rows: Any, allowed: array[int] | None) -> Callable[[int], Choice]:
+    return lambda number: choose(rows[number], allowed)
 
 
 def choose(logits: torch.Tensor, allowed: array[int] | None) -> Choice:

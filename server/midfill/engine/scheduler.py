@@ -8,7 +8,7 @@ nothing of tensors, threads or editors. Runs on the engine thread only.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -35,6 +35,8 @@ class Sequence:
         num_computed: how many of `tokens` have their keys and values in the slot.
         slot: the slot it runs in, or None while it waits.
         num_reused: how many tokens were found computed when it first got a slot; None before.
+        guesses: tokens that may well follow the known ones; computed along with the last of these, so that
+            one pass can yield several tokens. Wrong ones cost a little time and nothing else.
         order: arrival number, given by the scheduler.
     """
 
@@ -45,6 +47,7 @@ class Sequence:
     num_computed: int = 0
     slot: int | None = None
     num_reused: int | None = None
+    guesses: list[int] = field(default_factory=list)
     order: int = field(default=0)
 
     @property
@@ -61,8 +64,10 @@ class Chunk:
         sequence: whose tokens they are.
         slot: where keys and values go.
         start: how many tokens precede these.
-        tokens: the ids to compute; at least one.
-        samples: whether the next token is to be chosen from the last one's logits.
+        tokens: the ids to compute, guesses included; at least one that is known.
+        samples: whether the next token is to be chosen, from the logits of the last known one.
+        num_guesses: how many of `tokens`, at the end, are guesses. The choice after each is wanted too, as
+            long as the one before has come true.
         copy_from: the slot whose first `start` entries are to be copied into `slot` first, or None. All
             copies of a step come before its first forward pass.
     """
@@ -73,6 +78,21 @@ class Chunk:
     tokens: list[int]
     samples: bool
     copy_from: int | None = None
+    num_guesses: int = 0
+
+    def verify(self, choose: Callable[[int], Choice]) -> list[Choice]:
+        """The choices of this chunk: one, and one more for each guess that came true.
+
+        `choose(n)` gives the choice after the n-th guess, 0 being the last known token; it is asked in
+        order, and not beyond a guess that was wrong.
+        """
+        guesses = self.tokens[len(self.tokens) - self.num_guesses :]
+        choices = [choose(0)]
+        for number, guess in enumerate(guesses, start=1):
+            if guess != choices[-1].id:
+                break
+            choices.append(choose(number))
+        return choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +183,20 @@ class Scheduler:
             start = sequence.num_computed
             end = min(len(sequence.tokens), start + min(self._chunk_tokens, budget))
             samples = sequence.samples and end == len(sequence.tokens)
-            tokens = sequence.tokens[start:end]
-            chunks.append(Chunk(sequence, _slot_of(sequence), start, tokens, samples, copy_from))
-            budget -= end - start
+            room = min(self._chunk_tokens, budget) - (end - start)
+            guesses = sequence.guesses[:room] if samples else []
+            tokens = sequence.tokens[start:end] + guesses
+            chunks.append(
+                Chunk(sequence, _slot_of(sequence), start, tokens, samples, copy_from, len(guesses))
+            )
+            budget -= len(tokens)
         return chunks
 
-    def computed(self, chunk: Chunk) -> None:
-        """Note that a forward pass has computed this chunk."""
-        chunk.sequence.num_computed += len(chunk.tokens)
-        self._slots.extend(chunk.slot, chunk.tokens)
+    def computed(self, chunk: Chunk, num_right: int = 0) -> None:
+        """Note that a forward pass has computed this chunk, `num_right` of whose guesses came true."""
+        kept = chunk.tokens[: len(chunk.tokens) - chunk.num_guesses + num_right]
+        chunk.sequence.num_computed += len(kept)
+        self._slots.extend(chunk.slot, kept)
 
     def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
         """A sequence leaves: finished, cancelled or failed. `forget` if its slot cannot be trusted."""

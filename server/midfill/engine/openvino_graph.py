@@ -1,0 +1,527 @@
+"""A decoder as an OpenVINO graph: from `config.json` and tensors to a model that OpenVINO compiles.
+
+The graph takes the tokens of several sequences in one flat row and keeps keys and values in blocks that
+the caller owns (paged attention), so a past is cut by a number and nothing is copied. Weights are int8 with
+one scale per output channel, or float32, which makes the same tokens as transformers does.
+
+Knows tensors and shapes; nothing of slots, requests or text. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+from openvino import op, opset15
+
+from midfill.engine.files import find_tensors, read_blocks, shape_of
+from midfill.errors import ModelError
+
+Floats = npt.NDArray[np.float32]
+
+_QUANTISED_ELEMENTS = 1 << 18
+"""Rows are rounded in pieces of about this many elements, so that the scratch memory stays in the cache."""
+
+_SEQUENCES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
+
+_ACTIVATIONS = {"silu": "silu", "gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh"}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The names of a decoder's parts in its files, and what they are like.
+
+    Attributes:
+        embedding, positions, final_norm: names of tensors without ".weight"; `positions` is "" where
+            positions are rotary.
+        layer: name of a layer, with its number to be filled in.
+        attention_norm, mlp_norm, out: names in a layer.
+        qkv: one name if the three are one matrix (one key-value head), else three.
+        mlp: (up, down), or (gate, up, down).
+        rms: whether norms divide by the root mean square; else they are layer norms with a bias.
+    """
+
+    embedding: str
+    layer: str
+    final_norm: str
+    attention_norm: str
+    qkv: tuple[str, ...]
+    out: str
+    mlp_norm: str
+    mlp: tuple[str, ...]
+    positions: str = ""
+    rms: bool = True
+
+
+_LLAMA = Layout(
+    embedding="model.embed_tokens",
+    layer="model.layers.{}.",
+    final_norm="model.norm",
+    attention_norm="input_layernorm",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    out="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+_STARCODER2 = Layout(
+    embedding=_LLAMA.embedding,
+    layer=_LLAMA.layer,
+    final_norm=_LLAMA.final_norm,
+    attention_norm=_LLAMA.attention_norm,
+    qkv=_LLAMA.qkv,
+    out=_LLAMA.out,
+    mlp_norm=_LLAMA.mlp_norm,
+    mlp=("mlp.c_fc", "mlp.c_proj"),
+    rms=False,
+)
+_GPT_BIGCODE = Layout(
+    embedding="transformer.wte",
+    positions="transformer.wpe",
+    layer="transformer.h.{}.",
+    final_norm="transformer.ln_f",
+    attention_norm="ln_1",
+    qkv=("attn.c_attn",),
+    out="attn.c_proj",
+    mlp_norm="ln_2",
+    mlp=("mlp.c_fc", "mlp.c_proj"),
+    rms=False,
+)
+LAYOUTS = {"qwen2": _LLAMA, "llama": _LLAMA, "starcoder2": _STARCODER2, "gpt_bigcode": _GPT_BIGCODE}
+"""By transformers' `model_type`. Others are run by torch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The numbers of a decoder.
+
+    Attributes:
+        architecture: transformers' `model_type`, a key of `LAYOUTS`.
+        context: the most tokens of one sequence.
+        head_width: entries of one head's query, key or value.
+        activation: "silu", or the kind of gelu, "erf" or "tanh".
+        rope_theta, rope_factor: base of the rotary frequencies, and what positions are divided by.
+        window: how many tokens each one attends to, itself included; 0 for all.
+    """
+
+    architecture: str
+    vocab_size: int
+    context: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    epsilon: float
+    activation: str
+    rope_theta: float
+    rope_factor: float
+    window: int
+
+
+class UnsupportedError(Exception):
+    """The model is none that a graph can be made of; the message says why."""
+
+
+def read_shape(path: Path) -> Shape:
+    """The shape of the model in a folder. Raises `UnsupportedError` if no graph can be made of it."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return _shape(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedError(f"config.json is not as expected ({error!r})") from error
+
+
+def _shape(config: Mapping[str, Any]) -> Shape:
+    kind = config["model_type"]
+    if kind not in LAYOUTS:
+        raise UnsupportedError(f"there is no graph for {kind}")
+    if kind == "gpt_bigcode":
+        return _gpt_bigcode_shape(config)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type not in {"default", "linear"}:
+        raise UnsupportedError(f"there is no graph for rotary positions of type {rope_type}")
+    layout = LAYOUTS[kind]
+    # The defaults are those of transformers' configuration classes.
+    num_heads = config["num_attention_heads"]
+    return Shape(
+        architecture=kind,
+        vocab_size=config["vocab_size"],
+        context=config["max_position_embeddings"],
+        width=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=num_heads,
+        num_kv_heads=config.get("num_key_value_heads") or num_heads,
+        head_width=config.get("head_dim") or config["hidden_size"] // num_heads,
+        epsilon=config.get("rms_norm_eps", 1e-6) if layout.rms else config.get("norm_epsilon", 1e-5),
+        activation=_activation(config, "silu" if layout.rms else "gelu_pytorch_tanh"),
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        rope_factor=float(rope["factor"]) if rope_type == "linear" else 1.0,
+        window=_window(config),
+    )
+
+
+def _gpt_bigcode_shape(config: Mapping[str, Any]) -> Shape:
+    if not config.get("multi_query", True):
+        raise UnsupportedError("there is no graph for gpt_bigcode with several key-value heads")
+    if not config.get("scale_attn_weights", True):
+        raise UnsupportedError("there is no graph for gpt_bigcode with unscaled attention")
+    return Shape(
+        architecture="gpt_bigcode",
+        vocab_size=config["vocab_size"],
+        context=config["n_positions"],
+        width=config["n_embd"],
+        num_layers=config["n_layer"],
+        num_heads=config["n_head"],
+        num_kv_heads=1,
+        head_width=config["n_embd"] // config["n_head"],
+        epsilon=config.get("layer_norm_epsilon", 1e-5),
+        activation=_activation({"hidden_act": config.get("activation_function")}, "gelu_pytorch_tanh"),
+        rope_theta=0.0,
+        rope_factor=1.0,
+        window=0,
+    )
+
+
+def _activation(config: Mapping[str, Any], default: str) -> str:
+    name = config.get("hidden_act") or default
+    if name not in _ACTIVATIONS:
+        raise UnsupportedError(f"there is no graph for the activation {name}")
+    return _ACTIVATIONS[name]
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    """The window that all layers share."""
+    window = config.get("sliding_window") or 0
+    if not config.get("use_sliding_window", config["model_type"] == "starcoder2"):
+        window = 0
+    kinds = set(config.get("layer_types") or ())
+    if window and len(kinds) > 1:
+        raise UnsupportedError("there is no graph for layers with different windows")
+    return 0 if kinds == {"full_attention"} else window
+
+
+def build_graph(
+    path: Path, shape: Shape, dtype: str, *, num_threads: int, report: Callable[[float], None]
+) -> ov.Model:
+    """The graph of the model in a folder.
+
+    Inputs: `input_ids`, `position_ids` (the tokens of all sequences, one after the other), `selected` (the
+    tokens whose logits are wanted, by their place in that row), `key_cache.N` and `value_cache.N` of every
+    layer, and, as OpenVINO's paged attention defines them, `past_lens`, `subsequence_begins`,
+    `block_indices`, `block_indices_begins`, `max_context_len`. Output: logits, one row for each selected.
+
+    Args:
+        path: folder with the safetensors files.
+        shape: see `read_shape`.
+        dtype: "int8" or "float32".
+        num_threads: how many tensors are read and rounded at a time.
+        report: called with the share done, 0..1; an exception of it ends the loading.
+
+    Raises:
+        ModelError: the files are not those of that shape, with the tensor at fault.
+    """
+    return _Graph(shape, _Tensors(path, dtype, num_threads, report)).build()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounded:
+    """An int8 matrix (outputs x inputs) and its scales, one for each output."""
+
+    values: npt.NDArray[np.int8]
+    scales: Floats
+
+
+class _Tensors:
+    """The tensors of a model's files, the matrices rounded to int8 if asked for."""
+
+    def __init__(self, path: Path, dtype: str, num_threads: int, report: Callable[[float], None]) -> None:
+        self._files = find_tensors(path)
+        self._dtype = dtype
+        self._read: dict[str, Floats | _Rounded] = {}
+        self._load(num_threads, report)
+        self._unused = set(self._read)
+
+    def _load(self, num_threads: int, report: Callable[[float], None]) -> None:
+        """Read everything, the largest first."""
+        shapes = {name: shape_of(file, name) for name, file in self._files.items()}
+        total = sum(math.prod(shape) for shape in shapes.values())
+        done = 0
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="midfill-load") as pool:
+            names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
+            tasks = {pool.submit(self._tensor, name, shapes[name]): name for name in names}
+            try:
+                for task in as_completed(tasks):
+                    name = tasks[task]
+                    self._read[name] = task.result()
+                    done += math.prod(shapes[name])
+                    report(done / total)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Floats | _Rounded:
+        whole: Floats = np.empty(shape, np.float32)
+        if self._dtype != "int8" or len(shape) != 2 or ".wpe." in name:
+            start = 0
+            for block in read_blocks(self._files[name], name, shape, framework="np"):
+                whole[start : start + len(block)] = block
+                start += len(block)
+            if not np.isfinite(whole).all():
+                raise _not_finite(name)
+            return whole
+        rounded = _Rounded(np.empty(shape, np.int8), np.empty((shape[0], 1), np.float32))
+        start = 0
+        for block in read_blocks(self._files[name], name, shape, _QUANTISED_ELEMENTS, framework="np"):
+            rows = slice(start, start + len(block))
+            values = block.astype(np.float32)
+            extremes = np.maximum(values.max(axis=1), -values.min(axis=1))[:, None]
+            if not np.isfinite(extremes).all():
+                raise _not_finite(name)
+            scales = np.maximum(extremes / 127, np.finfo(np.float32).tiny)
+            np.divide(values, scales, out=values)
+            np.rint(values, out=values)
+            rounded.values[rows] = values
+            rounded.scales[rows] = scales
+            start += len(block)
+        return rounded
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._read
+
+    def take(self, name: str, *shape: int) -> Floats | _Rounded:
+        """A tensor, which must have that shape."""
+        tensor = self._read.get(name)
+        if tensor is None:
+            raise ModelError(
+                f"The weights lack {name}, which the configuration asks for. Pull the model again."
+            )
+        found = (tensor.values if isinstance(tensor, _Rounded) else tensor).shape
+        if found != shape:
+            raise ModelError(f"{name} has shape {found}, the configuration says {shape}.")
+        self._unused.discard(name)
+        return tensor
+
+    def floats(self, name: str, *shape: int) -> Floats:
+        """The same for a tensor that is not rounded."""
+        return cast("Floats", self.take(name, *shape))
+
+    def num_rows(self, name: str) -> int:
+        """The number of outputs of a matrix; 0 if there is none of that name."""
+        tensor = self._read.get(name)
+        return 0 if tensor is None else len(tensor.values if isinstance(tensor, _Rounded) else tensor)
+
+    def check_all_used(self, harmless: tuple[str, ...]) -> None:
+        """Raise `ModelError` if there is a tensor that no part of the graph has taken."""
+        unknown = sorted(name for name in self._unused if not name.endswith(harmless))
+        if unknown:
+            raise ModelError(
+                f"The weights have {len(unknown)} tensors that the configuration does not know, "
+                f"for example {unknown[0]}. Weights and config.json do not belong together."
+            )
+
+
+def _not_finite(name: str) -> ModelError:
+    return ModelError(f"{name} holds values that are not finite (NaN or infinity). Pull the model again.")
+
+
+class _Graph:
+    """Builds one graph. Nodes are OpenVINO's; every activation is (tokens x something)."""
+
+    def __init__(self, shape: Shape, tensors: _Tensors) -> None:
+        self._shape = shape
+        self._layout = LAYOUTS[shape.architecture]
+        self._tensors = tensors
+        self._inputs: list[op.Parameter] = []
+
+    def build(self) -> ov.Model:
+        """The finished graph."""
+        shape, layout = self._shape, self._layout
+        ids = self._input("input_ids", ov.Type.i64, [-1])
+        positions = self._input("position_ids", ov.Type.i64, [-1])
+        selected = self._input("selected", ov.Type.i64, [-1])
+        sequences = [self._input(name, ov.Type.i32, [-1]) for name in _SEQUENCES]
+        longest = self._input("max_context_len", ov.Type.i32, [])
+        embedding = self._tensors.take(f"{layout.embedding}.weight", shape.vocab_size, shape.width)
+        hidden = _rows(embedding, ids)
+        turns = None
+        if layout.positions:
+            table = self._tensors.floats(f"{layout.positions}.weight", shape.context, shape.width)
+            hidden = opset15.add(hidden, opset15.gather(_constant(table), positions, _constant(np.int64(0))))
+        else:
+            turns = self._turns(positions)
+        for number in range(shape.num_layers):
+            name = layout.layer.format(number)
+            normed = self._norm(hidden, name + layout.attention_norm)
+            attended = self._attend(normed, name, number, turns, sequences, longest)
+            hidden = opset15.add(hidden, self._linear(attended, name + layout.out, shape.width))
+            normed = self._norm(hidden, name + layout.mlp_norm)
+            hidden = opset15.add(hidden, self._mlp(normed, name))
+        last = opset15.gather(hidden, selected, _constant(np.int64(0)))
+        last = self._norm(last, layout.final_norm)
+        head = embedding
+        if "lm_head.weight" in self._tensors:
+            head = self._tensors.take("lm_head.weight", shape.vocab_size, shape.width)
+        logits = opset15.matmul(last, _matrix(head), transpose_a=False, transpose_b=True)
+        self._tensors.check_all_used((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))
+        return ov.Model([opset15.result(logits, name="logits")], self._inputs, shape.architecture)
+
+    def _input(self, name: str, kind: ov.Type, shape: list[int]) -> op.Parameter:
+        node = op.Parameter(kind, ov.PartialShape(shape))
+        node.set_friendly_name(name)
+        node.output(0).get_tensor().set_names({name})
+        self._inputs.append(node)
+        return node
+
+    def _linear(self, inputs: ov.Node, name: str, num_outputs: int) -> ov.Node:
+        num_inputs = inputs.get_output_partial_shape(0)[1].get_length()
+        weight = self._tensors.take(f"{name}.weight", num_outputs, num_inputs)
+        result = opset15.matmul(inputs, _matrix(weight), transpose_a=False, transpose_b=True)
+        if f"{name}.bias" in self._tensors:
+            result = opset15.add(result, _constant(self._tensors.floats(f"{name}.bias", num_outputs)[None]))
+        return result
+
+    def _norm(self, inputs: ov.Node, name: str) -> ov.Node:
+        width = self._shape.width
+        weight = _constant(self._tensors.floats(f"{name}.weight", width)[None])
+        if not self._layout.rms:
+            bias = _constant(self._tensors.floats(f"{name}.bias", width)[None])
+            normed = opset15.mvn(inputs, _axes(-1), True, self._shape.epsilon, "inside_sqrt")
+            return opset15.add(opset15.multiply(normed, weight), bias)
+        square = opset15.reduce_mean(opset15.power(inputs, _constant(np.float32(2))), _axes(-1), True)
+        root = opset15.sqrt(opset15.add(square, _constant(np.float32(self._shape.epsilon))))
+        normed = opset15.multiply(inputs, opset15.divide(_constant(np.float32(1)), root))
+        return opset15.multiply(weight, normed)
+
+    def _turns(self, positions: ov.Node) -> tuple[ov.Node, ov.Node]:
+        """Cosines and sines of the rotary angles: (tokens x 1 x head width)."""
+        width = self._shape.head_width
+        exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+        frequencies = np.float32(1) / np.float32(self._shape.rope_theta) ** exponents
+        places = opset15.unsqueeze(opset15.convert(positions, ov.Type.f32), _axes(1, 2))
+        if self._shape.rope_factor != 1.0:
+            frequencies = frequencies / np.float32(self._shape.rope_factor)
+        half = opset15.multiply(places, _constant(frequencies.astype(np.float32)[None, None]))
+        angles = opset15.concat([half, half], -1)
+        return opset15.cos(angles), opset15.sin(angles)
+
+    def _turned(self, inputs: ov.Node, num_heads: int, turns: tuple[ov.Node, ov.Node] | None) -> ov.Node:
+        if turns is None:
+            return inputs
+        cosines, sines = turns
+        width = self._shape.head_width
+        heads = _reshape(inputs, -1, num_heads, width)
+        halves = opset15.split(heads, _constant(np.int64(-1)), 2)
+        minus = opset15.multiply(halves.output(1), _constant(np.float32(-1)))
+        swapped = opset15.concat([minus, halves.output(0)], -1)
+        turned = opset15.add(opset15.multiply(heads, cosines), opset15.multiply(swapped, sines))
+        return _reshape(turned, -1, num_heads * width)
+
+    def _attend(  # noqa: PLR0913, PLR0917 - what one layer's attention depends on
+        self,
+        inputs: ov.Node,
+        name: str,
+        number: int,
+        turns: tuple[ov.Node, ov.Node] | None,
+        sequences: list[op.Parameter],
+        longest: op.Parameter,
+    ) -> ov.Node:
+        """Queries, keys and values of a layer, and what the queries find."""
+        shape = self._shape
+        widths = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+        widths = [heads * shape.head_width for heads in widths]
+        if len(self._layout.qkv) == 1:
+            joint = self._linear(inputs, name + self._layout.qkv[0], sum(widths))
+            parts = opset15.variadic_split(joint, _constant(np.int64(-1)), _constant(np.array(widths)))
+            query, key, value = parts.outputs()
+        else:
+            query, key, value = (
+                self._linear(inputs, name + part, width).output(0)
+                for part, width in zip(self._layout.qkv, widths, strict=True)
+            )
+        caches = [
+            self._input(f"{kind}_cache.{number}", ov.Type.dynamic, [-1, -1, -1, -1])
+            for kind in ("key", "value")
+        ]
+        node = op._PagedAttentionExtension(  # noqa: SLF001 - it has no public name yet; the version is pinned
+            [
+                self._turned(query, shape.num_heads, turns).output(0) if turns else query,
+                self._turned(key, shape.num_kv_heads, turns).output(0) if turns else key,
+                value,
+                *(cache.output(0) for cache in caches),
+                *(row.output(0) for row in sequences),
+                *(constant.output(0) for constant in _attention_constants(shape, longest)),
+            ]
+        )
+        info = node.get_rt_info()
+        for kind in "kv":
+            info[f"num_{kind}_heads"] = shape.num_kv_heads
+            info[f"{kind}_head_size"] = shape.head_width
+        return _reshape(node.output(0), -1, widths[0])
+
+    def _mlp(self, inputs: ov.Node, name: str) -> ov.Node:
+        *inner, down = (name + part for part in self._layout.mlp)
+        width = self._tensors.num_rows(f"{inner[0]}.weight")
+        first = self._linear(inputs, inner[0], width)
+        kind = self._shape.activation
+        first = opset15.swish(first) if kind == "silu" else opset15.gelu(first, kind)
+        if len(inner) == 2:
+            first = opset15.multiply(first, self._linear(inputs, inner[1], width))
+        return self._linear(first, down, self._shape.width)
+
+
+def _attention_constants(shape: Shape, longest: op.Parameter) -> list[ov.Node]:
+    """What follows the block tables in the inputs of OpenVINO 2026.4's paged attention; mostly unused."""
+    none_i32 = np.zeros(0, np.int32)
+    none_f32 = np.zeros(0, np.float32)
+    zero = np.int32(0)
+    return [
+        _constant(np.float32(shape.head_width**-0.5)),
+        _constant(np.int32(shape.window)),
+        _constant(none_f32),  # slopes of ALiBi
+        longest,
+        _constant(none_i32),  # score aggregation
+        *(_constant(none_i32), _constant(none_i32), _constant(none_f32)),  # rotation of kept blocks
+        *(_constant(none_f32), _constant(zero), _constant(zero)),  # sparse attention
+        _constant(none_f32),  # sinks
+        *(_constant(zero), *(_constant(none_i32) for _ in range(3))),  # eviction
+        _constant(none_i32),  # kinds of tokens
+        *(_constant(np.zeros(0, np.uint8)), _constant(none_i32)),  # trees of drafts
+    ]
+
+
+def _constant(value: npt.NDArray[Any] | np.generic) -> ov.Node:
+    """A constant that shares the memory of an array."""
+    return op.Constant(np.asarray(value, order="C"), shared_memory=True)
+
+
+def _axes(*axes: int) -> ov.Node:
+    return _constant(np.array(axes, np.int64))
+
+
+def _reshape(node: ov.Node, *shape: int) -> ov.Node:
+    return opset15.reshape(node, _axes(*shape), special_zero=False)
+
+
+def _matrix(weight: Floats | _Rounded) -> ov.Node:
+    """Weights for a product: OpenVINO keeps int8 ones as they are and scales in the kernel."""
+    if not isinstance(weight, _Rounded):
+        return _constant(weight)
+    return opset15.multiply(opset15.convert(_constant(weight.values), ov.Type.f32), _constant(weight.scales))
+
+
+def _rows(table: Floats | _Rounded, ids: ov.Node) -> ov.Node:
+    """Some rows of a table. Only these are ever converted."""
+    axis = _constant(np.int64(0))
+    if not isinstance(table, _Rounded):
+        return opset15.gather(_constant(table), ids, axis)
+    values = opset15.convert(opset15.gather(_constant(table.values), ids, axis), ov.Type.f32)
+    return opset15.multiply(values, opset15.gather(_constant(table.scales), ids, axis))

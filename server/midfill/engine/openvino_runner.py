@@ -1,0 +1,230 @@
+"""The model on a CPU, run by OpenVINO: keys and values in blocks, the forward pass, the choice of a token.
+
+Keeps the contract of `runner.Runner`, which runs the same models with torch and is its reference. All
+chunks of a step are computed in one pass. Knows arrays, slot numbers and token ids; nothing of
+threads, requests or text. Imports neither torch nor transformers. Runs on the engine thread only.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+
+from midfill.engine.openvino_graph import Floats, Shape, build_graph
+from midfill.engine.scheduler import Choice, Chunk, Sequence
+from midfill.engine.slots import NUM_SLOTS
+
+_FIRST_BLOCKS = 64
+"""Blocks that there is memory for at first; doubled when they are used up."""
+
+_ACTIVATION_GROUP = 128
+"""Activations share an 8-bit scale in groups of so many. With 32 decoding takes twice as long."""
+
+
+def load(
+    path: Path, shape: Shape, *, dtype: str, num_threads: int, report: Callable[[float], None]
+) -> OpenVinoRunner:
+    """Load the model of a folder.
+
+    Args:
+        path: folder with the safetensors files.
+        shape: see `openvino_graph.read_shape`.
+        dtype: "int8" or "float32".
+        num_threads: of each pass.
+        report: called with the share done, 0..1.
+
+    Raises:
+        ModelError: the files are not those of that shape.
+        MemoryError: there is not enough memory.
+    """
+    graph = build_graph(path, shape, dtype, num_threads=num_threads, report=report)
+    properties = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": num_threads,
+        # The editor and its other servers need the cores as well.
+        "ENABLE_CPU_PINNING": False,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ACTIVATION_GROUP if dtype == "int8" else 0,
+    }
+    return OpenVinoRunner(ov.Core().compile_model(graph, "CPU", properties), shape, dtype)
+
+
+class OpenVinoRunner:
+    """One model.
+
+    Attributes:
+        architecture: transformers' `model_type`.
+        context: the most tokens of one sequence.
+        vocab_size: the number of logits.
+        device: "cpu".
+        dtype: "int8" or "float32".
+        chunk_tokens, step_sequences, max_guesses: see `loading.Runner`.
+    """
+
+    device = "cpu"
+    chunk_tokens = 64
+    step_sequences = NUM_SLOTS
+    max_guesses = 7
+
+    def __init__(self, compiled: ov.CompiledModel, shape: Shape, dtype: str) -> None:
+        self.architecture = shape.architecture
+        self.context = shape.context
+        self.vocab_size = shape.vocab_size
+        self.dtype = dtype
+        self._request = compiled.create_infer_request()
+        self._blocks = _Blocks(compiled, self._request)
+
+    def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
+        """Compute the chunks of one step in one pass; see `runner.Runner.forward`."""
+        for chunk in chunks:
+            if chunk.copy_from is not None:
+                self._blocks.copy(chunk.copy_from, chunk.slot, chunk.start)
+        for chunk in chunks:
+            self._blocks.reserve(chunk.slot, chunk.start + len(chunk.tokens))
+        self._set_inputs(chunks)
+        self._request.infer()
+        logits: Floats = self._request.get_output_tensor(0).data
+        choices: list[list[Choice]] = []
+        row = 0
+        for chunk, ids in zip(chunks, allowed, strict=True):
+            if not chunk.samples:
+                choices.append([])
+                continue
+            rows = logits[row : row + 1 + chunk.num_guesses]
+            choices.append(chunk.verify(_chooser(rows, ids)))
+            row += len(rows)
+        return choices
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Run a chunk of this size and a single token: the first passes are slow, whoever waits for them."""
+        prompt = Sequence(key=None, tokens=[0] * num_tokens)
+        self.forward([Chunk(prompt, 0, 0, prompt.tokens, samples=True)], [None])
+        self.forward([Chunk(prompt, 0, num_tokens, [0], samples=True)], [None])
+        self.drop([0])
+
+    def capture(self, report: Callable[[float], None], limit_s: float) -> None:
+        """There is nothing to capture."""
+
+    def idle(self) -> bool:
+        """Nothing is ever put off."""
+        return False
+
+    def drop(self, slots: list[int]) -> None:
+        """Free the blocks of these slots."""
+        for slot in slots:
+            self._blocks.drop(slot)
+
+    def _set_inputs(self, chunks: list[Chunk]) -> None:
+        tokens: list[int] = []
+        positions: list[int] = []
+        selected: list[int] = []
+        past: list[int] = []
+        begins, table, table_begins = [0], list[int](), [0]
+        longest = 0
+        for chunk in chunks:
+            end = chunk.start + len(chunk.tokens)
+            positions.extend(range(chunk.start, end))
+            tokens.extend(chunk.tokens)
+            if chunk.samples:
+                selected.extend(range(len(tokens) - 1 - chunk.num_guesses, len(tokens)))
+            past.append(chunk.start)
+            begins.append(len(tokens))
+            table.extend(self._blocks.of(chunk.slot, end))
+            table_begins.append(len(table))
+            longest = max(longest, end)
+        for name, values in (("input_ids", tokens), ("position_ids", positions), ("selected", selected)):
+            self._set(name, np.array(values, np.int64))
+        for name, values in (
+            ("past_lens", past),
+            ("subsequence_begins", begins),
+            ("block_indices", table),
+            ("block_indices_begins", table_begins),
+        ):
+            self._set(name, np.array(values, np.int32))
+        self._set("max_context_len", np.array(longest, np.int32))
+
+    def _set(self, name: str, values: npt.NDArray[np.generic]) -> None:
+        self._request.set_tensor(name, ov.Tensor(values))
+
+
+class _Blocks:
+    """The memory of keys and values, in blocks of a few tokens that slots own.
+
+    Entries behind what a slot has computed are leftovers; the next pass writes over them. So cutting a past
+    costs nothing, and a failed pass leaves no trace.
+    """
+
+    def __init__(self, compiled: ov.CompiledModel, request: ov.InferRequest) -> None:
+        self._request = request
+        self._owned: dict[int, list[int]] = {}
+        self._free: list[int] = []
+        self._count = 0
+        # (blocks, heads, tokens of a block, width), as the device wants them.
+        ports = [port for port in compiled.inputs if "_cache." in port.any_name]
+        self._shapes = {
+            port.any_name: (port.element_type, [size.get_length() for size in list(port.partial_shape)[1:]])
+            for port in ports
+        }
+        self._tensors: dict[str, ov.Tensor] = {}
+        self._size: int = next(iter(self._shapes.values()))[1][1]
+        self._grow(_FIRST_BLOCKS)
+
+    def of(self, slot: int, length: int) -> list[int]:
+        """The blocks with the first `length` tokens of a slot."""
+        return self._owned.get(slot, [])[: self._num_blocks(length)]
+
+    def reserve(self, slot: int, length: int) -> None:
+        """Let a slot own blocks for so many tokens. Raises `MemoryError` if there is no memory for them."""
+        owned = self._owned.setdefault(slot, [])
+        missing = self._num_blocks(length) - len(owned)
+        while missing > len(self._free):
+            self._grow(2 * self._count)
+        for _ in range(missing):
+            owned.append(self._free.pop())
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of a slot to another one."""
+        self.reserve(target, length)
+        ours, theirs = self.of(target, length), self.of(source, length)
+        for tensor in self._tensors.values():
+            tensor.data[ours] = tensor.data[theirs]
+
+    def drop(self, slot: int) -> None:
+        """Take back all blocks of a slot."""
+        self._free.extend(self._owned.pop(slot, []))
+
+    def _num_blocks(self, length: int) -> int:
+        return -(-length // self._size)
+
+    def _grow(self, count: int) -> None:
+        for name, (kind, shape) in self._shapes.items():
+            # Memory that was never written to is not taken from the system.
+            grown = ov.Tensor(kind, ov.Shape([count, *shape]))
+            if name in self._tensors:
+                grown.data[: self._count] = self._tensors[name].data
+            self._tensors[name] = grown
+            self._request.set_tensor(name, grown)
+        self._free.extend(range(count - 1, self._count - 1, -1))
+        self._count = count
+
+
+def _chooser(rows: Floats, allowed: array[int] | None) -> Callable[[int], Choice]:
+    return lambda number: _choose(rows[number], allowed)
+
+
+def _choose(logits: Floats, allowed: array[int] | None) -> Choice:
+    """The greedy choice among the allowed ids; the log-probability is that among all."""
+    if allowed is None:
+        token = int(logits.argmax())
+    else:
+        ids = np.frombuffer(allowed, np.int64)
+        token = int(ids[logits[ids].argmax()])
+    highest = logits.max()
+    total = np.exp(logits - highest).sum(dtype=np.float64)
+    return Choice(token, float(logits[token] - highest - np.log(total)))
