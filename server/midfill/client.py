@@ -81,10 +81,16 @@ class Client:
         )
         return cls(process)
 
-    async def initialize(self, options: Mapping[str, Any] | None = None, name: str = OWN_CLIENT) -> Any:
+    async def initialize(
+        self,
+        options: Mapping[str, Any] | None = None,
+        name: str = OWN_CLIENT,
+        folder: Path | None = None,
+    ) -> Any:
         """Shake hands; the server then starts to load its model. Returns the server's capabilities.
 
         Under any other name than its own, a client's suggestions count as a user's: see `feedback`.
+        `folder` is the workspace, if there is one.
         """
         params = {
             "processId": None,
@@ -96,6 +102,7 @@ class Client:
                 "textDocument": {"inlineCompletion": {}},
             },
             "initializationOptions": options,
+            "workspaceFolders": [{"uri": folder.as_uri(), "name": folder.name}] if folder else None,
         }
         result = await self.request("initialize", params)
         self.notify("initialized", {})
@@ -106,6 +113,7 @@ class Client:
         options: Mapping[str, Any] | None = None,
         report: Callable[[str], None] = lambda _message: None,
         timeout_s: float = 300.0,
+        folder: Path | None = None,
     ) -> None:
         """Shake hands and wait until the server has loaded its model; `report` hears how it goes.
 
@@ -124,7 +132,7 @@ class Client:
                 report(params["value"]["message"])
 
         self.on_notification = hear
-        await self.initialize(options)
+        await self.initialize(options, folder=folder)
         try:
             await asyncio.wait_for(loaded, timeout_s)
         except TimeoutError:

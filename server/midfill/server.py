@@ -125,6 +125,7 @@ class MidfillServer(LanguageServer):
                 types.ExecuteCommandOptions([ACCEPTED, EXPLAIN]),
             ),
             ("midfill/documentText", self.document_text, None),
+            ("midfill/indexed", self.indexed, None),
             ("midfill/explain", self.explain, None),
         ]
         for name, handler, options in features:
@@ -236,6 +237,11 @@ class MidfillServer(LanguageServer):
     def did_change_files(self, params: types.DidChangeWatchedFilesParams) -> None:
         """Files of the workspace were written, made or deleted."""
         self.state.completer.context.files_changed([change.uri for change in params.changes])
+
+    async def indexed(self, _: Any) -> dict[str, int]:
+        """`midfill/indexed`: answered when the workspace has been read, for evaluations."""
+        num_files, num_chunks = await self.state.completer.context.indexed()
+        return {"files": num_files, "chunks": num_chunks}
 
     def _open_folders(self) -> None:
         workspace = self.protocol.workspace

@@ -3,11 +3,17 @@
 import asyncio
 import os
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from planted import certain, possible
 from raw import Raw
+
+from midfill.completer import Trigger
+from midfill.engine.scripted import Script, ScriptedEngine
+from midfill.evaluation.fillers import Hole, PipelineFiller, ServerFiller
+from midfill.settings import Settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -177,6 +183,24 @@ async def test_the_server_ends_while_it_indexes(script, root):
         assert await server.status() == 0
     assert children
     assert psutil.wait_procs(children, timeout=10)[1] == []
+
+
+async def test_an_evaluation_sees_what_an_editor_would(script, root):
+    (_, engine) = script({"contains": "def __init__(self, width", "text": "seen"}, {"text": "plain"})
+    hole = Hole((root / "main.py").as_uri(), "python", MAIN, "\n")
+    options = {"context": ["imports"], "eagerness": "always"}
+    for folder, expected in ((root, "seen"), (None, "plain")):
+        filler = await ServerFiller.start(options, "scripted", lambda *_: None, engine, folder)
+        try:
+            assert (await filler.fill(hole, Trigger.INVOKED)).text == expected
+        finally:
+            await filler.close()
+    model = ScriptedEngine(Script.read(Path(engine.removeprefix("scripted:"))))
+    await model.start(lambda *_: None)
+    filler = PipelineFiller(model, Settings(context=("imports",), eagerness="always"))
+    await filler.open_folder(root)
+    assert (await filler.fill(hole, Trigger.INVOKED)).text == "seen"
+    filler.close()
 
 
 @pytest.mark.slow

@@ -197,6 +197,7 @@ def eval_repo(
             script,
             lambda filler, tell: repository.evaluate(samples, filler, kept, tell),
             server=server,
+            folder=path.resolve(),
         )
     found = [repository.read_result(kept.rows[sample.id]) for sample in samples]
     summary = {**kept.header, **repository.summarise(found, eagerness)}
@@ -312,8 +313,9 @@ def _with_filler(
     *,
     raw: bool = False,
     server: bool = False,
+    folder: Path | None = None,
 ) -> None:
-    """Run `work` with a filler that is ready, under a progress bar."""
+    """Run `work` with a filler that is ready, under a progress bar. `folder` is the workspace, if any."""
     from midfill.evaluation import fillers
     from midfill.settings import load
 
@@ -323,7 +325,7 @@ def _with_filler(
 
         if server:
             options = fillers.options_of(settings, load())
-            filler = await fillers.ServerFiller.start(options, settings.model, report, script)
+            filler = await fillers.ServerFiller.start(options, settings.model, report, script, folder)
             try:
                 await work(filler, tell)
             finally:
@@ -332,8 +334,17 @@ def _with_filler(
         engine = engine_maker(script)(settings)
         try:
             await engine.start(report)
-            make = fillers.RawFiller if raw else fillers.PipelineFiller
-            await work(make(engine, settings), tell)
+            if raw:
+                await work(fillers.RawFiller(engine, settings), tell)
+                return
+            pipeline = fillers.PipelineFiller(engine, settings)
+            if folder is not None:
+                report("indexing", None)
+                await pipeline.open_folder(folder)
+            try:
+                await work(pipeline, tell)
+            finally:
+                pipeline.close()
         finally:
             await engine.close()
 

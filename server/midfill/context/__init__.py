@@ -11,6 +11,7 @@ whole prompt new for the KV cache.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ _MAX_FROZEN = 64
 _QUERY_ABOVE = 20
 _QUERY_BELOW = 6
 _NEAR_LINES = 60
-_MAX_CANDIDATES = 24
+_MAX_CANDIDATES = 16
 _MAX_DEFINITIONS = 4
 # Imports stand at the top.
 _IMPORT_LINES = 200
@@ -46,6 +47,7 @@ _MIN_SHARE = 0.4
 _OPEN_BOOST = 1.25
 # No tokenizer makes more characters of code into a token on average.
 _CHARS_PER_TOKEN = 5
+_LITTLE_ROOM = 100
 _MAX_EDITS = 8
 _MAX_EDIT_LINES = 12
 _BURST_LINES = 8
@@ -124,6 +126,8 @@ class Context:
     indexer: Indexer | None = None
     _folders: tuple[Folder, ...] = ()
     _open: dict[str, Document] = field(default_factory=dict)
+    # What the index calls the open documents.
+    _paths: set[str] = field(default_factory=set)
     _dirty: set[str] = field(default_factory=set)
     _frozen: OrderedDict[str, _Frozen] = field(default_factory=OrderedDict)
     _secrets: SecretWatch = field(default_factory=SecretWatch)
@@ -150,6 +154,14 @@ class Context:
         if settings.context != old.context or settings.excluded_files != old.excluded_files:
             self._restart()
 
+    async def indexed(self) -> tuple[int, int]:
+        """Wait until the folders have been read. Returns the number of files and of chunks."""
+        indexer = self.indexer
+        if indexer is None:
+            return 0, 0
+        await asyncio.to_thread(indexer.scanned.wait)
+        return indexer.index.num_files, indexer.index.num_chunks
+
     def close(self) -> None:
         """End what runs in the background."""
         if self.indexer is not None:
@@ -165,24 +177,26 @@ class Context:
         folders = self._folders if {Source.REPOSITORY, Source.IMPORTS} & set(sources) else ()
         self.indexer = Indexer(folders, self.settings.excluded_files)
         self._dirty = set(self._open)
+        self._paths = {self._path(uri) for uri in self._open}
         self._flush("")
 
     # What the editor tells
 
     def opened(self, document: Document) -> None:
         """A document was opened."""
+        self._open[document.uri] = document
         if self.indexer is None:
             return
-        self._open[document.uri] = document
+        self._paths.add(self._path(document.uri))
         self._dirty.add(document.uri)
         self._changes += 1
         self._flush("")
 
     def edited(self, old: Document, new: Document) -> None:
         """A document was changed."""
+        self._open[new.uri] = new
         if self.indexer is None:
             return
-        self._open[new.uri] = new
         if new.uri not in self._dirty:
             self._dirty.add(new.uri)
             # Other documents may find this one changed; it finds itself as it is.
@@ -198,6 +212,7 @@ class Context:
         self._secrets.forget(uri)
         self._dirty.discard(uri)
         if document is not None and self.indexer is not None:
+            self._paths.discard(self._path(uri))
             self.indexer.close_document(self._path(uri))
 
     def files_changed(self, uris: Sequence[str]) -> None:
@@ -281,16 +296,20 @@ class Context:
         """The pieces that fit into the budget, best first."""
         near = _lines_near(snapshot)
         chosen: list[Snippet] = []
+        chosen_lines: list[set[str]] = []
         room = self.settings.context_tokens * _CHARS_PER_TOKEN
         for snippet in self._candidates(snapshot):
             lines = _telling_lines(snippet.text)
             if not lines or len(lines & near) > _MAX_LIKE_CURSOR * len(lines):
                 continue
-            if any(len(lines & _telling_lines(one.text)) > _MAX_LIKE_CHOSEN * len(lines) for one in chosen):
+            if any(len(lines & other) > _MAX_LIKE_CHOSEN * len(lines) for other in chosen_lines):
                 continue
             if len(snippet.text) <= room:
                 chosen.append(snippet)
+                chosen_lines.append(lines)
                 room -= len(snippet.text) + len(snippet.path)
+            if room < _LITTLE_ROOM:
+                break
         return chosen
 
     def _candidates(self, snapshot: Snapshot) -> Iterator[Snippet]:
@@ -331,7 +350,7 @@ class Context:
             snapshot.line_before,
         ]
         own = self._path(snapshot.document.uri)
-        opened = {self._path(uri) for uri in self._open}
+        opened = self._paths
         found = self.indexer.index.search(query, _MAX_CANDIDATES, without=own)
         if Source.REPOSITORY not in self.settings.context:
             found = [piece for piece in found if piece.path in opened]

@@ -100,6 +100,8 @@ class Indexer:
     def close(self) -> None:
         """End the process and the thread."""
         self._closed = True
+        # Nobody waits for what will not come.
+        self.scanned.set()
         if self._process is not None:
             with contextlib.suppress(OSError):
                 self._process.kill()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from midfill.client import SERVE_COMMAND, Client
@@ -86,6 +87,15 @@ class PipelineFiller:
         self._completer = Completer(settings)
         self._completer.use(engine)
 
+    async def open_folder(self, folder: Path) -> None:
+        """Index a workspace folder, if the setting `context` asks for it, and wait until that is done."""
+        self._completer.context.open_folders([(folder.name, folder)])
+        await self._completer.context.indexed()
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        self._completer.context.close()
+
     async def fill(self, hole: Hole, trigger: Trigger) -> Filled:
         """See `Filler.fill`."""
         document = Document.open(hole.uri, hole.language, 0, hole.before + hole.after)
@@ -150,16 +160,23 @@ class ServerFiller:
 
     @classmethod
     async def start(
-        cls, options: Mapping[str, Any], model: str, report: Progress, engine: str | None = None
+        cls,
+        options: Mapping[str, Any],
+        model: str,
+        report: Progress,
+        engine: str | None = None,
+        folder: Path | None = None,
     ) -> ServerFiller:
         """Start a server and wait until it has loaded its model.
 
         `options` are settings as an editor sends them; `engine` names a script instead of a model, for
-        tests. Raises `MidfillError` with what the server says if it cannot load.
+        tests; `folder` is the workspace, which has then been indexed. Raises `MidfillError` with what the
+        server says if it cannot load.
         """
         client = await Client.start([*SERVE_COMMAND, *(["--engine", engine] if engine else [])])
         try:
-            await client.load(options, lambda message: report(message, None))
+            await client.load(options, lambda message: report(message, None), folder=folder)
+            await client.request("midfill/indexed", None)
         except BaseException:
             await client.close()
             raise
