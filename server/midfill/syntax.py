@@ -126,6 +126,12 @@ def knows(language_id: str) -> bool:
     return language_id in _GRAMMARS
 
 
+def new_parser(language_id: str) -> Parser | None:
+    """A parser for questions that go by whole nodes; for one thread. None without a grammar."""
+    grammar = _GRAMMARS.get(language_id)
+    return None if grammar is None else Parser(_language(grammar.name))
+
+
 def outline(text: str, language_id: str, start: int = 0) -> Outline | None:
     """The outline of a text from `start` on. None without a grammar, or if it takes too long."""
     growing = Growing.of(text[:start], language_id)

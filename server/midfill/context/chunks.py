@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
-from tree_sitter import Node, Parser
-from tree_sitter_language_pack import get_language
+from tree_sitter import Node
 
 from midfill.context.files import SourceFile
+from midfill.syntax import new_parser
 
 MAX_CHUNK_LINES = 16
 _MAX_CHUNK_CHARS = 640
@@ -23,26 +22,6 @@ _MIN_CHUNK_CHARS = 20
 _MAX_SIGNATURE_CHARS = 480
 _MAX_DEFINITIONS = 400
 
-_GRAMMARS = {
-    "c": "c",
-    "cpp": "cpp",
-    "csharp": "csharp",
-    "go": "go",
-    "java": "java",
-    "javascript": "javascript",
-    "javascriptreact": "javascript",
-    "kotlin": "kotlin",
-    "lua": "lua",
-    "php": "php",
-    "python": "python",
-    "ruby": "ruby",
-    "rust": "rust",
-    "scala": "scala",
-    "shellscript": "bash",
-    "swift": "swift",
-    "typescript": "typescript",
-    "typescriptreact": "tsx",
-}
 # In the grammars' names of nodes.
 _DEFINES = re.compile(
     r"(?:function|method|class|struct|enum|interface|trait|constructor|type_alias|protocol|object|record)"
@@ -95,7 +74,7 @@ def parse(file: SourceFile) -> Parsed:
     lines = file.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     source = "\n".join(lines)
     root = None
-    if (parser := _parser(file.language_id)) is not None:
+    if (parser := new_parser(file.language_id)) is not None:
         root = parser.parse(source.encode("utf-8", "replace")).root_node
     ranges = _by_tree(root) if root is not None else _by_blank_lines(lines)
     chunks = tuple(_chunks(_joined(ranges, lines), lines, file.secret_lines))
@@ -116,7 +95,7 @@ def terms(text: str) -> list[str]:
 
 def imported_names(lines: list[str], language_id: str) -> set[str]:
     """The names that the import statements among some lines mention: modules, and what is taken from them."""
-    parser = _parser(language_id)
+    parser = new_parser(language_id)
     if parser is None:
         return {word for line in lines if _IMPORT_LINE.match(line) for word in _WORD.findall(line)}
     names: set[str] = set()
@@ -231,9 +210,3 @@ def _head(node: Node, body: Node | None) -> str:
         data = data[: body.start_byte - node.start_byte]
     text = re.sub(r"[ \t]*(?:#|//)[^\n]*\n", "\n", data.decode("utf-8", "replace"))
     return re.sub(r"([(\[{]) |,? (?=[)\]}])", r"\1", " ".join(text.split()))
-
-
-@cache
-def _parser(language_id: str) -> Parser | None:
-    name = _GRAMMARS.get(language_id)
-    return None if name is None else Parser(get_language(name))  # type: ignore[arg-type]
