@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from midfill.completer import Trigger
 from midfill.confidence import Eagerness
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
@@ -226,6 +227,30 @@ async def test_two_runs_are_compared_by_hole(run):
         compare(before, (after[0], {}), Eagerness.ALWAYS)
     with pytest.raises(MidfillError, match="eval repo"):
         compare(before, ({"eval": "infilling"}, after[1]), Eagerness.ALWAYS)
+
+
+async def test_other_files_are_context_and_the_hole_itself_is_not(tmp_path):
+    (tmp_path / "shapes.py").write_text(
+        "def circle_area(radius):\n    return 3.14159 * radius ** 2  # telling_mark\n"
+    )
+    main = "from shapes import circle_area\n\n\ndef twice(radius):\n"
+    main += "    doubled = circle_area(radius) * 2  # secret_truth\n    return doubled\n"
+    (tmp_path / "main.py").write_text(main)
+    cut = main.index("circle_area(radius) * 2")
+    end = main.index("\n    return doubled")
+    hole = Hole((tmp_path / "main.py").as_uri(), "python", main[:cut], main[end:])
+    engine = ScriptedEngine(
+        Script(
+            [Rule("nothing", contains="secret_truth"), Rule("seen", contains="telling_mark"), Rule("blind")]
+        )
+    )
+    await engine.start(lambda _message, _share: None)
+    settings = Settings(context=("repository", "imports", "open"), prefix_tokens=1000)
+    filler = PipelineFiller(engine, settings)
+    assert (await filler.fill(hole, Trigger.INVOKED)).text == "blind"
+    await filler.open_folder(tmp_path)
+    assert (await filler.fill(hole, Trigger.INVOKED)).text == "seen"
+    filler.close()
 
 
 def test_mcnemar_is_exact():
