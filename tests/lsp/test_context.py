@@ -142,10 +142,11 @@ async def test_files_that_change_on_disk_are_seen(scripted, root):
         server.notify("workspace/didChangeWatchedFiles", junk)
     server.notify("workspace/didChangeWatchedFiles", changed)
     # Another document makes this one's context be chosen anew.
-    open_document(server, (root / "third.py").as_uri(), "y = 2\n")
     async with asyncio.timeout(30):
+        number = 0
         while await ask(server, uri, text) != "seen":
-            change(server, (root / "third.py").as_uri(), f"y = {time.monotonic()}\n")
+            number += 1
+            open_document(server, (root / f"third_{number}.py").as_uri(), "y = 2\n")
             await asyncio.sleep(0.05)
 
 

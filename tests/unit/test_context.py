@@ -132,7 +132,6 @@ def test_an_open_document_counts_as_it_is_in_the_editor(root, make):
     main = document(root / "main.py", "from shapes import smallest_rectangle\nbest = smallest_rectangle(")
     context.collect(at_end(main))
     assert context.indexer.wait(10)
-    context.opened(main)
     assert any("def smallest_rectangle" in one.text for one in context.collect(at_end(main)).snippets)
     # Closed without saving: the file's text counts again.
     context.closed(edited.uri)
@@ -181,11 +180,18 @@ def test_the_context_stays_while_the_user_works_at_one_place(root, make):
     context.opened(main)
     first = context.collect(Snapshot(main, Point(6, 0)))
     assert first.snippets
+    # If it were chosen again it would not be the same: the file that it comes from is gone.
+    (root / "shapes.py").unlink()
+    context.files_changed([(root / "shapes.py").as_uri()])
+    assert context.indexer.wait(10)
     for line in range(6, 40):
         edited = main.edit([Change("x", (line, 0), (line, 0))], line, Encoding.UTF16)
         context.edited(main, edited)
         main = edited
         assert context.collect(Snapshot(main, Point(line, 1))) is first
+    context.opened(document(root / "other.py", "x = 1\n"))
+    assert context.indexer.wait(10)
+    assert context.collect(Snapshot(main, Point(40, 0))) is not first
 
 
 def test_pieces_that_stay_keep_their_order(root, make):

@@ -101,7 +101,7 @@ class _Frozen:
     """What was chosen for a document: at which line, and at which state of everything else."""
 
     line: int
-    state: tuple[int, bool]
+    state: tuple[int, int, bool]
     collected: Collected
 
 
@@ -133,7 +133,7 @@ class Context:
     _secrets: SecretWatch = field(default_factory=SecretWatch)
     _burst: _Burst | None = None
     _edits: deque[tuple[str, Snippet]] = field(default_factory=lambda: deque(maxlen=_MAX_EDITS))
-    _changes: int = 0
+    _num_edits: int = 0
 
     def open_folders(self, folders: Sequence[tuple[str, Path]]) -> None:
         """Index these workspace folders (name, path) instead of those before; nothing is read without any.
@@ -189,7 +189,6 @@ class Context:
             return
         self._paths.add(self._path(document.uri))
         self._dirty.add(document.uri)
-        self._changes += 1
         self._flush("")
 
     def edited(self, old: Document, new: Document) -> None:
@@ -201,7 +200,6 @@ class Context:
             self._dirty.add(new.uri)
             # Other documents may find this one changed; it finds itself as it is.
             self._flush(new.uri)
-            self._changes += 1
         if Source.EDITS in self.settings.context:
             self._note_edit(old, new)
 
@@ -251,7 +249,7 @@ class Context:
         burst, self._burst = self._burst, None
         if burst is not None and (snippet := self._as_snippet(burst)) is not None:
             self._edits.append((burst.document.uri, snippet))
-            self._changes += 1
+            self._num_edits += 1
 
     def _as_snippet(self, burst: _Burst) -> Snippet | None:
         document = burst.document
@@ -278,7 +276,7 @@ class Context:
         uri, line = snapshot.document.uri, snapshot.cursor.line
         self._flush(uri)
         old = self._frozen.get(uri)
-        state = self._changes, self.indexer.scanned.is_set()
+        state = self._state(uri)
         if old is not None and old.state == state and abs(line - old.line) <= _STAYS_FOR_LINES:
             return old.collected
         before = old.collected.snippets if old else ()
@@ -291,6 +289,18 @@ class Context:
         if len(self._frozen) > _MAX_FROZEN:
             self._frozen.popitem(last=False)
         return new
+
+    def _state(self, uri: str) -> tuple[int, int, bool]:
+        """What makes the context of a document new: other documents, recent edits, the end of the scan.
+
+        Files that change on disk count when it is chosen again; a build that writes files all the time
+        must not make every prompt new.
+        """
+        if self.indexer is None:
+            return 0, 0, False
+        texts = self.indexer.texts
+        others = sum(texts.values()) - texts.get(self._path(uri), 0)
+        return others, self._num_edits, self.indexer.scanned.is_set()
 
     def _choose(self, snapshot: Snapshot) -> list[Snippet]:
         """The pieces that fit into the budget, best first."""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,9 @@ class Indexer:
         self._closed = False
         # Paths whose text is the editor's, not the disk's. Touched by the thread only.
         self._open: set[str] = set()
+        self._taken: list[str] = []
+        # How many texts of each open document the index has taken; replaced, never changed.
+        self.texts: Mapping[str, int] = {}
         self.scanned = threading.Event()
         threading.Thread(target=self._run, name="midfill-index", daemon=True).start()
         if folders:
@@ -121,21 +124,29 @@ class Indexer:
                 if kind == "scan":
                     self._scan()
                 elif kind == "call":
-                    self.index.commit()
+                    self._commit()
                     arguments[0]()
                 else:
                     self._update(kind, *arguments)
                 if self._jobs.empty():
-                    self.index.commit()
+                    self._commit()
             except Exception as error:  # noqa: BLE001 - a file that cannot be indexed costs nothing else
                 # Not its message, which may quote a file.
                 _LOG.error("the index failed: %s", type(error).__name__)
 
+    def _commit(self) -> None:
+        self.index.commit()
+        for path in self._taken:
+            self.texts = {**self.texts, path: self.texts.get(path, 0) + 1}
+        self._taken.clear()
+
     def _update(self, kind: str, path: str, text: str | None = None) -> None:
         if kind == "text":
             self._open.add(path)
+            self._taken.append(path)
         elif kind == "closed":
             self._open.discard(path)
+            self._taken.append(path)
         elif path in self._open:
             return
         file = None
