@@ -203,6 +203,11 @@ def read_explain(params: Any) -> Explain:
     return Explain(read_uri(params), with_text=_object(params).get("text") is True)
 
 
+def read_costs(params: Any) -> int:
+    """`midfill/costs`: the number of the last record that the client knows."""
+    return _integer(_object(params).get("after", 0))
+
+
 READERS: dict[str, Callable[[Any], Any]] = {
     "textDocument/didOpen": read_opened,
     "textDocument/didChange": read_edited,
@@ -215,6 +220,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "workspace/executeCommand": read_command,
     "midfill/documentText": read_uri,
     "midfill/explain": read_explain,
+    "midfill/costs": read_costs,
 }
 
 

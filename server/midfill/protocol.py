@@ -43,6 +43,7 @@ from pygls.lsp.server import LanguageServer
 from pygls.protocol import LanguageServerProtocol, lsp_method
 
 from midfill.messages import READERS, MalformedError
+from midfill.metrics import REQUEST
 
 _LOG = logging.getLogger(__name__)
 
@@ -322,6 +323,7 @@ class Protocol(LanguageServerProtocol):
     def _call(self, id_: Any, handler: Callable[..., Any], argument: Any, *, answer: bool = True) -> None:
         """Run a handler up to its first `await` at once, so that it sees the documents of this moment."""
         done = partial(self._finish, id_, answer=answer)
+        REQUEST.set(id_)
         if inspect.isgeneratorfunction(handler):
             self._execute_handler(id_, handler, done, args=(argument,))
             return

@@ -43,6 +43,7 @@ from midfill.messages import (
     NotebookOpened,
     Opened,
 )
+from midfill.metrics import Costs, Metered
 from midfill.notebooks import Notebooks
 from midfill.probing import identify
 from midfill.protocol import Protocol, Refusal
@@ -65,6 +66,7 @@ class _State:
     """Everything that changes while the server runs; only the event loop touches it."""
 
     completer: Completer
+    costs: Costs = field(default_factory=Costs)
     documents: dict[str, Document] = field(default_factory=dict)
     notebooks: Notebooks = field(default_factory=Notebooks)
     flights: dict[tuple[str, str], asyncio.Task[Any]] = field(default_factory=dict)
@@ -127,6 +129,7 @@ class MidfillServer(LanguageServer):
             ("midfill/documentText", self.document_text, None),
             ("midfill/indexed", self.indexed, None),
             ("midfill/explain", self.explain, None),
+            ("midfill/costs", self.costs, None),
         ]
         for name, handler, options in features:
             self.feature(name, options)(_plain(handler))
@@ -175,7 +178,8 @@ class MidfillServer(LanguageServer):
                 engine = await asyncio.to_thread(self._make_engine, settings)
                 self.state.engine = engine
                 await asyncio.gather(engine.start(report), asyncio.to_thread(secrecy.prepare))
-                self.state.completer.use(engine, await identify(engine, settings.family))
+                family = await identify(engine, settings.family)
+                self.state.completer.use(Metered(engine, self.state.costs), family)
                 # What has been imported and loaded stays; a collection that walks over it would cost a
                 # key that is just being answered tens of milliseconds.
                 gc.freeze()
@@ -453,11 +457,16 @@ class MidfillServer(LanguageServer):
         id_ = self.state.journal.offer(snapshot.document, snapshot.cursor, text, engine.model.name)
         return None if id_ is None else types.Command("midfill: accepted", ACCEPTED, arguments=[id_])
 
+    def costs(self, after: int) -> dict[str, Any]:
+        """`midfill/costs`: what answers and the work for them have cost, those of cancelled requests too."""
+        return self.state.costs.after(after)
+
     async def _answer(self, snapshot: Snapshot | None, trigger: Trigger) -> Answer:
         if snapshot is None:
             _LOG.info("empty answer: %s", Reason.NOT_OPEN)
             return Answer(reason=Reason.NOT_OPEN)
         answer = await self.state.completer.complete(snapshot, trigger)
+        self.state.costs.answered(answer.source, answer.reason, answer.latency_ms)
         if snapshot.document.uri in self.state.documents:
             self.state.answers.pop(snapshot.document.uri, None)
             self.state.answers[snapshot.document.uri] = answer

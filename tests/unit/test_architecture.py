@@ -15,6 +15,7 @@ LAYERS = [
     {"documents", "feedback", "messages", "notebooks", "settings", "languages", "secrecy", "syntax"},
     {"models"},
     {"engine"},
+    {"metrics"},
     {"context", "families", "probing", "prompt", "suggestions", "trim", "confidence"},
     {"completer"},
     {"explanation"},

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midfill.bench.replay import FATES, Asked
+from midfill.bench.contenders import FATES, Asked
+from midfill.bench.replay import Session
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _COLOURS = dict(zip(FATES, ("#1a9850", "#4393c3", "#999999", "#d6604d", "#f4a582", "#000000"), strict=True))
 _FLOOR_MS = 0.1
+_ALL = "all suggestions"
 _BUDGETS_MS = (40, 85, 152)
 
 
@@ -25,32 +27,34 @@ def need_matplotlib() -> None:
         raise MidfillError("--plot needs matplotlib. Run: pip install 'midfill[bench]'") from error
 
 
-def plot(requests: Sequence[Asked], title: str, path: Path) -> None:
-    """Draw the latencies' distribution above the timeline. Raises `MidfillError`."""
+def plot(sessions: Sequence[Session], title: str, path: Path) -> None:
+    """Draw the latencies' distribution above the timeline of each contender. Raises `MidfillError`."""
     need_matplotlib()
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    above, below = figure.subplots(2, 1)
+    figure = Figure(figsize=(11, 4 + 4 * len(sessions)), layout="constrained")
+    above, *below = figure.subplots(1 + len(sessions), 1)
     figure.suptitle(title, fontsize=12)
-    _distribution(above, requests)
-    _timeline(below, requests)
+    _distribution(above, sessions)
+    for axes, session in zip(below, sessions, strict=True):
+        _timeline(axes, session)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise MidfillError(f"Cannot write the picture {path}: {error}.") from error
 
 
-def _distribution(axes: Axes, requests: Sequence[Asked]) -> None:
-    """Cumulative shares, by where the suggestion came from."""
+def _distribution(axes: Axes, sessions: Sequence[Session]) -> None:
+    """Cumulative shares, by contender and by where the suggestion came from."""
     series: dict[str, list[float]] = {}
-    for asked in requests:
-        if asked.fate in {"accepted", "shown"}:
-            waited_ms = max(asked.waited_ms, _FLOOR_MS)
-            series.setdefault("all suggestions", []).append(waited_ms)
-            series.setdefault(f"source: {asked.explained.get('source', '?')}", []).append(waited_ms)
+    for session in sessions:
+        for asked in session.requests:
+            if asked.fate in {"accepted", "shown"}:
+                waited_ms = max(asked.waited_ms, _FLOOR_MS)
+                series.setdefault(f"{session.name}, {_ALL}", []).append(waited_ms)
+                series.setdefault(f"{session.name}, {asked.source or '?'}", []).append(waited_ms)
     for name, values in series.items():
-        style: dict[str, Any] = {"linewidth": 5, "color": "#cccccc"} if name == "all suggestions" else {}
+        style: dict[str, Any] = {"linewidth": 5, "alpha": 0.4} if name.endswith(_ALL) else {}
         axes.ecdf(values, label=f"{name} ({len(values)})", **style)
     for budget_ms, part in zip(_BUDGETS_MS, ("half", "a quarter", "a tenth"), strict=True):
         axes.axvline(budget_ms, color="#bbbbbb", linewidth=0.8, zorder=0)
@@ -74,12 +78,13 @@ def _distribution(axes: Axes, requests: Sequence[Asked]) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
 
 
-def _timeline(axes: Axes, requests: Sequence[Asked]) -> None:
+def _timeline(axes: Axes, session: Session) -> None:
+    requests: Sequence[Asked] = session.requests
     for fate in FATES:
         some = [asked for asked in requests if asked.fate == fate]
         if some:
             axes.scatter(
-                [asked.asked_s for asked in some],
+                [asked.asked_s - session.begun_s for asked in some],
                 [max(asked.waited_ms, _FLOOR_MS) for asked in some],
                 s=16,
                 color=_COLOURS[fate],
@@ -88,6 +93,7 @@ def _timeline(axes: Axes, requests: Sequence[Asked]) -> None:
                 linewidths=0,
             )
     _milliseconds(axes, "y")
+    axes.set_title(session.name, fontsize=10)
     axes.set_xlabel("time of the request, s")
     axes.set_ylabel("until the answer or the next key, ms")
     axes.grid(visible=True, alpha=0.2)

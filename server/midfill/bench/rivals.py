@@ -1,9 +1,9 @@
 """Other engines on the same weights, each in a process of its own: `transformers.generate` and llama.cpp.
 
-As a program (`python -m midfill.bench.rivals KIND PATH DEVICE CONTEXT`) it loads the model and then answers
-each line of JSON on stdin, `{"tokens", "num_new", "stop_ids"}`, with one of its own. It ends when its stdin
-does.
-llama.cpp runs as its own server, which listens on the loopback only.
+As a program (`python -m midfill.bench.rivals KIND PATH OPTIONS`) it loads the model and then answers each
+line of JSON on stdin, `{"tokens", "num_new", "stop_ids"}`, with one of its own. `{"cancel": id}` leaves a
+request with this id between two tokens. It ends when its stdin does.
+llama.cpp runs as its own server, which listens on the loopback only; it may also be asked directly.
 `Rival` is the other side of that conversation. Importing this module imports no model library.
 """
 
@@ -14,12 +14,14 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import psutil
@@ -72,16 +74,26 @@ class Rival:
 
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         self.name = name
+        self.ready: dict[str, Any] = {}
         self._process = process
 
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
     @classmethod
-    async def start(cls, name: str, path: Path, device: str, context: int = 2048) -> Rival:
+    async def start(
+        cls, name: str, path: Path, device: str, context: int = 2048, *, batch_tokens: int | None = None
+    ) -> Rival:
         """Start the process and wait until it has loaded the model. Raises `RivalError`.
 
-        `context` is the most tokens that prompt and output will have together.
+        `context` is the most tokens that prompt and output will have together. `batch_tokens` is how many of
+        a prompt llama.cpp computes before it looks for its client; its own default if None.
         """
+        options = json.dumps({"device": device, "context": context, "batch_tokens": batch_tokens})
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "midfill.bench.rivals", name, str(path), device, str(context)),
+            *(sys.executable, "-P", "-m", "midfill.bench.rivals", name, str(path), options),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -90,7 +102,7 @@ class Rival:
         )
         rival = cls(name, process)
         try:
-            await rival._read()
+            rival.ready = await rival._read()
         except BaseException:
             await rival.close()
             raise
@@ -101,13 +113,26 @@ class Rival:
 
         Greedy; without stop ids nothing ends it early. Raises `RivalError`.
         """
+        self._write({"tokens": list(tokens), "num_new": num_new, "stop_ids": list(stop_ids)})
+        return Run(**await self._read())
+
+    async def fill(self, id_: int, tokens: Sequence[int], num_new: int, place: list[Any]) -> dict[str, Any]:
+        """Write a suggestion for a place (`trim.Place`), which ends where ours would, or by `cancel`.
+
+        For generate only. Returns "text", "num_generated", "prefill_s", "decode_s". Raises `RivalError`.
+        """
+        self._write({"id": id_, "tokens": list(tokens), "num_new": num_new, "place": place})
+        return await self._read()
+
+    def cancel(self, id_: int) -> None:
+        """Leave this request after the token that is being computed; it is answered all the same."""
+        self._write({"cancel": id_})
+
+    def _write(self, message: dict[str, Any]) -> None:
         if self._process.stdin is None:
             raise RivalError(f"{self.name} has no input")
-        asked = {"tokens": list(tokens), "num_new": num_new, "stop_ids": list(stop_ids)}
         with suppress(ConnectionError):  # then there is no answer either
-            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
-            await self._process.stdin.drain()
-        return Run(**await self._read())
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
     async def close(self) -> None:
         """End the process."""
@@ -136,13 +161,40 @@ class Rival:
 
 # From here on: the other process.
 
-_Answer = Callable[[list[int], int, list[int]], Run]
+_Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def _load_generate(path: str, device: str, _context: int) -> _Answer:
+class _Inbox:
+    """Lines of stdin, read on a thread of its own, so that a request can be cancelled while it runs."""
+
+    def __init__(self) -> None:
+        self._asked: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._cancelled: set[int] = set()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        for line in sys.stdin:
+            message = json.loads(line)
+            if "cancel" in message:
+                self._cancelled.add(message["cancel"])
+            else:
+                self._asked.put(message)
+        self._asked.put(None)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._asked.get, None)
+
+    def cancelled(self, asked: dict[str, Any]) -> bool:
+        """Whether nobody wants this any more."""
+        return asked.get("id") in self._cancelled
+
+
+def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
     """Plain transformers: fp32 on a CPU, bfloat16 on a GPU."""
     import torch  # noqa: PLC0415 - only in this process
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415 - takes seconds for a large vocabulary
 
     model = AutoModelForCausalLM.from_pretrained(
         path,
@@ -152,6 +204,7 @@ def _load_generate(path: str, device: str, _context: int) -> _Answer:
         trust_remote_code=False,
     )
     model = model.to(device).eval()
+    tokenizer = load_tokenizer(Path(path))
 
     class Clock:
         """A streamer: it is given the prompt, then each token when it has been chosen."""
@@ -166,10 +219,16 @@ def _load_generate(path: str, device: str, _context: int) -> _Answer:
         def end(self) -> None:
             pass
 
-    def answer(tokens: list[int], num_new: int, stop_ids: list[int]) -> Run:
+    def run(asked: dict[str, Any], stopped: Callable[[list[int]], bool]) -> Run:
+        tokens, num_new, stop_ids = asked["tokens"], asked["num_new"], asked.get("stop_ids") or []
         clock = Clock()
         prompt = torch.tensor([tokens], device=device)
         ends = {"eos_token_id": stop_ids} if stop_ids else {"min_new_tokens": num_new}
+
+        def criterion(ids: Any, _scores: Any, **_: Any) -> Any:
+            done = stopped(ids[0, len(tokens) :].tolist())
+            return torch.full((1,), done, dtype=torch.bool, device=ids.device)
+
         with torch.inference_mode():
             out = model.generate(
                 prompt,
@@ -179,6 +238,7 @@ def _load_generate(path: str, device: str, _context: int) -> _Answer:
                 repetition_penalty=1.0,
                 pad_token_id=0,
                 streamer=clock,
+                stopping_criteria=[criterion],
                 **ends,
             )
         ids = out[0, len(tokens) :].tolist()
@@ -188,28 +248,54 @@ def _load_generate(path: str, device: str, _context: int) -> _Answer:
             ids.pop()
         return Run(ids, first - begun, len(tokens), decode_s)
 
-    return answer
+    def fill(asked: dict[str, Any]) -> dict[str, Any]:
+        from midfill.trim import Place, clean, stop  # noqa: PLC0415 - not for the comparison of speeds
+
+        before, after, following = asked["place"]
+        place = Place(before, after, tuple(following))
+
+        def stopped(ids: list[int]) -> bool:
+            return inbox.cancelled(asked) or stop(tokenizer.decode(ids), place) is not None
+
+        done = run(asked | {"stop_ids": sorted(tokenizer.control_ids)}, stopped)
+        raw = tokenizer.decode(done.ids)
+        end = stop(raw, place)
+        text, _ = clean(
+            raw[:end], place, complete=end is not None or len(done.ids) < asked["num_new"], forbidden=()
+        )
+        return {
+            "text": text,
+            "num_generated": len(done.ids),
+            "prefill_s": done.prefill_s,
+            "decode_s": done.decode_s,
+        }
+
+    return lambda asked: fill(asked) if "place" in asked else asdict(run(asked, lambda _ids: False))
 
 
-def _load_llama_cpp(path: str, _device: str, context: int) -> _Answer:
-    """Its server, as xllamacpp packs it, on as many threads as there are cores."""
+def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[_Answer, str]:
+    """Its server, as xllamacpp packs it, on as many threads as there are cores; and its address."""
     import xllamacpp  # noqa: PLC0415 - only in this process
 
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx = context
     params.n_parallel = 1
+    params.n_cache_reuse = 256
+    if batch_tokens is not None:
+        params.n_batch = params.n_ubatch = batch_tokens
     params.cpuparams.n_threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     params.hostnames = ["127.0.0.1"]
     params.port = 0
     server = xllamacpp.Server(params)
-    if not server.listening_address.startswith("http://127.0.0.1:"):
-        raise RivalError(f"llama.cpp's server listens on {server.listening_address}, not on the loopback")
+    address = server.listening_address
+    if not address.startswith("http://127.0.0.1:"):
+        raise RivalError(f"llama.cpp's server listens on {address}, not on the loopback")
 
-    def answer(tokens: list[int], num_new: int, _stop_ids: list[int]) -> Run:
-        asked = {
-            "prompt": tokens,
-            "n_predict": num_new,
+    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+        body = {
+            "prompt": asked["tokens"],
+            "n_predict": asked["num_new"],
             "temperature": 0.0,
             "top_k": 1,
             "cache_prompt": False,
@@ -218,7 +304,7 @@ def _load_llama_cpp(path: str, _device: str, context: int) -> _Answer:
         }
         request = urllib.request.Request(  # noqa: S310 - the address is checked above
             f"{server.listening_address}/completion",
-            json.dumps(asked).encode(),
+            json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
         # Not through a proxy that the environment names.
@@ -227,15 +313,17 @@ def _load_llama_cpp(path: str, _device: str, context: int) -> _Answer:
             found = json.load(reply)
         timings = found["timings"]
         # Its own clock: without the way over HTTP.
-        return Run(
+        run = Run(
             found["tokens"], timings["prompt_ms"] / 1000, timings["prompt_n"], timings["predicted_ms"] / 1000
         )
+        return asdict(run)
 
-    return answer
+    return answer, address
 
 
-def main(kind: str, path: str, device: str, context: str) -> None:
+def main(kind: str, path: str, options: str) -> None:
     """Load, then answer lines until stdin ends."""
+    given = json.loads(options)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
         # What libraries print goes nowhere.
         os.dup2(2, 1)
@@ -245,12 +333,15 @@ def main(kind: str, path: str, device: str, context: str) -> None:
             replies.flush()
 
         try:
-            answer = (_load_generate if kind == GENERATE else _load_llama_cpp)(path, device, int(context))
-            reply({})
-            for line in sys.stdin:
-                asked = json.loads(line)
-                run = answer(asked["tokens"], asked["num_new"], asked["stop_ids"])
-                reply({name: getattr(run, name) for name in Run.__dataclass_fields__})
+            inbox = _Inbox()
+            if kind == GENERATE:
+                answer = _load_generate(path, inbox, given["device"])
+                reply({})
+            else:
+                answer, address = _load_llama_cpp(path, given["context"], given["batch_tokens"])
+                reply({"address": address})
+            for asked in inbox:
+                reply(answer(asked))
         except Exception as error:  # noqa: BLE001 - the reason is all that the other side can use
             reply({"error": f"{kind}: {type(error).__name__}: {error}".splitlines()[0]})
     # Threads of a server or of a model must not hold the process.

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from midfill.cli.shared import JSON, MODEL, SCRIPT, engine_maker, read_settings, show, with_progress
+from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
+    from midfill.bench.contenders import Contender
     from midfill.engine import Progress
+    from midfill.settings import Settings
 
 
 GGUF = click.option(
@@ -120,6 +123,25 @@ def bench_engine(
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw the latencies and the fates (PNG, SVG, PDF)."
 )
+@click.option(
+    "--against",
+    type=click.Choice(["llama.cpp", "generate"]),
+    multiple=True,
+    help="Play every document to this engine too, in turn, and print the ratios. May be given twice.",
+)
+@GGUF
+@click.option(
+    "--lines",
+    type=(click.IntRange(1), click.IntRange(0)),
+    default=(256, 64),
+    show_default=True,
+    help="Whole lines before and after the cursor that llama.cpp is sent.",
+)
+@click.option(
+    "--patient",
+    is_flag=True,
+    help="llama.cpp finishes, and keeps, what nobody waits for: so its plugin does.",
+)
 @MODEL
 @JSON
 @SCRIPT
@@ -131,6 +153,10 @@ def bench_replay(
     limit_s: float | None,
     speed: float,
     plot: Path | None,
+    against: tuple[str, ...],
+    gguf: Path | None,
+    lines: tuple[int, int],
+    patient: bool,
     model: str | None,
     as_json: bool,
     script: str | None,
@@ -145,9 +171,11 @@ def bench_replay(
     Examples:
       midfill bench replay typing.jsonl.gz --limit-s 120
       midfill bench replay --files src --seed 1 --plot replay.png --json
+      midfill bench replay typing.jsonl.gz --limit-s 90 --against llama.cpp
     """
-    from midfill.bench import replay, typist
+    from midfill.bench import replay, report, typist
     from midfill.bench import trace as traces
+    from midfill.bench.contenders import Midfill
     from midfill.bench.plot import need_matplotlib
     from midfill.bench.plot import plot as draw
 
@@ -160,22 +188,43 @@ def bench_replay(
     elif trace is not None:
         played = traces.read_trace(trace)
     settings = read_settings(model=model)
-    session = with_progress(
+    rivals = [_rival(name, settings, gguf, lines, patient=patient) for name in dict.fromkeys(against)]
+    contenders = [Midfill(script, {"model": model} if model else None), *rivals]
+    sessions = with_progress(
         "loading the model",
-        lambda report: asyncio.run(
-            replay.replay(
-                played,
-                report,
-                engine=script,
-                options={"model": model} if model else None,
-                pace=replay.Pace(speed, limit_s),
-            )
-        ),
+        lambda tell: asyncio.run(replay.replay(played, contenders, tell, replay.Pace(speed, limit_s))),
     )
-    name = str(trace or files)
-    what = {"trace": name, "seed": seed if files else None, "speed": speed}
+    what: dict[str, Any] = {"trace": str(trace or files), "seed": seed if files else None, "speed": speed}
     what["model"] = settings.model if script is None else "scripted"
-    summary = {**what, **replay.summarise(session)}
+    summary = what | report.summarise(sessions[0])
+    if rivals:
+        summary["others"] = {session.name: report.summarise(session) for session in sessions[1:]}
+        summary["ratios"] = report.compare(sessions[0], sessions[1:])
+        summary["llama.cpp"] = {"lines": lines, "patient": patient} if "llama.cpp" in against else None
     if plot is not None:
-        draw(session.requests, "midfill bench replay: {model}, {trace}".format(**summary), plot)
-    show(summary, replay.table, as_json=as_json)
+        draw(sessions, "midfill bench replay: {model}, {trace}".format(**summary), plot)
+    show(summary, report.table, as_json=as_json)
+
+
+def _rival(
+    name: str, settings: Settings, gguf: Path | None, lines: tuple[int, int], *, patient: bool
+) -> Contender:
+    """Another engine on the same weights. Raises `MidfillError` with the remedy if it cannot be had."""
+    from midfill.bench.contenders import Generate
+    from midfill.bench.llama_vim import LlamaVim, Options
+    from midfill.bench.rivals import can_run_llama_cpp
+    from midfill.models import store
+
+    found = store.find(settings.model)
+    if name == "generate":
+        if found is None:
+            raise MidfillError(f"Fetch the model first: midfill model pull {settings.model}")
+        return Generate(found, settings)
+    if not can_run_llama_cpp():
+        raise MidfillError("--against llama.cpp needs xllamacpp. Run: pip install 'midfill[bench]'")
+    if (file := gguf or store.find_gguf(settings.model)) is None:
+        raise MidfillError(
+            "--against llama.cpp needs the weights as a GGUF file. "
+            f"Run: midfill model pull {settings.model} --gguf"
+        )
+    return LlamaVim(file, Options(*lines, patient=patient))

@@ -132,10 +132,19 @@ class ModelInfo:
 
 @dataclass(slots=True)
 class Stats:
-    """What a request cost; filled in by the engine while the request runs. Times are `time.monotonic`."""
+    """What a request cost; filled in by the engine while the request runs. Times are `time.monotonic`.
+
+    Attributes:
+        num_prompt: tokens of the prompt.
+        num_reused: of these, found computed.
+        num_computed: of these, computed for this request, so far; some twice if its slot was taken away.
+        num_generated: tokens that were chosen, those too that nobody read.
+        ended_s: when the engine had done with it: for a cancelled request, when the device was free.
+    """
 
     num_prompt: int = 0
     num_reused: int = 0
+    num_computed: int = 0
     num_generated: int = 0
     submitted_s: float = 0.0
     started_s: float = 0.0

@@ -334,9 +334,10 @@ class _Steps:
         return mailbox.get()
 
     def _admit(self, flight: _Flight) -> None:
-        if flight.cancelled:
-            return
         request = flight.request
+        if flight.cancelled:
+            request.stats.ended_s = time.monotonic()
+            return
         try:
             self._check(request.tokens)
             flight.sequence = Sequence(self._key, list(request.tokens), _priority(request))
@@ -404,6 +405,7 @@ class _Steps:
         self._judge(chunks, choices, time.monotonic() - began)
         for chunk, chosen in zip(chunks, choices, strict=True):
             self._scheduler.computed(chunk, max(0, len(chosen) - 1))
+            self._note_computed(chunk)
             self._advance(chunk.sequence, chosen)
 
     def _note_start(self, sequence: Sequence, now: float) -> None:
@@ -413,6 +415,11 @@ class _Steps:
             flight.request.stats.num_reused = sequence.num_reused or 0
             if self._drafts is not None:
                 self._drafts.learn(sequence.tokens, flight.request.stats.num_reused)
+
+    def _note_computed(self, chunk: Chunk) -> None:
+        if (flight := self._flights.get(chunk.sequence)) is not None:
+            stats = flight.request.stats
+            stats.num_computed += max(0, min(len(chunk.tokens), stats.num_prompt - chunk.start))
 
     def _allowed(self, chunk: Chunk) -> array[int] | None:
         flight = self._flights.get(chunk.sequence)

@@ -202,11 +202,13 @@ class ScriptedEngine:
             async with aclosing(self._play(rule, held, request, turn)) as tokens:
                 request.stats.started_s = time.monotonic()
                 async for token in tokens:
+                    request.stats.num_computed = request.stats.num_prompt
                     request.stats.num_generated += 1
                     request.stats.first_token_s = request.stats.first_token_s or time.monotonic()
                     yield token
         finally:
             turn.end()
+            request.stats.ended_s = time.monotonic()
 
     async def _play(
         self, rule: Rule, held: str, request: Request, turn: _Turn

@@ -1,0 +1,328 @@
+"""llama.cpp's own server, driven as its Vim plugin drives it.
+
+What the plugin does, from its source (https://github.com/ggml-org/llama.vim, version of 2025): sends whole
+lines above the cursor, the line up to the cursor (which goes behind the middle sentinel) and what
+follows; keeps answers and shows the rest of one whose text is being typed; asks for what would come
+next while one is shown. The first request has a shorter time limit, which counts from the first line
+end on. Its ring of chunks of other places stays empty while somebody types without a pause of three
+seconds, so it is left out. A request that is taken back is ended by closing its connection. (The plugin
+itself lets it run and waits; see `patient`.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from midfill.bench.contenders import CANCELLED, Asked, Job
+from midfill.bench.figures import peak_rss_mb
+from midfill.bench.rivals import LLAMA_CPP, Rival
+from midfill.documents import Change, Document, Encoding, Point
+from midfill.engine import Progress
+from midfill.errors import MidfillError
+
+_PREDICT_TOKENS = 128
+_MAX_PROMPT_MS = 500
+_MAX_PREDICT_MS = 1000
+_MAX_FIRST_PREDICT_MS = 250
+_MAX_LINE_SUFFIX = 8
+_MAX_KEYS = 250
+_LOOK_BACK = 128
+_LATER_WINDOWS = 3
+_CONTEXT = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How it is driven.
+
+    Attributes:
+        lines_before, lines_after: whole lines that are sent.
+        batch_tokens: of the server; it looks for closed connections between two batches only.
+        patient: a request that is taken back runs on, and what it gives is kept, as the plugin does it.
+    """
+
+    lines_before: int = 256
+    lines_after: int = 64
+    batch_tokens: int = 128
+    patient: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What is sent: text above, the line up to the cursor, text behind it."""
+
+    prefix: str
+    middle: str
+    suffix: str
+    indent: int
+
+
+class LlamaVim:
+    """See the module. A `contenders.Contender`."""
+
+    name = LLAMA_CPP
+
+    def __init__(self, gguf: Path, options: Options | None = None) -> None:
+        self._gguf = gguf
+        self._options = options or Options()
+        self._rival: Rival | None = None
+        self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._running: asyncio.Task[str] | None = None
+        self._running_key: tuple[str, str] | None = None
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._jobs: list[Job] = []
+        self._ids = 0
+
+    async def start(self, report: Progress) -> None:
+        """See `Contender.start`."""
+        report("loading the model into llama.cpp", None)
+        self._rival = await Rival.start(
+            LLAMA_CPP, self._gguf, "cpu", _CONTEXT, batch_tokens=self._options.batch_tokens
+        )
+
+    def open(self, document: Document) -> None:
+        """See `Contender.open`."""
+
+    def change(self, document: Document, changes: Sequence[Change]) -> None:
+        """See `Contender.change`."""
+
+    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
+        """See `Contender.ask`."""
+        self._ids += 1
+        asked.id = self._ids
+        task = asyncio.ensure_future(self._answer(asked, document, position))
+        self._tasks[asked.id] = task
+        return task
+
+    def take_back(self, asked: Asked) -> None:
+        """See `Contender.take_back`: closes the connection."""
+        if not self._options.patient and asked.id in self._tasks:
+            self._tasks[asked.id].cancel()
+
+    async def _answer(self, asked: Asked, document: Document, position: tuple[int, int]) -> None:
+        point = document.point(position, Encoding.UTF16)
+        line = _bare(document.lines[point.line])
+        before, after = line[: point.column], line[point.column :]
+        if len(after) > _MAX_LINE_SUFFIX:
+            asked.source, asked.reason = "none", "line-tail"
+            return
+        context = self._context(document, point.line, before, after)
+        try:
+            content, asked.source = self._kept(context)
+            if content is None:
+                await self._ask(asked, context, _MAX_FIRST_PREDICT_MS)
+                # The same question as the plugin asks itself when an answer has come.
+                content, asked.source = self._kept(context)[0], "model"
+            asked.text = "" if content is None else _worthwhile(content, document, point)
+        except asyncio.CancelledError:
+            asked.code = CANCELLED
+            return
+        if not asked.text:
+            asked.source, asked.reason = "none", "model-silent"
+            return
+        ahead = self._accepted(document, point.line, before, asked.text)
+        if self._running is None and not self._is_kept(ahead):
+            self._tasks[-asked.id] = asyncio.ensure_future(self._look_ahead(asked, ahead))
+
+    async def _look_ahead(self, asked: Asked, context: _Context) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._ask(asked, context, _MAX_PREDICT_MS, idle=True)
+
+    def _context(self, document: Document, number: int, before: str, after: str) -> _Context:
+        """Around a cursor. On a line of blanks the plugin starts from its beginning."""
+        lines, options = document.lines, self._options
+        blank = not (before + after).strip()
+        above = [_bare(line) for line in lines[max(0, number - options.lines_before) : number]]
+        below = [_bare(line) for line in lines[number + 1 : number + 1 + options.lines_after]]
+        before, after = ("", "") if blank else (before, after)
+        indent = len(before) - len(before.lstrip())
+        return _Context("\n".join(above) + "\n", before, "\n".join([after, *below]) + "\n", indent)
+
+    def _accepted(self, document: Document, number: int, before: str, text: str) -> _Context:
+        """Around the cursor that there will be when a suggestion has been accepted."""
+        *above, last = (before + text).split("\n")
+        here = self._context(document, number, before, "")
+        prefix = here.prefix + "".join(f"{line}\n" for line in above)
+        lines = prefix.splitlines(keepends=True)[-self._options.lines_before :]
+        suffix = "\n" + here.suffix.partition("\n")[2]
+        return _Context("".join(lines), last, suffix, here.indent)
+
+    def _key(self, context: _Context) -> tuple[str, str]:
+        return context.prefix + context.middle, context.suffix
+
+    def _is_kept(self, context: _Context) -> bool:
+        return self._key(context) in self._cache
+
+    def _kept(self, context: _Context) -> tuple[str | None, str]:
+        """An answer for exactly this text, or the rest of one that is being typed; and which it is."""
+        whole, suffix = self._key(context)
+        if (exact := self._cache.get((whole, suffix))) is not None:
+            return exact, "cache"
+        best: str | None = None
+        for size in range(1, min(_LOOK_BACK, len(whole)) + 1):
+            earlier = self._cache.get((whole[:-size], suffix))
+            if earlier is None or earlier[:size] != whole[-size:] or not earlier[size:]:
+                continue
+            if best is None or len(earlier[size:]) > len(best):
+                best = earlier[size:]
+        return best, "typed-through"
+
+    async def _ask(self, asked: Asked, context: _Context, limit_ms: int, *, idle: bool = False) -> None:
+        """Send a request and keep its answer. One at a time: an older one is closed, or waited for."""
+        key = self._key(context)
+        if self._running is not None and self._running_key != key:
+            if not self._options.patient:
+                self._running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(self._running)
+            if asked.cancelled_s is not None or self._kept(context)[0] is not None:
+                return
+        if self._running is None:
+            self._running_key = key
+            self._running = asyncio.ensure_future(self._infill(asked, context, limit_ms, idle=idle))
+            self._running.add_done_callback(self._done)
+        running = self._running
+        try:
+            content = await (asyncio.shield(running) if self._options.patient or idle else running)
+        except asyncio.CancelledError:
+            if not idle and not self._options.patient:
+                running.cancel()
+            raise
+        self._keep(context, content)
+
+    def _done(self, task: asyncio.Task[str]) -> None:
+        if self._running is task:
+            self._running = self._running_key = None
+
+    def _keep(self, context: _Context, content: str) -> None:
+        """Keep an answer, also for when the window has moved down by a few lines."""
+        prefix = context.prefix
+        for _ in range(1 + _LATER_WINDOWS):
+            self._cache[prefix + context.middle, context.suffix] = content
+            _, end, prefix = prefix.partition("\n")
+            if not end or not prefix:
+                break
+        while len(self._cache) > _MAX_KEYS:
+            self._cache.popitem(last=False)
+
+    async def _infill(self, asked: Asked, context: _Context, limit_ms: int, *, idle: bool) -> str:
+        body = {
+            "id_slot": 0,
+            "input_prefix": context.prefix,
+            "input_suffix": context.suffix,
+            "input_extra": [],
+            "prompt": context.middle,
+            "n_predict": _PREDICT_TOKENS,
+            "n_indent": context.indent,
+            "top_k": 40,
+            "top_p": 0.90,
+            "samplers": ["top_k", "top_p", "infill"],
+            "seed": 0,
+            "stream": False,
+            "cache_prompt": True,
+            "t_max_prompt_ms": _MAX_PROMPT_MS,
+            "t_max_predict_ms": limit_ms,
+        }
+        begun = time.monotonic()
+        try:
+            found = await self._post("/infill", body)
+        except asyncio.CancelledError:
+            self._jobs.append(Job(asked.episode, asked.id, "cancelled", idle=idle, left_s=time.monotonic()))
+            raise
+        timings = found["timings"]
+        first_s = begun + timings["prompt_ms"] / 1000
+        self._jobs.append(
+            Job(
+                asked.episode,
+                asked.id,
+                "finished",
+                idle=idle,
+                num_computed=timings["prompt_n"],
+                num_generated=timings["predicted_n"],
+                num_delivered=timings["predicted_n"],
+                first_s=first_s,
+                last_s=first_s + timings["predicted_ms"] / 1000,
+                left_s=time.monotonic(),
+            )
+        )
+        return str(found["content"])
+
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """One request over a connection of its own, which is closed if the task is cancelled."""
+        if self._rival is None:
+            raise MidfillError("llama.cpp has not been started.")
+        address = urlsplit(self._rival.ready["address"])
+        content = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+        )
+        reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        try:
+            writer.write(head.encode() + content)
+            status = (await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)[1]
+            answer = json.loads(await reader.read())
+        finally:
+            writer.close()
+        if status != b"200":
+            raise MidfillError(f"llama.cpp answers {status.decode()}: {str(answer)[:200]}")
+        result: dict[str, Any] = answer
+        return result
+
+    async def close(self, document: Document) -> list[Job]:  # noqa: ARG002 - see `Contender`
+        """See `Contender.close`. Waits until the server is free, so that the next one is not slowed."""
+        if self._running is not None:
+            self._running.cancel()
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._tasks.clear()
+        nothing = {"prompt": [0], "n_predict": 0, "cache_prompt": True, "id_slot": 0}
+        with contextlib.suppress(MidfillError):
+            await self._post("/completion", nothing)
+        jobs, self._jobs = self._jobs, []
+        return jobs
+
+    def peak_rss_mb(self) -> float:
+        """See `Contender.peak_rss_mb`."""
+        return peak_rss_mb(self._rival.pid) if self._rival is not None else 0.0
+
+    async def end(self) -> None:
+        """See `Contender.end`."""
+        if self._rival is not None:
+            await self._rival.close()
+
+
+def _bare(line: str) -> str:
+    return line.rstrip("\r\n")
+
+
+def _worthwhile(content: str, document: Document, cursor: Point) -> str:
+    """What the plugin shows of an answer: nothing that repeats what stands below or behind the cursor."""
+    line = _bare(document.lines[cursor.line])
+    before, after = line[: cursor.column], line[cursor.column :]
+    shown = content.rstrip("\n").split("\n")
+    if not line.strip():
+        # On a line of blanks the answer begins at the line's start; what is there already is not repeated.
+        lead = min(len(shown[0]) - len(shown[0].lstrip()), len(line))
+        shown[0] = shown[0][lead:]
+    below = [_bare(other) for other in document.lines[cursor.line + 1 :]]
+    first = next((index for index, other in enumerate(below) if other.strip()), len(below))
+    repeats_suffix = len(shown) == 1 and shown[0] == after
+    repeats_lines = len(shown) > 1 and not shown[0] and shown[1:] == below[: len(shown) - 1]
+    following = below[first:]
+    repeats_next = bool(following) and before + shown[0] == following[0]
+    repeats_next = repeats_next and (
+        len(shown) == 1 or "\n".join(following[1:]).startswith("\n".join(shown[1:]))
+    )
+    text = "\n".join(shown)
+    return "" if repeats_suffix or repeats_lines or repeats_next or not text.strip() else text

@@ -1,0 +1,268 @@
+"""The figures of a replay: one contender's, and several beside each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from midfill.bench.contenders import FATES, Asked, Job
+from midfill.bench.figures import awaited, percentiles, share
+from midfill.bench.replay import Session
+
+_FREE = {"accepted", "shown", "empty"}
+
+
+def summarise(session: Session) -> dict[str, Any]:
+    """The figures, as `--json` prints them. Those that a contender does not tell are null.
+
+    suggestion_ms: from a request to its answer, of the requests that were answered with a suggestion before
+        the next key. model_ran_ms: of these, the ones for which the model ran.
+    answer_ms: answers with nothing too. awaited_ms: to an answer, had nobody cancelled: cancelled requests
+        count as longer than they were.
+    first_token_warm_ms, first_token_cold_ms: from a request to the first token that its model gave, cancelled
+        ones too. Cold: until a prompt of the document has been computed once.
+    ms_per_token: of outputs of two tokens and more.
+    recomputed_tokens: prompt tokens that the model computed for a request, cancelled ones included; 0 where
+        it was not asked. recomputed_first_tokens: those of cold requests.
+    cancel_to_free_ms: from the next key, or whatever ended the interest in it, until the model was free.
+    cancel_to_answer_ms: from the next key to the answer to the cancelled request.
+    reused_share: suggestions without the model, of all that were shown.
+    generated_tokens: all that the model chose. wasted_tokens: of these, for nobody: those of work whose text
+        was never shown, and those behind the end of a suggestion.
+    unaccepted_tokens: of these, for a suggestion that was shown but not accepted.
+    keystrokes_saved: keys left out, less one for each acceptance.
+    samples: how many values the percentiles are of.
+    """
+    requests = session.requests
+    fates = Counter(asked.fate for asked in requests)
+    answered = [asked for asked in requests if asked.fate in _FREE]
+    shown = [asked for asked in answered if asked.text]
+    saved = session.num_skipped - fates["accepted"]
+    times = {
+        "suggestion_ms": [asked.waited_ms for asked in shown],
+        "model_ran_ms": [asked.waited_ms for asked in shown if asked.source == "model"],
+        "answer_ms": [asked.waited_ms for asked in answered],
+        **_work_times(session),
+        "cancel_to_answer_ms": [
+            (asked.answered_s - asked.cancelled_s) * 1000
+            for asked in requests
+            if asked.fate == "cancelled" and asked.answered_s is not None and asked.cancelled_s is not None
+        ],
+    }
+    cut_short = [asked.waited_ms for asked in requests if asked.fate in {"cancelled", "late"}]
+    return {
+        "requests": len(requests),
+        **{name: percentiles(values, *_PERCENTS.get(name, (50, 95, 99))) for name, values in times.items()},
+        "awaited_ms": awaited(times["answer_ms"], cut_short, 50, 95),
+        "reused_share": share(sum(asked.source != "model" for asked in shown), len(shown)),
+        "keystrokes_saved": saved,
+        "keystrokes_saved_share": share(saved, session.num_keys),
+        **_tokens(session),
+        "shown_before_next_key_share": share(len(shown), len(requests)),
+        "cancelled_share": share(fates["cancelled"] + fates["late"], len(requests)),
+        "fates": {fate: fates[fate] for fate in FATES},
+        "sources": dict(Counter(asked.source for asked in shown).most_common()),
+        "reasons": dict(Counter(asked.reason for asked in answered if not asked.text).most_common()),
+        "peak_rss_mb": session.peak_rss_mb,
+        "startup_s": round(session.startup_s, 2),
+        "first_suggestion_s": _rounded(session.first_suggestion_s),
+        "episodes": session.num_episodes,
+        "keys": session.num_keys,
+        "seconds": round(session.seconds, 1),
+        "samples": {name: len(values) for name, values in times.items()},
+    }
+
+
+def _work_times(session: Session) -> dict[str, list[float]]:
+    """What the jobs tell of times and of prompt tokens."""
+    jobs: dict[tuple[int, int | None], list[Job]] = {}
+    for job in session.jobs:
+        if not job.idle:
+            jobs.setdefault((job.episode, job.request), []).append(job)
+    found: dict[str, list[float]] = {
+        name: []
+        for name in (
+            "first_token_warm_ms",
+            "first_token_cold_ms",
+            "ms_per_token",
+            "recomputed_tokens",
+            "recomputed_first_tokens",
+            "cancel_to_free_ms",
+        )
+    }
+    told = any(job.num_reused is not None for job in session.jobs)
+    warm: set[int] = set()
+    for asked in session.requests:
+        own = jobs.get((asked.episode, asked.id), [])
+        cold = asked.episode not in warm
+        if told:
+            name = "recomputed_first_tokens" if cold else "recomputed_tokens"
+            found[name].append(sum(job.num_computed or 0 for job in own))
+        for job in own:
+            if job.first_s is not None:
+                warm.add(asked.episode)
+                name = "first_token_cold_ms" if cold else "first_token_warm_ms"
+                found[name].append((job.first_s - asked.asked_s) * 1000)
+            found["cancel_to_free_ms"] += _freed_after_ms(asked, job)
+    for job in session.jobs:
+        if job.first_s is not None and job.last_s is not None and (job.num_delivered or 0) > 1:
+            found["ms_per_token"].append((job.last_s - job.first_s) * 1000 / ((job.num_delivered or 0) - 1))
+    return found
+
+
+def _freed_after_ms(asked: Asked, job: Job) -> list[float]:
+    """How long the model went on after nobody wanted it: from the typist's key, if that is what ended it."""
+    if job.end != "cancelled" or job.freed_s is None or job.left_s is None:
+        return []
+    # Work may outlive its request, because what is typed agrees with it; then a later edit ends it.
+    wanted_to_s = job.left_s
+    if asked.cancelled_s is not None and job.left_s - asked.cancelled_s < _OUTLIVES_S:
+        wanted_to_s = asked.cancelled_s
+    return [max(0.0, job.freed_s - wanted_to_s) * 1000]
+
+
+_OUTLIVES_S = 0.02
+"""A server reads a cancellation within this time; work that is left later has been kept on purpose."""
+
+
+def _tokens(session: Session) -> dict[str, int | None]:
+    """Tokens that were chosen, those that nobody saw, those that nobody wanted."""
+    counted = [job for job in session.jobs if job.num_generated is not None]
+    if not counted:
+        return dict.fromkeys(("generated_tokens", "wasted_tokens", "unaccepted_tokens"))
+    generated = sum(job.num_generated or 0 for job in counted)
+    shown, accepted = _used(session)
+    delivered = {id(job): job.num_delivered or 0 for job in counted}
+    seen = sum(delivered[id(job)] for job in counted if id(job) in shown)
+    taken = sum(delivered[id(job)] for job in counted if id(job) in accepted)
+    return {
+        "generated_tokens": generated,
+        "wasted_tokens": generated - seen,
+        "unaccepted_tokens": seen - taken,
+    }
+
+
+def _used(session: Session) -> tuple[set[int], set[int]]:
+    """The jobs whose text was shown, and those whose text was accepted.
+
+    A suggestion for which the model ran comes from its own request's last job. One that was reused comes from
+    the newest job of the document that was left before and was not cancelled.
+    """
+    shown: set[int] = set()
+    accepted: set[int] = set()
+    good = [job for job in session.jobs if job.end in {"finished", "stopped"} and job.left_s is not None]
+    for asked in session.requests:
+        if not asked.text or asked.answered_s is None or asked.fate not in {"accepted", "shown"}:
+            continue
+        own = [
+            job for job in good if (job.episode, job.request) == (asked.episode, asked.id) and not job.idle
+        ]
+        before = [
+            job
+            for job in good
+            if job.episode == asked.episode
+            and (job.left_s or 0.0) <= asked.answered_s
+            # Of work done ahead, only what is for this very text.
+            and (not job.idle or asked.source in {"prefetch", "cache"})
+        ]
+        source = (
+            own[-1:] if asked.source == "model" else sorted(before, key=lambda job: job.left_s or 0.0)[-1:]
+        )
+        for job in source:
+            shown.add(id(job))
+            if asked.accepted:
+                accepted.add(id(job))
+    return shown, accepted
+
+
+def compare(ours: Session, others: Sequence[Session]) -> dict[str, dict[str, Any]]:
+    """Ours divided by each other's, by name: below 1 is better for times, above 1 for the rest."""
+    found = {}
+    for other in others:
+        mine, theirs = summarise(ours), summarise(other)
+        found[other.name] = {
+            **{
+                f"{name}_p50": _ratio(mine[f"{name}_ms"]["p50"], theirs[f"{name}_ms"]["p50"])
+                for name in ("suggestion", "model_ran", "awaited")
+            },
+            **{
+                name: _ratio(mine[name], theirs[name])
+                for name in ("shown_before_next_key_share", "keystrokes_saved")
+            },
+        }
+    return found
+
+
+def _ratio(mine: float | None, theirs: float | None) -> float | None:
+    return None if mine is None or not theirs else round(mine / theirs, 3)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
+
+
+_PERCENTS: dict[str, tuple[int, ...]] = {
+    "recomputed_tokens": (50, 99),
+    "recomputed_first_tokens": (50, 99),
+    "cancel_to_free_ms": (50, 99),
+    "cancel_to_answer_ms": (50, 99),
+    "ms_per_token": (50, 95),
+}
+_ROWS = (
+    ("suggestion_ms", "time to a suggestion, ms", "shown before the next key"),
+    ("model_ran_ms", "... where the model ran, ms", ""),
+    ("answer_ms", "time to an answer, ms", "answers with nothing too"),
+    ("awaited_ms", "... if nobody cancelled, ms", "estimated: Kaplan-Meier"),
+    ("first_token_warm_ms", "time to the first token, warm, ms", "cancelled requests too"),
+    ("first_token_cold_ms", "... the first in a document, ms", ""),
+    ("ms_per_token", "ms per token", ""),
+    ("recomputed_tokens", "prompt tokens computed", "per request, cancelled ones too"),
+    ("recomputed_first_tokens", "... the first in a document", ""),
+    ("cancel_to_free_ms", "cancel to free, ms", "from the next key until the model is free"),
+    ("cancel_to_answer_ms", "... to the answer -32800, ms", ""),
+    ("shown_before_next_key_share", "shown before the next key", "share of the requests"),
+    ("reused_share", "suggestions without the model", ""),
+    ("cancelled_share", "cancelled", "share of the requests"),
+    ("keystrokes_saved", "keystrokes saved", "less one for each acceptance"),
+    ("keystrokes_saved_share", "... share of the keys", ""),
+    ("generated_tokens", "tokens generated", ""),
+    ("wasted_tokens", "... for nobody", "cancelled, or never shown"),
+    ("unaccepted_tokens", "... shown, not accepted", ""),
+    ("fates", "fates", ""),
+    ("sources", "suggestions from", ""),
+    ("reasons", "nothing, because", ""),
+    ("peak_rss_mb", "peak memory, MB", ""),
+    ("startup_s", "start to model loaded, s", ""),
+    ("first_suggestion_s", "start to first suggestion, s", ""),
+)
+
+
+def table(summary: dict[str, Any]) -> Any:
+    """The figures for a person: a rich table, with a column for each contender."""
+    from rich.table import Table  # noqa: PLC0415 - only a person needs it
+
+    others = summary.get("others", {})
+    title = "{requests} requests, {keys} keys in {episodes} documents, {seconds} s".format(**summary)
+    grid = Table(title=title, title_justify="left", show_header=bool(others), box=None, padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    for name in ("midfill", *others):
+        grid.add_column(name)
+    grid.add_column(style="dim")
+    for key, label, note in _ROWS:
+        grid.add_row(label, *(_cell(key, found[key]) for found in (summary, *others.values())), note)
+    grid.caption = "\n".join(
+        f"midfill / {name}: " + ", ".join(f"{key} {'-' if v is None else v}" for key, v in ratios.items())
+        for name, ratios in summary.get("ratios", {}).items()
+    )
+    grid.caption_justify = "left"
+    return grid
+
+
+def _cell(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        parts = (f"{name} {'-' if item is None else item}" for name, item in value.items())
+        return "  ".join(parts) or "-"
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if key.endswith("_share") else str(value)
