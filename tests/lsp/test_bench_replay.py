@@ -9,6 +9,14 @@ import pytest
 COMMAND = [sys.executable, "-P", "-m", "midfill", "bench"]
 URI = "file:///replay/main.py"
 TYPED = "total = sum(values)"
+# Before the typing, one suggestion is asked for here, to measure the start.
+PROBE = {"after": "return a ", "text": "+ b"}
+NAMES = {
+    "suggestion_ms": {"p50", "p95", "p99"},
+    "model_ran_ms": {"p50", "p95", "p99"},
+    "recomputed_tokens": {"p50", "p99"},
+    "cancel_to_free_ms": {"p50", "p99"},
+}
 
 
 def run(*arguments):
@@ -57,7 +65,10 @@ def trace(tmp_path):
 
 def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(trace, engine):
     found = measured(
-        "replay", trace, "--engine", engine({"after": "total =", "text": " sum(values)"}, {"text": "zzz"})
+        "replay",
+        trace,
+        "--engine",
+        engine(PROBE, {"after": "total =", "text": " sum(values)"}, {"text": "zzz"}),
     )
     assert found["fates"]["accepted"] == 1
     assert found["keys"] == len(TYPED)
@@ -67,23 +78,43 @@ def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(trace, engine):
     assert found["cancelled_share"] == 0
     assert found["suggestion_ms"]["p50"] < 100
     assert found["peak_rss_mb"] > 10
-    assert found["startup_s"] > 0
+    assert 0 < found["startup_s"] < found["first_suggestion_s"]
+    assert found["recomputed_first_tokens"]["p50"] > 0
+    assert found["sources"]["model"] > 0
+    assert found["wasted_tokens"] == 0
+    for name, percents in NAMES.items():
+        assert set(found[name]) == percents
+    whole = ("requests", "reused_share", "keystrokes_saved", "wasted_tokens", "peak_rss_mb")
+    assert all(found[name] is not None for name in whole)
 
 
 def test_requests_that_the_next_key_overtakes_are_cancelled(trace, engine):
-    found = measured("replay", trace, "--speed", 3, "--engine", engine({"hang": True}))
+    found = measured("replay", trace, "--speed", 3, "--engine", engine(PROBE, {"hang": True}))
     assert found["requests"] == len(TYPED)
     assert found["cancelled_share"] == 1
     assert found["fates"]["cancelled"] == len(TYPED)
     assert 0 < found["cancel_to_free_ms"]["p99"] < 200
+    assert found["samples"]["cancel_to_free_ms"] == len(TYPED)
+    assert 0 < found["cancel_to_answer_ms"]["p99"] < 200
     assert found["suggestion_ms"] == {"p50": None, "p95": None, "p99": None}
+
+
+def test_what_cancelled_requests_have_written_is_counted(trace, engine):
+    slow = {"text": "z" * 50, "token_delay_s": 0.03}
+    found = measured("replay", trace, "--engine", engine(PROBE, slow))
+    assert found["fates"]["cancelled"] >= len(TYPED) - 1
+    assert found["wasted_tokens"] == found["generated_tokens"] > len(TYPED)
+    # A script computes its prompt for each request anew; the requests were all cancelled.
+    assert found["samples"]["recomputed_tokens"] == len(TYPED) - 1
+    assert found["recomputed_tokens"]["p50"] > 10
 
 
 def test_a_suggestion_that_leads_elsewhere_is_not_accepted(trace, engine):
     found = measured("replay", trace, "--speed", 2, "--engine", engine({"text": "sum(other)"}))
     assert found["fates"]["accepted"] == 0
     assert found["keystrokes_saved"] == 0
-    assert found["wasted_tokens"] == found["generated_tokens"] > 0
+    assert found["unaccepted_tokens"] == found["generated_tokens"] > 0
+    assert found["wasted_tokens"] == 0
 
 
 def test_the_time_can_be_limited(trace, engine):
