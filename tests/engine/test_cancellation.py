@@ -59,6 +59,42 @@ async def test_a_request_cancelled_while_it_waits_is_never_computed(stepped):
     assert len(runner.steps) == 4 + 7
 
 
+async def test_what_a_cancelled_request_has_cost_is_known(stepped):
+    engine, runner = stepped
+    request, waiting = Request(tuple(LONG), 8), Request((1, 2, 3), 8)
+
+    async def read(request):
+        async for _ in engine.generate(request):
+            pass
+
+    task = asyncio.create_task(read(request))
+    assert await runner.began.get() == 1
+    behind = asyncio.create_task(read(waiting))
+    await tiny.settle()
+    await cancelled(behind)
+    await cancelled(task)
+    stats = request.stats
+    assert stats.ended_s == 0.0  # the pass is still under way
+    runner.open()
+    assert await tiny.collect_ids(engine, [7], 1) == [65]
+    assert (stats.num_prompt, stats.num_computed, stats.num_generated) == (250, 64, 0)
+    assert stats.submitted_s <= stats.started_s < stats.ended_s
+    assert waiting.stats.num_computed == 0
+    assert waiting.stats.ended_s > 0.0
+
+
+async def test_the_tokens_of_the_prompt_that_were_computed_are_counted(stepped):
+    engine, runner = stepped
+    runner.open()
+    first, again = Request(tuple(LONG), 3), Request((*LONG, 7), 3)
+    for request in (first, again):
+        async for _ in engine.generate(request):
+            pass
+    assert (first.stats.num_reused, first.stats.num_computed) == (0, 250)
+    assert again.stats.num_reused + again.stats.num_computed == again.stats.num_prompt == 251
+    assert again.stats.num_reused == 250
+
+
 async def test_a_newer_request_runs_after_the_pass_under_way(stepped):
     engine, runner = stepped
     old = await tiny.start_and_reach_step(engine, runner, 1, LONG)

@@ -49,7 +49,21 @@ def test_the_newest_goes_first_and_the_older_resumes():
     assert run(scheduler) == [[1, 1]]
 
 
-def test_without_a_free_slot_the_oldest_waits_again_and_finds_its_tokens():
+def test_the_oldest_has_every_second_step_where_not_all_have_a_place():
+    scheduler = make(slots=3, chunk=1)
+    for token in (1, 2, 3):
+        scheduler.add(sequence(*[token] * 5))
+    assert [run(scheduler) for _ in range(4)] == [[[3]], [[1]], [[3]], [[1]]]
+
+
+def test_where_all_have_a_place_the_newest_is_first():
+    scheduler = make(slots=3, chunk=1, step=3, sequences=3)
+    for token in (1, 2, 3):
+        scheduler.add(sequence(*[token] * 5))
+    assert [run(scheduler) for _ in range(2)] == [[[3], [2], [1]]] * 2
+
+
+def test_without_a_free_slot_neither_the_newest_nor_the_oldest_waits_again():
     scheduler = make(slots=2)
     old, middle = sequence(1, 1, 1, 1, 1, 1), sequence(2, 2, 2, 2, 2, 2)
     scheduler.add(old)
@@ -58,11 +72,11 @@ def test_without_a_free_slot_the_oldest_waits_again_and_finds_its_tokens():
     run(scheduler)
     new = sequence(3, 3)
     scheduler.add(new)
-    assert run(scheduler) == [[3, 3]]
-    assert old.slot is None
+    assert [run(scheduler) for _ in range(2)] == [[[1, 1]], [[3, 3]]]
+    assert middle.slot is None
     scheduler.remove(new)
-    scheduler.remove(middle)
-    assert run(scheduler) == [[1, 1, 1, 1]]  # its slot was the only one to take
+    scheduler.remove(old)
+    assert run(scheduler) == [[2, 2, 2, 2]]  # its slot was the only one to take
 
 
 def test_idle_work_stands_aside_and_its_tokens_are_reused():

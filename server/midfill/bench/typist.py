@@ -95,12 +95,12 @@ def _keys(typed: str, cursor: tuple[int, int], chance: random.Random) -> Iterato
         slip = stroke.isalpha() and not first and chance.random() < _CORRECTIONS
         if slip:
             wrong = chance.choice([letter for letter in string.ascii_lowercase if letter != stroke])
-            yield _key(Change(wrong, cursor, cursor), _gap_s(chance))
+            yield _key(Change(wrong, cursor, cursor), gap_s(chance))
             after = (cursor[0], cursor[1] + 1)
-            yield _key(Change("", cursor, after), _gap_s(chance))
+            yield _key(Change("", cursor, after), gap_s(chance))
         key = _key(
             Change(stroke, cursor, cursor),
-            round(chance.uniform(*_FIRST_KEY_S), 3) if first else _gap_s(chance),
+            round(chance.uniform(*_FIRST_KEY_S), 3) if first else gap_s(chance),
         )
         yield key
         cursor, first = key.cursor, False
@@ -122,7 +122,7 @@ def _key(change: Change, gap_s: float) -> Key:
     return Key(gap_s, (change,), cursor_after(change), _REQUEST_AFTER_S)
 
 
-def _gap_s(chance: random.Random) -> float:
+def gap_s(chance: random.Random) -> float:
     """Between two points of the distribution, linear in the logarithm."""
     drawn = chance.random()
     for (low, low_ms), (high, high_ms) in pairwise((*_GAPS_MS, (1.0, _LONGEST_MS))):
