@@ -114,8 +114,7 @@ class Costs:
 
     def begin(self, request: Request) -> Work:
         """Note that the engine is asked."""
-        idle = bool(getattr(request, "idle", False))
-        work = Work(next(self._numbers), REQUEST.get(), idle, request.stats)
+        work = Work(next(self._numbers), REQUEST.get(), request.idle, request.stats)
         self._work.append(work)
         return work
 

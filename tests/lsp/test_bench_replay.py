@@ -81,7 +81,9 @@ def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(trace, engine):
     assert 0 < found["startup_s"] < found["first_suggestion_s"]
     assert found["recomputed_first_tokens"]["p50"] > 0
     assert found["sources"]["model"] > 0
-    assert found["wasted_tokens"] == 0
+    # A token is a character here: those of what was accepted are neither wasted nor unaccepted.
+    used = found["generated_tokens"] - found["wasted_tokens"] - found["unaccepted_tokens"]
+    assert used >= len(" sum(values)")
     for name, percents in NAMES.items():
         assert set(found[name]) == percents
     whole = ("requests", "reused_share", "keystrokes_saved", "wasted_tokens", "peak_rss_mb")
@@ -93,8 +95,8 @@ def test_requests_that_the_next_key_overtakes_are_cancelled(trace, engine):
     assert found["requests"] == len(TYPED)
     assert found["cancelled_share"] == 1
     assert found["fates"]["cancelled"] == len(TYPED)
-    assert 0 < found["cancel_to_free_ms"]["p99"] < 200
-    assert found["samples"]["cancel_to_free_ms"] == len(TYPED)
+    # What hangs agrees with all that is typed, so it is kept until the document is closed.
+    assert found["cancel_to_free_ms"]["p99"] < 200
     assert 0 < found["cancel_to_answer_ms"]["p99"] < 200
     assert found["suggestion_ms"] == {"p50": None, "p95": None, "p99": None}
 
@@ -107,14 +109,17 @@ def test_what_cancelled_requests_have_written_is_counted(trace, engine):
     # A script computes its prompt for each request anew; the requests were all cancelled.
     assert found["samples"]["recomputed_tokens"] == len(TYPED) - 1
     assert found["recomputed_tokens"]["p50"] > 10
+    assert found["samples"]["cancel_to_free_ms"] >= len(TYPED) - 1
+    assert 0 < found["cancel_to_free_ms"]["p99"] < 200
 
 
 def test_a_suggestion_that_leads_elsewhere_is_not_accepted(trace, engine):
     found = measured("replay", trace, "--speed", 2, "--engine", engine({"text": "sum(other)"}))
     assert found["fates"]["accepted"] == 0
     assert found["keystrokes_saved"] == 0
-    assert found["unaccepted_tokens"] == found["generated_tokens"] > 0
-    assert found["wasted_tokens"] == 0
+    # The rest was computed ahead, for the case that it is accepted.
+    assert found["unaccepted_tokens"] + found["wasted_tokens"] == found["generated_tokens"]
+    assert found["unaccepted_tokens"] > 0
 
 
 def test_the_time_can_be_limited(trace, engine):
@@ -150,6 +155,16 @@ def test_a_replay_of_nothing_is_refused(arguments, status, message):
     assert done.returncode == status
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_comparison_that_cannot_be_made_is_a_sentence(trace, engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIDFILL_CACHE", str(tmp_path / "cache"))
+    done = run("replay", trace, "--against", "llama.cpp", "--engine", engine())
+    assert done.returncode == 1
+    assert "Run: midfill model pull qwen2.5-coder-0.5b --gguf" in done.stderr
+    done = run("replay", trace, "--against", "generate", "--engine", engine())
+    assert done.returncode == 1
+    assert "Fetch the model first: midfill model pull qwen2.5-coder-0.5b" in done.stderr
 
 
 def test_a_model_that_cannot_be_loaded_is_a_sentence(trace, tmp_path):

@@ -151,6 +151,10 @@ class Stats:
     first_token_s: float = 0.0
     ended_s: float = 0.0
 
+    def computed(self, start: int, num_tokens: int) -> None:
+        """Note a pass over `num_tokens` tokens from `start` on; those of the prompt count."""
+        self.num_computed += max(0, min(num_tokens, self.num_prompt - start))
+
 
 @dataclass(slots=True, eq=False)
 class Request:

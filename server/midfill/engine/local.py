@@ -405,7 +405,8 @@ class _Steps:
         self._judge(chunks, choices, time.monotonic() - began)
         for chunk, chosen in zip(chunks, choices, strict=True):
             self._scheduler.computed(chunk, max(0, len(chosen) - 1))
-            self._note_computed(chunk)
+            if (flight := self._flights.get(chunk.sequence)) is not None:
+                flight.request.stats.computed(chunk.start, len(chunk.tokens))
             self._advance(chunk.sequence, chosen)
 
     def _note_start(self, sequence: Sequence, now: float) -> None:
@@ -415,11 +416,6 @@ class _Steps:
             flight.request.stats.num_reused = sequence.num_reused or 0
             if self._drafts is not None:
                 self._drafts.learn(sequence.tokens, flight.request.stats.num_reused)
-
-    def _note_computed(self, chunk: Chunk) -> None:
-        if (flight := self._flights.get(chunk.sequence)) is not None:
-            stats = flight.request.stats
-            stats.num_computed += max(0, min(len(chunk.tokens), stats.num_prompt - chunk.start))
 
     def _allowed(self, chunk: Chunk) -> array[int] | None:
         flight = self._flights.get(chunk.sequence)
