@@ -78,7 +78,7 @@ def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(trace, engine):
     assert found["cancelled_share"] == 0
     assert found["suggestion_ms"]["p50"] < 100
     assert found["peak_rss_mb"] > 10
-    assert 0 < found["startup_s"] < found["first_suggestion_s"]
+    assert 0 < found["startup_s"] <= found["first_suggestion_s"]
     assert found["recomputed_first_tokens"]["p50"] > 0
     assert found["sources"]["model"] > 0
     # A token is a character here: those of what was accepted are neither wasted nor unaccepted.
