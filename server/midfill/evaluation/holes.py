@@ -2,52 +2,35 @@
 
 Files are drawn by their history: those of recent commits more often. In a file, holes are made where
 completions are asked for; all the text behind a hole stays. The same repository and seed give the same holes.
-Everything is done with lines and indentation, so that any language will do.
+Everything is done with lines and indentation, so that any language will do. Which files are read is up to
+`context.files`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import re
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from midfill.context.files import Sieve
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Hole
-from midfill.languages import language_id
-from midfill.secrecy import is_excluded
 from midfill.settings import Settings
 
 # Kinds of places and their shares: most requests come from the middle of a line.
 KINDS = {"rest-of-line": 7, "arguments": 2, "new-line": 4, "block": 3, "nothing": 4}
 
-_MAX_FILE_BYTES = 400_000
 _MAX_LINE_CHARS = 300
 _MAX_BLOCK_LINES = 8
+_MIN_LINES = 5
 _NUM_COMMITS = 1000
 # A file in the newest commit counts twice as much as one this many commits back.
 _HALF_LIFE_COMMITS = 100
-_NOT_CODE = frozenset({"plaintext", "markdown", "json", "yaml", "toml", "html", "css", "sql"})
-_NOT_OURS = frozenset(
-    {
-        "node_modules",
-        "vendor",
-        "third_party",
-        "dist",
-        "build",
-        "target",
-        "venv",
-        "site-packages",
-        "__pycache__",
-    }
-)
-_GENERATED = re.compile(r"\bDO NOT EDIT\b|@generated\b|\bgenerated (?:by|from)\b", re.IGNORECASE)
-_GENERATED_MARK_LINES = 5
 _COMMENT = re.compile(r"\s*(?:#|//|/\*|\*|--|<!--)")
 _LETTER = re.compile(r"[^\W\d_]")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
@@ -91,17 +74,12 @@ def choose(root: Path, settings: Settings, *, count: int, seed: int) -> list[Sam
     """
     if not root.is_dir():
         raise MidfillError(f"{root} is not a folder. Give the folder of a repository.")
-    names, weights = _history(root)
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
-    sources = [
-        source
-        for name in sorted(names)
-        if (source := _read(root, name, weights.get(name, 0.0), settings)) is not None
-    ]
+    sources = list(_read(Sieve(root.resolve(), settings.excluded_files), _history(root), settings))
     if not sources:
         raise MidfillError(
             f"{root} has no source files in a language that midfill knows, leaving out what is ignored by "
-            "git, generated, vendored or excluded by the settings."
+            "git, generated, foreign, secret or excluded by the settings."
         )
     # Files without a recent commit are drawn too, but seldom.
     floor = max(source.weight for source in sources) / 100 or 1.0
@@ -147,80 +125,42 @@ def _sample(source: _Source, kind: str, start: int, end: int) -> Sample:
     return Sample(f"{source.name}:{line}:{column}#{digest}", source.name, kind, hole, text[start:end])
 
 
-def _history(root: Path) -> tuple[list[str], dict[str, float]]:
-    """The names of the repository's files, and the weights that recent commits give them."""
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    if listed is None:
-        return list(_walk(root)), {}
-    weights: dict[str, float] = defaultdict(float)
-    log = _git(
-        root, "log", "-z", "--format=%x01", "--name-only", "--no-renames", "--relative", f"-n{_NUM_COMMITS}"
-    )
-    age = -1
-    for field in (log or "").split("\0"):
-        age += field.count("\x01")
-        if name := field.rpartition("\x01")[2].strip("\n"):
-            weights[name] += 0.5 ** (age / _HALF_LIFE_COMMITS)
-    return [name for name in listed.split("\0") if name], weights
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints, or None if there is no git or no repository."""
+def _history(root: Path) -> dict[str, float]:
+    """How much recent commits have to do with each file; empty where there is no git or no repository."""
     # Configuration of a repository must not start programs.
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "-c",
-        "core.fsmonitor=false",
-        "-c",
-        "log.showSignature=false",
-        *arguments,
-    ]
+    command = ["git", "-C", str(root), "-c", "core.fsmonitor=false", "-c", "log.showSignature=false", "log"]
+    command += ["-z", "--format=%x01", "--name-only", "--no-renames", "--relative", f"-n{_NUM_COMMITS}"]
     try:
         done = subprocess.run(command, capture_output=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.decode("utf-8", "surrogateescape")
+        return {}
+    weights: dict[str, float] = defaultdict(float)
+    age = -1
+    for field in done.stdout.decode("utf-8", "surrogateescape").split("\0"):
+        age += field.count("\x01")
+        if name := field.rpartition("\x01")[2].strip("\n"):
+            weights[name] += 0.5 ** (age / _HALF_LIFE_COMMITS)
+    return weights
 
 
-def _walk(root: Path) -> Iterator[str]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            yield (Path(folder) / name).relative_to(root).as_posix()
-
-
-def _read(root: Path, name: str, weight: float, settings: Settings) -> _Source | None:
-    """A source file, or None if it is none that somebody writes by hand and wants suggestions in."""
-    language = language_id(name)
-    path = root.resolve() / name
-    if (
-        language in _NOT_CODE
-        or language in settings.disabled_languages
-        or not _NOT_OURS.isdisjoint(Path(name).parts)
-        or is_excluded(name, settings.excluded_files)
-    ):
-        return None
-    try:
-        if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
-            return None
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-    lines = text.split("\n")
-    generated = any(_GENERATED.search(line) for line in lines[:_GENERATED_MARK_LINES])
-    minified = any(len(line) > 10 * _MAX_LINE_CHARS for line in lines)
-    if generated or minified or len(lines) < 5:
-        return None
-    return _Source(path, name, language, text, weight)
+def _read(sieve: Sieve, weights: Mapping[str, float], settings: Settings) -> Iterator[_Source]:
+    """The files that somebody writes by hand and wants suggestions in."""
+    for name in sorted(sieve.walk()):
+        file = sieve.read(name)
+        if (
+            file is not None
+            and file.language_id not in settings.disabled_languages
+            and file.text.count("\n") >= _MIN_LINES
+        ):
+            path = sieve.root / name
+            yield _Source(path, name, file.language_id, file.text, weights.get(name, 0.0))
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Each line with its offset."""
+    """Each line, without what ends it, with its offset."""
     offset = 0
     for line in text.split("\n"):
-        yield offset, line
+        yield offset, line.removesuffix("\r")
         offset += len(line) + 1
 
 
