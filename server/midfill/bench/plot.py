@@ -38,6 +38,8 @@ def plot(sessions: Sequence[Session], title: str, path: Path) -> None:
     _distribution(above, sessions)
     for axes, session in zip(below, sessions, strict=True):
         _timeline(axes, session)
+        # Contenders take turns: on one scale it can be seen when.
+        axes.sharex(below[0])
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
@@ -56,19 +58,20 @@ def _distribution(axes: Axes, sessions: Sequence[Session]) -> None:
     for name, values in series.items():
         style: dict[str, Any] = {"linewidth": 5, "alpha": 0.4} if name.endswith(_ALL) else {}
         axes.ecdf(values, label=f"{name} ({len(values)})", **style)
-    for budget_ms, part in zip(_BUDGETS_MS, ("half", "a quarter", "a tenth"), strict=True):
+    for budget_ms, part in zip(_BUDGETS_MS, ("1/2", "1/4", "1/10"), strict=True):
         axes.axvline(budget_ms, color="#bbbbbb", linewidth=0.8, zorder=0)
         axes.annotate(
-            f"{part} of the\nnext keys come later",
+            part,
             (budget_ms, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(-2, 3),
+            xytext=(0, 3),
             textcoords="offset points",
+            horizontalalignment="center",
             fontsize=7,
             color="#777777",
         )
     _milliseconds(axes, "x")
-    axes.set_xlabel("from the request to the suggestion, ms")
+    axes.set_xlabel("from the request to the suggestion, ms (above: share of the next keys that come later)")
     axes.set_ylabel("share of the suggestions")
     axes.grid(visible=True, alpha=0.2)
     longest = max((value for values in series.values() for value in values), default=0.0)
