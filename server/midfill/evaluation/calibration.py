@@ -22,7 +22,7 @@ from midfill.evaluation.repository import Result, Score, read_result, score
 Array = NDArray[np.float64]
 
 # The characters that an oracle saves, of those that it would save if everything were shown.
-_KEPT = {Eagerness.LOW: 0.7, Eagerness.NORMAL: 0.95, Eagerness.HIGH: 0.99}
+_KEPT = {Eagerness.LOW: 0.75, Eagerness.NORMAL: 0.97, Eagerness.HIGH: 0.999}
 _PENALTY = 3.0
 _NUM_BINS = 8
 
