@@ -36,12 +36,28 @@ def test_the_check_knows_the_default_model(model):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["family"] == "qwen2.5-coder"
+    # Its own order, and no doubt that it was trained to fill in.
+    assert (result["probe"]["best"], result["probe"]["understood"]) == ("psm", True)
+    assert result["probe"]["nats_per_char"]["psm"] > result["probe"]["prefix_alone"] + 0.5
+    assert result["layouts"][0] == "appending"
     assert result["sentinels"] == {
         "<|fim_prefix|>": 151659,
         "<|fim_suffix|>": 151661,
         "<|fim_middle|>": 151660,
     }
     assert result["dtype"] == "int8"
+
+
+def test_the_table_of_families_is_held_against_what_is_installed(model):
+    done = subprocess.run(
+        [*COMMAND, "eval", "families", "--no-probe", "--json"], capture_output=True, timeout=60, check=True
+    )
+    result = json.loads(done.stdout)
+    assert "qwen2.5-coder" in result["vocabularies"][model.name]
+    ids = result["families"]["qwen2.5-coder"]["vocabularies"][model.name]
+    assert ids["sentinels"]["<|fim_middle|>"] == 151660
+    assert ids["files"] == {"<|repo_name|>": 151663, "<|file_sep|>": 151664}
+    assert len(ids["stops"]) == 8
 
 
 def test_the_doctor_finds_nothing_wrong(model):
