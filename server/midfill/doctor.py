@@ -211,7 +211,7 @@ async def check_model(settings: Settings, make_engine: MakeEngine) -> dict[str, 
         return {
             "model": model.name,
             "family": name,
-            "layouts": list(family.layouts),
+            "layouts": [str(layout) for layout in family.layouts],
             "sentinels": {sentinel: model.tokenizer.token_id(sentinel) for sentinel in family.sentinels},
             "probe": orders.as_dict(),
             "context": model.context,
