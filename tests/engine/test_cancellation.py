@@ -140,6 +140,31 @@ async def test_what_was_put_off_is_done_in_a_pause_piece_by_piece(stepped):
     await tiny.collect_ids(engine, [7], 1)
 
 
+async def test_an_idle_request_stands_aside_within_one_step(stepped):
+    engine, runner = stepped
+    idle = asyncio.create_task(tiny.collect(engine, LONG, 2, idle=True))
+    assert await runner.began.get() == 1
+    typed = asyncio.create_task(tiny.collect_ids(engine, [9, 9], 2))
+    await tiny.settle()
+    runner.open()
+    assert await typed == [65, 65]
+    assert [token.id for token in await idle] == [65, 65]
+    assert runner.steps == [[(0, 64)], [(0, 2)], [(2, 1)], [(64, 64)], [(128, 64)], [(192, 58)], [(250, 1)]]
+
+
+async def test_an_idle_request_that_somebody_waits_for_is_a_request_like_any_other(stepped):
+    engine, runner = stepped
+    request = Request((7, 8), 2, idle=True)
+    idle = asyncio.create_task(anext(engine.generate(request)))
+    assert await runner.began.get() == 1
+    older = asyncio.create_task(tiny.collect_ids(engine, LONG, 1))
+    await tiny.settle()
+    request.idle = False
+    runner.open()
+    assert (await idle).id == 65
+    assert await older == [65]
+
+
 async def test_a_newer_prewarm_replaces_an_older_one(stepped):
     engine, runner = stepped
     engine.prewarm(LONG)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 import virtual_time
@@ -22,7 +23,6 @@ class Editor:
         before, after = marked.split("▮")
         self.completer = completer
         self.document = Document.open(uri, "python", 1, before + after)
-        self.cursor = Snapshot(Document.open(uri, "python", 1, before), Point(0, 0)).insert("").cursor
         self.cursor = end_of(before)
 
     @property
@@ -80,8 +80,8 @@ class World:
         self.settings = Settings(**{"max_new_tokens": 200} | settings)
         self.completer = Completer(self.settings, looks_ahead=looks_ahead)
 
-    async def start(self):
-        engine = ScriptedEngine(self._script)
+    async def start(self, make=ScriptedEngine):
+        engine = make(self._script)
         await engine.start(lambda _message, _share: None)
         self.completer.use(engine)
         return self
@@ -424,21 +424,84 @@ async def test_a_failure_is_told_to_all_who_wait(world):
 # What was computed beyond the end, and ahead.
 
 
-async def test_what_the_model_wrote_beyond_the_end_is_there_once_the_user_is(world):
-    # In the middle of a line the suggestion ends at the bracket that is closed behind it already.
-    it = await world(Rule("1, 2) + f(3)\n"))
-    editor = Editor(it.completer, "a = g(▮\n")
-    assert await editor.sees() == ("1, 2) + f(3)", "model")
+class LongTokens(ScriptedEngine):
+    """A token of this engine is forty characters, and so may go far beyond the end of a suggestion."""
+
+    async def generate(self, request):
+        tokens = [token async for token in super().generate(request)]
+        for at in range(0, len(tokens), 40):
+            text = "".join(token.text for token in tokens[at : at + 40])
+            yield replace(tokens[at], text=text)
+
+
+async def test_what_the_model_wrote_beyond_the_end_is_there_once_the_user_is(tmp_path):
+    it = World(tmp_path / "log", Rule("return 1\n\ndef g():\n    return 2\nx\n" + "y" * 50))
+    await it.start(LongTokens)
+    editor = Editor(it.completer, "x = 0\ndef f():\n    ▮\n")
+    assert await editor.sees() == ("return 1", "model")
+    typed = editor.type("return 1\n\n").type("def g():")
+    assert await typed.sees() == ("\n    return 2", "streak")
+    assert it.runs == ["finished"]
 
 
 @on_virtual_time
 async def test_while_the_user_rests_the_next_suggestion_is_computed(world):
-    it = await world(Rule("b()\n", after="a()\n"), Rule("a()\n"), looks_ahead=True)
-    editor = Editor(it.completer, "▮\nrest()\n".replace("▮", "x = 1\n▮"))
+    it = await world(Rule("\nb()\n", after="a()"), Rule("a()\n"), looks_ahead=True)
+    editor = Editor(it.completer, "x = 1\n▮\nrest()\n")
     assert await editor.sees() == ("a()", "model")
     await asyncio.sleep(1)
-    assert len(it.runs) == 2
-    editor.type("a()")
-    answer = await editor.ask()
-    assert answer.source in {Source.PREFETCH, Source.NONE}
-    assert len(it.runs) == 2
+    assert it.runs == ["finished", "finished"]
+    assert await editor.type("a()").sees() == ("\nb()", "prefetch")
+    assert await editor.type("\nb").sees() == ("()", "typed-through")
+    assert it.runs == ["finished", "finished"]
+
+
+@on_virtual_time
+async def test_who_accepts_at_once_joins_what_is_computed_ahead(world):
+    it = await world(Rule("\nb()\n", after="a()", token_delay_s=0.1), Rule("a()\n"), looks_ahead=True)
+    editor = Editor(it.completer, "x = 1\n▮\nrest()\n")
+    await editor.ask()
+    await asyncio.sleep(0.2)
+    assert await editor.type("a()").sees() == ("\nb()", "joined")
+    assert it.runs == ["finished", "finished"]
+
+
+@on_virtual_time
+async def test_looking_ahead_stands_aside_for_a_request(world):
+    it = await world(
+        Rule("y" * 50, after="a()", token_delay_s=0.1),
+        Rule("a()\n", contains="x = 1"),
+        Rule("1"),
+        looks_ahead=True,
+    )
+    await Editor(it.completer, "x = 1\n▮\nrest()\n").ask()
+    await asyncio.sleep(1)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    assert await Editor(it.completer, "z = ▮\n", uri="file:///b.py").sees() == ("1", "model")
+    assert loop.time() - begun < 0.1
+    await asyncio.sleep(15)
+    # What comes after the second answer is computed too.
+    assert it.runs == ["finished"] * 4
+
+
+@on_virtual_time
+async def test_another_key_ends_what_is_computed_ahead(world):
+    it = await world(Rule("y" * 100, after="a()", token_delay_s=0.1), Rule("a()\n"), looks_ahead=True)
+    editor = Editor(it.completer, "x = 1\n▮\nrest()\n")
+    await editor.ask()
+    await asyncio.sleep(1)
+    editor.type("a")
+    await turns(5)
+    assert it.runs == ["finished"]
+    editor.type("b")
+    await turns(5)
+    assert it.runs == ["finished", "cancelled"]
+
+
+@on_virtual_time
+async def test_nothing_is_computed_ahead_unless_it_is_wanted(world):
+    it = await world(Rule("a()\n"), looks_ahead=True, prefetch=False)
+    await Editor(it.completer, "x = 1\n▮\nrest()\n").ask()
+    await asyncio.sleep(10)
+    assert it.runs == ["finished"]

@@ -1,0 +1,156 @@
+"""What an editor notices of reuse: answers without the model, work that goes on, work that ends at once."""
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from midfill.client import ServerError
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+URI = "file:///work/main.py"
+DOCUMENT = {"textDocument": {"uri": URI}}
+SUM = "total = sum(values)"
+
+
+class Typist:
+    """One line that is being typed into a document, with a request whenever it is wanted."""
+
+    def __init__(self, client, log):
+        self.client = client
+        self.log = log
+        self.line, self.column, self.version = 1, 0, 1
+        item = {"uri": URI, "languageId": "python", "version": 1, "text": "values = [1]\n\n"}
+        client.notify("textDocument/didOpen", {"textDocument": item})
+
+    def type(self, text):
+        here = {"line": self.line, "character": self.column}
+        self.version += 1
+        params = {
+            "textDocument": {"uri": URI, "version": self.version},
+            "contentChanges": [{"range": {"start": here, "end": here}, "text": text}],
+        }
+        self.client.notify("textDocument/didChange", params)
+        *above, last = text.split("\n")
+        self.line += len(above)
+        self.column = len(last) + (0 if above else self.column)
+
+    def ask(self):
+        here = {"line": self.line, "character": self.column}
+        params = DOCUMENT | {"position": here, "context": {"triggerKind": 2}}
+        return self.client.send_request("textDocument/inlineCompletion", params)
+
+    async def sees(self):
+        """The suggestion and its source."""
+        items = (await self.ask()[1])["items"]
+        explained = await self.client.request("midfill/explain", DOCUMENT)
+        return "".join(item["insertText"] for item in items), explained["source"]
+
+    @property
+    def runs(self):
+        rows = self.log.read_text().splitlines() if self.log.exists() else []
+        return [json.loads(row) for row in rows]
+
+    async def ran(self, count):
+        """The model has ended this many requests: what became of them."""
+        async with asyncio.timeout(10):
+            while len(self.runs) < count:
+                await self.client.request("midfill/explain", DOCUMENT)
+        return [run["fate"] for run in self.runs]
+
+
+@pytest.fixture
+def typist(client, tmp_path):
+    async def start(*rules, **options):
+        log = tmp_path / "log"
+        server = await client(*rules, log=str(log), **options)
+        async with asyncio.timeout(10):
+            while not any(m == "$/progress" and p["value"]["kind"] == "end" for m, p in server.heard):
+                await server.request("midfill/explain", DOCUMENT)
+        return Typist(server, log)
+
+    return start
+
+
+async def cancelled(request):
+    with pytest.raises(ServerError) as error:
+        await request
+    assert error.value.code == -32800
+
+
+async def test_typing_a_suggestion_asks_the_model_nothing(typist):
+    it = await typist({"text": SUM})
+    assert await it.sees() == (SUM, "model")
+    for index, char in enumerate(SUM[:-1], start=1):
+        it.type(char)
+        assert await it.sees() == (SUM[index:], "typed-through")
+    assert await it.ran(1) == ["finished"]
+
+
+async def test_a_newer_request_joins_and_the_older_one_is_cancelled_at_once(typist):
+    it = await typist({"text": SUM, "token_delay_s": 0.05}, options={"prefetch": False})
+    older = it.ask()[1]
+    await it.client.request("midfill/explain", DOCUMENT)
+    it.type("tot")
+    begun = time.monotonic()
+    newer = it.ask()[1]
+    await cancelled(older)
+    assert time.monotonic() - begun < 0.3
+    assert (await newer)["items"][0]["insertText"] == SUM[3:]
+    assert (await it.client.request("midfill/explain", DOCUMENT))["source"] == "joined"
+    assert await it.ran(1) == ["finished"]
+
+
+async def test_a_request_that_the_editor_took_back_at_a_key_is_joined_by_the_next(typist):
+    it = await typist({"text": SUM, "token_delay_s": 0.05}, options={"prefetch": False})
+    id_, older = it.ask()
+    await it.client.request("midfill/explain", DOCUMENT)
+    it.client.cancel(id_)
+    await cancelled(older)
+    it.type("tot")
+    assert await it.sees() == (SUM[3:], "joined")
+    assert await it.ran(1) == ["finished"]
+
+
+async def test_an_edit_that_contradicts_the_work_frees_the_model_at_once(typist):
+    it = await typist({"text": "x" * 200, "token_delay_s": 0.05})
+    request = it.ask()[1]
+    await it.client.request("midfill/explain", DOCUMENT)
+    begun = time.monotonic()
+    it.type("y")
+    await cancelled(request)
+    assert await it.ran(1) == ["cancelled"]
+    assert time.monotonic() - begun < 1
+    assert it.runs[0]["steps"] < 20
+
+
+async def test_work_that_nobody_asks_for_again_ends_soon(typist):
+    it = await typist({"text": "x" * 200, "token_delay_s": 0.05})
+    id_, request = it.ask()
+    await it.client.request("midfill/explain", DOCUMENT)
+    it.client.cancel(id_)
+    await cancelled(request)
+    assert await it.ran(1) == ["cancelled"]
+    assert it.runs[0]["steps"] < 20
+    assert it.runs[0]["idle"]
+
+
+async def test_while_the_user_reads_the_next_suggestion_is_computed(typist):
+    it = await typist({"after": "sum(values)", "text": "\nprint(total)\n"}, {"text": SUM})
+    assert await it.sees() == (SUM, "model")
+    assert await it.ran(2) == ["finished", "finished"]
+    assert [run["idle"] for run in it.runs] == [False, True]
+    it.type(SUM)
+    assert await it.sees() == ("\nprint(total)", "prefetch")
+    it.type("\npr")
+    assert await it.sees() == ("int(total)", "typed-through")
+
+
+async def test_it_can_be_switched_off(typist):
+    it = await typist({"text": SUM}, options={"prefetch": False})
+    await it.sees()
+    it.type(SUM)
+    assert (await it.sees())[1] == "model"
+    assert [run["idle"] for run in it.runs] == [False, False]
