@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from midfill.engine.scheduler import Priority, Scheduler, Sequence
+from midfill.engine.scheduler import Choice, Priority, Scheduler, Sequence
 from midfill.engine.slots import Slots
 from midfill.errors import EngineOverloadedError
 
@@ -139,3 +139,38 @@ def test_a_failed_sequence_leaves_nothing_to_reuse():
 
 def test_nothing_to_do():
     assert make().schedule() == []
+
+
+def test_guesses_are_computed_along_and_kept_as_far_as_they_are_right():
+    scheduler = make(chunk=8, step=8)
+    prompt = sequence(1, 2, 3)
+    prompt.guesses = [4, 5, 6]
+    scheduler.add(prompt)
+    [chunk] = scheduler.schedule()
+    assert (chunk.tokens, chunk.num_guesses, chunk.samples) == ([1, 2, 3, 4, 5, 6], 3, True)
+    answers = [Choice(4, -0.1), Choice(9, -0.2), Choice(0, -9.0), Choice(0, -9.0)]
+    choices = chunk.verify(answers.__getitem__)
+    # The first guess came true, the second did not; what follows it means nothing.
+    assert [choice.id for choice in choices] == [4, 9]
+    scheduler.computed(chunk, num_right=1)
+    prompt.tokens += [4, 9]
+    prompt.guesses = []
+    [chunk] = scheduler.schedule()
+    assert (chunk.start, chunk.tokens) == (4, [9])
+
+
+def test_guesses_take_no_room_from_known_tokens():
+    scheduler = make(chunk=4, step=4)
+    prompt = sequence(1, 2, 3, 4, 5, 6)
+    prompt.guesses = [7, 8, 9]
+    scheduler.add(prompt)
+    assert run(scheduler) == [[1, 2, 3, 4]]
+    assert scheduler.schedule()[0].tokens == [5, 6, 7, 8]
+
+
+def test_several_sequences_share_a_step():
+    scheduler = make(slots=2, chunk=4, step=6, sequences=2)
+    old, new = sequence(1, 1, 1, 1), sequence(2, 2, 2)
+    scheduler.add(old)
+    scheduler.add(new)
+    assert run(scheduler) == [[2, 2, 2], [1, 1, 1]]

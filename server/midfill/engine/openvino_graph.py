@@ -10,9 +10,7 @@ Knows tensors and shapes; nothing of slots, requests or text. Imports neither to
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,13 +20,8 @@ import numpy.typing as npt
 import openvino as ov
 from openvino import op, opset15
 
-from midfill.engine.files import find_tensors, read_blocks, shape_of
+from midfill.engine.rounded import Floats, Rounded, Tensors
 from midfill.errors import ModelError
-
-Floats = npt.NDArray[np.float32]
-
-_QUANTISED_ELEMENTS = 1 << 18
-"""Rows are rounded in pieces of about this many elements, so that the scratch memory stays in the cache."""
 
 _SEQUENCES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
 
@@ -209,102 +202,43 @@ def _window(config: Mapping[str, Any]) -> int:
     return 0 if kinds == {"full_attention"} else window
 
 
-def build_graph(
-    path: Path, shape: Shape, dtype: str, *, num_threads: int, report: Callable[[float], None]
-) -> ov.Model:
-    """The graph of the model in a folder.
+def build_graph(shape: Shape, tensors: Tensors) -> ov.Model:
+    """The graph of a model.
 
     Inputs: `input_ids`, `position_ids` (the tokens of all sequences, one after the other), `selected` (the
     tokens whose logits are wanted, by their place in that row), `key_cache.N` and `value_cache.N` of every
     layer, and, as OpenVINO's paged attention defines them, `past_lens`, `subsequence_begins`,
     `block_indices`, `block_indices_begins`, `max_context_len`. Output: logits, one row for each selected.
 
-    Args:
-        path: folder with the safetensors files.
-        shape: see `read_shape`.
-        dtype: "int8" or "float32".
-        num_threads: how many tensors are read and rounded at a time.
-        report: called with the share done, 0..1; an exception of it ends the loading.
-
-    Raises:
-        ModelError: the files are not those of that shape, with the tensor at fault.
+    Raises `ModelError` if the tensors are not those of that shape, with the tensor at fault.
     """
-    return _Graph(shape, _Tensors(path, dtype, num_threads, report)).build()
+    return _Graph(shape, _Parts(tensors)).build()
 
 
-@dataclass(frozen=True, slots=True)
-class _Rounded:
-    """An int8 matrix (outputs x inputs) and its scales, one for each output."""
-
-    values: npt.NDArray[np.int8]
-    scales: Floats
+def stays_exact(shape: Shape) -> Callable[[str], bool]:
+    """Whether a tensor must not be rounded: that of learned positions, whose small steps matter."""
+    positions = LAYOUTS[shape.architecture].positions
+    return lambda name: name == f"{positions}.weight"
 
 
-class _Tensors:
-    """The tensors of a model's files, the matrices rounded to int8 if asked for."""
+class _Parts:
+    """The tensors of a model, and which of them no part of the graph has taken yet."""
 
-    def __init__(self, path: Path, dtype: str, num_threads: int, report: Callable[[float], None]) -> None:
-        self._files = find_tensors(path)
-        self._dtype = dtype
-        self._read: dict[str, Floats | _Rounded] = {}
-        self._load(num_threads, report)
-        self._unused = set(self._read)
-
-    def _load(self, num_threads: int, report: Callable[[float], None]) -> None:
-        """Read everything, the largest first."""
-        shapes = {name: shape_of(file, name) for name, file in self._files.items()}
-        total = sum(math.prod(shape) for shape in shapes.values())
-        done = 0
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="midfill-load") as pool:
-            names = sorted(shapes, key=lambda name: -math.prod(shapes[name]))
-            tasks = {pool.submit(self._tensor, name, shapes[name]): name for name in names}
-            try:
-                for task in as_completed(tasks):
-                    name = tasks[task]
-                    self._read[name] = task.result()
-                    done += math.prod(shapes[name])
-                    report(done / total)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> Floats | _Rounded:
-        whole: Floats = np.empty(shape, np.float32)
-        if self._dtype != "int8" or len(shape) != 2 or ".wpe." in name:
-            start = 0
-            for block in read_blocks(self._files[name], name, shape, framework="np"):
-                whole[start : start + len(block)] = block
-                start += len(block)
-            if not np.isfinite(whole).all():
-                raise _not_finite(name)
-            return whole
-        rounded = _Rounded(np.empty(shape, np.int8), np.empty((shape[0], 1), np.float32))
-        start = 0
-        for block in read_blocks(self._files[name], name, shape, _QUANTISED_ELEMENTS, framework="np"):
-            rows = slice(start, start + len(block))
-            values = block.astype(np.float32)
-            extremes = np.maximum(values.max(axis=1), -values.min(axis=1))[:, None]
-            if not np.isfinite(extremes).all():
-                raise _not_finite(name)
-            scales = np.maximum(extremes / 127, np.finfo(np.float32).tiny)
-            np.divide(values, scales, out=values)
-            np.rint(values, out=values)
-            rounded.values[rows] = values
-            rounded.scales[rows] = scales
-            start += len(block)
-        return rounded
+    def __init__(self, tensors: Tensors) -> None:
+        self._read = tensors
+        self._unused = set(tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._read
 
-    def take(self, name: str, *shape: int) -> Floats | _Rounded:
+    def take(self, name: str, *shape: int) -> Floats | Rounded:
         """A tensor, which must have that shape."""
         tensor = self._read.get(name)
         if tensor is None:
             raise ModelError(
                 f"The weights lack {name}, which the configuration asks for. Pull the model again."
             )
-        found = (tensor.values if isinstance(tensor, _Rounded) else tensor).shape
+        found = (tensor.values if isinstance(tensor, Rounded) else tensor).shape
         if found != shape:
             raise ModelError(f"{name} has shape {found}, the configuration says {shape}.")
         self._unused.discard(name)
@@ -317,7 +251,7 @@ class _Tensors:
     def num_rows(self, name: str) -> int:
         """The number of outputs of a matrix; 0 if there is none of that name."""
         tensor = self._read.get(name)
-        return 0 if tensor is None else len(tensor.values if isinstance(tensor, _Rounded) else tensor)
+        return 0 if tensor is None else len(tensor.values if isinstance(tensor, Rounded) else tensor)
 
     def check_all_used(self, harmless: tuple[str, ...]) -> None:
         """Raise `ModelError` if there is a tensor that no part of the graph has taken."""
@@ -329,14 +263,10 @@ class _Tensors:
             )
 
 
-def _not_finite(name: str) -> ModelError:
-    return ModelError(f"{name} holds values that are not finite (NaN or infinity). Pull the model again.")
-
-
 class _Graph:
     """Builds one graph. Nodes are OpenVINO's; every activation is (tokens x something)."""
 
-    def __init__(self, shape: Shape, tensors: _Tensors) -> None:
+    def __init__(self, shape: Shape, tensors: _Parts) -> None:
         self._shape = shape
         self._layout = LAYOUTS[shape.architecture]
         self._tensors = tensors
@@ -511,17 +441,17 @@ def _reshape(node: ov.Node, *shape: int) -> ov.Node:
     return opset15.reshape(node, _axes(*shape), special_zero=False)
 
 
-def _matrix(weight: Floats | _Rounded) -> ov.Node:
+def _matrix(weight: Floats | Rounded) -> ov.Node:
     """Weights for a product: OpenVINO keeps int8 ones as they are and scales in the kernel."""
-    if not isinstance(weight, _Rounded):
+    if not isinstance(weight, Rounded):
         return _constant(weight)
     return opset15.multiply(opset15.convert(_constant(weight.values), ov.Type.f32), _constant(weight.scales))
 
 
-def _rows(table: Floats | _Rounded, ids: ov.Node) -> ov.Node:
+def _rows(table: Floats | Rounded, ids: ov.Node) -> ov.Node:
     """Some rows of a table. Only these are ever converted."""
     axis = _constant(np.int64(0))
-    if not isinstance(table, _Rounded):
+    if not isinstance(table, Rounded):
         return opset15.gather(_constant(table), ids, axis)
     values = opset15.convert(opset15.gather(_constant(table.values), ids, axis), ov.Type.f32)
     return opset15.multiply(values, opset15.gather(_constant(table.scales), ids, axis))

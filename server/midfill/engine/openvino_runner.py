@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from midfill.engine.openvino_graph import Floats, Shape, build_graph
+from midfill.engine.openvino_graph import Shape, build_graph, stays_exact
+from midfill.engine.rounded import Floats, Weights, read_weights
 from midfill.engine.scheduler import Choice, Chunk, Sequence
 from midfill.engine.slots import NUM_SLOTS
 
@@ -42,7 +43,6 @@ def load(
         ModelError: the files are not those of that shape.
         MemoryError: there is not enough memory.
     """
-    graph = build_graph(path, shape, dtype, num_threads=num_threads, report=report)
     properties = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": num_threads,
@@ -52,7 +52,10 @@ def load(
         "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ACTIVATION_GROUP if dtype == "int8" else 0,
     }
-    return OpenVinoRunner(ov.Core().compile_model(graph, "CPU", properties), shape, dtype)
+    exact = stays_exact(shape) if dtype == "int8" else lambda _: True
+    weights = read_weights(path, exact=exact, num_threads=num_threads, report=report)
+    compiled = ov.Core().compile_model(build_graph(shape, weights.tensors), "CPU", properties)
+    return OpenVinoRunner(compiled, shape, weights, dtype)
 
 
 class OpenVinoRunner:
@@ -72,11 +75,12 @@ class OpenVinoRunner:
     step_sequences = NUM_SLOTS
     max_guesses = 7
 
-    def __init__(self, compiled: ov.CompiledModel, shape: Shape, dtype: str) -> None:
+    def __init__(self, compiled: ov.CompiledModel, shape: Shape, weights: Weights, dtype: str) -> None:
         self.architecture = shape.architecture
         self.context = shape.context
         self.vocab_size = shape.vocab_size
         self.dtype = dtype
+        self._weights = weights
         self._request = compiled.create_infer_request()
         self._blocks = _Blocks(compiled, self._request)
 
@@ -107,6 +111,7 @@ class OpenVinoRunner:
         self.forward([Chunk(prompt, 0, 0, prompt.tokens, samples=True)], [None])
         self.forward([Chunk(prompt, 0, num_tokens, [0], samples=True)], [None])
         self.drop([0])
+        self._weights.give_back()
 
     def capture(self, report: Callable[[float], None], limit_s: float) -> None:
         """There is nothing to capture."""

@@ -1,0 +1,131 @@
+"""Rounded weights: how exact they are, and when those in the cache are used."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from midfill.engine import rounded
+from midfill.engine.rounded import Rounded, read_weights
+from midfill.errors import ModelError
+
+MATRIX = "model.layers.0.mlp.gate_proj.weight"
+VECTOR = "model.norm.weight"
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIDFILL_CACHE", str(tmp_path / "cache"))
+    return tiny.write_model("llama", tmp_path / "model")
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """Models of any size are kept; gives what is in the cache."""
+    monkeypatch.setattr(rounded, "_WORTH_KEEPING", 0)
+    return lambda: sorted(path.name for path in (tmp_path / "cache" / "rounded").iterdir())
+
+
+def read(model, exact=lambda _: False):
+    shares: list[float] = []
+    weights = read_weights(model.path, exact=exact, num_threads=2, report=shares.append)
+    return weights.tensors, shares
+
+
+def test_matrices_are_rounded_by_rows_and_the_rest_is_exact(model):
+    tensors, shares = read(model)
+    for name, truth in load_file(model.path / "model.safetensors").items():
+        found = tensors[name]
+        if truth.ndim != 2:
+            assert np.array_equal(found, truth.numpy())
+            continue
+        assert isinstance(found, Rounded)
+        steps = np.abs(truth.numpy()).max(axis=1, keepdims=True) / 127
+        assert np.all(np.abs(found.values * found.scales - truth.numpy()) <= steps / 2 * 1.0001)
+    assert shares[-1] == pytest.approx(1.0)
+    assert shares == sorted(shares)
+
+
+def test_what_must_stay_exact_does(model):
+    tensors, _ = read(model, exact=lambda name: name == MATRIX)
+    truth = load_file(model.path / "model.safetensors")[MATRIX].numpy()
+    assert np.array_equal(tensors[MATRIX], truth)
+
+
+def test_small_models_are_not_kept(model, tmp_path):
+    read(model)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_kept_model_is_not_read_again(model, kept):
+    first, shares = read(model)
+    assert shares
+    again, shares = read(model)
+    assert not shares
+    assert len(kept()) == 1
+    for name, tensor in first.items():
+        if isinstance(tensor, Rounded):
+            assert np.array_equal(again[name].values, tensor.values)
+            assert np.array_equal(again[name].scales, tensor.scales)
+        else:
+            assert np.array_equal(again[name], tensor)
+
+
+def test_given_back_pages_come_back(model, kept):
+    weights = read_weights(model.path, exact=lambda _: False, num_threads=1, report=lambda _: None)
+    before = weights.tensors[MATRIX].values.copy()
+    weights.give_back()
+    assert np.array_equal(weights.tensors[MATRIX].values, before)
+    assert kept()
+
+
+def test_changed_weights_replace_the_kept_ones(model, kept):
+    read(model)
+    [old] = kept()
+    file = model.path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[VECTOR] = torch.full_like(tensors[VECTOR], 3.0)
+    save_file(tensors, file, metadata={"format": "pt"})
+    found, _ = read(model)
+    assert np.all(found[VECTOR] == 3.0)
+    assert len(kept()) == 1
+    assert kept() != [old]
+
+
+def test_two_models_are_kept_side_by_side(model, kept, tmp_path):
+    read(model)
+    read(tiny.write_model("llama", tmp_path / "other" / "model", seed=1))
+    assert len(kept()) == 2
+
+
+def test_a_damaged_copy_is_made_anew(model, kept, tmp_path):
+    first, _ = read(model)
+    [name] = kept()
+    file = tmp_path / "cache" / "rounded" / name / "integers.npy"
+    file.write_bytes(file.read_bytes()[:-100])
+    again, shares = read(model)
+    assert shares
+    assert np.array_equal(again[MATRIX].values, first[MATRIX].values)
+    assert kept() == [name]
+
+
+def test_without_a_cache_it_works_all_the_same(model, kept, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    tensors, _ = read(model)
+    assert isinstance(tensors[MATRIX], Rounded)
+
+
+def test_what_is_not_finite_is_refused_and_not_kept(model, kept):
+    file = model.path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[MATRIX][3, 3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    os.utime(file)
+    with pytest.raises(ModelError, match="not finite"):
+        read(model)
+    assert kept() == []
