@@ -216,6 +216,26 @@ def test_a_constrained_choice_is_made_from_the_same_pass(models):
     assert recorder.waits[0] == recorder.waits[3] == 0
 
 
+@pytest.mark.parametrize("length", [5, 60, 150], ids=lambda length: f"{length}-tokens")
+@pytest.mark.parametrize("num_right", [0, 2, 7])
+def test_guesses_are_verified_in_the_same_pass(models, length, num_right):
+    path = models["qwen2"].path
+    runner, recorder = make(path)
+    [prompt] = prompts(17, length)
+    right = expected(path, prompt, 10)[length:]
+    guesses = [token if i < num_right else (token + 1) % 256 for i, token in enumerate(right[:7])]
+    chunk = Chunk(Sequence(None, []), 0, 0, [*prompt, *guesses], samples=True, num_guesses=7)
+    [found] = runner.forward([chunk], [None])
+    assert [choice.id for choice in found] == right[: num_right + 1]
+    assert recorder.num_replays == 1
+    # What a wrong guess has left in the slot is written anew.
+    running = Sequences(runner, [[*prompt, *right[: num_right + 1]]])
+    running.computed[0] = length + num_right
+    for _ in range(9 - num_right):
+        running.step([0])
+    assert running.tokens[0] == [*prompt, *right]
+
+
 def test_a_step_without_a_captured_pass_runs_without(models):
     path = models["starcoder2"].path
     runner, recorder = make(path, captures=0)

@@ -18,10 +18,10 @@ from stepping import Recorder, Sequences, expected, prompts
 
 from midfill.bench.shapes import SHAPES, write_shape
 from midfill.engine import EngineSpec, cuda
-from midfill.engine.loading import load_runner
 from midfill.engine.local import LocalEngine
 from midfill.engine.memory import flash_rows, packed_rows
 from midfill.engine.runner import Runner
+from midfill.engine.torch_loading import load_runner
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none"),

@@ -29,8 +29,11 @@ ROWS = (1, 2, 4)
 """Sequences in one pass."""
 
 MOST_SAMPLED = 64
-"""The most tokens (rows x width) of a pass that chooses what follows each of them, as drafts need it. Larger
-ones do so for the last token only, and have one row."""
+"""The most tokens (rows x width) of a pass that chooses what follows each of them. Larger ones have one row,
+and do so for its last tokens only: one that is known, and guesses."""
+
+MOST_GUESSES = 7
+"""Guesses of one sequence that a pass can verify."""
 
 FIRST_BUCKET = 256
 """Keys that the smallest pass reads. Each further bucket is twice as long."""

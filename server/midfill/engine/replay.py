@@ -157,7 +157,7 @@ class Replays:
 
     def compute(
         self, chunks: Sequence[Chunk], allowed: Sequence[array[int] | None], *, alone: bool
-    ) -> list[Choice | None] | None:
+    ) -> list[list[Choice]] | None:
         """Compute chunks in one captured pass.
 
         Args:
@@ -179,27 +179,25 @@ class Replays:
             return None
         if not any(chunk.samples for chunk in chunks):
             self._read(flight)
-            return [None] * len(chunks)
-        free = all(ids is None for ids in allowed)
+            return [[] for _ in chunks]
         # The pass has chosen among all tokens. Where only some are allowed, its logits are asked again.
         demanded = {
             row: choose(self._logits[row], ids)
             for row, ids in zip(rows, allowed, strict=True)
             if ids is not None
         }
-        if free and alone and all(chunk.samples for chunk in chunks):
+        # After guesses the device does not know where the sequence goes on.
+        certain = all(chunk.samples and not chunk.num_guesses for chunk in chunks)
+        if alone and certain and not demanded:
             self._follow(flight)
         results = flight.fetch.wait()
-        choices: list[Choice | None] = [
-            demanded.get(row) or _choice(flight, row, len(chunk.tokens) - 1, results)
-            if chunk.samples
-            else None
+        choices: list[list[Choice]] = [
+            _verified(flight, row, chunk, results, demanded.get(row)) if chunk.samples else []
             for row, chunk in zip(rows, chunks, strict=True)
         ]
         if self._ahead:
-            lengths = enumerate(flight.lengths)
             self._ahead[0].tokens = [
-                [_choice(flight, row, length - 1, results).id] for row, length in lengths
+                [_choice(flight, row, length - 1, results).id] for row, length in enumerate(flight.lengths)
             ]
         return choices
 
@@ -320,8 +318,9 @@ class Replays:
         if _samples_all(shape):
             logits = self._forward(ids, positions, past, 0)
         else:
-            logits = self._forward(ids, positions, past, ends)
-            ends = torch.arange(rows, device=last.device)
+            guesses = torch.arange(-graphs.MOST_GUESSES, 1, device=last.device)
+            logits = self._forward(ids, positions, past, (ends[:, None] + guesses).clamp(min=0).flatten())
+            ends = torch.arange(1, rows + 1, device=last.device) * len(guesses) - 1
         chosen = logits.argmax(dim=1)
         logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
         self._results[0, : len(logits)] = chosen
@@ -338,6 +337,19 @@ def _samples_all(shape: Shape) -> bool:
 
 
 def _choice(flight: _Flight, row: int, index: int, results: list[list[float]]) -> Choice:
-    """What follows token `index` of a row."""
-    at = row * flight.shape.width + index if _samples_all(flight.shape) else row
+    """What follows token `index` of a row: one of its last ones, if the pass is a long one."""
+    if _samples_all(flight.shape):
+        at = row * flight.shape.width + index
+    else:
+        at = (row + 1) * (graphs.MOST_GUESSES + 1) - (flight.lengths[row] - index)
     return Choice(int(results[0][at]), results[1][at])
+
+
+def _verified(
+    flight: _Flight, row: int, chunk: Chunk, results: list[list[float]], demanded: Choice | None
+) -> list[Choice]:
+    """What follows the last known token of a chunk, and each guess that came true."""
+    if demanded is not None:
+        return [demanded]
+    known = len(chunk.tokens) - chunk.num_guesses
+    return chunk.verify(lambda number: _choice(flight, row, known - 1 + number, results))

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 _CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
 """Tokens per forward pass, by kind of device."""
 
-_MAX_GUESSES = 7
-
 
 class Runner:
     """One model on one device.
@@ -66,7 +64,7 @@ class Runner:
         self.dtype = dtype
         self._cores = cores
         self.chunk_tokens = _CHUNK_TOKENS[device.type]
-        self.max_guesses = _MAX_GUESSES
+        self.max_guesses = graphs.MOST_GUESSES
         self._num_layers: int = config.num_hidden_layers
         self._num_heads: int = config.num_attention_heads
         self._memory: Memory = GrowingMemory(self._num_layers, self.context)
@@ -116,12 +114,9 @@ class Runner:
             some = [chunks[i] for i in group]
             constraints = [allowed[i] for i in group]
             found = replays.compute(some, constraints, alone=len(groups) == 1)
-            verified = (
-                self._compute(some, constraints)
-                if found is None
-                else [[] if choice is None else [choice] for choice in found]
-            )
-            for i, chosen in zip(group, verified, strict=True):
+            if found is None:
+                found = self._compute(some, constraints)
+            for i, chosen in zip(group, found, strict=True):
                 choices[i] = chosen
         return choices
 
@@ -149,7 +144,6 @@ class Runner:
             self.context = graphs.capacity(self.context, token_bytes, num_slots, free_bytes)
             memory = FixedMemory(like, num_slots, self.context + MARGIN)
             self._memory = memory
-            self.max_guesses = 0  # captured passes choose once for each sequence
             self._replays = Replays(
                 self.run,
                 memory,
