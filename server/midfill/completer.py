@@ -41,6 +41,8 @@ _LINES_BELOW = 16
 _LONG_LINE = 2_000
 # After an answer the typist may go on at once, and would wait for the forward pass under way.
 _REST_S = 0.1
+# New context makes the whole prompt new, which is worth nothing if the typist goes on meanwhile.
+_RENEW_S = 1.0
 
 
 class Trigger(StrEnum):
@@ -226,6 +228,7 @@ class Completer:
     _secrets: SecretWatch = field(default_factory=SecretWatch)
     _suggestions: Suggestions[_Made] = field(default_factory=Suggestions)
     _rest: asyncio.TimerHandle | None = None
+    _renewal: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
         self.context = Context(self.settings)
@@ -371,6 +374,8 @@ class Completer:
 
     def _look_ahead(self, snapshot: Snapshot, answer: Answer) -> None:
         """When the user rests: compute what comes next if this answer is accepted."""
+        if self.looks_ahead and self.settings.context:
+            self._renewal = asyncio.get_running_loop().call_later(_RENEW_S, self._renew, snapshot)
         if not self.looks_ahead or not self.settings.prefetch or not answer.text:
             return
         accepted = snapshot.insert(answer.text.replace("\n", snapshot.document.line_ending))
@@ -387,10 +392,18 @@ class Completer:
             return
         self._suggestions.launch(accepted, self._work(accepted), ahead_of=snapshot)
 
+    def _renew(self, snapshot: Snapshot) -> None:
+        """Choose the context anew while nobody waits, and let the model read the prompt that it makes."""
+        if self._engine is None or self._prompts is None or self.gate(snapshot, Trigger.INVOKED) is not None:
+            return
+        if self.context.renew(snapshot):
+            self._engine.prewarm(self._prompts.build(snapshot, self.context.collect(snapshot)).tokens)
+
     def _stop_resting(self) -> None:
-        if self._rest is not None:
-            self._rest.cancel()
-            self._rest = None
+        for timer in (self._rest, self._renewal):
+            if timer is not None:
+                timer.cancel()
+        self._rest = self._renewal = None
 
     def _work(self, snapshot: Snapshot) -> Callable[[Flight[_Made]], Awaitable[Computed[_Made]]]:
         """The stages that ask the model, with the engine and the settings of this moment."""

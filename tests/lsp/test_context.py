@@ -115,6 +115,26 @@ async def test_what_is_typed_into_another_document_is_seen(scripted, root):
     await until(server, main, text, "seen")
 
 
+async def test_when_the_user_rests_new_context_is_read_ahead(scripted, root, tmp_path):
+    log = tmp_path / "log"
+    server = await scripted({"text": "plain"}, initialize=False, log=str(log))
+    await server.initialize(workspaceFolders=[{"uri": root.as_uri(), "name": "w"}], initializationOptions=ON)
+    await server.loaded()
+    other, main = (root / "other.py").as_uri(), (root / "main.py").as_uri()
+    text = "from other import brand_new\n\nvalue = brand_new("
+    open_document(server, main, text)
+    open_document(server, other, "")
+    async with asyncio.timeout(60):
+        number = 0
+        while "prewarmed" not in log.read_text():
+            number += 1
+            change(server, other, f"def brand_new(value_{number}):\n    return value_{number} * 2\n")
+            open_document(server, (root / f"third_{number}.py").as_uri(), "y = 2\n")
+            # The index takes the change a moment after this.
+            await ask(server, main, text)
+            await asyncio.sleep(1.2)
+
+
 async def test_files_that_change_on_disk_are_seen(scripted, root):
     server = await scripted(
         {"contains": "def written_later(", "text": "seen"}, {"text": "plain"}, initialize=False

@@ -194,6 +194,21 @@ def test_the_context_stays_while_the_user_works_at_one_place(root, make):
     assert context.collect(Snapshot(main, Point(40, 0))) is not first
 
 
+def test_the_context_is_renewed_early_where_nobody_waits(root, make):
+    context = make(root)
+    text = USES + "\n".join(f"    canvas.line({number})" for number in range(200))
+    main = document(root / "main.py", text)
+    first = context.collect(Snapshot(main, Point(6, 0)))
+    assert not context.renew(Snapshot(main, Point(8, 0)))
+    (root / "shapes.py").unlink()
+    context.files_changed([(root / "shapes.py").as_uri()])
+    assert context.indexer.wait(10)
+    assert context.collect(Snapshot(main, Point(30, 0))) is first
+    assert context.renew(Snapshot(main, Point(30, 0)))
+    assert context.collect(Snapshot(main, Point(30, 0))) is not first
+    assert not context.renew(Snapshot(main, Point(30, 0)))
+
+
 def test_pieces_that_stay_keep_their_order(root, make):
     context = make(root, context=("repository",))
     main = document(root / "main.py", "total = total_of_order_items(order, discount)\nrectangle = Rectangle(")

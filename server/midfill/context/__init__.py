@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -28,6 +28,7 @@ from midfill.settings import Settings
 
 # The context is chosen anew when the cursor is further away from where it was chosen.
 _STAYS_FOR_LINES = 40
+_RENEWED_AFTER_LINES = 12
 _MAX_FROZEN = 64
 # What is looked for: the lines above the cursor and a few below.
 _QUERY_ABOVE = 20
@@ -289,6 +290,22 @@ class Context:
         if len(self._frozen) > _MAX_FROZEN:
             self._frozen.popitem(last=False)
         return new
+
+    def renew(self, snapshot: Snapshot) -> bool:
+        """Choose the context anew before it has to be, where that is not far. Whether it has changed.
+
+        For a moment when nobody waits: the prompt that follows is new to the KV cache.
+        """
+        uri = snapshot.document.uri
+        old = self._frozen.get(uri)
+        if old is None:
+            return False
+        near = abs(snapshot.cursor.line - old.line) <= _RENEWED_AFTER_LINES
+        if near and old.state == self._state(uri):
+            return False
+        # Beyond any line, so that it is chosen anew.
+        self._frozen[uri] = replace(old, line=-2 * _STAYS_FOR_LINES)
+        return self.collect(snapshot) is not old.collected
 
     def _state(self, uri: str) -> tuple[int, int, bool]:
         """What makes the context of a document new: other documents, recent edits, the end of the scan.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tree_sitter import Node
 
@@ -84,13 +85,14 @@ def parse(file: SourceFile) -> Parsed:
 
 def terms(text: str) -> list[str]:
     """What a text is found by: its words, and the parts of those that have parts, in small letters."""
-    found = []
-    for word in _TERM.findall(text):
-        found.append(word.lower())
-        parts = _PART.findall(word)
-        if len(parts) > 1:
-            found += [part.lower() for part in parts if len(part) > 2]
-    return found
+    return [term for word in _TERM.findall(text) for term in _with_parts(word)]
+
+
+@lru_cache(maxsize=50_000)
+def _with_parts(word: str) -> tuple[str, ...]:
+    parts = _PART.findall(word)
+    more = [part.lower() for part in parts if len(part) > 2] if len(parts) > 1 else []
+    return (word.lower(), *more)
 
 
 def imported_names(lines: list[str], language_id: str) -> set[str]:

@@ -18,7 +18,9 @@ from midfill.context.chunks import Parsed, terms
 
 # Tantivy needs at least 15 MB for a writer's thread.
 _WRITER_BYTES = 15_000_000
-_MAX_TERMS = 48
+_MAX_TERMS = 32
+# So many chunks of the file itself may be more like the text than those that are looked for.
+_MAX_OWN = 16
 _SEPARATOR = "\n"
 
 
@@ -121,11 +123,18 @@ class RepositoryIndex:
             )
             for term, weight in chosen
         ]
-        if without:
-            clauses.append((tantivy.Occur.MustNot, tantivy.Query.term_query(schema, "path", without)))
         searcher = self._index.searcher()
-        hits = searcher.search(tantivy.Query.boolean_query(clauses), limit, count=False).hits
-        return [_found(searcher.doc(address), score) for score, address in hits]
+        # Those of the file itself are left out afterwards: without a "must not" whole blocks are passed over.
+        query = tantivy.Query.boolean_query(clauses)
+        hits = searcher.search(query, limit + (_MAX_OWN if without else 0), count=False).hits
+        found: list[Found] = []
+        for score, address in hits:
+            document = searcher.doc(address)
+            if str(document.get_first("path")) != without:
+                found.append(_found(document, score))
+            if len(found) == limit:
+                break
+        return found
 
     def define(self, names: Iterable[str], *, without: str = "") -> list[tuple[str, Found]]:
         """Imported names with their definitions, from the files whose paths have most of those names."""

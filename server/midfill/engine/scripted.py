@@ -248,7 +248,8 @@ class ScriptedEngine:
                 file.write(json.dumps(row) + "\n")
 
     def prewarm(self, tokens: Sequence[int]) -> None:
-        """See `Engine.prewarm`: there is nothing to warm."""
+        """See `Engine.prewarm`: there is nothing to warm, but the log says that it was asked for."""
+        self._note("prewarmed", len(tokens), idle=True)
 
     async def close(self) -> None:
         """See `Engine.close`."""
