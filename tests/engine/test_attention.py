@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from midfill.engine.attention import packed, packed_mask
 from midfill.engine.graphs import Shape
-from midfill.engine.memory import FixedMemory, GrowingMemory, Rows, Span, Spans, packed_rows
+from midfill.engine.memory import FixedMemory, GrowingMemory, Rows, Span, Spans, flash_rows, packed_rows
 
 WIDTH = 16
 HEADS = {"multi-query": (8, 1), "grouped": (6, 2), "one key head each": (4, 4)}
@@ -117,6 +118,30 @@ def test_rows_of_fixed_shape_see_only_their_own_past(heads, window, rows, width)
         )
         expected = reference(query[:, :, own], keys, values, start, window)
         torch.testing.assert_close(output[:, own].transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize(("rows", "width", "window"), [(1, 1, None), (2, 4, None), (4, 1, 20)])
+def test_flash_attention_is_called_as_torch_declares_it(rows, width, window):
+    """Types and shapes only: the kernel itself is compared on a GPU (tests/gpu)."""
+    with FakeTensorMode():
+        like = torch.zeros(1, 2, WIDTH)
+        memory = FixedMemory([(like, like)], num_slots=4, capacity=600)
+        slots, starts = torch.arange(rows), torch.arange(rows) * 100
+        past = Rows(memory, slots, starts, Shape(rows, width, 512), flash_rows)
+        new = torch.zeros(1, 2, rows * width, WIDTH)
+        past.update(new, new, 0)
+        output = past.attend(torch.zeros(1, 6, rows * width, WIDTH), 0.25, window)
+        assert output.shape == (1, rows * width, 6, WIDTH)
+
+
+def test_flash_attention_is_told_where_each_sequence_begins_and_ends():
+    memory = memories(2)["fixed"]
+    past = Rows(memory, torch.tensor([2, 0]), torch.tensor([250, 40]), Shape(2, 4, 512), flash_rows)
+    queries, keys, ends = past.limits
+    assert queries.tolist() == [0, 4, 8]
+    assert keys[:2].tolist() == [1200, 0]
+    assert ends.tolist() == [254, 44]
+    assert {tensor.dtype for tensor in (queries, keys, ends)} == {torch.int32}
 
 
 def test_a_slot_grows_by_doubling_and_keeps_what_it_holds():
