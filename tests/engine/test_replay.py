@@ -15,8 +15,11 @@ import tiny
 import torch
 from stepping import Recorder, Sequences, expected, prompts
 
+from midfill.engine.fuse import fuse
+from midfill.engine.graphs import Shape
 from midfill.engine.local import load
-from midfill.engine.memory import packed_rows
+from midfill.engine.memory import FixedMemory, flash_rows, packed_rows
+from midfill.engine.replay import MARGIN, Replays
 from midfill.engine.runner import Runner
 from midfill.engine.scheduler import Chunk, Sequence
 
@@ -302,6 +305,37 @@ def test_out_of_memory_frees_the_graphs_and_goes_on_without(models):
     assert recorder.num_replays == replays
     assert running.tokens[0] == expected(path, [*prompt, 7], 3)
     assert not runner.idle()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernel", [packed_rows, flash_rows], ids=lambda kernel: kernel.__name__)
+def test_a_pass_asks_for_no_value_on_the_host(models, kind, kernel):
+    """What cannot be captured fails here too: tensors without values, on a device of their own, in bf16."""
+    meta = torch.device("meta")
+    model = tiny.build(models[kind].path, "bfloat16")
+    fuse(model)
+    runner = Runner(model, "bfloat16", torch.device("cpu"))
+    with torch.inference_mode():
+        runner.forward([Chunk(Sequence(None, []), 0, 0, [1], samples=False)], [None])
+        like = [tuple(x.to(meta) for x in runner._memory.entries(layer, 0, 1)) for layer in range(3)]
+        model.to(meta)
+        replays = Replays(
+            runner.run,
+            FixedMemory(like, 4, 512 + MARGIN),
+            context=512,
+            vocab_size=runner.vocab_size,
+            kernel=kernel,
+            device=Recorder(),
+            place=meta,
+        )
+        for shape in (
+            Shape(1, 1, 256),
+            Shape(4, 8, 512),
+            Shape(1, 128, 512),
+            Shape(1, 512, 1024, head=False),
+        ):
+            replays._run(shape)
+    assert like[0][0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["gpt_bigcode", "qwen2"])

@@ -43,15 +43,17 @@ def _alike(linears: list[Any]) -> bool:
     return len({(linear.in_features, linear.bias is None, linear.weight.device) for linear in linears}) == 1
 
 
-class _Shared:
+class _Shared(nn.Module):
     """Linear layers with the same input as one product, computed when the first of them is asked for."""
 
     def __init__(self, linears: list[nn.Linear]) -> None:
+        super().__init__()
         self.sizes = [linear.out_features for linear in linears]
+        weights: list[torch.Tensor] = [linear.weight for linear in linears]
+        biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         with torch.no_grad():
-            self.weight = torch.cat([linear.weight for linear in linears])
-            biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-            self.bias = torch.cat(biases) if biases else None
+            self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+            self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
         self._left = 0
