@@ -27,6 +27,7 @@ from typing import Any, TextIO
 from midfill import __version__
 from midfill.client import SERVE_COMMAND, read_message, to_frame
 from midfill.errors import MidfillError
+from midfill.messages import OWN_CLIENT
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ _END_S = 5.0
 # Until the model has been loaded, their answers depend on how long that takes: they are not compared.
 _NEED_MODEL = {"textDocument/inlineCompletion", "textDocument/completion", "midfill/explain"}
 # Different each time, and no difference in what the user sees.
-_VOLATILE = {"latencyMs", "serverInfo", "reusedTokens"}
+_VOLATILE = {"latencyMs", "serverInfo", "reusedTokens", "stages", "command"}
 
 
 class Recorder:
@@ -247,8 +248,9 @@ class _Player:
         message = line.message
         self.session.asked(line.key, line.method, time.monotonic() - self._begun)
         if line.method == "initialize" and isinstance(message.get("params"), dict):
-            # The recorded editor is gone, and the server would go with it.
-            message = message | {"params": message["params"] | {"processId": None}}
+            # The recorded editor is gone, and the server would go with it. What it accepted was counted then.
+            changed = {"processId": None, "clientInfo": {"name": OWN_CLIENT}}
+            message = message | {"params": message["params"] | changed}
             self._write(to_frame(message))
         else:
             self._write(b"Content-Length: %d\r\n\r\n%b" % (len(line.raw), line.raw))

@@ -89,6 +89,22 @@ async def test_a_recorded_session_is_replayed_with_equal_answers(script, tmp_pat
     assert done.returncode == 0
 
 
+async def test_a_replay_is_no_second_opinion(script, tmp_path, rules, monkeypatch):
+    monkeypatch.setenv("MIDFILL_STATE", str(tmp_path / "state"))
+    path = tmp_path / "session.jsonl"
+    await record(script, rules, path)
+    counts = (tmp_path / "state" / "feedback.json").read_text()
+    assert '"offered": 1' in counts
+    command = shlex.join([*SERVE_COMMAND, *script(*rules)])
+    replayed = subprocess.run(
+        [*MIDFILL, "replay", str(path), "--command", command, "--speed", "0"],
+        capture_output=True,
+        check=False,
+    )
+    assert replayed.returncode == 0, replayed.stdout
+    assert (tmp_path / "state" / "feedback.json").read_text() == counts
+
+
 async def test_a_difference_is_shown_and_is_status_one(script, tmp_path, rules):
     path = tmp_path / "session.jsonl"
     await record(script, rules, path)
