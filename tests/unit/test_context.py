@@ -103,14 +103,15 @@ def test_code_like_that_around_the_cursor_is_found(root, make):
     assert "discount_for_" in collected.snippets[-1].text
 
 
-def test_nothing_of_the_document_itself_and_nothing_that_stands_near_the_cursor(root, make):
+def test_nothing_that_stands_near_the_cursor_but_far_parts_of_the_document_itself(root, make):
     (root / "copy.py").write_text(ORDERS)
     context = make(root, context=("repository",))
-    collected = context.collect(at_end(document(root / "orders.py", ORDERS)))
-    # The copy's chunks are those that stand around the cursor.
-    assert collected.snippets == ()
-    far = document(root / "orders.py", ORDERS + "\nx = 1\n" * 200 + "def total_of_order_items(order): ")
-    assert set(sources(context.collect(at_end(far)))) == {(Source.REPOSITORY, "copy.py")}
+    near = document(root / "orders.py", ORDERS)
+    # The chunks of the file and of its copy are those that stand around the cursor.
+    assert context.collect(at_end(near)).snippets == ()
+    far = document(root / "orders.py", ORDERS + "\nx = 1\n" * 100 + "def total_of_order_items(order): ")
+    # The second of two equal ones is left out.
+    assert set(sources(context.collect(at_end(far)))) == {(Source.OPEN, "orders.py")}
 
 
 def test_without_a_folder_open_documents_are_context_and_no_file_is_read(root, make):

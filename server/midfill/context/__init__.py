@@ -33,7 +33,7 @@ _MAX_FROZEN = 64
 # What is looked for: the lines above the cursor and a few below.
 _QUERY_ABOVE = 20
 _QUERY_BELOW = 6
-_NEAR_LINES = 60
+_NEAR_LINES = 40
 _MAX_CANDIDATES = 16
 _MAX_DEFINITIONS = 4
 # Imports stand at the top.
@@ -280,6 +280,8 @@ class Context:
         state = self._state(uri)
         if old is not None and old.state == state and abs(line - old.line) <= _STAYS_FOR_LINES:
             return old.collected
+        # The index takes this text a moment later: what is found of it now is what it was before.
+        self._flush("")
         before = old.collected.snippets if old else ()
         repository = self._folders[0].path.name if self._folders else ""
         new = Collected(tuple(_in_stable_order(self._choose(snapshot), before)), self._path(uri), repository)
@@ -377,8 +379,10 @@ class Context:
             snapshot.line_before,
         ]
         own = self._path(snapshot.document.uri)
-        opened = self._paths
-        found = self.indexer.index.search(query, _MAX_CANDIDATES, without=own)
+        # What is near stands in the prompt. Far parts of the document itself are as good as another file.
+        near = range(cursor - _NEAR_LINES - MAX_CHUNK_LINES, cursor + _NEAR_LINES)
+        found = self.indexer.index.search(query, _MAX_CANDIDATES, but=(own, near))
+        opened = self._paths | {own}
         if Source.REPOSITORY not in self.settings.context:
             found = [piece for piece in found if piece.path in opened]
         found = [piece for piece in found if piece.score >= _MIN_SHARE * found[0].score]

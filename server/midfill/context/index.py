@@ -106,8 +106,13 @@ class RepositoryIndex:
         """All files."""
         return list(self._names)
 
-    def search(self, text: Sequence[str], limit: int, *, without: str = "") -> list[Found]:
-        """The chunks that are most like some lines, the last of which weigh most; none of file `without`."""
+    def search(
+        self, text: Sequence[str], limit: int, *, but: tuple[str, range] = ("", range(0))
+    ) -> list[Found]:
+        """The chunks that are most like some lines, the last of which weigh most.
+
+        `but` is a file and those of its lines that are left out.
+        """
         weights: dict[str, float] = {}
         for number, line in enumerate(reversed(text)):
             for term in terms(line):
@@ -125,13 +130,13 @@ class RepositoryIndex:
         ]
         searcher = self._index.searcher()
         # Those of the file itself are left out afterwards: without a "must not" whole blocks are passed over.
-        query = tantivy.Query.boolean_query(clauses)
-        hits = searcher.search(query, limit + (_MAX_OWN if without else 0), count=False).hits
+        hits = searcher.search(tantivy.Query.boolean_query(clauses), limit + _MAX_OWN, count=False).hits
+        path, lines = but
         found: list[Found] = []
         for score, address in hits:
-            document = searcher.doc(address)
-            if str(document.get_first("path")) != without:
-                found.append(_found(document, score))
+            piece = _found(searcher.doc(address), score)
+            if piece.path != path or piece.line not in lines:
+                found.append(piece)
             if len(found) == limit:
                 break
         return found
