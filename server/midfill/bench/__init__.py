@@ -1,6 +1,7 @@
 """`midfill bench`: how fast.
 
 - `lsp`: everything but the model.
+- `index`: the index of a workspace.
 - `engine`: the model alone, beside `transformers.generate` and llama.cpp (`rivals`).
 - `replay`: a person who types (`trace`, `typist`), through the real server; `plot` draws it.
 """

@@ -50,6 +50,30 @@ def bench_lsp(keys: int, busy: bool, model: str | None, as_json: bool) -> None:
     click.echo(json.dumps(result) if as_json else "\n".join(rows))
 
 
+@bench.command("index")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--lookups", type=click.IntRange(1), default=300, show_default=True, help="Places to try.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which places.")
+@JSON
+def bench_index(folder: Path, lookups: int, seed: int, as_json: bool) -> None:
+    """Index FOLDER as the server does: time, memory, and what a request waits for its context.
+
+    \b
+    Examples:
+      midfill bench index .
+      midfill bench index ~/src/app --json
+    """
+    from midfill.bench.index import bench_index as measure
+
+    settings = read_settings()
+    result = with_progress(
+        "indexing",
+        lambda report: measure(folder.resolve(), settings, report, lookups=lookups, seed=seed),
+    )
+    rows = (f"{key:12} {value}" for key, value in result.items())
+    click.echo(json.dumps(result) if as_json else "\n".join(rows))
+
+
 @bench.command("engine")
 @click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
 @GGUF
