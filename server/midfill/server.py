@@ -24,8 +24,7 @@ from pygls.lsp.server import LanguageServer
 
 from midfill import __version__, secrecy
 from midfill.completer import REASONS, Answer, Completer, Reason, Trigger
-from midfill.context import file_of
-from midfill.context.files import IGNORE_FILES
+from midfill.context import IGNORE_FILES, file_of
 from midfill.documents import Change, Document, Encoding, Point, Snapshot, split_lines
 from midfill.engine import Engine
 from midfill.errors import MidfillError

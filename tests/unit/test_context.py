@@ -5,11 +5,11 @@ import random
 import pytest
 from planted import certain, possible
 
-from midfill.context import NOTHING, Collected, Context, Snippet, Source, file_of
+from midfill.context import NOTHING, Collected, Context, Folder, Snippet, Source, file_of
 from midfill.context.chunks import parse
 from midfill.context.files import sift
 from midfill.context.index import RepositoryIndex
-from midfill.context.indexer import Folder, Indexer
+from midfill.context.indexer import Indexer
 from midfill.context.writing import ContextWriter
 from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine import ModelInfo

@@ -6,7 +6,8 @@ import time
 import pytest
 from planted import certain, possible
 
-from midfill.context.chunks import MAX_CHUNK_LINES, imported_names, parse, terms
+from midfill.context import MAX_CHUNK_LINES
+from midfill.context.chunks import imported_names, parse, terms
 from midfill.context.files import Sieve, read_bytes, sift
 from midfill.settings import Settings
 

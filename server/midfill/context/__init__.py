@@ -17,15 +17,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
-from midfill.context.chunks import MAX_CHUNK_LINES, imported_names
-from midfill.context.indexer import Folder, Indexer
 from midfill.documents import Document, Point, Snapshot, changed_lines
 from midfill.secrecy import SecretWatch, grade, is_excluded
 from midfill.settings import Settings
 
+if TYPE_CHECKING:
+    from midfill.context.indexer import Indexer
+
+IGNORE_FILES = (".gitignore", ".midfillignore")
+MAX_CHUNK_LINES = 16
 # The context is chosen anew when the cursor is further away from where it was chosen.
 _STAYS_FOR_LINES = 40
 _RENEWED_AFTER_LINES = 12
@@ -63,6 +67,14 @@ class Source(StrEnum):
     OPEN = "open"
     REPOSITORY = "repository"
     EDITS = "edits"
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A workspace folder. `prefix` comes before the paths of its files: "" for the first folder."""
+
+    prefix: str
+    path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +188,9 @@ class Context:
         if not sources:
             return
         folders = self._folders if {Source.REPOSITORY, Source.IMPORTS} & set(sources) else ()
+        # Whoever does without context does not wait for these imports.
+        from midfill.context.indexer import Indexer  # noqa: PLC0415
+
         self.indexer = Indexer(folders, self.settings.excluded_files)
         self._dirty = set(self._open)
         self._paths = {self._path(uri) for uri in self._open}
@@ -357,6 +372,8 @@ class Context:
         """Definitions of imported names that are used near the cursor, the nearest first."""
         if self.indexer is None:
             return
+        from midfill.context.chunks import imported_names  # noqa: PLC0415 - see `_restart`
+
         document = snapshot.document
         names = imported_names(document.lines[:_IMPORT_LINES], document.language_id)
         found = self.indexer.index.define(names, without=self._path(document.uri))

@@ -14,10 +14,10 @@ from functools import lru_cache
 
 from tree_sitter import Node
 
+from midfill.context import MAX_CHUNK_LINES
 from midfill.context.files import SourceFile
 from midfill.syntax import new_parser
 
-MAX_CHUNK_LINES = 16
 _MAX_CHUNK_CHARS = 640
 _MIN_CHUNK_CHARS = 20
 _MAX_SIGNATURE_CHARS = 480

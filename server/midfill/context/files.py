@@ -17,10 +17,10 @@ from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
+from midfill.context import IGNORE_FILES
 from midfill.languages import language_id
 from midfill.secrecy import Grade, find_secrets, is_excluded
 
-IGNORE_FILES = (".gitignore", ".midfillignore")
 _MAX_BYTES = 200_000
 _MAX_IGNORE_BYTES = 100_000
 _MAX_DEPTH = 40

@@ -17,13 +17,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from midfill.context import worker
+from midfill.context import IGNORE_FILES, Folder, worker
 from midfill.context.chunks import parse
-from midfill.context.files import IGNORE_FILES, Sieve, sift
+from midfill.context.files import Sieve, sift
 from midfill.context.index import RepositoryIndex
 from midfill.secrecy import is_excluded
 
@@ -33,14 +32,6 @@ _COMMAND = [sys.executable, "-P", "-X", "utf8", "-m", "midfill.context.worker"]
 _COMMIT_EVERY_S = 2.0
 # With more changes at once (another branch was checked out) a process reads everything again.
 _MANY = 50
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """A workspace folder. `prefix` comes before the paths of its files: "" for the first folder."""
-
-    prefix: str
-    path: Path
 
 
 class Indexer:
