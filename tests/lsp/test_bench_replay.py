@@ -90,6 +90,17 @@ def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(trace, engine):
     assert all(found[name] is not None for name in whole)
 
 
+def test_a_suggestion_can_be_typed_through_instead(trace, engine):
+    rules = {"after": "total =", "text": " sum(values)"}, {"text": "zzz"}
+    found = measured("replay", trace, "--no-accept", "--engine", engine(*rules))
+    assert found["fates"]["accepted"] == found["keystrokes_saved"] == 0
+    assert found["requests"] == len(TYPED)
+    inside = found["inside_right_suggestion"]
+    assert inside["requests"] == len(" sum(values)") - 1
+    assert inside["share_without_model"] > 0.5
+    assert found["sources"]["typed-through"] == inside["requests"]
+
+
 def test_requests_that_the_next_key_overtakes_are_cancelled(trace, engine):
     found = measured("replay", trace, "--speed", 3, "--engine", engine(PROBE, {"hang": True}))
     assert found["requests"] == len(TYPED)

@@ -47,6 +47,7 @@ class Asked:
         source: where that came from: "model", "none", or how it was reused; "" if not known.
         reason: why there is none, if it is told.
         code: the error that answered it; None if it was answered with a result.
+        inside: the text is that of an earlier request with a beginning of its suggestion typed since.
     """
 
     episode: int
@@ -59,6 +60,7 @@ class Asked:
     reason: str | None = None
     code: int | None = None
     accepted: bool = False
+    inside: bool = False
 
     @property
     def fate(self) -> str:

@@ -55,10 +55,17 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """`speed` divides all times; `limit_s` ends the typing of a contender after so many seconds, if given."""
+    """How it is typed.
+
+    Attributes:
+        speed: all times are divided by it.
+        limit_s: ends the typing of a contender after so many seconds, if given.
+        accepts: whether right suggestions are accepted; if not, they are typed through.
+    """
 
     speed: float = 1.0
     limit_s: float | None = None
+    accepts: bool = True
 
 
 async def replay(
@@ -131,6 +138,7 @@ class _Typing:
         self._episode = episode
         self._number = number
         self._speed = pace.speed
+        self._accepts = pace.accepts
         self._begun_s = time.monotonic()
         left_s = None if pace.limit_s is None else pace.limit_s - session.seconds
         self._end_s = None if left_s is None else self._begun_s + left_s
@@ -142,6 +150,8 @@ class _Typing:
         # When the editor will ask for a suggestion; the request that is being answered.
         self._ask_s: float | None = None
         self._flight: tuple[asyncio.Future[None], Asked] | None = None
+        # What was suggested so far, with the document and the cursor that it was for.
+        self._suggested: list[tuple[Document, tuple[int, int], Asked]] = []
 
     async def run(self) -> None:
         """Open the document, type, close it."""
@@ -177,7 +187,7 @@ class _Typing:
         if self._flight is not None:
             future, asked = self._flight
             await asyncio.wait({future}, timeout=max(0.0, until_s - time.monotonic()))
-            if asked.text and (reached := self._leads_to(asked.text)) is not None:
+            if self._accepts and asked.text and (reached := self._leads_to(asked.text)) is not None:
                 return reached
         await _sleep(until_s)
         return None
@@ -215,15 +225,28 @@ class _Typing:
 
     def _ask(self) -> None:
         """Send the request. When it is answered is noted, whatever the typist does then."""
-        asked = Asked(self._number, time.monotonic())
+        cursor = self._episode.keys[self._index].cursor
+        asked = Asked(self._number, time.monotonic(), inside=self._is_inside())
         self._session.requests.append(asked)
+        self._suggested.append((self._document, cursor, asked))
 
         def note(_: asyncio.Future[None]) -> None:
             asked.answered_s = time.monotonic()
 
-        future = self._contender.ask(asked, self._document, self._episode.keys[self._index].cursor)
+        future = self._contender.ask(asked, self._document, cursor)
         future.add_done_callback(note)
         self._flight = future, asked
+
+    def _is_inside(self) -> bool:
+        """Whether what was typed since an earlier request is a beginning of what was suggested then."""
+        for document, cursor, asked in self._suggested:
+            size = self._document.num_chars - document.num_chars
+            if not asked.text or not 0 < size < len(asked.text):
+                continue
+            typed = document.edit([Change(asked.text[:size], cursor, cursor)], 0, Encoding.UTF16)
+            if typed.lines == self._document.lines:
+                return True
+        return False
 
     def _take_back(self) -> None:
         """Cancel the request that is still being answered: the text has changed, or is being left."""

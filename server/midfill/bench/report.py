@@ -11,6 +11,8 @@ from midfill.bench.figures import awaited, percentiles, share
 from midfill.bench.replay import Session
 
 _FREE = {"accepted", "shown", "empty"}
+_BY_MODEL = {"model", "joined", ""}
+_AT_ONCE_MS = 5.0
 
 
 def summarise(session: Session) -> dict[str, Any]:
@@ -28,6 +30,9 @@ def summarise(session: Session) -> dict[str, Any]:
     cancel_to_free_ms: from the next key, or whatever ended the interest in it, until the model was free.
     cancel_to_answer_ms: from the next key to the answer to the cancelled request.
     reused_share: suggestions without the model, of all that were shown.
+    inside_right_suggestion: requests in a text that is an earlier one with a beginning of its suggestion
+        typed since; the share of them that was answered with a suggestion without the model in less than
+        5 ms; the time to the answers.
     generated_tokens: all that the model chose. wasted_tokens: of these, for nobody: those of work whose text
         was never shown, and those behind the end of a suggestion.
     unaccepted_tokens: of these, for a suggestion that was shown but not accepted.
@@ -55,7 +60,8 @@ def summarise(session: Session) -> dict[str, Any]:
         "requests": len(requests),
         **{name: percentiles(values, *_PERCENTS.get(name, (50, 95, 99))) for name, values in times.items()},
         "awaited_ms": awaited(times["answer_ms"], cut_short, 50, 95),
-        "reused_share": share(sum(asked.source != "model" for asked in shown), len(shown)),
+        "reused_share": share(sum(asked.source not in _BY_MODEL for asked in shown), len(shown)),
+        "inside_right_suggestion": _inside([asked for asked in requests if asked.inside]),
         "keystrokes_saved": saved,
         "keystrokes_saved_share": share(saved, session.num_keys),
         **_tokens(session),
@@ -71,6 +77,24 @@ def summarise(session: Session) -> dict[str, Any]:
         "keys": session.num_keys,
         "seconds": round(session.seconds, 1),
         "samples": {name: len(values) for name, values in times.items()},
+    }
+
+
+def _inside(requests: Sequence[Asked]) -> dict[str, Any]:
+    """What became of the requests inside a suggestion that is right still."""
+    answered = [asked for asked in requests if asked.fate in _FREE]
+    quick = [
+        asked
+        for asked in answered
+        if asked.text and asked.source not in _BY_MODEL and asked.waited_ms < _AT_ONCE_MS
+    ]
+    return {
+        "requests": len(requests),
+        "share_without_model": share(len(quick), len(requests)),
+        **{
+            f"{name}_ms": value
+            for name, value in percentiles([a.waited_ms for a in answered], 50, 95).items()
+        },
     }
 
 
@@ -223,6 +247,7 @@ _ROWS = (
     ("cancel_to_answer_ms", "... to the answer -32800, ms", ""),
     ("shown_before_next_key_share", "shown before the next key", "share of the requests"),
     ("reused_share", "suggestions without the model", ""),
+    ("inside_right_suggestion", "... inside a suggestion still right", "in less than 5 ms"),
     ("cancelled_share", "cancelled", "share of the requests"),
     ("keystrokes_saved", "keystrokes saved", "less one for each acceptance"),
     ("keystrokes_saved_share", "... share of the keys", ""),

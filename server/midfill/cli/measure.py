@@ -145,6 +145,12 @@ def bench_engine(
     "--speed", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Type faster."
 )
 @click.option(
+    "--accept/--no-accept",
+    "accepts",
+    default=True,
+    help="Whether right suggestions are accepted; otherwise they are typed through.",
+)
+@click.option(
     "--plot", type=click.Path(path_type=Path), help="Draw the latencies and the fates (PNG, SVG, PDF)."
 )
 @click.option(
@@ -176,6 +182,7 @@ def bench_replay(
     episodes: int,
     limit_s: float | None,
     speed: float,
+    accepts: bool,
     plot: Path | None,
     against: tuple[str, ...],
     gguf: Path | None,
@@ -216,9 +223,12 @@ def bench_replay(
     contenders = [Midfill(script, {"model": model} if model else None), *rivals]
     sessions = with_progress(
         "loading the model",
-        lambda tell: asyncio.run(replay.replay(played, contenders, tell, replay.Pace(speed, limit_s))),
+        lambda tell: asyncio.run(
+            replay.replay(played, contenders, tell, replay.Pace(speed, limit_s, accepts))
+        ),
     )
     what: dict[str, Any] = {"trace": str(trace or files), "seed": seed if files else None, "speed": speed}
+    what["accepts"] = accepts
     what["model"] = settings.model if script is None else "scripted"
     summary = what | report.summarise(sessions[0])
     if rivals:
