@@ -21,7 +21,7 @@ NAMES = {
 
 def run(*arguments):
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=100, check=False
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=280, check=False
     )
 
 
@@ -201,3 +201,25 @@ def test_the_reasons_for_what_is_not_compared_are_shown(engine):
     done = run("engine", "--rounds", 1, "--engine", engine({"text": "x" * 64}))
     assert done.returncode == 0, done.stderr
     assert "no generate: the model has no folder" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_shape_is_measured_without_any_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIDFILL_CACHE", str(tmp_path / "cache"))
+    found = measured(
+        *("engine", "--shape", "tiny_starcoder_py", "--rounds", 1),
+        *("--prefill-tokens", 128, "--context-tokens", 64, "--device", "cpu"),
+    )
+    assert found["model"] == "random:tiny_starcoder_py"
+    assert (found["prefill_tokens"], found["context_tokens"]) == (128, 64)
+    assert found["tokens_equal_generate"] is True
+    assert found["ratios"]["generate"]["prefill"] > 0
+    assert found["first_token_warm_steps"] > 0
+    assert "llama.cpp" in found["skipped"]
+
+
+def test_an_unknown_shape_is_answered_with_the_list():
+    done = run("engine", "--shape", "gpt-5")
+    assert done.returncode == 1
+    assert "there are tiny_starcoder_py, qwen2.5-coder-0.5b" in done.stderr
+    assert run("engine", "--shape", "gpt-5", "--model", "x").returncode == 2

@@ -144,6 +144,8 @@ def test_a_suggestion_whose_first_request_was_cancelled_is_not_wasted():
     done = job(1, "finished", first_s=1.15, last_s=1.38, left_s=1.39, freed_s=1.4)
     found = summarise(Session(requests=requests, jobs=[done]))
     assert (found["generated_tokens"], found["wasted_tokens"], found["unaccepted_tokens"]) == (5, 0, 0)
+    # The typist waited for the model all the same.
+    assert (found["model_ran_ms"]["p50"], found["reused_share"]) == (pytest.approx(200), 0)
 
 
 def test_work_that_is_kept_and_dropped_later_is_freed_from_then_on():

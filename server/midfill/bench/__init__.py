@@ -2,8 +2,9 @@
 
 - `lsp`: everything but the model.
 - `index`: the index of a workspace.
-- `engine`: the model alone, beside `transformers.generate` and llama.cpp (`rivals`).
-- `replay`: a person who types (`trace`, `typist`), through the real server; `plot` draws it.
+- `engine`: the model alone, beside `transformers.generate` and llama.cpp (`rivals`); `shapes` makes models.
+- `replay`: a person who types (`trace`, `typist`), through the real server and, on the same keys, through
+  others (`contenders`, `llama_vim`); `report` has the figures, `plot` draws them.
 """
 
 from midfill.bench.lsp import BusyEngine, bench_lsp

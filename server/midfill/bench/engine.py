@@ -137,7 +137,7 @@ async def _rivals(
         found.skipped[GENERATE] = "the model has no folder"
     if weights.gguf is None:
         found.skipped[LLAMA_CPP] = (
-            f"there is no GGUF file of these weights: midfill model pull {model.name} --gguf, or --gguf FILE"
+            "there is no GGUF file of these weights: midfill model pull NAME --gguf, or --gguf FILE"
         )
     elif not can_run_llama_cpp():
         found.skipped[LLAMA_CPP] = "xllamacpp is not installed: pip install 'midfill[bench]'"

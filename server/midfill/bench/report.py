@@ -12,6 +12,7 @@ from midfill.bench.replay import Session
 
 _FREE = {"accepted", "shown", "empty"}
 _BY_MODEL = {"model", "joined", ""}
+"""Sources of a suggestion that the typist waited for while the model wrote it; "" if it is not told."""
 _AT_ONCE_MS = 5.0
 
 
@@ -19,7 +20,7 @@ def summarise(session: Session) -> dict[str, Any]:
     """The figures, as `--json` prints them. Those that a contender does not tell are null.
 
     suggestion_ms: from a request to its answer, of the requests that were answered with a suggestion before
-        the next key. model_ran_ms: of these, the ones for which the model ran.
+        the next key. model_ran_ms: of these, those that waited for the model, if only to its end ("joined").
     answer_ms: answers with nothing too. awaited_ms: to an answer, had nobody cancelled: cancelled requests
         count as longer than they were.
     first_token_warm_ms, first_token_cold_ms: from a request to the first token that its model gave, cancelled
@@ -46,7 +47,7 @@ def summarise(session: Session) -> dict[str, Any]:
     saved = session.num_skipped - fates["accepted"]
     times = {
         "suggestion_ms": [asked.waited_ms for asked in shown],
-        "model_ran_ms": [asked.waited_ms for asked in shown if asked.source == "model"],
+        "model_ran_ms": [asked.waited_ms for asked in shown if asked.source in _BY_MODEL],
         "answer_ms": [asked.waited_ms for asked in answered],
         **_work_times(session),
         "cancel_to_answer_ms": [
