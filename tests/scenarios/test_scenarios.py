@@ -2,7 +2,8 @@
 
 Sections: `-- NAME --` is the document; `-- model --` what the model writes at the cursor;
 `-- expect --` what is inserted, or `-- nothing --` with the reason code. `-- invoked --` (empty) means
-that the user asked explicitly; `-- settings --` holds settings in TOML.
+that the user asked explicitly; `-- settings --` holds settings in TOML. `-- then --` is what the document
+has become after a first answer: it is the answer there that is expected, from `-- source --`.
 """
 
 import re
@@ -25,17 +26,20 @@ def read(path):
     why, *rest = SECTION.split(path.read_text(encoding="utf-8"))
     assert why.strip(), f"{path.name} does not say why"
     sections = {name: text.removesuffix("\n") for name, text in zip(rest[::2], rest[1::2], strict=True)}
-    known = {"model", "expect", "nothing", "invoked", "settings"}
+    known = {"model", "expect", "nothing", "invoked", "settings", "then", "source"}
     (name,) = set(sections) - known
     return name, sections
+
+
+def snapshot(name, marked):
+    before, after = marked.split("▮")
+    document = Document.open(f"file:///w/{name}", language_id(name), 1, before + after)
+    return Snapshot(document, Point(before.count("\n"), len(before) - before.rfind("\n") - 1))
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
 async def test_scenario(path):
     name, sections = read(path)
-    before, after = sections[name].split("▮")
-    document = Document.open(f"file:///w/{name}", language_id(name), 1, before + after)
-    cursor = Point(before.count("\n"), len(before) - before.rfind("\n") - 1)
     engine = ScriptedEngine(Script([Rule(text=sections.get("model", ""))]))
     await engine.start(lambda _message, _share: None)
     given = {"max_new_tokens": 500} | tomllib.loads(sections.get("settings", ""))
@@ -43,7 +47,10 @@ async def test_scenario(path):
     completer.use(engine)
 
     trigger = Trigger.INVOKED if "invoked" in sections else Trigger.AUTOMATIC
-    answer = await completer.complete(Snapshot(document, cursor), trigger)
+    answer = await completer.complete(snapshot(name, sections[name]), trigger)
+    if "then" in sections:
+        answer = await completer.complete(snapshot(name, sections["then"]), trigger)
+        assert answer.source == sections["source"]
 
     if "nothing" in sections:
         assert (answer.text, answer.reason) == ("", sections["nothing"])
