@@ -25,20 +25,18 @@ from midfill.documents import Document, Snapshot
 from midfill.engine import Engine, Request, Stats
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.families import Family
+from midfill.place import Place
 from midfill.prompt import Prompt, PromptBuilder
 from midfill.secrecy import SecretWatch, is_excluded
 from midfill.settings import Settings
 from midfill.suggestions import Computed, Flight, Match, Suggestions
-from midfill.trim import Place, clean, stop
+from midfill.trim import Stopper, clean, stop
 
 _LOG = logging.getLogger(__name__)
 
 _CONTINUES_WORD = re.compile(r"\w")
 # Behind the cursor may stand what editors insert by themselves: closers, then one separator.
 _HARMLESS_TAIL = re.compile(r"""\s*[)>}\]"'`]*\s*[:{;,]?\s*\Z""")
-_LINES_BELOW = 16
-# Of a longer line only the ends matter: its indentation, and what is next to the cursor.
-_LONG_LINE = 2_000
 # After an answer the typist may go on at once, and would wait for the forward pass under way.
 _REST_S = 0.1
 # New context makes the whole prompt new, which is worth nothing if the typist goes on meanwhile.
@@ -69,6 +67,7 @@ class Reason(StrEnum):
     MODEL_SILENT = "model-silent"
     REPEATS_TEXT = "repeats-text"
     LOW_CONFIDENCE = "low-confidence"
+    COMMENT_ONLY = "comment-only"
     ENGINE_ERROR = "engine-error"
     ENGINE_UNAVAILABLE = "engine-unavailable"
     DEADLINE = "deadline"
@@ -91,6 +90,7 @@ REASONS = {
     Reason.MODEL_SILENT: "The model had nothing to add.",
     Reason.REPEATS_TEXT: "The model only repeated what stands behind the cursor.",
     Reason.LOW_CONFIDENCE: "The model was not sure enough (`eagerness`); ask explicitly to see it anyway.",
+    Reason.COMMENT_ONLY: "The model wrote nothing but a comment; ask explicitly to see it.",
     Reason.ENGINE_ERROR: "The model failed on this request; the log says how.",
     Reason.ENGINE_UNAVAILABLE: "The model is being restarted after a fault, or has been given up.",
     Reason.DEADLINE: "The model took longer than `deadline_s`.",
@@ -339,13 +339,13 @@ class Completer:
         made = computed.made
         if match.exact:
             source = Source.PREFETCH if match.suggestion.ahead else Source.CACHE
-            answer = self._weigh(made.answer, _place(snapshot), trigger)
+            answer = self._weigh(made.answer, Place.of(snapshot, invoked=trigger is Trigger.INVOKED), trigger)
             return replace(answer, source=source if answer.text else Source.NONE)
         if match.rest:
             return replace(made.answer, text=match.rest, source=Source.TYPED_THROUGH)
         if not (beyond := match.beyond):
             return None
-        place = _place(snapshot)
+        place = Place.of(snapshot, invoked=trigger is Trigger.INVOKED)
         end = stop(beyond, place)
         if end is None and not made.output.ended:
             # Where this suggestion would end is not known.
@@ -368,7 +368,9 @@ class Completer:
             return None
         computed = match.suggestion.computed
         if match.exact or not computed.lasting:
-            answer = self._weigh(computed.made.answer, _place(snapshot), trigger)
+            answer = self._weigh(
+                computed.made.answer, Place.of(snapshot, invoked=trigger is Trigger.INVOKED), trigger
+            )
             return replace(answer, source=Source.JOINED if answer.text else Source.NONE)
         return replace(computed.made.answer, text=match.rest, source=Source.JOINED) if match.rest else None
 
@@ -418,7 +420,8 @@ class Completer:
         begun = time.monotonic()
         context = self.context.collect(snapshot)
         prompt = prompts.build(snapshot, context)
-        place = _place(snapshot)
+        trigger = Trigger.INVOKED if flight.explicit else Trigger.AUTOMATIC
+        place = Place.of(snapshot, invoked=flight.explicit)
         built = time.monotonic()
         request = Request(
             prompt.tokens, prompt.max_new_tokens, prompt.stop_ids, starts_with=prompt.starts_with
@@ -426,7 +429,6 @@ class Completer:
         flight.run_as(request)
         output = await self._generate(engine, request, place, flight)
         written = time.monotonic()
-        trigger = Trigger.INVOKED if flight.explicit else Trigger.AUTOMATIC
         trimmed = self._trim(output, place)
         answer = self._weigh(trimmed, place, trigger)
         texts = [("model", output.raw), ("stop rules", output.text)]
@@ -471,7 +473,10 @@ class Completer:
         """What of the model's text is worth inserting."""
         if output.failure is not None:
             return Answer(reason=output.failure, detail=output.detail)
-        text, why = clean(output.text, place, complete=output.complete, forbidden=self._forbidden)
+        # All of it: what the model went on with says how the suggestion ends.
+        text, why = clean(
+            output.raw or output.text, place, complete=output.complete, forbidden=self._forbidden
+        )
         if why is not None:
             return Answer(reason=Reason(why))
         return Answer(text, source=Source.MODEL, tokens=output.within(len(text)), finished=output.complete)
@@ -496,6 +501,7 @@ async def _stream(
     """Collect the model's text after `starts_with`; stop it where the suggestion has come to its end."""
     num_held = len(request.starts_with)
     text = ""
+    stopper = Stopper(place)
     async with aclosing(engine.generate(request)) as tokens:
         async for token in tokens:
             text += token.text
@@ -503,7 +509,7 @@ async def _stream(
             if token.logprob is not None:
                 output.tokens.append((len(text) - num_held, token.logprob))
             flight.push(output.raw)
-            if output.text and (end := stop(output.text, place)) is not None:
+            if output.text and (end := stopper.end(output.text)) is not None:
                 output.text, output.complete = output.text[:end], True
                 return
     output.complete = output.ended = request.stats.num_generated < request.max_new_tokens
@@ -521,13 +527,6 @@ def _stages(begun: float, built: float, stats: Stats, written: float) -> tuple[t
     come_to = [(name, at) for name, at in begins if at]
     ends = [at for _, at in come_to[1:]] + [time.monotonic()]
     return tuple((name, (end - at) * 1000) for (name, at), end in zip(come_to, ends, strict=True))
-
-
-def _place(snapshot: Snapshot) -> Place:
-    before, after = snapshot.line_before, snapshot.line_after
-    if len(before) > _LONG_LINE:
-        before = before[: _LONG_LINE // 2] + before[-_LONG_LINE // 2 :]
-    return Place(before, after[:_LONG_LINE], tuple(snapshot.lines_after(_LINES_BELOW)))
 
 
 def _since(begun: float) -> float:

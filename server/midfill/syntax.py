@@ -96,6 +96,10 @@ class Delimiter:
     text: str
     closer: str
 
+    def shifted(self, distance: int) -> Delimiter:
+        """The same, further to the right by some characters."""
+        return Delimiter(self.start + distance, self.end + distance, self.text, self.closer)
+
 
 @dataclass(frozen=True, slots=True)
 class Outline:
@@ -152,10 +156,10 @@ def count_errors(text: str, language_id: str, budget_s: float = _BUDGET_S) -> in
     count, nodes = 0, [tree.root_node]
     while nodes:
         node = nodes.pop()
-        if node.is_error or node.is_missing:
-            count += 1
-        if node.has_error:
-            nodes += node.children
+        wrong = [child for child in node.children if child.has_error or child.is_missing]
+        # A hidden token may be missing, such as the end of a line, which is no child of anything.
+        count += node.is_error or node.is_missing or (node.has_error and not wrong)
+        nodes += wrong
     return count
 
 

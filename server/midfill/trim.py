@@ -1,16 +1,22 @@
 r"""Where a suggestion ends, and what of the model's text is worth inserting. Pure: text in, text out.
 
-The model's text uses \n. `Place` says where it would go; `stop` is asked after every token whether
-enough has come; `clean` makes the final text or says why there is none.
+The model's text uses \n. `Place` says where it would go; a `Stopper` is asked after every token whether
+enough has come; `clean` makes the final text or says why there is none. What brackets, strings and
+comments are is asked of `syntax`; where there is no grammar, a scan that knows quotes takes its place.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
-_INDENT = re.compile(r"[ \t]*")
+from midfill import indentation, syntax
+from midfill.indentation import lead, opens_block, width
+from midfill.place import Place
+from midfill.syntax import Delimiter, Outline, balance
+
 _OPENERS = {"(": ")", "[": "]", "{": "}"}
 _CLOSERS = frozenset(_OPENERS.values())
 _QUOTES = "\"'`"
@@ -20,44 +26,75 @@ _BLOCK_CLOSER = re.compile(r"\s*(?:[)\]}>]+[;,)\]}>]*|end|done|fi|esac)\s*\Z")
 # A line with a word and some more in it is not there twice by chance, as `else:` or `}` is.
 _TELLING = re.compile(r"\w.*\W.*\w")
 _ENOUGH_REPEATS = 3
-_BLOCK_OPENING = ("{", "(", "[", ":", "=>", "->")
+# Where a comment is all there is, it is one of these, should there be no grammar.
+_JUMP = re.compile(r"\s*(?:return|raise|throw|break|continue|goto)\b")
+_STATEMENT = re.compile(r"\s*[\w@$\"'`&*(\[]")
+# Lines that belong to the statement before them, or can be jumped to.
+_GOES_ON = re.compile(
+    r"\s*(?:(?:else|elif|elsif|elseif|except|finally|catch|case|default|when|rescue|ensure|then|while)\b|\w+\s*:(?!\S))"
+)
+_DIRECTIVE = re.compile(r"\s*#\s*(?:if|else|elif|endif|define|undef|include|pragma|region|endregion)\b")
+_COMMENT = re.compile(r"\s*(?:#(?!include|define|if|el|end|!|\[)|//|/\*|\*|--|<!--|%|;)")
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    r"""Where the suggestion goes.
+class Stopper:
+    """Says where a text that grows comes to its end.
 
-    Attributes:
-        line_before: the current line up to the cursor.
-        line_after: the rest of it. Anything but blanks there makes a suggestion of one line.
-        following: lines below, without terminators; enough to see what must not be repeated.
-        max_lines: the most lines a suggestion may have.
+    Only complete lines are judged, each once, and only by what stands before it: so more text never
+    changes the answer.
     """
 
-    line_before: str
-    line_after: str
-    following: tuple[str, ...] = ()
-    max_lines: int = 12
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._reader = _Reader(place)
+        self._num_judged = 0
 
-    @property
-    def single_line(self) -> bool:
-        """In the middle of a line, a suggestion is the rest of that line and no more."""
-        return bool(self.line_after.strip())
+    def end(self, text: str) -> int | None:
+        """The length of `text` at which the suggestion ends, or None if more may come.
 
-    @property
-    def next_line(self) -> str:
-        """The next line below that is not blank; "" if there is none."""
-        return next((line.rstrip() for line in self.following if line.strip()), "")
+        `text` begins with what was given before.
+        """
+        place = self._place
+        if place.tail and not place.invoked:
+            return _end_of_line(text, place.line_after)
+        lines = text.split("\n")
+        # The last piece is still being written.
+        for number in range(self._num_judged, len(lines) - 1):
+            judged = lines[: number + 1]
+            end = self._end_at_rest(judged) if place.tail else self._end_of_block(judged)
+            if end is not None:
+                return end
+            self._num_judged = number + 1
+        return None
+
+    def _end_at_rest(self, lines: list[str]) -> int | None:
+        """Where a text of several lines leads to the rest of the cursor's line, or goes too far."""
+        place, number = self._place, len(lines) - 1
+        text = "\n".join(lines)
+        start = len(text) - len(lines[-1])
+        if (joint := _joint(text, start, place, self._reader)) is not None:
+            return joint
+        repeats = number > 0 and (lines[-1].rstrip() == place.next_line or not "".join(lines[-2:]).strip())
+        if repeats or _closes_outside(self._reader.read(text), start):
+            return len(text[:start].rstrip()) if number else len(text)
+        return len(text) if number + 1 == place.max_lines else None
+
+    def _end_of_block(self, lines: list[str]) -> int | None:
+        """Where the block that the cursor is in ends: at a dedent, at known text, at repetition."""
+        text = "\n".join(lines)
+        start = len(text) - len(lines[-1])
+        block = _Block.around(self._place, lines[0])
+        found = self._reader.read(text)
+        if block.is_over_before(lines, found, start):
+            return len(text[: 0 if block.retraces(lines) else start].rstrip(" \t\n"))
+        if block.is_over_after(lines[-1], found, start) or len(lines) == self._place.max_lines:
+            return len(text)
+        return None
 
 
 def stop(text: str, place: Place) -> int | None:
-    """The length of `text` at which the suggestion ends, or None if more may come.
-
-    Only complete lines are judged, so the answer never changes when more text comes.
-    """
-    if place.single_line:
-        return _end_of_single_line(text, place.line_after)
-    return _end_of_block(text, place)
+    """The length of `text` at which the suggestion ends, or None if more may come."""
+    return Stopper(place).end(text)
 
 
 def clean(
@@ -79,63 +116,182 @@ def clean(
     if not complete and "\n" in text.strip("\n"):
         text = text[: text.rindex("\n")]
     end = stop(text + "\n", place)
-    text = text if end is None else text[:end]
-    if place.single_line:
-        text = _without_overlap(text, place)
-    elif place.line_after and text.startswith(place.line_after):
-        text = text[len(place.line_after) :]
-    text = "\n".join(line.rstrip(" \t") for line in text.split("\n")).rstrip("\n")
-    return (text, None) if text.strip() else ("", "repeats-text")
+    if place.tail and place.invoked:
+        text = _indented(_bridged(text, end, place, complete=complete), place)
+    else:
+        text = text if end is None else text[:end]
+        if place.tail:
+            text = _without_overlap(text, place)
+        else:
+            limited = (end is None and not complete) or text.count("\n") + 1 >= place.max_lines
+            text = _fitted(text.removeprefix(place.line_after), place, limited=limited)
+        text = text.rstrip()
+    text = "\n".join(_without_blanks(text.split("\n")))
+    if not text.strip():
+        return "", "repeats-text"
+    if not place.invoked and _is_comment_only(text, place):
+        return "", "comment-only"
+    return text, None
 
 
-@dataclass(frozen=True, slots=True)
-class _Brackets:
-    """What a text leaves open and closes too much.
-
-    Attributes:
-        unmatched: where the first closer without an opener stands; None if there is none.
-        imbalance: closers without an opener, and openers and quotes without a closer.
-        open: the closers that are still to come, outermost first.
-    """
-
-    unmatched: int | None
-    imbalance: int
-    open: tuple[str, ...]
+def _without_blanks(lines: list[str]) -> list[str]:
+    """Lines without blanks at their ends; those of the last belong to what follows."""
+    return [line.rstrip(" \t") for line in lines[:-1]] + lines[-1:]
 
 
-def _brackets(text: str, before: tuple[str, ...] = ()) -> _Brackets:
-    """What `text` does to brackets, where the closers `before` were still to come."""
-    depth = list(before)
-    unmatched = None
-    closed = 0
+def _is_comment_only(text: str, place: Place) -> bool:
+    """Whether a suggestion is nothing but comment, where the user is not writing one."""
+    if _COMMENT.match(place.line_before or place.previous_line) or _COMMENT.match(place.line_before):
+        return False
+    found = _Reader(place).read(text)
+    start = 0
+    for line in text.split("\n"):
+        stripped = line.strip()
+        first = start + len(lead(line))
+        by_grammar = found.is_comment(first, first + len(stripped))
+        if stripped and not by_grammar and not (not syntax.knows(place.language_id) and _COMMENT.match(line)):
+            return False
+        start += len(line) + 1
+    return not found.within(0) and not place.line_before.strip()
+
+
+# Brackets
+
+
+class _Reader:
+    """What brackets, strings and comments a suggestion has, by the grammar or by a scan."""
+
+    def __init__(self, place: Place) -> None:
+        self._before = place.line_before
+        self._growing = syntax.Growing.of(place.above, place.language_id)
+
+    def read(self, text: str) -> Outline:
+        """The outline of `text`; its `open` are the closers that the cursor's line still awaits."""
+        whole = self._before + text
+        found = None if self._growing is None else self._growing.outline(whole)
+        if found is None:
+            found = Outline((), tuple(_scan(whole)), ())
+        size = len(self._before)
+        earlier = tuple(one for one in found.delimiters if one.start < size)
+        return Outline(
+            balance(earlier)[0],
+            tuple(one.shifted(-size) for one in found.delimiters if one.start >= size),
+            tuple((start - size, end - size, comment) for start, end, comment in found.opaque),
+        )
+
+
+def _scan(text: str) -> Iterator[Delimiter]:
+    """The brackets of a text outside of quotes, for languages without a grammar."""
     quote = previous = ""
     for index, char in enumerate(text):
         if quote:
-            if char == quote and previous != "\\":
+            if char == "\n" or (char == quote and previous != "\\"):
                 quote = ""
         elif char in _QUOTES:
             quote = char
-        elif char in _OPENERS:
-            depth.append(_OPENERS[char])
-        elif char in _CLOSERS:
-            if depth:
-                depth.pop()
-            else:
-                closed += 1
-                unmatched = index if unmatched is None else unmatched
+        elif char in _OPENERS or char in _CLOSERS:
+            yield Delimiter(index, index + 1, char, _OPENERS.get(char, ""))
         previous = char
-    return _Brackets(unmatched, closed + len(depth) + bool(quote), tuple(depth))
 
 
-def _end_of_single_line(text: str, line_after: str) -> int | None:
+def _imbalance(line: str) -> int:
+    """Closers without an opener, and openers and quotes without a closer, of one line."""
+    awaited, unmatched = balance(tuple(_scan(line)))
+    quote = previous = ""
+    for char in line:
+        if char in _QUOTES and previous != "\\" and quote in {"", char}:
+            quote = "" if quote else char
+        previous = char
+    return len(awaited) + len(unmatched) + bool(quote)
+
+
+def _closes_outside(found: Outline, start: int) -> bool:
+    """Whether what follows `start` closes what was opened above the cursor's line."""
+    return any(one.start >= start for one in balance(found.delimiters, found.open)[1])
+
+
+# In the middle of a line
+
+
+def _end_of_line(text: str, line_after: str) -> int | None:
     newline = text.find("\n")
     line = text if newline < 0 else text[:newline]
     tail = line_after.lstrip()
     # A bracket that was opened before the cursor is being closed, and the file closes it already.
-    closing = _brackets(line).unmatched
+    closing = next((one.start for one in balance(tuple(_scan(line)))[1]), None)
     if closing is not None and tail.startswith(line[closing]):
         return closing
     return None if newline < 0 else newline
+
+
+def _joint(text: str, start: int, place: Place, reader: _Reader) -> int | None:
+    """Where the line of `text` at `start` goes over into the rest of the cursor's line."""
+    tail = place.tail
+    for one in balance(reader.read(text).delimiters)[1]:
+        if one.start >= start and tail.startswith(one.text):
+            return one.start
+    line = text[start:].rstrip()
+    if not line.endswith(tail) or _CLOSING_TAIL.fullmatch(tail):
+        return None
+    return start + len(line) - len(tail)
+
+
+def _bridged(text: str, end: int | None, place: Place, *, complete: bool) -> str:
+    """What of a text in the middle of a line leads to the rest of that line.
+
+    If the model wrote that rest itself, the suggestion ends before it. Else it may be all there is, or its
+    first line; or some lines, after which the rest gets a line of its own. What leaves the fewest errors
+    of syntax is taken, and of those the first.
+    """
+    cut = text if end is None else text[:end]
+    if end is not None and _begins(text[end:], place.tail):
+        return _before_rest(cut, place.line_after)
+    lines = cut.split("\n")
+    candidates = [_before_rest(cut, place.line_after)] if end is None and complete else []
+    candidates.append(_before_rest(_without_overlap(lines[0], place), place.line_after))
+    candidates += _on_lines_of_their_own(lines, place)
+    return _fewest_errors([text for text in candidates if text.strip()], place)
+
+
+def _begins(text: str, tail: str) -> bool:
+    """Whether a text goes on with the rest of the line, or with its first closer."""
+    return text.startswith(tail) or (tail[0] in _CLOSERS and text.startswith(tail[0]))
+
+
+def _before_rest(text: str, line_after: str) -> str:
+    """The text without those blanks at its end that stand behind the cursor already."""
+    blanks = lead(line_after)
+    if not blanks:
+        return text
+    last = text[text.rfind("\n") + 1 :]
+    if "\n" in text and not last.strip():
+        return text[: len(text) - min(len(last), len(blanks))]
+    return text.rstrip(" \t")
+
+
+def _on_lines_of_their_own(lines: list[str], place: Place) -> Iterator[str]:
+    """The first one, two, three ... lines, and the rest of the cursor's line moved to its own line."""
+    below, blanks = place.next_line, lead(place.line_after)
+    step = indentation.unit(place.around)
+    column = width(below) - (width(step) if opens_block(place.tail) else 0)
+    if not below or column < width(blanks):
+        return
+    for number, line in enumerate(lines):
+        if line.strip() and (not opens_block(line) or column > width(line)):
+            text = "\n".join(lines[: number + 1]).rstrip()
+            yield text + "\n" + lead(below)[: column - width(blanks)]
+
+
+def _fewest_errors(candidates: list[str], place: Place) -> str:
+    """The first of the candidates that leave the least for the grammar to complain about."""
+    if len(candidates) < 2:
+        return candidates[0] if candidates else ""
+
+    def errors(text: str) -> int:
+        whole = place.above + place.line_before + text + place.line_after
+        return syntax.count_errors("\n".join((whole, *place.following)), place.language_id) or 0
+
+    return min(candidates, key=errors)
 
 
 def _without_overlap(text: str, place: Place) -> str:
@@ -147,7 +303,7 @@ def _without_overlap(text: str, place: Place) -> str:
     tail = place.line_after.rstrip()
 
     def imbalance(kept: str) -> int:
-        return _brackets(place.line_before + kept + tail).imbalance
+        return _imbalance(place.line_before + kept + tail)
 
     best, least = text, imbalance(text)
     for length in range(min(len(text), len(tail)), 0, -1):
@@ -161,20 +317,7 @@ def _without_overlap(text: str, place: Place) -> str:
     return best
 
 
-def _end_of_block(text: str, place: Place) -> int | None:
-    """Where the block that the cursor is in ends: at a dedent, at known text, at repetition."""
-    lines = text.split("\n")
-    block = _Block.around(place, lines[0])
-    end = 0
-    # The last piece is still being written.
-    for number, line in enumerate(lines[:-1]):
-        if block.is_over_before(lines, number):
-            return len(text[:end].rstrip(" \t\n"))
-        end += len(line)
-        if block.is_over_after(line, text[:end]) or number + 1 == place.max_lines:
-            return end
-        end += 1
-    return None
+# Blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,60 +328,213 @@ class _Block:
         place: where the suggestion goes.
         base: width of the indentation of its first line.
         opened: whether that line opens a block of its own; else the block is the one around it.
-        closers: those that the cursor's line still awaits.
+        headless: whether the lines below are the body of a block that nothing above opens.
+        step: width of one step of indentation.
     """
 
     place: Place
     base: int
     opened: bool
-    closers: tuple[str, ...]
+    headless: bool
+    step: int
 
     @staticmethod
     def around(place: Place, first: str) -> _Block:
         """The block at a place, given the first line that the model wrote."""
         whole = place.line_before + first
-        opened = bool(place.line_before.strip()) and whole.rstrip().endswith(_BLOCK_OPENING)
-        base = _width(whole if whole.strip() else place.line_before)
-        return _Block(place, base, opened, _brackets(place.line_before).open)
+        opened = bool(place.line_before.strip()) and opens_block(whole)
+        base = width(whole if whole.strip() else place.line_before)
+        below = place.next_line
+        headless = (
+            not place.line_before.strip()
+            and width(below) > base
+            and _STATEMENT.match(below) is not None
+            and not opens_block(place.previous_line)
+        )
+        step = indentation.unit(place.around)
+        return _Block(place, base, opened, headless, width(step))
 
-    def is_over_before(self, lines: list[str], number: int) -> bool:
-        """Whether a line does not belong to the suggestion any more."""
-        line = lines[number]
-        whole = self.place.line_before + line if number == 0 else line
-        if line.strip() and _stands_below(whole, self.place):
+    def is_over_before(self, lines: list[str], found: Outline, start: int) -> bool:
+        """Whether the last line, which begins at `start`, does not belong to the suggestion any more."""
+        line, number, place = lines[-1], len(lines) - 1, self.place
+        whole = line
+        if number == 0:
+            whole = (_lead_of_closer(line, place) or place.line_before + lead(line)) + line.lstrip(" \t")
+        if self.retraces(lines) or (line.strip() and _stands_below(whole, place, telling=number > 0)):
             return True
-        if self._closes_outside(line, "\n".join(lines[: number + 1])):
+        if _closes_outside(found, start):
             # The file has that closer already, if one as deep stands below.
-            below = self.place.next_line
-            return below.lstrip()[:1] in _CLOSERS and _width(below) >= _width(whole)
+            below = place.next_line
+            return below.lstrip()[:1] in _CLOSERS and width(below) >= width(whole)
         if number == 0:
             return False
         if not line.strip():
-            return number > 1 and not lines[number - 1].strip()
-        width = _width(line)
-        if width < self.base or (self.opened and width == self.base and not _BLOCK_CLOSER.fullmatch(line)):
-            return True
+            return number > 1 and not lines[-2].strip()
         earlier = lines[max(0, number - _ENOUGH_REPEATS + 1) : number]
-        return len(earlier) == _ENOUGH_REPEATS - 1 and all(one.strip() == line.strip() for one in earlier)
+        if len(earlier) == _ENOUGH_REPEATS - 1 and all(one.strip() == line.strip() for one in earlier):
+            return True
+        return self._leaves(lines, found, start)
 
-    def is_over_after(self, line: str, text: str) -> bool:
-        """Whether `line`, the last one of `text`, is the end of the block."""
-        closes_own = self.opened and _width(line) == self.base and _BLOCK_CLOSER.fullmatch(line)
-        return bool(closes_own) or self._closes_outside(line, text)
+    def _leaves(self, lines: list[str], found: Outline, start: int) -> bool:
+        """Whether the last line is indented as nothing in the block is, or can never be reached."""
+        line, place = lines[-1], self.place
+        column = width(line)
+        if found.within(start) or column > self.base or _DIRECTIVE.match(line):
+            return False
+        if column < self.base:
+            return True
+        if _BLOCK_CLOSER.fullmatch(line) or _GOES_ON.match(line):
+            return False
+        earlier = [one for one in lines[:-1] if one.strip()]
+        jumped = (
+            bool(earlier)
+            and width(earlier[-1]) == self.base
+            and len(earlier) > 1
+            and _JUMP.match(earlier[-1])
+        )
+        if self.opened or (jumped and not balance(found.delimiters, found.open)[0]):
+            return True
+        return bool(_JUMP.match(line)) and _reaches_below(place, self.base)
 
-    def _closes_outside(self, line: str, text: str) -> bool:
-        """Whether `text`, and `line` at its end, closes what was opened above the cursor's line."""
-        return not _CLOSERS.isdisjoint(line) and _brackets(text, self.closers).unmatched is not None
+    def retraces(self, lines: list[str]) -> bool:
+        """Whether the model begins with two lines that stand below one after the other."""
+        if len(lines) != 2 or not lines[1].strip() or not _TELLING.search(lines[0]):
+            return False
+        pair = [(self.place.line_before + lines[0]).rstrip(), lines[1].rstrip()]
+        below = self.place.nearby
+        return any(list(two) == pair for two in pairwise(below))
+
+    def is_over_after(self, line: str, found: Outline, start: int) -> bool:
+        """Whether the line, which begins at `start`, is the end of the block."""
+        column = width(line)
+        if self.headless and opens_block(line) and self.base <= column:
+            # Its body stands below, if that is one step deeper.
+            return width(self.place.next_line) == column + self.step
+        # What the cursor's line opened is closed: a block by its own closer, or by a word such as `done`.
+        closed = start > 0 and found.open and not balance(found.delimiters, found.open)[0]
+        closes_own = (closed or self.opened) and column == self.base and _BLOCK_CLOSER.fullmatch(line)
+        return bool(closes_own) or _closes_outside(found, start)
 
 
-def _stands_below(line: str, place: Place) -> bool:
+def _reaches_below(place: Place, column: int) -> bool:
+    """Whether the next line below is a statement of the same block."""
+    below = place.next_line
+    return width(below) == column and bool(_STATEMENT.match(below)) and not _GOES_ON.match(below)
+
+
+def _stands_below(line: str, place: Place, *, telling: bool) -> bool:
     """Whether the model goes on with text of the file: with the next line, or a telling one soon after."""
     line = line.rstrip()
     if line == place.next_line:
         return bool(line)
-    return _TELLING.search(line) is not None and line in {below.rstrip() for below in place.following}
+    return telling and _TELLING.search(line) is not None and line in place.nearby
 
 
-def _width(line: str) -> int:
-    match = _INDENT.match(line)
-    return len(match.group().expandtabs(8)) if match else 0
+# Fitting it in
+
+
+def _fitted(text: str, place: Place, *, limited: bool) -> str:
+    """A text at the end of a line, or on a line of its own: indented and closed as the file needs it."""
+    text = indentation.in_style(text, place.around)
+    text = _indented(text, place).rstrip()
+    text = _without_last_jump(text, place)
+    if limited:
+        text = _without_last_comments(text)
+    return _settled(text, place, limited=limited)
+
+
+def _indented(text: str, place: Place) -> str:
+    """A text that begins a line, moved to the column where it belongs; "" if it belongs elsewhere."""
+    if place.line_before.strip() or text[:1] in {"", "\n"}:
+        return text
+    blanks = _lead_of_closer(text, place)
+    if blanks is not None and blanks.startswith(place.line_before):
+        return blanks[len(place.line_before) :] + text.lstrip(" \t")
+    if place.language_id not in indentation.SIGNIFICANT or _Reader(place).read("").within(0):
+        return text
+    step = indentation.unit(place.around)
+    wanted = indentation.wanted_width(place.line_before, text, place.previous_line, place.next_line, step)
+    if wanted is None:
+        return text
+    if indentation.starts_anew(place.line_before + text):
+        return ""
+    return indentation.moved(text, place.line_before, wanted, step) or text
+
+
+def _lead_of_closer(text: str, place: Place) -> str | None:
+    """The blanks before the line whose bracket a text begins by closing; None if it does not."""
+    if place.line_before.strip() or text.lstrip(" \t")[:1] not in _CLOSERS:
+        return None
+    opened: list[Delimiter] = []
+    found = syntax.outline(place.above, place.language_id)
+    for one in found.delimiters if found is not None else ():
+        if one.closer:
+            opened.append(one)
+        elif opened:
+            opened.pop()
+    if not opened or opened[-1].closer != text.lstrip(" \t")[0]:
+        return None
+    return lead(place.above[place.above.rfind("\n", 0, opened[-1].start) + 1 :])
+
+
+def _without_last_jump(text: str, place: Place) -> str:
+    """The text without a jump at its end that would keep the lines below from ever being reached."""
+    head, newline, last = text.rpartition("\n")
+    base = width(place.line_before + text) if not place.line_before.strip() else width(place.line_before)
+    jumps = bool(newline) and width(last) == base and _JUMP.match(last) and _reaches_below(place, base)
+    return head.rstrip() if jumps else text
+
+
+def _without_last_comments(text: str) -> str:
+    """The text without comments at its end, whose code did not come any more."""
+    lines = text.split("\n")
+    while len(lines) > 1 and (_COMMENT.match(lines[-1]) or not lines[-1].strip()):
+        lines.pop()
+    return "\n".join(lines)
+
+
+def _settled(text: str, place: Place, *, limited: bool) -> str:
+    """A text whose own brackets are closed, by itself or by what stands below.
+
+    If it is not, it was cut, and is either closed here or ends before what it did not close. What leaves
+    the fewest errors of syntax is taken; where that is no help, a text that ran into a limit is closed.
+    """
+    reader = _Reader(place)
+    missing = _missing(text, place, reader)
+    lines = text.split("\n")
+    heads = opens_block(lines[-1]) and width(place.next_line) > width(lines[-1])
+    if not missing or heads:
+        return text
+    shorter = ""
+    for number in range(len(lines) - 1, 0, -1):
+        shorter = "\n".join(lines[:number]).rstrip()
+        if not _missing(shorter, place, reader):
+            break
+    else:
+        shorter = ""
+    closed = text + missing
+    if _missing(closed, place, reader):
+        # As where it ends within a string.
+        closed = ""
+    candidates = [closed, shorter, text] if limited else [text, shorter, closed]
+    return _fewest_errors([one for one in candidates if one.strip()], place)
+
+
+def _missing(text: str, place: Place, reader: _Reader) -> str:
+    """The closers of what a text opened itself, as they would be written behind it."""
+    opened: list[Delimiter] = []
+    for one in reader.read(text).delimiters:
+        if one.closer:
+            opened.append(one)
+        elif opened:
+            opened.pop()
+    closers = ""
+    for one in reversed(opened):
+        begin = text.rfind("\n", 0, one.start) + 1
+        line = text[begin:].partition("\n")[0]
+        if line.rstrip().endswith(one.text) or one.text.isalpha():
+            indent = lead(place.line_before + line) if begin == 0 else lead(line)
+            closers += "\n" + indent + one.closer
+        else:
+            closers += one.closer
+    return closers

@@ -13,6 +13,7 @@ ROOT = Path(midfill.__file__).parent
 LAYERS = [
     {"errors"},
     {"documents", "feedback", "messages", "notebooks", "settings", "languages", "secrecy", "syntax"},
+    {"indentation", "place"},
     {"models"},
     {"engine"},
     {"metrics"},

@@ -102,6 +102,7 @@ def test_places_inside_strings_and_comments_are_known():
 def test_errors_are_counted():
     assert count_errors("f(1)\n", "javascript") == 0
     assert count_errors("f(1))\n", "javascript") > 0
+    assert count_errors("x = max(-i for i in y)  z = 2\n", "python") > 0
     assert count_errors("function f($x) { return 1; }", "php") == 0
 
 

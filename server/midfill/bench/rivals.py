@@ -117,7 +117,7 @@ class Rival:
         return Run(**await self._read())
 
     async def fill(self, id_: int, tokens: Sequence[int], num_new: int, place: list[Any]) -> dict[str, Any]:
-        """Write a suggestion for a place (`trim.Place`), which ends where ours would, or by `cancel`.
+        """Write a suggestion for a place (`place.Place`), which ends where ours would, or by `cancel`.
 
         For generate only. Returns "text", "num_generated", "prefill_s", "decode_s". Raises `RivalError`.
         """
@@ -249,7 +249,8 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
         return Run(ids, first - begun, len(tokens), decode_s)
 
     def fill(asked: dict[str, Any]) -> dict[str, Any]:
-        from midfill.trim import Place, clean, stop  # noqa: PLC0415 - not for the comparison of speeds
+        from midfill.place import Place  # noqa: PLC0415 - not for the comparison of speeds
+        from midfill.trim import clean, stop  # noqa: PLC0415 - the same
 
         before, after, following = asked["place"]
         place = Place(before, after, tuple(following))

@@ -1,0 +1,126 @@
+"""How a file is indented, and where a line of a suggestion belongs in it. Pure: text in, text out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+_BLANKS = re.compile(r"[ \t]*")
+_OPENING = ("{", "(", "[", ":", "=>", "->")
+_TAB = 8
+_DEFAULT_UNIT = "    "
+# Lines that go on with the statement above, wherever they are indented to.
+_CONTINUES = re.compile(r"[.?&|+*/,:)\]}=<>-]")
+# What starts anew at the top of a file, and never inside of a function.
+_TOP_LEVEL = re.compile(r"(?:#|@|if __name__\b|(?:async\s+)?def\b|class\b|import\b|from\b|```)")
+# In these languages a line's indentation says which block it is in.
+SIGNIFICANT = frozenset({"python"})
+
+
+def lead(line: str) -> str:
+    """The blanks that a line begins with."""
+    match = _BLANKS.match(line)
+    return match.group() if match else ""
+
+
+def width(line: str) -> int:
+    """How far a line is indented, in columns."""
+    return len(lead(line).expandtabs(_TAB))
+
+
+def opens_block(line: str) -> bool:
+    """Whether a line ends so that the next one belongs deeper."""
+    return line.rstrip().endswith(_OPENING)
+
+
+def unit(lines: Iterable[str]) -> str:
+    r"""One step of indentation as the lines have it: "\t", or some blanks."""
+    leads = [lead(line) for line in lines if line.strip()]
+    if any(each.startswith("\t") for each in leads):
+        return "\t"
+    steps = [abs(len(two) - len(one)) for one, two in pairwise(leads)]
+    step = min((each for each in steps if each > 1), default=0)
+    return " " * step or _DEFAULT_UNIT
+
+
+def in_style(text: str, lines: Sequence[str]) -> str:
+    """The text with its lines indented by tabs or by blanks, as all `lines` around it are."""
+    kinds = {lead(line)[0] for line in lines if line.strip() and lead(line)}
+    first, *rest = text.split("\n")
+    if len(kinds) != 1:
+        return text
+    if kinds == {" "}:
+        step = unit(lines)
+        rest = [lead(line).replace("\t", step) + line[len(lead(line)) :] for line in rest]
+    else:
+        step = " " * (math.gcd(*(len(lead(line)) for line in rest if lead(line).strip("\t"))) or 4)
+        rest = [lead(line).replace(step, "\t") + line[len(lead(line)) :] for line in rest]
+    return "\n".join([first, *rest])
+
+
+def moved(text: str, before: str, wanted: int, step: str) -> str | None:
+    """The text, which follows `before` on a line of blanks, moved to the column `wanted`.
+
+    None if the cursor stands beyond that column already.
+    """
+    lines = text.split("\n")
+    shift = wanted - width(before + lines[0])
+    have = width(before)
+    if wanted < have:
+        return None
+    first = _blanks(wanted, step)[len(before) :] if step == "\t" else " " * (wanted - have)
+    size = width(step)
+
+    def follows(line: str) -> bool:
+        # Behind a first line that is off the grid, lines on the grid are where they belong.
+        return bool(line.strip()) and (shift % size == 0 or width(line) % size != 0)
+
+    rest = [
+        _blanks(max(0, width(line) + shift), step) + line.lstrip(" \t") if follows(line) else line
+        for line in lines[1:]
+    ]
+    return "\n".join([first + lines[0].lstrip(" \t"), *rest])
+
+
+def wanted_width(before: str, text: str, previous: str, following: str, step: str) -> int | None:
+    """The column where a suggestion that begins a line belongs; None where that cannot be said.
+
+    Args:
+        before: the blanks before the cursor.
+        text: the suggestion.
+        previous: the nearest line above that is not blank; "" if there is none.
+        following: the nearest one below.
+        step: one step of indentation.
+    """
+    first, *rest = text.split("\n")
+    have, above, below = width(before + first), width(previous), width(following)
+    size = width(step)
+    if opens_block(previous):
+        inner = below if below > above else above + size
+        return inner if have < inner and (have <= above or have % size) else None
+    if have % size:
+        # The user is on the way to the next step.
+        return have + size - have % size
+    outer = min(above, below) if following else 0
+    if previous and have < outer:
+        # Unless it opens the block that the line below is in.
+        heads = any(opens_block(line) and width(line) < below for line in (before + first, *rest))
+        return None if heads else outer
+    plausible = {above, below, 0} if following else {above, 0}
+    typed = width(before)
+    if first[:1] in {" ", "\t"} and have > above and have not in plausible and typed in plausible - {0}:
+        return None if _CONTINUES.match(first.lstrip()) else typed
+    return None
+
+
+def starts_anew(first: str) -> bool:
+    """Whether a line of Python starts something that belongs at the top of a file."""
+    return _TOP_LEVEL.match(first) is not None
+
+
+def _blanks(columns: int, step: str) -> str:
+    if step == "\t":
+        return "\t" * (columns // _TAB) + " " * (columns % _TAB)
+    return " " * columns

@@ -1,0 +1,92 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from midfill.place import Place
+from midfill.syntax import balance
+from midfill.trim import Stopper, _scan, clean, stop
+
+CODE = """if x: ( ) [ ] { } " ' ` # // \\ foo(a, b) return raise else: end do def f(): class A: x = 1 , é 𝄞"""
+SPACE = ["\t", " ", "    ", "\n    ", "\n        ", "\n", "\n\n", "}\n", "{\n", "/*", "*/"]
+WORDS = st.sampled_from([*CODE.split(), *SPACE])
+TEXT = st.lists(WORDS, max_size=24).map("".join)
+LINE = TEXT.map(lambda text: text.replace("\n", " "))
+LANGUAGES = st.sampled_from(["python", "javascript", "go", "ruby", "shellscript", "plaintext", ""])
+
+
+@st.composite
+def places(draw, tail=LINE):
+    above = draw(TEXT)
+    return Place(
+        draw(LINE),
+        draw(tail),
+        tuple(draw(TEXT).split("\n")),
+        max_lines=draw(st.integers(1, 8)),
+        above=above + "\n" if above else "",
+        language_id=draw(LANGUAGES),
+        invoked=draw(st.booleans()),
+    )
+
+
+def cleaned(text, place, *, complete=True):
+    return clean(text, place, complete=complete, forbidden=("<|sentinel|>",))[0]
+
+
+@given(places(), TEXT, TEXT)
+def test_more_text_never_changes_where_a_suggestion_ends(place, text, more):
+    end = stop(text, place)
+    if end is not None:
+        assert 0 <= end <= len(text)
+        assert stop(text + more, place) == end
+
+
+@given(places(), TEXT)
+def test_a_stopper_that_is_asked_for_each_character_says_what_one_says_that_is_asked_once(place, text):
+    stopper = Stopper(place)
+    for size in range(len(text) + 1):
+        end = stopper.end(text[:size])
+        assert end == stop(text[:size], place)
+        if end is not None:
+            break
+
+
+@given(places(tail=st.just("")), TEXT)
+def test_cleaning_twice_is_cleaning_once(place, text):
+    once = cleaned(text, place)
+    assert not once or cleaned(once, place) == once
+
+
+@given(places(), TEXT, st.booleans())
+def test_a_suggestion_has_neither_too_many_lines_nor_blanks_at_the_ends_of_lines(place, text, complete):
+    lines = cleaned(text, place, complete=complete).split("\n")
+    assert all(line == line.rstrip() for line in lines[:-1])
+    assert place.line_after.strip() or lines[-1] == lines[-1].rstrip()
+    if place.tail and not place.invoked:
+        assert len(lines) == 1
+
+
+@given(places(tail=st.just("")), TEXT, st.booleans())
+def test_a_suggestion_does_not_repeat_the_next_line(place, text, complete):
+    lines = cleaned(text, place, complete=complete).split("\n")
+    assert place.next_line not in lines[1:] or not place.next_line
+
+
+@given(places(), TEXT)
+def test_sentinels_never_come_back(place, text):
+    for middle in (text, text + "<|sentinel|>" + text, "<|sentinel|>" + text):
+        assert "<|sentinel|>" not in cleaned(middle, place)
+
+
+@given(
+    st.text(alphabet="ab()[]{}, ", max_size=12),
+    st.text(alphabet=")]}, ;", max_size=5),
+    st.text(alphabet="ab()[]{}, ", max_size=12),
+)
+def test_brackets_of_a_line_are_not_worse_balanced_than_with_the_models_own_text(before, after, text):
+    def imbalance(line):
+        awaited, unmatched = balance(tuple(_scan(line)))
+        return len(awaited) + len(unmatched)
+
+    if after.strip():
+        kept = cleaned(text, Place(before, after))
+        assert text.startswith(kept.rstrip())
+        assert not kept or imbalance(before + kept + after) <= imbalance(before + text + after)
