@@ -56,7 +56,7 @@ class Stopper:
         """
         place = self._place
         if place.tail and not place.invoked:
-            return _end_of_line(text, place.line_after)
+            return _end_of_line(text, place)
         lines = text.split("\n")
         # The last piece is still being written.
         for number in range(self._num_judged, len(lines) - 1):
@@ -213,12 +213,15 @@ def _closes_outside(found: Outline, start: int) -> bool:
 # In the middle of a line
 
 
-def _end_of_line(text: str, line_after: str) -> int | None:
+def _end_of_line(text: str, place: Place) -> int | None:
     newline = text.find("\n")
     line = text if newline < 0 else text[:newline]
-    tail = line_after.lstrip()
+    tail = place.line_after.lstrip()
     # A bracket that was opened before the cursor is being closed, and the file closes it already.
-    closing = next((one.start for one in balance(tuple(_scan(line)))[1]), None)
+    closers = [one.start for one in balance(tuple(_scan(line)))[1]]
+    # Those come first that the rest of the line leaves open.
+    spare = len(balance(tuple(_scan(place.line_before)))[0]) - len(balance(tuple(_scan(tail)))[1])
+    closing = next(iter(closers[max(0, spare) :]), None)
     if closing is not None and tail.startswith(line[closing]):
         return closing
     return None if newline < 0 else newline

@@ -77,11 +77,13 @@ def test_sentinels_never_come_back(place, text):
 
 
 @given(
-    st.text(alphabet="ab()[]{}, ", max_size=12),
-    st.text(alphabet=")]}, ;", max_size=5),
-    st.text(alphabet="ab()[]{}, ", max_size=12),
+    st.text(alphabet="ab(), ", max_size=12),
+    st.text(alphabet="), ;", max_size=5),
+    st.text(alphabet="ab(), ", max_size=12),
 )
-def test_brackets_of_a_line_are_not_worse_balanced_than_with_the_models_own_text(before, after, text):
+def test_brackets_of_a_line_are_not_worse_balanced_than_without_the_suggestion_or_with_all_of_it(
+    before, after, text
+):
     def imbalance(line):
         awaited, unmatched = balance(tuple(_scan(line)))
         return len(awaited) + len(unmatched)
@@ -89,4 +91,5 @@ def test_brackets_of_a_line_are_not_worse_balanced_than_with_the_models_own_text
     if after.strip():
         kept = cleaned(text, Place(before, after))
         assert text.startswith(kept.rstrip())
-        assert not kept or imbalance(before + kept + after) <= imbalance(before + text + after)
+        worst = max(imbalance(before + after), imbalance(before + text + after))
+        assert imbalance(before + kept + after) <= worst
