@@ -266,6 +266,12 @@ class Completer:
         self._stop_resting()
         self._suggestions.edited(document)
 
+    def rest(self, snapshot: Snapshot) -> None:
+        """The user may rest here. If so, let the model read what it would be asked, and ask it nothing."""
+        self._stop_resting()
+        if self.looks_ahead and self.settings.prefetch:
+            self._renewal = asyncio.get_running_loop().call_later(_RENEW_S, self._settle, snapshot)
+
     def forget(self, uri: str) -> None:
         """Drop what is remembered of a document that was closed."""
         self._secrets.forget(uri)
@@ -376,9 +382,10 @@ class Completer:
 
     def _look_ahead(self, snapshot: Snapshot, answer: Answer) -> None:
         """When the user rests: compute what comes next if this answer is accepted."""
-        if self.looks_ahead and self.settings.context:
-            self._renewal = asyncio.get_running_loop().call_later(_RENEW_S, self._renew, snapshot)
-        if not self.looks_ahead or not self.settings.prefetch or not answer.text:
+        if not self.looks_ahead or not self.settings.prefetch:
+            return
+        self._renewal = asyncio.get_running_loop().call_later(_RENEW_S, self._settle, snapshot)
+        if not answer.text:
             return
         accepted = snapshot.insert(answer.text.replace("\n", snapshot.document.line_ending))
         self._rest = asyncio.get_running_loop().call_later(_REST_S, self._prefetch, snapshot, accepted)
@@ -394,12 +401,13 @@ class Completer:
             return
         self._suggestions.launch(accepted, self._work(accepted), ahead_of=snapshot)
 
-    def _renew(self, snapshot: Snapshot) -> None:
-        """Choose the context anew while nobody waits, and let the model read the prompt that it makes."""
+    def _settle(self, snapshot: Snapshot) -> None:
+        """While nobody waits: choose context and anchor anew, and let the model read the prompt they make."""
         if self._engine is None or self._prompts is None or self.gate(snapshot, Trigger.INVOKED) is not None:
             return
-        if self.context.renew(snapshot):
-            self._engine.prewarm(self._prompts.build(snapshot, self.context.collect(snapshot)).tokens)
+        if self.settings.context:
+            self.context.renew(snapshot)
+        self._engine.prewarm(self._prompts.settle(snapshot, self.context.collect(snapshot)).tokens)
 
     def _stop_resting(self) -> None:
         for timer in (self._rest, self._renewal):

@@ -107,6 +107,18 @@ class Document:
         """The place of a client's (line, character), clamped into the document."""
         return locate(self.lines, position, encoding)
 
+    def clamp(self, point: Point) -> Point:
+        """The place, or the nearest one that this text has."""
+        line = min(point.line, len(self.lines) - 1)
+        return Point(line, min(point.column, len(self.lines[line].rstrip("\r\n"))))
+
+    def end_of(self, change: Change, encoding: Encoding) -> Point:
+        """The place behind the text that a change, the last one made, has put in."""
+        start = Point(0, 0) if change.start is None else self.point(change.start, encoding)
+        *above, last = split_lines(change.text)
+        column = len(last) if above else start.column + len(last)
+        return self.clamp(Point(start.line + len(above), column))
+
     def position(self, point: Point, encoding: Encoding) -> tuple[int, int]:
         """The client's (line, character) of a place."""
         return point.line, count_units(self.lines[point.line][: point.column], encoding)

@@ -137,15 +137,17 @@ class PromptBuilder:
             context: what other files contribute.
             max_new_tokens: the most that this request may write; by default the setting.
         """
-        if max_new_tokens is None:
-            max_new_tokens = self._settings.max_new_tokens
+        return self._build(snapshot, context, max_new_tokens or self._settings.max_new_tokens)
+
+    def _build(self, snapshot: Snapshot, context: Collected, max_new_tokens: int, spare: int = 0) -> Prompt:
+        """See `build`; leaves `spare` tokens of the budget before the cursor unused."""
         room = max(self._room(max_new_tokens), 2)
         written = self._writer.write(
             snapshot.document, context, min(self._settings.context_tokens, room // 2)
         )
         room -= written.num_tokens
         prefix = min(self._settings.prefix_tokens, room - room // 3)
-        budget = _Budget(prefix, min(self._settings.suffix_tokens, room - prefix))
+        budget = _Budget(max(1, prefix - spare), min(self._settings.suffix_tokens, room - prefix))
         anchor, typed, held = self._place(snapshot, budget)
         self._remember(snapshot.document.uri, anchor)
         texts = {"head": anchor.head_tokens, "typed": typed, "tail": anchor.tail_tokens}
@@ -166,6 +168,20 @@ class PromptBuilder:
             self.layout,
             tuple((name, len(ids)) for name, ids in segments if ids),
         )
+
+    def settle(self, snapshot: Snapshot, context: Collected = NOTHING) -> Prompt:
+        """The prompt for a place where the user rests.
+
+        An anchor that is nearly used up is given up here, so that it need not be in the middle of a word,
+        where somebody waits for the new one to be computed.
+        """
+        prompt = self.build(snapshot, context)
+        before = sum(size for name, size in prompt.segments if name in {_SOURCES["head"], _SOURCES["typed"]})
+        if before > self._settings.prefix_tokens * 7 // 8:
+            self.forget(snapshot.document.uri)
+            spare = self._settings.prefix_tokens // 4
+            prompt = self._build(snapshot, context, self._settings.max_new_tokens, spare)
+        return prompt
 
     def forget(self, uri: str) -> None:
         """Drop the anchor of a document that was closed."""

@@ -45,6 +45,7 @@ from midfill.messages import (
 from midfill.metrics import Costs, Metered
 from midfill.notebooks import Notebooks
 from midfill.probing import identify
+from midfill.progress import Progress
 from midfill.protocol import Protocol, Refusal
 from midfill.settings import Settings, keep_start_only, merge
 
@@ -67,6 +68,7 @@ class _State:
     completer: Completer
     costs: Costs = field(default_factory=Costs)
     documents: dict[str, Document] = field(default_factory=dict)
+    places: dict[str, Point] = field(default_factory=dict)
     notebooks: Notebooks = field(default_factory=Notebooks)
     flights: dict[tuple[str, str], asyncio.Task[Any]] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
@@ -107,6 +109,7 @@ class MidfillServer(LanguageServer):
             (types.TEXT_DOCUMENT_DID_OPEN, self.did_open, None),
             (types.TEXT_DOCUMENT_DID_CHANGE, self.did_change, None),
             (types.TEXT_DOCUMENT_DID_CLOSE, self.did_close, None),
+            (types.TEXT_DOCUMENT_DID_SAVE, self.did_save, types.SaveOptions(include_text=False)),
             (types.NOTEBOOK_DOCUMENT_DID_OPEN, self.did_open_notebook, None),
             (types.NOTEBOOK_DOCUMENT_DID_CHANGE, self.did_change_notebook, None),
             (types.NOTEBOOK_DOCUMENT_DID_CLOSE, self.did_close_notebook, None),
@@ -172,13 +175,16 @@ class MidfillServer(LanguageServer):
         """Load the model and say how it goes. A failure is said once; the server stays."""
         settings = self.state.completer.settings
         begun = time.monotonic()
-        async with _Progress(self, f"midfill: {settings.model}") as report:
+        completer = self.state.completer
+        async with Progress(self, f"midfill: {settings.model}", lambda: completer.failure is None) as report:
             try:
                 engine = await asyncio.to_thread(self._make_engine, settings)
                 self.state.engine = engine
                 await asyncio.gather(engine.start(report), asyncio.to_thread(secrecy.prepare))
                 family = await identify(engine, settings.family)
                 self.state.completer.use(Metered(engine, self.state.costs), family)
+                for uri in self.state.documents:
+                    self._rest(uri)
                 # What has been imported and loaded stays; a collection that walks over it would cost a
                 # key that is just being answered tens of milliseconds.
                 gc.freeze()
@@ -276,6 +282,10 @@ class MidfillServer(LanguageServer):
 
     def did_open(self, opened: Opened) -> None:
         """Start a document."""
+        self._open(opened)
+        self._rest(opened.uri)
+
+    def _open(self, opened: Opened) -> None:
         document = Document.open(opened.uri, opened.language_id, opened.version, opened.text)
         self.state.documents[opened.uri] = document
         self.state.completer.context.opened(document)
@@ -293,6 +303,22 @@ class MidfillServer(LanguageServer):
         whole = self.state.notebooks.whole(Snapshot(after, Point(0, 0)), self.state.documents)
         self.state.completer.edited(whole.document)
         self.state.journal.edit(document, after, edited.changes, self.state.encoding)
+        if edited.changes and edited.changes[-1].start is not None:
+            self.state.places[edited.uri] = after.end_of(edited.changes[-1], self.state.encoding)
+        self._rest(edited.uri)
+
+    def did_save(self, params: types.DidSaveTextDocumentParams) -> None:
+        """Whoever saves rests for a moment."""
+        self._rest(params.text_document.uri)
+
+    def _rest(self, uri: str) -> None:
+        """Let the model get ready for the place where the user last was, at first the end of the text."""
+        if (document := self.state.documents.get(uri)) is not None:
+            end = Point(len(document.lines) - 1, len(document.lines[-1]))
+            place = document.clamp(self.state.places.get(uri, end))
+            self.state.completer.rest(
+                self.state.notebooks.whole(Snapshot(document, place), self.state.documents)
+            )
 
     def did_close(self, uri: str) -> None:
         """Forget a document and cancel what is computed for it."""
@@ -301,7 +327,7 @@ class MidfillServer(LanguageServer):
     def did_open_notebook(self, opened: NotebookOpened) -> None:
         """Start a notebook and the documents of its cells."""
         for text in opened.texts:
-            self.did_open(text)
+            self._open(text)
         self.state.notebooks.open(opened.uri, opened.cells)
 
     def did_change_notebook(self, changed: NotebookChanged) -> None:
@@ -311,7 +337,7 @@ class MidfillServer(LanguageServer):
         for uri in changed.closed:
             self._close(uri)
         for text in changed.opened:
-            self.did_open(text)
+            self._open(text)
         for edited in changed.edits:
             self.did_change(edited)
 
@@ -322,6 +348,7 @@ class MidfillServer(LanguageServer):
 
     def _close(self, uri: str) -> None:
         document = self.state.documents.pop(uri, None)
+        self.state.places.pop(uri, None)
         self.state.num_chars_closed += document.num_chars if document else 0
         if self.state.num_chars_closed > _TRIM_CHARS:
             self.state.num_chars_closed = 0
@@ -505,7 +532,9 @@ class MidfillServer(LanguageServer):
         document = self.state.documents.get(asked.uri)
         if document is None:
             return None
-        return Snapshot(document, document.point(asked.position, self.state.encoding))
+        place = document.point(asked.position, self.state.encoding)
+        self.state.places[asked.uri] = place
+        return Snapshot(document, place)
 
     def _whole(self, snapshot: Snapshot | None) -> Snapshot | None:
         """What the model sees of a snapshot: all of the notebook, if it is of a cell."""
@@ -519,43 +548,6 @@ class MidfillServer(LanguageServer):
             start_point = type(cursor)(cursor.line, from_column)
             start = snapshot.document.position(start_point, self.state.encoding)[1]
         return types.Range(types.Position(line, start), types.Position(line, end))
-
-
-class _Progress(contextlib.AbstractAsyncContextManager["Callable[[str, float | None], None]"]):
-    """`$/progress` for clients that show it, callable from any thread."""
-
-    def __init__(self, server: MidfillServer, title: str) -> None:
-        self._server = server
-        self._title = title
-        self._token = f"midfill-{uuid.uuid4()}"
-        self._loop = asyncio.get_running_loop()
-        self._shown = False
-
-    async def __aenter__(self) -> Callable[[str, float | None], None]:
-        window = self._server.client_capabilities.window
-        if window is not None and window.work_done_progress:
-            # A client that refuses, or never answers, gets no progress; loading does not wait for it.
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(self._server.work_done_progress.create_async(self._token), timeout=1)
-                self._shown = True
-                self._server.work_done_progress.begin(
-                    self._token, types.WorkDoneProgressBegin(self._title, percentage=0)
-                )
-        return self.report
-
-    def report(self, message: str, share: float | None) -> None:
-        """See `midfill.engine.Progress`."""
-        if self._shown:
-            percentage = None if share is None else round(100 * share)
-            value = types.WorkDoneProgressReport(message=message, percentage=percentage)
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._server.work_done_progress.report, self._token, value)
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._shown:
-            failure = self._server.state.completer.failure
-            end = types.WorkDoneProgressEnd(message="failed" if failure else "ready")
-            self._server.work_done_progress.end(self._token, end)
 
 
 def serve(

@@ -95,7 +95,7 @@ async def test_what_is_announced_in_detail(scripted):
     assert announced["textDocumentSync"] == {
         "openClose": True,
         "change": 2,
-        "save": False,
+        "save": {"includeText": False},
         "willSave": False,
         "willSaveWaitUntil": False,
     }

@@ -31,9 +31,9 @@ def change(cells):
 def rules():
     """The model's answer depends on the cells above, so an answer shows what it has read."""
     return [
-        {"contains": "import a\n\n\nb = 2\n<", "after": "a.", "text": "both()"},
-        {"contains": "import a\n\n\n<", "after": "a.", "text": "first()"},
-        {"contains": ">b = 2\n<", "after": "a.", "text": "second()"},
+        {"contains": "import a\n\n\nb = 2\n", "after": "a.", "text": "both()"},
+        {"contains": "import a\n\n\na", "after": "a.", "text": "first()"},
+        {"contains": ">b = 2\n", "after": "a.", "text": "second()"},
         {"after": "Say a.", "text": "prose"},
         {"text": "alone()"},
     ]

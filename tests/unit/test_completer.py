@@ -2,6 +2,7 @@ import asyncio
 import json
 
 import pytest
+import virtual_time
 from planted import certain
 
 from midfill.completer import REASONS, Completer, Reason, Trigger
@@ -165,3 +166,30 @@ async def test_settings_that_leave_no_room_keep_the_old_ones():
         it.configure(Settings.model_construct(**old.model_dump() | {"max_new_tokens": 100_000}))
     assert it.settings is old
     assert (await ask(it)).text == "1"
+
+
+def test_where_the_user_rests_the_model_reads_what_it_would_be_asked(tmp_path):
+    async def rest(name, *keys):
+        log = tmp_path / name
+        it = await completer(Rule("1"), log=log)
+        it.looks_ahead = True
+        it.rest(snapshot("a = ▮"))
+        for moment in keys:
+            await asyncio.sleep(moment)
+            it.edited(snapshot("ab = ▮").document)
+        await asyncio.sleep(5)
+        return [json.loads(line)["fate"] for line in log.read_text().splitlines()] if log.exists() else []
+
+    assert virtual_time.run(rest("rests")) == ["prewarmed"]
+    assert virtual_time.run(rest("types on", 0.3)) == []
+
+
+def test_secrets_are_not_read_ahead(tmp_path):
+    async def rest():
+        it = await completer(Rule("1"), log=tmp_path / "log")
+        it.looks_ahead = True
+        it.rest(snapshot("a = ▮", uri="file:///.env"))
+        await asyncio.sleep(5)
+
+    virtual_time.run(rest())
+    assert not (tmp_path / "log").exists()

@@ -79,3 +79,26 @@ def test_the_changed_lines_are_all_that_differs(size):
         assert old[:first] + new[first:new_end] + old[old_end:] == new
         assert new[first:new_end] == inserted
         assert changed_lines(new, old) == (first, new_end, old_end)
+
+
+@settings(max_examples=500, deadline=None)
+@given(texts, changes, st.sampled_from(Encoding))
+def test_the_end_of_a_change_is_behind_its_text(text, change, encoding):
+    before = Document.open("file:///a", "python", 1, joined(text))
+    after = before.edit([change], 2, encoding)
+    end = after.end_of(change, encoding)
+    assert after.clamp(end) == end
+    if change.start is None or "\r" in change.text + before.text:
+        return
+    start, end_before = (before.point(place, encoding) for place in (change.start, change.end))
+    # No client sends an end before the start, or a place that is none.
+    if start > end_before or before.position(start, encoding) != change.start:
+        return
+    offset = sum(map(len, before.lines[: start.line])) + start.column + len(change.text)
+    assert sum(map(len, after.lines[: end.line])) + end.column == offset
+
+
+def test_a_place_that_is_gone_is_the_nearest_there_is():
+    document = Document.open("file:///a", "python", 1, "ab\ncd\r\n")
+    assert document.clamp(Point(9, 9)) == Point(2, 0)
+    assert document.clamp(Point(1, 9)) == Point(1, 2)

@@ -209,3 +209,27 @@ def test_suffix_first_families_end_with_the_prefix():
 def test_a_context_without_room_is_refused():
     with pytest.raises(ModelError, match="max_new_tokens"):
         builder(dataclasses.replace(MODEL, context=33))
+
+
+def test_where_the_user_rests_an_anchor_that_is_nearly_used_up_moves_before_it_has_to():
+    def grown(layout, num_lines):
+        prompts = builder(layout=layout, prefix_tokens=256)
+        start = snapshot("x = 1\n" * 25 + "▮\n")
+        *_, last = typed(start, "abc = 2345\n" * num_lines)
+        prompts.build(start)
+        return prompts, last
+
+    for layout in ("anchored", "appending"):
+        # Room is left: nothing changes.
+        prompts, last = grown(layout, 2)
+        assert prompts.settle(last).tokens == prompts.build(last).tokens
+        # Hardly any is left: the window moves now, and leaves room for what comes.
+        prompts, last = grown(layout, 8)
+        before = prompts.build(last)
+        settled = prompts.settle(last)
+        size = sum(count for name, count in settled.segments if name in {"prefix", "typed"})
+        assert settled.tokens != before.tokens
+        assert size <= 256 * 3 // 4 + len("abc = 2345\n")
+        # And the next keys append to what has been read.
+        *_, later = typed(last, "def f")
+        assert shared_prefix(prompts.build(later).tokens, settled.tokens) >= len(settled.tokens) - 1

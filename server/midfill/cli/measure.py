@@ -129,7 +129,9 @@ def bench_engine(
                 used, weights = settings.model_copy(update={"model": str(folder)}), Weights(folder)
             elif script is None and (found := store.find(settings.model)) is not None:
                 weights = Weights(found.path, gguf or store.find_gguf(settings.model))
-            result = asyncio.run(measure(used, engine_maker(script), report, weights=weights, plan=plan))
+            result = asyncio.run(
+                measure(used, engine_maker(script, drafts=False), report, weights=weights, plan=plan)
+            )
             return result if shape is None else result | {"model": f"random:{shape}"}
 
     show(with_progress("loading the model", work), table, as_json=as_json)

@@ -31,8 +31,11 @@ def read_settings(**overrides: Any) -> Settings:
     return settings.parse(given, base=settings.load(), where="command line")
 
 
-def engine_maker(script: str | None) -> Callable[[Settings], Engine]:
-    """What makes the engine that the settings ask for, or the test's one that `--engine` names."""
+def engine_maker(script: str | None, *, drafts: bool = True) -> Callable[[Settings], Engine]:
+    """What makes the engine that the settings ask for, or the test's one that `--engine` names.
+
+    Without `drafts` it guesses nothing; see `EngineSpec`.
+    """
 
     def make(settings: Settings) -> Engine:
         if script is not None and script.startswith("busy:"):
@@ -62,6 +65,7 @@ def engine_maker(script: str | None) -> Callable[[Settings], Engine]:
                 adapter=Path(settings.adapter) if settings.adapter else None,
                 num_threads=settings.num_threads,
                 runner=settings.runner,
+                drafts=drafts,
             )
         )
 

@@ -95,6 +95,7 @@ class EngineSpec:
             programs keep cores busy.
         runner: one of `RUNNERS`; "auto" is OpenVINO for int8 on a CPU where it knows the architecture, else
             torch.
+        drafts: whether tokens are guessed and verified several at a time; off to measure without.
     """
 
     model: LocalModel
@@ -103,6 +104,7 @@ class EngineSpec:
     adapter: Path | None = None
     num_threads: int = 0
     runner: str = "auto"
+    drafts: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,6 @@ class LocalEngine:
     Args:
         spec: which model.
         load: loads it; another one is given in tests.
-        drafts: whether tokens are guessed and verified several at a time; the output is the same.
 
     Attributes:
         turn_started_s: `time.monotonic()` when the turn under way began (a forward pass, as a rule), or
@@ -105,12 +104,11 @@ class LocalEngine:
         closing: tells the engine thread to end.
     """
 
-    def __init__(self, spec: EngineSpec, *, load: Load = load, drafts: bool = True) -> None:
+    def __init__(self, spec: EngineSpec, *, load: Load = load) -> None:
         self.turn_started_s: float | None = None
         self.lost: str | None = None
         self._spec = spec
         self._load = load
-        self._drafts = drafts
         self.mailbox: SimpleQueue[_Flight | _Prewarm | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()  # set on the loop once the thread is about to return
@@ -213,7 +211,7 @@ class LocalEngine:
             failure = self._start(progress)
             _call(loop, _resolve, ready, failure)
             if self._loaded is not None:
-                steps = _Steps(self, self._loaded, drafts=self._drafts)
+                steps = _Steps(self, self._loaded, drafts=self._spec.drafts)
                 steps.run()
         except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             _LOG.critical("the engine thread ended", exc_info=True)
