@@ -124,6 +124,11 @@ class Origin:
         return _plain(whole[:split]), _plain(whole[split:])
 
 
+def _fits(inserted: tuple[str, str], made_explicit: bool, explicit: bool) -> bool:
+    """Whether what was made for the one trigger may serve the other: only as what is typed through."""
+    return explicit is made_explicit or any(inserted)
+
+
 @dataclass(frozen=True, slots=True)
 class Computed(Generic[A]):
     """What the model made of a place.
@@ -335,7 +340,8 @@ class Suggestions(Generic[A]):
         for suggestion in reversed(self._kept.get(snapshot.document.uri, {}).copy().values()):
             if explicit and not suggestion.explicit:
                 continue
-            if (inserted := suggestion.origin.inserted(text, snapshot.cursor)) is not None:
+            inserted = suggestion.origin.inserted(text, snapshot.cursor)
+            if inserted is not None and _fits(inserted, suggestion.explicit, explicit):
                 yield Match(suggestion, *inserted)
 
     def keep(self, suggestion: Suggestion[A]) -> None:
@@ -382,7 +388,9 @@ class Suggestions(Generic[A]):
             if flight.ending or (explicit and not flight.explicit):
                 continue
             inserted = flight.origin.inserted(text, snapshot.cursor)
-            if inserted is not None and agrees("".join(inserted), flight.text):
+            if inserted is None or not _fits(inserted, flight.explicit, explicit):
+                continue
+            if agrees("".join(inserted), flight.text):
                 return flight, inserted
         return None
 
