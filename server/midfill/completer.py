@@ -427,7 +427,10 @@ class Completer:
         """Ask the model: context > prompt > engine > trim."""
         begun = time.monotonic()
         context = self.context.collect(snapshot)
-        prompt = prompts.build(snapshot, context)
+        limit = self.settings.max_new_tokens
+        if flight.explicit:
+            limit = max(limit, self.settings.max_new_tokens_invoked)
+        prompt = prompts.build(snapshot, context, max_new_tokens=limit)
         trigger = Trigger.INVOKED if flight.explicit else Trigger.AUTOMATIC
         place = Place.of(snapshot, invoked=flight.explicit)
         built = time.monotonic()

@@ -20,6 +20,9 @@ _BEGINNING = re.compile(
 # Of a longer line only the ends matter: its indentation, and what is next to the cursor.
 _LONG_LINE = 2_000
 
+MAX_LINES = 12
+"""The most lines of a suggestion that nobody asked for; who asks gets twice as many."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -38,7 +41,7 @@ class Place:
     line_before: str
     line_after: str
     following: tuple[str, ...] = ()
-    max_lines: int = 12
+    max_lines: int = MAX_LINES
     above: str = ""
     language_id: str = ""
     invoked: bool = False
@@ -81,6 +84,7 @@ class Place:
             above=_above(snapshot),
             language_id=snapshot.document.language_id,
             invoked=invoked,
+            max_lines=2 * MAX_LINES if invoked else MAX_LINES,
         )
 
 

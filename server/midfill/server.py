@@ -406,10 +406,20 @@ class MidfillServer(LanguageServer):
     def completion(self, asked: Asked) -> Awaitable[types.CompletionList]:
         """`textDocument/completion`: the same suggestion as an item of the popup."""
         snapshot = self._snapshot(asked)
-        return self._newest("popup", asked.uri, self._popup(snapshot, self._whole(snapshot)))
+        work = self._newest("popup-work", asked.uri, self._answer(self._whole(snapshot), Trigger.AUTOMATIC))
+        return self._newest("popup", asked.uri, self._popup(snapshot, work))
 
-    async def _popup(self, snapshot: Snapshot | None, whole: Snapshot | None) -> types.CompletionList:
-        answer = await self._answer(whole, Trigger.AUTOMATIC)
+    async def _popup(self, snapshot: Snapshot | None, work: asyncio.Task[Answer]) -> types.CompletionList:
+        """The item, if there is one in time: no editor's popup waits for the model.
+
+        What is late goes on being computed for the next key's request, which finds it.
+        """
+        try:
+            await asyncio.wait([work], timeout=self.state.completer.settings.popup_budget_ms / 1000)
+        except asyncio.CancelledError:
+            work.cancel()
+            raise
+        answer = await work if work.done() else Answer()
         items = [self._popup_item(snapshot, answer.text)] if snapshot and answer.text else []
         # What is typed next changes the suggestion, so the editor has to ask again.
         return types.CompletionList(is_incomplete=True, items=items)

@@ -90,6 +90,19 @@ class Settings(BaseModel):
     max_new_tokens: int = Field(
         default=32, ge=1, le=1024, description="Most tokens that a suggestion may have."
     )
+    max_new_tokens_invoked: int = Field(
+        default=64,
+        ge=1,
+        le=1024,
+        description="The same where the suggestion was asked for explicitly, if that is more.",
+    )
+    popup_budget_ms: int = Field(
+        default=80,
+        ge=0,
+        le=60_000,
+        description="Most milliseconds that the popup waits for the model; what comes later is in the popup "
+        "at the next key.",
+    )
     layout: Literal["auto", "anchored", "appending", "psm", "spm"] = Field(
         default="auto",
         description="Order of the prompt's parts, for measurements; `auto` is what was measured best for "

@@ -118,6 +118,22 @@ async def test_the_popup_item_replaces_what_is_typed_of_the_line(client):
     }
 
 
+async def test_no_popup_waits_for_the_model(client):
+    server = await client({"text": "sum(values)", "prefill_delay_s": 0.7}, options={"popup_budget_ms": 20})
+    await ready(server)
+    open_document(server, "    total = \n")
+    params = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 12}}
+    begun = time.monotonic()
+    answers = [await server.request("textDocument/completion", params)]
+    assert time.monotonic() - begun < 0.6
+    assert answers[0] == {"isIncomplete": True, "items": []}
+    # What was late is there at a later request, without the model being asked again.
+    while not answers[-1]["items"] and len(answers) < 500:
+        answers.append(await server.request("textDocument/completion", params))
+    assert answers[-1]["items"][0]["label"] == "total = sum(values)"
+    assert time.monotonic() - begun < 10
+
+
 async def test_edits_are_applied_in_order(client):
     server = await client()
     open_document(server, "ab\ncd\n")
@@ -128,13 +144,16 @@ async def test_edits_are_applied_in_order(client):
 
 
 async def test_a_request_sees_the_document_of_its_moment(client):
-    server = await client({"after": "one = ", "text": "1"}, {"after": "two = ", "text": "2"})
+    server = await client({"after": "one = ", "text": "12"}, {"after": "two = ", "text": "2"})
     await ready(server)
     open_document(server, "one = \n")
-    # All in one write: the change is read before the first request has run.
+    # All in one write: the change is read before the first request has run. What it types agrees with the
+    # answer, else it would end the request.
     first = server.send_request("textDocument/inlineCompletion", at(0, 6))[1]
-    change(server, (0, 0), (0, 3), "two", 2)
-    assert (await first)["items"][0]["insertText"] == "1"
+    change(server, (0, 6), (0, 6), "1", 2)
+    assert (await first)["items"][0]["insertText"] == "12"
+    assert (await ghost(server, 0, 7))["items"][0]["insertText"] == "2"
+    change(server, (0, 0), (0, 7), "two = ", 3)
     assert (await ghost(server, 0, 6))["items"][0]["insertText"] == "2"
 
 
