@@ -410,10 +410,7 @@ class MidfillServer(LanguageServer):
         return self._newest("popup", asked.uri, self._popup(snapshot, work))
 
     async def _popup(self, snapshot: Snapshot | None, work: asyncio.Task[Answer]) -> types.CompletionList:
-        """The item, if there is one in time: no editor's popup waits for the model.
-
-        What is late goes on being computed for the next key's request, which finds it.
-        """
+        """The item, if there is one in time. What is late is computed on, and found at the next key."""
         try:
             await asyncio.wait([work], timeout=self.state.completer.settings.popup_budget_ms / 1000)
         except asyncio.CancelledError:

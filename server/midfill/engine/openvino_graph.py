@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
-from openvino import op, opset15
 
 from midfill.engine.rounded import Floats, Rounded, Tensors
+from midfill.engine.vino import op, opset15, ov
 from midfill.errors import ModelError
 
 _SEQUENCES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
@@ -127,9 +126,13 @@ def read_shape(path: Path) -> Shape:
     """The shape of the model in a folder. Raises `UnsupportedError` if no graph can be made of it."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return _shape(config)
+        shape = _shape(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedError(f"config.json is not as expected ({error!r})") from error
+    for name, value in asdict(shape).items():
+        if not isinstance(value, str) and (not isinstance(value, int | float) or value < 0):
+            raise UnsupportedError(f"config.json is not as expected ({name} is {value!r})")
+    return shape
 
 
 def _shape(config: Mapping[str, Any]) -> Shape:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 
 from midfill.engine.openvino_graph import Shape, build_graph, stays_exact
 from midfill.engine.rounded import Floats, Weights, read_weights
 from midfill.engine.scheduler import Choice, Chunk, Sequence
 from midfill.engine.slots import NUM_SLOTS
+from midfill.engine.vino import ov
 
 _FIRST_BLOCKS = 64
 """Blocks that there is memory for at first; doubled when they are used up."""

@@ -1,0 +1,166 @@
+"""The OpenVINO runner beside transformers; that its tokens equal generate's is in `test_generate.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from midfill.engine import openvino_runner
+from midfill.engine.openvino_graph import UnsupportedError, read_shape
+from midfill.engine.scheduler import Chunk, Sequence
+from midfill.errors import EngineError, ModelError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.write_model("qwen2", tmp_path_factory.mktemp("openvino") / "model")
+
+
+@pytest.fixture
+def runner(model):
+    shape = read_shape(model.path)
+    return openvino_runner.load(model.path, shape, dtype="float32", num_threads=1, report=lambda _: None)
+
+
+def prompts(seed, *lengths):
+    generator = torch.Generator().manual_seed(seed)
+    return [tiny.random_ids(generator, length) for length in lengths]
+
+
+def expected(model, ids):
+    [token] = tiny.oracle(tiny.reference(model.path), ids, 1, frozenset())
+    return token
+
+
+def chunk(ids, slot, start=0, **options):
+    return Chunk(Sequence(None, ids), slot, start, ids[start:], samples=True, **options)
+
+
+def chosen(choices):
+    return [choice.id for [choice] in choices]
+
+
+def test_sequences_of_one_pass_do_not_see_each_other(model, runner):
+    one, two, three = prompts(1, 40, 1, 75)
+    pass_ = [chunk(one, 0), chunk(two, 1), chunk(three, 2)]
+    assert chosen(runner.forward(pass_, [None] * 3)) == [expected(model, ids) for ids in (one, two, three)]
+    # One goes on, another is rewound, the third stays out.
+    longer, shorter = [*one, 7], [*three[:33], 9]
+    found = runner.forward([chunk(shorter, 2, 33), chunk(longer, 0, 40)], [None] * 2)
+    assert chosen(found) == [expected(model, shorter), expected(model, longer)]
+
+
+def test_a_part_of_a_prompt_chooses_nothing(model, runner):
+    [ids] = prompts(2, 50)
+    part = Chunk(Sequence(None, ids), 0, 0, ids[:30], samples=False)
+    assert runner.forward([part], [None]) == [[]]
+    assert chosen(runner.forward([chunk(ids, 0, 30)], [None])) == [expected(model, ids)]
+
+
+def test_a_past_is_copied_and_memory_grows(model, runner):
+    [ids] = prompts(3, 450)
+    # More tokens than there is memory for at first, in several slots.
+    for slot in range(6):
+        assert chosen(runner.forward([chunk(ids, slot)], [None])) == [expected(model, ids)]
+    other = [*ids[:100], 5]
+    found = runner.forward([chunk(other, 6, 100, copy_from=3)], [None])
+    assert chosen(found) == [expected(model, other)]
+    runner.drop([0, 1, 2, 3, 4, 5, 6])
+    assert chosen(runner.forward([chunk(ids, 9)], [None])) == [expected(model, ids)]
+
+
+def test_int8_is_nearly_the_same(model):
+    shape = read_shape(model.path)
+    rounded = openvino_runner.load(model.path, shape, dtype="int8", num_threads=1, report=lambda _: None)
+    reference = tiny.reference(model.path)
+    differences = []
+    for ids in prompts(4, *range(20, 60)):
+        [[choice]] = rounded.forward([chunk(ids, 0)], [None])
+        with torch.inference_mode():
+            logprobs = reference(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        differences.append(float(logprobs.max() - logprobs[choice.id]))
+    # What it chooses is never much less likely than the likeliest.
+    assert max(differences) < 0.5
+
+
+async def test_architectures_without_a_graph_are_run_by_torch(tmp_path):
+    gemma = tiny.write_model("gemma", tmp_path / "gemma")
+    with pytest.raises(UnsupportedError, match="gemma"):
+        read_shape(gemma.path)
+    with pytest.raises(EngineError, match="there is no graph for gemma"):
+        async with tiny.running(gemma, runner="openvino"):
+            pass
+    async with tiny.running(gemma, dtype="auto") as engine:
+        assert await tiny.collect_ids(engine, [1, 2, 3], 2)
+
+
+async def test_what_openvino_does_not_serve_is_said(model, tmp_path):
+    for options, reason in (
+        ({"dtype": "bfloat16"}, "dtype bfloat16"),
+        ({"device": "cuda"}, 'device "cuda"'),
+        ({"adapter": tmp_path}, "adapters"),
+    ):
+        with pytest.raises(EngineError, match=reason):
+            async with tiny.running(model, runner="openvino", **options):
+                pass
+    with pytest.raises(EngineError, match="no runner"):
+        async with tiny.running(model, runner="vulkan"):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+        ({"hidden_act": "relu"}, "relu"),
+        ({"num_attention_heads": None}, "not as expected"),
+    ],
+)
+def test_configurations_without_a_graph(tmp_path, changes, reason):
+    model = tiny.write_model("llama", tmp_path / "model")
+    tiny.edit_json(model.path / "config.json", **changes)
+    with pytest.raises(UnsupportedError, match=reason):
+        read_shape(model.path)
+
+
+def test_weights_and_configuration_must_belong_together(tmp_path):
+    def load(**changes):
+        model = tiny.write_model("llama", tmp_path / "model")
+        tiny.edit_json(model.path / "config.json", **changes)
+        shape = read_shape(model.path)
+        openvino_runner.load(model.path, shape, dtype="float32", num_threads=1, report=lambda _: None)
+
+    with pytest.raises(ModelError, match=r"lack model\.layers\.3"):
+        load(num_hidden_layers=4)
+    with pytest.raises(ModelError, match=r"does not know, for example model\.layers\.2"):
+        load(num_hidden_layers=2)
+    with pytest.raises(ModelError, match="has shape"):
+        load(num_key_value_heads=4)
+
+
+def test_the_librarys_telemetry_is_not_loaded_and_leaves_no_file(model, tmp_path):
+    code = f"""
+import sys
+events = []
+sys.addaudithook(lambda name, _: events.append(name) if name.startswith(("socket.", "subprocess.")) else None)
+from pathlib import Path
+from midfill.engine import openvino_runner
+from midfill.engine.openvino_graph import read_shape
+path = Path({str(model.path)!r})
+runner = openvino_runner.load(path, read_shape(path), dtype="int8", num_threads=1, report=lambda _: None)
+runner.warm_up(4)
+loaded = [name for name, module in sys.modules.items() if "openvino_telemetry" in name and module is not None]
+print(loaded, events, [name for name in ("torch", "transformers") if name in sys.modules])
+"""
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "USERPROFILE": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    assert out.strip() == "[] [] []"
+    assert list((tmp_path / "home").iterdir()) == []
