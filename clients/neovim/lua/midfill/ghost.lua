@@ -1,0 +1,368 @@
+--- Ghost text drawn by ourselves, for Neovim 0.10 and 0.11: asks the server, follows what is typed, accepts.
+---
+--- A suggestion belongs to the place where it was asked for. While what stands between that place and the
+--- cursor is a beginning of it, the rest is shown, and the server is not asked. That happens in the same
+--- turn as the key, before Neovim draws, so that nothing flickers.
+
+local config = require("midfill.config")
+local pieces = require("midfill.pieces")
+local server = require("midfill.server")
+
+local M = {}
+
+local METHOD = "textDocument/inlineCompletion"
+local INVOKED, AUTOMATIC = 1, 2
+
+local namespace = vim.api.nvim_create_namespace("midfill")
+
+---@class midfill.Place The cursor and its line. Rows and columns count from 0; columns are bytes.
+---@field buf integer
+---@field row integer
+---@field col integer
+---@field before string
+---@field after string
+---@field num_lines integer
+---@field tick integer
+
+---@class midfill.Suggestion
+---@field place midfill.Place where `text` goes
+---@field text string
+---@field command? lsp.Command tells the server that it was accepted
+---@field client_id integer
+
+local shown ---@type midfill.Suggestion?
+local pending ---@type { client: vim.lsp.Client, place: midfill.Place, id: integer? }?
+local seen ---@type midfill.Place?
+local timer = assert(vim.uv.new_timer())
+local enabled = false
+
+---@return midfill.Place
+local function here()
+  local buf = vim.api.nvim_get_current_buf()
+  local row, col = unpack(vim.api.nvim_win_get_cursor(0))
+  local line = vim.api.nvim_get_current_line()
+  return {
+    buf = buf,
+    row = row - 1,
+    col = col,
+    before = line:sub(1, col),
+    after = line:sub(col + 1),
+    num_lines = vim.api.nvim_buf_line_count(buf),
+    tick = vim.api.nvim_buf_get_changedtick(buf),
+  }
+end
+
+---@param a midfill.Place
+---@param b midfill.Place
+local function is_same(a, b)
+  return a.buf == b.buf and a.tick == b.tick and a.row == b.row and a.col == b.col
+end
+
+--- What of a suggestion is left at a place; nil if it does not hold there.
+---@param suggestion midfill.Suggestion
+---@param place midfill.Place
+---@return string?
+local function rest_at(suggestion, place)
+  local origin = suggestion.place
+  local is_before = place.row < origin.row or (place.row == origin.row and place.col < origin.col)
+  if place.buf ~= origin.buf or is_before or place.after ~= origin.after then
+    return nil
+  end
+  if place.num_lines - origin.num_lines ~= place.row - origin.row then
+    return nil
+  end
+  local lines = vim.api.nvim_buf_get_text(place.buf, origin.row, 0, place.row, place.col, {})
+  local text = table.concat(lines, "\n")
+  local wanted = origin.before .. suggestion.text
+  if not vim.startswith(wanted, text) or #text >= #wanted then
+    return nil
+  end
+  return wanted:sub(#text + 1)
+end
+
+---@param text string
+---@param width integer columns before it on its line
+---@return string
+local function expand_tabs(text, width)
+  local tab = vim.bo.tabstop
+  return (
+    text:gsub("([^\t]*)\t", function(head)
+      width = width + vim.api.nvim_strwidth(head)
+      local num_blanks = tab - width % tab
+      width = width + num_blanks
+      return head .. (" "):rep(num_blanks)
+    end)
+  )
+end
+
+--- Draw the rest of a suggestion at the cursor.
+---@param place midfill.Place
+---@param rest string
+local function draw(place, rest)
+  local lines = vim.split(rest, "\n", { plain = true })
+  local width = vim.fn.strdisplaywidth(place.before)
+  local first = expand_tabs(lines[1], width)
+  local mark = { id = 1, hl_mode = "combine", virt_text_pos = "inline", virt_lines = {} }
+  for index = 2, #lines do
+    table.insert(mark.virt_lines, { { expand_tabs(lines[index], 0), "MidfillSuggestion" } })
+  end
+  if #lines > 1 and place.after ~= "" then
+    -- What stands behind the cursor will end up behind the last line, so it is shown there.
+    local tail = expand_tabs(place.after, width)
+    local num_blanks = vim.api.nvim_strwidth(tail) - vim.api.nvim_strwidth(first)
+    first = first .. (" "):rep(num_blanks)
+    mark.virt_text_pos = "overlay"
+    mark.hl_mode = "replace"
+    table.insert(mark.virt_lines[#mark.virt_lines], { tail, "Normal" })
+  end
+  mark.virt_text = { { first, "MidfillSuggestion" } }
+  vim.api.nvim_buf_set_extmark(place.buf, namespace, place.row, place.col, mark)
+end
+
+local function cancel()
+  timer:stop()
+  if pending ~= nil then
+    if pending.id ~= nil then
+      server.call(pending.client, "cancel_request", pending.id)
+    end
+    pending = nil
+  end
+end
+
+--- Take the suggestion off the screen and the request back.
+function M.clear()
+  cancel()
+  if shown ~= nil then
+    local buf = shown.place.buf
+    shown = nil
+    if vim.api.nvim_buf_is_valid(buf) then
+      vim.api.nvim_buf_clear_namespace(buf, namespace, 0, -1)
+    end
+  end
+end
+
+--- A column in bytes of a column in a client's units.
+---@param line string
+---@param column integer
+---@param encoding string
+local function byte_column(line, column, encoding)
+  if encoding == "utf-8" then
+    return math.min(column, #line)
+  end
+  if vim.fn.has("nvim-0.11") == 1 then
+    return vim.str_byteindex(line, encoding, column, false)
+  end
+  local _, num_utf16 = vim.str_utfindex(line)
+  return vim.str_byteindex(line, math.min(column, num_utf16), true)
+end
+
+---@param client vim.lsp.Client
+---@param place midfill.Place
+---@param item table an InlineCompletionItem
+---@return midfill.Suggestion?
+local function suggestion_of(client, place, item)
+  local text = type(item.insertText) == "table" and item.insertText.value or item.insertText
+  text = text:gsub("\r\n", "\n")
+  if item.range then
+    local line = place.before .. place.after
+    local first = byte_column(line, item.range.start.character, client.offset_encoding)
+    local last = byte_column(line, item.range["end"].character, client.offset_encoding)
+    local typed = place.before:sub(first + 1)
+    -- Ghost text can only add at the cursor: an item that replaces anything else is not shown.
+    if item.range.start.line ~= place.row or last ~= place.col or not vim.startswith(text, typed) then
+      return nil
+    end
+    text = text:sub(#typed + 1)
+  end
+  if text == "" then
+    return nil
+  end
+  return { place = place, text = text, command = item.command, client_id = client.id }
+end
+
+---@param kind integer
+local function request(kind)
+  cancel()
+  local place = here()
+  local client = server.client_of(place.buf)
+  if client == nil or client.server_capabilities.inlineCompletionProvider == nil then
+    return
+  end
+  local params = vim.lsp.util.make_position_params(0, client.offset_encoding) --[[@as table]]
+  params.context = { triggerKind = kind }
+  local mine = { client = client, place = place }
+  pending = mine
+  local function answered(err, result)
+    if pending ~= mine then
+      return
+    end
+    pending = nil
+    local item = not err and result and (result.items or result)[1]
+    if not item or not M.can_show() or not is_same(place, here()) then
+      return
+    end
+    shown = suggestion_of(client, place, item)
+    if shown ~= nil then
+      draw(place, shown.text)
+    end
+  end
+  local _, id = server.call(client, "request", METHOD, params, answered, place.buf)
+  mine.id = id
+end
+
+--- Whether ghost text may stand on the screen now.
+function M.can_show()
+  return vim.api.nvim_get_mode().mode:sub(1, 1) == "i"
+    and not (config.values.hide_during_completion and vim.fn.pumvisible() == 1)
+end
+
+local function is_automatic()
+  return config.values.auto and vim.b.midfill_enabled ~= false and vim.fn.reg_executing() == ""
+end
+
+--- The text or the cursor has changed: go on with what is shown, or ask anew.
+local function changed()
+  if not M.can_show() then
+    seen = nil
+    M.clear()
+    return
+  end
+  local place = here()
+  if seen ~= nil and is_same(seen, place) then
+    return
+  end
+  seen = place
+  if pending ~= nil and is_same(pending.place, place) then
+    return
+  end
+  local rest = shown and rest_at(shown, place)
+  if rest then
+    draw(place, rest)
+    return
+  end
+  M.clear()
+  if is_automatic() and server.client_of(place.buf) then
+    timer:start(
+      config.values.debounce_ms,
+      0,
+      vim.schedule_wrap(function()
+        -- It may have been taken back after it had been scheduled.
+        if enabled and seen == place and M.can_show() then
+          request(AUTOMATIC)
+        end
+      end)
+    )
+  end
+end
+
+--- Ask though nothing has changed.
+local function again()
+  if enabled then
+    seen = nil
+    changed()
+  end
+end
+
+function M.is_visible()
+  return shown ~= nil and rest_at(shown, here()) ~= nil
+end
+
+--- Insert the suggestion, or a piece of it.
+---@param part? "word"|"line"
+---@return boolean whether there was one
+function M.accept(part)
+  local place = here()
+  local suggestion = shown
+  local rest = suggestion and rest_at(suggestion, place)
+  if not suggestion or not rest then
+    return false
+  end
+  local piece = pieces.first(rest, part)
+  local lines = vim.split(piece, "\n", { plain = true })
+  -- One undo takes back what was accepted, and not what had been typed before.
+  vim.cmd("let &undolevels = &undolevels")
+  vim.api.nvim_buf_set_text(place.buf, place.row, place.col, place.row, place.col, lines)
+  local col = #lines[#lines] + (#lines == 1 and place.col or 0)
+  vim.api.nvim_win_set_cursor(0, { place.row + #lines, col })
+  if piece ~= rest then
+    changed()
+    return true
+  end
+  M.clear()
+  local client = vim.lsp.get_client_by_id(suggestion.client_id)
+  if suggestion.command and client then
+    local params = { command = suggestion.command.command, arguments = suggestion.command.arguments }
+    server.call(client, "request", "workspace/executeCommand", params, function() end, place.buf)
+  end
+  return true
+end
+
+--- What a mapping returns that accepts; nil if there is nothing to accept.
+---@param part? "word"|"line"
+---@return string?
+function M.accepting_keys(part)
+  -- The text is locked while an expression is evaluated.
+  return M.is_visible()
+      and ("<Cmd>lua require('midfill').accept(%s)<CR>"):format(part and ("%q"):format(part) or "")
+    or nil
+end
+
+---@return string?
+function M.dismissing_keys()
+  return M.is_visible() and "<Cmd>lua require('midfill').dismiss()<CR>" or nil
+end
+
+--- Take the suggestion off the screen; the next key asks again.
+---@return boolean whether there was one
+function M.dismiss()
+  local was_visible = M.is_visible()
+  M.clear()
+  return was_visible
+end
+
+--- Ask explicitly.
+function M.trigger()
+  if enabled and M.can_show() then
+    M.clear()
+    seen = here()
+    request(INVOKED)
+  end
+end
+
+---@return boolean
+function M.is_waiting()
+  return pending ~= nil
+end
+
+---@param group integer an autocommand group
+function M.watch(group)
+  vim.api.nvim_set_hl(0, "MidfillSuggestion", { default = true, link = "NonText" })
+  local function on(events, callback)
+    vim.api.nvim_create_autocmd(events, {
+      group = group,
+      callback = function()
+        if enabled then
+          callback()
+        end
+      end,
+    })
+  end
+  on({ "TextChangedI", "TextChangedP", "CursorMovedI", "CompleteChanged" }, changed)
+  on({ "InsertEnter", "CompleteDone" }, function()
+    vim.schedule(again)
+  end)
+  on({ "InsertLeave", "BufLeave", "WinLeave" }, function()
+    seen = nil
+    M.clear()
+  end)
+  server.on_ready = again
+end
+
+---@param on boolean
+function M.enable(on)
+  enabled = on
+  M.clear()
+  again()
+end
+
+return M

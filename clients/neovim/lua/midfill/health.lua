@@ -1,0 +1,83 @@
+--- `:checkhealth midfill`.
+
+local config = require("midfill.config")
+local server = require("midfill.server")
+
+local M = {}
+
+local function check_program()
+  local program = config.values.cmd[1]
+  local path = vim.fn.exepath(program)
+  if path == "" then
+    vim.health.error(
+      ("%q cannot be run"):format(program),
+      { "pip install midfill, or see its README", "name it by the option `cmd` of require('midfill').setup" }
+    )
+    return
+  end
+  local ok, result = pcall(function()
+    return vim.system({ path, "--version" }, { text = true, timeout = 30000 }):wait()
+  end)
+  if ok and result.code == 0 then
+    vim.health.ok(("%s: %s"):format(path, vim.trim(result.stdout)))
+  else
+    vim.health.warn(("%s does not tell its version"):format(path))
+  end
+end
+
+local function check_server()
+  local state = server.state
+  if state == "ready" then
+    vim.health.ok(("the server is ready, model %s"):format(server.model or "unknown"))
+  elseif state == "failed" or state == "given up" or state == "missing" then
+    vim.health.error(("the server is %s"):format(state), {
+      ":Midfill log may say why",
+      "`midfill doctor` checks the installation",
+      ":Midfill restart starts it again",
+    })
+  else
+    vim.health.info(("the server is %s"):format(state))
+  end
+  local client = server.client()
+  if client then
+    local num_buffers = vim.tbl_count(client.attached_buffers)
+    vim.health.info(
+      ("it serves %d buffer(s); columns count in %s"):format(num_buffers, client.offset_encoding)
+    )
+  end
+end
+
+local function check_keys()
+  for name, lhs in pairs(config.values.keys) do
+    local map = lhs and vim.fn.maparg(lhs, "i", false, true) or nil
+    if map and not vim.startswith(map.desc or "", "midfill: ") then
+      vim.health.warn(
+        ("%s (%s) is mapped to something else%s"):format(
+          lhs,
+          name,
+          map.buffer == 1 and " in this buffer" or ""
+        ),
+        { "call require('midfill').setup after your mappings, or choose another key by the option `keys`" }
+      )
+    elseif map then
+      vim.health.ok(("%s: %s"):format(lhs, name))
+    end
+  end
+end
+
+function M.check()
+  vim.health.start("midfill")
+  if vim.fn.has("nvim-0.10") == 0 then
+    vim.health.error("Neovim 0.10 or newer is needed")
+    return
+  end
+  local inline = require("midfill").inline()
+  vim.health.info(
+    inline == "native" and "ghost text by vim.lsp.inline_completion" or "ghost text by this plugin"
+  )
+  check_program()
+  check_server()
+  check_keys()
+end
+
+return M

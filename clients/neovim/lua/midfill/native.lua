@@ -1,0 +1,81 @@
+--- Ghost text by Neovim itself: `vim.lsp.inline_completion`, from Neovim 0.12 on. Not tested.
+
+local pieces = require("midfill.pieces")
+local server = require("midfill.server")
+
+local M = {}
+
+function M.is_available()
+  return vim.lsp.inline_completion ~= nil
+end
+
+---@param part? "word"|"line"
+---@return boolean whether there was one
+function M.accept(part)
+  if part == nil then
+    return vim.lsp.inline_completion.get()
+  end
+  return vim.lsp.inline_completion.get({
+    on_accept = function(item)
+      if type(item.insert_text) == "string" then
+        local piece = pieces.first(item.insert_text, part)
+        if piece ~= item.insert_text then
+          item.insert_text, item.command = piece, nil
+        end
+      end
+      return item
+    end,
+  })
+end
+
+--- What a mapping returns that accepts; nil if there is nothing to accept.
+---@param part? "word"|"line"
+---@return string?
+function M.accepting_keys(part)
+  return M.accept(part) and "" or nil
+end
+
+--- Neovim has no way to take a suggestion off the screen, or to ask explicitly.
+---@return string?
+function M.dismissing_keys()
+  return nil
+end
+
+function M.dismiss()
+  return false
+end
+
+function M.trigger()
+  vim.notify(
+    "midfill: Neovim's own inline completion cannot be asked explicitly; see `inline` in :help midfill"
+  )
+end
+
+function M.clear() end
+
+function M.is_waiting()
+  return false
+end
+
+---@param group integer
+function M.watch(group)
+  vim.api.nvim_create_autocmd("LspAttach", {
+    group = group,
+    callback = function(event)
+      local client = server.client()
+      if client and client.id == event.data.client_id then
+        vim.lsp.inline_completion.enable(require("midfill").is_enabled(), { client_id = client.id })
+      end
+    end,
+  })
+end
+
+---@param on boolean
+function M.enable(on)
+  local client = server.client()
+  if client then
+    vim.lsp.inline_completion.enable(on, { client_id = client.id })
+  end
+end
+
+return M

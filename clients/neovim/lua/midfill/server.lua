@@ -1,0 +1,279 @@
+--- The server's process as an LSP client: one for all buffers, so that the model is in memory once.
+
+local config = require("midfill.config")
+
+local M = {}
+
+--- Pauses before a dead server is started again; after the last one it is given up.
+local BACK_OFF_MS = { 250, 1000, 4000 }
+--- Having lived this long, a server has recovered.
+local RECOVERED_S = 600
+
+---@alias midfill.State "stopped"|"missing"|"starting"|"loading"|"ready"|"failed"|"restarting"|"given up"
+
+---@type midfill.State
+M.state = "stopped"
+---@type integer? per cent of the model that is loaded
+M.percentage = nil
+---@type string? the model's name
+M.model = nil
+--- Called when the model is ready, and when the server is gone.
+M.on_ready = function() end
+M.on_gone = function() end
+
+local client_id ---@type integer?
+local started_s = 0
+local deaths = 0
+local expected = false
+
+---@param message string
+---@param level? integer
+local function say(message, level)
+  vim.notify("midfill: " .. message, level or vim.log.levels.INFO)
+end
+
+---@param state midfill.State
+local function become(state)
+  M.state = state
+  vim.cmd.redrawstatus()
+end
+
+--- A method of a client: with a dot in Neovim 0.10, with a colon since.
+---@param client vim.lsp.Client
+---@param method string
+function M.call(client, method, ...)
+  if vim.fn.has("nvim-0.11") == 1 then
+    return client[method](client, ...)
+  end
+  return client[method](...)
+end
+
+---@return vim.lsp.Client?
+function M.client()
+  local client = client_id and vim.lsp.get_client_by_id(client_id)
+  return client and not M.call(client, "is_stopped") and client or nil
+end
+
+--- The client, if it serves this buffer.
+---@param buf integer
+---@return vim.lsp.Client?
+function M.client_of(buf)
+  local client = M.client()
+  return client and vim.lsp.buf_is_attached(buf, client.id) and client or nil
+end
+
+---@param buf integer
+local function is_wanted(buf)
+  local kind = vim.bo[buf].filetype
+  if not vim.api.nvim_buf_is_loaded(buf) or vim.bo[buf].buftype ~= "" or kind == "" then
+    return false
+  end
+  local wanted = config.values.filetypes[kind]
+  if wanted == nil then
+    wanted = config.values.filetypes["*"]
+  end
+  return wanted == true
+end
+
+---@param code integer
+---@param signal integer
+local function ended(code, signal)
+  client_id = nil
+  M.percentage = nil
+  M.on_gone()
+  if expected then
+    expected = false
+    become("stopped")
+    return
+  end
+  if vim.uv.hrtime() / 1e9 - started_s > RECOVERED_S then
+    deaths = 0
+  end
+  deaths = deaths + 1
+  local how = signal ~= 0 and ("signal %d"):format(signal) or ("status %d"):format(code)
+  local pause = BACK_OFF_MS[deaths]
+  if pause == nil then
+    become("given up")
+    say(
+      ("the server ended again (%s) and stays off. :Midfill log may say why; :Midfill restart starts it."):format(
+        how
+      ),
+      vim.log.levels.ERROR
+    )
+    return
+  end
+  become("restarting")
+  if deaths == 1 then
+    say(
+      ("the server ended (%s) and is started again. :Midfill log may say why."):format(how),
+      vim.log.levels.WARN
+    )
+  end
+  vim.defer_fn(function()
+    if M.state == "restarting" then
+      M.attach_all()
+    end
+  end, pause)
+end
+
+--- Start the process. Neovim is told that it ended well, since we say ourselves how it ended.
+local function spawn(dispatchers)
+  local on_exit = dispatchers.on_exit
+  return vim.lsp.rpc.start(
+    config.values.cmd,
+    vim.tbl_extend("force", dispatchers, {
+      on_exit = function(code, signal)
+        on_exit(0, 0)
+        vim.schedule(function()
+          ended(code, signal)
+        end)
+      end,
+    })
+  )
+end
+
+local function capabilities()
+  local own = { textDocument = { inlineCompletion = { dynamicRegistration = false } } }
+  return vim.tbl_deep_extend("force", vim.lsp.protocol.make_client_capabilities(), own)
+end
+
+---@param client vim.lsp.Client
+---@param root string?
+local function add_folder(client, root)
+  if root == nil then
+    return
+  end
+  local uri = vim.uri_from_fname(root)
+  for _, folder in ipairs(client.workspace_folders or {}) do
+    if folder.uri == uri then
+      return
+    end
+  end
+  local folder = { uri = uri, name = root }
+  client.workspace_folders = client.workspace_folders or {}
+  table.insert(client.workspace_folders, folder)
+  local event = { event = { added = { folder }, removed = {} } }
+  M.call(client, "notify", "workspace/didChangeWorkspaceFolders", event)
+end
+
+--- Serve a buffer, if its kind is wanted; starts the server when none runs.
+---@param buf integer
+function M.attach(buf)
+  if not is_wanted(buf) or M.state == "given up" then
+    return
+  end
+  local root = vim.fs.root(buf, { ".git", ".hg", ".jj" })
+  local running = M.client()
+  if running ~= nil then
+    vim.lsp.buf_attach_client(buf, running.id)
+    add_folder(running, root)
+    return
+  end
+  local program = config.values.cmd[1]
+  if vim.fn.executable(program) == 0 then
+    if M.state ~= "missing" then
+      become("missing")
+      say(
+        ("cannot run %q. Install the server (pip install midfill, or see its README), or name it: require('midfill').setup { cmd = { '/path/to/midfill', 'serve' } }"):format(
+          program
+        ),
+        vim.log.levels.ERROR
+      )
+    end
+    return
+  end
+  become("starting")
+  started_s = vim.uv.hrtime() / 1e9
+  client_id = vim.lsp.start({
+    name = "midfill",
+    cmd = spawn,
+    root_dir = root,
+    capabilities = capabilities(),
+    init_options = config.values.settings,
+    on_init = function(client)
+      if not config.values.popup then
+        client.server_capabilities.completionProvider = nil
+      end
+    end,
+  }, {
+    bufnr = buf,
+    reuse_client = function()
+      return false
+    end,
+  })
+  if client_id == nil then
+    become("failed")
+  end
+end
+
+--- Serve all loaded buffers of wanted kinds.
+function M.attach_all()
+  for _, buf in ipairs(vim.api.nvim_list_bufs()) do
+    M.attach(buf)
+  end
+end
+
+--- Stop the server and start a fresh one.
+function M.restart()
+  deaths = 0
+  local client = M.client()
+  if client == nil then
+    become("stopped")
+    M.attach_all()
+    return
+  end
+  local on_gone = M.on_gone
+  M.on_gone = function()
+    M.on_gone = on_gone
+    on_gone()
+    vim.schedule(M.attach_all)
+  end
+  expected = true
+  M.call(client, "stop")
+end
+
+---@param id integer
+---@param value table a WorkDoneProgress value
+local function progressed(id, value)
+  if id ~= client_id then
+    return
+  end
+  if value.kind == "begin" then
+    M.model = (value.title or ""):match("^midfill: (.+)$") or M.model
+  end
+  if value.kind == "end" then
+    M.percentage = nil
+    become(value.message == "failed" and "failed" or "ready")
+    if M.state == "ready" then
+      M.on_ready()
+    end
+  else
+    M.percentage = value.percentage or M.percentage
+    become("loading")
+  end
+end
+
+--- Follow buffers and the server's progress.
+---@param group integer an autocommand group
+function M.watch(group)
+  vim.api.nvim_create_autocmd("FileType", {
+    group = group,
+    callback = function(event)
+      M.attach(event.buf)
+    end,
+  })
+  vim.api.nvim_create_autocmd("LspProgress", {
+    group = group,
+    callback = function(event)
+      progressed(event.data.client_id, event.data.params.value)
+    end,
+  })
+  vim.api.nvim_create_autocmd("VimLeavePre", {
+    group = group,
+    callback = function()
+      expected = true
+    end,
+  })
+end
+
+return M
