@@ -173,7 +173,9 @@ async def test_cancelling_answers_at_once_and_frees_the_model(client, tmp_path):
     assert error.value.code == -32800
     assert time.monotonic() - begun < 0.5
     assert (await ghost(server, 1, 7))["items"][0]["insertText"] == "1"
-    cancelled, finished = (json.loads(line) for line in log.read_text().splitlines())
+    runs = (json.loads(line) for line in log.read_text().splitlines())
+    # What is computed ahead after an answer is left out.
+    cancelled, finished = (run for run in runs if run["fate"] == "cancelled" or not run["idle"])
     assert (cancelled["fate"], finished["fate"]) == ("cancelled", "finished")
     assert cancelled["steps"] < 30
 
