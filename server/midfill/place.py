@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from midfill.documents import Snapshot, content_length
 
 _LINES_BELOW = 100
+_AROUND = 20
 # So many of them are searched for what the model repeats.
 _NEARBY = 16
-# Parsing takes about a millisecond for so much.
-_CHARS_ABOVE = 8_000
+# Parsing takes about half a millisecond for so much, several times for each answer.
+_CHARS_ABOVE = 2_500
 _BEGINNING = re.compile(
     r"(?:(?:export|default|pub|public|private|protected|static|abstract|final|async|unsafe)\s+)*"
     r"(?:def|class|func|function|fun|fn|impl|struct|enum|interface|trait|module|namespace|type|const|let|var"
@@ -53,8 +54,8 @@ class Place:
 
     @property
     def around(self) -> tuple[str, ...]:
-        """The lines above and below."""
-        return (*self.above.split("\n"), *self.following)
+        """The lines above and below, as many as tell how the file is indented."""
+        return (*self.above.split("\n")[-_AROUND:], *self.following[:_AROUND])
 
     @property
     def nearby(self) -> list[str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache, lru_cache
@@ -130,7 +130,8 @@ class Grade(IntEnum):
     CERTAIN = 2
 
 
-def is_excluded(uri: str, patterns: Iterable[str]) -> bool:
+@lru_cache(maxsize=256)
+def is_excluded(uri: str, patterns: tuple[str, ...]) -> bool:
     """Whether a URI or path matches one of the patterns, upper and lower case alike.
 
     A pattern without a slash is for the file's name; one with slashes for the end of the path

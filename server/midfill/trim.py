@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from midfill import indentation, syntax
@@ -158,17 +159,32 @@ def _is_comment_only(text: str, place: Place) -> bool:
 # Brackets
 
 
+@lru_cache(maxsize=8)
+def _outline(above: str, text: str, language_id: str) -> Outline | None:
+    """Several questions are asked of one text, each by a reader of its own."""
+    growing = syntax.Growing.of(above, language_id)
+    return None if growing is None else growing.outline(text)
+
+
 class _Reader:
     """What brackets, strings and comments a suggestion has, by the grammar or by a scan."""
 
     def __init__(self, place: Place) -> None:
         self._before = place.line_before
+        self._above, self._language_id = place.above, place.language_id
         self._growing = syntax.Growing.of(place.above, place.language_id)
+        self._is_new = True
 
     def read(self, text: str) -> Outline:
         """The outline of `text`; its `open` are the closers that the cursor's line still awaits."""
         whole = self._before + text
-        found = None if self._growing is None else self._growing.outline(whole)
+        if self._growing is None:
+            found = None
+        elif self._is_new:
+            found = _outline(self._above, whole, self._language_id)
+        else:
+            found = self._growing.outline(whole)
+        self._is_new = False
         if found is None:
             found = Outline((), tuple(_scan(whole)), ())
         size = len(self._before)
@@ -516,8 +532,9 @@ def _settled(text: str, place: Place, *, limited: bool) -> str:
     else:
         shorter = ""
     closed = text + missing
-    if _missing(closed, place, reader):
-        # As where it ends within a string.
+    repeats = "\n" in closed and closed.split("\n")[-1].rstrip() == place.next_line
+    if repeats or _missing(closed, place, reader):
+        # The closer stands below already; or it would not close, as where the text ends within a string.
         closed = ""
     candidates = [closed, shorter, text] if limited else [text, shorter, closed]
     return _fewest_errors([one for one in candidates if one.strip()], place)

@@ -41,7 +41,7 @@ async def test_the_parts_of_the_prompt_the_stages_and_the_filters(client, tmp_pa
     assert all(stage["ms"] >= 0 for stage in told["stages"])
     assert sum(stage["ms"] for stage in told["stages"]) <= told["latencyMs"] + 1
     # The model is stopped at the closer that the file has already.
-    assert told["filters"] == [{"filter": "stop rules", "characters": -1}]
+    assert told["filters"] == [{"filter": "stop rules", "characters": -3}]
     assert "secret_name" not in json.dumps(told)
 
 
@@ -92,7 +92,7 @@ async def test_the_command_line_shows_it(script, tmp_path):
     shown = await run(*command, "--explain")
     assert "layout appending" in shown
     assert "    | secret_name = 1\n" in shown
-    assert "filter: stop rules (-1 characters)" in shown
+    assert "filter: stop rules (-3 characters)" in shown
     told = json.loads(await run(*command, "--explain", "--json"))
     assert told["text"] == "2"
     assert told["explanation"]["texts"][-1] == {"after": "stop rules", "text": "2"}

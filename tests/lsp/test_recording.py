@@ -94,7 +94,7 @@ async def test_a_replay_is_no_second_opinion(script, tmp_path, rules, monkeypatc
     path = tmp_path / "session.jsonl"
     await record(script, rules, path)
     counts = (tmp_path / "state" / "feedback.json").read_text()
-    assert '"offered": 1' in counts
+    assert '"offered": 2' in counts
     command = shlex.join([*SERVE_COMMAND, *script(*rules)])
     replayed = subprocess.run(
         [*MIDFILL, "replay", str(path), "--command", command, "--speed", "0"],
