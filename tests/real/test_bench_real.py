@@ -57,7 +57,6 @@ def test_the_same_typing_is_played_to_llama_cpp_and_generate(model, tmp_path):
         assert summary["fates"]["failed"] == 0
         assert summary["startup_s"] > 0
         assert summary["peak_rss_mb"] > 300
-    assert found["samples"]["cancel_to_free_ms"] > 0
     generate = found["others"]["generate"]
     # Nothing is reused: every prompt that was begun was computed whole.
     assert generate["recomputed_first_tokens"]["p50"] > 50
