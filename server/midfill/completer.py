@@ -382,10 +382,8 @@ class Completer:
 
     def _look_ahead(self, snapshot: Snapshot, answer: Answer) -> None:
         """When the user rests: compute what comes next if this answer is accepted."""
-        if not self.looks_ahead or not self.settings.prefetch:
-            return
-        self._renewal = asyncio.get_running_loop().call_later(_RENEW_S, self._settle, snapshot)
-        if not answer.text:
+        self.rest(snapshot)
+        if not self.looks_ahead or not self.settings.prefetch or not answer.text:
             return
         accepted = snapshot.insert(answer.text.replace("\n", snapshot.document.line_ending))
         self._rest = asyncio.get_running_loop().call_later(_REST_S, self._prefetch, snapshot, accepted)
