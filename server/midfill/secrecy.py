@@ -77,7 +77,7 @@ _ASSIGNED = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _PLACEHOLDER = re.compile(
-    r"[<{$%\[(]|\.\.\.|x{4}|\*{3}|example|placeholder|change.?me|your|dummy|fake|redacted|^test"
+    r"[<{$%\[(]|\.\.\.|(?-i:x{4}|X{4})|\*{3}|example|placeholder|change.?me|your|dummy|fake|redacted|^test"
     r"|^(?:my|the|some|old|new)?_?(?:secret|pass|passwd|password|pwd|token|none|null|key)[_-]?\d{0,3}$",
     re.IGNORECASE,
 )

@@ -1,7 +1,7 @@
 """The LSP edge: requests and notifications to snapshots, answers to items.
 
-The only module besides `protocol` that knows pygls and lsprotocol. Handlers take their snapshot
-before the first `await`; everything after that is the completer's.
+With `protocol`, `progress`, `items` and `commands` the only code that knows pygls and lsprotocol. Handlers
+take their snapshot before the first `await`; everything after that is the completer's.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ from lsprotocol import types
 from pygls.lsp.server import LanguageServer
 
 from midfill import __version__, secrecy
-from midfill.completer import REASONS, Answer, Completer, Reason, Trigger
+from midfill.commands import ACCEPTED, Commands
+from midfill.completer import Answer, Completer, Reason, Trigger
 from midfill.context import IGNORE_FILES, file_of
-from midfill.documents import Change, Document, Encoding, Point, Snapshot, split_lines
+from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine import Engine
 from midfill.errors import MidfillError
-from midfill.explanation import explain
 from midfill.feedback import Journal
+from midfill.items import inline_item, popup_item, with_selected
 from midfill.languages import SUFFIXES
 from midfill.messages import (
     OWN_CLIENT,
     Asked,
-    Command,
     Edited,
-    Explain,
     NotebookChanged,
     NotebookClosed,
     NotebookOpened,
@@ -46,17 +45,12 @@ from midfill.metrics import Costs, Metered
 from midfill.notebooks import Notebooks
 from midfill.probing import identify
 from midfill.progress import Progress
-from midfill.protocol import Protocol, Refusal
+from midfill.protocol import Protocol
 from midfill.settings import Settings, keep_start_only, merge
 
 _LOG = logging.getLogger(__name__)
 
-_LABEL_CHARS = 60
-_LONG_LINE = 2_000
 _TRIM_CHARS = 16_000_000
-
-ACCEPTED = "midfill.accepted"
-EXPLAIN = "midfill.explain"
 
 T = TypeVar("T")
 
@@ -100,6 +94,7 @@ class MidfillServer(LanguageServer):
         super().__init__("midfill", __version__, protocol_cls=Protocol, notebook_document_sync=notebooks)
         self._make_engine = make_engine
         self.state = _State(Completer(settings, looks_ahead=True))
+        self._commands = Commands(self)
         self._register()
 
     def _register(self) -> None:
@@ -125,13 +120,10 @@ class MidfillServer(LanguageServer):
             (types.TEXT_DOCUMENT_COMPLETION, self.completion, types.CompletionOptions()),
             (
                 types.WORKSPACE_EXECUTE_COMMAND,
-                self.execute_command,
-                types.ExecuteCommandOptions([ACCEPTED, EXPLAIN]),
+                self._commands.execute,
+                types.ExecuteCommandOptions(self._commands.names),
             ),
-            ("midfill/documentText", self.document_text, None),
-            ("midfill/indexed", self.indexed, None),
-            ("midfill/explain", self.explain, None),
-            ("midfill/costs", self.costs, None),
+            *((method, answer, None) for method, answer in self._commands.requests.items()),
         ]
         for name, handler, options in features:
             self.feature(name, options)(_plain(handler))
@@ -247,11 +239,6 @@ class MidfillServer(LanguageServer):
         """Files of the workspace were written, made or deleted."""
         self.state.completer.context.files_changed([change.uri for change in params.changes])
 
-    async def indexed(self, _: Any) -> dict[str, int]:
-        """`midfill/indexed`: answered when the workspace has been read, for evaluations."""
-        num_files, num_chunks = await self.state.completer.context.indexed()
-        return {"files": num_files, "chunks": num_chunks}
-
     def _open_folders(self) -> None:
         workspace = self.protocol.workspace
         named = [(folder.name, folder.uri) for folder in workspace.folders.values()]
@@ -359,13 +346,6 @@ class MidfillServer(LanguageServer):
         for key in [key for key in self.state.flights if key[0] == uri]:
             self.state.flights.pop(key).cancel()
 
-    def document_text(self, uri: str) -> dict[str, Any]:
-        """`midfill/documentText`: the server's copy of a document, for tests of synchronisation."""
-        document = self.state.documents.get(uri)
-        if document is None:
-            raise Refusal(types.ErrorCodes.InvalidParams, "The document is not open.")
-        return {"text": document.text, "version": document.version}
-
     # Suggestions
 
     def inline_completion(self, asked: Asked) -> Awaitable[dict[str, Any]]:
@@ -374,7 +354,7 @@ class MidfillServer(LanguageServer):
         trigger = Trigger.INVOKED if asked.invoked else Trigger.AUTOMATIC
         selected = asked.selected
         if snapshot is not None and selected is not None:
-            snapshot = self._with_selected(snapshot, selected)
+            snapshot = with_selected(snapshot, selected, self.state.encoding)
         inline = self._inline(snapshot, self._whole(snapshot), trigger, selected)
         return self._newest("inline", asked.uri, inline)
 
@@ -384,24 +364,8 @@ class MidfillServer(LanguageServer):
         answer = await self._answer(whole, trigger)
         if snapshot is None or not answer.text:
             return {"items": []}
-        if selected is not None and selected.start is not None and selected.end is not None:
-            # The editor shows only what extends the selected item, over the same range.
-            area = types.Range(types.Position(*selected.start), types.Position(*selected.end))
-            item = {"insertText": selected.text + answer.text, "range": area}
-        else:
-            item = {"insertText": answer.text, "range": self._range(snapshot)}
-        if (command := self._offer(snapshot, answer.text)) is not None:
-            item["command"] = command
-        return {"items": [item]}
-
-    def _with_selected(self, snapshot: Snapshot, selected: Change) -> Snapshot:
-        """The document as it would be with the popup's selected item accepted, and the cursor behind that."""
-        document, encoding = snapshot.document, self.state.encoding
-        edited = document.edit([selected], document.version, encoding)
-        start, _ = sorted(document.point(end or (0, 0), encoding) for end in (selected.start, selected.end))
-        *above, last = split_lines(selected.text)
-        column = len(last) + (0 if above else start.column)
-        return Snapshot(edited, Point(start.line + len(above), column))
+        command = self._offer(snapshot, answer.text)
+        return {"items": [inline_item(snapshot, answer.text, self.state.encoding, selected, command)]}
 
     def completion(self, asked: Asked) -> Awaitable[types.CompletionList]:
         """`textDocument/completion`: the same suggestion as an item of the popup."""
@@ -417,70 +381,21 @@ class MidfillServer(LanguageServer):
             work.cancel()
             raise
         answer = await work if work.done() else Answer()
-        items = [self._popup_item(snapshot, answer.text)] if snapshot and answer.text else []
+        items = []
+        if snapshot is not None and answer.text:
+            command = self._offer(snapshot, answer.text)
+            encoding, markdown = self.state.encoding, self._shows_markdown
+            items = [popup_item(snapshot, answer.text, encoding, command, markdown=markdown)]
         # What is typed next changes the suggestion, so the editor has to ask again.
         return types.CompletionList(is_incomplete=True, items=items)
 
-    def _popup_item(self, snapshot: Snapshot, text: str) -> types.CompletionItem:
-        typed = snapshot.line_before.lstrip()
-        if len(typed) > _LONG_LINE:
-            # Of a line that no popup can show, nothing is repeated.
-            typed = ""
-        label = (typed + text).strip().splitlines()[0]
-        return types.CompletionItem(
-            label=label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…",
-            kind=types.CompletionItemKind.Text,
-            detail="midfill",
-            documentation=self._documentation(snapshot.document.language_id, typed + text),
-            # Behind the items of the language's own server.
-            sort_text="\U0010ffff",
-            filter_text=typed + text,
-            text_edit=types.TextEdit(
-                self._range(snapshot, from_column=len(snapshot.line_before) - len(typed)), typed + text
-            ),
-            insert_text_format=types.InsertTextFormat.PlainText,
-            command=self._offer(snapshot, text),
-        )
-
-    def _documentation(self, language_id: str, code: str) -> types.MarkupContent | str:
-        """The whole suggestion, in the best form that the client shows."""
+    @property
+    def _shows_markdown(self) -> bool:
+        """Whether the client shows documentation of items as Markdown."""
         text_document = self.client_capabilities.text_document
         completion = text_document.completion if text_document else None
         item = completion.completion_item if completion else None
-        formats = (item.documentation_format if item else None) or ()
-        if types.MarkupKind.Markdown in formats:
-            return types.MarkupContent(types.MarkupKind.Markdown, f"```{language_id}\n{code}\n```")
-        return code
-
-    def explain(self, asked: Explain) -> dict[str, Any]:
-        """`midfill/explain`: how the last answer for a document came about, or why it was empty."""
-        answer = self.state.answers.get(asked.uri)
-        if answer is None:
-            reason = None if asked.uri in self.state.documents else Reason.NOT_OPEN
-            return {"source": "none", "reason": reason, "message": REASONS[reason] if reason else None}
-        engine = self.state.engine
-        return explain(answer, engine.model.tokenizer if asked.with_text and engine is not None else None)
-
-    def execute_command(self, command: Command) -> Any:
-        """`workspace/executeCommand`: an accepted item's command, or the one that explains."""
-        if command.name == ACCEPTED:
-            for id_ in command.arguments[:1]:
-                if type(id_) is int:
-                    self.state.journal.accept(id_)
-            return None
-        if command.name == EXPLAIN:
-            return self._explain_last(command.arguments)
-        raise Refusal(types.ErrorCodes.InvalidParams, f"Unknown command {command.name[:80]!r}.")
-
-    def _explain_last(self, arguments: list[Any]) -> dict[str, Any]:
-        """`midfill.explain`: the last answer, of the document that is named or of any; shown as a message."""
-        named = arguments[0] if arguments and isinstance(arguments[0], str) else None
-        uri = named or next(reversed(self.state.answers), None)
-        explained = self.explain(Explain(uri or "", with_text=arguments[1:2] == [True]))
-        what = explained["message"] or f"The last suggestion came from: {explained['source']}."
-        message = "midfill: Nothing has been asked for yet." if uri is None else f"midfill: {what}"
-        self.window_show_message(types.ShowMessageParams(types.MessageType.Info, message))
-        return explained
+        return types.MarkupKind.Markdown in ((item.documentation_format if item else None) or ())
 
     def _offer(self, snapshot: Snapshot, text: str) -> types.Command | None:
         """The command of a suggestion's item, by which the editor says that it was accepted."""
@@ -489,10 +404,6 @@ class MidfillServer(LanguageServer):
             return None
         id_ = self.state.journal.offer(snapshot.document, snapshot.cursor, text, engine.model.name)
         return None if id_ is None else types.Command("midfill: accepted", ACCEPTED, arguments=[id_])
-
-    def costs(self, after: int) -> dict[str, Any]:
-        """`midfill/costs`: what answers and the work for them have cost, those of cancelled requests too."""
-        return self.state.costs.after(after)
 
     async def _answer(self, snapshot: Snapshot | None, trigger: Trigger) -> Answer:
         if snapshot is None:
@@ -546,15 +457,6 @@ class MidfillServer(LanguageServer):
     def _whole(self, snapshot: Snapshot | None) -> Snapshot | None:
         """What the model sees of a snapshot: all of the notebook, if it is of a cell."""
         return None if snapshot is None else self.state.notebooks.whole(snapshot, self.state.documents)
-
-    def _range(self, snapshot: Snapshot, from_column: int | None = None) -> types.Range:
-        cursor = snapshot.cursor
-        line, end = snapshot.document.position(cursor, self.state.encoding)
-        start = end
-        if from_column is not None:
-            start_point = type(cursor)(cursor.line, from_column)
-            start = snapshot.document.position(start_point, self.state.encoding)[1]
-        return types.Range(types.Position(line, start), types.Position(line, end))
 
 
 def serve(

@@ -37,6 +37,11 @@ ORDINARY = [
 ]
 
 
+def test_a_random_token_with_a_few_x_is_no_placeholder():
+    assert grade('curl -H "Authorization: Bearer jjD37Wpl0g4cFu6qxXxxKO"') is Grade.CERTAIN
+    assert grade('curl -H "Authorization: Bearer xxxxxxxxxxxxxxxxxxxxxx"') is Grade.NONE
+
+
 @pytest.mark.parametrize("kind", certain())
 def test_a_planted_secret_makes_its_file_a_secret(kind):
     for _ in range(20):
