@@ -15,7 +15,7 @@ LAYERS = [
     {"documents", "feedback", "messages", "notebooks", "settings", "languages", "secrecy", "syntax"},
     {"indentation", "place"},
     {"models"},
-    {"engine"},
+    {"engine", "adapters"},
     {"metrics"},
     {"context", "families", "probing", "prompt", "suggestions", "trim", "confidence"},
     {"completer"},

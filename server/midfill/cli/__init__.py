@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from midfill import __version__
+from midfill.cli.adapter import adapter
 from midfill.cli.evaluate import evaluate
 from midfill.cli.measure import bench
 from midfill.cli.model import model
@@ -273,7 +274,7 @@ def replay(recording: Path, command: str | None, speed: float, as_json: bool) ->
         raise click.exceptions.Exit(1)
 
 
-for _group in (model, bench, evaluate):
+for _group in (model, adapter, bench, evaluate):
     cli.add_command(_group)
 
 

@@ -1,0 +1,355 @@
+"""A LoRA adapter in PEFT's format: a folder with a configuration and weights, read and checked.
+
+Everything is checked before anybody changes a model: the options of the configuration against a list of
+those that are understood, the names of the tensors against the layers that the configuration chooses, their
+shapes against the base model's, and that all values are finite. What PEFT would accept with a warning, or
+would run as code, is refused. `peft.PeftModel.from_pretrained` is the reference that runners are tested
+against. Knows files and arrays, nothing of runners; imports neither torch nor peft. Runs on any thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 - with it numpy, and so safetensors, knows bfloat16
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from midfill.engine.files import find_tensors, shape_of
+from midfill.errors import AdapterError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+Layers = Mapping[str, tuple[int, int]]
+"""The linear layers of a base model: (outputs, inputs) by the module's name."""
+
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_RANK = 256
+_PREFIX = "base_model.model."
+_SAMPLES = 4
+_SAMPLE_BYTES = 64
+
+# Tables are looked up, not multiplied, and a head may share the table's weights.
+_NO_LINEAR = frozenset({"embed_tokens", "wte", "wpe", "embed_positions", "lm_head"})
+
+_INFORMATIVE = frozenset(
+    {
+        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "target_modules",
+        "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+        "bias", "init_lora_weights", "ensure_weight_tying", "runtime_config", "ephemeral_gpu_offload",
+        # Meaningless without the option that they belong to, which is refused.
+        "megatron_core", "qalora_group_size", "loftq_config",
+    }
+)  # fmt: skip
+"""Options of `LoraConfig` that are understood, or that change nothing once an adapter is trained. The product
+is the same however a base layer stores its weight, so `fan_in_fan_out` counts for merging only."""
+
+_REASONS = {
+    "megatron_config": "names a Python module to import",
+    "modules_to_save": "replaces whole layers",
+    "use_dora": "needs the base weights unquantised",
+    "lora_bias": "adds biases",
+    "target_parameters": "changes parameters that are no linear layers",
+    "trainable_token_indices": "changes embeddings",
+    "layer_replication": "adds layers",
+    "alora_invocation_tokens": "is on for a part of the text only",
+    "arrow_config": "chooses among several adapters",
+    "use_qalora": "changes how a quantised base is computed",
+}
+"""Why an option is refused, where there is more to say than that it is not known."""
+
+# They leave the base weights alone; the others rewrite them.
+_WEIGHT_INITS = (True, False, None, "gaussian")
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """What an adapter adds to a linear layer: y += scale * up @ (down @ x).
+
+    Attributes:
+        down: rank x inputs.
+        up: outputs x rank.
+        scale: `lora_alpha` by the rank, or by its square root with rsLoRA.
+    """
+
+    down: npt.NDArray[np.float32]
+    up: npt.NDArray[np.float32]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter that fits the layers it was checked against.
+
+    Attributes:
+        path: its folder.
+        digest: see `digest_of`.
+        base: the base model as its author named it, or None.
+        rank: the largest of its branches.
+        branches: by the names of the layers they belong to.
+    """
+
+    path: Path
+    digest: str
+    base: str | None
+    rank: int
+    branches: dict[str, Branch]
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all branches."""
+        return sum(branch.down.size + branch.up.size for branch in self.branches.values())
+
+
+def read(path: Path, layers: Layers) -> Adapter:
+    """The adapter of a folder, checked against the base model's layers (see `layers_of`).
+
+    Raises:
+        AdapterError: it is none, is damaged, asks for what is not served, or does not fit.
+    """
+    config = read_config(path)
+    plan = _plan(path, config, layers)
+    branches = {}
+    weights = path / WEIGHTS
+    try:
+        with safe_open(weights, framework="np") as tensors:
+            _check_names(path, set(tensors.keys()), plan)
+            for name, (rank, scale) in plan.items():
+                outputs, inputs = layers[name]
+                down = _tensor(weights, tensors, f"{_PREFIX}{name}.lora_A.weight", (rank, inputs))
+                up = _tensor(weights, tensors, f"{_PREFIX}{name}.lora_B.weight", (outputs, rank))
+                branches[name] = Branch(down, up, scale)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{weights} is damaged or cut short ({error}).") from error
+    base = config.get("base_model_name_or_path")
+    rank = max(rank for rank, _ in plan.values())
+    return Adapter(path, digest_of(path), base if isinstance(base, str) else None, rank, branches)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of an adapter's folder. The options are checked, and that the weights are there.
+
+    Raises `AdapterError`.
+    """
+    config = _load_config(path)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path} is no LoRA adapter; other kinds are not served.")
+    for option, value in config.items():
+        if option not in _INFORMATIVE and value not in (None, False, [], {}):
+            reason = _REASONS.get(option, "is not known to midfill")
+            raise AdapterError(f"The adapter {path} uses {option}, which {reason}; it is not served.")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"The adapter {path} has trained biases ({config['bias']!r}); it is not served.")
+    start = config.get("init_lora_weights")
+    if not any(start is known for known in _WEIGHT_INITS[:3]) and start != _WEIGHT_INITS[3]:
+        raise AdapterError(
+            f"The adapter {path} was started with init_lora_weights={start!r}, "
+            "which changes the base weights; convert it to a plain LoRA with PEFT first."
+        )
+    if not _is_regular(path / WEIGHTS):
+        pickled = " (adapter_model.bin is pickled and is not opened)"
+        hint = pickled if (path / "adapter_model.bin").exists() else ""
+        raise AdapterError(f"The adapter {path} has no {WEIGHTS}{hint}. Save it with safe serialization.")
+    return config
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of what the adapter is: its configuration and weights. 64 hexadecimal digits."""
+    whole = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        try:
+            with (path / name).open("rb") as stream:
+                whole.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise AdapterError(f"{path / name} cannot be read: {error.strerror}.") from error
+    return whole.hexdigest()
+
+
+def layers_of(model: Path) -> dict[str, tuple[int, int]]:
+    """The linear layers of a model's folder: every matrix in its files but embeddings and the head.
+
+    Raises `ModelError`.
+    """
+    layers = {}
+    for tensor, file in find_tensors(model).items():
+        name = tensor.removesuffix(".weight")
+        if name == tensor or name.rpartition(".")[2] in _NO_LINEAR:
+            continue
+        shape = shape_of(file, tensor)
+        if len(shape) == 2:
+            layers[name] = (shape[0], shape[1])
+    return layers
+
+
+def fingerprint_of(model: Path) -> str:
+    """What tells a base model from others of the same shape: a SHA-256 over names, shapes and samples.
+
+    A few milliseconds, since only some values of each tensor are read; two trainings differ in all of them.
+    The same however the tensors are spread over files. Raises `ModelError`.
+    """
+    whole = hashlib.sha256()
+    by_file: dict[Path, list[str]] = {}
+    for name, file in find_tensors(model).items():
+        by_file.setdefault(file, []).append(name)
+    samples: dict[str, bytes] = {}
+    for file, names in by_file.items():
+        samples.update(_samples(file, names))
+    for name in sorted(samples):
+        whole.update(name.encode() + b"\0" + samples[name])
+    return whole.hexdigest()
+
+
+def _samples(file: Path, names: list[str]) -> dict[str, bytes]:
+    """Shape, type and some bytes of tensors, from the file's own table of contents."""
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_bytes))
+        samples = {}
+        for name in names:
+            place = header[name]
+            start, end = place["data_offsets"]
+            parts = [json.dumps([place["dtype"], place["shape"]]).encode()]
+            for number in range(_SAMPLES):
+                at = start + (end - start) * number // _SAMPLES
+                stream.seek(8 + header_bytes + at)
+                parts.append(stream.read(min(_SAMPLE_BYTES, end - at)))
+            samples[name] = b"\0".join(parts)
+    return samples
+
+
+def _load_config(path: Path) -> Any:
+    file = path / CONFIG
+    try:
+        if not _is_regular(file):
+            raise AdapterError(f"{path} is no adapter: there is no {CONFIG} in it.")
+        with file.open("rb") as stream:
+            text = stream.read(_MAX_CONFIG_BYTES + 1)
+        if len(text) > _MAX_CONFIG_BYTES:
+            raise AdapterError(f"{path} is no adapter: {CONFIG} is larger than a megabyte.")
+        return json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is no adapter: {CONFIG} cannot be read ({error}).") from error
+
+
+def _is_regular(path: Path) -> bool:
+    """Whether there is a file, and no pipe, which would never be read to its end."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _plan(path: Path, config: Mapping[str, Any], layers: Layers) -> dict[str, tuple[int, float]]:
+    """Rank and scale of each layer that the configuration chooses, by PEFT's rules."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    try:
+        chosen = [name for name in layers if _chooses(config, name)]
+        plan = {}
+        for name in chosen:
+            rank = _by_pattern(ranks, name, config.get("r", 8))
+            alpha = _by_pattern(alphas, name, config.get("lora_alpha", 8))
+            if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
+                raise AdapterError(
+                    f"The adapter {path} has rank {rank!r}; ranks of 1 to {_MAX_RANK} are served."
+                )
+            if type(alpha) not in (int, float) or not math.isfinite(alpha):
+                raise AdapterError(f"The adapter {path} has lora_alpha {alpha!r}, which is no number.")
+            plan[name] = (rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    except (KeyError, TypeError, AttributeError, re.error, _PatternError) as error:
+        raise AdapterError(
+            f"The {CONFIG} of {path} chooses layers in a way that is not served: {error}."
+        ) from error
+    if not plan:
+        raise AdapterError(
+            f"The adapter {path} does not fit the model: none of its target modules "
+            f"({_shown(config.get('target_modules'))}) is a linear layer of it. "
+            "Use an adapter trained on this model."
+        )
+    return plan
+
+
+class _PatternError(Exception):
+    """A regular expression that might take for ever, or is none; the message says which."""
+
+
+def _chooses(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT would put a branch on this layer; see `peft.tuners.tuners_utils`."""
+    excluded = config.get("exclude_modules")
+    if excluded and _named(excluded, name):
+        return False
+    targets: str | list[str] = config["target_modules"]
+    if targets == "all-linear":
+        return True
+    if not _named(targets, name):
+        return False
+    only = config.get("layers_to_transform")
+    if isinstance(targets, str) or only is None or only == []:
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := _checked(rf"(?:^|.*?\.){_checked(pattern).pattern}\.(\d+)\.").match(name):
+            return int(match[1]) in ([only] if isinstance(only, int) else only)
+    return False
+
+
+def _named(targets: str | Iterable[str], name: str) -> bool:
+    if isinstance(targets, str):
+        return _checked(targets).fullmatch(name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    found = (value for key, value in patterns.items() if _checked(rf"(.*\.)?({key})$").match(name))
+    return next(found, default)
+
+
+def _checked(pattern: str) -> re.Pattern[str]:
+    """A regular expression of an adapter, whose author nobody knows, without the means to take for ever."""
+    if len(pattern) > 200 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 6:
+        raise _PatternError(f"the expression {pattern[:80]!r} is too complicated; list the modules instead")
+    return re.compile(pattern)
+
+
+def _check_names(path: Path, found: set[str], plan: Mapping[str, Any]) -> None:
+    expected = {f"{_PREFIX}{name}.lora_{side}.weight" for name in plan for side in "AB"}
+    if missing := sorted(expected - found):
+        raise AdapterError(
+            f"The adapter {path} does not fit the model: it lacks {len(missing)} tensors, "
+            f"for example {missing[0]}. Use an adapter trained on this model."
+        )
+    if unknown := sorted(found - expected):
+        raise AdapterError(
+            f"The adapter {path} does not fit the model: it has {len(unknown)} tensors that the model has no "
+            f"place for, for example {unknown[0]}. Use an adapter trained on this model."
+        )
+
+
+def _tensor(file: Path, tensors: Any, name: str, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    found = tuple(tensors.get_slice(name).get_shape())
+    if found != shape:
+        raise AdapterError(
+            f"The adapter {file.parent} does not fit the model: {name} has shape {found}, the model needs "
+            f"{shape}. Use an adapter trained on this model."
+        )
+    kind = tensors.get_slice(name).get_dtype()
+    if kind not in {"F32", "F16", "BF16"}:
+        raise AdapterError(f"{name} in {file} is {kind}; only 16- and 32-bit floats can be used.")
+    values: npt.NDArray[np.float32] = tensors.get_tensor(name).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise AdapterError(f"{name} in {file} holds values that are not finite (NaN or infinity).")
+    return values
+
+
+def _shown(targets: Any) -> str:
+    return ", ".join(map(str, targets[:8])) if isinstance(targets, list) else str(targets)[:80]

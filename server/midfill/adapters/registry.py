@@ -1,0 +1,318 @@
+"""The adapters on this machine: folders that never change, an index of what is known of them, a lock.
+
+A folder is named by the SHA-256 of what is in it and appears whole, renamed into place; the index is one
+file that is replaced whole. Two processes may use both at the same time. Nothing is ever registered that
+does not fit its base model. Knows nothing of where an adapter is used: see `bindings`. Runs on any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from midfill.adapters import format as peft_format
+from midfill.errors import AdapterError
+
+VERDICTS = ("enabled", "rejected", "inconclusive", "none")
+
+_FORMAT = 1
+_LOCK_S = 10.0
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DIGEST = re.compile(r"(sha256:)?([0-9a-f]{8,64})")
+
+
+class BaseModel(Protocol):
+    """What is needed of a base model; `models.store.LocalModel` is one."""
+
+    @property
+    def name(self) -> str:
+        """Catalogue name, hub id or path."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the judgement on later commits came to.
+
+    Attributes:
+        verdict: one of `VERDICTS`; "none" if it was never judged. Only "enabled" means better than the base.
+        reasons: why, a sentence each.
+        forced: whether the user said to use it in spite of the verdict.
+        details: the figures, for JSON.
+    """
+
+    verdict: Literal["enabled", "rejected", "inconclusive", "none"] = "none"
+    reasons: tuple[str, ...] = ()
+    forced: bool = False
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise AdapterError(f"There is no verdict {self.verdict!r}; use {', '.join(VERDICTS)}.")
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be used: judged better, not judged at all, or forced."""
+        return self.verdict in {"enabled", "none"} or self.forced
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An adapter of the registry.
+
+    Attributes:
+        name: unique; chosen by the user.
+        digest: see `format.digest_of`; the folder's name.
+        base: the base model's name.
+        fingerprint: of the base model; see `format.fingerprint_of`.
+        created: when it was added, in ISO 8601.
+        rank: the largest of its branches.
+        num_parameters: weights of all branches.
+        source: where it came from, for the user.
+        judgement: see `Judgement`.
+        path: its folder, in PEFT's format.
+    """
+
+    name: str
+    digest: str
+    base: str
+    fingerprint: str
+    created: str
+    rank: int
+    num_parameters: int
+    source: str
+    judgement: Judgement
+    path: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"path": str(self.path)}
+
+
+def data_dir() -> Path:
+    """The folder of what cannot be fetched again. `MIDFILL_DATA` names another one."""
+    if chosen := os.environ.get("MIDFILL_DATA"):
+        return Path(chosen).expanduser().absolute()
+    return platformdirs.user_data_path("midfill")
+
+
+class Registry:
+    """The adapters below a folder.
+
+    Args:
+        root: the folder; by default `adapters` in `data_dir()`. It need not exist.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or data_dir() / "adapters"
+        self._index = self.root / "index.json"
+
+    def entries(self) -> list[Entry]:
+        """All adapters, the oldest first. Raises `AdapterError` if the index cannot be read."""
+        try:
+            content = json.loads(self._index.read_bytes())
+            if content["format"] != _FORMAT:
+                raise AdapterError(f"{self._index} is of another version of midfill.")
+            entries = [self._entry(values) for values in content["adapters"]]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AdapterError(f"{self._index} cannot be read ({error!r}). Mend or delete it.") from error
+        return sorted(entries, key=lambda entry: entry.created)
+
+    def find(self, name: str) -> Entry | None:
+        """The adapter of this name or digest (eight digits of it or more), or None."""
+        entries = self.entries()
+        if named := next((entry for entry in entries if entry.name == name), None):
+            return named
+        if (match := _DIGEST.fullmatch(name)) is None:
+            return None
+        found = [entry for entry in entries if entry.digest.startswith(match[2])]
+        return found[0] if len(found) == 1 else None
+
+    def get(self, name: str) -> Entry:
+        """The same; raises `AdapterError` if there is none."""
+        if (found := self.find(name)) is None:
+            known = ", ".join(entry.name for entry in self.entries()) or "none so far"
+            raise AdapterError(f"There is no adapter {name!r} on this machine. Known: {known}.")
+        return found
+
+    def add(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        base: BaseModel,
+        judgement: Judgement | None = None,
+        source: str = "",
+    ) -> Entry:
+        """Copy the adapter of a folder into the registry.
+
+        Only the configuration and the weights are taken. An adapter that is here already under this name
+        stays, and takes the judgement if one is given.
+
+        Args:
+            folder: in PEFT's format.
+            name: letters, digits, ".", "_" and "-"; not taken by another adapter.
+            base: the model that it was trained on, on this machine.
+            judgement: "none" by default.
+            source: where it came from, for the user.
+
+        Raises:
+            AdapterError: it is none, does not fit the model, or the name is taken.
+            ModelError: the base model's files cannot be read.
+        """
+        if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
+            raise AdapterError(f"{name!r} is no name for an adapter: use letters, digits, '.', '_' and '-'.")
+        layers, fingerprint = peft_format.layers_of(base.path), peft_format.fingerprint_of(base.path)
+        with self._locked(), self._copied(folder) as copy:
+            # Checked as it was copied: the original may change meanwhile.
+            adapter = peft_format.read(copy, layers)
+            entries = self.entries()
+            for other in entries:
+                if other.digest == adapter.digest and other.name != name:
+                    raise AdapterError(f"This adapter is here already, as {other.name!r}.")
+                if other.name == name and other.digest != adapter.digest:
+                    raise AdapterError(
+                        f"The name {name!r} is taken by another adapter. Choose another one, or remove "
+                        f"that one: midfill adapter rm {name}"
+                    )
+                if other.name == name:
+                    changed = replace(other, judgement=judgement or other.judgement)
+                    self._write([changed if entry is other else entry for entry in entries])
+                    return changed
+            entry = Entry(
+                name=name,
+                digest=adapter.digest,
+                base=base.name,
+                fingerprint=fingerprint,
+                created=datetime.now(UTC).isoformat(timespec="microseconds"),
+                rank=adapter.rank,
+                num_parameters=adapter.num_parameters,
+                source=source,
+                judgement=judgement or Judgement(),
+                path=self.root / adapter.digest,
+            )
+            if entry.path.exists():  # left by a process that ended before it wrote the index
+                shutil.rmtree(entry.path)
+            copy.rename(entry.path)
+            self._write([*entries, entry])
+        return entry
+
+    def remove(self, name: str) -> Entry:
+        """Take an adapter out and delete its folder. Raises `AdapterError` if there is none."""
+        with self._locked():
+            entry = self.get(name)
+            self._write([other for other in self.entries() if other.digest != entry.digest])
+            shutil.rmtree(entry.path, ignore_errors=True)
+        return entry
+
+    def set_judgement(self, name: str, judgement: Judgement) -> Entry:
+        """Note the judgement of an adapter, in the place of the one before."""
+        return self._change(name, lambda _: judgement)
+
+    def force(self, name: str) -> Entry:
+        """Note that the user wants it in spite of its verdict."""
+        return self._change(name, lambda judgement: replace(judgement, forced=True))
+
+    def check(self, entry: Entry, base: BaseModel | None = None) -> None:
+        """Whether a folder is still what was added, and belongs to the model. Raises `AdapterError`."""
+        if peft_format.digest_of(entry.path) != entry.digest:
+            raise AdapterError(
+                f"The files of {entry.name} in {entry.path} have changed since they were added. "
+                f"Remove it (midfill adapter rm {entry.name}) and import it again."
+            )
+        if base is not None and peft_format.fingerprint_of(base.path) != entry.fingerprint:
+            raise AdapterError(
+                f"The adapter {entry.name} was trained on {entry.base}, and {base.name} is another model. "
+                f"Choose that model, or another adapter."
+            )
+
+    def _change(self, name: str, change: Any) -> Entry:
+        with self._locked():
+            entry = self.get(name)
+            changed = replace(entry, judgement=change(entry.judgement))
+            self._write([changed if other.digest == entry.digest else other for other in self.entries()])
+        return changed
+
+    def _entry(self, values: Mapping[str, Any]) -> Entry:
+        judgement = values["judgement"]
+        digest = values["digest"]
+        if re.fullmatch("[0-9a-f]{64}", digest) is None:
+            raise AdapterError(f"{self._index} names a folder that is none of an adapter. Mend or delete it.")
+        return Entry(
+            **{key: values[key] for key in _STORED},
+            judgement=Judgement(**judgement | {"reasons": tuple(judgement["reasons"])}),
+            path=self.root / digest,
+        )
+
+    def _write(self, entries: list[Entry]) -> None:
+        content = {
+            "format": _FORMAT,
+            "adapters": [
+                {key: value for key, value in asdict(entry).items() if key != "path"} for entry in entries
+            ],
+        }
+        replace_file(self._index, json.dumps(content, indent=1))
+
+    @contextlib.contextmanager
+    def _copied(self, folder: Path) -> Iterator[Path]:
+        """The two files of an adapter in a folder of their own, which may be renamed within the block."""
+        peft_format.read_config(folder)
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=".adding-", ignore_cleanup_errors=True) as new:
+            copy = Path(new) / "adapter"
+            copy.mkdir()
+            for name in (peft_format.CONFIG, peft_format.WEIGHTS):
+                shutil.copyfile(folder / name, copy / name)
+                (copy / name).chmod(0o444)
+            yield copy
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with locked(self.root):
+            yield
+
+
+_STORED = ("name", "digest", "base", "fingerprint", "created", "rank", "num_parameters", "source")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from changing what is in a folder. Raises `AdapterError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=_LOCK_S):
+            yield
+    except Timeout as error:
+        raise AdapterError(
+            f"Another midfill has been changing {folder} for {_LOCK_S:.0f} s. Try again."
+        ) from error
+    except OSError as error:
+        raise AdapterError(f"{error.filename or folder} cannot be written: {error.strerror}.") from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that it is found whole, or as it was before, whatever happens."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
