@@ -28,6 +28,8 @@ _MAX_ANCHORS = 64
 # No tokenizer of these families makes more characters of code into one token on average.
 _MAX_CHARS_PER_TOKEN = 8
 _UNFINISHED = re.compile(r"(?<=\S)[ \t]+\Z|[ \t]?(?:[^\w\s]|_)*[^\W\d_]*\Z")
+# What is longer is no half of a token, and would cost many to write once more.
+_MAX_HELD = 64
 _BLANKS = re.compile(r"[ \t]*")
 _OPENERS = (":", "{", "(", "[")
 # How far up indentation is looked at.
@@ -46,7 +48,7 @@ class Prompt:
         tokens: the ids, sentinels included.
         starts_with: characters just before the cursor that were held back from the prompt because
             half a token would mislead the model; its output has to begin with them (token healing).
-        max_new_tokens: what was asked for, or what the model's context leaves.
+        max_new_tokens: what was asked for and what `starts_with` takes, or what the model's context leaves.
         stop_ids: ids that end the output.
         layout: the order of the parts.
         segments: (source, number of tokens) in prompt order, for explaining and measuring.
@@ -160,10 +162,12 @@ class PromptBuilder:
         ]
         segments = _with_context(segments, written, after_bos=bool(self.family.bos))
         tokens = tuple(token for _, ids in segments for token in ids)
+        # What was held back is written once more, on top of what was asked for.
+        again = len(self._tokenizer.encode(held)) if held else 0
         return Prompt(
             tokens,
             held,
-            max(1, min(max_new_tokens, self._context - len(tokens))),
+            max(1, min(max_new_tokens + again, self._context - len(tokens))),
             self._stop_ids,
             self.layout,
             tuple((name, len(ids)) for name, ids in segments if ids),
@@ -250,6 +254,8 @@ class PromptBuilder:
             held = match.group() if match else ""
             if held.isspace() and _is_half_indented(snapshot):
                 held = typed[len(typed.rstrip(" \t")) :]
+            if len(held) > _MAX_HELD:
+                held = ""
         kept = typed[: len(typed) - len(held)]
         if head or self.layout is Layout.ANCHORED:
             return tuple(self._tokenizer.encode(kept)), held

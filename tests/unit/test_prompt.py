@@ -206,6 +206,21 @@ def test_suffix_first_families_end_with_the_prefix():
     assert prompt.tokens == (2, *body.encode(")\n"), 1, *body.encode("a\n7"), 3)
 
 
+def test_what_was_held_back_does_not_shorten_the_suggestion():
+    prompt = builder().build(snapshot("x = compute▮"), max_new_tokens=10)
+    assert prompt.starts_with == " compute"
+    assert prompt.max_new_tokens == 10 + len(" compute")
+    tight = builder(dataclasses.replace(MODEL, context=48), max_new_tokens=32).build(snapshot("x = compute▮"))
+    assert len(tight.tokens) + tight.max_new_tokens <= 48
+
+
+@pytest.mark.parametrize("blanks_or_word", [" " * 501, "ab" * 300])
+def test_what_is_too_long_for_half_a_token_is_not_held_back(blanks_or_word):
+    prompt = builder().build(snapshot(f"a ={blanks_or_word}▮\n"), max_new_tokens=10)
+    assert prompt.starts_with == ""
+    assert prompt.max_new_tokens == 10
+
+
 def test_a_context_without_room_is_refused():
     with pytest.raises(ModelError, match="max_new_tokens"):
         builder(dataclasses.replace(MODEL, context=33))
