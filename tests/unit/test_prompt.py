@@ -214,7 +214,7 @@ def test_what_was_held_back_does_not_shorten_the_suggestion():
     assert len(tight.tokens) + tight.max_new_tokens <= 48
 
 
-@pytest.mark.parametrize("blanks_or_word", [" " * 501, "ab" * 300])
+@pytest.mark.parametrize("blanks_or_word", [" " * 65, "ab" * 33])
 def test_what_is_too_long_for_half_a_token_is_not_held_back(blanks_or_word):
     prompt = builder().build(snapshot(f"a ={blanks_or_word}▮\n"), max_new_tokens=10)
     assert prompt.starts_with == ""
