@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lsprotocol import types
 
+from midfill import __version__
 from midfill.completer import REASONS, Reason
 from midfill.explanation import explain
 from midfill.messages import Command, Explain
@@ -45,6 +46,7 @@ class Commands:
             "midfill/indexed": self.indexed,
             "midfill/explain": self.explain,
             "midfill/costs": self.costs,
+            "midfill/status": self.status,
         }
 
     def execute(self, command: Command) -> Any:
@@ -67,6 +69,28 @@ class Commands:
     def costs(self, after: int) -> dict[str, Any]:
         """`midfill/costs`: what answers and the work for them have cost, those of cancelled requests too."""
         return self._server.state.costs.after(after)
+
+    def status(self, _: Any) -> dict[str, Any]:
+        """`midfill/status`: what runs here, for a status line.
+
+        `state` is "loading", "ready" or "failed", and `message` says why it failed. `model` is the name that
+        the user chose; what only the loaded model knows is null before.
+        """
+        state = self._server.state
+        completer = state.completer
+        loaded = state.engine.model if completer.is_ready and state.engine is not None else None
+        speed = state.costs.tokens_per_second()
+        return {
+            "state": "failed" if completer.failure is not None else "ready" if loaded else "loading",
+            "message": completer.failure,
+            "enabled": completer.settings.enabled,
+            "model": loaded.name if loaded else completer.settings.model,
+            "adapter": loaded.adapter if loaded else None,
+            "device": loaded.device if loaded else None,
+            "dtype": loaded.dtype if loaded else None,
+            "tokensPerSecond": None if speed is None else round(speed, 1),
+            "version": __version__,
+        }
 
     def document_text(self, uri: str) -> dict[str, Any]:
         """`midfill/documentText`: the server's copy of a document, for tests of synchronisation."""

@@ -233,6 +233,11 @@ class Completer:
     def __post_init__(self) -> None:
         self.context = Context(self.settings)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a model to ask."""
+        return self._engine is not None
+
     def use(self, engine: Engine, family: tuple[str, Family] | None = None) -> None:
         """Serve from a started engine, its model's FIM family recognised or given (see `probing.identify`).
 

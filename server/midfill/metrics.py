@@ -23,6 +23,8 @@ REQUEST: ContextVar[int | str | float | None] = ContextVar("midfill_request", de
 """The id of the LSP request that is being handled; tasks that it begins inherit it."""
 
 _NUM_KEPT = 4096
+# Of so much of the newest work the speed is told: enough to be steady, few enough to follow a change.
+_NUM_TIMED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,12 @@ class Costs:
         work = Work(next(self._numbers), REQUEST.get(), request.idle, request.stats)
         self._work.append(work)
         return work
+
+    def tokens_per_second(self) -> float | None:
+        """How fast the model has written lately, from first token to last; None where nothing tells."""
+        timed = [work for work in list(self._work)[-_NUM_TIMED:] if work.num_delivered > 1]
+        seconds = sum(work.last_s - work.first_s for work in timed)
+        return sum(work.num_delivered - 1 for work in timed) / seconds if seconds > 0 else None
 
     def after(self, number: int) -> dict[str, Any]:
         """What has a greater number; of work that still runs, as far as it has come. For the wire."""

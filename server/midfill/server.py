@@ -92,6 +92,7 @@ class MidfillServer(LanguageServer):
         # Notebooks of every kind, cells of every language.
         notebooks = types.NotebookDocumentSyncOptions([types.NotebookDocumentFilterWithNotebook("*")])
         super().__init__("midfill", __version__, protocol_cls=Protocol, notebook_document_sync=notebooks)
+        self._own_settings = settings
         self._make_engine = make_engine
         self.state = _State(Completer(settings, looks_ahead=True))
         self._commands = Commands(self)
@@ -214,7 +215,7 @@ class MidfillServer(LanguageServer):
     def _apply_settings(self, values: Any, *, started: bool = False) -> None:
         if isinstance(values, dict) and isinstance(values.get("midfill"), dict):
             values = values["midfill"]
-        settings, problems = merge(values, self.state.completer.settings)
+        settings, problems = merge(values, self.state.completer.settings, self._own_settings)
         if started:
             settings, later = keep_start_only(settings, self.state.completer.settings)
             problems += later

@@ -172,10 +172,11 @@ def parse(values: Mapping[str, Any], *, base: Settings | None = None, where: str
     return settings
 
 
-def merge(values: Any, base: Settings) -> tuple[Settings, list[str]]:
+def merge(values: Any, base: Settings, own: Settings | None = None) -> tuple[Settings, list[str]]:
     """Lay the good ones of `values` over `base`; say what is wrong with the others, a sentence each.
 
-    `values` is whatever an editor sent: junk leaves `base` as it is.
+    `values` is whatever an editor sent: junk leaves `base` as it is. A null takes a setting back: it becomes
+    what the user's own file says (`own`).
     """
     if values is None:
         return base, []
@@ -188,6 +189,9 @@ def merge(values: Any, base: Settings) -> tuple[Settings, list[str]]:
         name = names.get(key)
         if name is None:
             problems.append(f"Unknown setting {key!r}.")
+            continue
+        if value is None and own is not None:
+            merged[name] = getattr(own, name)
             continue
         value = tuple(value) if isinstance(value, list) else value  # noqa: PLW2901 - JSON has no tuples
         try:

@@ -65,3 +65,10 @@ def test_storing_a_bad_value_changes_nothing(tmp_path):
     with pytest.raises(SettingsError, match="max_new_tokens"):
         store("max_new_tokens", -1, path)
     assert load(path).max_new_tokens == 12
+
+
+def test_a_null_takes_back_what_an_editor_has_set():
+    own = Settings(max_new_tokens=5)
+    settings, problems = merge({"maxNewTokens": None, "model": "m"}, Settings(max_new_tokens=9), own)
+    assert settings == Settings(max_new_tokens=5, model="m")
+    assert problems == []
