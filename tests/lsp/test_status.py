@@ -49,3 +49,11 @@ async def test_switched_off_is_told(client):
     assert (await status(it))["enabled"] is False
     it.notify("workspace/didChangeConfiguration", {"settings": {"enabled": True}})
     assert (await status(it))["enabled"] is True
+
+
+async def test_a_null_takes_a_setting_back_to_the_users_own(client):
+    it = await client(options={"enabled": False, "model": None})
+    assert (await status(it))["enabled"] is False
+    it.notify("workspace/didChangeConfiguration", {"settings": {"midfill": {"enabled": None}}})
+    assert (await status(it))["enabled"] is True
+    assert not any(method == "window/showMessage" for method, _ in it.heard)

@@ -119,7 +119,6 @@ JUNK = [
     ({"maxNewTokens": 10**400}, "maxNewTokens"),
     ({"maxNewTokens": -1}, "maxNewTokens"),
     ({"maxNewTokens": 8.5}, "maxNewTokens"),
-    ({"maxNewTokens": None}, "maxNewTokens"),
     ({"maxNewTokens": {"a": [[[]]]}}, "maxNewTokens"),
     ({"disabledLanguages": "python"}, "disabledLanguages"),
     ({"disabledLanguages": [7]}, "disabledLanguages"),
