@@ -5,6 +5,8 @@ Knows positions and the protocol's types, not where suggestions come from. Runs 
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import Any
 
 from lsprotocol import types
@@ -13,6 +15,47 @@ from midfill.documents import Change, Encoding, Point, Snapshot, split_lines
 
 _LABEL_CHARS = 60
 _LONG_LINE = 2_000
+
+_WORD = re.compile(r"\w*\Z")
+# What editors take for a word in languages where it may hold more than letters and digits.
+_WORDS = {
+    **dict.fromkeys(("css", "less", "scss", "sass", "html", "xml"), re.compile(r"[\w-]*\Z")),
+    **dict.fromkeys(
+        ("lisp", "commonlisp", "emacs-lisp", "elisp", "scheme", "racket", "clojure"),
+        re.compile(r"[^\s()\[\]{}\"'`,;]*\Z"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PopupStyle:
+    """What a client does with items of the popup.
+
+    Attributes:
+        markdown: it shows documentation as Markdown.
+        insert_text_mode: it asks how lines below the first are to be indented, and would guess if not told.
+        takes_edits: it inserts the text of an edit as it is. Neovim 0.11 keeps it up to its first blank only,
+            but inserts a plain text whole, from the beginning of the word before the cursor on.
+    """
+
+    markdown: bool = False
+    insert_text_mode: bool = False
+    takes_edits: bool = True
+
+    @staticmethod
+    def of(params: types.InitializeParams) -> PopupStyle:
+        """The style of a client that introduces itself."""
+        text_document = params.capabilities.text_document
+        completion = text_document.completion if text_document else None
+        item = completion.completion_item if completion else None
+        formats = (item.documentation_format if item else None) or ()
+        modes = item.insert_text_mode_support.value_set if item and item.insert_text_mode_support else ()
+        info = params.client_info
+        return PopupStyle(
+            types.MarkupKind.Markdown in formats,
+            types.InsertTextMode.AsIs in modes,
+            not (info is not None and info.name == "Neovim" and (info.version or "").startswith("0.11")),
+        )
 
 
 def inline_item(
@@ -34,28 +77,32 @@ def inline_item(
 
 
 def popup_item(
-    snapshot: Snapshot, text: str, encoding: Encoding, command: types.Command | None, *, markdown: bool
+    snapshot: Snapshot, text: str, encoding: Encoding, command: types.Command | None, style: PopupStyle
 ) -> types.CompletionItem:
-    """An item of `textDocument/completion`, with the whole suggestion as its documentation."""
-    typed = snapshot.line_before.lstrip()
-    if len(typed) > _LONG_LINE:
-        # Of a line that no popup can show, nothing is repeated.
-        typed = ""
-    whole = typed + text
-    label = whole.strip().splitlines()[0]
+    """An item of `textDocument/completion`, with the whole suggestion as its documentation.
+
+    It begins with the word before the cursor: that is what all editors hold an item against.
+    """
+    before = snapshot.line_before
+    pattern = _WORDS.get(snapshot.document.language_id, _WORD)
+    word = found.group() if (found := pattern.search(before[-_LONG_LINE:])) else ""
+    first = next(line for line in (word + text).splitlines() if line.strip())
+    label = first.strip()
+    area = _range(snapshot, encoding, len(before) - len(word))
+    # Of a line that no popup can show, nothing is repeated.
+    shown = before.lstrip() if len(before) <= _LONG_LINE else word
     return types.CompletionItem(
         label=label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…",
         kind=types.CompletionItemKind.Text,
         detail="midfill",
-        documentation=_documentation(snapshot.document.language_id, whole, markdown=markdown),
+        documentation=_documentation(snapshot.document.language_id, shown + text, markdown=style.markdown),
         # Behind the items of the language's own server.
         sort_text="\U0010ffff",
-        filter_text=whole,
-        text_edit=types.TextEdit(
-            _range(snapshot, encoding, len(snapshot.line_before) - len(typed)),
-            whole,
-        ),
+        filter_text=first,
+        text_edit=types.TextEdit(area, word + text) if style.takes_edits else None,
+        insert_text=None if style.takes_edits else word + text,
         insert_text_format=types.InsertTextFormat.PlainText,
+        insert_text_mode=types.InsertTextMode.AsIs if style.insert_text_mode else None,
         command=command,
     )
 

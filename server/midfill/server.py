@@ -30,7 +30,7 @@ from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine import Engine
 from midfill.errors import MidfillError
 from midfill.feedback import Journal
-from midfill.items import inline_item, popup_item, with_selected
+from midfill.items import PopupStyle, inline_item, popup_item, with_selected
 from midfill.languages import SUFFIXES
 from midfill.messages import (
     OWN_CLIENT,
@@ -68,6 +68,7 @@ class _State:
     answers: dict[str, Answer] = field(default_factory=dict)
     engine: Engine | None = None
     encoding: Encoding = Encoding.UTF16
+    popup_style: PopupStyle = field(default_factory=PopupStyle)
     started: bool = False
     said: set[str] = field(default_factory=set)
     num_chars_closed: int = 0
@@ -137,6 +138,7 @@ class MidfillServer(LanguageServer):
         encoding = self.protocol.workspace.position_encoding
         self.state.encoding = Encoding(types.PositionEncodingKind(encoding).value)
         self._apply_settings(params.initialization_options)
+        self.state.popup_style = PopupStyle.of(params)
         # What our own demo and measurements accept is no one's opinion.
         self.state.journal.counts = params.client_info is None or params.client_info.name != OWN_CLIENT
         if isinstance(params.process_id, int) and params.process_id > 0:
@@ -385,18 +387,9 @@ class MidfillServer(LanguageServer):
         items = []
         if snapshot is not None and answer.text:
             command = self._offer(snapshot, answer.text)
-            encoding, markdown = self.state.encoding, self._shows_markdown
-            items = [popup_item(snapshot, answer.text, encoding, command, markdown=markdown)]
+            items = [popup_item(snapshot, answer.text, self.state.encoding, command, self.state.popup_style)]
         # What is typed next changes the suggestion, so the editor has to ask again.
         return types.CompletionList(is_incomplete=True, items=items)
-
-    @property
-    def _shows_markdown(self) -> bool:
-        """Whether the client shows documentation of items as Markdown."""
-        text_document = self.client_capabilities.text_document
-        completion = text_document.completion if text_document else None
-        item = completion.completion_item if completion else None
-        return types.MarkupKind.Markdown in ((item.documentation_format if item else None) or ())
 
     def _offer(self, snapshot: Snapshot, text: str) -> types.Command | None:
         """The command of a suggestion's item, by which the editor says that it was accepted."""

@@ -11,6 +11,7 @@ import pytest
 SUM = {"after": "total = ", "text": "sum(values)"}
 BODY = {"after": "def area(self):\n", "text": "    width = self.w\n    return width"}
 VALUES = "values = [1, 2]"
+PATIENT = {"popup_budget_ms": 10_000}
 TRIGGERED = "<Cmd>lua require('midfill').trigger()<CR>"
 
 
@@ -144,19 +145,34 @@ def test_files_with_windows_line_ends(neovim):
     editor.reads("# first\ndef area(self):\n    width = self.w\n    return width")
 
 
-@pytest.mark.xfail(
-    reason="Neovim 0.11's own menu keeps an item's text up to its first blank only", strict=True
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize(
+    ("typed", "word"), [("total = ", "sum(a for a in values)"), ("total = su", "sum(a for a in values)")]
 )
-def test_popup_items(neovim):
-    editor = neovim(SUM, text=VALUES, options="popup = true")
+def test_popup_items_in_neovims_own_menu(neovim, enabled, typed, word):
+    """By omnifunc, with `vim.lsp.completion` on or off."""
+    rule = {"after": typed, "text": word.removeprefix("su" if typed.endswith("su") else "")}
+    editor = neovim(rule, text=VALUES, options="popup = true", settings=PATIENT)
     editor.lua("vim.o.completeopt = 'menuone,noselect'")
-    editor.press("ototal = <C-x><C-o>")
+    if enabled:
+        editor.lua("vim.lsp.completion.enable(true, require('midfill.server').client().id, 0)")
+    editor.press(f"o{typed}<C-x><C-o>")
     editor.until(lambda: editor.lua("return vim.fn.pumvisible()") == 1, "the popup menu")
     words = [item["word"] for item in editor.lua("return vim.fn.complete_info().items")]
-    assert words == ["total = sum(values)"]
+    assert words == [word]
     assert editor.ghost == ""
     editor.press("<C-n><C-y>")
-    editor.reads(VALUES + "\ntotal = sum(values)")
+    editor.reads(f"{VALUES}\ntotal = {word}")
+
+
+def test_popup_items_of_several_lines(neovim):
+    editor = neovim(BODY, text="class Box:\n\n# end", options="popup = true", settings=PATIENT)
+    editor.lua("vim.bo.autoindent = false vim.bo.indentexpr = ''")
+    editor.lua("vim.o.completeopt = 'menuone,noselect'")
+    editor.press("jidef area(self):<CR><C-x><C-o>")
+    editor.until(lambda: editor.lua("return vim.fn.pumvisible()") == 1, "the popup menu")
+    editor.press("<C-n><C-y>")
+    editor.reads("class Box:\ndef area(self):\n    width = self.w\n    return width\n# end")
 
 
 def test_popup_items_are_left_out_unless_asked_for(neovim):

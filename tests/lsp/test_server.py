@@ -11,6 +11,7 @@ from midfill.client import ServerError
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 URI = "file:///work/main.py"
+PATIENT = {"popup_budget_ms": 10_000}
 
 
 def open_document(client, text, uri=URI, language="python", version=1):
@@ -103,19 +104,43 @@ async def test_columns_are_utf_16_unless_agreed_otherwise(client):
     assert item["range"]["start"] == {"line": 0, "character": 14}
 
 
-async def test_the_popup_item_replaces_what_is_typed_of_the_line(client):
-    server = await client({"text": "sum(values)"})
+async def popup(client, line, character):
+    params = {"textDocument": {"uri": URI}, "position": {"line": line, "character": character}}
+    return await client.request("textDocument/completion", params)
+
+
+async def test_the_popup_item_begins_at_the_word_before_the_cursor(client):
+    server = await client({"after": "su", "text": "m(values)"}, {"text": "sum(values)"}, options=PATIENT)
     await ready(server)
     open_document(server, "    total = \n")
-    params = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 12}}
-    answer = await server.request("textDocument/completion", params)
+    answer = await popup(server, 0, 12)
     (item,) = answer["items"]
     assert answer["isIncomplete"] is True
-    assert item["label"] == "total = sum(values)"
-    assert item["textEdit"] == {
-        "range": {"start": {"line": 0, "character": 4}, "end": {"line": 0, "character": 12}},
-        "newText": "total = sum(values)",
-    }
+    here = {"line": 0, "character": 12}
+    assert item["label"] == item["filterText"] == "sum(values)"
+    assert item["textEdit"] == {"range": {"start": here, "end": here}, "newText": "sum(values)"}
+    assert item["documentation"] == "total = sum(values)"
+    assert item["insertTextFormat"] == 1
+    assert "insertText" not in item
+    change(server, (0, 12), (0, 12), "su", 2)
+    (item,) = (await popup(server, 0, 14))["items"]
+    assert item["label"] == item["filterText"] == "sum(values)"
+    there = {"line": 0, "character": 14}
+    assert item["textEdit"] == {"range": {"start": here, "end": there}, "newText": "sum(values)"}
+
+
+async def test_a_popup_item_of_several_lines_is_named_and_found_by_its_first(client):
+    body = "n = 1\n    return n"
+    server = await client({"after": "    ", "text": body}, {"text": "\n    " + body}, options=PATIENT)
+    await ready(server)
+    open_document(server, "def f():\n    \n")
+    (item,) = (await popup(server, 1, 4))["items"]
+    assert (item["label"], item["filterText"]) == ("n = 1", "n = 1")
+    assert item["textEdit"]["newText"] == body
+    # A first line that is empty says nothing.
+    open_document(server, "def f():\n")
+    (item,) = (await popup(server, 0, 8))["items"]
+    assert (item["label"], item["filterText"]) == ("n = 1", "    n = 1")
 
 
 async def test_no_popup_waits_for_the_model(client):
@@ -130,7 +155,7 @@ async def test_no_popup_waits_for_the_model(client):
     # What was late is there at a later request, without the model being asked again.
     while not answers[-1]["items"] and len(answers) < 500:
         answers.append(await server.request("textDocument/completion", params))
-    assert answers[-1]["items"][0]["label"] == "total = sum(values)"
+    assert answers[-1]["items"][0]["label"] == "sum(values)"
     assert time.monotonic() - begun < 10
 
 

@@ -28,7 +28,7 @@ local DEFAULTS = {
   auto = true,
   debounce_ms = 15,
   hide_during_completion = true,
-  -- Neovim 0.11's own menu would insert an item up to its first blank only.
+  -- Ghost text is there already.
   popup = false,
   inline = "auto",
   keys = {
