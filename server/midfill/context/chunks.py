@@ -34,6 +34,9 @@ _IMPORTS = re.compile(
 _WORD = re.compile(r"[^\W\d]\w+")
 _TERM = re.compile(r"[^\W\d_]\w{1,63}")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_MAY_IMPORT = re.compile(r"\b(?:import|include|use|using|require|package)\b")
+# An import over several lines.
+_MAX_IMPORT_LINES = 20
 _IMPORT_LINE = re.compile(
     r"^\s*(?:from\s+[\w.]+\s+import\b|import\b|use\b|using\b|#\s*include\b|require\b|(?:const|let|var)\b.*\brequire\()"
 )
@@ -101,7 +104,11 @@ def imported_names(lines: list[str], language_id: str) -> set[str]:
     if parser is None:
         return {word for line in lines if _IMPORT_LINE.match(line) for word in _WORD.findall(line)}
     names: set[str] = set()
-    for node in parser.parse("".join(lines).encode("utf-8", "replace")).root_node.children:
+    begins = [row for row, line in enumerate(lines) if _MAY_IMPORT.search(line)]
+    if not begins:
+        return names
+    upto = lines[: begins[-1] + _MAX_IMPORT_LINES]
+    for node in parser.parse("".join(upto).encode("utf-8", "replace")).root_node.children:
         text = (node.text or b"").decode("utf-8", "replace")
         if _IMPORTS.search(node.type) or (node.type.endswith("declaration") and "require(" in text):
             names.update(_WORD.findall(text))

@@ -8,8 +8,10 @@ has to be built anew for each change; tantivy changes file by file and searches 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
+from math import log
 from typing import Any
 
 import tantivy
@@ -18,7 +20,10 @@ from midfill.context.chunks import Parsed, terms
 
 # Tantivy needs at least 15 MB for a writer's thread.
 _WRITER_BYTES = 15_000_000
-_MAX_TERMS = 32
+# A word in every eighth chunk tells nothing, and its list is the longest to walk through.
+_MAX_SHARE = 1 / 8
+_SHORT = 200
+_MAX_TERMS = 24
 # So many chunks of the file itself may be more like the text than those that are looked for.
 _MAX_OWN = 16
 _SEPARATOR = "\n"
@@ -117,7 +122,8 @@ class RepositoryIndex:
         for number, line in enumerate(reversed(text)):
             for term in terms(line):
                 weights.setdefault(term, 1 / (1 + number / 8))
-        chosen = list(weights.items())[:_MAX_TERMS]
+        searcher = self._index.searcher()
+        chosen = _most_telling(weights, searcher)
         if not chosen:
             return []
         schema = self._index.schema
@@ -128,7 +134,6 @@ class RepositoryIndex:
             )
             for term, weight in chosen
         ]
-        searcher = self._index.searcher()
         # Those of the file itself are left out afterwards: without a "must not" whole blocks are passed over.
         hits = searcher.search(tantivy.Query.boolean_query(clauses), limit + _MAX_OWN, count=False).hits
         path, lines = but
@@ -154,6 +159,20 @@ class RepositoryIndex:
             if _num_named(best, names):
                 found.append((name, Found(best, 0, places[best])))
         return found
+
+
+def _most_telling(weights: Mapping[str, float], searcher: tantivy.Searcher) -> list[tuple[str, float]]:
+    """Those terms that can add most to a chunk's score: near the cursor, and in few chunks.
+
+    They are the quickest to look up as well.
+    """
+    num_docs = searcher.num_docs
+    worth = []
+    for term, weight in weights.items():
+        df = searcher.doc_freq("terms", term)
+        if 0 < df <= max(_SHORT, _MAX_SHARE * num_docs):
+            worth.append((weight * log(1 + (num_docs - df + 0.5) / (df + 0.5)), term, weight))
+    return [(term, weight) for _, term, weight in nlargest(_MAX_TERMS, worth)]
 
 
 def _num_named(path: str, names: set[str]) -> int:

@@ -23,7 +23,7 @@ from midfill.context.files import Sieve
 
 # More than the largest repositories have of code; a folder of data or of checkouts is not worth more memory.
 MAX_FILES = 20_000
-MAX_CHARS = 120_000_000
+MAX_CHARS = 200_000_000
 
 
 def main() -> None:
