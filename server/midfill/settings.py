@@ -23,6 +23,12 @@ from midfill.secrecy import SECRET_FILES
 
 _START_ONLY = "It takes effect when the server starts."
 
+# What a project may set for itself in an editor that knows settings of projects which the user trusts, as VS
+# Code does. All others are the user's alone: what is run, where, and what is never shown to it.
+PROJECT_SETTINGS = frozenset(
+    {"enabled", "context", "max_new_tokens", "max_new_tokens_invoked", "eagerness", "disabled_languages"}
+)
+
 
 class Settings(BaseModel):
     """Every setting, with its default, range and meaning."""
@@ -188,7 +194,9 @@ def merge(values: Any, base: Settings, own: Settings | None = None) -> tuple[Set
     for key, value in values.items():
         name = names.get(key)
         if name is None:
-            problems.append(f"Unknown setting {key!r}.")
+            # A client that is newer than the server takes back what the server never knew.
+            if value is not None:
+                problems.append(f"Unknown setting {key!r}.")
             continue
         if value is None and own is not None:
             merged[name] = getattr(own, name)
@@ -249,6 +257,26 @@ def markdown_table() -> str:
         default = " ".join(default.split()).replace("[ ", "[").replace(", ]", "]")
         rows.append(f"| `{name}` | {f'`{default}`' if default else 'none'} | {field.description} |")
     return "\n".join(rows) + "\n"
+
+
+def vscode_settings() -> dict[str, dict[str, Any]]:
+    """The settings as an extension of VS Code declares them; a test compares them.
+
+    What is no project's business has the scope "machine": VS Code takes it from the user's own settings only.
+    The tag "restart" is on what counts only at the start.
+    """
+    declared = {}
+    for name, schema in Settings.model_json_schema(by_alias=False)["properties"].items():
+        text = schema.pop("description")
+        del schema["title"]
+        if "anyOf" in schema:
+            schema["type"] = [one["type"] for one in schema.pop("anyOf")]
+        declared[f"midfill.{to_camel(name)}"] = schema | {
+            "markdownDescription": text,
+            "scope": "window" if name in PROJECT_SETTINGS else "machine",
+            "tags": ["restart"] if text.endswith(_START_ONLY) else [],
+        }
+    return declared
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,7 +1,12 @@
+import json
+import runpy
+from pathlib import Path
+
 import pytest
+from pydantic.alias_generators import to_camel
 
 from midfill.errors import SettingsError
-from midfill.settings import Settings, load, merge, parse, store
+from midfill.settings import PROJECT_SETTINGS, Settings, load, merge, parse, store, vscode_settings
 
 
 def test_no_file_means_defaults(tmp_path):
@@ -72,3 +77,20 @@ def test_a_null_takes_back_what_an_editor_has_set():
     settings, problems = merge({"maxNewTokens": None, "model": "m"}, Settings(max_new_tokens=9), own)
     assert settings == Settings(max_new_tokens=5, model="m")
     assert problems == []
+
+
+def test_the_settings_of_vs_code_are_the_schema():
+    client = Path(__file__).parents[2] / "clients" / "vscode"
+    manifest = json.loads((client / "package.json").read_text(encoding="utf-8"))
+    generated = runpy.run_path(str(client / "scripts" / "settings.py"))["generated"]
+    assert manifest == generated(manifest), "run: python clients/vscode/scripts/settings.py"
+
+
+def test_vs_code_takes_from_a_project_only_what_a_project_may_choose():
+    declared = vscode_settings()
+    assert {to_camel(name) for name in Settings.model_fields} == {key.split(".")[1] for key in declared}
+    scopes = {key.split(".")[1]: value["scope"] for key, value in declared.items()}
+    theirs = {name for name, scope in scopes.items() if scope == "window"}
+    assert theirs == {to_camel(name) for name in PROJECT_SETTINGS}
+    mine = ("model", "adapter", "family", "device", "excludedFiles", "detectSecrets")
+    assert all(scopes[name] == "machine" for name in mine)

@@ -1,0 +1,211 @@
+/** What the user is asked: the menu, the model, the adapter, the length of a pause. */
+
+import * as vscode from "vscode";
+
+import { type Configuration } from "./configuration.js";
+import { run } from "./installation.js";
+import { type Session } from "./session.js";
+
+/** A row of `midfill model list --json`. */
+interface Model {
+  name: string;
+  installed: boolean;
+  license?: string;
+  parameters?: number;
+  memory_mb?: number;
+}
+
+/** A row of `midfill adapter list --json`. */
+interface Adapter {
+  name: string;
+  base: string;
+  path: string;
+}
+
+export type CommandLine = () => Promise<string[] | undefined>;
+
+export async function menu(session: Session): Promise<void> {
+  const { state, snoozeEnd } = session;
+  const language = vscode.window.activeTextEditor?.document.languageId;
+  const isOn = !("status" in state) || state.status.enabled;
+  const entries: [string, string, string][] = [];
+  if (state.kind === "missing") {
+    entries.push(["cloud-download", "Install the server", "midfill.installServer"]);
+  }
+  if (snoozeEnd !== undefined) {
+    entries.push(["play", "End the snooze", "midfill.toggle"]);
+  } else {
+    entries.push(["circle-slash", isOn ? "Switch off" : "Switch on", "midfill.toggle"]);
+    if (language !== undefined) {
+      entries.push(["code", `Switch on or off for ${language}`, "midfill.toggleLanguage"]);
+    }
+    entries.push(["clock", "Snooze", "midfill.snooze"]);
+  }
+  entries.push(
+    ["chip", "Choose the model", "midfill.chooseModel"],
+    ["extensions", "Choose the adapter", "midfill.chooseAdapter"],
+    ["question", "Explain the last suggestion", "midfill.explainLast"],
+    ["output", "Show the log", "midfill.showLog"],
+    ["debug-restart", "Restart the server", "midfill.restart"],
+    ["gear", "Settings", "midfill.openSettings"],
+  );
+  const items = entries.map(([icon, label, command]) => ({ label: `$(${icon}) ${label}`, command }));
+  const chosen = await vscode.window.showQuickPick(items, { title: "midfill" });
+  if (chosen !== undefined) {
+    await vscode.commands.executeCommand(chosen.command);
+  }
+}
+
+export async function toggle(session: Session, configuration: Configuration): Promise<void> {
+  if (session.snoozeEnd !== undefined) {
+    await session.pause(0);
+    return;
+  }
+  const { state } = session;
+  const isOn = "status" in state ? state.status.enabled : configuration.get("enabled", true);
+  await configuration.set("enabled", !isOn);
+}
+
+export async function toggleLanguage(configuration: Configuration): Promise<void> {
+  const language = vscode.window.activeTextEditor?.document.languageId;
+  if (language !== undefined) {
+    const off = configuration.get<string[]>("disabledLanguages", []);
+    const after = off.includes(language) ? off.filter((one) => one !== language) : [...off, language];
+    await configuration.set("disabledLanguages", after);
+  }
+}
+
+export async function snooze(session: Session): Promise<void> {
+  const items = [5, 15, 60].map((minutes) => ({ label: `${minutes} minutes`, minutes }));
+  const chosen = await vscode.window.showQuickPick(items, { title: "midfill: no suggestions for" });
+  if (chosen !== undefined) {
+    await session.pause(chosen.minutes);
+  }
+}
+
+export async function chooseModel(
+  commandLine: CommandLine,
+  configuration: Configuration,
+  log: vscode.LogOutputChannel,
+): Promise<void> {
+  const command = await commandLine();
+  if (command === undefined) {
+    return;
+  }
+  const { models } = await ask<{ models: Model[] }>(command, ["model", "list", "--json"]);
+  const used = configuration.get("model", "");
+  const items = models.map((model) => ({ ...describe(model, used), model }));
+  const chosen = await vscode.window.showQuickPick(items, {
+    title: "midfill: the model",
+    placeHolder: "What is not here is downloaded first",
+    matchOnDescription: true,
+  });
+  if (chosen === undefined) {
+    return;
+  }
+  if (chosen.model.installed || (await pull(command, chosen.model.name, log))) {
+    await configuration.set("model", chosen.model.name);
+  }
+}
+
+/** Where the chosen model is not on this machine, offers to fetch it. True if it is here now. */
+export async function offerModel(
+  command: string[],
+  name: string,
+  log: vscode.LogOutputChannel,
+): Promise<boolean> {
+  const { models } = await ask<{ models: Model[] }>(command, ["model", "list", "--json"]);
+  if (!models.some((model) => model.name === name && !model.installed)) {
+    return false;
+  }
+  const message = `midfill: The model ${name} is not on this machine yet.`;
+  const chosen = await vscode.window.showInformationMessage(message, "Download", "Choose Another Model");
+  if (chosen === "Choose Another Model") {
+    await vscode.commands.executeCommand("midfill.chooseModel");
+  }
+  return chosen === "Download" && (await pull(command, name, log));
+}
+
+async function pull(command: string[], name: string, log: vscode.LogOutputChannel): Promise<boolean> {
+  const options = {
+    location: vscode.ProgressLocation.Notification,
+    title: `Downloading ${name}`,
+    cancellable: true,
+  };
+  return vscode.window.withProgress(options, async (progress, token) => {
+    let last = "";
+    const told = (line: string) => {
+      last = line;
+      log.info(line);
+      progress.report({ message: line });
+    };
+    const { status } = await run([...command, "model", "pull", name], told, token);
+    if (token.isCancellationRequested) {
+      return false;
+    }
+    if (status !== 0) {
+      throw new Error(last || `${name} could not be downloaded; the log says why.`);
+    }
+    return true;
+  });
+}
+
+export async function chooseAdapter(commandLine: CommandLine, configuration: Configuration): Promise<void> {
+  const command = await commandLine();
+  if (command === undefined) {
+    return;
+  }
+  const { adapters } = await ask<{ adapters: Adapter[] }>(command, ["adapter", "list", "--json"]);
+  const chosen = await vscode.window.showQuickPick(
+    [
+      { label: "$(circle-slash) None", path: null },
+      ...adapters.map(({ name, base, path }) => ({ label: name, description: base, path })),
+      { label: "$(folder-opened) Choose a folder…", path: undefined },
+    ],
+    { title: "midfill: the adapter" },
+  );
+  if (chosen === undefined) {
+    return;
+  }
+  if (chosen.path !== undefined) {
+    // Where none is set, the user's own file counts, and is left to.
+    await configuration.set("adapter", chosen.path ?? undefined);
+    return;
+  }
+  const folders = await vscode.window.showOpenDialog({
+    title: "A LoRA adapter in PEFT format",
+    canSelectFiles: false,
+    canSelectFolders: true,
+  });
+  if (folders?.[0] !== undefined) {
+    await configuration.set("adapter", folders[0].fsPath);
+  }
+}
+
+/** What the command line answers, as JSON. */
+async function ask<T>(command: string[], args: string[]): Promise<T> {
+  let last = "";
+  const { status, output } = await run([...command, ...args], (line) => {
+    last = line;
+  });
+  if (status !== 0) {
+    throw new Error(last || `${args.join(" ")} failed with status ${status ?? "unknown"}.`);
+  }
+  return JSON.parse(output) as T;
+}
+
+function describe(model: Model, used: string): vscode.QuickPickItem {
+  const parameters =
+    model.parameters === undefined ? [] : [`${(model.parameters / 1e9).toFixed(1)} B parameters`];
+  const memory = model.memory_mb === undefined ? [] : [`${(model.memory_mb / 1000).toFixed(1)} GB`];
+  const here = model.installed ? [] : ["to be downloaded"];
+  return {
+    label: model.name === used ? `$(check) ${model.name}` : model.name,
+    description: [
+      ...parameters,
+      ...memory,
+      ...(model.license === undefined ? [] : [model.license]),
+      ...here,
+    ].join(", "),
+  };
+}

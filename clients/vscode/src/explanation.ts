@@ -1,0 +1,52 @@
+/** Why the last answer is as it is: a sentence, and a page for who wants to see all of it. */
+
+import * as vscode from "vscode";
+
+import { type Explanation, type Session } from "./session.js";
+
+export const SCHEME = "midfill-explanation";
+
+/** Shows explanations as read-only documents. They hold source text, so they are in memory only. */
+export class Pages implements vscode.TextDocumentContentProvider {
+  private readonly changed = new vscode.EventEmitter<vscode.Uri>();
+  readonly onDidChange = this.changed.event;
+  private text = "";
+
+  provideTextDocumentContent(): string {
+    return this.text;
+  }
+
+  async show(explanation: Explanation): Promise<void> {
+    const uri = vscode.Uri.from({ scheme: SCHEME, path: "explanation.json" });
+    this.text = JSON.stringify(explanation, null, 2);
+    this.changed.fire(uri);
+    await vscode.window.showTextDocument(uri, { preview: true });
+  }
+}
+
+export async function explainLast(session: Session, pages: Pages): Promise<void> {
+  const document = vscode.window.activeTextEditor?.document.uri;
+  if (document === undefined) {
+    void vscode.window.showInformationMessage(
+      "midfill: Open a file first: each has a last suggestion of its own.",
+    );
+    return;
+  }
+  const explanation = await session.explain(document, false);
+  if (explanation === undefined) {
+    void vscode.window.showInformationMessage("midfill: The server does not run.");
+    return;
+  }
+  const nothing = explanation.source === "none" && explanation.message === null;
+  const what = nothing
+    ? "Nothing has been asked for in this file yet."
+    : (explanation.message ?? `The last suggestion came from: ${explanation.source}.`);
+  const offered = nothing ? [] : ["Details"];
+  const chosen = await vscode.window.showInformationMessage(`midfill: ${what}`, ...offered);
+  if (chosen === "Details") {
+    const detailed = await session.explain(document, true);
+    if (detailed !== undefined) {
+      await pages.show(detailed);
+    }
+  }
+}

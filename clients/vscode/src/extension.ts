@@ -1,0 +1,159 @@
+/** midfill in VS Code: finds the server, starts it, and lets the user steer it. Ghost text is VS Code's own. */
+
+import * as vscode from "vscode";
+
+import * as choices from "./choices.js";
+import { Configuration, SECTION } from "./configuration.js";
+import { explainLast, Pages, SCHEME } from "./explanation.js";
+import { Installation, type Server } from "./installation.js";
+import { Session } from "./session.js";
+import { StatusBar } from "./statusbar.js";
+
+class Extension {
+  private readonly configuration: Configuration;
+  private readonly installation: Installation;
+  private readonly session: Session;
+  private readonly log = vscode.window.createOutputChannel("midfill", { log: true });
+  private readonly pages = new Pages();
+  private server: Server | undefined;
+  private offered: string | undefined;
+
+  constructor(private readonly context: vscode.ExtensionContext) {
+    this.configuration = new Configuration(context.extension.packageJSON);
+    this.installation = new Installation(context, this.log);
+    this.session = new Session(this.configuration, this.log, context.globalStorageUri);
+    context.subscriptions.push(
+      this.log,
+      this.session,
+      new StatusBar(this.session, this.configuration),
+      vscode.workspace.registerTextDocumentContentProvider(SCHEME, this.pages),
+      vscode.workspace.onDidChangeConfiguration((event) => {
+        void this.guard(() => this.configured(event));
+      }),
+      this.session.onDidChange(() => {
+        void this.guard(() => this.changed());
+      }),
+      this.session.onDidSuggest(
+        () => void vscode.commands.executeCommand("setContext", "midfill.suggested", true),
+      ),
+    );
+    const commandLine = () => this.commandLine();
+    const commands: Record<string, () => Promise<void>> = {
+      menu: () => choices.menu(this.session),
+      toggle: () => choices.toggle(this.session, this.configuration),
+      toggleLanguage: () => choices.toggleLanguage(this.configuration),
+      snooze: () => choices.snooze(this.session),
+      chooseModel: () => choices.chooseModel(commandLine, this.configuration, this.log),
+      chooseAdapter: () => choices.chooseAdapter(commandLine, this.configuration),
+      explainLast: () => explainLast(this.session, this.pages),
+      restart: () => this.start(),
+      installServer: () => this.install(),
+      showLog: () => {
+        this.log.show();
+        return Promise.resolve();
+      },
+      openSettings: async () => {
+        await vscode.commands.executeCommand("workbench.action.openSettings", `@ext:${context.extension.id}`);
+      },
+    };
+    for (const [name, command] of Object.entries(commands)) {
+      const guarded = () => this.guard(command);
+      context.subscriptions.push(vscode.commands.registerCommand(`${SECTION}.${name}`, guarded));
+    }
+  }
+
+  /** Finds the server and starts it, or offers to install one. */
+  async start(): Promise<void> {
+    await vscode.workspace.fs.createDirectory(this.context.globalStorageUri);
+    this.server = await this.installation.find(this.configuration.get<string[]>("server.command", []));
+    if (this.server === undefined) {
+      await this.session.stop({ kind: "missing" });
+      void this.guard(() => this.offer());
+      return;
+    }
+    if (this.server.own && (await this.installation.isOutdated())) {
+      await this.installation.install();
+    }
+    await this.session.start(this.server.command);
+  }
+
+  async stop(): Promise<void> {
+    await this.session.stop({ kind: "starting" });
+  }
+
+  private async offer(): Promise<void> {
+    const message =
+      "midfill: The server is not installed: there is no midfill on the PATH. " +
+      "It can be installed into an environment of its own, with the Python that is here.";
+    const chosen = await vscode.window.showInformationMessage(message, "Install", "Settings");
+    if (chosen === "Install") {
+      await this.install();
+    } else if (chosen === "Settings") {
+      await vscode.commands.executeCommand("workbench.action.openSettings", "midfill.server.command");
+    }
+  }
+
+  private async install(): Promise<void> {
+    if (await this.installation.install()) {
+      await this.start();
+    }
+  }
+
+  private async commandLine(): Promise<string[] | undefined> {
+    if (this.server === undefined) {
+      await this.offer();
+    }
+    return this.server?.command;
+  }
+
+  private async configured(event: vscode.ConfigurationChangeEvent): Promise<void> {
+    switch (this.configuration.change(event)) {
+      case "restart":
+        await this.start();
+        break;
+      case "tell":
+        await this.session.configure();
+        break;
+      case "nothing":
+        break;
+    }
+  }
+
+  private async changed(): Promise<void> {
+    const { state } = this.session;
+    const runs = "status" in state;
+    void vscode.commands.executeCommand("setContext", "midfill.running", runs);
+    void vscode.commands.executeCommand("setContext", "midfill.ready", state.kind === "ready");
+    // Once for each model: whoever does not want it now is left alone.
+    if (state.kind === "failed" && this.server !== undefined && this.offered !== state.status.model) {
+      this.offered = state.status.model;
+      if (await choices.offerModel(this.server.command, state.status.model, this.log)) {
+        await this.start();
+      }
+    }
+  }
+
+  /** What goes wrong is said, and in the log. */
+  private async guard(work: () => Promise<void>): Promise<void> {
+    try {
+      await work();
+    } catch (error) {
+      const message = error instanceof Error ? error.message : String(error);
+      this.log.error(message);
+      if ((await vscode.window.showErrorMessage(`midfill: ${message}`, "Show Log")) === "Show Log") {
+        this.log.show();
+      }
+    }
+  }
+}
+
+let extension: Extension | undefined;
+
+export function activate(context: vscode.ExtensionContext): void {
+  extension = new Extension(context);
+  void vscode.commands.executeCommand("midfill.restart");
+}
+
+export async function deactivate(): Promise<void> {
+  await extension?.stop();
+}

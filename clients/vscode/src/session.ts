@@ -1,0 +1,350 @@
+/** The server while it runs: started, told of settings, watched, and started again when it dies. */
+
+import { type ChildProcess, spawn } from "node:child_process";
+import * as vscode from "vscode";
+import {
+  CloseAction,
+  ErrorAction,
+  LanguageClient,
+  type LanguageClientOptions,
+  MessageType,
+  ShowMessageNotification,
+  type WorkDoneProgressBegin,
+  type WorkDoneProgressEnd,
+  type WorkDoneProgressReport,
+} from "vscode-languageclient/node";
+
+import { type Configuration, SECTION } from "./configuration.js";
+
+// A server that dies is started again after the first and the second time; the third within this is the last.
+const PAUSES_MS = [500, 4_000];
+const WINDOW_MS = 180_000;
+// How often, at most, the server is asked how fast the model is.
+const REFRESH_MS = 1_000;
+// How long the end of the process may come after the end of its output.
+const END_MS = 1_000;
+
+/** The answer of `midfill/status`. */
+export interface ServerStatus {
+  state: "loading" | "ready" | "failed";
+  message: string | null;
+  enabled: boolean;
+  model: string;
+  adapter: string | null;
+  device: string | null;
+  dtype: string | null;
+  tokensPerSecond: number | null;
+  version: string;
+}
+
+export type State =
+  | { kind: "missing" }
+  | { kind: "starting" }
+  | { kind: "loading"; status: ServerStatus; percentage: number | undefined; step: string | undefined }
+  | { kind: "ready"; status: ServerStatus }
+  | { kind: "failed"; status: ServerStatus }
+  | { kind: "stopped"; why: string };
+
+/** The answer of `midfill/explain`. */
+export interface Explanation {
+  source: string;
+  reason: string | null;
+  message: string | null;
+  [detail: string]: unknown;
+}
+
+type Progress = WorkDoneProgressBegin | WorkDoneProgressReport | WorkDoneProgressEnd;
+
+/** A server that was started, and why it ended, once it has. */
+interface Run {
+  client: LanguageClient;
+  child?: ChildProcess;
+  ended: Promise<string>;
+}
+
+export class Session implements vscode.Disposable {
+  private readonly changed = new vscode.EventEmitter<State>();
+  private readonly showed = new vscode.EventEmitter<void>();
+  /** Fired when `state` or `snoozeEnd` has changed. */
+  readonly onDidChange = this.changed.event;
+  /** Fired when there was something to show at the cursor. */
+  readonly onDidSuggest = this.showed.event;
+
+  private current: State = { kind: "starting" };
+  private run: Run | undefined;
+  private command: string[] = [];
+  private deaths: number[] = [];
+  private restart: NodeJS.Timeout | undefined;
+  private refresh: NodeJS.Timeout | undefined;
+  private snooze: NodeJS.Timeout | undefined;
+  private snoozedUntil: Date | undefined;
+  private turn = 0;
+
+  constructor(
+    private readonly configuration: Configuration,
+    private readonly log: vscode.LogOutputChannel,
+    private readonly folder: vscode.Uri,
+  ) {}
+
+  get state(): State {
+    return this.current;
+  }
+
+  /** When the pause that the user asked for ends. */
+  get snoozeEnd(): Date | undefined {
+    return this.snoozedUntil;
+  }
+
+  /** Starts the server by this command, in the place of one that runs; its earlier deaths are forgotten. */
+  async start(command: string[]): Promise<void> {
+    this.command = command;
+    this.deaths = [];
+    await this.launch();
+  }
+
+  /** Ends the server, and says why there is none. */
+  async stop(state: State): Promise<void> {
+    this.turn += 1;
+    await this.end();
+    this.become(state);
+  }
+
+  /** Tells the server what is set now. */
+  async configure(): Promise<void> {
+    await this.run?.client.sendNotification("workspace/didChangeConfiguration", {
+      settings: { [SECTION]: this.values() },
+    });
+    await this.update();
+  }
+
+  /** No suggestions for this long; 0 ends a pause. */
+  async pause(minutes: number): Promise<void> {
+    clearTimeout(this.snooze);
+    this.snoozedUntil = undefined;
+    if (minutes > 0) {
+      this.snoozedUntil = new Date(Date.now() + minutes * 60_000);
+      this.snooze = setTimeout(() => void this.pause(0), minutes * 60_000);
+    }
+    await this.configure();
+  }
+
+  /** How the last answer for a document came about. */
+  async explain(document: vscode.Uri, text: boolean): Promise<Explanation | undefined> {
+    return this.run?.client.sendRequest<Explanation>("midfill/explain", {
+      textDocument: { uri: document.toString() },
+      text,
+    });
+  }
+
+  dispose(): void {
+    clearTimeout(this.snooze);
+    void this.end();
+    this.changed.dispose();
+    this.showed.dispose();
+  }
+
+  private values(): Record<string, unknown> {
+    const values = this.configuration.values();
+    return this.snoozedUntil === undefined ? values : { ...values, enabled: false };
+  }
+
+  private become(state: State): void {
+    this.current = state;
+    this.changed.fire(state);
+  }
+
+  private async end(): Promise<void> {
+    clearTimeout(this.restart);
+    clearTimeout(this.refresh);
+    this.refresh = undefined;
+    const run = this.run;
+    this.run = undefined;
+    if (run !== undefined) {
+      await release(run);
+    }
+  }
+
+  private async launch(): Promise<void> {
+    const turn = ++this.turn;
+    await this.end();
+    if (turn !== this.turn) {
+      // A later start has begun meanwhile.
+      return;
+    }
+    this.become({ kind: "starting" });
+    const run = this.prepare();
+    this.run = run;
+    try {
+      await run.client.start();
+      await this.update();
+    } catch (error) {
+      await this.died(run, error);
+    }
+  }
+
+  private prepare(): Run {
+    const [program = "", ...args] = this.command;
+    args.push("serve", ...this.configuration.get<string[]>("server.arguments", []));
+    let tell: (why: string) => void;
+    const ended = new Promise<string>((resolve) => {
+      tell = resolve;
+    });
+    const start = async (): Promise<ChildProcess> => {
+      this.log.info([program, ...args].join(" "));
+      // Not in the folder that is open: nothing in there is to be found by chance.
+      const child = spawn(program, args, { cwd: this.folder.fsPath, windowsHide: true });
+      run.child = child;
+      child.on("exit", (status, signal) => {
+        tell(signal === null ? `status ${status ?? "unknown"}` : `signal ${signal}`);
+      });
+      return new Promise((resolve, reject) => {
+        child.once("error", (error) => {
+          tell(error.message);
+          reject(error);
+        });
+        child.once("spawn", () => {
+          resolve(child);
+        });
+      });
+    };
+    const options = this.options(() => this.died(run));
+    const run: Run = { client: new LanguageClient("midfill", "midfill", start, options), ended };
+    run.client.onNotification(ShowMessageNotification.type, ({ type, message }) => {
+      void this.show(type, message);
+    });
+    return run;
+  }
+
+  private options(closed: () => Promise<void>): LanguageClientOptions {
+    return {
+      documentSelector: [{ scheme: "file" }, { scheme: "untitled" }, { scheme: "vscode-notebook-cell" }],
+      initializationOptions: this.values(),
+      outputChannel: this.log,
+      initializationFailedHandler: () => false,
+      errorHandler: {
+        error: () => ({ action: ErrorAction.Continue, handled: true }),
+        closed: () => {
+          void closed();
+          return { action: CloseAction.DoNotRestart, handled: true };
+        },
+      },
+      middleware: {
+        handleWorkDoneProgress: (_token, params) => {
+          this.progressed(params);
+        },
+        provideInlineCompletionItems: async (document, position, context, token, next) => {
+          const items = await next(document, position, context, token);
+          this.updateSoon();
+          if (items && (Array.isArray(items) ? items : items.items).length > 0) {
+            this.showed.fire();
+          }
+          return items;
+        },
+        provideCompletionItem: (document, position, context, token, next) =>
+          this.configuration.get<boolean>("popup", false)
+            ? next(document, position, context, token)
+            : undefined,
+      },
+    };
+  }
+
+  /** Asks the server how it is. */
+  private async update(): Promise<void> {
+    const client = this.run?.client;
+    if (client === undefined) {
+      return;
+    }
+    const status = await client.sendRequest<ServerStatus>("midfill/status", {});
+    if (client === this.run?.client) {
+      const before = this.current;
+      const progress = before.kind === "loading" ? before : { percentage: undefined, step: undefined };
+      this.become(
+        status.state === "loading"
+          ? { kind: "loading", status, percentage: progress.percentage, step: progress.step }
+          : { kind: status.state, status },
+      );
+    }
+  }
+
+  private updateSoon(): void {
+    this.refresh ??= setTimeout(() => {
+      this.refresh = undefined;
+      // A server that is just ending does not answer, and need not.
+      this.update().catch((error: unknown) => {
+        this.log.debug(`midfill/status: ${String(error)}`);
+      });
+    }, REFRESH_MS);
+  }
+
+  private progressed(progress: Progress): void {
+    if (this.current.kind === "loading" && progress.kind !== "end") {
+      this.become({
+        ...this.current,
+        percentage: progress.percentage ?? this.current.percentage,
+        step: progress.message ?? this.current.step,
+      });
+    } else {
+      this.updateSoon();
+    }
+  }
+
+  private async died(run: Run, error?: unknown): Promise<void> {
+    if (run !== this.run) {
+      // It was ended, or its death is known already.
+      return;
+    }
+    this.run = undefined;
+    const otherwise = error instanceof Error ? error.message : "its output was closed";
+    const why = await Promise.race([run.ended, after(END_MS, otherwise)]);
+    await release(run);
+    this.log.error(`the server ended: ${why}`);
+    const now = Date.now();
+    this.deaths = [...this.deaths.filter((death) => now - death < WINDOW_MS), now];
+    const pause = PAUSES_MS[this.deaths.length - 1];
+    if (pause === undefined) {
+      this.become({ kind: "stopped", why });
+      await this.giveUp(why);
+    } else {
+      this.become({ kind: "starting" });
+      this.restart = setTimeout(() => void this.launch(), pause);
+    }
+  }
+
+  private async giveUp(why: string): Promise<void> {
+    const times = this.deaths.length;
+    const message = `midfill: The server has ended ${times} times in three minutes (${why}) and is not started again.`;
+    const chosen = await vscode.window.showErrorMessage(message, "Restart", "Show Log");
+    if (chosen === "Restart") {
+      await vscode.commands.executeCommand("midfill.restart");
+    } else if (chosen === "Show Log") {
+      this.log.show();
+    }
+  }
+
+  private async show(type: MessageType, message: string): Promise<void> {
+    if (type !== MessageType.Error && type !== MessageType.Warning) {
+      await vscode.window.showInformationMessage(message);
+      return;
+    }
+    const show =
+      type === MessageType.Error ? vscode.window.showErrorMessage : vscode.window.showWarningMessage;
+    if ((await show(message, "Show Log")) === "Show Log") {
+      this.log.show();
+    }
+  }
+}
+
+/** Ends a server, one too that does not answer or has not come so far. */
+async function release({ client, child, ended }: Run): Promise<void> {
+  await client.dispose().catch(() => child?.kill());
+  const isAlive = (await Promise.race([ended, after(END_MS, undefined)])) === undefined;
+  if (isAlive) {
+    child?.kill("SIGKILL");
+  }
+}
+
+function after<T>(milliseconds: number, value: T): Promise<T> {
+  return new Promise((resolve) => {
+    setTimeout(resolve, milliseconds, value);
+  });
+}

@@ -1,0 +1,124 @@
+/** The item in the status bar: what the server does, in a word; more in its tooltip; the menu behind it. */
+
+import * as vscode from "vscode";
+
+import { type Configuration } from "./configuration.js";
+import { type ServerStatus, type Session } from "./session.js";
+
+interface Face {
+  icon: string;
+  text: string;
+  /** What the tooltip says first. */
+  what: string;
+  alarming?: boolean;
+}
+
+export class StatusBar implements vscode.Disposable {
+  private readonly item: vscode.StatusBarItem;
+  private readonly listeners: vscode.Disposable[];
+
+  constructor(
+    private readonly session: Session,
+    private readonly configuration: Configuration,
+  ) {
+    this.item = vscode.window.createStatusBarItem("status", vscode.StatusBarAlignment.Right, 100);
+    this.item.name = "midfill";
+    this.item.command = "midfill.menu";
+    const draw = () => {
+      this.draw();
+    };
+    this.listeners = [
+      session.onDidChange(draw),
+      vscode.window.onDidChangeActiveTextEditor(draw),
+      vscode.workspace.onDidChangeConfiguration(draw),
+    ];
+    this.draw();
+    this.item.show();
+  }
+
+  dispose(): void {
+    this.item.dispose();
+    this.listeners.forEach((listener) => {
+      listener.dispose();
+    });
+  }
+
+  private draw(): void {
+    const { icon, text, what, alarming } = this.face();
+    this.item.text = `$(${icon}) ${text}`;
+    this.item.accessibilityInformation = { label: `midfill: ${what}` };
+    this.item.backgroundColor =
+      alarming === true ? new vscode.ThemeColor("statusBarItem.errorBackground") : undefined;
+    const { state } = this.session;
+    const tooltip = new vscode.MarkdownString();
+    tooltip.appendText(what);
+    if ("status" in state) {
+      tooltip.appendMarkdown(table(state.status));
+    }
+    this.item.tooltip = tooltip;
+  }
+
+  private face(): Face {
+    const { state, snoozeEnd } = this.session;
+    switch (state.kind) {
+      case "missing":
+        return { icon: "warning", text: "midfill", what: "The server is not installed.", alarming: true };
+      case "stopped":
+        return {
+          icon: "error",
+          text: "midfill stopped",
+          what: `The server ended: ${state.why}.`,
+          alarming: true,
+        };
+      case "starting":
+        return { icon: "loading~spin", text: "midfill", what: "The server is being started." };
+      case "failed":
+        return {
+          icon: "error",
+          text: "midfill failed",
+          what: state.status.message ?? "The model cannot be loaded.",
+          alarming: true,
+        };
+      case "loading": {
+        const share = state.percentage === undefined ? "" : ` ${state.percentage} %`;
+        const what = `The model is being loaded${state.step === undefined ? "" : `: ${state.step}`}.`;
+        return { icon: "loading~spin", text: `midfill${share}`, what };
+      }
+      case "ready":
+        break;
+    }
+    const { enabled, model, adapter } = state.status;
+    if (snoozeEnd !== undefined) {
+      const until = snoozeEnd.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+      return { icon: "clock", text: "midfill snoozes", what: `No suggestions until ${until}.` };
+    }
+    if (!enabled) {
+      return { icon: "circle-slash", text: "midfill off", what: "Suggestions are switched off." };
+    }
+    const language = vscode.window.activeTextEditor?.document.languageId;
+    if (
+      language !== undefined &&
+      this.configuration.get<string[]>("disabledLanguages", []).includes(language)
+    ) {
+      const what = `Suggestions are switched off for ${language}.`;
+      return { icon: "circle-slash", text: `midfill off: ${language}`, what };
+    }
+    const text = adapter === null ? model : `${model} + ${adapter}`;
+    return { icon: "sparkle", text, what: "Suggestions appear as you type." };
+  }
+}
+
+function table(status: ServerStatus): string {
+  const { model, adapter, device, dtype, tokensPerSecond, version } = status;
+  const rows: [string, string | null][] = [
+    ["model", model],
+    ["adapter", adapter],
+    ["runs on", device === null ? null : `${device}, ${dtype ?? ""}`],
+    ["speed", tokensPerSecond === null ? null : `${tokensPerSecond} tokens per second`],
+    ["server", version],
+  ];
+  const lines = rows.flatMap(([name, value]) =>
+    value === null ? [] : [`| ${name} | ${value.replace(/[\\|*_`<>[\]]/g, "\\$&")} |`],
+  );
+  return `\n\n| | |\n|---|---|\n${lines.join("\n")}`;
+}
