@@ -297,6 +297,12 @@ def recognise_family(model: ModelInfo, named: str | None = None) -> tuple[str, F
     return fitting[0], FAMILIES[fitting[0]]
 
 
+def family_in_name(name: str) -> str | None:
+    """The family that a model's name holds, as names of served models do: "Qwen/Qwen2.5-Coder-7B"."""
+    known = [family for family in FAMILIES if family in name.casefold()]
+    return max(known, key=len, default=None)
+
+
 def check_family(name: str, family: Family, tokenizer: Tokenizer) -> None:
     """Raise `ModelError` with the first of `problems`."""
     for problem in problems(family, tokenizer):

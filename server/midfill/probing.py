@@ -18,7 +18,7 @@ from typing import Any
 
 from midfill.engine import Engine, Progress, Request, Tokenizer
 from midfill.errors import MidfillError, ModelError
-from midfill.families import FAMILIES, Family, Layout, problems, recognise_family
+from midfill.families import FAMILIES, Family, Layout, family_in_name, problems, recognise_family
 
 _LOG = logging.getLogger(__name__)
 
@@ -112,6 +112,8 @@ async def identify(engine: Engine, named: str | None = None) -> tuple[str, Famil
         EngineError: the model failed.
     """
     model = engine.model
+    if model.served_by:
+        return await _identify_served(engine, named)
     try:
         return recognise_family(model, named)
     except ModelError:
@@ -127,6 +129,30 @@ async def identify(engine: Engine, named: str | None = None) -> tuple[str, Famil
         _LOG.info("the model was probed: it fills holes like %s, in the order %s", name, best.best)
         # How it was shown other files cannot be told from its vocabulary.
         return f"{name} (probed)", replace(family, layouts=layouts, cross_file=None)
+
+
+async def _identify_served(engine: Engine, named: str | None) -> tuple[str, Family]:
+    """The family of a model that others serve.
+
+    Its name says it, and the model is asked whether it is true, unless its vocabulary is known to be that of
+    a model of the catalogue, whose family is known. Raises as `identify`.
+    """
+    model = engine.model
+    name = named or model.family or family_in_name(model.name)
+    remedy = f'Choose another model there, or set `family = "..."` to one of: {", ".join(FAMILIES)}.'
+    if name is None:
+        raise ModelError(f"The FIM family of {model.name!r} ({model.served_by}) is not known. {remedy}")
+    name, family = recognise_family(model, name)
+    if named or (model.family and model.proven) or not family.middle:
+        return name, family
+    found = await probe(engine, family)
+    if not found.agrees(family):
+        what = "does not fill in the middle" if not found.understood else f"fills in the order {found.best}"
+        raise ModelError(
+            f"{model.name!r} ({model.served_by}) was asked to fill in known holes as models of the family "
+            f"{name!r} do, and {what}. {remedy}"
+        )
+    return name, family
 
 
 def _candidates(tokenizer: Tokenizer) -> dict[str, Family]:

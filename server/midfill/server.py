@@ -28,7 +28,7 @@ from midfill.completer import Answer, Completer, Reason, Trigger
 from midfill.context import IGNORE_FILES, file_of
 from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine import Engine
-from midfill.errors import MidfillError
+from midfill.errors import EngineUnavailableError, MidfillError
 from midfill.feedback import Journal
 from midfill.items import PopupStyle, inline_item, popup_item, with_selected
 from midfill.languages import SUFFIXES
@@ -51,6 +51,10 @@ from midfill.settings import Settings, keep_start_only, merge
 _LOG = logging.getLogger(__name__)
 
 _TRIM_CHARS = 16_000_000
+
+# A served engine that is away at the start is asked again after such pauses.
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 30.0
 
 T = TypeVar("T")
 
@@ -167,7 +171,14 @@ class MidfillServer(LanguageServer):
                     await asyncio.wait_for(self.state.engine.close(), timeout=2)
 
     async def _load(self) -> None:
-        """Load the model and say how it goes. A failure is said once; the server stays."""
+        """Load the model. One that others serve may be away for a while, and is tried again."""
+        pause_s = _FIRST_PAUSE_S
+        while not await self._load_once():
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _load_once(self) -> bool:
+        """Load the model and say how it goes; the server stays. Returns whether that was the last time."""
         settings = self.state.completer.settings
         begun = time.monotonic()
         completer = self.state.completer
@@ -183,6 +194,11 @@ class MidfillServer(LanguageServer):
                 # What has been imported and loaded stays; a collection that walks over it would cost a
                 # key that is just being answered tens of milliseconds.
                 gc.freeze()
+            except EngineUnavailableError as error:
+                self._load_failed(str(error))
+                if self.state.engine is not None:
+                    await self.state.engine.close()
+                return False
             except MidfillError as error:
                 self._load_failed(str(error))
             except Exception as error:  # noqa: BLE001 - the server stays up, whatever a model does
@@ -197,9 +213,13 @@ class MidfillServer(LanguageServer):
                     model.dtype,
                     time.monotonic() - begun,
                 )
+        return True
 
     def _load_failed(self, why: str) -> None:
         self.state.completer.fail(why)
+        if why in self.state.said:
+            return
+        self.state.said.add(why)
         _LOG.error("%s", why)
         self.window_show_message(types.ShowMessageParams(types.MessageType.Error, f"midfill: {why}"))
 

@@ -12,16 +12,22 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import platformdirs
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
 from midfill.errors import SettingsError
 from midfill.secrecy import SECRET_FILES
 
 _START_ONLY = "It takes effect when the server starts."
+# An editor may pass on what a workspace's own files set, and these say where code is sent and what is run.
+_FILE_ONLY = "Only your own settings file or the command line may set it. " + _START_ONLY
+
+
+ENGINES_HERE = ("auto", "local")
 
 # What a project may set for itself in an editor that knows settings of projects which the user trusts, as VS
 # Code does. All others are the user's alone: what is run, where, and what is never shown to it.
@@ -56,6 +62,30 @@ class Settings(BaseModel):
     )
     adapter: str | None = Field(
         default=None, description="Folder of a LoRA adapter in PEFT format. " + _START_ONLY
+    )
+    engine: str | tuple[str, ...] = Field(
+        default="auto",
+        description="Who runs the model: `auto` or `local` is midfill itself, a URL (or several, in a "
+        "list) is a server that has it. " + _FILE_ONLY,
+    )
+    engine_model: str | None = Field(
+        default=None, description="The model to use, as that server calls it; none: its first. " + _FILE_ONLY
+    )
+    engine_api: Literal["auto", "vllm", "sglang", "llama.cpp", "ollama", "mistral", "openai", "midfill"] = (
+        Field(default="auto", description="What kind of server it is; `auto` asks it. " + _FILE_ONLY)
+    )
+    engine_key: str = Field(
+        default="env:MIDFILL_API_KEY",
+        pattern=r"^(env|keyring|command):.+$",
+        description="Where that server's key comes from: `env:NAME`, `keyring:SERVICE/USER` or "
+        "`command:PROGRAM`. " + _FILE_ONLY,
+    )
+    engine_ca: str | None = Field(
+        default=None, description="A file of certificates (PEM) to trust beside the system's. " + _FILE_ONLY
+    )
+    engine_fallback: bool = Field(
+        default=False,
+        description="Whether the model `model` runs here while that server does not answer. " + _FILE_ONLY,
     )
     device: str = Field(
         default="auto",
@@ -153,6 +183,29 @@ class Settings(BaseModel):
         default=20_000, description="Documents larger than this many kilobytes get no suggestions."
     )
 
+    @field_validator("engine")
+    @classmethod
+    def _is_a_place(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if value in ENGINES_HERE:
+            return value
+        urls = (value,) if isinstance(value, str) else value
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.query:
+                raise ValueError(
+                    f"{url!r} is none of {', '.join(ENGINES_HERE)} and no URL like http://host:8000"
+                )
+        if not urls:
+            raise ValueError("no URL is named")
+        return value
+
+    @property
+    def engine_urls(self) -> tuple[str, ...]:
+        """The servers that have the model; none where it runs on this machine."""
+        if self.engine in ENGINES_HERE:
+            return ()
+        return (self.engine,) if isinstance(self.engine, str) else self.engine
+
 
 def config_path() -> Path:
     """Where the user's own settings file is (it need not exist)."""
@@ -182,7 +235,7 @@ def merge(values: Any, base: Settings, own: Settings | None = None) -> tuple[Set
     """Lay the good ones of `values` over `base`; say what is wrong with the others, a sentence each.
 
     `values` is whatever an editor sent: junk leaves `base` as it is. A null takes a setting back: it becomes
-    what the user's own file says (`own`).
+    what the user's own file says (`own`; None if that file is what is being read).
     """
     if values is None:
         return base, []
@@ -197,6 +250,11 @@ def merge(values: Any, base: Settings, own: Settings | None = None) -> tuple[Set
             # A client that is newer than the server takes back what the server never knew.
             if value is not None:
                 problems.append(f"Unknown setting {key!r}.")
+            continue
+        if own is not None and (Settings.model_fields[name].description or "").endswith(_FILE_ONLY):
+            problems.append(
+                f"Setting {key!r} is taken from {config_path()} only: it says where code is sent."
+            )
             continue
         if value is None and own is not None:
             merged[name] = getattr(own, name)
@@ -263,11 +321,13 @@ def vscode_settings() -> dict[str, dict[str, Any]]:
     """The settings as an extension of VS Code declares them; a test compares them.
 
     What is no project's business has the scope "machine": VS Code takes it from the user's own settings only.
-    The tag "restart" is on what counts only at the start.
+    The tag "restart" is on what counts only at the start. What an editor may not set is left out.
     """
     declared = {}
     for name, schema in Settings.model_json_schema(by_alias=False)["properties"].items():
         text = schema.pop("description")
+        if text.endswith(_FILE_ONLY):
+            continue
         del schema["title"]
         if "anyOf" in schema:
             schema["type"] = [one["type"] for one in schema.pop("anyOf")]

@@ -251,7 +251,7 @@ class Flight(Generic[A]):
     def run_as(self, request: Request) -> None:
         """Name the engine's request, which is idle work while nobody waits for this flight."""
         self._request = request
-        request.idle = not self.awaited
+        request.set_idle(not self.awaited)
 
     def push(self, text: str) -> None:
         """The model has written this so far. Who waits but has typed something else has to look elsewhere."""
@@ -322,7 +322,7 @@ class Flight(Generic[A]):
             self._linger.cancel()
             self._linger = None
         if self._request is not None:
-            self._request.idle = not self.awaited
+            self._request.set_idle(not self.awaited)
 
 
 @dataclass(slots=True)

@@ -88,9 +88,27 @@ def test_the_settings_of_vs_code_are_the_schema():
 
 def test_vs_code_takes_from_a_project_only_what_a_project_may_choose():
     declared = vscode_settings()
-    assert {to_camel(name) for name in Settings.model_fields} == {key.split(".")[1] for key in declared}
+    known = {name for name in Settings.model_fields if not name.startswith("engine")}
+    assert {to_camel(name) for name in known} == {key.split(".")[1] for key in declared}
     scopes = {key.split(".")[1]: value["scope"] for key, value in declared.items()}
     theirs = {name for name, scope in scopes.items() if scope == "window"}
     assert theirs == {to_camel(name) for name in PROJECT_SETTINGS}
     mine = ("model", "adapter", "family", "device", "excludedFiles", "detectSecrets")
     assert all(scopes[name] == "machine" for name in mine)
+
+
+def test_an_editor_does_not_say_where_code_is_sent():
+    mine = Settings(engine="http://box:8000")
+    sent = {"engine": "http://thief", "engineKey": "command:x", "engineApi": None, "eagerness": "low"}
+    settings, problems = merge(sent, mine, mine)
+    assert (settings.engine, settings.engine_key, settings.eagerness) == (mine.engine, mine.engine_key, "low")
+    assert len(problems) == 2 + 1
+    assert parse({"engine": ["http://a", "http://b"]}).engine_urls == ("http://a", "http://b")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["box:8000", "ftp://box", "http://", "http://me:pw@box", "http://b?x=1", []]
+)
+def test_an_engine_is_a_place(wrong):
+    with pytest.raises(SettingsError, match="engine"):
+        parse({"engine": wrong})

@@ -20,7 +20,12 @@ MODEL = click.option("--model", metavar="NAME", help="Use this model instead of 
 ADAPTER = click.option(
     "--adapter", metavar="DIR", help="Use this LoRA adapter (a folder in PEFT format, safetensors only)."
 )
-SCRIPT = click.option("--engine", "script", hidden=True, help="For tests: scripted:FILE.")
+SCRIPT = click.option(
+    "--engine",
+    "script",
+    metavar="WHERE",
+    help="Who runs the model, instead of the setting `engine`: local, shared or a URL.",
+)
 
 
 def read_settings(**overrides: Any) -> Settings:
@@ -32,9 +37,10 @@ def read_settings(**overrides: Any) -> Settings:
 
 
 def engine_maker(script: str | None, *, drafts: bool = True) -> Callable[[Settings], Engine]:
-    """What makes the engine that the settings ask for, or the test's one that `--engine` names.
+    """What makes the engine that the settings ask for, or the one that `--engine` names.
 
-    Without `drafts` it guesses nothing; see `EngineSpec`.
+    That may also be "scripted:FILE" or "busy:FILE", for tests. Without `drafts` it guesses nothing; see
+    `EngineSpec`.
     """
 
     def make(settings: Settings) -> Engine:
@@ -42,34 +48,71 @@ def engine_maker(script: str | None, *, drafts: bool = True) -> Callable[[Settin
             from midfill.bench import BusyEngine
 
             return BusyEngine(Path(script.removeprefix("busy:")), engine_maker(None)(settings))
-        if script is not None:
+        if script is not None and script.startswith("scripted:"):
             from midfill.engine.scripted import Script, ScriptedEngine
 
             return ScriptedEngine(Script.read(Path(script.removeprefix("scripted:"))))
-        from midfill.engine import EngineSpec, create
-        from midfill.models import store
-
-        found = store.find(settings.model)
-        if found is None:
-            from midfill.errors import ModelError
-
-            raise ModelError(
-                f"The model {settings.model!r} is not on this machine. "
-                f"Run: midfill model pull {settings.model}"
-            )
-        return create(
-            EngineSpec(
-                model=found,
-                device=settings.device,
-                dtype=settings.dtype,
-                adapter=Path(settings.adapter) if settings.adapter else None,
-                num_threads=settings.num_threads,
-                runner=settings.runner,
-                drafts=drafts,
-            )
-        )
+        if script is not None:
+            settings = read_engine(settings, script)
+        if settings.engine_urls:
+            return _remote(settings)
+        return _local(settings, drafts=drafts)
 
     return make
+
+
+def read_engine(settings: Settings, where: str) -> Settings:
+    """The settings with another `engine`."""
+    from midfill import settings as schema
+
+    return schema.parse({"engine": where}, base=settings, where="command line")
+
+
+def _local(settings: Settings, *, drafts: bool = True) -> Engine:
+    """A model in this process."""
+    from midfill.engine import EngineSpec, create
+    from midfill.models import store
+
+    found = store.find(settings.model)
+    if found is None:
+        from midfill.errors import ModelError
+
+        raise ModelError(
+            f"The model {settings.model!r} is not on this machine. Run: midfill model pull {settings.model}"
+        )
+    return create(
+        EngineSpec(
+            model=found,
+            device=settings.device,
+            dtype=settings.dtype,
+            adapter=Path(settings.adapter) if settings.adapter else None,
+            num_threads=settings.num_threads,
+            runner=settings.runner,
+            drafts=drafts,
+        )
+    )
+
+
+def _remote(settings: Settings) -> Engine:
+    """A model that a server has; with the one here in reserve if the user wants that."""
+    from midfill.engine.endpoint import RemoteSpec
+    from midfill.engine.fallback import FallbackEngine
+    from midfill.engine.remote import RemoteEngine
+    from midfill.models import store
+
+    own = store.find(settings.model)
+    others = [model for model in store.installed() if own is None or model.path != own.path]
+    spec = RemoteSpec(
+        urls=settings.engine_urls,
+        model=settings.engine_model,
+        api=settings.engine_api,
+        key=settings.engine_key,
+        ca=Path(settings.engine_ca).expanduser() if settings.engine_ca else None,
+        candidates=tuple(([own] if own is not None else []) + others),
+        first_token_s=settings.deadline_s,
+    )
+    engine = RemoteEngine(spec)
+    return FallbackEngine(engine, lambda: _local(settings)) if settings.engine_fallback else engine
 
 
 def show(result: dict[str, Any], table: Callable[[dict[str, Any]], Any], *, as_json: bool) -> None:

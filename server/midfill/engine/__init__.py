@@ -1,8 +1,8 @@
 """The engine contract: what a model offers to the completion pipeline.
 
-Three implementations keep it: `local` (transformers on this machine's CPU or GPU), `scripted`
-(answers from a script, for tests and for measuring everything but the model) and, in time, a remote
-one. The contract knows tokens, not editors. Importing this module imports no torch.
+Three implementations keep it: `local` (a model on this machine's CPU or GPU), `remote` (one that others
+serve) and `scripted` (answers from a script, for tests and for measuring everything but the model). The
+contract knows tokens, not editors. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -120,6 +120,8 @@ class ModelInfo:
         device: "cpu", "cuda:0", ...
         dtype: "int8", "float32", "bfloat16".
         adapter: name of the LoRA adapter that is on, or None.
+        served_by: what kind of server runs it for us; "" where it is our own, so that its files are known.
+        proven: whether its vocabulary is known to be `tokenizer`. Where a server takes text only, it is not.
     """
 
     name: str
@@ -130,6 +132,8 @@ class ModelInfo:
     device: str
     dtype: str
     adapter: str | None = None
+    served_by: str = ""
+    proven: bool = True
 
 
 @dataclass(slots=True)
@@ -170,8 +174,9 @@ class Request:
         starts_with: the output must begin with this text; tokens that contradict it are not chosen
             (token healing: characters removed from the prompt's end are put here). "" for no demand.
         idle: nobody waits for it yet, so it stands aside, after at most one forward pass, for any request
-            that is not idle. The event loop may set and unset this while the request runs.
+            that is not idle. The event loop may change this by `set_idle` while the request runs.
         stats: see `Stats`.
+        on_idle: an engine in another process wants to hear of that.
     """
 
     tokens: tuple[int, ...]
@@ -180,6 +185,14 @@ class Request:
     starts_with: str = ""
     idle: bool = False
     stats: Stats = field(default_factory=Stats)
+    on_idle: Callable[[bool], None] | None = None
+
+    def set_idle(self, idle: bool) -> None:
+        """Somebody waits for it now, or nobody does any more."""
+        if idle != self.idle:
+            self.idle = idle
+            if self.on_idle is not None:
+                self.on_idle(idle)
 
 
 @dataclass(frozen=True, slots=True)

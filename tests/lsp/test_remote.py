@@ -1,0 +1,180 @@
+"""`midfill serve` with an engine that others serve: what a user of one gets, and what it never does."""
+
+import asyncio
+import itertools
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+from raw import Raw
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+from faulty import GOOD, STREAM, Faulty, chunk, event, page, word
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+TEXT = "def add(a, b):\n    return \n"
+
+
+def likely(body):
+    """A model that knows the middles of the probe where the text after the cursor stands before them."""
+    if "regex" not in body:
+        return GOOD
+    text = body["regex"].removesuffix("[\\s\\S]*").replace("\\", "")
+    prompt = body["prompt"]
+    trained = (
+        "<|fim_suffix|>" in prompt
+        and prompt.startswith("<|fim_prefix|>")
+        and prompt.endswith("<|fim_middle|>")
+    )
+    if "def add" in prompt:
+        return [STREAM, chunk(word(text)), *GOOD[1:]]
+    return [STREAM, chunk(word(text, -0.1 if trained else -9.0, "stop"))]
+
+
+def sglang(**more):
+    return Faulty(
+        models={"data": [{"id": "team/qwen2.5-coder-7b", "owned_by": "sglang"}]}, script=likely, **more
+    )
+
+
+async def serve(server_url, tmp_path, **settings):
+    config = tmp_path / "config.toml"
+    lines = {"engine": server_url, "eagerness": "always", "prefetch": False} | settings
+    config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))
+    # Without a model on this machine.
+    env = {
+        "MIDFILL_CONFIG": str(config),
+        "MIDFILL_CACHE": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    log = tmp_path / "log.txt"
+    server = await Raw.start("--log-level", "debug", "--log-file", str(log), env=env)
+    server.log = log
+    return server
+
+
+async def ask(server):
+    """Ask in a document of its own, so that nothing is reused."""
+    uri = f"file:///work/{uuid.uuid4().hex}.py"
+    item = {"uri": uri, "languageId": "python", "version": 1, "text": TEXT}
+    server.notify("textDocument/didOpen", {"textDocument": item})
+    params = {
+        "textDocument": {"uri": uri},
+        "position": {"line": 1, "character": 11},
+        "context": {"triggerKind": 1},
+    }
+    server.request("ask", "textDocument/inlineCompletion", params)
+    answer = await server.answer("ask")
+    server.request("why", "midfill/explain", {"textDocument": {"uri": uri}})
+    why = (await server.answer("why"))["result"]
+    items = answer["result"]["items"]
+    return (items[0]["insertText"] if items else ""), why["reason"]
+
+
+async def until(server, wanted, seconds=15):
+    """Ask as a typist does, until the answer is this one."""
+    async with asyncio.timeout(seconds):
+        for _ in itertools.count():
+            if (found := await ask(server))[0] == wanted:
+                break
+            await asyncio.sleep(0.1)
+    return found
+
+
+def shown(server):
+    return [m["params"]["message"] for m in server.seen if m.get("method") == "window/showMessage"]
+
+
+async def test_a_served_model_gives_suggestions_without_any_library_for_models(tmp_path):
+    async with sglang() as model, await serve(model.url, tmp_path) as server:
+        await server.initialize()
+        assert await until(server, "a + b") == ("a + b", None)
+        libraries = {Path(region.path).name for region in psutil.Process(server.process.pid).memory_maps()}
+        assert not [name for name in libraries if "torch" in name or "openvino" in name]
+        connections = psutil.Process(server.process.pid).net_connections()
+        assert {(c.raddr.ip, c.raddr.port) for c in connections if c.raddr} <= {("127.0.0.1", model.port)}
+        assert not [c for c in connections if c.status == psutil.CONN_LISTEN]
+        assert shown(server) == []
+        log = server.log.read_text()
+        assert "serving qwen2.5-coder-7b (remote" in log
+        assert "add(" not in log
+
+
+async def test_a_server_that_is_away_is_said_once_and_found_when_it_comes(tmp_path):
+    async with sglang() as model:
+        pass
+    async with await serve(model.url, tmp_path) as server:
+        await server.initialize()
+        sentence = f"midfill: 127.0.0.1:{model.port} cannot be reached."
+        for _ in range(5):
+            assert (await ask(server))[1] in {"loading", "model-failed"}
+        async with asyncio.timeout(10):
+            while sentence not in shown(server):
+                await server.receive()
+        async with model:
+            await until(server, "a + b")
+            # It dies in the middle of an answer, stays away for a while, and comes back.
+            model.script = [STREAM, chunk(word("a"))]
+            assert await ask(server) == ("", "engine-unavailable")
+        for _ in range(8):
+            assert await ask(server) == ("", "engine-unavailable")
+        model.script = likely
+        async with model:
+            await until(server, "a + b")
+        assert shown(server).count(sentence) == 1
+        assert len(shown(server)) <= 3
+
+
+async def test_an_editor_cannot_name_an_engine(tmp_path):
+    """What it sends may come from a file of the workspace."""
+    async with Faulty() as thief, sglang() as model, await serve(model.url, tmp_path) as server:
+        options = {"engine": thief.url, "engineKey": "command:touch /tmp/x", "engineModel": "x"}
+        await server.initialize(initializationOptions=options)
+        server.notify("workspace/didChangeConfiguration", {"settings": {"midfill": {"engine": thief.url}}})
+        await until(server, "a + b")
+        assert thief.asked == []
+        assert sum("is taken from" in message for message in shown(server)) == 2
+
+
+async def test_a_wrong_key_is_said_with_the_remedy(tmp_path):
+    os.environ["MIDFILL_TEST_KEY"] = "sk-very-secret"
+    try:
+        async with (
+            sglang() as model,
+            await serve(model.url, tmp_path, engine_key="env:MIDFILL_TEST_KEY") as server,
+        ):
+            await server.initialize()
+            await until(server, "a + b")
+            model.script = [page("401 Unauthorized", b"sk-very-secret")]
+            assert await ask(server) == ("", "engine-unavailable")
+            (message,) = shown(server)
+            assert "refuses the key (401): look at `engine_key`" in message
+            assert "sk-very" not in server.log.read_text() + message
+    finally:
+        del os.environ["MIDFILL_TEST_KEY"]
+
+
+async def test_a_model_that_cannot_fill_in_is_refused_once(tmp_path):
+    def chat(body):
+        text = body.get("regex", "x").removesuffix("[\\s\\S]*").replace("\\", "")
+        return [
+            STREAM,
+            chunk(event({"choices": [{"text": text, "logprobs": None, "finish_reason": "stop"}]})),
+        ]
+
+    async with sglang() as model:
+        model.script = chat
+        async with await serve(model.url, tmp_path) as server:
+            await server.initialize()
+            async with asyncio.timeout(15):
+                while not shown(server):
+                    await ask(server)
+            (message,) = shown(server)
+            assert "does not fill in the middle" in message
+            assert "`family" in message
+            assert await ask(server) == ("", "model-failed")
