@@ -1,7 +1,23 @@
+import contextlib
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
+from real_emacs import Emacs
 from real_neovim import Neovim, find_nvim
+
+
+def installed(editor, *programs):
+    """The path of an editor's first program. CI installs what is missing; a developer without it skips."""
+    script = Path(__file__).with_name("install.sh")
+    if os.environ.get("CI"):
+        subprocess.run([script, editor], check=True)
+    for program in programs:
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed here: tests/editors/install.sh {editor}")
+    return shutil.which(programs[0])
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +45,22 @@ def neovim(nvim_program, tmp_path):
     yield start
     for editor in editors:
         editor.close()
+
+
+@pytest.fixture(scope="session")
+def emacs_program():
+    return installed("emacs", "emacs", "tmux")
+
+
+@pytest.fixture
+def emacs(emacs_program, tmp_path):
+    """Start an editor with the package: `emacs(rule, ...)`; see `Emacs`."""
+    with contextlib.ExitStack() as editors:
+
+        def start(*rules, **options):
+            editor = Emacs(tmp_path, rules, **options)
+            editors.callback(editor.close)
+            editor.open()
+            return editor
+
+        yield start

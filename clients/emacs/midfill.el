@@ -1,0 +1,545 @@
+;;; midfill.el --- Code completion on your own machine, as ghost text  -*- lexical-binding: t -*-
+
+;; Copyright the midfill authors
+;; SPDX-License-Identifier: Apache-2.0
+
+;; Author: The midfill authors
+;; Version: 0.1.0
+;; Package-Requires: ((emacs "28.1"))
+;; Keywords: convenience, languages, tools
+
+;;; Commentary:
+
+;; midfill is a language server for code completion by fill-in-the-middle.  Your code stays on this
+;; machine.  `midfill-mode' shows its suggestions as ghost text:
+;;
+;;     (add-to-list 'load-path "/path/to/midfill/clients/emacs")
+;;     (require 'midfill)
+;;     (global-midfill-mode)
+;;
+;; TAB accepts a suggestion, C-<right> its next word, M-<right> the rest of its line, C-g dismisses it.
+;; These keys are bound only while a suggestion is shown.  C-c \ asks explicitly.
+;;
+;; By default the server is a process of midfill's own, beside whatever Eglot or lsp-mode run; see
+;; `midfill-client' for the other ways.
+;;
+;; How it works: a suggestion belongs to the place where it was asked for.  While what stands between
+;; that place and point is a beginning of it, and nothing else has changed, the rest is shown, and the
+;; server is not asked.  That is found out in `post-command-hook', before Emacs draws, so that nothing
+;; flickers.  There is one suggestion at a time in all of Emacs.
+
+;;; Code:
+
+(require 'cl-lib)
+(require 'midfill-server)
+
+(defcustom midfill-auto t
+  "Whether suggestions come unasked."
+  :type 'boolean
+  :group 'midfill)
+
+(defcustom midfill-debounce 0.015
+  "Seconds of rest after a key before the server is asked."
+  :type 'number
+  :group 'midfill)
+
+(defcustom midfill-hide-during-completion t
+  "Whether ghost text is hidden while a popup of completions is open."
+  :type 'boolean
+  :group 'midfill)
+
+(defcustom midfill-popup nil
+  "Whether suggestions are offered by `completion-at-point', too.
+They are asked for where no other function there has anything.  With
+Eglot and lsp-mode (`midfill-client') those offer them instead."
+  :type 'boolean
+  :group 'midfill)
+
+(defcustom midfill-silent-commands '(undo undo-only undo-redo undo-tree-undo undo-tree-redo evil-undo)
+  "Commands that change text but bring no suggestion unasked."
+  :type '(repeat function)
+  :group 'midfill)
+
+(defcustom midfill-inhibit-functions nil
+  "Functions without arguments; one that returns non-nil forbids ghost text.
+They are called in the buffer, after each command."
+  :type 'hook
+  :group 'midfill)
+
+(defface midfill-suggestion '((t :inherit shadow))
+  "Ghost text."
+  :group 'midfill)
+
+(cl-defstruct (midfill--place (:constructor midfill--make-place) (:copier nil))
+  "Where point is, in which text."
+  buffer point tail size tick)
+
+(cl-defstruct (midfill--suggestion (:constructor midfill--make-suggestion) (:copier nil))
+  "The text that may stand at a place.
+COMMAND tells the server at CONNECTION that it was accepted."
+  place text command connection)
+
+(cl-defstruct (midfill--question (:constructor midfill--make-question) (:copier nil))
+  "A request that has not been answered."
+  place connection id)
+
+(defvar midfill--shown nil
+  "The suggestion on the screen.")
+
+(defvar midfill--pending nil
+  "The request that has not been answered.")
+
+(defvar midfill--timer nil
+  "Asks after a rest.")
+
+(defvar midfill--overlay nil
+  "Draws the suggestion.")
+
+(defvar midfill--seen nil
+  "The place after the last command, in buffers that are served.")
+
+(defvar-local midfill--tick nil
+  "State of the buffer's text after the last command there.")
+
+(defvar midfill--enabled t
+  "Whether there are suggestions at all.")
+
+(defvar-local midfill--is-visible nil
+  "Whether the keys of `midfill-suggestion-map' work.")
+
+(defvar midfill-suggestion-map
+  (let ((map (make-sparse-keymap)))
+    (define-key map (kbd "TAB") #'midfill-accept)
+    (define-key map (kbd "<tab>") #'midfill-accept)
+    (define-key map (kbd "C-<right>") #'midfill-accept-word)
+    (define-key map (kbd "M-<right>") #'midfill-accept-line)
+    (define-key map (kbd "C-g") #'midfill-dismiss)
+    map)
+  "Keys that work while a suggestion is shown.")
+
+(defvar midfill-mode-map
+  (let ((map (make-sparse-keymap)))
+    (define-key map (kbd "C-c \\") #'midfill-suggest)
+    map)
+  "Keys of `midfill-mode'.")
+
+(defvar midfill--keys `((midfill--is-visible . ,midfill-suggestion-map))
+  "In front of all other keys, for as long as a suggestion is shown.")
+
+;;; Places
+
+(defun midfill--tail ()
+  "What stands behind point in its line."
+  (buffer-substring-no-properties (point) (line-end-position)))
+
+(defun midfill--here ()
+  "The place where point is."
+  (midfill--make-place :buffer (current-buffer) :point (point) :tail (midfill--tail)
+                       :size (buffer-size) :tick (buffer-chars-modified-tick)))
+
+(defun midfill--is-here (place)
+  "Whether PLACE is where point is, in the same text."
+  (and place
+       (eq (midfill--place-buffer place) (current-buffer))
+       (= (midfill--place-tick place) (buffer-chars-modified-tick))
+       (= (midfill--place-point place) (point))))
+
+(defun midfill--rest (suggestion)
+  "What of SUGGESTION is left at point; nil if it does not hold there."
+  (when-let* ((place (and suggestion (midfill--suggestion-place suggestion)))
+              (start (midfill--place-point place))
+              (text (midfill--suggestion-text suggestion)))
+    (and (eq (midfill--place-buffer place) (current-buffer))
+         (<= (point-min) start (point))
+         (< (- (point) start) (length text))
+         ;; What was typed there is all that has changed.
+         (= (- (buffer-size) (midfill--place-size place)) (- (point) start))
+         (equal (midfill--tail) (midfill--place-tail place))
+         (string-prefix-p (buffer-substring-no-properties start (point)) text)
+         (substring text (- (point) start)))))
+
+(defun midfill--piece (text part)
+  "The first word of TEXT, or the rest of its first line, or all of it.
+PART is `word', `line' or nil.  An empty first line goes with the next."
+  (if (and part
+           (string-match (if (eq part 'word)
+                             "\\`[ \t\n]*\\(?:[[:word:]_]+\\|[^[:word:]_ \t\n]+\\)"
+                           "\\`\n?[^\n]*")
+                         text))
+      (match-string 0 text)
+    text))
+
+(defun midfill--can-show ()
+  "Whether ghost text may stand at point now."
+  (and midfill--enabled
+       (bound-and-true-p midfill-mode)
+       (eq (window-buffer) (current-buffer))
+       (not (use-region-p))
+       (not buffer-read-only)
+       (not executing-kbd-macro)
+       (not (and midfill-hide-during-completion
+                 (or (bound-and-true-p completion-in-region-mode)
+                     (bound-and-true-p company-candidates))))
+       (memq (if (bound-and-true-p evil-local-mode) (bound-and-true-p evil-state) 'insert)
+             '(insert emacs))
+       (not (run-hook-with-args-until-success 'midfill-inhibit-functions))))
+
+;;; Showing
+
+(defun midfill--draw (text)
+  "Show TEXT as ghost text at point."
+  (let ((shown (propertize text 'face 'midfill-suggestion)))
+    ;; The cursor stands before the text, not behind it.
+    (put-text-property 0 1 'cursor t shown)
+    (unless (overlayp midfill--overlay)
+      (setq midfill--overlay (make-overlay (point) (point)))
+      (overlay-put midfill--overlay 'priority 1000))
+    (move-overlay midfill--overlay (point) (point) (current-buffer))
+    (overlay-put midfill--overlay 'window (selected-window))
+    (overlay-put midfill--overlay 'after-string shown)
+    (setq midfill--is-visible t)))
+
+(defun midfill--cancel ()
+  "Take the request back."
+  (when midfill--timer
+    (cancel-timer midfill--timer)
+    (setq midfill--timer nil))
+  (when-let ((question midfill--pending))
+    (setq midfill--pending nil)
+    (when (midfill--question-id question)
+      (midfill-server-cancel (midfill--question-connection question)
+                             (midfill--question-id question)))))
+
+(defun midfill--clear ()
+  "Take the suggestion off the screen and the request back."
+  (midfill--cancel)
+  (setq midfill--shown nil)
+  (when (and (overlayp midfill--overlay) (overlay-buffer midfill--overlay))
+    (with-current-buffer (overlay-buffer midfill--overlay)
+      (setq midfill--is-visible nil))
+    (delete-overlay midfill--overlay)))
+
+;;; Asking
+
+(defun midfill--suggestion-of (item place connection)
+  "The suggestion of the inline completion ITEM at PLACE.
+ITEM came from CONNECTION.  nil if it would replace text: ghost text can
+only add."
+  (let* ((text (midfill-server-get item :insertText))
+         (text (if (stringp text) text (midfill-server-get text :value)))
+         (range (midfill-server-get item :range)))
+    (when (and (stringp text)
+               (not (string-empty-p text))
+               (or (null range)
+                   (cl-every (lambda (key)
+                               (equal (midfill-server-get range :start key)
+                                      (midfill-server-get range :end key)))
+                             '(:line :character))))
+      (midfill--make-suggestion :place place :text (replace-regexp-in-string "\r\n" "\n" text t t)
+                                :command (midfill-server-get item :command)
+                                :connection connection))))
+
+(defun midfill--answered (question result)
+  "Show RESULT, the answer to QUESTION, if it is still wanted."
+  (when (eq question midfill--pending)
+    (setq midfill--pending nil)
+    (let* ((place (midfill--question-place question))
+           (buffer (midfill--place-buffer place))
+           (items (if (vectorp result) result (midfill-server-get result :items)))
+           (item (midfill-server-get items 0)))
+      (when (and item (eq buffer (window-buffer)))
+        (with-current-buffer buffer
+          (when (and (midfill--is-here place) (midfill--can-show))
+            (setq midfill--shown
+                  (midfill--suggestion-of item place (midfill--question-connection question)))
+            (when midfill--shown
+              (midfill--draw (midfill--suggestion-text midfill--shown)))))))))
+
+(defun midfill--ask (kind)
+  "Ask for a suggestion at point.
+KIND is 1 if the user wants it explicitly, 2 if not."
+  (midfill--clear)
+  (when-let ((connection (midfill-server-connection)))
+    (let ((question (midfill--make-question :place (midfill--here) :connection connection)))
+      (setq midfill--pending question)
+      (setf (midfill--question-id question)
+            (midfill-server-request
+             connection :textDocument/inlineCompletion
+             (append (midfill-server-position-params) (list :context (list :triggerKind kind)))
+             (lambda (result) (midfill--answered question result)))))))
+
+(defun midfill--ask-soon ()
+  "Ask for a suggestion after a short rest."
+  (let ((place midfill--seen))
+    (setq midfill--timer
+          (run-with-timer
+           midfill-debounce nil
+           (lambda ()
+             (setq midfill--timer nil)
+             (when (and (eq place midfill--seen) (eq (midfill--place-buffer place) (window-buffer)))
+               (with-current-buffer (midfill--place-buffer place)
+                 (when (and (midfill--is-here place) (midfill--can-show))
+                   (midfill--ask 2)))))))))
+
+(defun midfill--after-command ()
+  "Go on with what is shown, or ask anew."
+  (let* ((tick (buffer-chars-modified-tick))
+         (is-edited (not (eql tick midfill--tick)))
+         (rest (midfill--rest midfill--shown)))
+    (setq midfill--tick tick)
+    (cond
+     ((not (midfill--can-show))
+      (setq midfill--seen nil)
+      (midfill--clear))
+     ((midfill--is-here midfill--seen))
+     (t
+      (setq midfill--seen (midfill--here))
+      (if rest
+          (midfill--draw rest)
+        (midfill--clear)
+        (when (and is-edited midfill-auto (not (memq this-command midfill-silent-commands)))
+          (midfill--ask-soon)))))))
+
+(defun midfill--became-ready ()
+  "Ask for whoever waits behind what was typed before the server was ready."
+  (with-current-buffer (window-buffer)
+    (when (and midfill-auto (midfill--is-here midfill--seen) (midfill--can-show))
+      (midfill--ask 2))))
+
+;;; Commands
+
+(defun midfill-accept (&optional part)
+  "Insert the suggestion, or PART of it: `word' or `line'."
+  (interactive)
+  (let* ((suggestion midfill--shown)
+         (rest (or (midfill--rest suggestion) (user-error "There is no suggestion here")))
+         (piece (midfill--piece rest part)))
+    ;; One undo takes back what was accepted, and not what had been typed before.
+    (undo-boundary)
+    (insert piece)
+    (when (equal piece rest)
+      (midfill--clear)
+      (midfill--run (midfill--suggestion-command suggestion)
+                    (midfill--suggestion-connection suggestion)))))
+
+(defun midfill--run (command connection)
+  "Have the server at CONNECTION run an item's COMMAND, if it has one."
+  (when command
+    (midfill-server-request connection :workspace/executeCommand
+                            (list :command (midfill-server-get command :command)
+                                  :arguments (midfill-server-get command :arguments))
+                            #'ignore)))
+
+(defun midfill-accept-word ()
+  "Insert the next word of the suggestion."
+  (interactive)
+  (midfill-accept 'word))
+
+(defun midfill-accept-line ()
+  "Insert the rest of the suggestion's line."
+  (interactive)
+  (midfill-accept 'line))
+
+(defun midfill-dismiss ()
+  "Take the suggestion off the screen; the next change asks again."
+  (interactive)
+  (midfill--clear))
+
+(defun midfill-suggest ()
+  "Ask explicitly: also where nothing is shown unasked."
+  (interactive)
+  (cond
+   ((not (bound-and-true-p midfill-mode)) (user-error "The mode midfill-mode is off in this buffer"))
+   ((not midfill--enabled) (user-error "Suggestions are off; M-x midfill-toggle"))
+   ((not (midfill-server-connection)) (user-error "No server for this buffer (%s)" midfill-server-state))
+   (t (midfill--ask 1)
+      (setq midfill--seen (midfill--here)))))
+
+(defun midfill-toggle ()
+  "Switch all suggestions off or on, ghost text and popup items."
+  (interactive)
+  (setq midfill--enabled (not midfill--enabled))
+  (midfill--clear)
+  (midfill--tell-enabled)
+  (message "midfill: suggestions are %s" (if midfill--enabled "on" "off"))
+  (force-mode-line-update t))
+
+(defun midfill--tell-enabled ()
+  "Tell the server whether suggestions are wanted."
+  (when-let ((connection (midfill-server-connection)))
+    (midfill-server-notify connection :workspace/didChangeConfiguration
+                           (list :settings
+                                 (list :midfill (list :enabled (if midfill--enabled t :json-false)))))))
+
+(defun midfill--explain (done)
+  "Call DONE with sentences on how the last answer for this buffer came about."
+  (if-let ((connection (midfill-server-connection)))
+      (midfill-server-request
+       connection :midfill/explain
+       (list :textDocument (midfill-server-get (midfill-server-position-params) :textDocument))
+       (lambda (result) (funcall done (midfill--explanation result))))
+    (funcall done (list (format "midfill does not serve this buffer (the server is %s)."
+                                midfill-server-state)))))
+
+(defun midfill--explanation (result)
+  "RESULT, an answer to `midfill/explain', as lines for people."
+  (cl-flet ((get (&rest keys) (apply #'midfill-server-get result keys)))
+    (append
+     (list (cond ((null result) "The server does not say.")
+                 ((get :message))
+                 ((equal (get :source) "none") "Nothing has been asked for here yet.")
+                 (t (format "The last suggestion came from: %s." (get :source)))))
+     (when (numberp (get :latencyMs))
+       (cons (format "%.0f ms in all" (get :latencyMs))
+             (mapcar (lambda (stage)
+                       (format "  %-16s%8.1f ms" (midfill-server-get stage :stage)
+                               (midfill-server-get stage :ms)))
+                     (get :stages))))
+     (when (and (numberp (get :promptTokens)) (> (get :promptTokens) 0))
+       (cons (format "prompt: %d tokens, %d of them computed before; %d tokens written"
+                     (get :promptTokens) (get :reusedTokens) (get :generatedTokens))
+             (mapcar (lambda (segment)
+                       (format "  %-16s%8d tokens" (midfill-server-get segment :source)
+                               (midfill-server-get segment :tokens)))
+                     (get :segments))))
+     (mapcar (lambda (filter)
+               (format "filter: %s (%+d characters)" (midfill-server-get filter :filter)
+                       (midfill-server-get filter :characters)))
+             (get :filters)))))
+
+(defun midfill-explain ()
+  "Say why the last answer for this buffer was as it was."
+  (interactive)
+  (midfill--explain (lambda (lines) (message "%s" (string-join lines "\n")))))
+
+(defun midfill-status ()
+  "Say what the server does, and what it answered last."
+  (interactive)
+  (let ((lines (list (format "client: %s" midfill-client)
+                     (format "suggestions: %s" (if midfill--enabled "on" "off (M-x midfill-toggle)"))
+                     (format "this buffer: %s" (if (midfill-server-connection) "served" "not served")))))
+    (when (eq midfill-client 'own)
+      (setq lines (append (list (format "server: %s%s" midfill-server-state
+                                        (if midfill-server-version
+                                            (format ", midfill %s" midfill-server-version)
+                                          ""))
+                                (format "model: %s" (or midfill-server-model "not known yet")))
+                          lines)))
+    (midfill--explain
+     (lambda (explained)
+       (message "%s\nlast answer: %s" (string-join lines "\n") (car explained))))))
+
+(defun midfill-restart ()
+  "Stop the server and start a fresh one."
+  (interactive)
+  (midfill--clear)
+  (midfill-server-restart))
+
+(defun midfill-log ()
+  "Show what the server of our own has written to its log."
+  (interactive)
+  (let ((buffer (or (get-buffer " *midfill stderr*") (get-buffer "*midfill stderr*"))))
+    (unless buffer
+      (user-error "The server has written no log; with Eglot or lsp-mode, see theirs"))
+    (pop-to-buffer buffer)
+    (goto-char (point-max))))
+
+;;; Popup items
+
+(defun midfill-completion-at-point ()
+  "Offer the suggestion to `completion-at-point': its first line.
+The rest is inserted with it."
+  (when-let* ((connection (and (eq midfill-client 'own) midfill--enabled (midfill-server-connection)))
+              (item (midfill--popup-item connection))
+              (text (midfill-server-get item :textEdit :newText))
+              (start (midfill--popup-start item)))
+    (let ((label (car (split-string text "\n"))))
+      (when (and (not (string-empty-p label))
+                 (string-prefix-p (buffer-substring-no-properties start (point)) label))
+        (list start (point) (list label)
+              :exclusive 'no
+              :annotation-function (lambda (_) " midfill")
+              :company-kind (lambda (_) 'text)
+              :company-doc-buffer
+              (lambda (_)
+                (with-current-buffer (get-buffer-create " *midfill doc*")
+                  (erase-buffer)
+                  (insert text)
+                  (current-buffer)))
+              :exit-function
+              (lambda (_ status)
+                (when (eq status 'finished)
+                  (insert (substring text (length label)))
+                  (midfill--run (midfill-server-get item :command) connection))))))))
+
+(defun midfill--popup-start (item)
+  "Where the text of the popup's ITEM begins: at the word before point."
+  (let ((column (midfill-server-get item :textEdit :range :start :character))
+        (start (point)))
+    (while (and (> start (line-beginning-position))
+                (> (plist-get (midfill-server--position start) :character) column))
+      (cl-decf start))
+    start))
+
+(defun midfill--popup-item (connection)
+  "The completion item that CONNECTION has for point."
+  (midfill-server-flush connection)
+  (midfill-server-get
+   (ignore-errors
+     (jsonrpc-request connection :textDocument/completion (midfill-server-position-params)
+                      :timeout 2 :cancel-on-input t))
+   :items 0))
+
+;;; The mode
+
+(defun midfill--lighter ()
+  "Text of the mode in the mode line."
+  (cond
+   ((not midfill--enabled) " midfill:off")
+   ((not (eq midfill-client 'own)) (if (midfill-server-connection) " midfill" ""))
+   ((and (eq midfill-server-state 'loading) midfill-server-percentage)
+    (format " midfill:%d%%%%" midfill-server-percentage))
+   ((eq midfill-server-state 'ready) " midfill")
+   (t (format " midfill:%s" midfill-server-state))))
+
+;;;###autoload
+(define-minor-mode midfill-mode
+  "Show suggestions of the language server midfill as ghost text.
+\\<midfill-suggestion-map>
+\\[midfill-accept] accepts a suggestion, \\[midfill-accept-word] its next word, \\[midfill-accept-line] the
+rest of its line, \\[midfill-dismiss] dismisses it; these keys are bound only
+while one is shown.  \\<midfill-mode-map>\\[midfill-suggest] asks explicitly."
+  :lighter (:eval (midfill--lighter))
+  :group 'midfill
+  (cond
+   (midfill-mode
+    (add-to-list 'emulation-mode-map-alists 'midfill--keys)
+    (add-hook 'post-command-hook #'midfill--after-command)
+    (add-hook 'midfill-server-ready-hook #'midfill--became-ready)
+    (add-hook 'midfill-server-gone-hook #'midfill--clear)
+    (when midfill-popup
+      (add-hook 'completion-at-point-functions #'midfill-completion-at-point 90 t))
+    (setq midfill--tick (buffer-chars-modified-tick))
+    (midfill-server-attach))
+   (t
+    (midfill--clear)
+    (remove-hook 'completion-at-point-functions #'midfill-completion-at-point t)
+    (midfill-server-detach)
+    (unless (cl-some (lambda (buffer) (buffer-local-value 'midfill-mode buffer)) (buffer-list))
+      (remove-hook 'post-command-hook #'midfill--after-command)))))
+
+(defun midfill--turn-on ()
+  "Switch `midfill-mode' on, where one can write."
+  (unless (or buffer-read-only
+              (minibufferp)
+              ;; Buffers that nobody sees.
+              (string-prefix-p " " (buffer-name)))
+    (midfill-mode)))
+
+;;;###autoload
+(define-globalized-minor-mode global-midfill-mode midfill-mode midfill--turn-on
+  :predicate '(prog-mode conf-mode)
+  :group 'midfill)
+
+(provide 'midfill)
+;;; midfill.el ends here
