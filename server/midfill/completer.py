@@ -29,7 +29,7 @@ from midfill.place import Place
 from midfill.prompt import Prompt, PromptBuilder
 from midfill.secrecy import SecretWatch, is_excluded
 from midfill.settings import Settings
-from midfill.suggestions import Computed, Flight, Match, Suggestions
+from midfill.suggestions import Computed, Flight, Match, Suggestions, fitted
 from midfill.trim import Stopper, clean, stop
 
 _LOG = logging.getLogger(__name__)
@@ -120,6 +120,8 @@ class Answer:
 
     Attributes:
         text: the text to insert at the cursor, with the file's own line ends; "" for nothing.
+        num_replaced: characters just behind the cursor whose place the text takes: closers that the editor
+            put there, and that the text has too.
         source: where it comes from.
         reason: why there is nothing; None if there is something.
         detail: what the engine said about it, a sentence; "" if nothing.
@@ -134,6 +136,7 @@ class Answer:
     """
 
     text: str = ""
+    num_replaced: int = 0
     source: Source = Source.NONE
     reason: Reason | None = None
     detail: str = ""
@@ -271,6 +274,10 @@ class Completer:
         self._stop_resting()
         self._suggestions.edited(document)
 
+    def pairs(self, snapshot: Snapshot) -> None:
+        """The editor is about to put a bracket or a quote and its closer in here by itself."""
+        self._suggestions.pairs(snapshot)
+
     def rest(self, snapshot: Snapshot) -> None:
         """The user may rest here. If so, let the model read what it would be asked, and ask it nothing."""
         self._stop_resting()
@@ -351,9 +358,11 @@ class Completer:
         if match.exact:
             source = Source.PREFETCH if match.suggestion.ahead else Source.CACHE
             answer = self._weigh(made.answer, Place.of(snapshot, invoked=trigger is Trigger.INVOKED), trigger)
+            answer = _beside_closers(answer, match)
             return replace(answer, source=source if answer.text else Source.NONE)
-        if match.rest:
-            return replace(made.answer, text=match.rest, source=Source.TYPED_THROUGH)
+        text, num_replaced = match.rest
+        if text:
+            return replace(made.answer, text=text, num_replaced=num_replaced, source=Source.TYPED_THROUGH)
         if not (beyond := match.beyond):
             return None
         place = Place.of(snapshot, invoked=trigger is Trigger.INVOKED)
@@ -371,26 +380,30 @@ class Completer:
         explicit = trigger is Trigger.INVOKED
         joined = self._suggestions.join(snapshot, explicit=explicit)
         if joined is None:
-            flight = self._suggestions.launch(snapshot, self._work(snapshot), explicit=explicit)
-            match = await flight.wait(("", ""))
-            return None if match is None else match.suggestion.computed.made.answer
+            bare, closed = self._suggestions.bare(snapshot)
+            flight = self._suggestions.launch(bare, self._work(bare), explicit=explicit)
+            match = await flight.wait(("", closed))
+            return None if match is None else _beside_closers(match.suggestion.computed.made.answer, match)
         match = await joined[0].wait(joined[1])
         if match is None:
             return None
         computed = match.suggestion.computed
         if match.exact or not computed.lasting:
-            answer = self._weigh(
-                computed.made.answer, Place.of(snapshot, invoked=trigger is Trigger.INVOKED), trigger
-            )
+            place = Place.of(snapshot, invoked=explicit)
+            answer = _beside_closers(self._weigh(computed.made.answer, place, trigger), match)
             return replace(answer, source=Source.JOINED if answer.text else Source.NONE)
-        return replace(computed.made.answer, text=match.rest, source=Source.JOINED) if match.rest else None
+        text, num_replaced = match.rest
+        if not text:
+            return None
+        return replace(computed.made.answer, text=text, num_replaced=num_replaced, source=Source.JOINED)
 
     def _look_ahead(self, snapshot: Snapshot, answer: Answer) -> None:
         """When the user rests: compute what comes next if this answer is accepted."""
         self.rest(snapshot)
         if not self.looks_ahead or not self.settings.prefetch or not answer.text:
             return
-        accepted = snapshot.insert(answer.text.replace("\n", snapshot.document.line_ending))
+        text = answer.text.replace("\n", snapshot.document.line_ending)
+        accepted = snapshot.insert(text, answer.num_replaced)
         self._rest = asyncio.get_running_loop().call_later(_REST_S, self._prefetch, snapshot, accepted)
 
     def _prefetch(self, snapshot: Snapshot, accepted: Snapshot) -> None:
@@ -402,7 +415,8 @@ class Completer:
             or self._suggestions.join(accepted, explicit=False) is not None
         ):
             return
-        self._suggestions.launch(accepted, self._work(accepted), ahead_of=snapshot)
+        bare = self._suggestions.bare(accepted)[0]
+        self._suggestions.launch(bare, self._work(bare), ahead_of=self._suggestions.bare(snapshot)[0])
 
     def _settle(self, snapshot: Snapshot) -> None:
         """While nobody waits: choose context and anchor anew, and let the model read the prompt they make."""
@@ -422,17 +436,22 @@ class Completer:
         """The stages that ask the model, with the engine and the settings of this moment."""
         if self._engine is None or self._prompts is None:
             raise AssertionError("work is made where there is an engine")
-        return partial(self._compute, self._engine, self._prompts, snapshot)
+        return partial(self._compute, self._engine, self._prompts, self.settings, snapshot)
 
     async def _compute(
-        self, engine: Engine, prompts: PromptBuilder, snapshot: Snapshot, flight: Flight[_Made]
+        self,
+        engine: Engine,
+        prompts: PromptBuilder,
+        settings: Settings,
+        snapshot: Snapshot,
+        flight: Flight[_Made],
     ) -> Computed[_Made]:
         """Ask the model: context > prompt > engine > trim."""
         begun = time.monotonic()
         context = self.context.collect(snapshot)
-        limit = self.settings.max_new_tokens
+        limit = settings.max_new_tokens
         if flight.explicit:
-            limit = max(limit, self.settings.max_new_tokens_invoked)
+            limit = max(limit, settings.max_new_tokens_invoked)
         prompt = prompts.build(snapshot, context, max_new_tokens=limit)
         trigger = Trigger.INVOKED if flight.explicit else Trigger.AUTOMATIC
         place = Place.of(snapshot, invoked=flight.explicit)
@@ -527,6 +546,17 @@ async def _stream(
                 output.text, output.complete = output.text[:end], True
                 return
     output.complete = output.ended = request.stats.num_generated < request.max_new_tokens
+
+
+def _beside_closers(answer: Answer, match: Match[_Made]) -> Answer:
+    """An answer for the origin of a match, as it is at the cursor, where closers may stand already."""
+    if not answer.text or not match.closed:
+        return answer
+    text, num_replaced = fitted(answer.text, match.closed) or ("", 0)
+    texts = (*answer.texts, ("auto-closed", text)) if answer.texts and text != answer.text else answer.texts
+    if not text.strip():
+        return replace(answer, text="", source=Source.NONE, reason=Reason.REPEATS_TEXT, texts=texts)
+    return replace(answer, text=text, num_replaced=num_replaced, texts=texts)
 
 
 def _stages(begun: float, built: float, stats: Stats, written: float) -> tuple[tuple[str, float], ...]:

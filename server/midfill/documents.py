@@ -147,13 +147,16 @@ class Snapshot:
         below = self.document.lines[self.cursor.line + 1 : self.cursor.line + 1 + max_lines]
         return [line[: content_length(line)] for line in below]
 
-    def insert(self, text: str) -> Snapshot:
-        """What it becomes when `text` is inserted at the cursor: the cursor is behind it then."""
-        place = self.cursor.line, self.cursor.column
-        document = self.document.edit([Change(text, place, place)], self.document.version, Encoding.UTF32)
+    def insert(self, text: str, num_replaced: int = 0) -> Snapshot:
+        """What it becomes when `text` is inserted at the cursor: the cursor is behind it then.
+
+        `num_replaced` characters behind the cursor, of its line, make room for it.
+        """
+        line, column = self.cursor.line, self.cursor.column
+        change = Change(text, (line, column), (line, column + num_replaced))
+        document = self.document.edit([change], self.document.version, Encoding.UTF32)
         *above, last = split_lines(text)
-        column = len(last) + (0 if above else self.cursor.column)
-        return Snapshot(document, Point(self.cursor.line + len(above), column))
+        return Snapshot(document, Point(line + len(above), len(last) + (0 if above else column)))
 
 
 def split_lines(text: str) -> list[str]:

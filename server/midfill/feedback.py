@@ -80,6 +80,7 @@ class _Offer:
     Attributes:
         key: model and language.
         start: where `text` would go.
+        num_replaced: characters behind it whose place the text would take.
         accepted, partly: whether it was counted as such.
     """
 
@@ -87,8 +88,14 @@ class _Offer:
     key: tuple[str, str]
     start: Point
     text: str
+    num_replaced: int = 0
     accepted: bool = False
     partly: bool = False
+
+    @property
+    def end(self) -> Point:
+        """Where what it would replace ends."""
+        return Point(self.start.line, self.start.column + self.num_replaced)
 
 
 @dataclass(slots=True, eq=False)
@@ -122,7 +129,7 @@ class Feedback:
         self._watched: list[_Watched] = []
         self._next_id = 1
 
-    def offer(self, document: Document, start: Point, text: str, model: str) -> int:
+    def offer(self, document: Document, start: Point, text: str, model: str, num_replaced: int = 0) -> int:
         """A suggestion goes out; returns the id for its item's command.
 
         What is left of a suggestion that the user types through is the same one still.
@@ -132,7 +139,7 @@ class Feedback:
         current = self._offers.get(id_)
         if current is not None and (current.start, current.text) == (start, text):
             return id_
-        offer = _Offer(document.uri, (model, document.language_id), start, text)
+        offer = _Offer(document.uri, (model, document.language_id), start, text, num_replaced)
         self._counts(offer.key).offered += 1
         id_, self._next_id = self._next_id, self._next_id + 1
         self._offers[id_] = offer
@@ -150,7 +157,7 @@ class Feedback:
         """An edit of a document, in the places of the document before it."""
         text = _plain(text)
         current = self._offers.get(self._current.get(uri, 0))
-        touched = current is not None and end == current.start
+        touched = current is not None and end in {current.start, current.end}
         places: list[_Offer | _Watched] = [*self._offers.values(), *self._watched]
         for place in places:
             if place.uri == uri and not (touched and place is current):
@@ -248,11 +255,13 @@ class Journal:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._writing: asyncio.Task[None] | None = None
 
-    def offer(self, document: Document, start: Point, text: str, model: str) -> int | None:
+    def offer(
+        self, document: Document, start: Point, text: str, model: str, num_replaced: int = 0
+    ) -> int | None:
         """See `Feedback.offer`; None if nothing is counted."""
         if not self.counts:
             return None
-        id_ = self._feedback.offer(document, start, text, model)
+        id_ = self._feedback.offer(document, start, text, model, num_replaced)
         self._see_to_it()
         return id_
 

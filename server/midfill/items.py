@@ -11,7 +11,9 @@ from typing import Any
 
 from lsprotocol import types
 
+from midfill.completer import Answer
 from midfill.documents import Change, Encoding, Point, Snapshot, split_lines
+from midfill.suggestions import up_to_closers
 
 _LABEL_CHARS = 60
 _LONG_LINE = 2_000
@@ -59,7 +61,11 @@ class PopupStyle:
 
 
 def inline_item(
-    snapshot: Snapshot, text: str, encoding: Encoding, selected: Change | None, command: types.Command | None
+    snapshot: Snapshot,
+    answer: Answer,
+    encoding: Encoding,
+    selected: Change | None,
+    command: types.Command | None,
 ) -> dict[str, Any]:
     """An item of `textDocument/inlineCompletion`.
 
@@ -67,28 +73,39 @@ def inline_item(
     it, over the same range.
     """
     if selected is not None and selected.start is not None and selected.end is not None:
-        area = types.Range(types.Position(*selected.start), types.Position(*selected.end))
-        item: dict[str, Any] = {"insertText": selected.text + text, "range": area}
+        start, end = selected.start, selected.end
+        if answer.num_replaced:
+            # Closers are of one unit in every encoding.
+            end = (end[0], end[1] + answer.num_replaced)
+        area = types.Range(types.Position(*start), types.Position(*end))
+        item: dict[str, Any] = {"insertText": selected.text + answer.text, "range": area}
     else:
-        item = {"insertText": text, "range": _range(snapshot, encoding, snapshot.cursor.column)}
+        area = _range(snapshot, encoding, snapshot.cursor.column, answer.num_replaced)
+        item = {"insertText": answer.text, "range": area}
     if command is not None:
         item["command"] = command
     return item
 
 
 def popup_item(
-    snapshot: Snapshot, text: str, encoding: Encoding, command: types.Command | None, style: PopupStyle
-) -> types.CompletionItem:
+    snapshot: Snapshot, answer: Answer, encoding: Encoding, command: types.Command | None, style: PopupStyle
+) -> types.CompletionItem | None:
     """An item of `textDocument/completion`, with the whole suggestion as its documentation.
 
     It begins with the word before the cursor: that is what all editors hold an item against.
     """
     before = snapshot.line_before
+    text, num_replaced = answer.text, answer.num_replaced
+    if num_replaced and not style.takes_edits:
+        # It could not say what it replaces.
+        text, num_replaced = up_to_closers(text, snapshot.line_after[:num_replaced]), 0
+        if not text:
+            return None
     pattern = _WORDS.get(snapshot.document.language_id, _WORD)
     word = found.group() if (found := pattern.search(before[-_LONG_LINE:])) else ""
     first = next(line for line in (word + text).splitlines() if line.strip())
     label = first.strip()
-    area = _range(snapshot, encoding, len(before) - len(word))
+    area = _range(snapshot, encoding, len(before) - len(word), num_replaced)
     # Of a line that no popup can show, nothing is repeated.
     shown = before.lstrip() if len(before) <= _LONG_LINE else word
     return types.CompletionItem(
@@ -123,7 +140,8 @@ def _documentation(language_id: str, code: str, *, markdown: bool) -> types.Mark
     return code
 
 
-def _range(snapshot: Snapshot, encoding: Encoding, from_column: int) -> types.Range:
-    """From a column of the cursor's line to the cursor."""
-    ends = (Point(snapshot.cursor.line, from_column), snapshot.cursor)
+def _range(snapshot: Snapshot, encoding: Encoding, from_column: int, num_replaced: int) -> types.Range:
+    """From a column of the cursor's line to the cursor, and some characters further."""
+    line, column = snapshot.cursor.line, snapshot.cursor.column
+    ends = (Point(line, from_column), Point(line, column + num_replaced))
     return types.Range(*(types.Position(*snapshot.document.position(end, encoding)) for end in ends))

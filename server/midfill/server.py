@@ -47,6 +47,7 @@ from midfill.probing import identify
 from midfill.progress import Progress
 from midfill.protocol import Protocol
 from midfill.settings import Settings, keep_start_only, merge
+from midfill.suggestions import is_pair
 
 _LOG = logging.getLogger(__name__)
 
@@ -306,6 +307,9 @@ class MidfillServer(LanguageServer):
         if document is None:
             _LOG.warning("dropped a change of a document that is not open")
             return
+        if is_pair(edited.changes) and (start := edited.changes[0].start) is not None:
+            before = Snapshot(document, document.point(start, self.state.encoding))
+            self.state.completer.pairs(self.state.notebooks.whole(before, self.state.documents))
         version = document.version if edited.version is None else edited.version
         after = document.edit(edited.changes, version, self.state.encoding)
         self.state.documents[edited.uri] = after
@@ -387,8 +391,8 @@ class MidfillServer(LanguageServer):
         answer = await self._answer(whole, trigger)
         if snapshot is None or not answer.text:
             return {"items": []}
-        command = self._offer(snapshot, answer.text)
-        return {"items": [inline_item(snapshot, answer.text, self.state.encoding, selected, command)]}
+        command = self._offer(snapshot, answer)
+        return {"items": [inline_item(snapshot, answer, self.state.encoding, selected, command)]}
 
     def completion(self, asked: Asked) -> Awaitable[types.CompletionList]:
         """`textDocument/completion`: the same suggestion as an item of the popup."""
@@ -406,17 +410,20 @@ class MidfillServer(LanguageServer):
         answer = await work if work.done() else Answer()
         items = []
         if snapshot is not None and answer.text:
-            command = self._offer(snapshot, answer.text)
-            items = [popup_item(snapshot, answer.text, self.state.encoding, command, self.state.popup_style)]
+            command = self._offer(snapshot, answer)
+            item = popup_item(snapshot, answer, self.state.encoding, command, self.state.popup_style)
+            items = [item] if item is not None else []
         # What is typed next changes the suggestion, so the editor has to ask again.
         return types.CompletionList(is_incomplete=True, items=items)
 
-    def _offer(self, snapshot: Snapshot, text: str) -> types.Command | None:
+    def _offer(self, snapshot: Snapshot, answer: Answer) -> types.Command | None:
         """The command of a suggestion's item, by which the editor says that it was accepted."""
         engine = self.state.engine
         if engine is None or not self.state.completer.settings.count_feedback:
             return None
-        id_ = self.state.journal.offer(snapshot.document, snapshot.cursor, text, engine.model.name)
+        id_ = self.state.journal.offer(
+            snapshot.document, snapshot.cursor, answer.text, engine.model.name, answer.num_replaced
+        )
         return None if id_ is None else types.Command("midfill: accepted", ACCEPTED, arguments=[id_])
 
     async def _answer(self, snapshot: Snapshot | None, trigger: Trigger) -> Answer:

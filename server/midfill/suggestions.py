@@ -3,8 +3,10 @@ r"""Suggestions made and suggestions being made, and what of them fits where the
 A suggestion belongs to a place in a text (`Origin`). It still holds while the text is that of its origin with
 a beginning of the suggestion typed in: then the rest of it is what there is to show, and no model is
 asked. How the beginning came there does not matter: by keys, by accepting a word or a line, by undoing.
-What an editor inserts behind the cursor by itself, such as closing brackets, may stand there if it is the
-end of what is still to come.
+
+Brackets and quotes that an editor closes by itself stand behind the cursor before their time. To the model
+they are not there (`Suggestions.bare`), and what it writes is fitted in (`fitted`): its own closers are left
+out where it ends with them, and take the place of those in the document where it goes on behind them.
 
 A suggestion that is being computed is a `Flight`. It belongs to no request: requests wait for it, and may
 come and go. It goes on while somebody waits, and for a moment longer, in which the next request can
@@ -19,12 +21,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
-from midfill.documents import Document, Point, Snapshot
+from midfill.documents import Change, Document, Point, Snapshot
 from midfill.engine import Request
 
 _LINGER_S = 0.25
@@ -37,6 +39,8 @@ _MAX_INSERTED_CHARS = 4_000
 
 # What editors insert behind the cursor when an opening bracket or quote is typed.
 _AUTOMATIC = re.compile(r"""[)\]}>"'`]+\Z""")
+_PAIRS = frozenset(("()", "[]", "{}", "<>", '""', "''", "``"))
+_CLOSERS, _OPENERS, _QUOTES = frozenset(")]}"), frozenset("([{"), frozenset("\"'`")
 
 A = TypeVar("A")
 
@@ -126,7 +130,7 @@ class Origin:
 
 def _fits(inserted: tuple[str, str], made_explicit: bool, explicit: bool) -> bool:
     """Whether what was made for the one trigger may serve the other: only as what is typed through."""
-    return explicit is made_explicit or any(inserted)
+    return explicit is made_explicit or bool(inserted[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,20 +182,20 @@ class Match(Generic[A]):
 
     @property
     def exact(self) -> bool:
-        """Whether the text is that of the origin."""
-        return not self.typed and not self.closed
+        """Whether the text is that of the origin, but for what the editor closed by itself."""
+        return not self.typed and (not self.closed or _AUTOMATIC.match(self.closed) is not None)
 
     @property
-    def rest(self) -> str:
-        """What is still to be inserted at the cursor to get the suggestion; "" if nothing fits."""
+    def rest(self) -> tuple[str, int]:
+        """What is still to come at the cursor to get the suggestion, as `fitted` gives it.
+
+        The text is "" if nothing fits, or nothing is left.
+        """
         text = self.suggestion.computed.text
-        if not text.startswith(self.typed):
-            return ""
-        left = text[len(self.typed) :]
-        rest = left.removesuffix(self.closed)
-        if self.closed and rest == left:
-            rest = _up_to_closer(left, self.closed)
-        return rest if rest.strip() else ""
+        if not text.startswith(self.typed) or not _awaits(self.typed, self.closed):
+            return "", 0
+        rest = fitted(text[len(self.typed) :], self.closed)
+        return rest if rest is not None and rest[0].strip() else ("", 0)
 
     @property
     def beyond(self) -> str:
@@ -199,6 +203,66 @@ class Match(Generic[A]):
         computed = self.suggestion.computed
         passed = self.typed.startswith(computed.text) and computed.raw.startswith(self.typed)
         return computed.raw[len(self.typed) :] if passed and not self.closed else ""
+
+
+def fitted(text: str, closed: str) -> tuple[str, int] | None:
+    """How a text gets where an editor has closed brackets and quotes behind the cursor already.
+
+    Returns what to insert at the cursor and how many of the closers, from the first on, it replaces: those
+    that it closes itself before it goes on. Closers at its end are left out instead. So what is replaced can
+    be found in the text, in order. None if what stands there is something else.
+    """
+    if text.endswith(closed):
+        return text[: len(text) - len(closed)], 0
+    if _AUTOMATIC.match(closed) is None:
+        return None
+    places = closing(text, closed)
+    while places and places[-1] == len(text) - 1:
+        text = text[: places.pop()]
+    return text, len(places)
+
+
+def up_to_closers(text: str, replaced: str) -> str:
+    """What of a text can be inserted before these closers without replacing them."""
+    return text[: closing(text, replaced)[0]].rstrip()
+
+
+def closing(text: str, closed: str) -> list[int]:
+    """Where a text closes, in their order, what these closers close; the last of them it may not."""
+    places: list[int] = []
+    depth = 0
+    for at, char in enumerate(text):
+        if len(places) < len(closed) and not depth and char == closed[len(places)]:
+            places.append(at)
+        elif char in _OPENERS:
+            depth += 1
+        elif char in _CLOSERS:
+            depth = max(0, depth - 1)
+    return places
+
+
+def _awaits(typed: str, closed: str) -> bool:
+    """Whether what was typed still needs the closers that the editor put behind it."""
+    if not closed:
+        return True
+    if closed[0] in _QUOTES:
+        count = typed.count(closed[0])
+        return count == 0 or count % 2 == 1
+    depth = 0
+    for char in typed:
+        depth += (char in _OPENERS) - (char in _CLOSERS)
+        if depth < 0:
+            return False
+    return True
+
+
+def is_pair(changes: Sequence[Change]) -> bool:
+    """Whether an edit puts in an opener and its closer, as editors do by themselves, and nothing else."""
+    first = changes[0].start if changes else None
+    if first is None or "".join(change.text for change in changes) not in _PAIRS:
+        return False
+    starts = [(first[0], first[1] + index) for index in range(len(changes))]
+    return [(change.start, change.end) for change in changes] == [(start, start) for start in starts]
 
 
 def agrees(inserted: str, expected: str) -> bool:
@@ -333,6 +397,30 @@ class Suggestions(Generic[A]):
         default_factory=OrderedDict
     )
     _flights: list[Flight[A]] = field(default_factory=list)
+    _bases: OrderedDict[str, Origin] = field(default_factory=OrderedDict)
+
+    def bare(self, snapshot: Snapshot) -> tuple[Snapshot, str]:
+        """A snapshot without the closers that the editor has put behind the cursor by itself, and those.
+
+        They are known by what was there when the model was asked last, or when the editor put in a pair.
+        """
+        base = self._bases.get(snapshot.document.uri)
+        if base is None or _AUTOMATIC.match(snapshot.line_after[:1]) is None:
+            return snapshot, ""
+        typed, closed = base.inserted(Text(snapshot.document), snapshot.cursor) or ("", "")
+        if _AUTOMATIC.match(closed) is None or not _awaits(typed, closed):
+            return snapshot, ""
+        return snapshot.insert("", len(closed)), closed
+
+    def pairs(self, snapshot: Snapshot) -> None:
+        """The editor is about to put a bracket or a quote and its closer in here."""
+        self._begin(Origin.of(self.bare(snapshot)[0]))
+
+    def _begin(self, base: Origin) -> None:
+        self._bases[base.uri] = base
+        self._bases.move_to_end(base.uri)
+        if len(self._bases) > _MAX_DOCUMENTS:
+            self._bases.popitem(last=False)
 
     def matches(self, snapshot: Snapshot, *, explicit: bool) -> Iterator[Match[A]]:
         """The suggestions that hold at a cursor, the most recently used first."""
@@ -372,7 +460,9 @@ class Suggestions(Generic[A]):
         """
         origin = Origin.of(snapshot)
         base, assumed = origin, ""
-        if ahead_of is not None:
+        if ahead_of is None:
+            self._begin(origin)
+        else:
             base = Origin.of(ahead_of)
             assumed = "".join(base.inserted(Text(snapshot.document), snapshot.cursor) or ())
         flight = Flight[A](base, assumed, origin, explicit=explicit, context=context)
@@ -408,6 +498,7 @@ class Suggestions(Generic[A]):
     def forget(self, uri: str) -> None:
         """Drop what there is of a document."""
         self._kept.pop(uri, None)
+        self._bases.pop(uri, None)
         for flight in self._of(uri):
             flight.cancel()
 
@@ -442,16 +533,3 @@ class Suggestions(Generic[A]):
 
 def _plain(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
-
-
-def _up_to_closer(left: str, closed: str) -> str:
-    """The part of `left` before the closers that an editor has put behind the cursor; "" if there is none."""
-    if _AUTOMATIC.match(closed) is None:
-        return ""
-    end = left.find(closed)
-    while end >= 0:
-        part = left[:end]
-        if all(part.count(opener) == part.count(closer) for opener, closer in ("()", "[]", "{}")):
-            return part
-        end = left.find(closed, end + 1)
-    return ""

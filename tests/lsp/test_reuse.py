@@ -37,6 +37,23 @@ class Typist:
         self.line += len(above)
         self.column = len(last) + (0 if above else self.column)
 
+    def pair(self, text, num_changes=1):
+        """Type an opener, which the editor closes; in one change, or one for each."""
+        self.version += 1
+        parts = [text] if num_changes == 1 else list(text)
+        starts = [{"line": self.line, "character": self.column + index} for index in range(len(parts))]
+        changes = [
+            {"range": {"start": start, "end": start}, "text": part}
+            for start, part in zip(starts, parts, strict=True)
+        ]
+        params = {"textDocument": {"uri": URI, "version": self.version}, "contentChanges": changes}
+        self.client.notify("textDocument/didChange", params)
+        self.column += 1
+
+    async def popup(self):
+        params = DOCUMENT | {"position": {"line": self.line, "character": self.column}}
+        return (await self.client.request("textDocument/completion", params))["items"]
+
     def ask(self):
         here = {"line": self.line, "character": self.column}
         params = DOCUMENT | {"position": here, "context": {"triggerKind": 2}}
@@ -154,3 +171,55 @@ async def test_it_can_be_switched_off(typist):
     it.type(SUM)
     assert (await it.sees())[1] == "model"
     assert [run["idle"] for run in it.runs] == [False, False]
+
+
+METHOD = "self):\n    return self.w"
+
+
+def columns(item):
+    area = item["range"] if "range" in item else item["textEdit"]["range"]
+    assert area["start"]["line"] == area["end"]["line"]
+    return area["start"]["character"], area["end"]["character"]
+
+
+@pytest.mark.parametrize("num_changes", [1, 2])
+async def test_a_bracket_that_the_editor_closed_is_replaced_by_what_goes_on_behind_it(typist, num_changes):
+    rule = {"after": "area(", "text": METHOD + "\n"}
+    it = await typist(rule, {"text": "x"}, options={"popup_budget_ms": 10_000})
+    it.type("def area")
+    it.pair("()", num_changes)
+    (item,) = (await it.ask()[1])["items"]
+    assert item["insertText"] == METHOD
+    assert columns(item) == (9, 10)
+    # The popup's item too, from the word before the cursor on.
+    it.type("se")
+    (item,) = await it.popup()
+    assert item["textEdit"]["newText"] == METHOD
+    assert item["filterText"] == "self):"
+    assert columns(item) == (9, 12)
+    (item,) = (await it.ask()[1])["items"]
+    assert item["insertText"] == METHOD[2:]
+    assert columns(item) == (11, 12)
+    assert await it.ran(1) == ["finished"]
+
+
+async def test_what_ends_with_the_editors_closer_replaces_nothing(typist):
+    it = await typist({"after": "sum(", "text": "values)\n"}, {"text": "x"})
+    it.type("total = sum")
+    it.pair("()")
+    (item,) = (await it.ask()[1])["items"]
+    assert item["insertText"] == "values"
+    assert columns(item) == (12, 12)
+
+
+async def test_an_item_selected_in_the_popup_is_extended_over_closers(typist):
+    it = await typist({"after": "area(self", "text": METHOD[4:] + "\n"}, {"text": "x"})
+    it.type("def area")
+    it.pair("()")
+    it.type("se")
+    start, end = ({"line": 1, "character": column} for column in (9, 11))
+    selected = {"text": "self", "range": {"start": start, "end": end}}
+    params = DOCUMENT | {"position": end, "context": {"triggerKind": 2, "selectedCompletionInfo": selected}}
+    (item,) = (await it.client.request("textDocument/inlineCompletion", params))["items"]
+    assert item["insertText"] == METHOD
+    assert columns(item) == (9, 12)

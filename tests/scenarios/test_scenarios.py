@@ -3,7 +3,8 @@
 Sections: `-- NAME --` is the document; `-- model --` what the model writes at the cursor;
 `-- expect --` what is inserted, or `-- nothing --` with the reason code. `-- invoked --` (empty) means
 that the user asked explicitly; `-- settings --` holds settings in TOML. `-- then --` is what the document
-has become after a first answer: it is the answer there that is expected, from `-- source --`.
+has become after a first answer: it is the answer there that is expected, from `-- source --`. What
+the answer takes the place of, behind the cursor, is in `-- replaces --`.
 """
 
 import re
@@ -26,7 +27,7 @@ def read(path):
     why, *rest = SECTION.split(path.read_text(encoding="utf-8"))
     assert why.strip(), f"{path.name} does not say why"
     sections = {name: text.removesuffix("\n") for name, text in zip(rest[::2], rest[1::2], strict=True)}
-    known = {"model", "expect", "nothing", "invoked", "settings", "then", "source"}
+    known = {"model", "expect", "nothing", "invoked", "settings", "then", "source", "replaces"}
     (name,) = set(sections) - known
     return name, sections
 
@@ -47,15 +48,18 @@ async def test_scenario(path):
     completer.use(engine)
 
     trigger = Trigger.INVOKED if "invoked" in sections else Trigger.AUTOMATIC
-    answer = await completer.complete(snapshot(name, sections[name]), trigger)
+    here = snapshot(name, sections[name])
+    answer = await completer.complete(here, trigger)
     if "then" in sections:
-        answer = await completer.complete(snapshot(name, sections["then"]), trigger)
+        here = snapshot(name, sections["then"])
+        answer = await completer.complete(here, trigger)
         assert answer.source == sections["source"]
 
     if "nothing" in sections:
         assert (answer.text, answer.reason) == ("", sections["nothing"])
     else:
         assert (answer.text, answer.reason) == (sections["expect"], None)
+        assert here.line_after[: answer.num_replaced] == sections.get("replaces", "")
 
 
 def test_there_are_scenarios():

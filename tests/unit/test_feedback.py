@@ -21,8 +21,8 @@ class Editor:
         self.document = Document.open(URI, "python", 1, text)
         self.now_s = 100.0
 
-    def offer(self, line, column, text):
-        return self.feedback.offer(self.document, Point(line, column), text, "m")
+    def offer(self, line, column, text, num_replaced=0):
+        return self.feedback.offer(self.document, Point(line, column), text, "m", num_replaced)
 
     def edit(self, start, end, text):
         ends = Point(*start), Point(*end)
@@ -80,6 +80,16 @@ def test_an_edit_that_replaces_the_word_before_the_cursor_too():
     assert editor.counts() == {
         "offered": 1, "accepted": 1, "accepted_chars": 12, "checked_30s": 1, "kept_30s": 1,
     }  # fmt: skip
+
+
+def test_an_edit_that_replaces_a_closer_behind_the_cursor_too():
+    editor = Editor("def f()\ny = 2\n")
+    editor.offer(0, 6, "a, b):\n    c", num_replaced=1)
+    editor.type(0, 6, "a")
+    editor.edit((0, 7), (0, 8), ", b):\n    c")
+    assert editor.counts() == {"offered": 1, "accepted": 1, "accepted_chars": 11}
+    editor.wait(30)
+    assert editor.counts() == {"checked_30s": 1, "kept_30s": 1}
 
 
 def test_a_word_of_it():

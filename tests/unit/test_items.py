@@ -3,17 +3,18 @@
 import pytest
 from lsprotocol import types
 
+from midfill.completer import Answer
 from midfill.documents import Document, Encoding, Point, Snapshot
 from midfill.items import PopupStyle, popup_item
 
 HERE = "▮"
 
 
-def item(marked, text, style=None, language="python"):
+def item(marked, text, style=None, language="python", num_replaced=0):
     before, after = marked.split(HERE)
     document = Document.open("file:///a", language, 1, before + after)
     snapshot = Snapshot(document, Point(before.count("\n"), len(before) - before.rfind("\n") - 1))
-    return popup_item(snapshot, text, Encoding.UTF16, None, style or PopupStyle())
+    return popup_item(snapshot, Answer(text, num_replaced), Encoding.UTF16, None, style or PopupStyle())
 
 
 def columns(found):
@@ -99,3 +100,15 @@ def test_all_other_clients_get_an_edit(name, version):
     found = item("x = ab▮", "c + d", client(name, version))
     assert found.text_edit.new_text == "abc + d"
     assert found.insert_text is None
+
+
+def test_an_item_takes_the_place_of_closers_behind_the_cursor():
+    found = item("f(a▮)", "b):\n    c", num_replaced=1)
+    assert columns(found) == (2, 4)
+    assert found.text_edit.new_text == "ab):\n    c"
+
+
+def test_where_nothing_can_be_replaced_it_ends_before_the_closers():
+    found = item("f(a▮)", "b, c):\n    d", client("Neovim", "0.11.4"), num_replaced=1)
+    assert found.insert_text == "ab, c"
+    assert item("f(a▮)", "):\n    d", client("Neovim", "0.11.4"), num_replaced=1) is None

@@ -1,8 +1,8 @@
 """No answer is ever stale: random sessions against a model that is a pure function of the text.
 
 Every answer must be what a pipeline without a past gives for the same text; or the rest of such an answer for
-the text without the last keys before the cursor, and without closers that the editor put behind it: to
-accept it then leads to the same text (or, where those closers come earlier, to a beginning of it).
+the text without the last keys before the cursor, and without closers that the editor put behind it. To
+accept it then leads to the same text, but for those of the closers that it does not have itself.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine import ModelInfo, Token
 from midfill.engine.scripted import CharTokenizer
 from midfill.settings import Settings
+from midfill.suggestions import closing
 
 ALPHABET = "aabc ()'{}\n\n \0"
 CLOSERS = {"(": ")", "'": "'", "{": "}"}
@@ -79,6 +80,8 @@ class Session:
     states: dict[str, list[Snapshot]]
     uri: str
     shown: str = ""
+    num_replaced: int = 0
+    num_replacing: int = 0
     pending: list = field(default_factory=list)
     fresh: dict = field(default_factory=dict)
     sources: list = field(default_factory=list)
@@ -94,15 +97,22 @@ class Session:
     def type(self, char):
         char = char.replace("\n", self.here.document.line_ending)
         closer = CLOSERS.get(char, "")
+        if closer:
+            self.completer.pairs(self.here)
         typed = self.here.insert(char)
         self.put(Snapshot(typed.insert(closer).document, typed.cursor))
         self.shown = self.shown.removeprefix(char) if self.shown.startswith(char) else ""
 
     def accept(self, count):
         part = self.shown if count > 12 else self.shown[:count]
-        if part and not part.endswith("\r"):
-            self.shown = self.shown[len(part) :]
-            self.put(self.here.insert(part))
+        if not part or part.endswith("\r"):
+            return
+        num_replaced = self.num_replaced
+        if part != self.shown:
+            # Those closers whose turn it is.
+            num_replaced = len(closing(part, self.here.line_after[:num_replaced]))
+        self.shown, self.num_replaced = self.shown[len(part) :], self.num_replaced - num_replaced
+        self.put(self.here.insert(part, num_replaced))
 
     async def accept_and_go_on(self, count):
         """What a user does who likes what he sees."""
@@ -114,6 +124,14 @@ class Session:
             for char in self.next_chars(count % 3):
                 self.type(char)
         await self.ask(Trigger.AUTOMATIC)
+
+    async def open(self, count):
+        """Type a bracket or a quote that the editor closes, and some of what is suggested in it."""
+        self.type("('{"[count % 3])
+        await self.ask(Trigger.AUTOMATIC)
+        if self.shown and count % 2:
+            self.type(plain(self.shown)[0])
+            await self.ask(Trigger.AUTOMATIC)
 
     def next_chars(self, count):
         text, below = plain(marked(self.here)).split("▮")
@@ -162,7 +180,8 @@ class Session:
     async def ask(self, trigger):
         here, options = self.here, self.completer.settings
         answer = await self.completer.complete(here, trigger)
-        self.shown = answer.text
+        self.shown, self.num_replaced = answer.text, answer.num_replaced
+        self.num_replacing += answer.num_replaced > 0
         self.sources.append(str(answer.source))
         await self.check(answer, here, options, trigger)
 
@@ -188,23 +207,35 @@ class Session:
 
     async def check(self, answer, snapshot, options, trigger):
         fresh = await self.afresh(snapshot, options, trigger)
-        if (answer.text, answer.reason) == (fresh.text, fresh.reason):
+        if (answer.text, answer.num_replaced, answer.reason) == (fresh.text, 0, fresh.reason):
             return
-        assert answer.text, f"nothing ({answer.reason}), but afresh {fresh.text!r}"
-        what = f"{answer.source} {answer.text!r}, but afresh {fresh.text!r} in {marked(snapshot)!r}"
-        assert answer.source in {Source.TYPED_THROUGH, Source.JOINED}, what
-        assert await self.is_rest(plain(answer.text), snapshot, options), what
+        what = f"{answer.source} {answer.text!r} in the place of {answer.num_replaced}, "
+        what += f"but afresh {fresh.text!r} in {marked(snapshot)!r}"
+        if not answer.text:
+            assert await self.is_nothing(snapshot, options, trigger), what
+            return
+        may_be_typed = MAX_TYPED if answer.source in {Source.TYPED_THROUGH, Source.JOINED} else 0
+        assert await self.is_rest(answer, snapshot, options, may_be_typed), what
 
-    async def is_rest(self, text, snapshot, options):
+    async def is_nothing(self, snapshot, options, trigger):
+        """Whether there is nothing without the closers behind the cursor, either, or nothing else."""
         before, after = marked(snapshot).split("▮")
-        closers = after[: len(after) - len(after.lstrip(ADDED))]
-        for closed in (closers[:size] for size in range(len(closers) + 1)):
-            for size in range(1, min(MAX_TYPED, len(before)) + 1):
+        for closed in closers_of(after):
+            fresh = await self.afresh(at(snapshot.document, before, after[len(closed) :]), options, trigger)
+            if not fresh.text.strip() or closed.startswith(fresh.text.strip()):
+                return True
+        return False
+
+    async def is_rest(self, answer, snapshot, options, may_be_typed):
+        before, after = marked(snapshot).split("▮")
+        for closed in closers_of(after):
+            for size in range(min(may_be_typed, len(before)) + 1):
                 typed = plain(before[len(before) - size :])
                 origin = at(snapshot.document, before[: len(before) - size], after[len(closed) :])
+                accepted = typed + plain(answer.text) + closed[answer.num_replaced :]
                 for trigger in Trigger:
                     whole = plain((await self.afresh(origin, options, trigger)).text)
-                    if whole.startswith(typed + text + closed):
+                    if any(accepted == whole + closed[index:] for index in range(len(closed) + 1)):
                         return True
         return False
 
@@ -215,6 +246,12 @@ class Session:
             completer.use(PureEngine(self.engine.seed, 0))
             self.fresh[key] = await completer.complete(snapshot, trigger)
         return self.fresh[key]
+
+
+def closers_of(after):
+    """What an editor may have put behind the cursor of what stands there."""
+    closers = after[: len(after) - len(after.lstrip(ADDED))]
+    return [closers[:size] for size in range(len(closers) + 1)]
 
 
 def plain(text):
@@ -241,6 +278,7 @@ OPERATIONS = {
     "ask and hang on": Session.hang_on,
     "type": lambda session, count: session.type(ALPHABET[count % (len(ALPHABET) - 1)]),
     "type as suggested": lambda session, _: session.type((plain(session.shown) or "a")[0]),
+    "open": Session.open,
     "accept": Session.accept,
     "accept and go on": Session.accept_and_go_on,
     "erase": Session.erase,
@@ -280,8 +318,11 @@ def test_no_answer_is_stale(steps, seed):
 
 def test_random_sessions_reach_every_source():
     chance = random.Random(0)  # noqa: S311 - not a secret
-    reached = set()
+    reached, num_replacing = set(), 0
     for seed in range(60):
         steps = [(chance.choice(sorted(OPERATIONS)), chance.randint(0, 16)) for _ in range(60)]
-        reached |= set(virtual_time.run(play(steps, seed)).sources)
+        session = virtual_time.run(play(steps, seed))
+        reached |= set(session.sources)
+        num_replacing += session.num_replacing
+    assert num_replacing > 20
     assert reached == {str(source) for source in Source}

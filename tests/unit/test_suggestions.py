@@ -11,7 +11,7 @@ from midfill.completer import Completer, Reason, Source, Trigger
 from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.settings import Settings
-from midfill.suggestions import Computed, Match, Suggestion
+from midfill.suggestions import Computed, Match, Suggestion, is_pair
 
 SUM = "total = sum(values)"
 
@@ -173,38 +173,136 @@ async def test_line_ends_are_the_documents_own(world, ending):
 
 
 @pytest.mark.parametrize(
-    ("suggested", "typed", "closers", "rest"),
+    ("suggested", "typed", "closers", "rest", "num_replaced"),
     [
-        ("(a, b)", "(", ")", "a, b"),
-        ("(a, b)", "(a", ")", ", b"),
-        ("(a, [b, c])", "(a, [", "])", "b, c"),
-        ("('x')", "('", "')", "x"),
-        ("{\n    b()\n}", "{\n    ", "\n}", "b()"),
-        # More is to come behind what the editor has closed: first up to there ...
-        ("(x) {\n    b()\n}", "(", ")", "x"),
-        ('("hello");', '("', '")', "hello"),
-        # ... and once the cursor is behind it, the rest.
-        ("(x) {\n    b()\n}", "(x)", "", " {\n    b()\n}"),
+        ("(a, b)", "(", ")", "a, b", 0),
+        ("(a, b)", "(a", ")", ", b", 0),
+        ("(a, [b, c])", "(a, [", "])", "b, c", 0),
+        ("('x')", "('", "')", "x", 0),
+        ("{\n    b()\n}", "{\n    ", "\n}", "b()", 0),
+        # What goes on behind the closers takes their place.
+        ("(x) {\n    b()\n}", "(", ")", "x) {\n    b()\n}", 1),
+        ('("hello");', '("', '")', 'hello");', 2),
+        ("(f(x), y):", "(", ")", "f(x), y):", 1),
+        ("(a, [b], c)", "(a, [", "])", "b], c", 1),
+        ("Vec<String>();", "Vec<", ">", "String>();", 1),
+        # What was cut before its closers is closed by those of the editor.
+        ("(a, b", "(a", ")", ", b", 0),
+        ("([a], b", "([", "])", "a], b", 1),
+        # Once the cursor is behind them, there is the rest.
+        ("(x) {\n    b()\n}", "(x)", "", " {\n    b()\n}", 0),
     ],
 )
-def test_closers_that_the_editor_put_behind_the_cursor(suggested, typed, closers, rest):
+def test_closers_that_the_editor_put_behind_the_cursor(suggested, typed, closers, rest, num_replaced):
     made = Suggestion(None, Computed(suggested, suggested, None))
-    assert Match(made, typed, closers).rest == rest
+    assert Match(made, typed, closers).rest == (rest, num_replaced)
 
 
 @pytest.mark.parametrize(
     ("suggested", "typed", "closers"),
     [
-        ("(a, b)", "(", "]"),
         ("(a, b)", "(", "other)"),
         ("(a, b)", "[", "]"),
         ("(a, b)", "(a, b)", ""),
         ("()", "(", ")"),
         ("{\n}", "{", "}"),
+        # The user has closed it, and the editor's closer stands there still.
+        ("a):\n    b", "a)", ")"),
+        ("'a' + b", "'a'", "'"),
     ],
 )
 def test_what_does_not_fit_has_no_rest(suggested, typed, closers):
-    assert Match(Suggestion(None, Computed(suggested, suggested, None)), typed, closers).rest == ""
+    assert Match(Suggestion(None, Computed(suggested, suggested, None)), typed, closers).rest == ("", 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pair"),
+    [
+        ([("()", 4)], True),
+        ([("(", 4), (")", 5)], True),
+        ([('""', 0)], True),
+        ([("(", 4)], False),
+        ([(")", 5), ("(", 4)], False),
+        ([("(", 4), (")", 7)], False),
+        ([("(]", 4)], False),
+        ([], False),
+    ],
+)
+def test_what_editors_put_in_as_a_pair(changes, pair):
+    made = [Change(text, (2, column), (2, column)) for text, column in changes]
+    assert is_pair(made) is pair
+
+
+def test_what_replaces_text_or_all_of_it_is_no_pair():
+    assert not is_pair([Change("()", (2, 4), (2, 5))])
+    assert not is_pair([Change("()", None, None)])
+
+
+METHOD = "(self, width):\n    self.width = width"
+
+
+async def test_a_suggestion_goes_on_behind_a_bracket_that_the_editor_closes(world):
+    it = await world(Rule(METHOD + "\n"))
+    editor = Editor(it.completer, "def resize▮\nx = 1\n")
+    assert await editor.sees() == (METHOD, "model")
+    answer = await editor.type("(", closers=")").ask()
+    assert (answer.text, answer.num_replaced, answer.source) == (METHOD[1:], 1, "typed-through")
+    answer = await editor.type("self").ask()
+    assert (answer.text, answer.num_replaced) == (METHOD[5:], 1)
+    assert it.runs == ["finished"]
+
+
+@pytest.mark.parametrize("known", ["asked before", "pair"])
+async def test_the_model_does_not_see_what_the_editor_closed(world, known):
+    it = await world(Rule("other", after="resize"), Rule(METHOD[1:] + "\n", after="resize("))
+    editor = Editor(it.completer, "def resize▮\nx = 1\n")
+    if known == "pair":
+        it.completer.pairs(editor.snapshot)
+    else:
+        await editor.ask()
+    answer = await editor.type("(", closers=")").ask()
+    assert (answer.text, answer.num_replaced, answer.source) == (METHOD[1:], 1, "model")
+    again = await editor.ask()
+    assert (again.text, again.num_replaced, again.source) == (METHOD[1:], 1, "cache")
+    # To accept it leads to the text without the editor's closer.
+    editor.document = editor.snapshot.insert(answer.text, answer.num_replaced).document
+    assert editor.document.text == f"def resize{METHOD}\nx = 1\n"
+
+
+async def test_a_closer_that_stood_there_before_is_not_replaced(world):
+    it = await world(Rule("a, b):\n    return\n"))
+    answer = await Editor(it.completer, "def f(▮)\nx = 1\n").ask()
+    assert (answer.text, answer.num_replaced) == ("a, b", 0)
+
+
+async def test_nothing_but_the_closer_is_nothing(world):
+    it = await world(Rule("other", after="f"), Rule(")\n", after="f("))
+    editor = Editor(it.completer, "def f▮\nx = 1\n")
+    await editor.ask()
+    answer = await editor.type("(", closers=")").ask()
+    assert (answer.text, answer.reason) == ("", Reason.REPEATS_TEXT)
+
+
+def test_what_comes_after_a_bracket_that_the_editor_closed_is_computed_ahead(world):
+    virtual_time.run(_ahead_of_a_closer(world))
+
+
+async def _ahead_of_a_closer(world):
+    it = await world(
+        Rule("x", after="resize"),
+        Rule(METHOD[1:] + "\n", after="resize("),
+        Rule("\n    self.area()", after="= width"),
+        looks_ahead=True,
+    )
+    editor = Editor(it.completer, "class Box:\n    pass\ndef resize▮\nx = 1\n")
+    it.completer.pairs(editor.snapshot)
+    answer = await editor.type("(", closers=")").ask()
+    await asyncio.sleep(0.5)
+    accepted = editor.snapshot.insert(answer.text, answer.num_replaced)
+    editor.document, editor.cursor = accepted.document, accepted.cursor
+    it.completer.edited(editor.document)
+    assert await editor.sees() == ("\n    self.area()", "prefetch")
+    assert it.runs == ["finished", "finished"]
 
 
 async def test_a_bracket_that_the_editor_closes_goes_on(world):
