@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from real_emacs import Emacs
 from real_neovim import Neovim, find_nvim
+from real_vim import Vim
 
 
 def installed(editor, *programs):
@@ -52,15 +53,32 @@ def emacs_program():
     return installed("emacs", "emacs", "tmux")
 
 
+@pytest.fixture(scope="session")
+def vim_program():
+    return installed("vim", "vim", "tmux")
+
+
+def starter(kind, folder, editors):
+    """A function that starts an editor, which ends with `editors`."""
+
+    def start(*rules, **options):
+        editor = kind(folder, rules, **options)
+        editors.callback(editor.close)
+        editor.open()
+        return editor
+
+    return start
+
+
 @pytest.fixture
 def emacs(emacs_program, tmp_path):
     """Start an editor with the package: `emacs(rule, ...)`; see `Emacs`."""
     with contextlib.ExitStack() as editors:
+        yield starter(Emacs, tmp_path, editors)
 
-        def start(*rules, **options):
-            editor = Emacs(tmp_path, rules, **options)
-            editors.callback(editor.close)
-            editor.open()
-            return editor
 
-        yield start
+@pytest.fixture
+def vim(vim_program, tmp_path):
+    """Start an editor with the plugin: `vim(rule, ...)`; see `Vim`."""
+    with contextlib.ExitStack() as editors:
+        yield starter(Vim, tmp_path, editors)

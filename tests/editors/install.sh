@@ -2,7 +2,7 @@
 # Installs the editors that tests/editors drives, where they are not here yet. Debian; root for its packages.
 #
 #   tests/editors/install.sh            all of them
-#   tests/editors/install.sh emacs      one of them: emacs, tmux, vscode
+#   tests/editors/install.sh emacs      one of them: emacs, tmux, vim, vscode
 #
 # Neovim and the driver of the browser come with `pip install '.[editors]'`. What is not a Debian package goes to
 # ~/.cache/midfill-tests; MIDFILL_TEST_EDITORS names another folder. `pytest` starts this script where CI is set.
@@ -36,6 +36,9 @@ install_tmux() { debian tmux; }
 # Debian 12 has Emacs 28.2, eglot 1.9, lsp-mode 8.0 and package-lint 0.16.
 install_emacs() { debian tmux emacs-nox elpa-eglot elpa-lsp-mode elpa-package-lint; }
 
+# Debian 12 has Vim 9.0.1378.
+install_vim() { debian tmux vim-nox; }
+
 # VS Code as the npm package code-server brings it, and a browser to show it. npm's scripts stay off: those of
 # code-server download what is not needed here. It appears under its name only when it is whole.
 install_vscode() {
@@ -55,10 +58,10 @@ install_vscode() {
 }
 
 editors=("$@")
-[ $# -gt 0 ] || editors=(emacs tmux vscode)
+[ $# -gt 0 ] || editors=(emacs tmux vim vscode)
 for editor in "${editors[@]}"; do
     if ! declare -F "install_$editor" >/dev/null; then
-        echo "install.sh: unknown editor \"$editor\"; known are: emacs, tmux, vscode" >&2
+        echo "install.sh: unknown editor \"$editor\"; known are: emacs, tmux, vim, vscode" >&2
         exit 2
     fi
     "install_$editor"

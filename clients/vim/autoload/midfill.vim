@@ -1,0 +1,460 @@
+vim9script
+# Ghost text: asks the server, follows what is typed, accepts. And the command :Midfill.
+#
+# A suggestion belongs to the place where it was asked for. While what stands between that place and the
+# cursor is a beginning of it, the rest is shown, and the server is not asked. That happens in TextChangedI,
+# before Vim draws, so that nothing flickers.
+
+import autoload './midfill/config.vim'
+import autoload './midfill/documents.vim'
+import autoload './midfill/keys.vim' as mappings
+import autoload './midfill/server.vim'
+
+const INVOKED = 1
+const AUTOMATIC = 2
+const POPUP_MS = 2000
+
+# Where the cursor is: buf, row, col (bytes before it), before, after, num_lines, tick. {} is nowhere.
+var seen: dict<any> = {}
+# What is on the screen: place, text, command. {} is nothing.
+var shown: dict<any> = {}
+# The buffer in which it is drawn.
+var drawn_in = -1
+# The request that has not been answered: place, id. {} is none.
+var pending: dict<any> = {}
+var timer = -1
+var is_enabled = true
+
+def Here(): dict<any>
+  const line = getline('.')
+  const col = col('.') - 1
+  return {
+    buf: bufnr(),
+    row: line('.'),
+    col: col,
+    before: strpart(line, 0, col),
+    after: strpart(line, col),
+    num_lines: line('$'),
+    tick: b:changedtick,
+  }
+enddef
+
+# What of a suggestion is left at a place; '' if it does not hold there.
+def Rest(suggestion: dict<any>, place: dict<any>): string
+  if empty(suggestion)
+    return ''
+  endif
+  const origin: dict<any> = suggestion.place
+  const is_before = place.row < origin.row || (place.row == origin.row && place.col < origin.col)
+  if place.buf != origin.buf || is_before || place.after !=# origin.after
+    return ''
+  endif
+  if place.num_lines - origin.num_lines != place.row - origin.row
+    return ''
+  endif
+  final lines = getline(origin.row, place.row)
+  lines[-1] = place.before
+  const typed = join(lines, "\n")
+  const wanted = origin.before .. suggestion.text
+  return len(typed) < len(wanted) && stridx(wanted, typed) == 0 ? strpart(wanted, len(typed)) : ''
+enddef
+
+# Text with its tabs as blanks, as it looks from a column on: text properties do not know tab stops.
+def ExpandTabs(text: string, column: number): string
+  if stridx(text, "\t") < 0
+    return text
+  endif
+  var expanded = ''
+  for piece in split(text, '\t\zs')
+    const body = substitute(piece, '\t$', '', '')
+    expanded ..= body
+    if body !=# piece
+      expanded ..= repeat(' ', &tabstop - (column + strdisplaywidth(expanded)) % &tabstop)
+    endif
+  endfor
+  return expanded
+enddef
+
+# Draw the rest of a suggestion at the cursor.
+def Draw(place: dict<any>, rest: string)
+  Undraw()
+  drawn_in = place.buf
+  const [first; below] = split(rest, "\n", true)
+  if first != ''
+    const text = ExpandTabs(first, strdisplaywidth(place.before))
+    prop_add(place.row, place.col + 1, {type: 'midfill', text: text})
+  endif
+  for line in below
+    # A text must not be empty.
+    const text = ExpandTabs(line, 0)
+    prop_add(place.row, 0, {type: 'midfill', text: text == '' ? ' ' : text, text_align: 'below', text_wrap: 'truncate'})
+  endfor
+enddef
+
+def Undraw()
+  if drawn_in >= 0 && bufloaded(drawn_in)
+    prop_remove({type: 'midfill', bufnr: drawn_in, all: true})
+  endif
+  drawn_in = -1
+enddef
+
+def CancelRequest()
+  timer_stop(timer)
+  if !empty(pending)
+    if pending.id >= 0
+      server.Cancel(pending.id)
+    endif
+    pending = {}
+  endif
+enddef
+
+# Take the suggestion off the screen and the request back.
+def Clear()
+  CancelRequest()
+  if !empty(shown)
+    shown = {}
+    Undraw()
+  endif
+enddef
+
+# Whether ghost text may stand on the screen now.
+def CanShow(): bool
+  return is_enabled && mode() =~ '^i' && !pumvisible() && !&paste && reg_executing() == ''
+enddef
+
+def IsAutomatic(): bool
+  return config.Get('auto') && !empty(get(b:, 'midfill_enabled', true))
+enddef
+
+def Ask(kind: number)
+  Clear()
+  const place = Here()
+  if !server.Serves(place.buf)
+    return
+  endif
+  server.Flush(place.buf)
+  final question: dict<any> = {place: place, id: -1}
+  pending = question
+  question.id = server.Request('textDocument/inlineCompletion', {
+    textDocument: documents.Identifier(place.buf),
+    position: documents.Cursor(),
+    context: {triggerKind: kind},
+  }, (result) => Answered(question, result))
+enddef
+
+def Answered(question: dict<any>, result: any)
+  if pending isnot question
+    return
+  endif
+  pending = {}
+  const items: list<any> = type(result) == v:t_dict ? result->get('items', []) : type(result) == v:t_list ? result : []
+  if empty(items) || !CanShow() || question.place != Here()
+    return
+  endif
+  const item: dict<any> = items[0]
+  const text: string = type(item.insertText) == v:t_dict ? item.insertText.value : item.insertText
+  # Ghost text can only add: an item that replaces anything is not shown.
+  if text == '' || (item->has_key('range') && item.range.start != item.range.end)
+    return
+  endif
+  shown = {place: question.place, text: substitute(text, "\r\n", "\n", 'g'), command: item->get('command', {})}
+  Draw(question.place, shown.text)
+enddef
+
+# The text or the cursor has changed: go on with what is shown, or ask anew.
+def Changed()
+  if !CanShow()
+    seen = {}
+    Clear()
+    return
+  endif
+  const place = Here()
+  if place == seen
+    return
+  endif
+  seen = place
+  const rest = Rest(shown, place)
+  if rest != ''
+    Draw(place, rest)
+    return
+  endif
+  Clear()
+  if IsAutomatic() && server.Serves(place.buf)
+    timer = timer_start(config.Get('debounce_ms'), (_) => {
+      if seen is place && CanShow()
+        Ask(AUTOMATIC)
+      endif
+    })
+  endif
+enddef
+
+# Ask though nothing has changed.
+def Again()
+  seen = {}
+  Changed()
+enddef
+
+# Blanks, then a word or a run of signs.
+const WORD = '^\_s*\%(\k\+\|\%(\k\@!\S\)\+\)'
+
+# The first word of a text, the rest of its first line (or the next one, if that is empty), or all of it.
+def Piece(text: string, part: string): string
+  if part == 'word'
+    return matchstr(text, WORD) ?? text
+  endif
+  return part == 'line' ? matchstr(text, "^\n\\?[^\n]*") : text
+enddef
+
+# What is suggested at the cursor; '' if nothing is.
+export def Suggestion(): string
+  return Rest(shown, Here())
+enddef
+
+# Insert the suggestion, or a part of it: 'word' or 'line'. Returns whether there was one.
+export def Accept(part = ''): bool
+  const place = Here()
+  const suggestion = shown
+  const rest = Rest(suggestion, place)
+  if rest == ''
+    return false
+  endif
+  const piece = Piece(rest, part)
+  Insert(place, piece)
+  if piece !=# rest
+    Changed()
+    return true
+  endif
+  Clear()
+  RunCommand(suggestion.command)
+  return true
+enddef
+
+# Insert text at the cursor.
+def Insert(place: dict<any>, text: string)
+  const lines = split(text, "\n", true)
+  # One undo takes back what was accepted, and not what had been typed before.
+  &undolevels = &undolevels
+  const last = len(lines) == 1 ? place.before .. lines[0] : lines[-1]
+  const first = len(lines) == 1 ? last : place.before .. lines[0]
+  setline(place.row, len(lines) == 1 ? first .. place.after : first)
+  if len(lines) > 1
+    append(place.row, lines[1 : -2] + [last .. place.after])
+  endif
+  cursor(place.row + len(lines) - 1, len(last) + 1)
+enddef
+
+# Have the server run an item's command: it says that the item was accepted.
+def RunCommand(command: dict<any>)
+  if !empty(command)
+    const params = {command: command.command, arguments: command->get('arguments', [])}
+    server.Request('workspace/executeCommand', params, (_) => {
+    })
+  endif
+enddef
+
+# Take the suggestion off the screen; the next key asks again.
+export def Dismiss()
+  Clear()
+enddef
+
+# Ask explicitly: also where nothing is shown unasked.
+export def Trigger()
+  if CanShow()
+    seen = Here()
+    Ask(INVOKED)
+  endif
+enddef
+
+# For 'omnifunc' or 'completefunc': the first line of the suggestion; the rest is inserted with it.
+export def Complete(findstart: bool, base: string): any
+  if findstart
+    popup = PopupItem()
+    return empty(popup) ? -3 : popup.start
+  endif
+  return empty(popup) ? [] : [popup.item]
+enddef
+
+# What Complete found.
+var popup: dict<any> = {}
+
+def PopupItem(): dict<any>
+  const buf = bufnr()
+  if !is_enabled || !server.Serves(buf)
+    return {}
+  endif
+  server.Flush(buf)
+  const params = {textDocument: documents.Identifier(buf), position: documents.Cursor()}
+  const result = server.Ask('textDocument/completion', params, POPUP_MS)
+  const items: list<any> = type(result) == v:t_dict ? result->get('items', []) : []
+  if empty(items)
+    return {}
+  endif
+  const text: string = items[0].textEdit.newText
+  const [first; below] = split(text, "\n", true)
+  const before = strpart(getline('.'), 0, col('.') - 1)
+  var start = len(before)
+  while start > 0 && documents.Units(strpart(before, 0, start)) > items[0].textEdit.range.start.character
+    start -= 1
+  endwhile
+  const data = json_encode({midfill: {rest: join(below, "\n"), has_rest: !empty(below), command: items[0]->get('command', {})}})
+  const item = {word: first, menu: 'midfill', info: text, dup: 1, user_data: data}
+  return first == '' ? {} : {start: start, item: item}
+enddef
+
+def Completed()
+  const data: any = v:completed_item->get('user_data', '')
+  if type(data) == v:t_string && data =~ '^{"midfill":'
+    const item: dict<any> = json_decode(data).midfill
+    # Vim has not done with the line yet.
+    timer_start(0, (_) => {
+      if item.has_rest
+        Insert(Here(), "\n" .. item.rest)
+      endif
+      RunCommand(item.command)
+    })
+  endif
+enddef
+
+# The command
+
+def Show(lines: list<string>)
+  for line in lines
+    echomsg line
+  endfor
+enddef
+
+# Call Done with lines that say how the last answer for the buffer came about.
+def Explain(Done: func(list<string>))
+  if !server.Serves(bufnr())
+    Done([printf('midfill does not serve this buffer (the server is %s).', server.state)])
+    return
+  endif
+  server.Request('midfill/explain', {textDocument: documents.Identifier(bufnr())},
+    (result) => Done(type(result) == v:t_dict ? Explanation(result) : ['The server does not say.']))
+enddef
+
+def Explanation(result: dict<any>): list<string>
+  final lines: list<string> = []
+  const message: any = result->get('message', v:null)
+  if type(message) == v:t_string
+    add(lines, message)
+  elseif result.source == 'none'
+    add(lines, 'Nothing has been asked for here yet.')
+  else
+    add(lines, printf('The last suggestion came from: %s.', result.source))
+  endif
+  if type(result->get('latencyMs', v:null)) == v:t_float
+    add(lines, printf('%.0f ms in all', result.latencyMs))
+    for stage in result.stages
+      add(lines, printf('  %-16s%8.1f ms', stage.stage, stage.ms))
+    endfor
+  endif
+  if result->get('promptTokens', 0) > 0
+    add(lines, printf('prompt: %d tokens, %d of them computed before; %d tokens written',
+      result.promptTokens, result.reusedTokens, result.generatedTokens))
+    for segment in result.segments
+      add(lines, printf('  %-16s%8d tokens', segment.source, segment.tokens))
+    endfor
+  endif
+  for filter in result->get('filters', [])
+    add(lines, printf('filter: %s (%+d characters)', filter.filter, filter.characters))
+  endfor
+  return lines
+enddef
+
+def Status()
+  const lines = [
+    printf('server: %s%s', server.state, server.version == '' ? '' : ', midfill ' .. server.version),
+    printf('model: %s', server.model == '' ? 'not known yet' : server.model),
+    printf('suggestions: %s', is_enabled ? 'on' : 'off (:Midfill toggle)'),
+    printf('this buffer: %s', server.Serves(bufnr()) ? 'served' : 'not served'),
+  ]
+  Explain((explained) => Show(lines + ['last answer: ' .. explained[0]]))
+enddef
+
+def Toggle()
+  is_enabled = !is_enabled
+  server.Notify('workspace/didChangeConfiguration', {settings: {midfill: {enabled: is_enabled}}})
+  Clear()
+  server.Say('suggestions are ' .. (is_enabled ? 'on' : 'off'))
+  redrawstatus!
+  Again()
+enddef
+
+def Log()
+  new
+  setlocal buftype=nofile bufhidden=wipe noswapfile nobuflisted
+  setline(1, server.log)
+  normal! G
+enddef
+
+const COMMANDS: dict<func> = {
+  explain: () => Explain((lines) => Show(lines)),
+  log: () => Log(),
+  restart: () => server.Restart(),
+  status: () => Status(),
+  toggle: () => Toggle(),
+}
+
+export def Names(lead: string, _: string, _: number): list<string>
+  return sort(keys(COMMANDS))->filter((_, name) => stridx(name, lead) == 0)
+enddef
+
+export def Run(name: string)
+  if !has_key(COMMANDS, name)
+    server.Say(printf('no command "%s"; there are: %s', name, join(sort(keys(COMMANDS)), ', ')), 'ErrorMsg')
+    return
+  endif
+  COMMANDS[name]()
+enddef
+
+# A word or two for the status line; '' where midfill does not serve the buffer.
+export def Statusline(): string
+  if !is_enabled
+    return 'midfill off'
+  endif
+  if server.state == 'ready'
+    return !server.Serves(bufnr()) ? '' : empty(pending) ? 'midfill' : 'midfill …'
+  endif
+  if server.state == 'loading' && server.percentage >= 0
+    return printf('midfill %d%%', server.percentage)
+  endif
+  return server.state == 'stopped' ? '' : 'midfill ' .. server.state
+enddef
+
+def IsVisible(): bool
+  return Suggestion() != ''
+enddef
+
+# Start. Called once, after all mappings of the user's have been made.
+export def Start()
+  if &encoding != 'utf-8'
+    server.Say(printf("'encoding' must be utf-8, not %s", &encoding), 'ErrorMsg')
+    return
+  endif
+  highlight default link MidfillSuggestion NonText
+  prop_type_add('midfill', {highlight: 'MidfillSuggestion', combine: false})
+  const chosen = config.Keys()
+  for part in ['', '_word', '_line']
+    const argument = part == '' ? '' : printf("'%s'", part[1 :])
+    mappings.Map(chosen['accept' .. part], printf('call midfill#Accept(%s)', argument), IsVisible)
+  endfor
+  mappings.Map(chosen.dismiss, 'call midfill#Dismiss()', IsVisible)
+  mappings.Map(chosen.trigger, 'call midfill#Trigger()', () => true)
+  server.Watch(() => Again(), () => Clear())
+  augroup midfill
+    autocmd!
+    autocmd TextChangedI,TextChangedP,CursorMovedI,CompleteChanged * Changed()
+    autocmd InsertEnter * timer_start(0, (_) => Again())
+    autocmd CompleteDone * Completed()
+    autocmd InsertLeave,BufLeave,WinLeave * seen = {} | Clear()
+    autocmd FileType,BufFilePost * server.Renew(str2nr(expand('<abuf>')))
+    autocmd BufReadPost * documents.Reread(str2nr(expand('<abuf>')))
+    autocmd BufWritePost * server.Saved(str2nr(expand('<abuf>')))
+    autocmd BufUnload * server.Detach(str2nr(expand('<abuf>')))
+    autocmd VimLeavePre * server.Leave()
+  augroup END
+  for info in getbufinfo({bufloaded: true})
+    server.Attach(info.bufnr)
+  endfor
+enddef
