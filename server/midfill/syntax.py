@@ -8,9 +8,11 @@ which do not. Knows nothing of documents or models. Any thread; nothing is kept 
 
 from __future__ import annotations
 
+import ast
 import bisect
 import itertools
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -161,6 +163,29 @@ def count_errors(text: str, language_id: str, budget_s: float = _BUDGET_S) -> in
         count += node.is_error or node.is_missing or (node.has_error and not wrong)
         nodes += wrong
     return count
+
+
+def first_error(text: str, language_id: str) -> int | None:
+    """The line, from 0, where the language's own parser gives up.
+
+    None if it reads all of the text, or where there is no such parser: Python has one, which knows of
+    indentation what the grammar lets pass. A text that begins in the middle of a block is read as one.
+    """
+    if language_id != "python":
+        return None
+    begins = text.lstrip("\r\n")
+    inside = begins[:1] in {" ", "\t"}
+    try:
+        with warnings.catch_warnings():
+            # What the user's strings escape is none of ours.
+            warnings.simplefilter("ignore")
+            ast.parse("if 1:\n" + text if inside else text)
+    except SyntaxError as error:
+        return max(0, (error.lineno or 1) - 1 - inside)
+    except (ValueError, RecursionError, MemoryError):
+        # A null byte; or nested deeper than the parser goes.
+        return 0
+    return None
 
 
 @dataclass(slots=True)

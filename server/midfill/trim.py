@@ -1,28 +1,24 @@
 r"""Where a suggestion ends, and what of the model's text is worth inserting. Pure: text in, text out.
 
 The model's text uses \n. `Place` says where it would go; a `Stopper` is asked after every token whether
-enough has come; `clean` makes the final text or says why there is none. What brackets, strings and
-comments are is asked of `syntax`; where there is no grammar, a scan that knows quotes takes its place.
+enough has come; `clean` makes the final text or says why there is none. What stands in the middle of a
+line is left to `midline`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 from midfill import indentation, syntax
+from midfill.brackets import CLOSERS, Reader, closes_outside
 from midfill.indentation import lead, opens_block, width
+from midfill.midline import bridged, end_of_line, fewest_errors, joint, without_overlap
 from midfill.place import Place
 from midfill.syntax import Delimiter, Outline, balance
 
-_OPENERS = {"(": ")", "[": "]", "{": "}"}
-_CLOSERS = frozenset(_OPENERS.values())
-_QUOTES = "\"'`"
-# What an editor inserts by itself behind the cursor, and what may stand behind it.
-_CLOSING_TAIL = re.compile(r"[\s)\]}>\"'`,;:]+")
 _BLOCK_CLOSER = re.compile(r"\s*(?:[)\]}>]+[;,)\]}>]*|end|done|fi|esac)\s*\Z")
 # A line with a word and some more in it is not there twice by chance, as `else:` or `}` is.
 _TELLING = re.compile(r"\w.*\W.*\w")
@@ -47,7 +43,7 @@ class Stopper:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self._reader = _Reader(place)
+        self._reader = Reader(place)
         self._num_judged = 0
 
     def end(self, text: str) -> int | None:
@@ -57,7 +53,7 @@ class Stopper:
         """
         place = self._place
         if place.tail and not place.invoked:
-            return _end_of_line(text, place)
+            return end_of_line(text, place)
         lines = text.split("\n")
         # The last piece is still being written.
         for number in range(self._num_judged, len(lines) - 1):
@@ -73,10 +69,10 @@ class Stopper:
         place, number = self._place, len(lines) - 1
         text = "\n".join(lines)
         start = len(text) - len(lines[-1])
-        if (joint := _joint(text, start, place, self._reader)) is not None:
-            return joint
+        if (end := joint(text, start, place, self._reader)) is not None:
+            return end
         repeats = number > 0 and (lines[-1].rstrip() == place.next_line or not "".join(lines[-2:]).strip())
-        if repeats or _closes_outside(self._reader.read(text), start):
+        if repeats or closes_outside(self._reader.read(text), start):
             return len(text[:start].rstrip()) if number else len(text)
         return len(text) if number + 1 == place.max_lines else None
 
@@ -118,11 +114,11 @@ def clean(
         text = text[: text.rindex("\n")]
     end = stop(text + "\n", place)
     if place.tail and place.invoked:
-        text = _indented(_bridged(text, end, place, complete=complete), place)
+        text = _indented(bridged(text, end, place, complete=complete), place)
     else:
         text = text if end is None else text[:end]
         if place.tail:
-            text = _without_overlap(text, place)
+            text = without_overlap(text, place)
         else:
             limited = (end is None and not complete) or text.count("\n") + 1 >= place.max_lines
             text = _fitted(text.removeprefix(place.line_after), place, limited=limited)
@@ -144,7 +140,7 @@ def _is_comment_only(text: str, place: Place) -> bool:
     """Whether a suggestion is nothing but comment, where the user is not writing one."""
     if _COMMENT.match(place.line_before or place.previous_line) or _COMMENT.match(place.line_before):
         return False
-    found = _Reader(place).read(text)
+    found = Reader(place).read(text)
     start = 0
     for line in text.split("\n"):
         stripped = line.strip()
@@ -154,186 +150,6 @@ def _is_comment_only(text: str, place: Place) -> bool:
             return False
         start += len(line) + 1
     return not found.within(0) and not place.line_before.strip()
-
-
-# Brackets
-
-
-@lru_cache(maxsize=8)
-def _outline(above: str, text: str, language_id: str) -> Outline | None:
-    """Several questions are asked of one text, each by a reader of its own."""
-    growing = syntax.Growing.of(above, language_id)
-    return None if growing is None else growing.outline(text)
-
-
-class _Reader:
-    """What brackets, strings and comments a suggestion has, by the grammar or by a scan."""
-
-    def __init__(self, place: Place) -> None:
-        self._before = place.line_before
-        self._above, self._language_id = place.above, place.language_id
-        self._growing = syntax.Growing.of(place.above, place.language_id)
-        self._is_new = True
-
-    def read(self, text: str) -> Outline:
-        """The outline of `text`; its `open` are the closers that the cursor's line still awaits."""
-        whole = self._before + text
-        if self._growing is None:
-            found = None
-        elif self._is_new:
-            found = _outline(self._above, whole, self._language_id)
-        else:
-            found = self._growing.outline(whole)
-        self._is_new = False
-        if found is None:
-            found = Outline((), tuple(_scan(whole)), ())
-        size = len(self._before)
-        earlier = tuple(one for one in found.delimiters if one.start < size)
-        return Outline(
-            balance(earlier)[0],
-            tuple(one.shifted(-size) for one in found.delimiters if one.start >= size),
-            tuple((start - size, end - size, comment) for start, end, comment in found.opaque),
-        )
-
-
-def _scan(text: str) -> Iterator[Delimiter]:
-    """The brackets of a text outside of quotes, for languages without a grammar."""
-    quote = previous = ""
-    for index, char in enumerate(text):
-        if quote:
-            if char == "\n" or (char == quote and previous != "\\"):
-                quote = ""
-        elif char in _QUOTES:
-            quote = char
-        elif char in _OPENERS or char in _CLOSERS:
-            yield Delimiter(index, index + 1, char, _OPENERS.get(char, ""))
-        previous = char
-
-
-def _imbalance(line: str) -> int:
-    """Closers without an opener, and openers and quotes without a closer, of one line."""
-    awaited, unmatched = balance(tuple(_scan(line)))
-    quote = previous = ""
-    for char in line:
-        if char in _QUOTES and previous != "\\" and quote in {"", char}:
-            quote = "" if quote else char
-        previous = char
-    return len(awaited) + len(unmatched) + bool(quote)
-
-
-def _closes_outside(found: Outline, start: int) -> bool:
-    """Whether what follows `start` closes what was opened above the cursor's line."""
-    return any(one.start >= start for one in balance(found.delimiters, found.open)[1])
-
-
-# In the middle of a line
-
-
-def _end_of_line(text: str, place: Place) -> int | None:
-    newline = text.find("\n")
-    line = text if newline < 0 else text[:newline]
-    tail = place.line_after.lstrip()
-    # A bracket that was opened before the cursor is being closed, and the file closes it already.
-    closers = [one.start for one in balance(tuple(_scan(line)))[1]]
-    # Those come first that the rest of the line leaves open.
-    spare = len(balance(tuple(_scan(place.line_before)))[0]) - len(balance(tuple(_scan(tail)))[1])
-    closing = next(iter(closers[max(0, spare) :]), None)
-    if closing is not None and tail.startswith(line[closing]):
-        return closing
-    return None if newline < 0 else newline
-
-
-def _joint(text: str, start: int, place: Place, reader: _Reader) -> int | None:
-    """Where the line of `text` at `start` goes over into the rest of the cursor's line."""
-    tail = place.tail
-    for one in balance(reader.read(text).delimiters)[1]:
-        if one.start >= start and tail.startswith(one.text):
-            return one.start
-    line = text[start:].rstrip()
-    if not line.endswith(tail) or _CLOSING_TAIL.fullmatch(tail):
-        return None
-    return start + len(line) - len(tail)
-
-
-def _bridged(text: str, end: int | None, place: Place, *, complete: bool) -> str:
-    """What of a text in the middle of a line leads to the rest of that line.
-
-    If the model wrote that rest itself, the suggestion ends before it. Else it may be all there is, or its
-    first line; or some lines, after which the rest gets a line of its own. What leaves the fewest errors
-    of syntax is taken, and of those the first.
-    """
-    cut = text if end is None else text[:end]
-    if end is not None and _begins(text[end:], place.tail):
-        return _before_rest(cut, place.line_after)
-    lines = cut.split("\n")
-    candidates = [_before_rest(cut, place.line_after)] if end is None and complete else []
-    candidates.append(_before_rest(_without_overlap(lines[0], place), place.line_after))
-    candidates += _on_lines_of_their_own(lines, place)
-    return _fewest_errors([text for text in candidates if text.strip()], place)
-
-
-def _begins(text: str, tail: str) -> bool:
-    """Whether a text goes on with the rest of the line, or with its first closer."""
-    return text.startswith(tail) or (tail[0] in _CLOSERS and text.startswith(tail[0]))
-
-
-def _before_rest(text: str, line_after: str) -> str:
-    """The text without those blanks at its end that stand behind the cursor already."""
-    blanks = lead(line_after)
-    if not blanks:
-        return text
-    last = text[text.rfind("\n") + 1 :]
-    if "\n" in text and not last.strip():
-        return text[: len(text) - min(len(last), len(blanks))]
-    return text.rstrip(" \t")
-
-
-def _on_lines_of_their_own(lines: list[str], place: Place) -> Iterator[str]:
-    """The first one, two, three ... lines, and the rest of the cursor's line moved to its own line."""
-    below, blanks = place.next_line, lead(place.line_after)
-    step = indentation.unit(place.around)
-    column = width(below) - (width(step) if opens_block(place.tail) else 0)
-    if not below or column < width(blanks):
-        return
-    for number, line in enumerate(lines):
-        if line.strip() and (not opens_block(line) or column > width(line)):
-            text = "\n".join(lines[: number + 1]).rstrip()
-            yield text + "\n" + lead(below)[: column - width(blanks)]
-
-
-def _fewest_errors(candidates: list[str], place: Place) -> str:
-    """The first of the candidates that leave the least for the grammar to complain about."""
-    if len(candidates) < 2:
-        return candidates[0] if candidates else ""
-
-    def errors(text: str) -> int:
-        whole = place.above + place.line_before + text + place.line_after
-        return syntax.count_errors("\n".join((whole, *place.following)), place.language_id) or 0
-
-    return min(candidates, key=errors)
-
-
-def _without_overlap(text: str, place: Place) -> str:
-    """Drop the end of `text` that stands behind the cursor already.
-
-    What is the same may also belong to the text, as the bracket of `len(names)` before a `)` does:
-    then dropping it would leave the line with more open than before, and it stays.
-    """
-    tail = place.line_after.rstrip()
-
-    def imbalance(kept: str) -> int:
-        return _imbalance(place.line_before + kept + tail)
-
-    best, least = text, imbalance(text)
-    for length in range(min(len(text), len(tail)), 0, -1):
-        shared = tail[:length]
-        whole = length == len(tail) and length > 1
-        if text.endswith(shared) and (whole or _CLOSING_TAIL.fullmatch(shared)):
-            kept = text[: len(text) - length]
-            # Of cuts that are as good, the longest; and any cut rather than none.
-            if (found := imbalance(kept)) < least or (best is text and found == least):
-                best, least = kept, found
-    return best
 
 
 # Blocks
@@ -381,10 +197,10 @@ class _Block:
             whole = (_lead_of_closer(line, place) or place.line_before + lead(line)) + line.lstrip(" \t")
         if self.retraces(lines) or (line.strip() and _stands_below(whole, place, telling=number > 0)):
             return True
-        if _closes_outside(found, start):
+        if closes_outside(found, start):
             # The file has that closer already, if one as deep stands below.
             below = place.next_line
-            return below.lstrip()[:1] in _CLOSERS and width(below) >= width(whole)
+            return below.lstrip()[:1] in CLOSERS and width(below) >= width(whole)
         if number == 0:
             return False
         if not line.strip():
@@ -432,7 +248,7 @@ class _Block:
         # What the cursor's line opened is closed: a block by its own closer, or by a word such as `done`.
         closed = start > 0 and found.open and not balance(found.delimiters, found.open)[0]
         closes_own = (closed or self.opened) and column == self.base and _BLOCK_CLOSER.fullmatch(line)
-        return bool(closes_own) or _closes_outside(found, start)
+        return bool(closes_own) or closes_outside(found, start)
 
 
 def _reaches_below(place: Place, column: int) -> bool:
@@ -469,7 +285,7 @@ def _indented(text: str, place: Place) -> str:
     blanks = _lead_of_closer(text, place)
     if blanks is not None and blanks.startswith(place.line_before):
         return blanks[len(place.line_before) :] + text.lstrip(" \t")
-    if place.language_id not in indentation.SIGNIFICANT or _Reader(place).read("").within(0):
+    if place.language_id not in indentation.SIGNIFICANT or Reader(place).read("").within(0):
         return text
     step = indentation.unit(place.around)
     wanted = indentation.wanted_width(place.line_before, text, place.previous_line, place.next_line, step)
@@ -482,7 +298,7 @@ def _indented(text: str, place: Place) -> str:
 
 def _lead_of_closer(text: str, place: Place) -> str | None:
     """The blanks before the line whose bracket a text begins by closing; None if it does not."""
-    if place.line_before.strip() or text.lstrip(" \t")[:1] not in _CLOSERS:
+    if place.line_before.strip() or text.lstrip(" \t")[:1] not in CLOSERS:
         return None
     opened: list[Delimiter] = []
     found = syntax.outline(place.above, place.language_id)
@@ -518,7 +334,7 @@ def _settled(text: str, place: Place, *, limited: bool) -> str:
     If it is not, it was cut, and is either closed here or ends before what it did not close. What leaves
     the fewest errors of syntax is taken; where that is no help, a text that ran into a limit is closed.
     """
-    reader = _Reader(place)
+    reader = Reader(place)
     missing = _missing(text, place, reader)
     lines = text.split("\n")
     heads = opens_block(lines[-1]) and width(place.next_line) > width(lines[-1])
@@ -537,10 +353,10 @@ def _settled(text: str, place: Place, *, limited: bool) -> str:
         # The closer stands below already; or it would not close, as where the text ends within a string.
         closed = ""
     candidates = [closed, shorter, text] if limited else [text, shorter, closed]
-    return _fewest_errors([one for one in candidates if one.strip()], place)
+    return fewest_errors([one for one in candidates if one.strip()], place)
 
 
-def _missing(text: str, place: Place, reader: _Reader) -> str:
+def _missing(text: str, place: Place, reader: Reader) -> str:
     """The closers of what a text opened itself, as they would be written behind it."""
     opened: list[Delimiter] = []
     for one in reader.read(text).delimiters:

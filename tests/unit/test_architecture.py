@@ -14,6 +14,8 @@ LAYERS = [
     {"errors"},
     {"documents", "feedback", "messages", "notebooks", "settings", "languages", "secrecy", "syntax"},
     {"indentation", "place"},
+    {"brackets"},
+    {"midline"},
     {"models"},
     {"engine", "adapters"},
     {"metrics"},

@@ -1,9 +1,10 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from midfill.brackets import scan
 from midfill.place import Place
 from midfill.syntax import balance
-from midfill.trim import Stopper, _scan, clean, stop
+from midfill.trim import Stopper, clean, stop
 
 CODE = """if x: ( ) [ ] { } " ' ` # // \\ foo(a, b) return raise else: end do def f(): class A: x = 1 , é 𝄞"""
 SPACE = ["\t", " ", "    ", "\n    ", "\n        ", "\n", "\n\n", "}\n", "{\n", "/*", "*/"]
@@ -85,7 +86,7 @@ def test_brackets_of_a_line_are_not_worse_balanced_than_without_the_suggestion_o
     before, after, text
 ):
     def imbalance(line):
-        awaited, unmatched = balance(tuple(_scan(line)))
+        awaited, unmatched = balance(tuple(scan(line)))
         return len(awaited) + len(unmatched)
 
     if after.strip():
