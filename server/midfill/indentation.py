@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -40,9 +41,17 @@ def unit(lines: Iterable[str]) -> str:
     leads = [lead(line) for line in lines if line.strip()]
     if any(each.startswith("\t") for each in leads):
         return "\t"
-    steps = [abs(len(two) - len(one)) for one, two in pairwise(leads)]
-    step = min((each for each in steps if each > 1), default=0)
-    return " " * step or _DEFAULT_UNIT
+    widths = [len(each) for each in leads]
+    steps = Counter(two - one for one, two in pairwise(widths) if two - one > 1)
+    if not steps:
+        # Only outwards, where one line may end several blocks.
+        steps = Counter(one - two for one, two in pairwise(widths) if one - two > 1)
+
+    def fits(step: int) -> tuple[int, int, int]:
+        # Text in comments and continued lines is indented in other ways, but not as often.
+        return steps[step], sum(each % step == 0 for each in widths), -step
+
+    return " " * max(steps, key=fits) if steps else _DEFAULT_UNIT
 
 
 def in_style(text: str, lines: Sequence[str]) -> str:
@@ -110,6 +119,9 @@ def wanted_width(before: str, text: str, previous: str, following: str, step: st
         return None if heads else outer
     plausible = {above, below, 0} if following else {above, 0}
     typed = width(before)
+    if not before and previous and have > above and have != below:
+        # Nothing above opens a block that this could be in.
+        return None if _CONTINUES.match(first.lstrip()) else above
     if first[:1] in {" ", "\t"} and have > above and have not in plausible and typed in plausible - {0}:
         return None if _CONTINUES.match(first.lstrip()) else typed
     return None

@@ -31,6 +31,7 @@ _GOES_ON = re.compile(
     r"\s*(?:(?:else|elif|elsif|elseif|except|finally|catch|case|default|when|rescue|ensure|then|while)\b|\w+\s*:(?!\S))"
 )
 _DIRECTIVE = re.compile(r"\s*#\s*(?:if|else|elif|endif|define|undef|include|pragma|region|endregion)\b")
+_FUNCTION = re.compile(r"\s*(?:async\s+)?def\b")
 _COMMENT = re.compile(r"\s*(?:#(?!include|define|if|el|end|!|\[)|//|/\*|\*|--|<!--|%|;)")
 
 
@@ -80,7 +81,7 @@ class Stopper:
         """Where the block that the cursor is in ends: at a dedent, at known text, at repetition."""
         text = "\n".join(lines)
         start = len(text) - len(lines[-1])
-        block = _Block.around(self._place, lines[0])
+        block = _Block.around(self._place, next((line for line in lines if line.strip()), ""), lines[0])
         found = self._reader.read(text)
         if block.is_over_before(lines, found, start):
             return len(text[: 0 if block.retraces(lines) else start].rstrip(" \t\n"))
@@ -165,6 +166,7 @@ class _Block:
         opened: whether that line opens a block of its own; else the block is the one around it.
         headless: whether the lines below are the body of a block that nothing above opens.
         step: width of one step of indentation.
+        floor: width of the indentation of the least indented line that the suggestion may have.
     """
 
     place: Place
@@ -172,11 +174,12 @@ class _Block:
     opened: bool
     headless: bool
     step: int
+    floor: int
 
     @staticmethod
-    def around(place: Place, first: str) -> _Block:
-        """The block at a place, given the first line that the model wrote."""
-        whole = place.line_before + first
+    def around(place: Place, first: str, rest: str) -> _Block:
+        """The block at a place, given the first line of code that came, and the rest of the cursor's line."""
+        whole = place.line_before + (rest if place.line_before.strip() else first)
         opened = bool(place.line_before.strip()) and opens_block(whole)
         base = width(whole if whole.strip() else place.line_before)
         below = place.next_line
@@ -187,7 +190,7 @@ class _Block:
             and not opens_block(place.previous_line)
         )
         step = indentation.unit(place.around)
-        return _Block(place, base, opened, headless, width(step))
+        return _Block(place, base, opened, headless, width(step), _floor(place, base))
 
     def is_over_before(self, lines: list[str], found: Outline, start: int) -> bool:
         """Whether the last line, which begins at `start`, does not belong to the suggestion any more."""
@@ -197,6 +200,9 @@ class _Block:
             whole = (_lead_of_closer(line, place) or place.line_before + lead(line)) + line.lstrip(" \t")
         if self.retraces(lines) or (line.strip() and _stands_below(whole, place, telling=number > 0)):
             return True
+        if number and (self.headless or opens_block(line)) and line.strip() == place.next_line.strip():
+            # The next line once more, at another indentation.
+            return _TELLING.search(line) is not None
         if closes_outside(found, start):
             # The file has that closer already, if one as deep stands below.
             below = place.next_line
@@ -217,7 +223,7 @@ class _Block:
         if found.within(start) or column > self.base or _DIRECTIVE.match(line):
             return False
         if column < self.base:
-            return True
+            return column < self.floor
         if _BLOCK_CLOSER.fullmatch(line) or _GOES_ON.match(line):
             return False
         earlier = [one for one in lines[:-1] if one.strip()]
@@ -227,7 +233,9 @@ class _Block:
             and len(earlier) > 1
             and _JUMP.match(earlier[-1])
         )
-        if self.opened or (jumped and not balance(found.delimiters, found.open)[0]):
+        if (self.opened and self.floor == self.base) or (
+            jumped and not balance(found.delimiters, found.open)[0]
+        ):
             return True
         return bool(_JUMP.match(line)) and _reaches_below(place, self.base)
 
@@ -249,6 +257,22 @@ class _Block:
         closed = start > 0 and found.open and not balance(found.delimiters, found.open)[0]
         closes_own = (closed or self.opened) and column == self.base and _BLOCK_CLOSER.fullmatch(line)
         return bool(closes_own) or closes_outside(found, start)
+
+
+def _floor(place: Place, base: int) -> int:
+    """The least indented line that belongs to what the user asked for, where the block begins at `base`.
+
+    The block; or all of the function that it is in, if nothing of that stands below yet.
+    """
+    if not place.invoked or place.language_id not in indentation.SIGNIFICANT:
+        return base
+    outer = base + 1
+    for line in reversed([*place.above.split("\n"), place.line_before]):
+        if line.strip() and width(line) < outer:
+            outer = width(line)
+            if _FUNCTION.match(line):
+                return min(base, outer + 1) if width(place.next_line) <= outer else base
+    return base
 
 
 def _reaches_below(place: Place, column: int) -> bool:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from midfill import syntax
-from midfill.syntax import Growing, balance, count_errors, knows, outline
+from midfill.syntax import Growing, balance, count_errors, first_error, knows, outline
 
 # A language, a piece of unfinished code full of traps, and the closers that it still awaits.
 UNFINISHED = [
@@ -136,3 +136,17 @@ def test_a_window_of_a_long_file_is_read_in_a_few_milliseconds():
         times.append(time.thread_time() - begun)
     # Measured: 2 ms.
     assert statistics.median(times) < 0.01
+
+
+def test_pythons_own_parser_says_where_it_gives_up():
+    assert first_error("def f():\n    return 1\n", "python") is None
+    assert first_error("while x:  y()\n    z()\n", "python") == 1
+    # A window may begin within a block, and hold what only warns.
+    assert first_error("    x = 1\n    y = '\\d'\n", "python") is None
+    assert first_error("    x = 1\n      y = 2\n", "python") == 1
+    assert first_error("f((\n", "javascript") is None
+
+
+def test_what_is_too_deep_for_a_parser_is_an_error_and_nothing_worse():
+    for text in ("-" * 100_000 + "1", "(" * 5_000, "not " * 5_900 + "1", "a\0b"):
+        assert first_error(text, "python") == 0
