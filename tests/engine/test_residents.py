@@ -68,10 +68,11 @@ async def test_requests_of_several_adapters_run_side_by_side(model, sources, ora
         assert found == [oracles(key, PROMPT, 12, control) for key in keys * 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runner", RUNNERS)
 async def test_adapters_are_swapped_while_requests_run(model, sources, oracles, runner):
     """Typists ask without end for what is in the model; every answer is that of one adapter alone."""
-    async with tiny.running(model, runner=runner) as engine:
+    async with tiny.running(model, runner=runner, num_threads=1) as engine:
         control = engine.model.tokenizer.control_ids
         usable = ["base"]
         answers = []
@@ -87,14 +88,14 @@ async def test_adapters_are_swapped_while_requests_run(model, sources, oracles, 
                 turn += 1
 
         typists = [asyncio.create_task(typist(number)) for number in range(3)]
-        for wanted in ([0], [0, 1], [1], [1, 2, 0], [], [2], [2, 1]):
+        for wanted in ([0], [0, 1], [1, 2, 0], [], [2]):
             # As the server does: who leaves is not asked for any more before it goes.
             chosen = [sources[number] for number in wanted]
             stay = [source.key for source in chosen if source.key in usable]
             usable[:] = ["base", *stay]
             await engine.set_adapters(chosen)
             usable[:] = ["base", *(source.key for source in chosen)]
-            target = len(answers) + 8
+            target = len(answers) + 6
             while len(answers) < target:
                 await asyncio.wait(typists, timeout=0.01, return_when=asyncio.FIRST_EXCEPTION)
                 assert not any(task.done() for task in typists)

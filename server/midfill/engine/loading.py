@@ -133,23 +133,22 @@ def load(spec: EngineSpec, progress: Progress) -> Loaded:
         MemoryError: there is not enough memory.
     """
     shape = _openvino_shape(spec)
+    default = None if spec.adapter is None else residents.read(spec.adapter, spec.model.path)
+    adapters = {} if default is None else {default.digest: default}
     with ThreadPoolExecutor(1, thread_name_prefix="midfill-verify") as pool:
         verified = pool.submit(verify, spec.model.path)  # While libraries are imported, there is a core free.
         if shape is not None:
-            runner, (tokenizer, index) = _load_openvino(spec, shape, progress)
+            runner, (tokenizer, index) = _load_openvino(spec, shape, progress, adapters)
         else:
             runner, (tokenizer, index) = _load_torch(spec, progress)
         verified.result()
-    default = None
-    if spec.adapter is not None:
-        default = residents.read(spec.adapter, spec.model.path)
-    install = runner.prepare({} if default is None else {default.digest: default})
+    install = runner.prepare(adapters)
     install()
     progress("warming up", None)
     began = time.monotonic()
     runner.warm_up(min(runner.chunk_tokens, runner.context - 1))
     slow_turn_s = time.monotonic() - began
-    residents.check(runner, {} if default is None else {default.digest: default})
+    residents.check(runner, adapters)
     runner.capture(lambda share: progress("capturing graphs", share), _CAPTURE_S)
     info = ModelInfo(
         name=spec.model.name,
@@ -207,7 +206,7 @@ def _has_cuda() -> bool:
 
 
 def _load_openvino(
-    spec: EngineSpec, shape: Shape, progress: Progress
+    spec: EngineSpec, shape: Shape, progress: Progress, adapters: Mapping[str, Adapter]
 ) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
     from midfill.engine import openvino_runner  # noqa: PLC0415 - imports openvino
 
@@ -219,6 +218,7 @@ def _load_openvino(
             dtype="int8" if spec.dtype == "auto" else spec.dtype,
             num_threads=spec.num_threads or num_cores(),
             report=lambda share: progress("loading weights", share),
+            adapters=adapters,
         )
         return runner, vocabulary.result()
 

@@ -19,29 +19,13 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-from midfill.engine import (
-    MAX_ADAPTERS,
-    AdapterSource,
-    EngineSpec,
-    ModelInfo,
-    Progress,
-    Request,
-    TextStream,
-    Token,
-    residents,
-)
+from midfill.engine import AdapterSource, EngineSpec, ModelInfo, Progress, Request, TextStream, Token
 from midfill.engine.drafts import Drafts
 from midfill.engine.loading import Loaded, load
 from midfill.engine.residents import Swap
 from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, Sequence
 from midfill.engine.slots import NUM_SLOTS, Slots
-from midfill.errors import (
-    AdapterError,
-    EngineError,
-    EngineOverloadedError,
-    EngineUnavailableError,
-    MidfillError,
-)
+from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
 
 _LOG = logging.getLogger(__name__)
 
@@ -209,20 +193,11 @@ class LocalEngine:
             loaded = self._loaded
             if loaded is None or self._unavailable is not None:
                 raise EngineUnavailableError(self._unavailable or _SHUT_DOWN)
-            known, default = loaded.residents.adapters, loaded.residents.default
-            # Those that are kept are not read again.
-            adapters = {key: known[key] for key in known if key == default}
-            adapters |= {source.key: known[source.key] for source in sources if source.key in known}
-            new = [source for source in sources if source.key not in adapters]
-            if len(adapters) + len(new) > MAX_ADAPTERS:
-                raise AdapterError(f"There is room for {MAX_ADAPTERS} adapters in the model at a time.")
-            if not new and adapters.keys() == known.keys():
-                return
-            model = self._spec.model.path
-            adapters |= await asyncio.to_thread(residents.read_all, new, model)
-            install = await asyncio.to_thread(residents.prepare, loaded.runner, adapters)
             loop = asyncio.get_running_loop()
-            swap = Swap(adapters, install, loop, loop.create_future())
+            ready = loaded.residents.ready
+            swap = await asyncio.to_thread(ready, sources, self._spec.model.path, loop, loop.create_future())
+            if swap is None:
+                return
             self.mailbox.put(swap)
             if self._unavailable is not None:  # the thread may have read the mailbox for the last time
                 raise EngineUnavailableError(self._unavailable)

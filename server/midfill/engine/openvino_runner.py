@@ -34,10 +34,16 @@ _SPARE_SLOT = -1
 """A slot that no request ever gets."""
 
 
-def load(
-    path: Path, shape: Shape, *, dtype: str, num_threads: int, report: Callable[[float], None]
+def load(  # noqa: PLR0913 - what to load, and how
+    path: Path,
+    shape: Shape,
+    *,
+    dtype: str,
+    num_threads: int,
+    report: Callable[[float], None],
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> OpenVinoRunner:
-    """Load the model of a folder. `prepare` has to be called before the first pass.
+    """Load the model of a folder.
 
     Args:
         path: folder with the safetensors files.
@@ -45,9 +51,11 @@ def load(
         dtype: "int8" or "float32".
         num_threads: of each pass.
         report: called with the share done, 0..1.
+        adapters: in the model from the start; see `OpenVinoRunner.prepare`.
 
     Raises:
         ModelError: the files are not those of that shape.
+        AdapterError: an adapter cannot be served.
         MemoryError: there is not enough memory.
     """
     properties = {
@@ -65,7 +73,9 @@ def load(
     def compile_graph(branched: frozenset[str]) -> ov.CompiledModel:
         return ov.Core().compile_model(build_graph(shape, weights.tensors, branched), "CPU", properties)
 
-    return OpenVinoRunner(compile_graph, shape, weights, dtype)
+    runner = OpenVinoRunner(compile_graph, shape, weights, dtype)
+    runner.prepare(adapters or {})()
+    return runner
 
 
 class OpenVinoRunner:

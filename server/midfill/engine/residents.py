@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ import numpy as np
 
 from midfill.adapters import format as peft_format
 from midfill.adapters.format import Adapter
-from midfill.engine import BASE, AdapterSource
+from midfill.engine import BASE, MAX_ADAPTERS, AdapterSource
 from midfill.errors import AdapterError, EngineError, EngineUnavailableError, MidfillError
 
 if TYPE_CHECKING:
@@ -95,6 +95,29 @@ class Residents:
         if key not in self.adapters:
             raise EngineError(f"The adapter {key[:12]} is not in the model.")
         return key
+
+    def ready(
+        self,
+        sources: Sequence[AdapterSource],
+        model: Path,
+        loop: asyncio.AbstractEventLoop,
+        done: asyncio.Future[None],
+    ) -> Swap | None:
+        """Read these adapters and get the model ready for them and the default; None if nothing changes.
+
+        For any thread, though not twice at a time. Raises `AdapterError`, `ModelError`.
+        """
+        known = self.adapters
+        # Those that are kept are not read again.
+        kept = {self.default, *(source.key for source in sources)}
+        adapters = {key: adapter for key, adapter in known.items() if key in kept}
+        new = [source for source in sources if source.key not in adapters]
+        if len(adapters) + len(new) > MAX_ADAPTERS:
+            raise AdapterError(f"There is room for {MAX_ADAPTERS} adapters in the model at a time.")
+        if not new and adapters.keys() == known.keys():
+            return None
+        adapters |= read_all(new, model)
+        return Swap(adapters, prepare(self._runner, adapters), loop, done)
 
     def add(self, swap: Swap) -> None:
         """Put other adapters in as soon as that disturbs nobody."""
