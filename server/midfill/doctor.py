@@ -32,7 +32,7 @@ MakeEngine = Callable[[Settings], Engine]
 _PACKAGES = ("midfill", "torch", "transformers", "peft", "tokenizers", "pygls")
 _SPEED_TEST_S = 1.0
 _SPEED_TEST_TOKENS = 257
-_SPEED_TEST_TEXT = "".join(
+SPEED_TEST_TEXT = "".join(
     f"def area_{n}(width, height):\n    return {n} * width * height\n\n\n" for n in range(32)
 )
 _SLOW_TOKENS_PER_S = 5.0
@@ -177,7 +177,7 @@ class _Speed:
 
 
 async def _measure(engine: Engine) -> _Speed:
-    tokens = tuple(engine.model.tokenizer.encode(_SPEED_TEST_TEXT))[:_SPEED_TEST_TOKENS]
+    tokens = tuple(engine.model.tokenizer.encode(SPEED_TEST_TEXT))[:_SPEED_TEST_TOKENS]
     cold = Request(tokens[:-1], max_new_tokens=engine.model.context - len(tokens))
     async with aclosing(engine.generate(cold)) as output:
         async for _ in output:

@@ -27,7 +27,7 @@ _START_ONLY = "It takes effect when the server starts."
 _FILE_ONLY = "Only your own settings file or the command line may set it. " + _START_ONLY
 
 
-ENGINES_HERE = ("auto", "local")
+ENGINES_HERE = ("auto", "local", "shared")
 
 # What a project may set for itself in an editor that knows settings of projects which the user trusts, as VS
 # Code does. All others are the user's alone: what is run, where, and what is never shown to it.
@@ -65,8 +65,8 @@ class Settings(BaseModel):
     )
     engine: str | tuple[str, ...] = Field(
         default="auto",
-        description="Who runs the model: `auto` or `local` is midfill itself, a URL (or several, in a "
-        "list) is a server that has it. " + _FILE_ONLY,
+        description="Who runs the model: `auto` or `local` is midfill itself, `shared` one process for all "
+        "your editors, a URL (or several, in a list) a server that has it. " + _FILE_ONLY,
     )
     engine_model: str | None = Field(
         default=None, description="The model to use, as that server calls it; none: its first. " + _FILE_ONLY
@@ -86,6 +86,19 @@ class Settings(BaseModel):
     engine_fallback: bool = Field(
         default=False,
         description="Whether the model `model` runs here while that server does not answer. " + _FILE_ONLY,
+    )
+    engine_unload_min: float = Field(
+        default=15.0,
+        ge=0,
+        le=100_000,
+        description="Minutes without a request after which a shared engine's model leaves memory; 0: never. "
+        + _FILE_ONLY,
+    )
+    engine_exit_min: float = Field(
+        default=60.0,
+        ge=0,
+        le=100_000,
+        description="The same for the end of its process. " + _FILE_ONLY,
     )
     device: str = Field(
         default="auto",

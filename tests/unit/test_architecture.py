@@ -33,6 +33,7 @@ LAYERS = [
         "bench",
         "demo",
         "doctor",
+        "enginecheck",
         "evaluation",
     },
     {"cli"},

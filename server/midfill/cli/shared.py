@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from midfill.engine import Engine, Progress
+    from midfill.engine import Engine, LocalModel, Progress
+    from midfill.engine.remote import RemoteEngine
     from midfill.settings import Settings
 
 T = TypeVar("T")
+
+# What makes one shared engine differ from another.
+_SHARED = (
+    *("model", "family", "adapter", "device", "dtype", "runner", "num_threads"),
+    *("engine_unload_min", "engine_exit_min"),
+)
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 MODEL = click.option("--model", metavar="NAME", help="Use this model instead of the one in your settings.")
@@ -56,7 +63,9 @@ def engine_maker(script: str | None, *, drafts: bool = True) -> Callable[[Settin
             settings = read_engine(settings, script)
         if settings.engine_urls:
             return _remote(settings)
-        return _local(settings, drafts=drafts)
+        if settings.engine == "shared":
+            return _shared(settings)
+        return local_engine(settings, drafts=drafts)
 
     return make
 
@@ -68,21 +77,36 @@ def read_engine(settings: Settings, where: str) -> Settings:
     return schema.parse({"engine": where}, base=settings, where="command line")
 
 
-def _local(settings: Settings, *, drafts: bool = True) -> Engine:
-    """A model in this process."""
-    from midfill.engine import EngineSpec, create
+def _find(settings: Settings) -> LocalModel:
+    """The model of the settings. Raises `ModelError`."""
+    from midfill.errors import ModelError
     from midfill.models import store
 
     found = store.find(settings.model)
     if found is None:
-        from midfill.errors import ModelError
-
         raise ModelError(
             f"The model {settings.model!r} is not on this machine. Run: midfill model pull {settings.model}"
         )
+    return found
+
+
+def _shared(settings: Settings) -> Engine:
+    """A model in a process that all of the user's editors share."""
+    from midfill.engine.sharing import SharedEngine, ShareSpec
+
+    values = settings.model_dump(include=set(_SHARED))
+    return SharedEngine(
+        ShareSpec(_find(settings), ("--settings", json.dumps(values)), deadline_s=settings.deadline_s)
+    )
+
+
+def local_engine(settings: Settings, *, drafts: bool = True) -> Engine:
+    """A model in this process."""
+    from midfill.engine import EngineSpec, create
+
     return create(
         EngineSpec(
-            model=found,
+            model=_find(settings),
             device=settings.device,
             dtype=settings.dtype,
             adapter=Path(settings.adapter) if settings.adapter else None,
@@ -95,8 +119,15 @@ def _local(settings: Settings, *, drafts: bool = True) -> Engine:
 
 def _remote(settings: Settings) -> Engine:
     """A model that a server has; with the one here in reserve if the user wants that."""
-    from midfill.engine.endpoint import RemoteSpec
     from midfill.engine.fallback import FallbackEngine
+
+    engine = remote_engine(settings)
+    return FallbackEngine(engine, lambda: local_engine(settings)) if settings.engine_fallback else engine
+
+
+def remote_engine(settings: Settings) -> RemoteEngine:
+    """A model that a server has."""
+    from midfill.engine.endpoint import RemoteSpec
     from midfill.engine.remote import RemoteEngine
     from midfill.models import store
 
@@ -111,8 +142,7 @@ def _remote(settings: Settings) -> Engine:
         candidates=tuple(([own] if own is not None else []) + others),
         first_token_s=settings.deadline_s,
     )
-    engine = RemoteEngine(spec)
-    return FallbackEngine(engine, lambda: _local(settings)) if settings.engine_fallback else engine
+    return RemoteEngine(spec)
 
 
 def show(result: dict[str, Any], table: Callable[[dict[str, Any]], Any], *, as_json: bool) -> None:

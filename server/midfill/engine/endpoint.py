@@ -208,6 +208,8 @@ class Endpoint:
                         f"The answer of {self.place} makes no sense: {error}."
                     ) from None
                 for piece in found:
+                    if piece.error:
+                        raise RequestError(piece.error)
                     if piece.text or piece.ids:
                         wait.last = time.monotonic()
                     done = done or piece.done

@@ -89,11 +89,11 @@ class FallbackEngine:
             async for token in tokens:
                 yield token
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
+    def prewarm(self, tokens: Sequence[int]) -> None:
         """See `Engine.prewarm`."""
         engine = self._first if self._reached else self._second
         if engine is not None:
-            engine.prewarm(tokens, adapter)
+            engine.prewarm(tokens)
 
     async def close(self) -> None:
         """See `Engine.close`."""

@@ -15,7 +15,9 @@ import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
+
+import httpx2
 
 from midfill.engine import ModelInfo, Progress, Request, Stats, TextStream, Token, Tokenizer
 from midfill.engine.credentials import find_key
@@ -79,11 +81,9 @@ class RemoteEngine:
         errors = [error for error in found if isinstance(error, BaseException)]
         served = [one for one in found if isinstance(one, Served)]
         for error in errors:
-            if not isinstance(error, MidfillError):
+            if not served or not isinstance(error, MidfillError):
                 raise error
             _LOG.warning("%s", error)
-        if not served:
-            raise errors[0]
         first = served[0]
         for endpoint in self._endpoints:
             if endpoint.served is not None and _identity(endpoint.served) != _identity(first):
@@ -137,7 +137,7 @@ class RemoteEngine:
         finally:
             stats.ended_s = time.monotonic()
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:  # noqa: ARG002 - the server's own
+    def prewarm(self, tokens: Sequence[int]) -> None:
         """Let the server compute a prompt, unless it has work of ours or each request costs money."""
         endpoint = self._current or next(iter(self._endpoints), None)
         if endpoint is None or endpoint.served is None or not endpoint.verified or endpoint.num_running:
@@ -255,6 +255,8 @@ class RemoteEngine:
         if served is None:
             raise ElsewhereError(EngineUnavailableError(f"{endpoint.place} has not been recognised yet."))
         question = self._question(served, request)
+        if served.dialect == "midfill":
+            request.on_idle = partial(self._tell_idle, endpoint, question.id)
         held = request.starts_with
         if held and served.kind.healing is Healing.NONE:
             question = self._question(served, request, (*request.tokens, *self._tokenizer.encode(held)))
@@ -366,6 +368,15 @@ class RemoteEngine:
             async with aclosing(endpoint.ask(question, self._spec.first_token_s)) as pieces:
                 async for _ in pieces:
                     pass
+
+    def _tell_idle(self, endpoint: Endpoint, id_: str, idle: bool) -> None:
+        """Somebody waits for a request now, or nobody does any more: our own server wants to know."""
+
+        async def tell() -> None:
+            with suppress(httpx2.HTTPError):
+                await endpoint.client.post("/midfill/idle", json={"id": id_, "idle": idle})
+
+        self._spawn(tell())
 
     def _stop_warming(self) -> None:
         if self._warming is not None:

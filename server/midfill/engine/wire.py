@@ -71,7 +71,8 @@ class Piece:
         logprobs: of these tokens, or of the pieces of text that the server takes for tokens.
         done: the output ends here.
         reused: tokens of the prompt that the server had computed before; None where it does not say.
-        read: of the prompt, computed or found so far; our own server's.
+        computed: of these, those that it had to compute; our own server's.
+        error: why there is no more; our own server's, whose sentences hold no text.
     """
 
     text: str = ""
@@ -80,6 +81,7 @@ class Piece:
     done: bool = False
     reused: int | None = None
     computed: int | None = None
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,12 @@ def _midfill(question: Question) -> dict[str, Any]:
         "stop_token_ids": list(question.stop_ids),
         "midfill": {"id": question.id, "starts_with": question.starts_with, "idle": question.idle},
     }
+
+
+def _read_midfill(answer: Mapping[str, Any]) -> Piece:
+    if "error" in answer:
+        return Piece(error=typed(typed(answer, "error", Mapping, {}), "message", str, "It failed."))
+    return _read_openai(answer)
 
 
 def _read_openai(answer: Mapping[str, Any]) -> Piece:
@@ -312,7 +320,7 @@ DIALECTS: dict[str, Dialect] = {
         "midfill engine serve",
         "/v1/completions",
         _midfill,
-        _read_openai,
+        _read_midfill,
         healing=Healing.FIELD,
         warm_tokens=0,
     ),

@@ -1,0 +1,126 @@
+"""`midfill engine`: engines in other processes and on other machines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from midfill.cli.shared import ADAPTER, JSON, MODEL, engine_maker, read_engine, read_settings, remote_engine
+from midfill.errors import SettingsError
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.group()
+def engine() -> None:
+    """Engines that run in another process or on another machine."""
+
+
+@engine.command("check")
+@click.argument("url")
+@click.option(
+    "--key", metavar="WHERE", help="Where its key is: env:NAME, keyring:SERVICE/USER, command:PROGRAM."
+)
+@click.option("--model", "name", metavar="NAME", help="The model to use, as the server calls it.")
+@JSON
+def engine_check(url: str, key: str | None, name: str | None, as_json: bool) -> None:
+    """Ask a model server whether it is fit for code completion: model, training, speed, cancellation.
+
+    Ends with status 1 if it cannot be used.
+
+    \b
+    Examples:
+      midfill engine check http://127.0.0.1:8080
+      midfill engine check https://gpu-box:8000 --key env:TEAM_KEY --json
+    """
+    from midfill.enginecheck import check, table
+
+    settings = read_engine(read_settings(engine_key=key, engine_model=name, deadline_s=60.0), url)
+    findings = asyncio.run(check(remote_engine(settings), settings))
+    if as_json:
+        click.echo(json.dumps(findings.as_dict()))
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(table(findings))
+    if not findings.passed:
+        raise click.exceptions.Exit(1)
+
+
+@engine.command("serve")
+@click.option("--socket", type=_FILE, help="Listen on this Unix socket, for yourself alone.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address, for a team.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True)
+@click.option("--tokens", type=_FILE, help="Who may ask: lines of `user token`, in a file of mode 600.")
+@click.option("--tls-cert", type=_FILE, help="Certificate (PEM).")
+@click.option("--tls-key", type=_FILE, help="Its key (PEM).")
+@click.option("--behind-proxy", is_flag=True, help="Something before it encrypts; it does not.")
+@click.option("--name", "names", multiple=True, help="A host name that it is called by; may be repeated.")
+@click.option("--settings", "given", hidden=True, help="For the shared engine: settings as JSON.")
+@click.option("--detach", is_flag=True, hidden=True, help="Go on in a child process.")
+@MODEL
+@ADAPTER
+@click.option("--engine", "script", hidden=True, help="For tests: scripted:FILE.")
+def engine_serve(
+    socket: Path | None,
+    host: str,
+    port: int,
+    tokens: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    behind_proxy: bool,
+    names: tuple[str, ...],
+    given: str | None,
+    detach: bool,
+    model: str | None,
+    adapter: str | None,
+    script: str | None,
+) -> None:
+    """Serve the model of this machine to several editors or people, as OpenAI's /v1/completions.
+
+    With `engine = "shared"` in your settings file this is started for you. For a team it needs tokens, and
+    beyond this machine TLS. What is asked and answered is never logged; /metrics is for Prometheus.
+
+    \b
+    Examples:
+      midfill engine serve --socket ~/.midfill.sock
+      midfill engine serve --host 0.0.0.0 --name gpu-box --tokens team --tls-cert box.pem --tls-key box.key
+      curl https://gpu-box:8765/v1/completions -H "Authorization: Bearer $TOKEN" -d '{"prompt": "x = "}'
+    """
+    if detach and os.fork():
+        os._exit(0)
+    if detach:
+        os.setsid()
+    from midfill.engine.hosting import Listen, read_tokens, run
+    from midfill.engine.service import Host
+    from midfill.settings import Settings, parse
+
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if given is not None:
+        settings = parse(json.loads(given), base=Settings(), where="--settings")
+    else:
+        settings = read_settings(model=model, adapter=adapter)
+    # Whatever the settings say of other engines, this is where the model runs.
+    settings = read_engine(settings, "local")
+    listen = Listen(
+        socket=socket,
+        host=host,
+        port=port,
+        tokens=read_tokens(tokens) if tokens is not None else {},
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        names=names,
+        behind_proxy=behind_proxy,
+    )
+    if socket is not None and tokens is not None:
+        raise SettingsError("--socket is for yourself alone and needs no --tokens.")
+    listen.check()
+    make = engine_maker(script)
+    exits_s = settings.engine_exit_min * 60 if socket is not None else 0.0
+    run(Host(lambda: make(settings), settings.engine_unload_min * 60, exits_s), listen)

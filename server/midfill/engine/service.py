@@ -1,0 +1,445 @@
+"""An engine for several processes: OpenAI's completions over HTTP, for one user's editors or for a team.
+
+Greedy only, one model. What OpenAI's form lacks stands in a field `midfill`: the text to begin with, idle
+priority, tokens reused. Closing the connection cancels, which frees the device within one step.
+No text is logged. Knows no sockets: see `hosting` for those and for who may ask. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from midfill import __version__
+from midfill.engine import Engine, ModelInfo, Request, Stats, Token
+from midfill.engine.recognition import vocabulary_of
+from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
+
+_LOG = logging.getLogger(__name__)
+
+_MAX_PROMPT = 65_536
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+Report = dict[str, Any]
+
+
+class Extra(BaseModel):
+    """What OpenAI's form has no field for."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    id: str = Field(default="", max_length=64)
+    starts_with: str = Field(default="", max_length=10_000)
+    idle: bool = False
+
+
+class Asked(BaseModel):
+    """The body of a completion. Fields that a greedy engine has no use for are ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    model: str = Field(default="", max_length=1000)
+    prompt: str | list[int] = Field(max_length=_MAX_PROMPT * 8)
+    max_tokens: int = Field(default=16, ge=0, le=_MAX_PROMPT)
+    temperature: float = Field(default=0.0, ge=0.0, le=0.0)
+    stream: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=1)
+    stop_token_ids: list[int] = Field(default=[], max_length=1000)
+    midfill: Extra = Extra()
+
+
+class Meters:
+    """What Prometheus reads. Numbers only."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter(
+            "midfill_requests", "Requests by how they ended.", ["end"], registry=self.registry
+        )
+        self.running = Gauge("midfill_requests_running", "Requests under way.", registry=self.registry)
+        self.loaded = Gauge("midfill_model_loaded", "Whether the model is in memory.", registry=self.registry)
+        self.tokens = Counter("midfill_tokens", "Tokens by what was done.", ["kind"], registry=self.registry)
+        self.first = Histogram(
+            "midfill_first_token_seconds",
+            "From a request to its first token.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+
+    def account(self, stats: Stats, end: str) -> None:
+        """A request has ended."""
+        self.requests.labels(end).inc()
+        self.tokens.labels("computed").inc(stats.num_computed)
+        self.tokens.labels("reused").inc(stats.num_reused)
+        self.tokens.labels("generated").inc(stats.num_generated)
+        if stats.first_token_s:
+            self.first.observe(max(stats.first_token_s - stats.submitted_s, 0.0))
+
+
+@dataclass(slots=True)
+class Host:
+    """The model in memory while it is wanted.
+
+    Attributes:
+        make_engine: makes an engine that is not started; may be slow, runs in a thread.
+        unload_s: after so long without a request the model leaves memory; 0 for never.
+        exit_s: after so long the process may end; 0 for never.
+        on_exit: called then.
+        vocabulary: what tells the model's vocabulary from others; made when it is loaded for the first time.
+        num_ids: size of that.
+        report: how loading goes.
+    """
+
+    make_engine: Callable[[], Engine]
+    unload_s: float = 0.0
+    exit_s: float = 0.0
+    on_exit: Callable[[], None] = lambda: None
+    meters: Meters = field(default_factory=Meters)
+    engine: Engine | None = None
+    vocabulary: str = ""
+    num_ids: int = 0
+    report: Report = field(default_factory=lambda: {"message": "starting", "share": None})
+    _loading: asyncio.Task[Engine] | None = None
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _num_running: int = 0
+    _timers: list[asyncio.TimerHandle] = field(default_factory=list)
+
+    async def load(self) -> Engine:
+        """The engine, loaded if it is not. Raises `MidfillError`; the next call tries again."""
+        if self.engine is not None:
+            return self.engine
+        if self._loading is None:
+            self._loading = asyncio.get_running_loop().create_task(self._load())
+            self._loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(self._loading)
+
+    async def _load(self) -> Engine:
+        loop = asyncio.get_running_loop()
+        try:
+            engine = await asyncio.to_thread(self.make_engine)
+
+            def report(message: str, share: float | None) -> None:
+                loop.call_soon_threadsafe(self._tell, message, share)
+
+            await engine.start(report)
+            self.num_ids = len(engine.model.tokenizer.vocab_bytes())
+            if not self.vocabulary:
+                self.vocabulary = await asyncio.to_thread(vocabulary_of, engine.model.tokenizer)
+        finally:
+            self._loading = None
+        self.engine = engine
+        self.meters.loaded.set(1)
+        self.touch()
+        return engine
+
+    def _tell(self, message: str, share: float | None) -> None:
+        self.report = {"message": message, "share": share}
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def progress(self) -> AsyncIterator[Report]:
+        """How loading goes, ending with {"ready": true} or {"error": sentence}."""
+        task = asyncio.ensure_future(self.load())
+        while not task.done():
+            yield self.report
+            await asyncio.wait(
+                [task, news := asyncio.ensure_future(self._news.wait())], return_when="FIRST_COMPLETED"
+            )
+            news.cancel()
+        try:
+            await task
+        except MidfillError as error:
+            yield {"error": str(error), "kind": type(error).__name__}
+        else:
+            yield {"ready": True}
+
+    def enter(self) -> None:
+        """A request begins."""
+        self._num_running += 1
+        self.meters.running.set(self._num_running)
+        self._stop_timers()
+
+    def leave(self) -> None:
+        """A request ends."""
+        self._num_running -= 1
+        self.meters.running.set(self._num_running)
+        self.touch()
+
+    def touch(self) -> None:
+        """Count the idle time from now on."""
+        self._stop_timers()
+        if self._num_running:
+            return
+        loop = asyncio.get_running_loop()
+        if self.unload_s and self.engine is not None:
+            self._timers.append(loop.call_later(self.unload_s, self._unload))
+        if self.exit_s:
+            self._timers.append(loop.call_later(self.exit_s, self.on_exit))
+
+    def _stop_timers(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+
+    def _unload(self) -> None:
+        """Give the memory back; the next request loads the model again."""
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            _LOG.info("the model leaves memory")
+            self.meters.loaded.set(0)
+            self._closing = asyncio.get_running_loop().create_task(engine.close())
+
+    _closing: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        """Free the model."""
+        self._stop_timers()
+        if self._loading is not None:
+            self._loading.cancel()
+        if self.engine is not None:
+            await self.engine.close()
+        if self._closing is not None:
+            await self._closing
+
+
+class Service:
+    """The HTTP side of a `Host`; `app` is the ASGI application."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._flights: dict[str, Request] = {}
+        self.app = Starlette(
+            routes=[
+                Route("/v1/completions", self.complete, methods=["POST"]),
+                Route("/v1/models", self.models),
+                Route("/health", self.health),
+                Route("/metrics", self.metrics),
+                Route("/midfill/ready", self.ready),
+                Route("/midfill/idle", self.set_idle, methods=["POST"]),
+            ]
+        )
+
+    async def models(self, _: HttpRequest) -> Response:
+        """The model, and what a client of ours has to know of it."""
+        try:
+            engine = await self.host.load()
+        except MidfillError as error:
+            return _error(503, error)
+        return JSONResponse({"object": "list", "data": [_describe(engine.model, self.host.vocabulary)]})
+
+    async def health(self, _: HttpRequest) -> Response:
+        """Whether it lives; it loads nothing."""
+        loaded = self.host.engine is not None
+        return JSONResponse({"status": "ok", "version": __version__, "loaded": loaded, "pid": os.getpid()})
+
+    async def metrics(self, _: HttpRequest) -> Response:
+        """For Prometheus."""
+        return Response(generate_latest(self.host.meters.registry), media_type="text/plain; version=0.0.4")
+
+    async def ready(self, _: HttpRequest) -> Response:
+        """One JSON object a line: how loading goes, until it has ended."""
+
+        async def lines() -> AsyncIterator[bytes]:
+            async for report in self.host.progress():
+                yield json.dumps(report).encode() + b"\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    async def set_idle(self, http: HttpRequest) -> Response:
+        """Somebody waits for a request now, or nobody does any more."""
+        try:
+            asked = Extra.model_validate_json(await http.body())
+        except ValidationError as error:
+            return _invalid(error)
+        if (request := self._flights.get(asked.id)) is not None:
+            request.set_idle(asked.idle)
+        return Response(status_code=204)
+
+    async def complete(self, http: HttpRequest) -> Response:
+        """`/v1/completions`."""
+        try:
+            asked = Asked.model_validate_json(await http.body())
+        except ValidationError as error:
+            return _invalid(error)
+        try:
+            engine = await self.host.load()
+        except MidfillError as error:
+            return _error(503, error)
+        if asked.model not in ("", engine.model.name):
+            return _error(
+                404, EngineError(f"There is no model {asked.model!r:.80} here, but {engine.model.name}.")
+            )
+        tokens = (
+            asked.prompt if isinstance(asked.prompt, list) else engine.model.tokenizer.encode(asked.prompt)
+        )
+        if (
+            problem := _problem(tokens, asked.max_tokens, engine.model.context, self.host.num_ids)
+        ) is not None:
+            return _error(400, EngineError(problem))
+        if not asked.max_tokens:
+            engine.prewarm(tokens)
+            self.host.touch()
+            return JSONResponse({"choices": [{"text": "", "index": 0, "finish_reason": "length"}]})
+        extra = asked.midfill
+        request = Request(
+            tuple(tokens),
+            asked.max_tokens,
+            frozenset(asked.stop_token_ids),
+            starts_with=extra.starts_with,
+            idle=extra.idle,
+        )
+        run = _Run(self.host, engine, request, asked, self._flights)
+        if asked.stream:
+            return StreamingResponse(run.events(), media_type="text/event-stream")
+        return await run.whole()
+
+
+@dataclass(slots=True)
+class _Run:
+    """One request."""
+
+    host: Host
+    engine: Engine
+    request: Request
+    asked: Asked
+    flights: dict[str, Request]
+
+    async def tokens(self) -> AsyncGenerator[Token, None]:
+        """Its tokens, accounted for however it ends."""
+        end = "cancelled"
+        self.host.enter()
+        if self.asked.midfill.id:
+            self.flights[self.asked.midfill.id] = self.request
+        try:
+            async with aclosing(self.engine.generate(self.request)) as tokens:
+                async for token in tokens:
+                    yield token
+            end = "finished"
+        except EngineError:
+            end = "failed"
+            raise
+        finally:
+            self.flights.pop(self.asked.midfill.id, None)
+            self.host.leave()
+            self.host.meters.account(self.request.stats, end)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """As server-sent events."""
+        first = True
+        try:
+            async with aclosing(self.tokens()) as tokens:
+                async for token in tokens:
+                    choice = self._choice([token])
+                    event: Report = {"choices": [choice]}
+                    if first:
+                        event["midfill"] = self._own()
+                        first = False
+                    yield _event(event)
+        except EngineError as error:
+            yield _event({"error": _as_dict(error)})
+            return
+        yield _event(
+            {"choices": [self._choice([]) | {"finish_reason": self._finish()}], "midfill": self._own()}
+        )
+        yield b"data: [DONE]\n\n"
+
+    async def whole(self) -> Response:
+        """As one answer."""
+        try:
+            async with aclosing(self.tokens()) as tokens:
+                found = [token async for token in tokens]
+        except EngineError as error:
+            return _error(429 if isinstance(error, EngineOverloadedError) else 503, error)
+        stats = self.request.stats
+        usage = {
+            "prompt_tokens": stats.num_prompt,
+            "completion_tokens": stats.num_generated,
+            "total_tokens": stats.num_prompt + stats.num_generated,
+            "prompt_tokens_details": {"cached_tokens": stats.num_reused},
+        }
+        choice = self._choice(found) | {"finish_reason": self._finish()}
+        return JSONResponse({"object": "text_completion", "choices": [choice], "usage": usage})
+
+    def _choice(self, tokens: list[Token]) -> Report:
+        choice: Report = {"index": 0, "text": "".join(token.text for token in tokens), "finish_reason": None}
+        choice["token_ids"] = [token.id for token in tokens]
+        if self.asked.logprobs is not None:
+            choice["logprobs"] = {
+                "tokens": [token.text for token in tokens],
+                "token_logprobs": [token.logprob for token in tokens],
+            }
+        return choice
+
+    def _own(self) -> Report:
+        stats = self.request.stats
+        waited = max(stats.started_s - stats.submitted_s, 0.0) if stats.started_s else 0.0
+        return {"reused": stats.num_reused, "computed": stats.num_computed, "waited_s": round(waited, 4)}
+
+    def _finish(self) -> str:
+        return "length" if self.request.stats.num_generated >= self.request.max_new_tokens else "stop"
+
+
+def _describe(model: ModelInfo, vocabulary: str) -> Report:
+    own = {
+        "version": __version__,
+        "architecture": model.architecture,
+        "family": model.family,
+        "context": model.context,
+        "device": model.device,
+        "dtype": model.dtype,
+        "adapter": model.adapter,
+        "vocabulary": vocabulary,
+    }
+    return {
+        "id": model.name,
+        "object": "model",
+        "owned_by": "midfill",
+        "created": int(time.time()),
+        "max_model_len": model.context,
+        "midfill": own,
+    }
+
+
+def _problem(tokens: list[int], max_tokens: int, context: int, num_ids: int) -> str | None:
+    if not tokens:
+        return "The prompt is empty."
+    if len(tokens) + max_tokens > context:
+        return f"Prompt and output ({len(tokens)} + {max_tokens} tokens) are longer than {context}."
+    if min(tokens) < 0 or max(tokens) >= num_ids:
+        return "The prompt has ids that the vocabulary has not."
+    return None
+
+
+def _event(value: Report) -> bytes:
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _as_dict(error: MidfillError) -> Report:
+    kind = "unavailable" if isinstance(error, EngineUnavailableError) else "engine"
+    return {"message": str(error), "type": kind}
+
+
+def _error(status: int, error: MidfillError) -> Response:
+    return JSONResponse({"error": _as_dict(error)}, status_code=status)
+
+
+def _invalid(error: ValidationError) -> Response:
+    """What is wrong, without quoting it."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(map(str, first["loc"][:2]))
+    return _error(400, EngineError(f"The request is not understood: {where}: {first['msg']}."))

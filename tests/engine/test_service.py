@@ -1,0 +1,273 @@
+"""The engine as a service: over a real socket, with a scripted model."""
+
+import asyncio
+import itertools
+import json
+import os
+import stat
+from contextlib import aclosing, asynccontextmanager
+
+import httpx2
+import pytest
+from prometheus_client import generate_latest
+
+from midfill.engine import Request
+from midfill.engine.endpoint import RemoteSpec
+from midfill.engine.hosting import Listen, _Bucket, read_tokens, serve
+from midfill.engine.remote import RemoteEngine
+from midfill.engine.scripted import Rule, Script, ScriptedEngine
+from midfill.engine.service import Host
+from midfill.errors import EngineError, SettingsError
+
+TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test
+RULES = [
+    Rule(after="slow", text="x" * 500, token_delay_s=0.01),
+    Rule(after="bad", text="12", error="out of memory", error_after=2),
+    Rule(text="hello", logprob=-0.25),
+]
+
+
+@asynccontextmanager
+async def hosted(listen, *, rules=RULES, log="", **options):
+    """A service; gives its host and address. It has ended afterwards."""
+    # Its vocabulary is all of Unicode, of which a digest would take seconds.
+    options = {"vocabulary": "characters"} | options
+    host = Host(lambda: ScriptedEngine(Script(rules=list(rules), log=log)), **options)
+    address = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(serve(host, listen, address.set_result))
+    await asyncio.wait([task, address], return_when="FIRST_COMPLETED")
+    if task.done():
+        await task
+    try:
+        yield host, await address
+    finally:
+        host.on_exit()
+        await task
+
+
+@asynccontextmanager
+async def client_of(path):
+    transport = httpx2.AsyncHTTPTransport(uds=str(path))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://midfill") as client:
+        yield client
+
+
+@asynccontextmanager
+async def engine_of(path):
+    engine = RemoteEngine(RemoteSpec(("http://midfill",), socket=path))
+    await engine.start(lambda _message, _share: None)
+    yield engine
+    await engine.close()
+
+
+def request(engine, text, num=100, **options):
+    return Request(tuple(engine.model.tokenizer.encode(text)), num, **options)
+
+
+def log_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        for _ in range(10_000):
+            if condition():
+                return
+            await asyncio.sleep(0.002)
+
+
+async def test_a_socket_is_its_owners_alone_and_goes_with_the_service(tmp_path):
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path)) as (_, address):
+        assert address == f"unix:{path}"
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not path.exists()
+
+
+async def test_completions_in_openais_form(tmp_path):
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path)), client_of(path) as client:
+        body = {"prompt": "a = ", "max_tokens": 3, "logprobs": 1}
+        answer = (await client.post("/v1/completions", json=body)).json()
+        assert answer["choices"][0]["text"] == "hel"
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["choices"][0]["logprobs"]["token_logprobs"] == [-0.25] * 3
+        assert answer["usage"]["completion_tokens"] == 3
+        ids = await client.post("/v1/completions", json={"prompt": [97], "max_tokens": 9, "stream": True})
+        events = [line.removeprefix("data: ") for line in ids.text.splitlines() if line]
+        assert events[-1] == "[DONE]"
+        texts = [json.loads(event)["choices"][0] for event in events[:-1]]
+        assert "".join(choice["text"] for choice in texts) == "hello"
+        assert texts[-1]["finish_reason"] == "stop"
+        models = (await client.get("/v1/models")).json()
+        assert models["data"][0]["owned_by"] == "midfill"
+        assert (await client.get("/health")).json()["loaded"] is True
+        metrics = (await client.get("/metrics")).text
+        assert 'midfill_requests_total{end="finished"} 2.0' in metrics
+        assert 'midfill_tokens_total{kind="generated"} 8.0' in metrics
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b'{"prompt": 5}', 400),
+        (b'{"prompt": ""}', 400),
+        (b'{"prompt": "a", "max_tokens": -1}', 400),
+        (b'{"prompt": "a", "max_tokens": 99999999}', 400),
+        (b'{"prompt": "a", "temperature": 0.7}', 400),
+        (b'{"prompt": [-1]}', 400),
+        (b'{"prompt": [99999999]}', 400),
+        (b'{"prompt": "secret text", "model": "other"}', 404),
+        (b'{"prompt": "' + b"a" * 3_000_000 + b'"}', 413),
+    ],
+)
+async def test_a_bad_request_is_refused_without_quoting_it(tmp_path, body, status):
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path)), client_of(path) as client:
+        answer = await client.post("/v1/completions", content=body)
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+        assert "secret" not in answer.text
+        assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+
+
+async def test_what_is_demanded_idle_and_reused_crosses(tmp_path):
+    path, log = tmp_path / "s.sock", tmp_path / "log"
+    async with hosted(Listen(socket=path), log=str(log)), engine_of(path) as engine:
+        found = request(engine, "x", starts_with="<>")
+        assert "".join([token.text async for token in engine.generate(found)]) == "<>hello"
+        assert found.stats.num_computed > 0
+        idle = request(engine, "slow", idle=True)
+        async with aclosing(engine.generate(idle)) as tokens:
+            await anext(tokens)
+        await until(lambda: len(log_of(log)) == 2)
+        assert [row["idle"] for row in log_of(log)] == [False, True]
+        engine.prewarm(idle.tokens)
+        await until(lambda: len(log_of(log)) == 3)
+        assert log_of(log)[2]["fate"] == "prewarmed"
+
+
+async def test_an_idle_request_goes_first_once_somebody_waits_for_it(tmp_path):
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path)), engine_of(path) as engine, engine_of(path) as other:
+        idle, loud = request(engine, "slow", idle=True), request(other, "slow")
+        async with aclosing(other.generate(loud)) as first, aclosing(engine.generate(idle)) as second:
+            await anext(first)
+            waiting = asyncio.ensure_future(anext(second))
+            # The other one has the device; as soon as it leaves, and not before, this one goes on.
+            await anext(first)
+            assert not waiting.done()
+            idle.set_idle(False)
+            await first.aclose()
+            assert (await asyncio.wait_for(waiting, 5)).text == "x"
+
+
+async def test_leaving_the_stream_frees_the_device_at_once(tmp_path):
+    path, log = tmp_path / "s.sock", tmp_path / "log"
+    async with hosted(Listen(socket=path), log=str(log)) as (host, _), engine_of(path) as engine:
+        async with aclosing(engine.generate(request(engine, "slow", 500))) as tokens:
+            for _ in range(3):
+                await anext(tokens)
+        await until(lambda: log_of(log))
+        (row,) = log_of(log)
+        assert row["fate"] == "cancelled"
+        assert row["steps"] < 40
+        assert b"midfill_requests_running 0.0" in metrics_of(host)
+
+
+def metrics_of(host):
+    return generate_latest(host.meters.registry)
+
+
+async def test_what_the_model_says_of_its_fault_arrives(tmp_path):
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path)), engine_of(path) as engine:
+        with pytest.raises(EngineError, match=r"^out of memory$"):
+            async for _ in engine.generate(request(engine, "bad")):
+                pass
+        assert [token.text async for token in engine.generate(request(engine, "good"))] == list("hello")
+
+
+async def test_a_model_leaves_memory_and_comes_back_and_the_process_ends(tmp_path):
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path), unload_s=0.1) as (host, _), engine_of(path) as engine:
+        assert [token.text async for token in engine.generate(request(engine, "good"))]
+        await until(lambda: host.engine is None)
+        assert [token.text async for token in engine.generate(request(engine, "good"))]
+    ends = asyncio.get_running_loop().create_task(
+        serve(
+            Host(lambda: ScriptedEngine(Script()), exit_s=0.1, vocabulary="x"),
+            Listen(socket=path),
+            lambda _address: None,
+        )
+    )
+    await asyncio.wait_for(ends, 10)
+
+
+def team(**options):
+    return Listen(**({"tokens": {TOKEN: "ada", TOKEN + "2": "bob"}} | options))
+
+
+async def test_a_team_is_asked_for_tokens_and_browsers_are_refused():
+    async with hosted(team(names=("gpu-box",))) as (_, url), httpx2.AsyncClient(base_url=url) as client:
+        good = {"Authorization": f"Bearer {TOKEN}"}
+        for status, headers in (
+            (200, good),
+            (200, good | {"Host": "gpu-box:1"}),
+            (401, {}),
+            (401, {"Authorization": "Bearer"}),
+            (401, {"Authorization": f"Bearer {TOKEN}3"}),
+            (403, good | {"Origin": "http://evil.example"}),
+            (421, good | {"Host": "evil.example"}),
+        ):
+            assert (await client.get("/v1/models", headers=headers)).status_code == status, headers
+
+
+async def test_one_user_cannot_fill_the_queue():
+    async with hosted(team()) as (_, url), httpx2.AsyncClient(base_url=url, timeout=30) as client:
+        ada, bob = ({"Authorization": f"Bearer {token}"} for token in (TOKEN, TOKEN + "2"))
+        body = {"prompt": "slow", "max_tokens": 500}
+        many = [client.post("/v1/completions", json=body, headers=ada) for _ in range(20)]
+        tasks = [asyncio.create_task(one) for one in many]
+        for done in itertools.islice(asyncio.as_completed(tasks), 4):
+            assert (await done).status_code == 429
+        assert (await client.get("/health", headers=bob)).status_code == 200
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_a_user_has_so_many_requests_a_second():
+    bucket = _Bucket(at=0.0)
+    assert [bucket.take(0.0) for _ in range(61)] == [True] * 60 + [False]
+    assert [bucket.take(0.1) for _ in range(3)] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("listen", "remedy"),
+    [
+        (Listen(), "--tokens"),
+        (Listen(tokens={"short": "ada"}), "shorter than 16"),
+        (team(host="0.0.0.0"), "--tls-cert"),  # noqa: S104 - what is refused
+        (team(host="gpu-box"), "--tls-cert"),
+    ],
+)
+async def test_nothing_is_open_to_others_by_mistake(listen, remedy):
+    with pytest.raises(SettingsError, match=remedy):
+        listen.check()
+    team(host="gpu-box", behind_proxy=True).check()
+
+
+def test_tokens_are_read_from_a_file_that_nobody_else_can_read(tmp_path):
+    path = tmp_path / "tokens"
+    path.write_text(f"ada {TOKEN}\n\nbob {TOKEN}2\n")
+    path.chmod(0o644)
+    with pytest.raises(SettingsError, match="chmod 600"):
+        read_tokens(path)
+    path.chmod(0o600)
+    assert read_tokens(path) == {TOKEN: "ada", TOKEN + "2": "bob"}
+    path.write_text("one-word\n")
+    with pytest.raises(SettingsError, match="user token"):
+        read_tokens(path)
+    assert os.name == "posix"

@@ -1,0 +1,224 @@
+"""`engine = "shared"`: the servers of all windows have one process with the model."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import statistics
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+import pytest_asyncio
+import raw
+from raw import Raw
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+from tiny import write_model
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+NUM_SERVERS, NUM_DOCUMENTS = 10, 10
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model with random weights, in a folder whose name says its family."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-granite-code"
+    folder.mkdir()
+    write_model("llama", folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    """A request may wait for torch to be imported."""
+    monkeypatch.setattr(raw, "TIMEOUT_S", 60)
+
+
+class Place:
+    """A user's settings and sockets; the shared engine there is ended by its pid."""
+
+    def __init__(self, folder, model):
+        self.runtime = folder / "run"
+        self.runtime.mkdir(mode=0o700)
+        settings = {
+            "engine": "shared",
+            "model": str(model),
+            "dtype": "float32",
+            "runner": "torch",
+            "eagerness": "always",
+            "prefetch": False,
+            "max_new_tokens": 8,
+            "deadline_s": 30.0,
+        }
+        config = folder / "config.toml"
+        config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
+        self.env = {"MIDFILL_CONFIG": str(config), "MIDFILL_RUNTIME": str(self.runtime)}
+        self.servers = []
+
+    async def serve(self):
+        server = await Raw.start("--log-level", "info", env=self.env)
+        self.servers.append(server)
+        await server.initialize()
+        return server
+
+    async def ask_engine(self, page="health"):
+        (socket,) = self.runtime.glob("*.sock")
+        transport = httpx2.AsyncHTTPTransport(uds=str(socket))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://midfill", timeout=30) as client:
+            answer = await client.get(f"/{page}")
+            return answer.json() if page == "health" else answer.text
+
+    async def pid(self):
+        return (await self.ask_engine())["pid"]
+
+    async def close(self):
+        for server in self.servers:
+            await server.__aexit__()
+        with contextlib.suppress(ValueError, httpx2.HTTPError, psutil.NoSuchProcess):
+            process = psutil.Process(await self.pid())
+            process.kill()
+            process.wait(10)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def place(tmp_path, model):
+    it = Place(tmp_path, model)
+    yield it
+    await it.close()
+
+
+async def ask(server, text="def add(a, b):\n    return a"):
+    """(milliseconds, reason) for a document of its own."""
+    uri = f"file:///work/{uuid.uuid4().hex}.py"
+    item = {"uri": uri, "languageId": "python", "version": 1, "text": text}
+    server.notify("textDocument/didOpen", {"textDocument": item})
+    last = text.split("\n")
+    here = {"line": len(last) - 1, "character": len(last[-1])}
+    begun = time.monotonic()
+    params = {"textDocument": {"uri": uri}, "position": here, "context": {"triggerKind": 1}}
+    id_ = uuid.uuid4().hex
+    server.request(id_, "textDocument/inlineCompletion", params)
+    await server.answer(id_)
+    waited = time.monotonic() - begun
+    server.request(id_ + "why", "midfill/explain", {"textDocument": {"uri": uri}})
+    return waited * 1000, (await server.answer(id_ + "why"))["result"]
+
+
+async def until_loaded(server):
+    async with asyncio.timeout(60):
+        for _ in itertools.count():
+            _, why = await ask(server)
+            if why["reason"] not in {"loading", "model-failed", "engine-unavailable"}:
+                return
+            await asyncio.sleep(0.1)
+
+
+def asked_the_model(why):
+    """Random weights write what they like; what counts is that they were asked."""
+    return why["generatedTokens"] > 0 and why["reason"] not in {
+        "engine-error",
+        "engine-unavailable",
+        "deadline",
+    }
+
+
+@pytest.mark.slow
+async def test_ten_servers_have_one_model_and_none_disturbs_another(place):
+    servers = [await place.serve() for _ in range(NUM_SERVERS)]
+    await asyncio.gather(*map(until_loaded, servers))
+    engines = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(place.runtime) in " ".join(process.info["cmdline"] or [])
+    ]
+    assert [process.pid for process in engines] == [await place.pid()]
+    for server in servers:
+        libraries = {Path(region.path).name for region in psutil.Process(server.process.pid).memory_maps()}
+        assert not [name for name in libraries if "torch" in name or "openvino" in name]
+
+    async def window(server):
+        waits = []
+        for n in range(NUM_DOCUMENTS):
+            waited, why = await ask(server, f"def add_{n}(a, b):\n    return a")
+            assert asked_the_model(why), why
+            waits.append(waited)
+        return statistics.mean(waits)
+
+    means = await asyncio.gather(*map(window, servers))
+    assert max(means) <= 2 * statistics.mean(means), means
+    # One window dies in the middle of a request.
+    servers[0].request("last", "textDocument/inlineCompletion", {})
+    servers[0].process.kill()
+    means = await asyncio.gather(*map(window, servers[1:]))
+    assert max(means) <= 2 * statistics.mean(means), means
+    assert 'midfill_requests_total{end="failed"}' not in await place.ask_engine("metrics")
+
+
+@pytest.mark.slow
+async def test_an_engine_that_dies_is_started_anew_by_the_next_request(place):
+    servers = [await place.serve(), await place.serve()]
+    await asyncio.gather(*map(until_loaded, servers))
+    before = await place.pid()
+    process = psutil.Process(before)
+    process.kill()
+    process.wait(10)
+    # Nothing was under way: the next requests start it and are answered. Both ask; one starts.
+    answers = await asyncio.gather(*map(ask, servers))
+    assert all(asked_the_model(why) for _, why in answers), answers
+    after = await place.pid()
+    assert after != before
+    # One that hangs, with a request under way, costs that request.
+    psutil.Process(after).suspend()
+    waiting = asyncio.create_task(ask(servers[0], "def sub(a, b):\n    return a"))
+    await asyncio.wait([waiting], timeout=0.3)
+    psutil.Process(after).kill()
+    _, why = await waiting
+    assert why["reason"] in {"engine-unavailable", None} or asked_the_model(why), why
+    await until_loaded(servers[0])
+    await until_loaded(servers[1])
+    assert await place.pid() not in {before, after}
+
+
+async def test_a_folder_that_others_can_enter_is_not_used(place):
+    place.runtime.chmod(0o755)
+    server = await place.serve()
+    async with asyncio.timeout(20):
+        for _ in itertools.count():
+            _, why = await ask(server)
+            if why["reason"] == "model-failed":
+                break
+            await asyncio.sleep(0.1)
+    (message,) = [m["params"]["message"] for m in server.seen if m.get("method") == "window/showMessage"]
+    assert "is not yours alone" in message
+    assert not list(place.runtime.glob("*.sock"))
+
+
+def damage(place, model, folder):
+    """A copy of the model with half of its weights, in the user's settings."""
+    broken = folder / "tiny-granite-code"
+    broken.mkdir()
+    for path in model.iterdir():
+        data = path.read_bytes()
+        (broken / path.name).write_bytes(data[: len(data) // 2] if path.suffix == ".safetensors" else data)
+    config = Path(place.env["MIDFILL_CONFIG"])
+    config.write_text(config.read_text().replace(str(model), str(broken)))
+
+
+@pytest.mark.slow
+async def test_a_model_that_cannot_be_loaded_is_said_with_its_own_words(place, model, tmp_path):
+    damage(place, model, tmp_path)
+    server = await place.serve()
+    async with asyncio.timeout(40):
+        for _ in itertools.count():
+            _, why = await ask(server)
+            if why["reason"] == "model-failed":
+                break
+            await asyncio.sleep(0.1)
+    (message,) = [m["params"]["message"] for m in server.seen if m.get("method") == "window/showMessage"]
+    assert "safetensors" in message
