@@ -109,7 +109,7 @@ def wanted_width(before: str, text: str, previous: str, following: str, step: st
     if opens_block(previous):
         inner = below if below > above else above + size
         return inner if have < inner and (have <= above or have % size) else None
-    if have % size:
+    if have % size and have != above:
         # The user is on the way to the next step.
         return have + size - have % size
     outer = min(above, below) if following else 0

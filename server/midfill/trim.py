@@ -73,7 +73,8 @@ class Stopper:
         if (end := joint(text, start, place, self._reader)) is not None:
             return end
         repeats = number > 0 and (lines[-1].rstrip() == place.next_line or not "".join(lines[-2:]).strip())
-        if repeats or closes_outside(self._reader.read(text), start):
+        found = self._reader.read(text)
+        if repeats or _is_fence(lines[-1], place, found, start) or closes_outside(found, start):
             return len(text[:start].rstrip()) if number else len(text)
         return len(text) if number + 1 == place.max_lines else None
 
@@ -200,6 +201,8 @@ class _Block:
             whole = (_lead_of_closer(line, place) or place.line_before + lead(line)) + line.lstrip(" \t")
         if self.retraces(lines) or (line.strip() and _stands_below(whole, place, telling=number > 0)):
             return True
+        if _is_fence(line, place, found, start):
+            return True
         if number and (self.headless or opens_block(line)) and line.strip() == place.next_line.strip():
             # The next line once more, at another indentation.
             return _TELLING.search(line) is not None
@@ -273,6 +276,11 @@ def _floor(place: Place, base: int) -> int:
             if _FUNCTION.match(line):
                 return min(base, outer + 1) if width(place.next_line) <= outer else base
     return base
+
+
+def _is_fence(line: str, place: Place, found: Outline, start: int) -> bool:
+    """Whether a line ends a block of Markdown, which models learnt to write code in."""
+    return place.language_id != "markdown" and line.lstrip().startswith("```") and not found.within(start)
 
 
 def _reaches_below(place: Place, column: int) -> bool:
