@@ -133,6 +133,10 @@ One of `stopped', `missing', `starting', `loading', `ready', `failed',
   "Edits that the server has not been told of, last one first.
 t where they cannot be told one by one.")
 
+(defvar-local midfill-server--anchor '(1 . 0)
+  "The beginning of a line, and how many lines stand above it.
+No text before it has changed since it was found.")
+
 (defvar-local midfill-server--size 0
   "How large the buffer is, by the edits that we were told of.")
 
@@ -149,11 +153,23 @@ t where they cannot be told one by one.")
         (cl-incf column))
       column)))
 
+(defun midfill-server--line (pos)
+  "How many lines stand above that of POS, which is counted from the last one on."
+  (save-restriction
+    (widen)
+    (unless (<= (car midfill-server--anchor) pos)
+      (setq midfill-server--anchor '(1 . 0)))
+    (narrow-to-region (car midfill-server--anchor) (point-max))
+    (let ((line (+ (cdr midfill-server--anchor) (line-number-at-pos pos) -1)))
+      (setq midfill-server--anchor
+            (cons (save-excursion (goto-char pos) (line-beginning-position)) line))
+      line)))
+
 (defun midfill-server--position (pos)
   "The place POS as the protocol writes it."
   (save-restriction
     (widen)
-    (list :line (1- (line-number-at-pos pos)) :character (midfill-server--column pos))))
+    (list :line (midfill-server--line pos) :character (midfill-server--column pos))))
 
 (defun midfill-server--text (start end)
   "The text from START to END; bytes that are no characters are U+FFFD."
@@ -180,10 +196,13 @@ t where they cannot be told one by one.")
 (defun midfill-server--before-change (start end)
   "Note where the text from START to END is, which is about to be changed."
   (unless (eq midfill-server--changes t)
-    (push (list :start start :length (- end start)
-                :range (list :start (midfill-server--position start)
-                             :end (midfill-server--position end)))
-          midfill-server--changes)))
+    ;; The end comes first: the beginning's line is where the next count begins.
+    (let* ((last (midfill-server--position end))
+           (first (if (= start end) last (midfill-server--position start))))
+      (push (list :start start :length (- end start) :range (list :start first :end last))
+            midfill-server--changes)))
+  (when (< start (car midfill-server--anchor))
+    (setq midfill-server--anchor '(1 . 0))))
 
 (defun midfill-server--after-change (start end length)
   "Note what stands from START to END now, where LENGTH characters were."
@@ -204,6 +223,7 @@ t where they cannot be told one by one.")
    ((or (eq midfill-server--changes t)
         (/= midfill-server--size (buffer-size))
         (cl-notevery (lambda (change) (plist-member change :text)) midfill-server--changes))
+    (setq midfill-server--anchor '(1 . 0))
     (vector (list :text (midfill-server--text 1 (1+ (buffer-size))))))
    (midfill-server--changes
     (vconcat (mapcar (lambda (change)
@@ -243,6 +263,7 @@ t where they cannot be told one by one.")
   (setq midfill-server--opened midfill-server--own
         midfill-server--uri (midfill-server--buffer-uri)
         midfill-server--changes nil
+        midfill-server--anchor '(1 . 0)
         midfill-server--size (buffer-size))
   (add-hook 'before-change-functions #'midfill-server--before-change nil t)
   (add-hook 'after-change-functions #'midfill-server--after-change nil t)

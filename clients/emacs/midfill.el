@@ -260,6 +260,7 @@ only add."
 KIND is 1 if the user wants it explicitly, 2 if not."
   (midfill--clear)
   (when-let ((connection (midfill-server-connection)))
+    (midfill-server-flush connection)
     (let ((question (midfill--make-question :place (midfill--here) :connection connection)))
       (setq midfill--pending question)
       (setf (midfill--question-id question)
