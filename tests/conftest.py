@@ -1,5 +1,7 @@
 import pytest
 
+from midfill.models import catalogue, fetch
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _folders_of_its_own(tmp_path_factory):
@@ -8,3 +10,9 @@ def _folders_of_its_own(tmp_path_factory):
         patch.setenv("MIDFILL_STATE", str(tmp_path_factory.mktemp("state")))
         patch.setenv("MIDFILL_DATA", str(tmp_path_factory.mktemp("data")))
         yield
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The default model, fetched if it is not here. Without a network the error says what to do."""
+    return fetch.pull(catalogue.DEFAULT, lambda _message, _share: None)

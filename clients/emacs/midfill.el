@@ -76,8 +76,10 @@ They are called in the buffer, after each command."
 
 (cl-defstruct (midfill--suggestion (:constructor midfill--make-suggestion) (:copier nil))
   "The text that may stand at a place.
-COMMAND tells the server at CONNECTION that it was accepted."
-  place text command connection)
+CLOSERS are the brackets and quotes behind point that are in TEXT, too;
+the editor has put them there.  COMMAND tells the server at CONNECTION
+that it was accepted."
+  place text closers command connection)
 
 (cl-defstruct (midfill--question (:constructor midfill--make-question) (:copier nil))
   "A request that has not been answered."
@@ -144,19 +146,36 @@ COMMAND tells the server at CONNECTION that it was accepted."
        (= (midfill--place-tick place) (buffer-chars-modified-tick))
        (= (midfill--place-point place) (point))))
 
+(defun midfill--closing (text closers)
+  "Where TEXT closes, in their order, what CLOSERS close: offsets."
+  (let ((depth 0) (places nil) (wanted (append closers nil)))
+    (dotimes (at (length text))
+      (let ((char (aref text at)))
+        (cond
+         ((and wanted (zerop depth) (eq char (car wanted)))
+          (pop wanted)
+          (push at places))
+         ((memq char '(?\( ?\[ ?{)) (cl-incf depth))
+         ((memq char '(?\) ?\] ?})) (setq depth (max 0 (1- depth)))))))
+    (nreverse places)))
+
 (defun midfill--rest (suggestion)
-  "What of SUGGESTION is left at point; nil if it does not hold there."
+  "What of SUGGESTION is left at point; nil if it does not hold there.
+A cons of the text and of those closers behind point that are in it."
   (when-let* ((place (and suggestion (midfill--suggestion-place suggestion)))
               (start (midfill--place-point place))
               (text (midfill--suggestion-text suggestion)))
-    (and (eq (midfill--place-buffer place) (current-buffer))
-         (<= (point-min) start (point))
-         (< (- (point) start) (length text))
-         ;; What was typed there is all that has changed.
-         (= (- (buffer-size) (midfill--place-size place)) (- (point) start))
-         (equal (midfill--tail) (midfill--place-tail place))
-         (string-prefix-p (buffer-substring-no-properties start (point)) text)
-         (substring text (- (point) start)))))
+    (when (and (eq (midfill--place-buffer place) (current-buffer))
+               (<= (point-min) start (point))
+               (< (- (point) start) (length text)))
+      (let* ((typed (buffer-substring-no-properties start (point)))
+             (closers (midfill--suggestion-closers suggestion))
+             (used (length (midfill--closing typed closers))))
+        (and (string-prefix-p typed text)
+             ;; What was typed there, over closers or not, is all that has changed.
+             (= (- (buffer-size) (midfill--place-size place)) (- (length typed) used))
+             (equal (midfill--tail) (substring (midfill--place-tail place) used))
+             (cons (substring text (length typed)) (substring closers used)))))))
 
 (defun midfill--piece (text part)
   "The first word of TEXT, or the rest of its first line, or all of it.
@@ -186,17 +205,20 @@ PART is `word', `line' or nil.  An empty first line goes with the next."
 
 ;;; Showing
 
-(defun midfill--draw (text)
-  "Show TEXT as ghost text at point."
-  (let ((shown (propertize text 'face 'midfill-suggestion)))
+(defun midfill--draw (rest)
+  "Show REST, a text and the closers that are in it, as ghost text at point."
+  (let ((shown (propertize (car rest) 'face 'midfill-suggestion))
+        (end (+ (point) (length (cdr rest)))))
     ;; The cursor stands before the text, not behind it.
     (put-text-property 0 1 'cursor t shown)
     (unless (overlayp midfill--overlay)
       (setq midfill--overlay (make-overlay (point) (point)))
       (overlay-put midfill--overlay 'priority 1000))
-    (move-overlay midfill--overlay (point) (point) (current-buffer))
+    (move-overlay midfill--overlay (point) end (current-buffer))
     (overlay-put midfill--overlay 'window (selected-window))
-    (overlay-put midfill--overlay 'after-string shown)
+    ;; The closers are hidden: they are in the text.
+    (overlay-put midfill--overlay 'display (and (< (point) end) shown))
+    (overlay-put midfill--overlay 'after-string (and (= (point) end) shown))
     (setq midfill--is-visible t)))
 
 (defun midfill--cancel ()
@@ -221,22 +243,31 @@ PART is `word', `line' or nil.  An empty first line goes with the next."
 
 ;;; Asking
 
+(defun midfill--closers-of (range)
+  "The text behind point that RANGE covers; nil if it does not begin at point."
+  (let ((begin (midfill-server-get range :start))
+        (end (midfill-server-get range :end)))
+    (cond
+     ((null range) "")
+     ((not (equal (midfill-server-get begin :line) (midfill-server-get end :line))) nil)
+     (t
+      ;; Behind point a closer is one unit in every encoding.
+      (let ((length (- (midfill-server-get end :character) (midfill-server-get begin :character)))
+            (tail (midfill--tail)))
+        (and (<= 0 length (length tail))
+             (string-match-p "\\`[])}\"'`]*\\'" (substring tail 0 length))
+             (substring tail 0 length)))))))
+
 (defun midfill--suggestion-of (item place connection)
   "The suggestion of the inline completion ITEM at PLACE.
-ITEM came from CONNECTION.  nil if it would replace text: ghost text can
-only add."
+ITEM came from CONNECTION.  nil if it would replace anything but what the
+editor has closed by itself: ghost text can only add."
   (let* ((text (midfill-server-get item :insertText))
          (text (if (stringp text) text (midfill-server-get text :value)))
-         (range (midfill-server-get item :range)))
-    (when (and (stringp text)
-               (not (string-empty-p text))
-               (or (null range)
-                   (cl-every (lambda (key)
-                               (equal (midfill-server-get range :start key)
-                                      (midfill-server-get range :end key)))
-                             '(:line :character))))
+         (closers (midfill--closers-of (midfill-server-get item :range))))
+    (when (and (stringp text) (not (string-empty-p text)) closers)
       (midfill--make-suggestion :place place :text (replace-regexp-in-string "\r\n" "\n" text t t)
-                                :command (midfill-server-get item :command)
+                                :closers closers :command (midfill-server-get item :command)
                                 :connection connection))))
 
 (defun midfill--answered (question result)
@@ -253,7 +284,7 @@ only add."
             (setq midfill--shown
                   (midfill--suggestion-of item place (midfill--question-connection question)))
             (when midfill--shown
-              (midfill--draw (midfill--suggestion-text midfill--shown)))))))))
+              (midfill--draw (midfill--rest midfill--shown)))))))))
 
 (defun midfill--ask (kind)
   "Ask for a suggestion at point.
@@ -314,11 +345,16 @@ KIND is 1 if the user wants it explicitly, 2 if not."
   (interactive)
   (let* ((suggestion midfill--shown)
          (rest (or (midfill--rest suggestion) (user-error "There is no suggestion here")))
-         (piece (midfill--piece rest part)))
+         (piece (midfill--piece (car rest) part))
+         (is-all (equal piece (car rest))))
     ;; One undo takes back what was accepted, and not what had been typed before.
     (undo-boundary)
+    (let ((used (if is-all
+                    (length (cdr rest))
+                  (length (midfill--closing piece (cdr rest))))))
+      (delete-region (point) (+ (point) used)))
     (insert piece)
-    (when (equal piece rest)
+    (when is-all
       (midfill--clear)
       (midfill--run (midfill--suggestion-command suggestion)
                     (midfill--suggestion-connection suggestion)))))
@@ -453,8 +489,12 @@ The rest is inserted with it."
   (when-let* ((connection (and (eq midfill-client 'own) midfill--enabled (midfill-server-connection)))
               (item (midfill--popup-item connection))
               (text (midfill-server-get item :textEdit :newText))
-              (start (midfill--popup-start item)))
-    (let ((label (car (split-string text "\n"))))
+              (range (midfill-server-get item :textEdit :range))
+              (start (midfill--popup-start range)))
+    (let ((label (car (split-string text "\n")))
+          ;; What the editor has closed by itself may be replaced.
+          (replaced (max 0 (- (midfill-server-get range :end :character)
+                              (plist-get (midfill-server--position (point)) :character)))))
       (when (and (not (string-empty-p label))
                  (string-prefix-p (buffer-substring-no-properties start (point)) label))
         (list start (point) (list label)
@@ -470,12 +510,13 @@ The rest is inserted with it."
               :exit-function
               (lambda (_ status)
                 (when (eq status 'finished)
+                  (delete-region (point) (+ (point) replaced))
                   (insert (substring text (length label)))
                   (midfill--run (midfill-server-get item :command) connection))))))))
 
-(defun midfill--popup-start (item)
-  "Where the text of the popup's ITEM begins: at the word before point."
-  (let ((column (midfill-server-get item :textEdit :range :start :character))
+(defun midfill--popup-start (range)
+  "Where the RANGE of an item begins: at the word before point."
+  (let ((column (midfill-server-get range :start :character))
         (start (point)))
     (while (and (> start (line-beginning-position))
                 (> (plist-get (midfill-server--position start) :character) column))

@@ -61,7 +61,9 @@ class Emacs(Terminal):
         """The ghost text; "" if there is none."""
         return self.lisp(
             "(if (and (overlayp midfill--overlay) (overlay-buffer midfill--overlay))"
-            ' (substring-no-properties (overlay-get midfill--overlay \'after-string)) "")'
+            " (substring-no-properties (or (overlay-get midfill--overlay 'display)"
+            " (overlay-get midfill--overlay 'after-string)))"
+            ' "")'
         )
 
     @property

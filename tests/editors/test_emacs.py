@@ -52,6 +52,36 @@ def test_ghost_text_of_several_lines_and_what_stands_behind_point(emacs):
     editor.until(lambda: "call(a,\n  b)" in editor.text, "the text inside the brackets")
 
 
+def test_what_the_editor_has_closed_by_itself_is_replaced(emacs):
+    area = {"after": "def area", "text": "(self):\n    return [self.w]"}
+    log = {"after": "log", "text": '("hello", name)'}
+    editor = emacs(area, log, text="", before="(electric-pair-mode)").ready()
+    editor.type("def area")
+    editor.shows("(self):\n    return [self.w]")
+    editor.type("(")
+    editor.sees("def area(self):", "    return [self.w]")
+    editor.reads("def area()")
+    assert editor.place == (0, 9)
+    editor.type("se")
+    editor.shows("lf):\n    return [self.w]")
+    # Its first word leaves the bracket, its second takes it.
+    editor.press("C-Right")
+    editor.reads("def area(self)")
+    editor.press("C-Right")
+    editor.reads("def area(self):")
+    editor.sees("def area(self):", "    return [self.w]")
+    editor.press("Tab")
+    editor.reads("def area(self):\n    return [self.w]")
+    editor.press("Enter")
+    editor.type("log")
+    editor.shows('("hello", name)')
+    editor.type('("')
+    editor.sees('log("hello", name)')
+    editor.until(lambda: editor.text.endswith('log("")'), "what the editor closes")
+    editor.press("Tab")
+    editor.until(lambda: editor.text.endswith('log("hello", name)'), "no closer twice")
+
+
 def test_a_word_and_a_line_are_accepted(emacs):
     editor = emacs(BODY, text="").ready()
     editor.type("def area(self):")
@@ -423,7 +453,7 @@ def test_the_package_compiles_and_is_well_documented(emacs_program):
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_default_model_suggests_something(emacs):
+def test_the_default_model_suggests_something(emacs, model):
     text = "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n    return"
     settings = {"max_new_tokens": 32, "eagerness": "always"}
     editor = emacs(None, text=text, settings=settings).ready()

@@ -381,7 +381,7 @@ def test_the_help_has_tags_for_every_option(neovim):
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_default_model_suggests_something(neovim):
+def test_the_default_model_suggests_something(neovim, model):
     text = "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n    return "
     editor = neovim(None, text=text, settings={"max_new_tokens": 32, "eagerness": "always"})
     editor.press("GA")

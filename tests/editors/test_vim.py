@@ -37,7 +37,7 @@ def test_ghost_text_is_shown_and_accepted(vim):
 
 
 def test_ghost_text_of_several_lines(vim):
-    editor = vim(BODY, {"after": "call(", "text": "a,\n\tb"}, text="# first\n\n# end").ready()
+    editor = vim(BODY, {"after": "call(", "text": "a,\n  b"}, text="# first\n\n# end").ready()
     editor.type("jidef area(self):")
     editor.press("Enter")
     editor.sees("# first", "def area(self):", "    width = self.w", "    return width", "# end")
@@ -48,9 +48,52 @@ def test_ghost_text_of_several_lines(vim):
     editor.press("Enter")
     editor.type("call()")
     editor.press("Left", "C-g", "m")
-    editor.sees("call(a,)", "        b")
+    editor.sees("call(a,)", "  b")
     editor.press("Tab")
-    editor.until(lambda: "call(a,\n\tb)\n# end" in editor.text, "the text inside the brackets")
+    editor.until(lambda: "call(a,\n  b)\n# end" in editor.text, "the text inside the brackets")
+
+
+def test_tabs_are_as_wide_as_they_will_be(vim):
+    rule = {"after": "if b:\n", "text": "\tc =\t1\n\td =\t2"}
+    editor = vim(rule, text="if a:\n\tb = 1\n", name="main.txt").ready()
+    editor.type("Goif b:")
+    editor.press("Enter")
+    editor.sees("if b:", "        c =     1", "        d =     2")
+    editor.press("Tab")
+    editor.reads("if a:\n\tb = 1\nif b:\n\tc =\t1\n\td =\t2")
+    editor.sees("if b:", "        c =     1", "        d =     2")
+
+
+def test_what_the_editor_has_closed_by_itself_is_replaced(vim):
+    area = {"after": "def area", "text": "(self):\n    return [self.w]"}
+    log = {"after": "log", "text": '("hello", name)'}
+    before = 'inoremap ( ()<C-G>U<Left>\ninoremap " ""<C-G>U<Left>'
+    editor = vim(area, log, text="", before=before).ready()
+    editor.type("idef area")
+    editor.shows("(self):\n    return [self.w]")
+    editor.type("(")
+    editor.shows("self):\n    return [self.w]")
+    editor.sees("def area(self):", "    return [self.w]")
+    assert editor.text == "def area()"
+    assert editor.place == (0, 9)
+    editor.type("se")
+    editor.shows("lf):\n    return [self.w]")
+    # Its first word leaves the bracket, its second takes it.
+    editor.press("C-Right")
+    editor.reads("def area(self)")
+    editor.press("C-Right")
+    editor.reads("def area(self):")
+    editor.sees("def area(self):", "    return [self.w]")
+    editor.press("Tab")
+    editor.reads("def area(self):\n    return [self.w]")
+    editor.press("Enter")
+    editor.type("log")
+    editor.shows('("hello", name)')
+    editor.type('("')
+    editor.sees('log("hello", name)')
+    editor.until(lambda: editor.text.endswith('log("")'), "what the editor closes")
+    editor.press("Tab")
+    editor.until(lambda: editor.text.endswith('log("hello", name)'), "no closer twice")
 
 
 def test_a_word_and_a_line_are_accepted(vim):
@@ -350,7 +393,7 @@ def test_the_help_has_tags_for_every_option(vim):
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_the_default_model_suggests_something(vim):
+def test_the_default_model_suggests_something(vim, model):
     text = "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n    return"
     settings = {"max_new_tokens": 32, "eagerness": "always"}
     editor = vim(None, text=text, settings=settings).ready()

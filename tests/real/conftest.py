@@ -2,7 +2,6 @@ import pytest
 import pytest_asyncio
 
 from midfill.client import SERVE_COMMAND, Client
-from midfill.models import catalogue, fetch
 
 
 def pytest_collection_modifyitems(items):
@@ -10,12 +9,6 @@ def pytest_collection_modifyitems(items):
         if "tests/real/" in item.nodeid:
             item.add_marker(pytest.mark.real)
             item.add_marker(pytest.mark.slow)
-
-
-@pytest.fixture(scope="session")
-def model():
-    """The default model, fetched if it is not here. Without a network the error says what to do."""
-    return fetch.pull(catalogue.DEFAULT, lambda _message, _share: None)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -16,7 +16,7 @@ const POPUP_MS = 2000
 
 # Where the cursor is: buf, row, col (bytes before it), before, after, num_lines, tick. {} is nowhere.
 var seen: dict<any> = {}
-# What is on the screen: place, text, command. {} is nothing.
+# What is on the screen: place, text, closers behind the cursor that are in it, command. {} is nothing.
 var shown: dict<any> = {}
 # The buffer in which it is drawn.
 var drawn_in = -1
@@ -39,24 +39,49 @@ def Here(): dict<any>
   }
 enddef
 
-# What of a suggestion is left at a place; '' if it does not hold there.
-def Rest(suggestion: dict<any>, place: dict<any>): string
+# Where a text closes, in their order, what these closers close: offsets in bytes.
+def Closing(text: string, closers: string): list<number>
+  final places: list<number> = []
+  var offset = 0
+  var depth = 0
+  for char in split(text, '\zs')
+    if len(places) < len(closers) && depth == 0 && char ==# closers[len(places)]
+      add(places, offset)
+    elseif stridx('([{', char) >= 0
+      depth += 1
+    elseif stridx(')]}', char) >= 0
+      depth = max([0, depth - 1])
+    endif
+    offset += len(char)
+  endfor
+  return places
+enddef
+
+# What of a suggestion is left at a place: its text, and those closers behind the cursor that are in it.
+# The text is '' if it does not hold there.
+def Rest(suggestion: dict<any>, place: dict<any>): dict<string>
+  const none = {text: '', closers: ''}
   if empty(suggestion)
-    return ''
+    return none
   endif
   const origin: dict<any> = suggestion.place
   const is_before = place.row < origin.row || (place.row == origin.row && place.col < origin.col)
-  if place.buf != origin.buf || is_before || place.after !=# origin.after
-    return ''
-  endif
-  if place.num_lines - origin.num_lines != place.row - origin.row
-    return ''
+  if place.buf != origin.buf || is_before || place.num_lines - origin.num_lines != place.row - origin.row
+    return none
   endif
   final lines = getline(origin.row, place.row)
   lines[-1] = place.before
-  const typed = join(lines, "\n")
+  const now = join(lines, "\n")
   const wanted = origin.before .. suggestion.text
-  return len(typed) < len(wanted) && stridx(wanted, typed) == 0 ? strpart(wanted, len(typed)) : ''
+  if len(now) >= len(wanted) || stridx(wanted, now) != 0
+    return none
+  endif
+  # What was typed, over closers or not, is all that may have changed.
+  const used = len(Closing(strpart(now, len(origin.before)), suggestion.closers))
+  if place.after !=# strpart(origin.after, used)
+    return none
+  endif
+  return {text: strpart(wanted, len(now)), closers: strpart(suggestion.closers, used)}
 enddef
 
 # Text with its tabs as blanks, as it looks from a column on: text properties do not know tab stops.
@@ -75,19 +100,25 @@ def ExpandTabs(text: string, column: number): string
   return expanded
 enddef
 
-# Draw the rest of a suggestion at the cursor.
-def Draw(place: dict<any>, rest: string)
+# Draw the rest of a suggestion at the cursor, around the closers that stand there already.
+def Draw(place: dict<any>, rest: dict<string>)
   Undraw()
   drawn_in = place.buf
-  const [first; below] = split(rest, "\n", true)
-  if first != ''
-    const text = ExpandTabs(first, strdisplaywidth(place.before))
-    prop_add(place.row, place.col + 1, {type: 'midfill', text: text})
-  endif
-  for line in below
+  const [line; below] = split(rest.text, "\n", true)
+  const first = ExpandTabs(line, strdisplaywidth(place.before))
+  var from = 0
+  var col = place.col + 1
+  for to in Closing(first, rest.closers) + [len(first)]
+    if to > from
+      prop_add(place.row, col, {type: 'midfill', text: strpart(first, from, to - from)})
+    endif
+    from = to + 1
+    col += 1
+  endfor
+  for under in below
     # A text must not be empty.
-    const text = ExpandTabs(line, 0)
-    prop_add(place.row, 0, {type: 'midfill', text: text == '' ? ' ' : text, text_align: 'below', text_wrap: 'truncate'})
+    const text = under == '' ? ' ' : ExpandTabs(under, 0)
+    prop_add(place.row, 0, {type: 'midfill', text: text, text_align: 'below', text_wrap: 'truncate'})
   endfor
 enddef
 
@@ -153,12 +184,25 @@ def Answered(question: dict<any>, result: any)
   endif
   const item: dict<any> = items[0]
   const text: string = type(item.insertText) == v:t_dict ? item.insertText.value : item.insertText
-  # Ghost text can only add: an item that replaces anything is not shown.
-  if text == '' || (item->has_key('range') && item.range.start != item.range.end)
-    return
+  var closers = ''
+  if item->has_key('range')
+    # Behind the cursor a closer is one unit in every encoding.
+    const [from, to] = [item.range.start, item.range.end]
+    closers = strpart(question.place.after, 0, max([0, to.character - from.character]))
+    # Ghost text can only add: an item that replaces more than what the editor has closed is not shown.
+    if from.line != to.line || from.character > to.character || closers !~ '^[])}"''`]*$'
+      return
+    endif
   endif
-  shown = {place: question.place, text: substitute(text, "\r\n", "\n", 'g'), command: item->get('command', {})}
-  Draw(question.place, shown.text)
+  if text != ''
+    shown = {
+      place: question.place,
+      text: substitute(text, "\r\n", "\n", 'g'),
+      closers: closers,
+      command: item->get('command', {}),
+    }
+    Draw(question.place, Rest(shown, question.place))
+  endif
 enddef
 
 # The text or the cursor has changed: go on with what is shown, or ask anew.
@@ -174,7 +218,7 @@ def Changed()
   endif
   seen = place
   const rest = Rest(shown, place)
-  if rest != ''
+  if rest.text != ''
     Draw(place, rest)
     return
   endif
@@ -194,8 +238,8 @@ def Again()
   Changed()
 enddef
 
-# Blanks, then a word or a run of signs.
-const WORD = '^\_s*\%(\k\+\|\%(\k\@!\S\)\+\)'
+# Blanks, then a word or a run of signs. For \S a line end is one.
+const WORD = '^\_s*\%(\k\+\|\%(\k\@![^ \t\n]\)\+\)'
 
 # The first word of a text, the rest of its first line (or the next one, if that is empty), or all of it.
 def Piece(text: string, part: string): string
@@ -207,7 +251,7 @@ enddef
 
 # What is suggested at the cursor; '' if nothing is.
 export def Suggestion(): string
-  return Rest(shown, Here())
+  return Rest(shown, Here()).text
 enddef
 
 # Insert the suggestion, or a part of it: 'word' or 'line'. Returns whether there was one.
@@ -215,12 +259,13 @@ export def Accept(part = ''): bool
   const place = Here()
   const suggestion = shown
   const rest = Rest(suggestion, place)
-  if rest == ''
+  if rest.text == ''
     return false
   endif
-  const piece = Piece(rest, part)
-  Insert(place, piece)
-  if piece !=# rest
+  const piece = Piece(rest.text, part)
+  const is_all = piece ==# rest.text
+  Insert(place, piece, is_all ? len(rest.closers) : len(Closing(piece, rest.closers)))
+  if !is_all
     Changed()
     return true
   endif
@@ -229,18 +274,20 @@ export def Accept(part = ''): bool
   return true
 enddef
 
-# Insert text at the cursor.
-def Insert(place: dict<any>, text: string)
+# Insert text at the cursor, in the place of so many bytes behind it.
+def Insert(place: dict<any>, text: string, num_replaced: number)
   const lines = split(text, "\n", true)
+  const after = strpart(place.after, num_replaced)
   # One undo takes back what was accepted, and not what had been typed before.
   &undolevels = &undolevels
-  const last = len(lines) == 1 ? place.before .. lines[0] : lines[-1]
-  const first = len(lines) == 1 ? last : place.before .. lines[0]
-  setline(place.row, len(lines) == 1 ? first .. place.after : first)
-  if len(lines) > 1
-    append(place.row, lines[1 : -2] + [last .. place.after])
+  if len(lines) == 1
+    setline(place.row, place.before .. text .. after)
+    cursor(place.row, place.col + len(text) + 1)
+    return
   endif
-  cursor(place.row + len(lines) - 1, len(last) + 1)
+  setline(place.row, place.before .. lines[0])
+  append(place.row, lines[1 : -2] + [lines[-1] .. after])
+  cursor(place.row + len(lines) - 1, len(lines[-1]) + 1)
 enddef
 
 # Have the server run an item's command: it says that the item was accepted.
@@ -290,14 +337,21 @@ def PopupItem(): dict<any>
     return {}
   endif
   const text: string = items[0].textEdit.newText
+  const range: dict<any> = items[0].textEdit.range
   const [first; below] = split(text, "\n", true)
   const before = strpart(getline('.'), 0, col('.') - 1)
   var start = len(before)
-  while start > 0 && documents.Units(strpart(before, 0, start)) > items[0].textEdit.range.start.character
+  while start > 0 && documents.Units(strpart(before, 0, start)) > range.start.character
     start -= 1
   endwhile
-  const data = json_encode({midfill: {rest: join(below, "\n"), has_rest: !empty(below), command: items[0]->get('command', {})}})
-  const item = {word: first, menu: 'midfill', info: text, dup: 1, user_data: data}
+  const data = {
+    rest: empty(below) ? '' : "\n" .. join(below, "\n"),
+    # What the editor has closed by itself may be replaced.
+    num_replaced: max([0, range.end.character - documents.Units(before)]),
+    command: items[0]->get('command', {}),
+  }
+  const user_data = json_encode({midfill: data})
+  const item = {word: first, menu: 'midfill', info: text, dup: 1, user_data: user_data}
   return first == '' ? {} : {start: start, item: item}
 enddef
 
@@ -307,8 +361,8 @@ def Completed()
     const item: dict<any> = json_decode(data).midfill
     # Vim has not done with the line yet.
     timer_start(0, (_) => {
-      if item.has_rest
-        Insert(Here(), "\n" .. item.rest)
+      if item.rest != '' || item.num_replaced > 0
+        Insert(Here(), item.rest, item.num_replaced)
       endif
       RunCommand(item.command)
     })
