@@ -169,13 +169,22 @@ A cons of the text and of those closers behind point that are in it."
                (<= (point-min) start (point))
                (< (- (point) start) (length text)))
       (let* ((typed (buffer-substring-no-properties start (point)))
-             (closers (midfill--suggestion-closers suggestion))
-             (used (length (midfill--closing typed closers))))
-        (and (string-prefix-p typed text)
-             ;; What was typed there, over closers or not, is all that has changed.
-             (= (- (buffer-size) (midfill--place-size place)) (- (length typed) used))
-             (equal (midfill--tail) (substring (midfill--place-tail place) used))
-             (cons (substring text (length typed)) (substring closers used)))))))
+             (rest (substring text (length typed)))
+             (used (length (midfill--closing typed (midfill--suggestion-closers suggestion))))
+             (behind (substring (midfill--place-tail place) used))
+             (tail (midfill--tail))
+             ;; What was typed, over closers or not, and what the editor has closed at that, is all that
+             ;; may have changed.
+             (num-new (- (length tail) (length behind)))
+             (closers (and (>= num-new 0)
+                           (concat (substring tail 0 num-new)
+                                   (substring (midfill--suggestion-closers suggestion) used)))))
+        (and closers
+             (string-prefix-p typed text)
+             (string-suffix-p behind tail)
+             (= (- (buffer-size) (midfill--place-size place)) (+ (- (length typed) used) num-new))
+             (>= (length (midfill--closing rest closers)) num-new)
+             (cons rest closers))))))
 
 (defun midfill--piece (text part)
   "The first word of TEXT, or the rest of its first line, or all of it.

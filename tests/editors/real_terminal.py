@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 # Generous: it is reached only by what never happens, and machines may be busy.
-LIMIT_S = 15
+LIMIT_S = 90
 POLL_S = 0.02
 
 COLUMNS, LINES = 80, 24

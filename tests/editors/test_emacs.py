@@ -75,7 +75,10 @@ def test_what_the_editor_has_closed_by_itself_is_replaced(emacs):
     editor.press("Enter")
     editor.type("log")
     editor.shows('("hello", name)')
+    asked = editor.asked
     editor.type('("')
+    editor.shows('hello", name)')
+    assert editor.asked == asked
     editor.sees('log("hello", name)')
     editor.until(lambda: editor.text.endswith('log("")'), "what the editor closes")
     editor.press("Tab")

@@ -76,12 +76,16 @@ def Rest(suggestion: dict<any>, place: dict<any>): dict<string>
   if len(now) >= len(wanted) || stridx(wanted, now) != 0
     return none
   endif
-  # What was typed, over closers or not, is all that may have changed.
+  # What was typed, over closers or not, and what the editor has closed at that, is all that may have changed.
+  const text = strpart(wanted, len(now))
   const used = len(Closing(strpart(now, len(origin.before)), suggestion.closers))
-  if place.after !=# strpart(origin.after, used)
+  const behind = strpart(origin.after, used)
+  const num_new = len(place.after) - len(behind)
+  if num_new < 0 || strpart(place.after, num_new) !=# behind
     return none
   endif
-  return {text: strpart(wanted, len(now)), closers: strpart(suggestion.closers, used)}
+  const closers = strpart(place.after, 0, num_new) .. strpart(suggestion.closers, used)
+  return len(Closing(text, closers)) >= num_new ? {text: text, closers: closers} : none
 enddef
 
 # Text with its tabs as blanks, as it looks from a column on: text properties do not know tab stops.
