@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from midfill.brackets import scan
@@ -53,6 +53,8 @@ def test_a_stopper_that_is_asked_for_each_character_says_what_one_says_that_is_a
 @given(places(tail=st.just("")), TEXT)
 def test_cleaning_twice_is_cleaning_once(place, text):
     once = cleaned(text, place)
+    # The closers of a text that was cut at its last line come on top.
+    assume(once.count("\n") < place.max_lines)
     assert not once or cleaned(once, place) == once
 
 
