@@ -274,9 +274,9 @@ class Completer:
         self._stop_resting()
         self._suggestions.edited(document)
 
-    def pairs(self, snapshot: Snapshot) -> None:
-        """The editor is about to put a bracket or a quote and its closer in here by itself."""
-        self._suggestions.pairs(snapshot)
+    def closing(self, snapshot: Snapshot) -> None:
+        """A change is about to be made here that may close what it opens (`suggestions.may_close`)."""
+        self._suggestions.closing(snapshot)
 
     def rest(self, snapshot: Snapshot) -> None:
         """The user may rest here. If so, let the model read what it would be asked, and ask it nothing."""

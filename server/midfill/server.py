@@ -47,7 +47,7 @@ from midfill.probing import identify
 from midfill.progress import Progress
 from midfill.protocol import Protocol
 from midfill.settings import Settings, keep_start_only, merge
-from midfill.suggestions import is_pair
+from midfill.suggestions import may_close
 
 _LOG = logging.getLogger(__name__)
 
@@ -307,10 +307,10 @@ class MidfillServer(LanguageServer):
         if document is None:
             _LOG.warning("dropped a change of a document that is not open")
             return
-        if is_pair(edited.changes) and (start := edited.changes[0].start) is not None:
-            before = Snapshot(document, document.point(start, self.state.encoding))
-            self.state.completer.pairs(self.state.notebooks.whole(before, self.state.documents))
         version = document.version if edited.version is None else edited.version
+        for count, change in enumerate(edited.changes):
+            if may_close(change):
+                self._closing(document.edit(edited.changes[:count], version, self.state.encoding), change)
         after = document.edit(edited.changes, version, self.state.encoding)
         self.state.documents[edited.uri] = after
         self.state.completer.context.edited(document, after)
@@ -320,6 +320,11 @@ class MidfillServer(LanguageServer):
         if edited.changes and edited.changes[-1].start is not None:
             self.state.places[edited.uri] = after.end_of(edited.changes[-1], self.state.encoding)
         self._rest(edited.uri)
+
+    def _closing(self, document: Document, change: Change) -> None:
+        """What a change puts in may in part come from the editor."""
+        before = Snapshot(document, document.point(change.start or (0, 0), self.state.encoding))
+        self.state.completer.closing(self.state.notebooks.whole(before, self.state.documents))
 
     def did_save(self, params: types.DidSaveTextDocumentParams) -> None:
         """Whoever saves rests for a moment."""

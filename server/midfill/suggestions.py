@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
@@ -39,7 +39,6 @@ _MAX_INSERTED_CHARS = 4_000
 
 # What editors insert behind the cursor when an opening bracket or quote is typed.
 _AUTOMATIC = re.compile(r"""[)\]}>"'`]+\Z""")
-_PAIRS = frozenset(("()", "[]", "{}", "<>", '""', "''", "``"))
 _CLOSERS, _OPENERS, _QUOTES = frozenset(")]}"), frozenset("([{"), frozenset("\"'`")
 
 A = TypeVar("A")
@@ -216,7 +215,7 @@ def fitted(text: str, closed: str) -> tuple[str, int] | None:
         return text[: len(text) - len(closed)], 0
     if _AUTOMATIC.match(closed) is None:
         return None
-    places = closing(text, closed)
+    places = closing_places(text, closed)
     while places and places[-1] == len(text) - 1:
         text = text[: places.pop()]
     return text, len(places)
@@ -224,10 +223,10 @@ def fitted(text: str, closed: str) -> tuple[str, int] | None:
 
 def up_to_closers(text: str, replaced: str) -> str:
     """What of a text can be inserted before these closers without replacing them."""
-    return text[: closing(text, replaced)[0]].rstrip()
+    return text[: closing_places(text, replaced)[0]].rstrip()
 
 
-def closing(text: str, closed: str) -> list[int]:
+def closing_places(text: str, closed: str) -> list[int]:
     """Where a text closes, in their order, what these closers close; the last of them it may not."""
     places: list[int] = []
     depth = 0
@@ -256,13 +255,10 @@ def _awaits(typed: str, closed: str) -> bool:
     return True
 
 
-def is_pair(changes: Sequence[Change]) -> bool:
-    """Whether an edit puts in an opener and its closer, as editors do by themselves, and nothing else."""
-    first = changes[0].start if changes else None
-    if first is None or "".join(change.text for change in changes) not in _PAIRS:
-        return False
-    starts = [(first[0], first[1] + index) for index in range(len(changes))]
-    return [(change.start, change.end) for change in changes] == [(start, start) for start in starts]
+def may_close(change: Change) -> bool:
+    """Whether a change may put something behind the cursor that the editor closes by itself."""
+    inserts = change.start is not None and change.start == change.end
+    return inserts and _AUTOMATIC.match(change.text.rstrip("\r\n")[-1:]) is not None
 
 
 def agrees(inserted: str, expected: str) -> bool:
@@ -402,18 +398,20 @@ class Suggestions(Generic[A]):
     def bare(self, snapshot: Snapshot) -> tuple[Snapshot, str]:
         """A snapshot without the closers that the editor has put behind the cursor by itself, and those.
 
-        They are known by what was there when the model was asked last, or when the editor put in a pair.
+        They are known by what was there when the model was asked last, or before a change that may close.
         """
         base = self._bases.get(snapshot.document.uri)
         if base is None or _AUTOMATIC.match(snapshot.line_after[:1]) is None:
             return snapshot, ""
         typed, closed = base.inserted(Text(snapshot.document), snapshot.cursor) or ("", "")
+        # Some editors send a new line with its end.
+        closed = closed.removesuffix("\n")
         if _AUTOMATIC.match(closed) is None or not _awaits(typed, closed):
             return snapshot, ""
         return snapshot.insert("", len(closed)), closed
 
-    def pairs(self, snapshot: Snapshot) -> None:
-        """The editor is about to put a bracket or a quote and its closer in here."""
+    def closing(self, snapshot: Snapshot) -> None:
+        """A change is about to be made here that may close what it opens."""
         self._begin(Origin.of(self.bare(snapshot)[0]))
 
     def _begin(self, base: Origin) -> None:

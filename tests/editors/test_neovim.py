@@ -98,6 +98,71 @@ def test_typing_through_a_suggestion_shortens_it_at_once_and_asks_nobody(neovim)
     assert editor.model_calls[: len(calls)] == calls
 
 
+# As plugins such as nvim-autopairs do.
+AUTOPAIRS = "vim.keymap.set('i', '(', '()<C-g>U<Left>') vim.keymap.set('i', '[', '[]<C-g>U<Left>')"
+METHOD = {"after": "def area", "text": "(self, by):\n    return self.w"}
+
+
+def test_a_bracket_that_is_closed_by_itself_takes_nothing_away(neovim):
+    editor = neovim(METHOD, text="class Box:\n\n# end", before=AUTOPAIRS)
+    editor.lua("vim.bo.autoindent = false vim.bo.indentexpr = ''")
+    editor.press("jidef area")
+    editor.until(lambda: "def area(self, by):" in editor.screen, "ghost text")
+    editor.until(lambda: editor.model_calls, "the end of the model's work")
+    asked = num_requests(editor)
+    editor.press("(")
+    editor.until(lambda: editor.text.split("\n")[1] == "def area()", "the closed bracket")
+    assert editor.screen[1:4] == ["def area(self, by):", "    return self.w", "# end"]
+    editor.press("se")
+    editor.until(lambda: editor.text.split("\n")[1] == "def area(se)", "more keys")
+    assert editor.screen[1:4] == ["def area(self, by):", "    return self.w", "# end"]
+    assert num_requests(editor) == asked
+    # Parts of it, up to the bracket and over it.
+    editor.press("<C-Right>")
+    editor.until(lambda: editor.text.split("\n")[1] == "def area(self)", "the rest of the word")
+    editor.press("<M-Right>")
+    editor.until(lambda: editor.text.split("\n")[1] == "def area(self, by):", "the rest of the line")
+    assert editor.screen[1:4] == ["def area(self, by):", "    return self.w", "# end"]
+    editor.press("<Tab>")
+    editor.reads("class Box:\ndef area(self, by):\n    return self.w\n# end")
+    assert editor.cursor == (3, 17)
+
+
+def test_an_item_that_goes_on_behind_a_closed_bracket(neovim):
+    rule = {"after": "def area(", "text": METHOD["text"][1:]}
+    editor = neovim(rule, text="class Box:\n\n# end", before=AUTOPAIRS)
+    editor.lua("vim.bo.autoindent = false vim.bo.indentexpr = ''")
+    editor.press("jidef area(")
+    editor.until(lambda: "def area(self, by):" in editor.screen, "ghost text")
+    assert editor.text.split("\n")[1] == "def area()"
+    assert editor.screen[1:4] == ["def area(self, by):", "    return self.w", "# end"]
+    editor.press("<Tab>")
+    editor.reads("class Box:\ndef area(self, by):\n    return self.w\n# end")
+    editor.press("<Esc>u")
+    editor.reads("class Box:\ndef area()\n# end")
+
+
+def test_closed_brackets_that_end_up_on_a_later_line(neovim):
+    editor = neovim({"after": "f([", "text": "\n    1,"}, text="x = 1", before=AUTOPAIRS)
+    editor.lua("vim.bo.autoindent = false vim.bo.indentexpr = ''")
+    editor.press("of([")
+    editor.until(lambda: "    1,])" in editor.screen, "ghost text")
+    assert editor.text == "x = 1\nf([])"
+    assert editor.screen[1:3] == ["f([", "    1,])"]
+    # Drawn by itself: the server would leave out what comes after a dedent.
+    editor.lua(
+        "local server = require('midfill.server') server.call = function(_, method, _, _, answered) "
+        "if method == 'request' then vim.schedule(function() answered(nil, {items = {{"
+        "insertText = '\\n    1,\\n], key=2)\\n', range = {start = {line = 1, character = 3}, "
+        "['end'] = {line = 1, character = 5}}}}}) end) return true, 1 end end"
+    )
+    editor.press(TRIGGERED)
+    editor.until(lambda: "], key=2)" in editor.screen, "ghost text")
+    assert editor.screen[1:5] == ["f([", "    1,", "], key=2)", ""]
+    editor.press("<Tab>")
+    editor.reads("x = 1\nf([\n    1,\n], key=2)\n")
+
+
 def test_typing_on_takes_the_request_back(neovim):
     slow = {"after": "first = ", "text": "1" * 100, "token_delay_s": 0.3}
     editor = neovim(slow, {"after": "second = ", "text": "2"}, text="# here")

@@ -20,7 +20,7 @@ from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine import ModelInfo, Token
 from midfill.engine.scripted import CharTokenizer
 from midfill.settings import Settings
-from midfill.suggestions import closing
+from midfill.suggestions import closing_places
 
 ALPHABET = "aabc ()'{}\n\n \0"
 CLOSERS = {"(": ")", "'": "'", "{": "}"}
@@ -98,7 +98,7 @@ class Session:
         char = char.replace("\n", self.here.document.line_ending)
         closer = CLOSERS.get(char, "")
         if closer:
-            self.completer.pairs(self.here)
+            self.completer.closing(self.here)
         typed = self.here.insert(char)
         self.put(Snapshot(typed.insert(closer).document, typed.cursor))
         self.shown = self.shown.removeprefix(char) if self.shown.startswith(char) else ""
@@ -110,7 +110,7 @@ class Session:
         num_replaced = self.num_replaced
         if part != self.shown:
             # Those closers whose turn it is.
-            num_replaced = len(closing(part, self.here.line_after[:num_replaced]))
+            num_replaced = len(closing_places(part, self.here.line_after[:num_replaced]))
         self.shown, self.num_replaced = self.shown[len(part) :], self.num_replaced - num_replaced
         self.put(self.here.insert(part, num_replaced))
 

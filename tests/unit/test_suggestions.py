@@ -11,7 +11,7 @@ from midfill.completer import Completer, Reason, Source, Trigger
 from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.settings import Settings
-from midfill.suggestions import Computed, Match, Suggestion, is_pair
+from midfill.suggestions import Computed, Match, Suggestion, may_close
 
 SUM = "total = sum(values)"
 
@@ -215,27 +215,19 @@ def test_what_does_not_fit_has_no_rest(suggested, typed, closers):
     assert Match(Suggestion(None, Computed(suggested, suggested, None)), typed, closers).rest == ("", 0)
 
 
-@pytest.mark.parametrize(
-    ("changes", "pair"),
-    [
-        ([("()", 4)], True),
-        ([("(", 4), (")", 5)], True),
-        ([('""', 0)], True),
-        ([("(", 4)], False),
-        ([(")", 5), ("(", 4)], False),
-        ([("(", 4), (")", 7)], False),
-        ([("(]", 4)], False),
-        ([], False),
-    ],
-)
-def test_what_editors_put_in_as_a_pair(changes, pair):
-    made = [Change(text, (2, column), (2, column)) for text, column in changes]
-    assert is_pair(made) is pair
+@pytest.mark.parametrize("text", ["()", ")", '""', "def area(self)", "f([])\n"])
+def test_changes_that_may_close_what_they_open(text):
+    assert may_close(Change(text, (2, 4), (2, 4)))
 
 
-def test_what_replaces_text_or_all_of_it_is_no_pair():
-    assert not is_pair([Change("()", (2, 4), (2, 5))])
-    assert not is_pair([Change("()", None, None)])
+@pytest.mark.parametrize("text", ["(", "", "\n", ") {"])
+def test_changes_that_close_nothing(text):
+    assert not may_close(Change(text, (2, 4), (2, 4)))
+
+
+def test_what_replaces_text_or_all_of_it_closes_nothing():
+    assert not may_close(Change("()", (2, 4), (2, 5)))
+    assert not may_close(Change("()", None, None))
 
 
 METHOD = "(self, width):\n    self.width = width"
@@ -252,12 +244,17 @@ async def test_a_suggestion_goes_on_behind_a_bracket_that_the_editor_closes(worl
     assert it.runs == ["finished"]
 
 
-@pytest.mark.parametrize("known", ["asked before", "pair"])
+@pytest.mark.parametrize("known", ["asked before", "pair", "line"])
 async def test_the_model_does_not_see_what_the_editor_closed(world, known):
     it = await world(Rule("other", after="resize"), Rule(METHOD[1:] + "\n", after="resize("))
     editor = Editor(it.completer, "def resize▮\nx = 1\n")
-    if known == "pair":
-        it.completer.pairs(editor.snapshot)
+    if known == "line":
+        # All of it comes in one edit, its line end too.
+        editor = Editor(it.completer, "▮x = 1\n")
+        it.completer.closing(editor.snapshot)
+        editor.type("def resize", closers="\n")
+    elif known == "pair":
+        it.completer.closing(editor.snapshot)
     else:
         await editor.ask()
     answer = await editor.type("(", closers=")").ask()
@@ -295,7 +292,7 @@ async def _ahead_of_a_closer(world):
         looks_ahead=True,
     )
     editor = Editor(it.completer, "class Box:\n    pass\ndef resize▮\nx = 1\n")
-    it.completer.pairs(editor.snapshot)
+    it.completer.closing(editor.snapshot)
     answer = await editor.type("(", closers=")").ask()
     await asyncio.sleep(0.5)
     accepted = editor.snapshot.insert(answer.text, answer.num_replaced)

@@ -4,6 +4,7 @@
 --- cursor is a beginning of it, the rest is shown, and the server is not asked. That happens in the same
 --- turn as the key, before Neovim draws, so that nothing flickers.
 
+local closers = require("midfill.closers")
 local config = require("midfill.config")
 local pieces = require("midfill.pieces")
 local server = require("midfill.server")
@@ -27,6 +28,7 @@ local namespace = vim.api.nvim_create_namespace("midfill")
 ---@class midfill.Suggestion
 ---@field place midfill.Place where `text` goes
 ---@field text string
+---@field num_replaced integer how many closers behind the place it takes the place of
 ---@field command? lsp.Command tells the server that it was accepted
 ---@field client_id integer
 
@@ -58,26 +60,35 @@ local function is_same(a, b)
   return a.buf == b.buf and a.tick == b.tick and a.row == b.row and a.col == b.col
 end
 
---- What of a suggestion is left at a place; nil if it does not hold there.
+--- What of a suggestion is left at a place, and how many closers behind the cursor it takes the place of;
+--- nil if it does not hold there.
 ---@param suggestion midfill.Suggestion
 ---@param place midfill.Place
----@return string?
+---@return string?, integer
 local function rest_at(suggestion, place)
   local origin = suggestion.place
   local is_before = place.row < origin.row or (place.row == origin.row and place.col < origin.col)
-  if place.buf ~= origin.buf or is_before or place.after ~= origin.after then
-    return nil
+  local tail = origin.after:sub(suggestion.num_replaced + 1)
+  if place.buf ~= origin.buf or is_before or not vim.endswith(place.after, tail) then
+    return nil, 0
   end
-  if place.num_lines - origin.num_lines ~= place.row - origin.row then
-    return nil
+  -- What stands before that has been closed by itself, before or since.
+  local closed = place.after:sub(1, #place.after - #tail)
+  if place.num_lines - origin.num_lines ~= place.row - origin.row or not closers.are_closers(closed) then
+    return nil, 0
   end
   local lines = vim.api.nvim_buf_get_text(place.buf, origin.row, 0, place.row, place.col, {})
   local text = table.concat(lines, "\n")
   local wanted = origin.before .. suggestion.text
-  if not vim.startswith(wanted, text) or #text >= #wanted then
-    return nil
+  local typed = text:sub(#origin.before + 1)
+  if not vim.startswith(wanted, text) or not closers.awaits(typed, closed) then
+    return nil, 0
   end
-  return wanted:sub(#text + 1)
+  local rest, num_replaced = closers.fitted(wanted:sub(#text + 1), closed)
+  if rest == "" then
+    return nil, 0
+  end
+  return rest, num_replaced
 end
 
 ---@param text string
@@ -95,28 +106,61 @@ local function expand_tabs(text, width)
   )
 end
 
+--- Draw a text of one line around the closers in it that stand in the buffer already.
+---@param place midfill.Place
+---@param first string
+---@param places integer[] where in `first` those closers are
+---@param virt_lines table[] what stands below
+local function draw_around(place, first, places, virt_lines)
+  local start, width = 1, vim.fn.strdisplaywidth(place.before)
+  for index = 0, #places do
+    local piece = first:sub(start, (places[index + 1] or #first + 1) - 1)
+    local is_last = index == #places
+    if piece ~= "" or is_last then
+      local drawn = expand_tabs(piece, width)
+      vim.api.nvim_buf_set_extmark(place.buf, namespace, place.row, place.col + index, {
+        id = index + 1,
+        hl_mode = "combine",
+        virt_text_pos = "inline",
+        virt_text = { { drawn, "MidfillSuggestion" } },
+        virt_lines = is_last and virt_lines or nil,
+      })
+      width = width + vim.api.nvim_strwidth(drawn) + 1
+    end
+    start = (places[index + 1] or #first) + 1
+  end
+end
+
 --- Draw the rest of a suggestion at the cursor.
 ---@param place midfill.Place
 ---@param rest string
-local function draw(place, rest)
+---@param num_replaced integer
+local function draw(place, rest, num_replaced)
+  vim.api.nvim_buf_clear_namespace(place.buf, namespace, 0, -1)
   local lines = vim.split(rest, "\n", { plain = true })
+  local virt_lines = {}
+  for index = 2, #lines do
+    table.insert(virt_lines, { { expand_tabs(lines[index], 0), "MidfillSuggestion" } })
+  end
+  local replaced, tail = place.after:sub(1, num_replaced), place.after:sub(num_replaced + 1)
+  local places = closers.closing(lines[1], replaced)
+  if #places == num_replaced and (#lines == 1 or tail == "") then
+    draw_around(place, lines[1], places, virt_lines)
+    return
+  end
+  -- What stands behind the cursor will end up behind the last line, so it is shown there.
   local width = vim.fn.strdisplaywidth(place.before)
   local first = expand_tabs(lines[1], width)
-  local mark = { id = 1, hl_mode = "combine", virt_text_pos = "inline", virt_lines = {} }
-  for index = 2, #lines do
-    table.insert(mark.virt_lines, { { expand_tabs(lines[index], 0), "MidfillSuggestion" } })
-  end
-  if #lines > 1 and place.after ~= "" then
-    -- What stands behind the cursor will end up behind the last line, so it is shown there.
-    local tail = expand_tabs(place.after, width)
-    local num_blanks = vim.api.nvim_strwidth(tail) - vim.api.nvim_strwidth(first)
-    first = first .. (" "):rep(num_blanks)
-    mark.virt_text_pos = "overlay"
-    mark.hl_mode = "replace"
-    table.insert(mark.virt_lines[#mark.virt_lines], { tail, "Normal" })
-  end
-  mark.virt_text = { { first, "MidfillSuggestion" } }
-  vim.api.nvim_buf_set_extmark(place.buf, namespace, place.row, place.col, mark)
+  local hidden = expand_tabs(place.after, width)
+  first = first .. (" "):rep(vim.api.nvim_strwidth(hidden) - vim.api.nvim_strwidth(first))
+  table.insert(virt_lines[#virt_lines], { expand_tabs(tail, 0), "Normal" })
+  vim.api.nvim_buf_set_extmark(place.buf, namespace, place.row, place.col, {
+    id = 1,
+    hl_mode = "replace",
+    virt_text_pos = "overlay",
+    virt_text = { { first, "MidfillSuggestion" } },
+    virt_lines = virt_lines,
+  })
 end
 
 local function cancel()
@@ -163,21 +207,33 @@ end
 local function suggestion_of(client, place, item)
   local text = type(item.insertText) == "table" and item.insertText.value or item.insertText
   text = text:gsub("\r\n", "\n")
+  local num_replaced = 0
   if item.range then
     local line = place.before .. place.after
     local first = byte_column(line, item.range.start.character, client.offset_encoding)
     local last = byte_column(line, item.range["end"].character, client.offset_encoding)
     local typed = place.before:sub(first + 1)
-    -- Ghost text can only add at the cursor: an item that replaces anything else is not shown.
-    if item.range.start.line ~= place.row or last ~= place.col or not vim.startswith(text, typed) then
+    local replaced = line:sub(place.col + 1, last)
+    local is_here = item.range.start.line == place.row and last >= place.col
+    -- Ghost text can only add to what stands there: an item that replaces anything else is not shown.
+    if not is_here or not vim.startswith(text, typed) or not closers.are_closers(replaced) then
       return nil
     end
-    text = text:sub(#typed + 1)
+    text, num_replaced = text:sub(#typed + 1), #replaced
+    if #closers.closing(text, replaced) < num_replaced then
+      return nil
+    end
   end
   if text == "" then
     return nil
   end
-  return { place = place, text = text, command = item.command, client_id = client.id }
+  return {
+    place = place,
+    text = text,
+    num_replaced = num_replaced,
+    command = item.command,
+    client_id = client.id,
+  }
 end
 
 ---@param kind integer
@@ -203,7 +259,7 @@ local function request(kind)
     end
     shown = suggestion_of(client, place, item)
     if shown ~= nil then
-      draw(place, shown.text)
+      draw(place, shown.text, shown.num_replaced)
     end
   end
   local _, id = server.call(client, "request", METHOD, params, answered, place.buf)
@@ -235,10 +291,12 @@ local function changed()
   if pending ~= nil and is_same(pending.place, place) then
     return
   end
-  local rest = shown and rest_at(shown, place)
-  if rest then
-    draw(place, rest)
-    return
+  if shown ~= nil then
+    local rest, num_replaced = rest_at(shown, place)
+    if rest then
+      draw(place, rest, num_replaced)
+      return
+    end
   end
   M.clear()
   if is_automatic() and server.client_of(place.buf) then
@@ -273,15 +331,22 @@ end
 function M.accept(part)
   local place = here()
   local suggestion = shown
-  local rest = suggestion and rest_at(suggestion, place)
-  if not suggestion or not rest then
+  if suggestion == nil then
+    return false
+  end
+  local rest, num_replaced = rest_at(suggestion, place)
+  if not rest then
     return false
   end
   local piece = pieces.first(rest, part)
+  if piece ~= rest then
+    -- Those closers whose turn it is.
+    num_replaced = #closers.closing(piece, place.after:sub(1, num_replaced))
+  end
   local lines = vim.split(piece, "\n", { plain = true })
   -- One undo takes back what was accepted, and not what had been typed before.
   vim.cmd("let &undolevels = &undolevels")
-  vim.api.nvim_buf_set_text(place.buf, place.row, place.col, place.row, place.col, lines)
+  vim.api.nvim_buf_set_text(place.buf, place.row, place.col, place.row, place.col + num_replaced, lines)
   local col = #lines[#lines] + (#lines == 1 and place.col or 0)
   vim.api.nvim_win_set_cursor(0, { place.row + #lines, col })
   if piece ~= rest then
