@@ -5,6 +5,7 @@ Runs on the event loop and answers at once, from what is known already.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,22 @@ from lsprotocol import types
 
 from midfill import __version__
 from midfill.completer import REASONS, Reason
+from midfill.errors import AdapterError, MidfillError
 from midfill.explanation import explain
 from midfill.messages import Command, Explain
 from midfill.protocol import Refusal
+from midfill.switching import Asked as AskedFor
 
 if TYPE_CHECKING:
     from midfill.server import MidfillServer
 
 ACCEPTED = "midfill.accepted"
 EXPLAIN = "midfill.explain"
+ADAPTER_LIST = "midfill.adapter.list"
+ADAPTER_USE = "midfill.adapter.use"
+ADAPTER_OFF = "midfill.adapter.off"
+
+_AGREE, _REFUSE = "Use it", "Do not use it"
 
 
 class Commands:
@@ -31,6 +39,9 @@ class Commands:
         self._commands: dict[str, Callable[[list[Any]], Any]] = {
             ACCEPTED: self._accepted,
             EXPLAIN: self._explain_last,
+            ADAPTER_LIST: self._list_adapters,
+            ADAPTER_USE: self._use_adapter,
+            ADAPTER_OFF: self._use_no_adapter,
         }
 
     @property
@@ -85,7 +96,7 @@ class Commands:
             "message": completer.failure,
             "enabled": completer.settings.enabled,
             "model": loaded.name if loaded else completer.settings.model,
-            "adapter": loaded.adapter if loaded else None,
+            "adapter": (loaded.adapter or self._server.switch.name_for(None)) if loaded else None,
             "device": loaded.device if loaded else None,
             "dtype": loaded.dtype if loaded else None,
             "tokensPerSecond": None if speed is None else round(speed, 1),
@@ -119,3 +130,71 @@ class Commands:
         message = "midfill: Nothing has been asked for yet." if uri is None else f"midfill: {what}"
         self._server.window_show_message(types.ShowMessageParams(types.MessageType.Info, message))
         return explained
+
+    async def _list_adapters(self, _: list[Any]) -> dict[str, Any]:
+        """`midfill.adapter.list`: the adapters on this machine, and which of them are in the model."""
+        switch = self._server.switch
+        entries, bound = await asyncio.to_thread(switch.known)
+        running = {entry.digest for entry in switch.in_use}
+        adapters = [
+            {
+                "name": entry.name,
+                "digest": entry.digest,
+                "base": entry.base,
+                "verdict": entry.judgement.verdict,
+                "reasons": list(entry.judgement.reasons),
+                "forced": entry.judgement.forced,
+                "usedIn": bound.uses(entry.digest),
+                "running": entry.digest in running,
+            }
+            for entry in entries
+        ]
+        return {"adapters": adapters, "failures": list(switch.failures)}
+
+    async def _use_adapter(self, arguments: list[Any]) -> dict[str, Any]:
+        """`midfill.adapter.use`: the adapter that is named, in the workspace or where `arguments[1]` says.
+
+        That is "workspace", "global", or the identifier of a language. Returns what is in use then.
+        """
+        name, where = (*arguments, None, None)[:2]
+        if not isinstance(name, str) or not isinstance(where, str | None):
+            raise Refusal(types.ErrorCodes.InvalidParams, "The arguments are a name and a place.")
+        return await self._bind(name, where)
+
+    async def _use_no_adapter(self, arguments: list[Any]) -> dict[str, Any]:
+        """`midfill.adapter.off`: no adapter in the workspace, or where the argument says."""
+        where = (*arguments, None)[0]
+        if not isinstance(where, str | None):
+            raise Refusal(types.ErrorCodes.InvalidParams, "The argument is a place.")
+        return await self._bind(None, where)
+
+    async def _bind(self, name: str | None, where: str | None) -> dict[str, Any]:
+        switch = self._server.switch
+        try:
+            if self._server.state.completer.settings.adapter is not None:
+                raise AdapterError("The adapter is chosen by the setting `adapter`; change it there.")
+            await switch.bind(name, where or "workspace")
+        except MidfillError as error:
+            self._server.window_show_message(
+                types.ShowMessageParams(types.MessageType.Error, f"midfill: {error}")
+            )
+            return {"running": switch.name_for(None), "error": str(error)}
+        return {"running": switch.name_for(None), "error": None}
+
+    async def ask_for_adapter(self, asked: AskedFor) -> bool | None:
+        """Ask the user whether a workspace may have the adapter that its file asks for."""
+        judgement = asked.entry.judgement
+        verdict = "not judged" if judgement.verdict == "none" else f"judged {judgement.verdict}"
+        actions = [types.MessageActionItem(title) for title in (_AGREE, _REFUSE)]
+        question = (
+            f"midfill: the workspace {asked.workspace.name} asks for your adapter {asked.entry.name} "
+            f"({verdict}). Use it there?"
+        )
+        params = types.ShowMessageRequestParams(types.MessageType.Info, question, actions)
+        try:
+            # The protocol gives results as they came.
+            chosen: Any = await self._server.window_show_message_request_async(params)
+        except Exception:  # noqa: BLE001 - a client that cannot ask has not agreed
+            return None
+        title = chosen.get("title") if isinstance(chosen, dict) else None
+        return {_AGREE: True, _REFUSE: False}.get(title) if isinstance(title, str) else None

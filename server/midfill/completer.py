@@ -219,11 +219,14 @@ class Completer:
         failure: why there is no engine, once that is known.
         looks_ahead: whether to compute, while the user rests, what comes next if a suggestion is accepted.
         context: what other files contribute.
+        adapter_of: tells the adapter that a document is completed with; see `Request.adapter`. When it would
+            tell another one, what was suggested has to be dropped (`drop_work`).
     """
 
     settings: Settings
     failure: str | None = None
     looks_ahead: bool = False
+    adapter_of: Callable[[Document], str | None] = lambda _: None
     context: Context = field(init=False)
     _engine: Engine | None = None
     _prompts: PromptBuilder | None = None
@@ -424,7 +427,8 @@ class Completer:
             return
         if self.settings.context:
             self.context.renew(snapshot)
-        self._engine.prewarm(self._prompts.settle(snapshot, self.context.collect(snapshot)).tokens)
+        tokens = self._prompts.settle(snapshot, self.context.collect(snapshot)).tokens
+        self._engine.prewarm(tokens, self.adapter_of(snapshot.document))
 
     def _stop_resting(self) -> None:
         for timer in (self._rest, self._renewal):
@@ -457,7 +461,11 @@ class Completer:
         place = Place.of(snapshot, invoked=flight.explicit)
         built = time.monotonic()
         request = Request(
-            prompt.tokens, prompt.max_new_tokens, prompt.stop_ids, starts_with=prompt.starts_with
+            prompt.tokens,
+            prompt.max_new_tokens,
+            prompt.stop_ids,
+            starts_with=prompt.starts_with,
+            adapter=self.adapter_of(snapshot.document),
         )
         flight.run_as(request)
         output = await self._generate(engine, request, place, flight)

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lsprotocol import types
@@ -42,12 +43,14 @@ from midfill.messages import (
     Opened,
 )
 from midfill.metrics import Costs, Metered
+from midfill.models.store import find as find_model
 from midfill.notebooks import Notebooks
 from midfill.probing import identify
 from midfill.progress import Progress
 from midfill.protocol import Protocol
 from midfill.settings import Settings, keep_start_only, merge
 from midfill.suggestions import may_close
+from midfill.switching import Switch
 
 _LOG = logging.getLogger(__name__)
 
@@ -101,7 +104,10 @@ class MidfillServer(LanguageServer):
         self._own_settings = settings
         self._make_engine = make_engine
         self.state = _State(Completer(settings, looks_ahead=True))
+        self.switch = Switch(self._say, self.state.completer.drop_work)
+        self.state.completer.adapter_of = self.switch.adapter_of
         self._commands = Commands(self)
+        self.switch.ask = self._commands.ask_for_adapter
         self._register()
 
     def _register(self) -> None:
@@ -190,6 +196,7 @@ class MidfillServer(LanguageServer):
                 await asyncio.gather(engine.start(report), asyncio.to_thread(secrecy.prepare))
                 family = await identify(engine, settings.family)
                 self.state.completer.use(Metered(engine, self.state.costs), family)
+                self._spawn(self._start_adapters(engine))
                 for uri in self.state.documents:
                     self._rest(uri)
                 # What has been imported and loaded stays; a collection that walks over it would cost a
@@ -215,6 +222,17 @@ class MidfillServer(LanguageServer):
                     time.monotonic() - begun,
                 )
         return True
+
+    async def _start_adapters(self, engine: Engine) -> None:
+        """Use the adapters that are bound, unless the user has named one for everything."""
+        settings = self.state.completer.settings
+        if settings.adapter is None:
+            model = None if settings.engine_urls else await asyncio.to_thread(find_model, settings.model)
+            await self.switch.start(engine, model, [path for _, path in self._folders()])
+
+    def _say(self, sentence: str) -> None:
+        message = types.ShowMessageParams(types.MessageType.Warning, f"midfill: {sentence}")
+        self.window_show_message(message)
 
     def _load_failed(self, why: str) -> None:
         self.state.completer.fail(why)
@@ -263,14 +281,20 @@ class MidfillServer(LanguageServer):
         """Files of the workspace were written, made or deleted."""
         self.state.completer.context.files_changed([change.uri for change in params.changes])
 
-    def _open_folders(self) -> None:
+    def _folders(self) -> list[tuple[str, Path]]:
+        """The folders of the workspace, with their names."""
         workspace = self.protocol.workspace
         named = [(folder.name, folder.uri) for folder in workspace.folders.values()]
         if not named and workspace.root_uri:
             # Older clients name one folder only.
             named = [("", workspace.root_uri)]
-        folders = [(name, path) for name, uri in named if (path := file_of(uri)) is not None]
+        return [(name, path) for name, uri in named if (path := file_of(uri)) is not None]
+
+    def _open_folders(self) -> None:
+        folders = self._folders()
         self.state.completer.context.open_folders(folders)
+        if self.switch.started:
+            self._spawn(self.switch.open_folders([path for _, path in folders]))
 
     async def _watch_files(self) -> None:
         """Ask the client to tell of changed files, if it can: nothing is polled."""
@@ -332,6 +356,8 @@ class MidfillServer(LanguageServer):
 
     def _rest(self, uri: str) -> None:
         """Let the model get ready for the place where the user last was, at first the end of the text."""
+        if self.switch.is_due():
+            self._spawn(self.switch.update())
         if (document := self.state.documents.get(uri)) is not None:
             end = Point(len(document.lines) - 1, len(document.lines[-1]))
             place = document.clamp(self.state.places.get(uri, end))

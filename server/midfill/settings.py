@@ -61,7 +61,9 @@ class Settings(BaseModel):
         + _START_ONLY,
     )
     adapter: str | None = Field(
-        default=None, description="Folder of a LoRA adapter in PEFT format. " + _START_ONLY
+        default=None,
+        description="One LoRA adapter for everything, whatever `midfill adapter use` says: a folder in PEFT "
+        "format, or a name of `midfill adapter list`. " + _START_ONLY,
     )
     engine: str | tuple[str, ...] = Field(
         default="auto",

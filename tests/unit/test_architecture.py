@@ -26,6 +26,7 @@ LAYERS = [
         "protocol",
         "items",
         "commands",
+        "switching",
         "server",
         "progress",
         "client",

@@ -22,7 +22,6 @@ from typing import Any, Literal, Protocol
 import platformdirs
 from filelock import FileLock, Timeout
 
-from midfill.adapters import format as peft_format
 from midfill.errors import AdapterError
 
 VERDICTS = ("enabled", "rejected", "inconclusive", "none")
@@ -179,6 +178,8 @@ class Registry:
             AdapterError: it is none, does not fit the model, or the name is taken.
             ModelError: the base model's files cannot be read.
         """
+        from midfill.adapters import format as peft_format  # noqa: PLC0415 - numpy, which `list` needs not
+
         if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
             raise AdapterError(f"{name!r} is no name for an adapter: use letters, digits, '.', '_' and '-'.")
         layers, fingerprint = peft_format.layers_of(base.path), peft_format.fingerprint_of(base.path)
@@ -234,6 +235,8 @@ class Registry:
 
     def check(self, entry: Entry, base: BaseModel | None = None) -> None:
         """Whether a folder is still what was added, and belongs to the model. Raises `AdapterError`."""
+        from midfill.adapters import format as peft_format  # noqa: PLC0415 - numpy, which `list` needs not
+
         if peft_format.digest_of(entry.path) != entry.digest:
             raise AdapterError(
                 f"The files of {entry.name} in {entry.path} have changed since they were added. "
@@ -275,6 +278,8 @@ class Registry:
     @contextlib.contextmanager
     def _copied(self, folder: Path) -> Iterator[Path]:
         """The two files of an adapter in a folder of their own, which may be renamed within the block."""
+        from midfill.adapters import format as peft_format  # noqa: PLC0415 - numpy, which `list` needs not
+
         peft_format.read_config(folder)
         with tempfile.TemporaryDirectory(dir=self.root, prefix=".adding-", ignore_cleanup_errors=True) as new:
             copy = Path(new) / "adapter"
@@ -291,6 +296,16 @@ class Registry:
 
 
 _STORED = ("name", "digest", "base", "fingerprint", "created", "rank", "num_parameters", "source")
+
+
+def check_usable(entry: Entry) -> None:
+    """Raise `AdapterError` if the judgement was against this adapter, and the user has not overruled it."""
+    if not entry.judgement.usable:
+        reasons = " ".join(entry.judgement.reasons)
+        raise AdapterError(
+            f"The adapter {entry.name} was judged {entry.judgement.verdict} and is not used. {reasons} "
+            f"To use it all the same: midfill adapter use {entry.name} --force"
+        )
 
 
 @contextlib.contextmanager

@@ -1,47 +1,374 @@
-"""`midfill adapter`: adapters of this machine, and where they are used."""
+"""`midfill adapter`: adapters on this machine, where they are used, and what is wrong with them."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from midfill.cli.shared import JSON, show
+from midfill.cli.shared import JSON, MODEL, read_settings, show, with_progress
+from midfill.errors import AdapterError
+
+if TYPE_CHECKING:
+    from midfill.adapters.bindings import Bound
+    from midfill.adapters.registry import Entry, Registry
+    from midfill.models.store import LocalModel
+
+FOLDER = click.option(
+    "--workspace",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="In this folder and below; by default the repository that you are in.",
+)
+LANGUAGE = click.option("--language", metavar="ID", help="For a language, for example python.")
+EVERYWHERE = click.option("--global", "everywhere", is_flag=True, help="Everywhere else.")
 
 
 @click.group()
 def adapter() -> None:
-    """Adapters (LoRA) that change the model's habits: list, use, import."""
+    """Adapters (LoRA) that fit the model to a project: list, use, import, check.
+
+    One that is used in a workspace goes before one for a language, and that before a global one. Running
+    servers notice a change at the next edit.
+    """
 
 
 @adapter.command("list")
 @JSON
 def adapter_list(as_json: bool) -> None:
-    """List the adapters on this machine, with what their judgement came to."""
+    """List the adapters on this machine, what their judgement came to, and where they are used."""
+    from midfill.adapters.bindings import Bindings
     from midfill.adapters.registry import Registry
 
-    entries = Registry().entries()
-    show({"adapters": [entry.as_dict() for entry in entries]}, _table, as_json=as_json)
+    bound = Bindings().read()
+    show({"adapters": [_as_dict(entry, bound) for entry in Registry().entries()]}, _table, as_json=as_json)
+
+
+@adapter.command("show")
+@click.argument("name")
+@JSON
+def adapter_show(name: str, as_json: bool) -> None:
+    """Show all that is known of an adapter.
+
+    \b
+    Example:
+      midfill adapter show mine
+    """
+    from midfill.adapters.bindings import Bindings
+    from midfill.adapters.registry import Registry
+
+    show(_as_dict(Registry().get(name), Bindings().read()), _page, as_json=as_json)
+
+
+@adapter.command("use")
+@click.argument("name")
+@FOLDER
+@LANGUAGE
+@EVERYWHERE
+@click.option(
+    "--force", is_flag=True, help="Although its judgement was against it; this is recorded and shown."
+)
+def adapter_use(
+    name: str, workspace: Path | None, language: str | None, everywhere: bool, force: bool
+) -> None:
+    """Use an adapter in a workspace, for a language, or everywhere.
+
+    \b
+    Examples:
+      midfill adapter use mine
+      midfill adapter use mine --workspace ~/src/project
+      midfill adapter use pandas --language python
+      midfill adapter use house-style --global
+    """
+    from midfill.adapters.bindings import Bindings
+    from midfill.adapters.registry import Registry, check_usable
+
+    place = _place(workspace, language, everywhere)
+    registry = Registry()
+    entry = registry.get(name)
+    registry.check(entry)
+    if force and not entry.judgement.usable:
+        entry = registry.force(entry.digest)
+    check_usable(entry)
+    Bindings().bind(entry.digest, **place)
+    click.echo(f"{entry.name} is used {_where(place)}.")
+    if read_settings().adapter is not None:
+        click.echo("Your setting `adapter` goes before it; unset that to use this one.", err=True)
+
+
+@adapter.command("off")
+@FOLDER
+@LANGUAGE
+@EVERYWHERE
+def adapter_off(workspace: Path | None, language: str | None, everywhere: bool) -> None:
+    """Use no adapter in a workspace, for a language, or everywhere else.
+
+    In a workspace that is off neither the adapter of a language nor the global one is used.
+
+    \b
+    Examples:
+      midfill adapter off
+      midfill adapter off --language python
+    """
+    from midfill.adapters.bindings import OFF, Bindings
+
+    place = _place(workspace, language, everywhere)
+    Bindings().bind(OFF if "workspace" in place else None, **place)
+    click.echo(f"No adapter is used {_where(place)}.")
+
+
+@adapter.command("rollback")
+@JSON
+def adapter_rollback(as_json: bool) -> None:
+    """Take back the latest change of where adapters are used; again, the one before it."""
+    from dataclasses import asdict
+
+    from midfill.adapters.bindings import Bindings
+    from midfill.adapters.registry import Registry
+
+    bound = Bindings().rollback()
+    names = {entry.digest: entry.name for entry in Registry().entries()}
+    show(asdict(bound), lambda _: _places(bound, names), as_json=as_json)
+
+
+@adapter.command("import")
+@click.argument("source")
+@click.option("--name", metavar="NAME", help="What to call it; by default as its folder.")
+@MODEL
+@JSON
+def adapter_import(source: str, name: str | None, model: str | None, as_json: bool) -> None:
+    """Take in an adapter: a folder in PEFT's format, or a Hugging Face id, which is fetched.
+
+    It is checked against the model first: yours, or the one of --model. Only safetensors are read.
+
+    \b
+    Examples:
+      midfill adapter import ./lora-out --name mine
+      midfill adapter import somebody/qwen-lora --model qwen2.5-coder-1.5b
+    """
+    import tempfile
+
+    from midfill.adapters.registry import Registry
+    from midfill.models import hub
+    from midfill.models.catalogue import is_hub_id
+    from midfill.models.store import as_path
+
+    base = _base(model)
+    path = as_path(source)
+    called = name or (path or Path(source)).resolve().name
+    if path is not None:
+        _check_base(path, base)
+        entry = Registry().add(path, name=called, base=base, source=str(path.resolve()))
+    elif is_hub_id(source):
+        with tempfile.TemporaryDirectory(prefix="midfill-adapter-") as folder:
+            found = Path(folder)
+            with_progress(f"fetching {source}", lambda report: hub.fetch_adapter(source, found, report))
+            _check_base(found, base)
+            entry = Registry().add(found, name=called, base=base, source=f"{source} of the hub")
+    else:
+        raise AdapterError(f"There is no folder {source!r}, and it is no Hugging Face id (owner/name).")
+    if as_json:
+        show(entry.as_dict(), str, as_json=True)
+        return
+    click.echo(f"{entry.name} is here ({entry.digest[:12]}, rank {entry.rank}, for {entry.base}).")
+    click.echo(f"It was not judged. Use it with: midfill adapter use {entry.name}")
+
+
+@adapter.command("export")
+@click.argument("name")
+@click.argument("folder", type=click.Path(path_type=Path))
+def adapter_export(name: str, folder: Path) -> None:
+    """Copy an adapter into a new folder, in PEFT's format.
+
+    \b
+    Example:
+      midfill adapter export mine ./mine
+    """
+    import shutil
+
+    from midfill.adapters.registry import Registry
+
+    registry = Registry()
+    entry = registry.get(name)
+    registry.check(entry)
+    try:
+        folder.mkdir(parents=True)
+        for file in entry.path.iterdir():
+            shutil.copyfile(file, folder / file.name)
+    except FileExistsError as error:
+        raise AdapterError(f"{folder} exists already; name a new folder.") from error
+    except OSError as error:
+        raise AdapterError(f"{folder} cannot be written: {error.strerror}.") from error
+    click.echo(f"{entry.name} is in {folder}.")
+
+
+@adapter.command("rm")
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Although it is used somewhere; it is used nowhere then.")
+def adapter_rm(name: str, force: bool) -> None:
+    """Delete an adapter from this machine.
+
+    \b
+    Example:
+      midfill adapter rm mine
+    """
+    from midfill.adapters.bindings import Bindings
+    from midfill.adapters.registry import Registry
+
+    registry, bindings = Registry(), Bindings()
+    entry = registry.get(name)
+    if (used := bindings.read().uses(entry.digest)) and not force:
+        raise AdapterError(
+            f"{entry.name} is used ({', '.join(used)}). To delete it all the same: "
+            f"midfill adapter rm {entry.name} --force"
+        )
+    bindings.release(entry.digest)
+    registry.remove(entry.digest)
+    click.echo(f"{entry.name} is deleted.")
+
+
+@adapter.command("doctor")
+@JSON
+def adapter_doctor(as_json: bool) -> None:
+    """Check every adapter: its files, its base model, its judgement, and that what is used is there.
+
+    Ends with status 1 if something is wrong.
+    """
+    from midfill.adapters.registry import Registry
+
+    problems = _problems(Registry())
+    show({"problems": problems}, _report, as_json=as_json)
+    if problems:
+        raise click.exceptions.Exit(1)
+
+
+def _problems(registry: Registry) -> list[str]:
+    from midfill.adapters.bindings import OFF, Bindings, asked_by
+    from midfill.adapters.registry import check_usable
+    from midfill.errors import MidfillError
+    from midfill.models import store
+
+    bound = Bindings().read()
+    entries = {entry.digest: entry for entry in registry.entries()}
+    problems = []
+    for entry in entries.values():
+        try:
+            found = store.find(entry.base)
+            registry.check(entry, found)
+            if found is None:
+                raise AdapterError(f"The base model of {entry.name}, {entry.base}, is not on this machine.")
+            if bound.uses(entry.digest):
+                check_usable(entry)
+        except MidfillError as error:
+            problems.append(str(error))
+    everywhere = [bound.everywhere] if bound.everywhere else []
+    problems += [
+        f"{digest[:12]} is used ({', '.join(bound.uses(digest))}), but is not here any more."
+        for digest in dict.fromkeys([*bound.workspaces.values(), *bound.languages.values(), *everywhere])
+        if digest not in entries and digest != OFF
+    ]
+    problems += [
+        f"{folder} belongs to no adapter that is known; delete it."
+        for folder in sorted(registry.root.glob("*/"))
+        if not folder.name.startswith(".") and folder.name not in entries
+    ]
+    if (asked := asked_by(_repository())) and asked not in entries:
+        problems.append(f"This workspace asks for the adapter {asked[:12]}, which is not on this machine.")
+    return problems
+
+
+def _base(model: str | None) -> LocalModel:
+    from midfill.models import store
+
+    name = read_settings(model=model).model
+    if (found := store.find(name)) is None:
+        raise AdapterError(f"The base model {name!r} is not on this machine: midfill model pull {name}")
+    return found
+
+
+def _check_base(folder: Path, base: LocalModel) -> None:
+    """Refuse an adapter that says it belongs to another model, where both are known by name."""
+    from midfill.adapters.format import read_config
+    from midfill.models import catalogue
+
+    said = read_config(folder).get("base_model_name_or_path")
+    entry = catalogue.lookup(base.name)
+    known = {name.rpartition("/")[2].lower() for name in (base.name, entry.hub if entry else base.name)}
+    if isinstance(said, str) and catalogue.is_hub_id(said) and not Path(said).exists():
+        plain = said.rpartition("/")[2].lower()
+        if plain.removesuffix("-instruct") not in {name.removesuffix("-instruct") for name in known}:
+            raise AdapterError(
+                f"This adapter was made for {said}, not for {base.name}. Name its model: --model {said}"
+            )
+
+
+def _repository() -> Path:
+    """The repository that the current folder is in, or that folder."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / ".git").exists()), here)
+
+
+def _place(workspace: Path | None, language: str | None, everywhere: bool) -> dict[str, Any]:
+    """Where, as the arguments of `Bindings.bind`."""
+    if (workspace is not None) + (language is not None) + everywhere > 1:
+        raise AdapterError("Choose one of --workspace, --language and --global.")
+    if language is not None:
+        return {"language": language}
+    if everywhere:
+        return {}
+    return {"workspace": (workspace.expanduser() if workspace is not None else _repository()).absolute()}
+
+
+def _where(place: dict[str, Any]) -> str:
+    if "workspace" in place:
+        return f"in {place['workspace']}"
+    return f"for {place['language']}" if place else "wherever no other one is"
+
+
+def _as_dict(entry: Entry, bound: Bound) -> dict[str, Any]:
+    return entry.as_dict() | {"used": bound.uses(entry.digest)}
 
 
 def _table(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("name", "digest", "base", "rank", "verdict"):
+    for title in ("name", "digest", "base", "rank", "judgement", "used"):
         table.add_column(title)
     for entry in result["adapters"]:
-        table.add_row(
-            entry["name"],
-            entry["digest"][:12],
-            entry["base"],
-            str(entry["rank"]),
-            verdict(entry["judgement"]),
-        )
-    return table if result["adapters"] else "No adapters so far."
+        row = [entry["name"], entry["digest"][:12], entry["base"], str(entry["rank"])]
+        table.add_row(*row, _verdict(entry["judgement"]), ", ".join(entry["used"]))
+    return table if result["adapters"] else "No adapters so far. `midfill adapter import` takes one in."
 
 
-def verdict(judgement: dict[str, Any]) -> str:
-    """A verdict for a table."""
-    shown = "not judged" if judgement["verdict"] == "none" else judgement["verdict"]
-    return f"{shown}, forced" if judgement["forced"] else str(shown)
+def _page(entry: dict[str, Any]) -> str:
+    judgement = entry["judgement"]
+    lines = {
+        "name": entry["name"],
+        "digest": f"sha256:{entry['digest']}",
+        "base": f"{entry['base']} ({entry['fingerprint'][:12]})",
+        "rank": f"{entry['rank']} ({entry['num_parameters'] / 1e6:.1f} million weights)",
+        "created": entry["created"],
+        "source": entry["source"],
+        "judgement": " ".join([_verdict(judgement), *judgement["reasons"]]),
+        "used": ", ".join(entry["used"]) or "nowhere",
+        "folder": entry["path"],
+    }
+    return "\n".join(f"{key:10} {value}" for key, value in lines.items())
+
+
+def _verdict(judgement: dict[str, Any]) -> str:
+    shown = "not judged" if judgement["verdict"] == "none" else str(judgement["verdict"])
+    return f"{shown}, forced" if judgement["forced"] else shown
+
+
+def _places(bound: Bound, names: dict[str, str]) -> str:
+    pairs = [(f"workspace {path}", digest) for path, digest in bound.workspaces.items()]
+    pairs += [(f"language {name}", digest) for name, digest in bound.languages.items()]
+    pairs += [("everywhere else", bound.everywhere)] if bound.everywhere else []
+    shown = [f"{place}: {names.get(digest, digest[:12])}" for place, digest in pairs]
+    return "\n".join(shown) or "No adapter is used anywhere."
+
+
+def _report(result: dict[str, Any]) -> str:
+    return "\n".join(result["problems"]) or "All is well."

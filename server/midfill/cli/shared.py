@@ -25,7 +25,9 @@ _SHARED = (
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 MODEL = click.option("--model", metavar="NAME", help="Use this model instead of the one in your settings.")
 ADAPTER = click.option(
-    "--adapter", metavar="DIR", help="Use this LoRA adapter (a folder in PEFT format, safetensors only)."
+    "--adapter",
+    metavar="DIR",
+    help="Use this LoRA adapter: a folder in PEFT format, or a name of `adapter list`.",
 )
 SCRIPT = click.option(
     "--engine",
@@ -109,12 +111,23 @@ def local_engine(settings: Settings, *, drafts: bool = True) -> Engine:
             model=_find(settings),
             device=settings.device,
             dtype=settings.dtype,
-            adapter=Path(settings.adapter) if settings.adapter else None,
+            adapter=_adapter_folder(settings.adapter) if settings.adapter else None,
             num_threads=settings.num_threads,
             runner=settings.runner,
             drafts=drafts,
         )
     )
+
+
+def _adapter_folder(name: str) -> Path:
+    """A folder, or an adapter of the registry by its name."""
+    from midfill.adapters.registry import Registry, check_usable
+
+    # The registry first: a folder of that name may be in whatever repository this is.
+    if (entry := Registry().find(name)) is None:
+        return Path(name)
+    check_usable(entry)
+    return entry.path
 
 
 def _remote(settings: Settings) -> Engine:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from midfill.engine import ModelInfo, Progress, Request, Token
+from midfill.engine import AdapterSource, ModelInfo, Progress, Request, Token
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
 
 _SENTINELS = {
@@ -71,6 +71,7 @@ class Rule:
         text: what the "model" writes from the cursor on.
         after: the prompt's text must end so; "" always fits.
         contains: the prompt's text must have this somewhere; "" always fits.
+        adapter: the request must have the adapter of this name; "" always fits.
         error: fail with this message after `error_after` characters.
         lost: the failure is that of an engine that is not there any more.
         crash: raise what no engine should, a bare `RuntimeError` that quotes the prompt.
@@ -83,6 +84,7 @@ class Rule:
     text: str = ""
     after: str = ""
     contains: str = ""
+    adapter: str = ""
     error: str = ""
     error_after: int = 0
     lost: bool = False
@@ -159,6 +161,7 @@ class ScriptedEngine:
         self._model: ModelInfo | None = None
         self._busy = asyncio.Lock()
         self._closed = False
+        self._adapters: dict[str, str] = {}  # names, by key
 
     @property
     def model(self) -> ModelInfo:
@@ -194,7 +197,12 @@ class ScriptedEngine:
         request.stats.num_prompt = len(request.tokens)
         held = request.starts_with
         prompt = tokenizer.decode(request.tokens) + held
-        fitting = (r for r in self._script.rules if prompt.endswith(r.after) and r.contains in prompt)
+        adapter = self._adapters.get(request.adapter or "", "")
+        fitting = (
+            rule
+            for rule in self._script.rules
+            if prompt.endswith(rule.after) and rule.contains in prompt and rule.adapter in ("", adapter)
+        )
         rule = next(fitting, Rule())
         turn = _Turn(self._busy, request)
         try:
@@ -250,6 +258,10 @@ class ScriptedEngine:
     def prewarm(self, tokens: Sequence[int]) -> None:
         """See `Engine.prewarm`: there is nothing to warm, but the log says that it was asked for."""
         self._note("prewarmed", len(tokens), idle=True)
+
+    async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
+        """See `Adaptable.set_adapters`. Their files are not read."""
+        self._adapters = {adapter.key: adapter.name for adapter in adapters}
 
     async def close(self) -> None:
         """See `Engine.close`."""

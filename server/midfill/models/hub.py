@@ -21,6 +21,8 @@ from midfill.errors import ModelError
 Report = Callable[[int], None]
 """Called with the number of bytes that are here."""
 
+Progress = Callable[[str, float | None], None]
+
 # Time for the hub's first answer. Where a network blocks it, the next source is tried after this.
 _FIRST_ANSWER_S = 4.0
 _POLL_S = 0.25
@@ -96,6 +98,12 @@ def fetch(listing: Listing, folder: Path, report: Report) -> None:
     Raises:
         ModelError: the connection broke (run again, it goes on), or a file is not what it should be.
     """
+    _fetch_files(listing, folder, report)
+    if not (folder / "tokenizer.json").exists():
+        _build_tokenizer(folder, listing.repository)
+
+
+def _fetch_files(listing: Listing, folder: Path, report: Report) -> None:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - takes 0.3 s
     from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415
 
@@ -120,8 +128,26 @@ def fetch(listing: Listing, folder: Path, report: Report) -> None:
                 "deleted and not used. Run it again."
             )
     shutil.rmtree(folder / ".cache", ignore_errors=True)
-    if not (folder / "tokenizer.json").exists():
-        _build_tokenizer(folder, listing.repository)
+
+
+def fetch_adapter(repository: str, folder: Path, report: Progress) -> None:
+    """The two files of a PEFT adapter on the hub, and no others.
+
+    Raises as `look_up` and `fetch` do.
+    """
+    info = _ask(repository)
+    names = {item.rfilename: item for item in info.siblings or ()}
+    wanted = ("adapter_config.json", "adapter_model.safetensors")
+    if missing := [name for name in wanted if name not in names]:
+        raise ModelError(
+            f"The hub repository {repository} has no {missing[0]}, so it is no adapter that midfill can use; "
+            "pickled weights are refused."
+        )
+    sizes = {name: names[name].size or 0 for name in wanted}
+    hashes = {name: names[name].lfs.sha256 for name in wanted if names[name].lfs is not None}
+    listing = Listing(repository, info.sha or "main", sizes, hashes)
+    total = max(1, listing.total_bytes)
+    _fetch_files(listing, folder, lambda done: report(f"fetching {repository}", min(1.0, done / total)))
 
 
 def _ask(repository: str) -> Any:

@@ -1,0 +1,107 @@
+"""`midfill adapter`, in this process: what is typed, what comes back."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from planted_adapters import change_tensors, write_adapter, write_base
+
+from midfill.adapters.bindings import Bindings
+from midfill.adapters.registry import Judgement, Registry
+from midfill.cli import cli
+from midfill.errors import MidfillError
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A base model that is the user's; nothing else is there."""
+    base = write_base(tmp_path / "model")
+    (base.path / "config.json").write_text('{"model_type": "llama"}')
+    (base.path / "tokenizer.json").write_text("{}")
+    monkeypatch.setenv("MIDFILL_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("MIDFILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MIDFILL_CONFIG", str(tmp_path / "config.toml"))
+    (tmp_path / "config.toml").write_text(f'model = "{base.path}"\n')
+    (tmp_path / "project" / ".git").mkdir(parents=True)
+    (tmp_path / "project" / "src").mkdir()
+    monkeypatch.chdir(tmp_path / "project" / "src")
+    return base
+
+
+def midfill(*arguments):
+    result = CliRunner().invoke(cli, ["adapter", *map(str, arguments)], catch_exceptions=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        assert isinstance(result.exception, MidfillError), result.exception
+        return str(result.exception)
+    return result.output
+
+
+def test_an_adapter_from_import_to_removal(base, tmp_path):
+    assert "No adapters so far" in midfill("list")
+    assert "mine is here" in midfill("import", write_adapter(tmp_path / "a"), "--name", "mine")
+    [listed] = json.loads(midfill("list", "--json"))["adapters"]
+    assert (listed["name"], listed["rank"], listed["judgement"]["verdict"], listed["used"]) == (
+        "mine",
+        2,
+        "none",
+        [],
+    )
+    assert "not judged" in midfill("list")
+    assert f"mine is used in {tmp_path / 'project'}." in midfill("use", "mine")
+    assert Bindings().read().resolve(tmp_path / "project" / "x.py", "python") == listed["digest"]
+    assert f"workspace {tmp_path / 'project'}" in midfill("show", listed["digest"][:12])
+    assert "is used (workspace" in midfill("rm", "mine")
+    assert "mine is in" in midfill("export", "mine", tmp_path / "out")
+    assert "exists already" in midfill("export", "mine", tmp_path / "out")
+    assert "All is well" in midfill("doctor")
+    assert "mine is deleted" in midfill("rm", "mine", "--force")
+    assert "mine is here" in midfill("import", tmp_path / "out", "--name", "mine")
+    assert Registry().get("mine").digest == listed["digest"]
+    assert Bindings().read().uses(listed["digest"]) == []
+
+
+def test_places(base, tmp_path):
+    midfill("import", write_adapter(tmp_path / "a"), "--name", "mine")
+    assert "for python" in midfill("use", "mine", "--language", "python")
+    assert "wherever no other one is" in midfill("use", "mine", "--global")
+    assert "Choose one of" in midfill("use", "mine", "--global", "--language", "python")
+    assert "No adapter is used in" in midfill("off")
+    assert Bindings().read().resolve(tmp_path / "project" / "x.py", "python") is None
+    assert "everywhere else: mine" in midfill("rollback")
+    assert Bindings().read().resolve(tmp_path / "project" / "x.py", "python") == Registry().get("mine").digest
+    midfill("off", "--language", "python")
+    assert Bindings().read().languages == {}
+    for _ in range(3):
+        midfill("rollback")
+    assert "no change" in midfill("rollback")
+
+
+def test_one_that_was_judged_bad_is_used_by_force_only(base, tmp_path):
+    midfill("import", write_adapter(tmp_path / "a"), "--name", "mine")
+    Registry().set_judgement("mine", Judgement("rejected", ("It was worse than the base.",)))
+    refusal = midfill("use", "mine")
+    assert "judged rejected" in refusal
+    assert "worse than the base" in refusal
+    assert Bindings().read().workspaces == {}
+    assert "mine is used" in midfill("use", "mine", "--force")
+    assert "rejected, forced" in midfill("list")
+    assert json.loads(midfill("show", "mine", "--json"))["judgement"]["forced"] is True
+
+
+def test_what_is_wrong_is_said(base, tmp_path):
+    assert "no adapter 'other'" in midfill("use", "other")
+    assert "no folder './nowhere'" in midfill("import", "./nowhere")
+    pickled = write_adapter(tmp_path / "pickled")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    assert "pickled" in midfill("import", pickled)
+    other = write_adapter(tmp_path / "other", base_model_name_or_path="bigcode/starcoder2-3b")
+    assert "made for bigcode/starcoder2-3b" in midfill("import", other)
+    midfill("import", write_adapter(tmp_path / "a"), "--name", "mine")
+    midfill("use", "mine", "--global")
+    entry = Registry().get("mine")
+    (entry.path / "adapter_model.safetensors").chmod(0o644)
+    change_tensors(entry.path, x=entry.path.stat().st_size * __import__("numpy").ones(1, "float32"))
+    assert "have changed" in midfill("doctor")
+    assert "have changed" in midfill("use", "mine")
+    Registry().remove("mine")
+    assert "is not here any more" in midfill("doctor")
