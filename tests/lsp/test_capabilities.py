@@ -102,6 +102,9 @@ async def test_what_is_announced_in_detail(scripted):
     assert announced["notebookDocumentSync"] == {"notebookSelector": [{"notebook": "*"}]}
     # Editors share one server between folders only if it says this: one model in memory, not several.
     assert announced["workspace"] == {"workspaceFolders": {"supported": True, "changeNotifications": True}}
-    assert announced["executeCommandProvider"] == {"commands": ["midfill.accepted", "midfill.explain"]}
+    adapters = [f"midfill.adapter.{name}" for name in ("list", "use", "off")]
+    assert announced["executeCommandProvider"] == {
+        "commands": ["midfill.accepted", "midfill.explain", *adapters]
+    }
     # No item has more to tell when it is asked again.
     assert announced["completionProvider"] == {}
