@@ -172,9 +172,9 @@ class Metered:
             work.left_s = time.monotonic()
             work.end = end
 
-    def prewarm(self, tokens: Sequence[int]) -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
         """See `Engine.prewarm`."""
-        self._engine.prewarm(tokens)
+        self._engine.prewarm(tokens, adapter)
 
     async def close(self) -> None:
         """See `Engine.close`."""

@@ -1,146 +1,228 @@
-"""An adapter changes the logits exactly as PEFT alone does; one that does not fit is refused."""
+"""An adapter changes logits and tokens as PEFT alone does, on both runners; what does not fit is refused."""
 
 from __future__ import annotations
 
+import json
+
+import adapters
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from midfill.engine.lora import attach_adapter
+from midfill.engine import EngineSpec
+from midfill.engine.loading import load
 from midfill.engine.quantize import supported
+from midfill.engine.residents import read
+from midfill.engine.scheduler import Chunk, Sequence
 from midfill.errors import AdapterError
 
 # PEFT 0.21 asks transformers 5.23 for a property by its old name; the oracle here is plain PEFT.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # Some patterns here name the layers of several architectures.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+]
 
-TARGETS = {
-    "gpt_bigcode": ["c_attn", "c_proj", "c_fc"],
-    "qwen2": ["q_proj", "v_proj", "down_proj"],
-    "llama": "all-linear",
-}
-
-
-def write_adapter(model_path, folder, targets, **options):
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **options)
-    adapted = get_peft_model(tiny.reference(model_path), config)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    adapted.save_pretrained(folder)
-    return folder
+RUNNERS = ("torch", "openvino")
+PROMPT = list(range(40))
 
 
-@pytest.fixture
-def adapter(tmp_path):
-    tiny.write_model("qwen2", tmp_path / "model")
-    return write_adapter(tmp_path / "model", tmp_path / "adapter", TARGETS["qwen2"])
+def runner_of(model, adapter=None, **options):
+    """The runner of a model with an adapter, without an engine around it; and the adapter's key."""
+    loaded = load(
+        EngineSpec(model, **{"device": "cpu", "dtype": "float32", "adapter": adapter, **options}),
+        lambda *_: None,
+    )
+    return loaded.runner, loaded.residents.default
 
 
-def ours(tmp_path, dtype="float32"):
-    return tiny.build(tmp_path / "model", dtype)
+def worst(found, expected) -> float:
+    return float((torch.from_numpy(found) - expected).abs().max())
 
 
-@pytest.mark.parametrize("kind", list(TARGETS))
-async def test_logits_and_tokens_equal_peft(tmp_path, kind):
-    model = tiny.write_model(kind, tmp_path / "model")
-    folder = write_adapter(model.path, tmp_path / "adapter", TARGETS[kind])
-    expected = PeftModel.from_pretrained(tiny.reference(model.path), folder).eval()
-    found = ours(tmp_path)
-    attach_adapter(found, folder)
-    ids = torch.arange(40)[None]
+def logits_of(model, ids):
     with torch.inference_mode():
-        assert torch.equal(found(ids).logits, expected(ids).logits)
-        assert not torch.allclose(expected(ids).logits, tiny.reference(model.path)(ids).logits)
-    async with tiny.running(model, adapter=folder) as engine:
+        return model(torch.tensor([ids])).logits[0, -1]
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("kind", list(adapters.TARGETS))
+def test_logits_equal_peft(tmp_path, kind, runner):
+    model = tiny.write_model(kind, tmp_path / "model")
+    folder = adapters.write_adapter(model.path, tmp_path / "adapter", adapters.TARGETS[kind])
+    ours, key = runner_of(model, folder, runner=runner)
+    base = tiny.reference(model.path)
+    expected = logits_of(adapters.peft_model(model.path, folder), PROMPT)
+    assert worst(ours.probe(PROMPT, key), expected) < 1e-4
+    assert worst(ours.probe(PROMPT, None), logits_of(base, PROMPT)) < 1e-4
+    assert (expected - logits_of(base, PROMPT)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("kind", "runner"), [("gpt_bigcode", "openvino"), ("qwen2", "torch")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True, "lora_alpha": 3},
+        {"r": 20},
+        {"rank_pattern": {"c_fc": 2, "q_proj": 7}, "alpha_pattern": {"c_proj": 1, "up_proj": 30}},
+        {"rank_pattern": {r"(h|layers)\.1\.(attn|self_attn)\.(c_attn|v_proj)": 9}},
+        {"layers_to_transform": [0, 2]},
+        {"exclude_modules": ["c_proj", "o_proj"]},
+        {"fan_in_fan_out": False},
+    ],
+    ids=["rslora", "rank", "patterns", "expression", "layers", "excluded", "stored"],
+)
+def test_options_mean_what_they_mean_to_peft(tmp_path, kind, runner, options):
+    model = tiny.write_model(kind, tmp_path / "model")
+    folder = adapters.write_adapter(model.path, tmp_path / "adapter", adapters.TARGETS[kind], **options)
+    ours, key = runner_of(model, folder, runner=runner)
+    expected = logits_of(adapters.peft_model(model.path, folder), PROMPT)
+    assert worst(ours.probe(PROMPT, key), expected) < 1e-4
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_an_expression_chooses_what_it_chooses_for_peft(tmp_path, runner):
+    model = tiny.write_model("llama", tmp_path / "model")
+    folder = adapters.write_adapter(model.path, tmp_path / "adapter", r".*layers\.[12]\..*(q_proj|down_proj)")
+    ours, key = runner_of(model, folder, runner=runner)
+    assert worst(ours.probe(PROMPT, key), logits_of(adapters.peft_model(model.path, folder), PROMPT)) < 1e-4
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_config_for_transposed_weights_gives_the_same(tmp_path, runner):
+    """GPTBigCode's layers were Conv1D once. The product is the same however the base stores its weights."""
+    model = tiny.write_model("gpt_bigcode", tmp_path / "model")
+    folder = adapters.write_adapter(model.path, tmp_path / "adapter", adapters.TARGETS["gpt_bigcode"])
+    expected = logits_of(adapters.peft_model(model.path, folder), PROMPT)
+    tiny.edit_json(folder / "adapter_config.json", fan_in_fan_out=True)
+    ours, key = runner_of(model, folder, runner=runner)
+    assert worst(ours.probe(PROMPT, key), expected) < 1e-4
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("kind", ["gpt_bigcode", "llama"])
+async def test_tokens_equal_peft(tmp_path, kind, runner):
+    model = tiny.write_model(kind, tmp_path / "model")
+    folder = adapters.write_adapter(model.path, tmp_path / "adapter", adapters.TARGETS[kind])
+    expected = adapters.peft_model(model.path, folder)
+    async with tiny.running(model, adapter=folder, runner=runner) as engine:
         assert engine.model.adapter == "adapter"
         control = engine.model.tokenizer.control_ids
         prompt = list(range(90))
         assert await tiny.collect_ids(engine, prompt) == tiny.oracle(expected, prompt, 16, control)
+        base = tiny.oracle(tiny.reference(model.path), prompt, 16, control)
+        found = [token.id for token in await tiny.collect(engine, prompt, adapter="base")]
+        assert found == base != tiny.oracle(expected, prompt, 16, control)
 
 
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("kind", list(adapters.TARGETS))
+def test_one_pass_serves_several_adapters(tmp_path, kind, runner):
+    """Two adapters of different ranks and layers, and the base, in one batch."""
+    model = tiny.write_model(kind, tmp_path / "model")
+    targets = adapters.TARGETS[kind]
+    some = [targets[0], targets[-1]] if isinstance(targets, list) else ["v_proj", "up_proj"]
+    folders = [
+        adapters.write_adapter(model.path, tmp_path / "one", targets),
+        adapters.write_adapter(model.path, tmp_path / "two", some, seed=2, r=19),
+    ]
+    ours, _ = runner_of(model, runner=runner)
+    ours.prepare({folder.name: read(folder, model.path) for folder in folders})()
+    keys = ["two", None, "one", "two"]
+    prompts = [list(range(start, start + 9 + start)) for start in (1, 3, 5, 7)]
+    chunks = [
+        Chunk(Sequence(key, ids), slot, 0, ids, samples=True)
+        for slot, (key, ids) in enumerate(zip(keys, prompts, strict=True))
+    ]
+    chosen = ours.forward(chunks, [None] * 4)
+    references = {folder.name: adapters.peft_model(model.path, folder) for folder in folders}
+    references[None] = tiny.reference(model.path)
+    for key, ids, [choice] in zip(keys, prompts, chosen, strict=True):
+        expected = logits_of(references[key], ids).log_softmax(-1)
+        assert choice.id == int(expected.argmax())
+        assert choice.logprob == pytest.approx(float(expected.max()), abs=1e-4)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_the_base_is_itself_again_without_adapters(tmp_path, runner):
+    model = tiny.write_model("qwen2", tmp_path / "model")
+    ours, _ = runner_of(model, runner=runner)
+    before = ours.probe(PROMPT, None)
+    adapter = read(adapters.write_adapter(model.path, tmp_path / "a", adapters.TARGETS["qwen2"]), model.path)
+    for _ in range(2):
+        ours.prepare({"a": adapter})()
+        assert worst(before, torch.from_numpy(ours.probe(PROMPT, "a"))) > 0.1
+        ours.prepare({})()
+        assert (ours.probe(PROMPT, None) == before).all()
+
+
+@pytest.mark.parametrize("runner", ["auto", "torch"])
 @pytest.mark.skipif(not supported(), reason="the int8 kernels are for x86")
-def test_an_adapter_on_an_int8_base_stays_close(adapter, tmp_path):
-    expected = PeftModel.from_pretrained(tiny.reference(tmp_path / "model"), adapter).eval()
-    found = ours(tmp_path, "int8")
-    attach_adapter(found, adapter)
-    ids = torch.arange(100)[None]
-    with torch.inference_mode():
-        difference = found(ids).logits - expected(ids).logits
-        assert difference.norm() / expected(ids).logits.norm() < 0.2
+def test_an_adapter_on_an_int8_base_stays_close(tmp_path, runner):
+    model = tiny.write_model("qwen2", tmp_path / "model")
+    folder = adapters.write_adapter(model.path, tmp_path / "adapter", adapters.TARGETS["qwen2"])
+    expected = logits_of(adapters.peft_model(model.path, folder), PROMPT)
+    ours, key = runner_of(model, folder, dtype="int8", runner=runner)
+    difference = torch.from_numpy(ours.probe(PROMPT, key)) - expected
+    assert difference.norm() / expected.norm() < 0.2
 
 
-def refusal(tmp_path, adapter) -> str:
-    with pytest.raises(AdapterError) as caught:
-        attach_adapter(ours(tmp_path), adapter)
-    return str(caught.value)
+@pytest.fixture
+def model(tmp_path):
+    return tiny.write_model("qwen2", tmp_path / "model")
 
 
-def change(adapter, **tensors):
+@pytest.fixture
+def adapter(tmp_path, model):
+    return adapters.write_adapter(model.path, tmp_path / "adapter", ["q_proj", "v_proj", "down_proj"])
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_what_does_not_fit_is_refused(adapter, tmp_path, runner):
+    for kind, changes in (("qwen2", {"hidden_size": 32}), ("gpt_bigcode", {})):
+        other = tiny.write_model(kind, tmp_path / kind, **changes)
+        with pytest.raises(AdapterError, match="does not fit"):
+            runner_of(other, adapter, runner=runner)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_wrongly_keyed_adapter_is_refused_though_peft_only_warns(adapter, model, runner):
     file = adapter / "adapter_model.safetensors"
-    content = {**load_file(file), **tensors}
-    save_file({name: tensor for name, tensor in content.items() if tensor is not None}, file)
+    tensors = {
+        name.replace("lora_A.weight", "lora_A.default.weight"): value
+        for name, value in load_file(file).items()
+    }
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match="lacks 9 tensors"):
+        runner_of(model, adapter, runner=runner)
 
 
-def first_key(adapter) -> str:
-    return min(load_file(adapter / "adapter_model.safetensors"))
-
-
-def test_a_pickled_adapter_is_not_opened(adapter, tmp_path):
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    assert "adapter_model.bin is pickled" in refusal(tmp_path, adapter)
-
-
-def test_a_missing_key(adapter, tmp_path):
-    key = first_key(adapter)
-    change(adapter, **{key: None})
-    assert key in refusal(tmp_path, adapter)
-
-
-def test_an_unexpected_key(adapter, tmp_path):
-    change(adapter, **{"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 48)})
-    assert "layers.9" in refusal(tmp_path, adapter)
-
-
-def test_values_that_are_not_finite(adapter, tmp_path):
-    key = first_key(adapter)
-    change(adapter, **{key: torch.full((4, 48), float("nan"))})
-    assert "not finite" in refusal(tmp_path, adapter)
-
-
-def test_an_adapter_of_another_size_or_architecture(adapter, tmp_path):
-    tiny.write_model("qwen2", tmp_path / "model", hidden_size=64)
-    assert "does not fit" in refusal(tmp_path, adapter)
-    tiny.write_model("gpt_bigcode", tmp_path / "other")
-    (tmp_path / "model").rename(tmp_path / "old")
-    (tmp_path / "other").rename(tmp_path / "model")
-    assert "does not fit" in refusal(tmp_path, adapter)
-
-
-def test_a_damaged_file(adapter, tmp_path):
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_the_canary(adapter, model, runner):
+    """Values that are finite themselves, and overflow in the products."""
     file = adapter / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    assert "damaged" in refusal(tmp_path, adapter)
+    tensors = {name: torch.full_like(value, 1e30) for name, value in load_file(file).items()}
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match="not finite"):
+        runner_of(model, adapter, runner=runner)
+    save_file({name: torch.full_like(value, 1e-30) for name, value in tensors.items()}, file)
+    with pytest.raises(AdapterError, match="changes nothing"):
+        runner_of(model, adapter, runner=runner)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"peft_type": "IA3"},
-        {"megatron_config": {"a": 1}, "megatron_core": "os"},
-        {"modules_to_save": ["lm_head"]},
-        {"use_dora": True},
-        {"init_lora_weights": "pissa"},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_kinds_that_are_not_served(adapter, tmp_path, options):
-    tiny.edit_json(adapter / "adapter_config.json", **options)
-    refusal(tmp_path, adapter)
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_new_adapter_is_the_base(tmp_path, model, runner):
+    """As PEFT starts one: its upper matrices are zero."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny.reference(model.path), config).save_pretrained(tmp_path / "new")
+    ours, key = runner_of(model, tmp_path / "new", runner=runner)
+    assert worst(ours.probe(PROMPT, key), logits_of(tiny.reference(model.path), PROMPT)) < 1e-4
 
 
-def test_no_configuration(adapter, tmp_path):
-    (adapter / "adapter_config.json").unlink()
-    assert "adapter_config.json" in refusal(tmp_path, adapter)
+def test_an_option_that_is_refused_is_named(adapter, model):
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    with pytest.raises(AdapterError, match="use_dora"):
+        runner_of(model, adapter)

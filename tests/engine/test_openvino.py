@@ -99,11 +99,10 @@ async def test_architectures_without_a_graph_are_run_by_torch(tmp_path):
         assert await tiny.collect_ids(engine, [1, 2, 3], 2)
 
 
-async def test_what_openvino_does_not_serve_is_said(model, tmp_path):
+async def test_what_openvino_does_not_serve_is_said(model):
     for options, reason in (
         ({"dtype": "bfloat16"}, "dtype bfloat16"),
         ({"device": "cuda"}, 'device "cuda"'),
-        ({"adapter": tmp_path}, "adapters"),
     ):
         with pytest.raises(EngineError, match=reason):
             async with tiny.running(model, runner="openvino", **options):

@@ -60,7 +60,6 @@ def test_the_weight_that_is_made_during_the_import_is_the_one_in_the_file(tmp_pa
         tmp_path,
         device="cpu",
         dtype="int8",
-        adapter=None,
         num_threads=2,
         report=lambda _: None,
         meanwhile=lambda: "met",

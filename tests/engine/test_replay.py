@@ -325,6 +325,7 @@ def test_a_pass_asks_for_no_value_on_the_host(models, kind, kernel):
             context=512,
             vocab_size=runner.vocab_size,
             kernel=kernel,
+            branches=runner._branches,
             device=Recorder(),
             place=meta,
         )

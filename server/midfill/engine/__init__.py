@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Progress = Callable[[str, float | None], None]
 """Called with a short message ("loading weights") and the share done, 0..1, or None where unknown.
@@ -90,7 +90,7 @@ class EngineSpec:
         model: the model's folder.
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "auto" ("int8" on a CPU that can, "bfloat16" on CUDA), "int8", "float32", "bfloat16".
-        adapter: folder of a LoRA adapter in PEFT format, or None.
+        adapter: folder of a LoRA adapter in PEFT format that requests get if they name none, or None.
         num_threads: CPU threads of the model; 0 for one per physical core, and with torch fewer while other
             programs keep cores busy.
         runner: one of `RUNNERS`; "auto" is OpenVINO for int8 on a CPU where it knows the architecture, else
@@ -105,6 +105,28 @@ class EngineSpec:
     num_threads: int = 0
     runner: str = "auto"
     drafts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """An adapter that requests can name once it is in the model; see `Adaptable`.
+
+    Attributes:
+        key: what requests name it by: its digest, so that nothing computed with it is taken for another's.
+        name: for the user.
+        path: its folder, in PEFT's format.
+    """
+
+    key: str
+    name: str
+    path: Path
+
+
+MAX_ADAPTERS = 4
+"""How many adapters may be in a model at the same time."""
+
+BASE = "base"
+"""As the adapter of a request: none at all, though the engine was started with one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +197,8 @@ class Request:
             (token healing: characters removed from the prompt's end are put here). "" for no demand.
         idle: nobody waits for it yet, so it stands aside, after at most one forward pass, for any request
             that is not idle. The event loop may change this by `set_idle` while the request runs.
+        adapter: the key of an adapter that is in the model (see `Adaptable`), or `BASE`; None for what the
+            engine was started with.
         stats: see `Stats`.
         on_idle: an engine in another process wants to hear of that.
     """
@@ -184,6 +208,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     starts_with: str = ""
     idle: bool = False
+    adapter: str | None = None
     stats: Stats = field(default_factory=Stats)
     on_idle: Callable[[bool], None] | None = None
 
@@ -235,12 +260,30 @@ class Engine(Protocol):
         """
         ...
 
-    def prewarm(self, tokens: Sequence[int]) -> None:
-        """Compute the KV of a prompt when nothing else is to be done. Never waits, never fails."""
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
+        """Compute the KV of a prompt when nothing else is to be done. Never waits, never fails.
+
+        `adapter`: see `Request.adapter`.
+        """
         ...
 
     async def close(self) -> None:
         """Stop, free the model. Running requests end with `EngineUnavailableError`. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class Adaptable(Protocol):
+    """An engine whose adapters can be changed while it serves."""
+
+    async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
+        """Have these adapters in the model, besides that of `EngineSpec.adapter`; `MAX_ADAPTERS` in all.
+
+        Returns when requests may name them. Requests under way are not disturbed: one that leaves is waited
+        for until those that use it have ended. None at all costs nothing.
+
+        Raises `AdapterError`, and leaves everything as it was, if one of them cannot be used.
+        """
         ...
 
 

@@ -89,11 +89,11 @@ class FallbackEngine:
             async for token in tokens:
                 yield token
 
-    def prewarm(self, tokens: Sequence[int]) -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
         """See `Engine.prewarm`."""
         engine = self._first if self._reached else self._second
         if engine is not None:
-            engine.prewarm(tokens)
+            engine.prewarm(tokens, adapter)
 
     async def close(self) -> None:
         """See `Engine.close`."""

@@ -3,7 +3,7 @@
 A token of a small model costs a GPU less time than it takes to begin its kernels, one after another. So
 projections of the same input (query, key and value; gate and up) become one product, and a norm that is
 written as seven operations becomes one. A module is replaced only if it has just the form that is known
-here, and a norm only if the result agrees. Projections of which one has an adapter stay as they are.
+here, and a norm only if the result agrees.
 
 Knows modules; nothing of caches or requests. Runs on the engine thread only.
 """
@@ -75,12 +75,15 @@ class _Shared(nn.Module):
 
 
 class _Part(nn.Module):
-    """One of the layers that share a product."""
+    """One of the layers that share a product. An adapter's branch may be put around it."""
+
+    stands_for_linear = True
 
     def __init__(self, shared: _Shared, place: int) -> None:
         super().__init__()
         self._shared = shared
         self._place = place
+        self.in_features = shared.weight.shape[1]
         self.out_features = shared.sizes[place]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -153,8 +153,10 @@ class Graphs(Generic[T]):
     def __init__(self, longest: int, capture: Callable[[Shape], T], has_room: Callable[[], bool]) -> None:
         self._capture = capture
         self._has_room = has_room
+        self._longest = longest
         self._buckets = buckets(longest)
         self._waiting = list(likely(longest))
+        self._given_up = False
         self._captured: dict[Shape, T] = {}
         self._choices: dict[Shape, tuple[Shape, T] | None] = {}  # what `find` has answered
 
@@ -205,10 +207,17 @@ class Graphs(Generic[T]):
         self._choices.clear()
         return True
 
+    def restart(self) -> None:
+        """Forget all passes and capture them again, unless there is no room for them."""
+        self._captured.clear()
+        self._choices.clear()
+        self._waiting = [] if self._given_up else list(likely(self._longest))
+
     def drop(self) -> None:
         """Forget all passes and capture no more: memory ran out."""
         self._captured.clear()
         self._choices.clear()
+        self._given_up = True
         self._stop("memory ran out")
 
     def _stop(self, why: str) -> None:

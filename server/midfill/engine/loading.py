@@ -1,7 +1,7 @@
 """From a model's folder to a model that is ready: which runner, and the order of loading.
 
-On a CPU OpenVINO runs the architectures that there is a graph for; torch runs all others, adapters, GPUs
-and the reference (float32). Neither is imported before it is known which one is needed: torch and
+On a CPU OpenVINO runs the architectures that there is a graph for; torch runs all others, GPUs and the
+reference (float32). Neither is imported before it is known which one is needed: torch and
 transformers take 4 s on their own. Runs on the engine thread.
 """
 
@@ -12,14 +12,19 @@ import ctypes
 import sys
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from midfill.engine import RUNNERS, EngineSpec, ModelInfo, Progress, Tokenizer
+import numpy as np
+import numpy.typing as npt
+
+from midfill.adapters.format import Adapter
+from midfill.engine import RUNNERS, EngineSpec, ModelInfo, Progress, Tokenizer, residents
 from midfill.engine.cores import num_cores
 from midfill.engine.healing import TokenIndex
+from midfill.engine.residents import Residents
 from midfill.engine.scheduler import Choice, Chunk
 from midfill.errors import EngineError
 from midfill.models.store import verify
@@ -57,6 +62,21 @@ class Runner(Protocol):
         """Free the memory of these slots."""
         ...
 
+    def prepare(self, adapters: Mapping[str, Adapter]) -> Callable[[], None]:
+        """Get ready to have these adapters in the model and no others, while passes go on.
+
+        May take seconds, in any thread, but not twice at a time. The adapters fit the model; their keys are
+        those of the sequences (`scheduler.Sequence.key`). Returns what puts them in, which is quick, and
+        is called on the engine thread between two passes.
+
+        Raises `AdapterError` if one cannot be served, and `MemoryError`.
+        """
+        ...
+
+    def probe(self, tokens: list[int], key: str | None) -> npt.NDArray[np.float32]:
+        """The logits that follow these tokens with an adapter, or None. Leaves nothing in a slot."""
+        ...
+
     def idle(self) -> bool:
         """Nobody waits: do a piece of what was put off. Whether there was any."""
         ...
@@ -92,12 +112,14 @@ class Loaded:
         info: what the pipeline is told.
         runner: the model itself.
         index: its vocabulary in byte order.
+        residents: the adapters in it.
         slow_turn_s: how long the warm-up took, a full chunk included: no turn should take much longer.
     """
 
     info: ModelInfo
     runner: Runner
     index: TokenIndex
+    residents: Residents
     slow_turn_s: float = 0.0
 
 
@@ -111,17 +133,22 @@ def load(spec: EngineSpec, progress: Progress) -> Loaded:
         MemoryError: there is not enough memory.
     """
     shape = _openvino_shape(spec)
+    default = None if spec.adapter is None else residents.read(spec.adapter, spec.model.path)
+    adapters = {} if default is None else {default.digest: default}
     with ThreadPoolExecutor(1, thread_name_prefix="midfill-verify") as pool:
         verified = pool.submit(verify, spec.model.path)  # While libraries are imported, there is a core free.
         if shape is not None:
-            runner, (tokenizer, index) = _load_openvino(spec, shape, progress)
+            runner, (tokenizer, index) = _load_openvino(spec, shape, progress, adapters)
         else:
             runner, (tokenizer, index) = _load_torch(spec, progress)
         verified.result()
+    install = runner.prepare(adapters)
+    install()
     progress("warming up", None)
     began = time.monotonic()
     runner.warm_up(min(runner.chunk_tokens, runner.context - 1))
     slow_turn_s = time.monotonic() - began
+    residents.check(runner, adapters)
     runner.capture(lambda share: progress("capturing graphs", share), _CAPTURE_S)
     info = ModelInfo(
         name=spec.model.name,
@@ -134,7 +161,7 @@ def load(spec: EngineSpec, progress: Progress) -> Loaded:
         adapter=spec.adapter.name if spec.adapter is not None else None,
     )
     _release_free_memory()
-    return Loaded(info, runner, index, slow_turn_s)
+    return Loaded(info, runner, index, Residents(runner, install, default), slow_turn_s)
 
 
 def _openvino_shape(spec: EngineSpec) -> Shape | None:
@@ -153,9 +180,7 @@ def _openvino_shape(spec: EngineSpec) -> Shape | None:
     except ImportError as error:
         why = f"it cannot be imported ({error})"
     else:
-        if spec.adapter is not None:
-            why = "it serves no adapters"
-        elif spec.device != "cpu" and not (spec.device == "auto" and not _has_cuda()):
+        if spec.device != "cpu" and not (spec.device == "auto" and not _has_cuda()):
             why = f'it does not serve device "{spec.device}"'
         elif spec.dtype not in dtypes:
             why = f"it does not serve dtype {spec.dtype}"
@@ -181,7 +206,7 @@ def _has_cuda() -> bool:
 
 
 def _load_openvino(
-    spec: EngineSpec, shape: Shape, progress: Progress
+    spec: EngineSpec, shape: Shape, progress: Progress, adapters: Mapping[str, Adapter]
 ) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
     from midfill.engine import openvino_runner  # noqa: PLC0415 - imports openvino
 
@@ -193,6 +218,7 @@ def _load_openvino(
             dtype="int8" if spec.dtype == "auto" else spec.dtype,
             num_threads=spec.num_threads or num_cores(),
             report=lambda share: progress("loading weights", share),
+            adapters=adapters,
         )
         return runner, vocabulary.result()
 
@@ -205,7 +231,6 @@ def _load_torch(spec: EngineSpec, progress: Progress) -> tuple[LoadedRunner, tup
         spec.model.path,
         device=spec.device,
         dtype=spec.dtype,
-        adapter=spec.adapter,
         num_threads=spec.num_threads,
         report=lambda share: progress("loading weights", share),
         meanwhile=lambda: _load_vocabulary(spec),

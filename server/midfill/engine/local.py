@@ -19,9 +19,10 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-from midfill.engine import EngineSpec, ModelInfo, Progress, Request, TextStream, Token
+from midfill.engine import AdapterSource, EngineSpec, ModelInfo, Progress, Request, TextStream, Token
 from midfill.engine.drafts import Drafts
 from midfill.engine.loading import Loaded, load
+from midfill.engine.residents import Swap
 from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, Sequence
 from midfill.engine.slots import NUM_SLOTS, Slots
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
@@ -83,6 +84,7 @@ class _Prewarm:
     """A prompt to compute when nothing else is to be done."""
 
     tokens: list[int]
+    adapter: str | None
 
 
 class _ClosedError(Exception):
@@ -109,13 +111,14 @@ class LocalEngine:
         self.lost: str | None = None
         self._spec = spec
         self._load = load
-        self.mailbox: SimpleQueue[_Flight | _Prewarm | None] = SimpleQueue()
+        self.mailbox: SimpleQueue[_Flight | _Prewarm | Swap | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()  # set on the loop once the thread is about to return
         self.closing = False
         self._abandoned = False
         self._unavailable: str | None = "The model is not loaded yet."
         self._loaded: Loaded | None = None
+        self._swapping = asyncio.Lock()
         self._open: set[_Flight] = set()  # those whose iterators are open; the event loop's own
 
     # The event loop's side.
@@ -175,10 +178,30 @@ class LocalEngine:
             flight.cancelled = True
             self.mailbox.put(None)  # wakes the thread, which then looks at the flags
 
-    def prewarm(self, tokens: Ids[int]) -> None:
+    def prewarm(self, tokens: Ids[int], adapter: str | None = None) -> None:
         """Compute a prompt when idle; a newer call replaces an older one. See `Engine.prewarm`."""
         if self._unavailable is None:
-            self.mailbox.put(_Prewarm(list(tokens)))
+            self.mailbox.put(_Prewarm(list(tokens), adapter))
+
+    async def set_adapters(self, adapters: Ids[AdapterSource]) -> None:
+        """Have these adapters in the model; see `Adaptable.set_adapters`."""
+        # What was begun is brought to its end, whoever waits for it.
+        await asyncio.shield(self._swap(adapters))
+
+    async def _swap(self, sources: Ids[AdapterSource]) -> None:
+        async with self._swapping:
+            loaded = self._loaded
+            if loaded is None or self._unavailable is not None:
+                raise EngineUnavailableError(self._unavailable or _SHUT_DOWN)
+            loop = asyncio.get_running_loop()
+            ready = loaded.residents.ready
+            swap = await asyncio.to_thread(ready, sources, self._spec.model.path, loop, loop.create_future())
+            if swap is None:
+                return
+            self.mailbox.put(swap)
+            if self._unavailable is not None:  # the thread may have read the mailbox for the last time
+                raise EngineUnavailableError(self._unavailable)
+            await swap.done
 
     async def close(self) -> None:
         """Stop the thread after at most one forward pass and free the model; see also `abandon`."""
@@ -224,8 +247,11 @@ class LocalEngine:
             if steps is not None:
                 steps.refuse_all(self._unavailable)
             while not self.mailbox.empty():
-                if isinstance(message := self.mailbox.get(), _Flight):
+                message = self.mailbox.get()
+                if isinstance(message, _Flight):
                     message.send(EngineUnavailableError(self._unavailable))
+                elif isinstance(message, Swap):
+                    message.end(EngineUnavailableError(self._unavailable))
             self._loaded = None
             _call(loop, self._ended.set)
 
@@ -271,7 +297,7 @@ class _Steps:
         self._control_ids = self._tokenizer.control_ids
         self._vocab = self._tokenizer.vocab_bytes()
         self._index = loaded.index
-        self._key = (loaded.info.name, loaded.info.adapter)
+        self._residents = loaded.residents
         self._slots = Slots(NUM_SLOTS)
         self._scheduler = Scheduler(
             self._slots,
@@ -287,6 +313,7 @@ class _Steps:
     def run(self) -> None:
         """Until the engine closes: read the mailbox, drop cancelled requests, compute one step."""
         while True:
+            self._change_adapters()
             self._receive()
             self._engine.turn_started_s = time.monotonic()
             if self._engine.closing:
@@ -303,6 +330,14 @@ class _Steps:
         for flight in self._flights.values():
             flight.send(EngineUnavailableError(reason))
         self._flights.clear()
+        self._residents.refuse(reason)
+
+    def _change_adapters(self) -> None:
+        """Put other adapters in if they wait for that, and nobody uses those that leave."""
+        if self._prewarm is not None and self._prewarm.key in self._residents.leaving:
+            self._scheduler.remove(self._prewarm)
+            self._prewarm = None
+        self._residents.swap(sequence.key for sequence in self._flights)
 
     def _receive(self) -> None:
         """Take in all messages; wait for one if there is nothing to compute."""
@@ -315,10 +350,13 @@ class _Steps:
                 self._admit(message)
             elif isinstance(message, _Prewarm):
                 self._replace_prewarm(message)
+            elif isinstance(message, Swap):
+                self._residents.add(message)
+                self._change_adapters()
             if self._engine.closing:
                 return
 
-    def _next_message(self) -> _Flight | _Prewarm | None:
+    def _next_message(self) -> _Flight | _Prewarm | Swap | None:
         """Wait for a message. In a pause that lasts, the runner does what it has put off, piece by piece."""
         mailbox = self._engine.mailbox
         more = not len(self._scheduler)
@@ -338,7 +376,8 @@ class _Steps:
             return
         try:
             self._check(request.tokens)
-            flight.sequence = Sequence(self._key, list(request.tokens), _priority(request))
+            key = self._residents.key_of(request.adapter)
+            flight.sequence = Sequence(key, list(request.tokens), _priority(request))
             dropped = self._scheduler.add(flight.sequence)
         except EngineError as error:
             flight.send(error)
@@ -374,9 +413,10 @@ class _Steps:
             self._prewarm = None
         try:
             self._check(prewarm.tokens)
+            key = self._residents.key_of(prewarm.adapter)
         except EngineError:
             return
-        sequence = Sequence(self._key, prewarm.tokens, Priority.IDLE, samples=False)
+        sequence = Sequence(key, prewarm.tokens, Priority.IDLE, samples=False)
         if sequence not in self._scheduler.add(sequence):
             self._prewarm = sequence
 

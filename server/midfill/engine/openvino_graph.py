@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from midfill.engine.rounded import Floats, Rounded, Tensors
 from midfill.engine.vino import op, opset15, ov
-from midfill.errors import ModelError
+from midfill.errors import AdapterError, ModelError
 
 _SEQUENCES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
 
@@ -205,17 +205,36 @@ def _window(config: Mapping[str, Any]) -> int:
     return 0 if kinds == {"full_attention"} else window
 
 
-def build_graph(shape: Shape, tensors: Tensors) -> ov.Model:
-    """The graph of a model.
+def siblings(shape: Shape, branched: frozenset[str]) -> list[tuple[str, ...]]:
+    """The linear layers that have branches, those with the same input together.
+
+    Raises `AdapterError` if one of `branched` is no linear layer of such a model.
+    """
+    layout = LAYOUTS[shape.architecture]
+    groups = [layout.qkv, (layout.out,), layout.mlp[:-1], layout.mlp[-1:]]
+    names = [
+        tuple(name for part in group if (name := layout.layer.format(number) + part) in branched)
+        for number in range(shape.num_layers)
+        for group in groups
+    ]
+    if strangers := sorted(branched - {name for group in names for name in group}):
+        raise AdapterError(f"The adapter has a branch on {strangers[0]}, which is served by torch only.")
+    return [group for group in names if group]
+
+
+def build_graph(shape: Shape, tensors: Tensors, branched: frozenset[str] = frozenset()) -> ov.Model:
+    """The graph of a model, with room for adapters on the linear layers that `branched` names.
 
     Inputs: `input_ids`, `position_ids` (the tokens of all sequences, one after the other), `selected` (the
     tokens whose logits are wanted, by their place in that row), `key_cache.N` and `value_cache.N` of every
     layer, and, as OpenVINO's paged attention defines them, `past_lens`, `subsequence_begins`,
-    `block_indices`, `block_indices_begins`, `max_context_len`. Output: logits, one row for each selected.
+    `block_indices`, `block_indices_begins`, `max_context_len`. With branches also, as `branches.Stack` makes
+    them, `mask` (tokens x rank), `down.NAME` for each of `siblings`, by the name of its first layer, and
+    `up.NAME` for each layer. Output: logits, one row for each selected.
 
     Raises `ModelError` if the tensors are not those of that shape, with the tensor at fault.
     """
-    return _Graph(shape, _Parts(tensors)).build()
+    return _Graph(shape, _Parts(tensors), branched).build()
 
 
 def stays_exact(shape: Shape) -> Callable[[str], bool]:
@@ -269,8 +288,9 @@ class _Parts:
 class _Graph:
     """Builds one graph. Nodes are OpenVINO's; every activation is (tokens x something)."""
 
-    def __init__(self, shape: Shape, tensors: _Parts) -> None:
+    def __init__(self, shape: Shape, tensors: _Parts, branched: frozenset[str]) -> None:
         self._shape = shape
+        self._branched = branched
         self._layout = LAYOUTS[shape.architecture]
         self._tensors = tensors
         self._inputs: list[op.Parameter] = []
@@ -283,6 +303,8 @@ class _Graph:
         selected = self._input("selected", ov.Type.i64, [-1])
         sequences = [self._input(name, ov.Type.i32, [-1]) for name in _SEQUENCES]
         longest = self._input("max_context_len", ov.Type.i32, [])
+        if self._branched:
+            self._mask = self._input("mask", ov.Type.f32, [-1, -1])
         embedding = self._tensors.take(f"{layout.embedding}.weight", shape.vocab_size, shape.width)
         hidden = _rows(embedding, ids)
         turns = None
@@ -295,7 +317,8 @@ class _Graph:
             name = layout.layer.format(number)
             normed = self._norm(hidden, name + layout.attention_norm)
             attended = self._attend(normed, name, number, turns, sequences, longest)
-            hidden = opset15.add(hidden, self._linear(attended, name + layout.out, shape.width))
+            [projected] = self._linears(attended, {name + layout.out: shape.width})
+            hidden = opset15.add(hidden, projected)
             normed = self._norm(hidden, name + layout.mlp_norm)
             hidden = opset15.add(hidden, self._mlp(normed, name))
         last = opset15.gather(hidden, selected, _constant(np.int64(0)))
@@ -313,6 +336,24 @@ class _Graph:
         node.output(0).get_tensor().set_names({name})
         self._inputs.append(node)
         return node
+
+    def _linears(self, inputs: ov.Node, widths: Mapping[str, int]) -> list[ov.Node]:
+        """Linear layers of the same input, by name and number of outputs, with their branches."""
+        outputs = {name: self._linear(inputs, name, width) for name, width in widths.items()}
+        branched = [name for name in widths if name in self._branched]
+        if branched:
+            num_inputs = inputs.get_output_partial_shape(0)[1].get_length()
+            down = self._input(f"down.{branched[0]}", ov.Type.f32, [-1, num_inputs])
+            low = opset15.matmul(inputs, down, transpose_a=False, transpose_b=True)
+            parts = [low.output(0)]
+            if len(branched) > 1:
+                parts = opset15.split(low, _constant(np.int64(1)), len(branched)).outputs()
+            for name, part in zip(branched, parts, strict=True):
+                up = self._input(f"up.{name}", ov.Type.f32, [widths[name], -1])
+                chosen = opset15.multiply(part, self._mask)
+                product = opset15.matmul(chosen, up, transpose_a=False, transpose_b=True)
+                outputs[name] = opset15.add(outputs[name], product)
+        return list(outputs.values())
 
     def _linear(self, inputs: ov.Node, name: str, num_outputs: int) -> ov.Node:
         num_inputs = inputs.get_output_partial_shape(0)[1].get_length()
@@ -372,14 +413,13 @@ class _Graph:
         widths = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
         widths = [heads * shape.head_width for heads in widths]
         if len(self._layout.qkv) == 1:
-            joint = self._linear(inputs, name + self._layout.qkv[0], sum(widths))
+            [joint] = self._linears(inputs, {name + self._layout.qkv[0]: sum(widths)})
             parts = opset15.variadic_split(joint, _constant(np.int64(-1)), _constant(np.array(widths)))
             query, key, value = parts.outputs()
         else:
-            query, key, value = (
-                self._linear(inputs, name + part, width).output(0)
-                for part, width in zip(self._layout.qkv, widths, strict=True)
-            )
+            names = [name + part for part in self._layout.qkv]
+            linears = self._linears(inputs, dict(zip(names, widths, strict=True)))
+            query, key, value = (linear.output(0) for linear in linears)
         caches = [
             self._input(f"{kind}_cache.{number}", ov.Type.dynamic, [-1, -1, -1, -1])
             for kind in ("key", "value")
@@ -403,12 +443,13 @@ class _Graph:
     def _mlp(self, inputs: ov.Node, name: str) -> ov.Node:
         *inner, down = (name + part for part in self._layout.mlp)
         width = self._tensors.num_rows(f"{inner[0]}.weight")
-        first = self._linear(inputs, inner[0], width)
+        first, *second = self._linears(inputs, dict.fromkeys(inner, width))
         kind = self._shape.activation
         first = opset15.swish(first) if kind == "silu" else opset15.gelu(first, kind)
-        if len(inner) == 2:
-            first = opset15.multiply(first, self._linear(inputs, inner[1], width))
-        return self._linear(first, down, self._shape.width)
+        if second:
+            first = opset15.multiply(first, second[0])
+        [result] = self._linears(first, {down: self._shape.width})
+        return result
 
 
 def _attention_constants(shape: Shape, longest: op.Parameter) -> list[ov.Node]:

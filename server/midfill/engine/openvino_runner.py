@@ -2,21 +2,25 @@
 
 Keeps the contract of `runner.Runner`, which runs the same models with torch and is its reference. All
 chunks of a step are computed in one pass. Knows arrays, slot numbers and token ids; nothing of
-threads, requests or text. Imports neither torch nor transformers. Runs on the engine thread only.
+threads, requests or text. Imports neither torch nor transformers. Runs on the engine thread only, but for
+`prepare`.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from midfill.engine.openvino_graph import Shape, build_graph, stays_exact
+from midfill.adapters.format import Adapter
+from midfill.engine.branches import Stack
+from midfill.engine.openvino_graph import Shape, build_graph, siblings, stays_exact
 from midfill.engine.rounded import Floats, Weights, read_weights
-from midfill.engine.scheduler import Choice, Chunk, Sequence
+from midfill.engine.scheduler import Choice, Chunk
+from midfill.engine.scheduler import Sequence as Tokens
 from midfill.engine.slots import NUM_SLOTS
 from midfill.engine.vino import ov
 
@@ -26,9 +30,18 @@ _FIRST_BLOCKS = 64
 _ACTIVATION_GROUP = 128
 """Activations share an 8-bit scale in groups of so many. With 32 decoding takes twice as long."""
 
+_SPARE_SLOT = -1
+"""A slot that no request ever gets."""
 
-def load(
-    path: Path, shape: Shape, *, dtype: str, num_threads: int, report: Callable[[float], None]
+
+def load(  # noqa: PLR0913 - what to load, and how
+    path: Path,
+    shape: Shape,
+    *,
+    dtype: str,
+    num_threads: int,
+    report: Callable[[float], None],
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> OpenVinoRunner:
     """Load the model of a folder.
 
@@ -38,9 +51,11 @@ def load(
         dtype: "int8" or "float32".
         num_threads: of each pass.
         report: called with the share done, 0..1.
+        adapters: in the model from the start; see `OpenVinoRunner.prepare`.
 
     Raises:
         ModelError: the files are not those of that shape.
+        AdapterError: an adapter cannot be served.
         MemoryError: there is not enough memory.
     """
     properties = {
@@ -54,12 +69,20 @@ def load(
     }
     exact = stays_exact(shape) if dtype == "int8" else lambda _: True
     weights = read_weights(path, exact=exact, num_threads=num_threads, report=report)
-    compiled = ov.Core().compile_model(build_graph(shape, weights.tensors), "CPU", properties)
-    return OpenVinoRunner(compiled, shape, weights, dtype)
+
+    def compile_graph(branched: frozenset[str]) -> ov.CompiledModel:
+        return ov.Core().compile_model(build_graph(shape, weights.tensors, branched), "CPU", properties)
+
+    runner = OpenVinoRunner(compile_graph, shape, weights, dtype)
+    runner.prepare(adapters or {})()
+    return runner
 
 
 class OpenVinoRunner:
     """One model.
+
+    Adapters need another graph, which is compiled in the background when the first one is wanted: without
+    any, branches would cost time for nothing. The keys and values stay where they are.
 
     Attributes:
         architecture: transformers' `model_type`.
@@ -75,25 +98,30 @@ class OpenVinoRunner:
     step_sequences = NUM_SLOTS
     max_guesses = 7
 
-    def __init__(self, compiled: ov.CompiledModel, shape: Shape, weights: Weights, dtype: str) -> None:
+    def __init__(
+        self,
+        compile_graph: Callable[[frozenset[str]], ov.CompiledModel],
+        shape: Shape,
+        weights: Weights,
+        dtype: str,
+    ) -> None:
         self.architecture = shape.architecture
         self.context = shape.context
         self.vocab_size = shape.vocab_size
         self.dtype = dtype
+        self._compile = compile_graph
+        self._shape = shape
         self._weights = weights
-        self._request = compiled.create_infer_request()
-        self._blocks = _Blocks(compiled, self._request)
+        self._program: _Program | None = None
+        self._stack = Stack.of({})
+        self._blocks = _Blocks()
 
     def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
         """Compute the chunks of one step in one pass; see `runner.Runner.forward`."""
         for chunk in chunks:
             if chunk.copy_from is not None:
                 self._blocks.copy(chunk.copy_from, chunk.slot, chunk.start)
-        for chunk in chunks:
-            self._blocks.reserve(chunk.slot, chunk.start + len(chunk.tokens))
-        self._set_inputs(chunks)
-        self._request.infer()
-        logits: Floats = self._request.get_output_tensor(0).data
+        logits = self._compute(chunks)
         choices: list[list[Choice]] = []
         row = 0
         for chunk, ids in zip(chunks, allowed, strict=True):
@@ -105,11 +133,50 @@ class OpenVinoRunner:
             row += len(rows)
         return choices
 
+    def _compute(self, chunks: Sequence[Chunk]) -> Floats:
+        if self._program is None:
+            raise AssertionError("nothing was prepared")
+        return self._program.compute(chunks, self._blocks, self._stack)
+
+    def prepare(self, adapters: Mapping[str, Adapter]) -> Callable[[], None]:
+        """See `loading.Runner.prepare`. Compiling takes seconds, during which passes go on."""
+        stack = Stack.of(adapters)
+        siblings(self._shape, stack.layers)
+        program = self._program
+        fits = program is not None and stack.layers <= program.branched
+        if program is None or not fits or (program.branched and not adapters):
+            program = _Program(self._compile(stack.layers), stack.layers)
+        tensors = program.adapter_tensors(stack, siblings(self._shape, program.branched))
+        if program is not self._program and self._program is not None:
+            # The first passes pack the weights. Then the file's pages are not needed any more.
+            blocks = _Blocks()
+            blocks.attach(program)
+            program.take(tensors)
+            for chunk in _warming(self.chunk_tokens):
+                program.compute([chunk], blocks, stack)
+            self._weights.give_back()
+
+        def install() -> None:
+            program.take(tensors)
+            if program is not self._program:
+                self._blocks.attach(program)
+            self._program, self._stack = program, stack
+
+        return install
+
+    def probe(self, tokens: list[int], key: str | None) -> Floats:
+        """The logits that follow these tokens; see `loading.Runner.probe`."""
+        prompt = Tokens(key, tokens)
+        try:
+            logits: Floats = self._compute([Chunk(prompt, _SPARE_SLOT, 0, tokens, samples=True)])[0].copy()
+        finally:
+            self._blocks.drop(_SPARE_SLOT)
+        return logits
+
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk of this size and a single token: the first passes are slow, whoever waits for them."""
-        prompt = Sequence(key=None, tokens=[0] * num_tokens)
-        self.forward([Chunk(prompt, 0, 0, prompt.tokens, samples=True)], [None])
-        self.forward([Chunk(prompt, 0, num_tokens, [0], samples=True)], [None])
+        for chunk in _warming(num_tokens):
+            self.forward([chunk], [None])
         self.drop([0])
         self._weights.give_back()
 
@@ -125,7 +192,56 @@ class OpenVinoRunner:
         for slot in slots:
             self._blocks.drop(slot)
 
-    def _set_inputs(self, chunks: list[Chunk]) -> None:
+
+def _warming(num_tokens: int) -> list[Chunk]:
+    prompt = Tokens(key=None, tokens=[0] * num_tokens)
+    return [
+        Chunk(prompt, 0, 0, prompt.tokens, samples=True),
+        Chunk(prompt, 0, num_tokens, [0], samples=True),
+    ]
+
+
+class _Program:
+    """A compiled graph, its inputs, and its latest results.
+
+    Attributes:
+        branched: the layers that have branches.
+        request: OpenVINO's.
+        ports: the inputs, by name.
+    """
+
+    def __init__(self, compiled: ov.CompiledModel, branched: frozenset[str]) -> None:
+        self.branched = branched
+        self.request = compiled.create_infer_request()
+        self.ports = {port.any_name: port for port in compiled.inputs}
+
+    def adapter_tensors(self, stack: Stack, groups: Sequence[tuple[str, ...]]) -> dict[str, ov.Tensor]:
+        """The matrices of adapters, by the inputs that take them: tens of megabytes."""
+        tensors = {}
+        for group in groups:
+            down = f"down.{group[0]}"
+            tensors[down] = ov.Tensor(stack.down(group, self._size(down, 1)))
+            for up, name in ((f"up.{name}", name) for name in group):
+                tensors[up] = ov.Tensor(stack.up(name, self._size(up, 0)))
+        return tensors
+
+    def take(self, tensors: Mapping[str, ov.Tensor]) -> None:
+        """Set inputs that stay from pass to pass."""
+        for name, tensor in tensors.items():
+            self.request.set_tensor(name, tensor)
+
+    def compute(self, chunks: Sequence[Chunk], blocks: _Blocks, stack: Stack) -> Floats:
+        """The logits that are wanted, one row each. They are overwritten by the next pass."""
+        for chunk in chunks:
+            blocks.reserve(chunk.slot, chunk.start + len(chunk.tokens))
+        self._set_inputs(chunks, blocks)
+        if self.branched:
+            self._set("mask", stack.mask((chunk.sequence.key, len(chunk.tokens)) for chunk in chunks))
+        self.request.infer()
+        logits: Floats = self.request.get_output_tensor(0).data
+        return logits
+
+    def _set_inputs(self, chunks: Sequence[Chunk], blocks: _Blocks) -> None:
         tokens: list[int] = []
         positions: list[int] = []
         selected: list[int] = []
@@ -140,7 +256,7 @@ class OpenVinoRunner:
                 selected.extend(range(len(tokens) - 1 - chunk.num_guesses, len(tokens)))
             past.append(chunk.start)
             begins.append(len(tokens))
-            table.extend(self._blocks.of(chunk.slot, end))
+            table.extend(blocks.of(chunk.slot, end))
             table_begins.append(len(table))
             longest = max(longest, end)
         for name, values in (("input_ids", tokens), ("position_ids", positions), ("selected", selected)):
@@ -155,7 +271,11 @@ class OpenVinoRunner:
         self._set("max_context_len", np.array(longest, np.int32))
 
     def _set(self, name: str, values: npt.NDArray[np.generic]) -> None:
-        self._request.set_tensor(name, ov.Tensor(values))
+        self.request.set_tensor(name, ov.Tensor(values))
+
+    def _size(self, port: str, axis: int) -> int:
+        size: int = self.ports[port].partial_shape[axis].get_length()
+        return size
 
 
 class _Blocks:
@@ -165,20 +285,21 @@ class _Blocks:
     costs nothing, and a failed pass leaves no trace.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, request: ov.InferRequest) -> None:
-        self._request = request
+    def __init__(self) -> None:
+        self._program: _Program | None = None
         self._owned: dict[int, list[int]] = {}
         self._free: list[int] = []
         self._count = 0
-        # (blocks, heads, tokens of a block, width), as the device wants them.
-        ports = [port for port in compiled.inputs if "_cache." in port.any_name]
-        self._shapes = {
-            port.any_name: (port.element_type, [size.get_length() for size in list(port.partial_shape)[1:]])
-            for port in ports
-        }
+        self._size = 1
         self._tensors: dict[str, ov.Tensor] = {}
-        self._size: int = next(iter(self._shapes.values()))[1][1]
-        self._grow(_FIRST_BLOCKS)
+
+    def attach(self, program: _Program) -> None:
+        """Be the memory of this program, with what is in it already."""
+        self._program = program
+        if self._tensors:
+            program.take(self._tensors)
+        else:
+            self._grow(_FIRST_BLOCKS)
 
     def of(self, slot: int, length: int) -> list[int]:
         """The blocks with the first `length` tokens of a slot."""
@@ -208,13 +329,20 @@ class _Blocks:
         return -(-length // self._size)
 
     def _grow(self, count: int) -> None:
-        for name, (kind, shape) in self._shapes.items():
+        if self._program is None:
+            raise AssertionError("blocks belong to a program")
+        for name, port in self._program.ports.items():
+            if "_cache." not in name:
+                continue
+            # (blocks, heads, tokens of a block, width), as the device wants them.
+            shape = [size.get_length() for size in list(port.partial_shape)[1:]]
+            self._size = shape[1]
             # Memory that was never written to is not taken from the system.
-            grown = ov.Tensor(kind, ov.Shape([count, *shape]))
+            grown = ov.Tensor(port.element_type, ov.Shape([count, *shape]))
             if name in self._tensors:
                 grown.data[: self._count] = self._tensors[name].data
             self._tensors[name] = grown
-            self._request.set_tensor(name, grown)
+        self._program.take(self._tensors)
         self._free.extend(range(count - 1, self._count - 1, -1))
         self._count = count
 

@@ -23,6 +23,7 @@ import torch
 
 from midfill.engine import graphs
 from midfill.engine.graphs import Graphs, Shape
+from midfill.engine.lora import Branches
 from midfill.engine.memory import FixedMemory, Kernel, Rows
 from midfill.engine.runner import choose
 from midfill.engine.scheduler import Choice, Chunk
@@ -71,14 +72,14 @@ class _Flight:
 
     Attributes:
         shape: of the captured pass.
-        places: slot and start of each row that counts.
+        places: slot, start and adapter of each row that counts.
         lengths: tokens of each of them.
         fetch: its results.
         tokens: what each row computes; None as long as only the device knows.
     """
 
     shape: Shape
-    places: list[tuple[int, int]]
+    places: list[tuple[int, int, str | None]]
     lengths: list[int]
     fetch: Fetch
     tokens: list[list[int]] | None = None
@@ -93,6 +94,7 @@ class Replays:
         context: the most tokens of one sequence.
         vocab_size: the number of logits.
         kernel: how rows attend.
+        branches: the model's adapters.
         device: see `Device`.
         place: where the tensors are.
     """
@@ -105,6 +107,7 @@ class Replays:
         context: int,
         vocab_size: int,
         kernel: Kernel,
+        branches: Branches,
         device: Device,
         place: torch.device,
     ) -> None:
@@ -112,13 +115,14 @@ class Replays:
         self._memory = memory
         self._context = context
         self._kernel = kernel
+        self._branches = branches
         self._device = device
         self._graphs: Graphs[Callable[[], None]] = Graphs(context + MARGIN, self._capture, device.has_room)
         most_rows = graphs.ROWS[-1]
-        # One upload fills them all: ids, slots, starts, and the index of each row's last token.
-        self._inputs = torch.zeros(MARGIN + 3 * most_rows, dtype=torch.int64, device=place)
+        # One upload fills them all: ids, slots, starts, the index of each row's last token, and its adapter.
+        self._inputs = torch.zeros(MARGIN + 4 * most_rows, dtype=torch.int64, device=place)
         self._ids = self._inputs[:MARGIN]
-        self._slots, self._starts, self._last = self._inputs[MARGIN:].view(3, most_rows)
+        self._slots, self._starts, self._last, self._adapters = self._inputs[MARGIN:].view(4, most_rows)
         # Ids and log-probabilities. fp64 holds both exactly, so that one copy fetches them.
         self._results = torch.zeros((2, graphs.MOST_SAMPLED), dtype=torch.float64, device=place)
         # For a choice among some tokens only, which is made after the pass.
@@ -150,6 +154,11 @@ class Replays:
         """Free the memory of all captured passes, for good."""
         self._ahead.clear()
         self._graphs.drop()
+
+    def restart(self) -> None:
+        """The model is another one now: capture all passes anew, when there is time."""
+        self._ahead.clear()
+        self._graphs.restart()
 
     def forget(self) -> None:
         """What runs ahead is not wanted: the slots change otherwise."""
@@ -220,7 +229,7 @@ class Replays:
             return None
         rows = []
         for chunk, ids in zip(chunks, allowed, strict=True):
-            place = (chunk.slot, chunk.start)
+            place = (chunk.slot, chunk.start, chunk.sequence.key)
             if ids is not None or place not in flight.places:
                 return None
             row = flight.places.index(place)
@@ -237,9 +246,10 @@ class Replays:
         if found is None:
             return None
         shape, replay = found
-        self._load(shape, [chunk.tokens for chunk in chunks], [chunk.slot for chunk in chunks], starts)
+        keys = [chunk.sequence.key for chunk in chunks]
+        self._load(shape, [chunk.tokens for chunk in chunks], [chunk.slot for chunk in chunks], starts, keys)
         replay()
-        places = [(chunk.slot, chunk.start) for chunk in chunks]
+        places = [(chunk.slot, chunk.start, chunk.sequence.key) for chunk in chunks]
         return _Flight(shape, places, lengths, self._device.fetch(self._results))
 
     def _find(
@@ -261,10 +271,10 @@ class Replays:
         last = self._ahead[-1] if self._ahead else flight
         while len(self._ahead) < self._most_ahead:
             places = [
-                (slot, start + length)
-                for (slot, start), length in zip(last.places, last.lengths, strict=True)
+                (slot, start + length, key)
+                for (slot, start, key), length in zip(last.places, last.lengths, strict=True)
             ]
-            furthest = max(start for _, start in places)
+            furthest = max(start for _, start, _ in places)
             if furthest >= self._context:
                 return
             found = self._find([1] * len(places), furthest, head=True)
@@ -277,7 +287,12 @@ class Replays:
             self._ahead.append(last)
 
     def _load(
-        self, shape: Shape, tokens: Sequence[list[int]], slots: Sequence[int], starts: Sequence[int]
+        self,
+        shape: Shape,
+        tokens: Sequence[list[int]],
+        slots: Sequence[int],
+        starts: Sequence[int],
+        keys: Sequence[str | None],
     ) -> None:
         """Upload inputs. Rows that are not needed repeat the first, which writes the same where it does."""
         spare = shape.rows - len(tokens)
@@ -287,11 +302,13 @@ class Replays:
             ids += row + [0] * (shape.width - len(row))
         ids += [0] * (MARGIN - len(ids))
         unused = [0] * (graphs.ROWS[-1] - shape.rows)
+        adapters = [self._branches.index(key) for key in keys]
         values = [
             *ids,
             *(*slots, *[slots[0]] * spare, *unused),
             *(*starts, *[starts[0]] * spare, *unused),
             *(*(len(row) - 1 for row in tokens), *unused),
+            *(*adapters, *[adapters[0]] * spare, *unused),
         ]
         # Pinned memory is not reused before it is copied, so that the copy can wait its turn on the device.
         host = torch.tensor(values, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
@@ -300,7 +317,9 @@ class Replays:
     def _capture(self, shape: Shape) -> Callable[[], None]:
         # Behind the context, where no slot has anything.
         rows = range(shape.rows)
-        self._load(shape, [[0] * shape.width for _ in rows], [0 for _ in rows], [self._context for _ in rows])
+        tokens = [[0] * shape.width for _ in rows]
+        nothing = [0 for _ in rows]
+        self._load(shape, tokens, nothing, [self._context for _ in rows], [None for _ in rows])
         return self._device.capture(lambda: self._run(shape))
 
     def _run(self, shape: Shape) -> None:
@@ -308,6 +327,7 @@ class Replays:
         rows, width = shape.rows, shape.width
         slots, starts, last = self._slots[:rows], self._starts[:rows], self._last[:rows]
         past = Rows(self._memory, slots, starts, shape, self._kernel)
+        self._branches.choose_rows(self._adapters[:rows], width)
         ids = self._ids[None, : rows * width]
         # Padding may lie behind the last position that the model knows.
         positions = past.positions.clamp(max=self._context - 1).view(1, -1)

@@ -10,13 +10,17 @@ from __future__ import annotations
 import inspect
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from midfill.adapters.format import Adapter
 from midfill.engine import attention, graphs
 from midfill.engine.cores import FreeCores
+from midfill.engine.lora import Branches
 from midfill.engine.memory import Entries, FixedMemory, GrowingMemory, Kernel, Memory, Span, Spans
 from midfill.engine.scheduler import Choice, Chunk, Sequence
 from midfill.engine.slots import NUM_SLOTS
@@ -68,6 +72,7 @@ class Runner:
         self._num_layers: int = config.num_hidden_layers
         self._num_heads: int = config.num_attention_heads
         self._memory: Memory = GrowingMemory(self._num_layers, self.context)
+        self._branches = Branches(model, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
         self._replays: Replays | None = None
         self._positions = torch.arange(self.context, device=device)
 
@@ -120,6 +125,27 @@ class Runner:
                 choices[i] = chosen
         return choices
 
+    def prepare(self, adapters: Mapping[str, Adapter]) -> Callable[[], None]:
+        """See `loading.Runner.prepare`."""
+        with memory_errors():
+            put_in = self._branches.prepare(adapters)
+
+        def install() -> None:
+            if put_in() and self._replays is not None:
+                self._replays.restart()
+
+        return install
+
+    def probe(self, tokens: list[int], key: str | None) -> npt.NDArray[np.float32]:
+        """The logits that follow these tokens; see `loading.Runner.probe`."""
+        memory = GrowingMemory(self._num_layers, self.context)
+        with memory_errors(), torch.inference_mode():
+            logits = self._logits([Chunk(Sequence(key, tokens), 0, 0, tokens, samples=True)], memory)
+        if logits is None:
+            raise AssertionError("logits were wanted")
+        found: npt.NDArray[np.float32] = logits[0].cpu().numpy()
+        return found
+
     def use_replays(
         self, device: Device, kernel: Callable[[Entries, int], Kernel], num_slots: int, free_bytes: int
     ) -> None:
@@ -150,6 +176,7 @@ class Runner:
                 context=self.context,
                 vocab_size=self.vocab_size,
                 kernel=kernel(like[0], self._num_heads),
+                branches=self._branches,
                 device=device,
                 place=self._device,
             )
@@ -207,6 +234,19 @@ class Runner:
             torch.cuda.empty_cache()
 
     def _compute(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
+        logits = self._logits(chunks, self._memory)
+        choices: list[list[Choice]] = []
+        row = 0
+        for chunk, constraint in zip(chunks, allowed, strict=True):
+            wanted = chunk.num_guesses + 1 if chunk.samples else 0
+            rows = None if logits is None else logits[row : row + wanted]
+            choices.append(chunk.verify(_chooser(rows, constraint)) if wanted else [])
+            row += wanted
+        return choices
+
+    def _logits(self, chunks: list[Chunk], memory: Memory) -> torch.Tensor | None:
+        """One pass over the chunks; the logits of all tokens where they are wanted."""
+        self._branches.choose([(chunk.sequence.key, len(chunk.tokens)) for chunk in chunks])
         spans = []
         ids: list[int] = []
         last: list[int] = []  # where in the row the logits are wanted
@@ -216,20 +256,13 @@ class Runner:
             if chunk.samples:
                 last += range(len(ids) - 1 - chunk.num_guesses, len(ids))
         positions = [self._positions[span.start : span.start + span.length] for span in spans]
-        logits = self.run(
+        logits: torch.Tensor | None = self.run(
             torch.tensor([ids], device=self._device),
             torch.cat(positions)[None],
-            Spans(self._memory, spans),
+            Spans(memory, spans),
             torch.tensor(last, device=self._device) if last else None,
         )
-        choices: list[list[Choice]] = []
-        row = 0
-        for chunk, constraint in zip(chunks, allowed, strict=True):
-            wanted = chunk.num_guesses + 1 if chunk.samples else 0
-            rows = None if logits is None else logits[row : row + wanted]
-            choices.append(chunk.verify(_chooser(rows, constraint)) if wanted else [])
-            row += wanted
-        return choices
+        return logits
 
     def run(
         self,

@@ -8,7 +8,7 @@ nothing of tensors, threads or editors. Runs on the engine thread only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -32,7 +32,7 @@ class Sequence:
     """One prompt and what was generated after it.
 
     Attributes:
-        key: whose keys and values it may share (model and adapter).
+        key: whose keys and values it may share: those of its adapter, or None for the base.
         tokens: all known tokens: the prompt, then the generated ones.
         priority: see `Priority`.
         samples: whether a token is chosen once all known tokens are computed (a prewarm wants none).
@@ -44,7 +44,7 @@ class Sequence:
         order: arrival number, given by the scheduler.
     """
 
-    key: Hashable
+    key: str | None
     tokens: list[int]
     priority: Priority = Priority.INTERACTIVE
     samples: bool = True

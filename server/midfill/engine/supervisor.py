@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
-from midfill.engine import ModelInfo, Progress, Request, Token
+from midfill.engine import AdapterSource, ModelInfo, Progress, Request, Token
 from midfill.engine.local import LocalEngine
 from midfill.errors import EngineUnavailableError
 
@@ -47,6 +47,7 @@ class Supervisor:
         self._step_limit_s = step_limit_s
         self._engine = make()
         self._model: ModelInfo | None = None
+        self._adapters: tuple[AdapterSource, ...] = ()
         self._timer: asyncio.TimerHandle | None = None
         self._late: float | None = None  # when the turn began that was late at the last look
         self._restart: asyncio.Task[None] | None = None
@@ -78,10 +79,15 @@ class Supervisor:
             if engine.lost is not None:
                 self._recover(engine)
 
-    def prewarm(self, tokens: Sequence[int]) -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
         """Compute a prompt when idle. See `Engine.prewarm`."""
-        self._engine.prewarm(tokens)
+        self._engine.prewarm(tokens, adapter)
         self._watch()
+
+    async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
+        """Have these adapters in the model, after a restart too; see `Adaptable.set_adapters`."""
+        await self._serving().set_adapters(adapters)
+        self._adapters = tuple(adapters)
 
     async def close(self) -> None:
         """Stop; see `Engine.close`. A pass that hangs is waited for no longer than its limit."""
@@ -165,6 +171,7 @@ class Supervisor:
                 return
             self._engine = self._make()
             await self._engine.start(lambda _message, _share: None)
+            await self._engine.set_adapters(self._adapters)
         except Exception as error:  # noqa: BLE001 - whatever it is, the next request has to hear of it
             # That request tries again, as long as it is allowed.
             self._engine.lost = f"The model could not be restarted: {error}"

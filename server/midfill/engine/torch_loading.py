@@ -41,7 +41,6 @@ def load_runner(  # noqa: PLR0913 - the fields of EngineSpec, by name
     *,
     device: str,
     dtype: str,
-    adapter: Path | None,
     num_threads: int,
     report: Callable[[float], None],
     meanwhile: Callable[[], T],
@@ -55,7 +54,6 @@ def load_runner(  # noqa: PLR0913 - the fields of EngineSpec, by name
 
     Raises:
         ModelError: the model cannot be used.
-        AdapterError: the adapter cannot be used, or not with this model.
         EngineError: the device or dtype cannot be had.
         MemoryError: there is not enough memory.
     """
@@ -77,10 +75,6 @@ def load_runner(  # noqa: PLR0913 - the fields of EngineSpec, by name
 
         result = pool.submit(meanwhile)
         model = build_model(path, files, plan, place, num_threads=num_threads, ahead=ahead, report=report)
-        if adapter is not None:
-            from midfill.engine.lora import attach_adapter  # noqa: PLC0415 - imports peft, which most never need
-
-            attach_adapter(model, adapter)
     torch.set_num_threads(num_threads)
     if place.type == "cuda":
         from midfill.engine.fuse import fuse  # noqa: PLC0415 - of no use elsewhere
