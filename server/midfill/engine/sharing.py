@@ -157,10 +157,10 @@ class SharedEngine:
             async for token in tokens:
                 yield token
 
-    def prewarm(self, tokens: Sequence[int]) -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
         """See `Engine.prewarm`."""
         if self._remote is not None:
-            self._remote.prewarm(tokens)
+            self._remote.prewarm(tokens, adapter)
 
     async def close(self) -> None:
         """Hang up. The process stays for others, until it has been idle for long. See `Engine.close`."""
