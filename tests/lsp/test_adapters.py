@@ -170,9 +170,12 @@ def asks_for(home, name):
 
 
 async def question(server):
+    """What the server asks the user; it may have come already, before another answer."""
+    method = "window/showMessageRequest"
     async with asyncio.timeout(20):
-        while (message := await server.receive()).get("method") != "window/showMessageRequest":
-            pass
+        while not (asked := [message for message in server.seen if message.get("method") == method]):
+            await server.receive()
+    [message] = asked
     return message
 
 
