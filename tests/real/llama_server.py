@@ -11,8 +11,8 @@ params.n_ctx = 1024
 params.n_parallel = 1
 # It looks for a client that has hung up between two batches only.
 params.n_batch = params.n_ubatch = 32
-params.cpuparams.n_threads = 1  # two wait for each other, for long where other programs run
-params.cpuparams.poll = 0
+params.cpuparams.n_threads = 2
+params.cpuparams.poll = 0  # threads that wait for each other by spinning are very slow beside other programs
 params.endpoint_metrics = True
 params.hostnames = ["127.0.0.1"]
 params.port = int(sys.argv[2])

@@ -264,3 +264,29 @@ def _rival(
             f"Run: midfill model pull {settings.model} --gguf"
         )
     return LlamaVim(file, Options(*lines, patient=patient))
+
+
+@bench.command("shared")
+@click.option("--rounds", type=click.IntRange(4, 1000), default=60, show_default=True)
+@MODEL
+@JSON
+def bench_shared(rounds: int, model: str | None, as_json: bool) -> None:
+    """What it costs that the model is in another process (`engine = "shared"`), beside one in this process.
+
+    Needs memory for two models.
+
+    \b
+    Example:
+      midfill bench shared --rounds 100 --json
+    """
+    from midfill.bench import sharing
+
+    settings = read_settings(model=model)
+    here, shared = engine_maker("local"), engine_maker("shared")
+    result = with_progress(
+        "measuring",
+        lambda report: asyncio.run(
+            sharing.measure(lambda: here(settings), lambda: shared(settings), rounds, report)
+        ),
+    )
+    show(result, sharing.table, as_json=as_json)

@@ -14,7 +14,7 @@ import ipaddress
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ _CONNECT_S = 2.0
 _BETWEEN_S = 5.0
 """A stream without a token for so long has died. Decoding on a busy CPU takes 0.1 to 1 s a token."""
 _REFRESH_S = 5.0
+_REST_S = 0.02
 _MOST_BYTES = 8_000_000
 _KEPT_S = 60.0
 """How long a connection that nobody uses is kept. A typist who thinks for a while should not wait for TLS."""
@@ -212,7 +213,9 @@ class Endpoint:
                         raise RequestError(piece.error)
                     if piece.text or piece.ids:
                         wait.last = time.monotonic()
-                    done = done or piece.done
+                    if piece.done and not done:
+                        done = True
+                        await self._read_out(chunks)
                     yield piece
                 if chunk is None and not done:
                     raise EngineUnavailableError(f"{self.place} hung up in the middle of an answer.")
@@ -245,6 +248,13 @@ class Endpoint:
                 "look at `engine`."
             )
         return response
+
+    async def _read_out(self, chunks: AsyncIterator[bytes]) -> None:
+        """Read what follows the end of an answer, a mark as a rule: then the connection can be used again."""
+        with suppress(TimeoutError, httpx2.HTTPError):
+            async with asyncio.timeout(_REST_S):
+                async for _ in chunks:
+                    pass
 
     async def _next(self, chunks: AsyncIterator[bytes], wait: _Wait) -> bytes | None:
         """The next bytes; None at the end."""

@@ -342,6 +342,7 @@ class RemoteEngine:
         stops = request.stop_ids | self._tokenizer.control_ids if exact else frozenset()
         decoder = self._tokenizer.stream()
         left = question.max_tokens
+        own = endpoint.served is not None and endpoint.served.dialect == "midfill"
         async with aclosing(endpoint.ask(question, self._spec.first_token_s)) as pieces:
             async for piece in pieces:
                 _account(request.stats, piece)
@@ -354,7 +355,8 @@ class RemoteEngine:
                     request.stats.num_generated += count
                     request.stats.first_token_s = request.stats.first_token_s or time.monotonic()
                     yield token
-                if piece.done or left <= 0:
+                # Our own server's mark of the end is read as well: the connection can then be used again.
+                if piece.done or (left <= 0 and not own):
                     return
 
     # Ahead of time

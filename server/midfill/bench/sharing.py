@@ -1,0 +1,90 @@
+"""`midfill bench shared`: what it costs that the model is in another process.
+
+The same requests to an engine in this process and to the shared one, in turn, both on the same model. A
+request is one more token behind a prompt that both have read, as a key is; every fourth time a longer output
+follows, for the speed of decoding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from statistics import median
+from typing import Any
+
+from midfill.bench.figures import percentiles
+from midfill.engine import Engine, Progress, Request
+from midfill.errors import EngineError
+
+_CONTEXT_TOKENS = 300
+_DECODED = 32
+_TEXT = "".join(f"def area_{n}(width, height):\n    return {n} * width * height\n\n\n" for n in range(64))
+
+Make = Callable[[], Engine]
+
+
+async def measure(make_here: Make, make_shared: Make, rounds: int, report: Progress) -> dict[str, Any]:
+    """Both engines, alternating; ready for JSON.
+
+    Returns:
+        "first_token_ms": {"here", "shared"} with the 10th percentile, which other programs disturb least, and
+        the median; "cost_ms": the differences of these;
+        "decode_tok_s": {"here", "shared"} medians; "decode_ratio": median of shared by here, in pairs.
+    """
+    engines = {"here": make_here(), "shared": make_shared()}
+    try:
+        for name, engine in engines.items():
+            report(f"loading: {name}", None)
+            await engine.start(lambda _message, _share: None)
+        name_of_model = engines["here"].model.name
+        text = engines["here"].model.tokenizer.encode(_TEXT)[: _CONTEXT_TOKENS + rounds]
+        firsts: dict[str, list[float]] = {name: [] for name in engines}
+        rates: dict[str, list[float]] = {name: [] for name in engines}
+        for engine in engines.values():
+            await _run(engine, tuple(text[:_CONTEXT_TOKENS]), 1)
+        for done in range(1, rounds + 1):
+            report("measuring", done / rounds)
+            # In turn, and each first every second time.
+            for name in sorted(engines, reverse=done % 2 == 0):
+                tokens = tuple(text[: _CONTEXT_TOKENS + done])
+                firsts[name].append((await _run(engines[name], tokens, 1))[0])
+                if done % 4 == 0:
+                    rates[name].append((await _run(engines[name], tokens[:-2], _DECODED))[1])
+    finally:
+        for engine in engines.values():
+            await engine.close()
+    found = {name: percentiles(ms, 10, 50) for name, ms in firsts.items()}
+    return {
+        "model": name_of_model,
+        "rounds": rounds,
+        "first_token_ms": found,
+        "cost_ms": {
+            name: round((found["shared"][name] or 0.0) - (found["here"][name] or 0.0), 1)
+            for name in found["here"]
+        },
+        "decode_tok_s": {name: round(median(rate), 2) for name, rate in rates.items()},
+        "decode_ratio": round(median(b / a for a, b in zip(rates["here"], rates["shared"], strict=True)), 3),
+    }
+
+
+async def _run(engine: Engine, tokens: tuple[int, ...], num_new: int) -> tuple[float, float]:
+    """(milliseconds to the first token, tokens a second after it)."""
+    begun = time.perf_counter()
+    stamps = []
+    async with aclosing(engine.generate(Request(tokens, num_new))) as output:
+        stamps = [time.perf_counter() async for _ in output]
+    if not stamps:
+        raise EngineError("The model wrote nothing.")
+    seconds = max(stamps[-1] - stamps[0], 1e-9)
+    return (stamps[0] - begun) * 1000, (len(stamps) - 1) / seconds
+
+
+def table(result: dict[str, Any]) -> str:
+    """For a person."""
+    firsts, rates = result["first_token_ms"], result["decode_tok_s"]
+    return (
+        f"first token after a key, p10 and p50: {firsts['here']} here, {firsts['shared']} shared, "
+        f"cost {result['cost_ms']} ms\n"
+        f"decode: {rates['here']} tokens/s here, {rates['shared']} shared (ratio {result['decode_ratio']})"
+    )
