@@ -148,6 +148,30 @@ async def test_what_is_demanded_idle_and_reused_crosses(tmp_path):
         assert log_of(log)[2]["fate"] == "prewarmed"
 
 
+async def test_adapters_of_several_windows_are_in_the_model_together(tmp_path):
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path), unload_s=0.2) as (host, _), client_of(path) as client:
+
+        async def want(window, *keys):
+            adapters = [{"key": key, "name": key, "path": "/nowhere"} for key in keys]
+            body = {"client": window, "adapters": adapters}
+            return (await client.post("/midfill/adapters", json=body)).status_code
+
+        assert [await want("one", "a", "b"), await want("two", "b", "c")] == [204, 204]
+        assert set(host.engine._adapters) == {"a", "b", "c"}
+        assert await want("three", "d", "e") == 409
+        assert set(host.engine._adapters) == {"a", "b", "c"}
+        assert await want("one") == 204
+        assert set(host.engine._adapters) == {"b", "c"}
+        await until(lambda: host.engine is None)
+        body = {"prompt": "x", "max_tokens": 1, "midfill": {"adapter": "c"}}
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+        assert set(host.engine._adapters) == {"b", "c"}
+    async with hosted(team()) as (_, url), httpx2.AsyncClient(base_url=url) as client:
+        answer = await client.post("/midfill/adapters", headers={"Authorization": f"Bearer {TOKEN}"})
+        assert answer.status_code == 404
+
+
 async def test_an_idle_request_goes_first_once_somebody_waits_for_it(tmp_path):
     path = tmp_path / "s.sock"
     async with hosted(Listen(socket=path)), engine_of(path) as engine, engine_of(path) as other:

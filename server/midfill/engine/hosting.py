@@ -216,7 +216,7 @@ async def serve(host: Host, listen: Listen, announce: Callable[[str], None]) -> 
     listen.check()
     sock = _open(listen)
     config = uvicorn.Config(
-        Guard(Service(host).app, listen),
+        Guard(Service(host, own=listen.socket is not None).app, listen),
         log_config=None,
         access_log=False,
         server_header=False,

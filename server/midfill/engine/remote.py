@@ -137,14 +137,14 @@ class RemoteEngine:
         finally:
             stats.ended_s = time.monotonic()
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:  # noqa: ARG002 - the server's own
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
         """Let the server compute a prompt, unless it has work of ours or each request costs money."""
         endpoint = self._current or next(iter(self._endpoints), None)
         if endpoint is None or endpoint.served is None or not endpoint.verified or endpoint.num_running:
             return
         if endpoint.served.kind.warm_tokens is not None:
             self._stop_warming()
-            self._warming = self._spawn(self._warm(endpoint, tuple(tokens)))
+            self._warming = self._spawn(self._warm(endpoint, tuple(tokens), adapter))
 
     async def close(self) -> None:
         """Hang up; see `Engine.close`."""
@@ -323,6 +323,7 @@ class RemoteEngine:
             stop_ids=() if stops else tuple(sorted(request.stop_ids)),
             stops=stops,
             idle=request.idle,
+            adapter=request.adapter,
         )
 
     @cached_property
@@ -361,11 +362,11 @@ class RemoteEngine:
 
     # Ahead of time
 
-    async def _warm(self, endpoint: Endpoint, tokens: tuple[int, ...]) -> None:
+    async def _warm(self, endpoint: Endpoint, tokens: tuple[int, ...], adapter: str | None) -> None:
         """Compute a prompt. Whether it works is nobody's concern."""
         if endpoint.served is None or (limit := endpoint.served.kind.warm_tokens) is None:
             return
-        question = self._question(endpoint.served, Request(tokens, limit, idle=True))
+        question = self._question(endpoint.served, Request(tokens, limit, idle=True, adapter=adapter))
         with suppress(EngineError, ElsewhereError):
             async with aclosing(endpoint.ask(question, self._spec.first_token_s)) as pieces:
                 async for _ in pieces:

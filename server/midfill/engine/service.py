@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -25,9 +26,24 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from midfill import __version__
-from midfill.engine import Engine, ModelInfo, Request, Stats, Token
+from midfill.engine import (
+    MAX_ADAPTERS,
+    Adaptable,
+    AdapterSource,
+    Engine,
+    ModelInfo,
+    Request,
+    Stats,
+    Token,
+)
 from midfill.engine.recognition import vocabulary_of
-from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
+from midfill.errors import (
+    AdapterError,
+    EngineError,
+    EngineOverloadedError,
+    EngineUnavailableError,
+    MidfillError,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,6 +61,26 @@ class Extra(BaseModel):
     id: str = Field(default="", max_length=64)
     starts_with: str = Field(default="", max_length=10_000)
     idle: bool = False
+    adapter: str | None = Field(default=None, max_length=200)
+
+
+class Adapter(BaseModel):
+    """See `AdapterSource`."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    key: str = Field(max_length=200)
+    name: str = Field(max_length=200)
+    path: str = Field(max_length=4096)
+
+
+class Wanted(BaseModel):
+    """The adapters that one client wants in the model."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    client: str = Field(max_length=64)
+    adapters: list[Adapter] = Field(max_length=MAX_ADAPTERS)
 
 
 class Asked(BaseModel):
@@ -114,6 +150,8 @@ class Host:
     vocabulary: str = ""
     num_ids: int = 0
     report: Report = field(default_factory=lambda: {"message": "starting", "share": None})
+    _wanted: dict[str, tuple[AdapterSource, ...]] = field(default_factory=dict)  # by client
+    _adapting: asyncio.Lock = field(default_factory=asyncio.Lock)
     _loading: asyncio.Task[Engine] | None = None
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _num_running: int = 0
@@ -137,6 +175,8 @@ class Host:
                 loop.call_soon_threadsafe(self._tell, message, share)
 
             await engine.start(report)
+            if isinstance(engine, Adaptable) and self._wanted:
+                await engine.set_adapters(_each_once(self._wanted))
             self.num_ids = len(engine.model.tokenizer.vocab_bytes())
             if not self.vocabulary:
                 self.vocabulary = await asyncio.to_thread(vocabulary_of, engine.model.tokenizer)
@@ -146,6 +186,25 @@ class Host:
         self.meters.loaded.set(1)
         self.touch()
         return engine
+
+    async def want(self, client: str, adapters: Sequence[AdapterSource]) -> None:
+        """Have a client's adapters in the model, beside those of the others.
+
+        Raises `AdapterError`, and leaves everything as it was, if they cannot be used or are too many.
+        """
+        engine = await self.load()
+        async with self._adapting:
+            others = {name: wanted for name, wanted in self._wanted.items() if name != client}
+            wanted = others | ({client: tuple(adapters)} if adapters else {})
+            together = _each_once(wanted)
+            if len(together) > MAX_ADAPTERS:
+                raise AdapterError(
+                    f"All windows together want {len(together)} adapters; a model has {MAX_ADAPTERS} places for them."
+                )
+            if not isinstance(engine, Adaptable):
+                raise AdapterError("This engine has no adapters.")
+            await engine.set_adapters(together)
+            self._wanted = wanted
 
     def _tell(self, message: str, share: float | None) -> None:
         self.report = {"message": message, "share": share}
@@ -217,10 +276,20 @@ class Host:
             await self._closing
 
 
-class Service:
-    """The HTTP side of a `Host`; `app` is the ASGI application."""
+def _each_once(wanted: Mapping[str, Sequence[AdapterSource]]) -> list[AdapterSource]:
+    """The adapters that any client wants."""
+    return list({one.key: one for adapters in wanted.values() for one in adapters}.values())
 
-    def __init__(self, host: Host) -> None:
+
+class Service:
+    """The HTTP side of a `Host`; `app` is the ASGI application.
+
+    Args:
+        host: what is served.
+        own: only the user who owns the process can ask.
+    """
+
+    def __init__(self, host: Host, *, own: bool) -> None:
         self.host = host
         self._flights: dict[str, Request] = {}
         self.app = Starlette(
@@ -231,6 +300,8 @@ class Service:
                 Route("/metrics", self.metrics),
                 Route("/midfill/ready", self.ready),
                 Route("/midfill/idle", self.set_idle, methods=["POST"]),
+                # They are folders of this machine, so that it is no business of others.
+                *([Route("/midfill/adapters", self.set_adapters, methods=["POST"])] if own else []),
             ]
         )
 
@@ -270,6 +341,18 @@ class Service:
             request.set_idle(asked.idle)
         return Response(status_code=204)
 
+    async def set_adapters(self, http: HttpRequest) -> Response:
+        """Have a client's adapters in the model; answered when requests may name them."""
+        try:
+            wanted = Wanted.model_validate_json(await http.body())
+            sources = [AdapterSource(one.key, one.name, Path(one.path)) for one in wanted.adapters]
+            await self.host.want(wanted.client, sources)
+        except ValidationError as error:
+            return _invalid(error)
+        except MidfillError as error:
+            return _error(409, error)
+        return Response(status_code=204)
+
     async def complete(self, http: HttpRequest) -> Response:
         """`/v1/completions`."""
         try:
@@ -292,7 +375,7 @@ class Service:
         ) is not None:
             return _error(400, EngineError(problem))
         if not asked.max_tokens:
-            engine.prewarm(tokens)
+            engine.prewarm(tokens, asked.midfill.adapter)
             self.host.touch()
             return JSONResponse({"choices": [{"text": "", "index": 0, "finish_reason": "length"}]})
         extra = asked.midfill
@@ -302,6 +385,7 @@ class Service:
             frozenset(asked.stop_token_ids),
             starts_with=extra.starts_with,
             idle=extra.idle,
+            adapter=extra.adapter,
         )
         run = _Run(self.host, engine, request, asked, self._flights)
         if asked.stream:

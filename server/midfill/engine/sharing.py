@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -30,10 +31,10 @@ import platformdirs
 from filelock import AsyncFileLock
 
 from midfill import __version__
-from midfill.engine import LocalModel, ModelInfo, Progress, Request, Token
+from midfill.engine import AdapterSource, LocalModel, ModelInfo, Progress, Request, Token
 from midfill.engine.endpoint import RemoteSpec
 from midfill.engine.remote import RemoteEngine
-from midfill.errors import EngineError, EngineUnavailableError, ModelError
+from midfill.errors import AdapterError, EngineError, EngineUnavailableError, ModelError
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ class SharedEngine:
         self._spec = spec
         key = json.dumps([__version__, str(spec.model.path), *spec.arguments])
         self._name = hashlib.sha256(key.encode()).hexdigest()[:12]
+        self._client_id = uuid.uuid4().hex
+        self._adapters: tuple[AdapterSource, ...] = ()
         self._remote: RemoteEngine | None = None
         self._healing: asyncio.Task[None] | None = None
         self._starts: deque[float] = deque(maxlen=_MAX_STARTS)
@@ -129,6 +132,8 @@ class SharedEngine:
             )
         )
         await remote.start(lambda _message, _share: None)
+        if self._adapters:
+            await self._want(self._adapters)
         if self._closed:
             await remote.close()
             return
@@ -162,9 +167,34 @@ class SharedEngine:
         if self._remote is not None:
             self._remote.prewarm(tokens, adapter)
 
+    async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
+        """See `Adaptable.set_adapters`. Other windows have theirs beside them."""
+        await self._want(adapters)
+        self._adapters = tuple(adapters)
+
+    async def _want(self, adapters: Sequence[AdapterSource]) -> None:
+        """Tell the process. Raises `AdapterError` with its words."""
+        wanted = [{"key": one.key, "name": one.name, "path": str(one.path)} for one in adapters]
+        async with self._client() as client:
+            try:
+                answer = await client.post(
+                    "/midfill/adapters", json={"client": self._client_id, "adapters": wanted}
+                )
+                if answer.status_code != 204:
+                    raise AdapterError(str(answer.json()["error"]["message"]))
+            except (httpx2.HTTPError, ValueError, KeyError) as error:
+                raise AdapterError("The shared engine did not take the adapters; try again.") from error
+
+    def _client(self) -> httpx2.AsyncClient:
+        transport = httpx2.AsyncHTTPTransport(uds=str(self.socket))
+        return httpx2.AsyncClient(transport=transport, base_url=_URL, timeout=None)
+
     async def close(self) -> None:
         """Hang up. The process stays for others, until it has been idle for long. See `Engine.close`."""
         self._closed = True
+        if self._adapters and await self._is_there():
+            with contextlib.suppress(AdapterError, TimeoutError):
+                await asyncio.wait_for(self._want(()), 1)
         if self._healing is not None:
             self._healing.cancel()
             await asyncio.gather(self._healing, return_exceptions=True)
@@ -238,8 +268,7 @@ class SharedEngine:
 
     async def _wait_until_ready(self, progress: Progress) -> None:
         """Pass on how loading goes. Raises `ModelError` with what the process says if it cannot."""
-        transport = httpx2.AsyncHTTPTransport(uds=str(self.socket))
-        async with httpx2.AsyncClient(transport=transport, base_url=_URL, timeout=None) as client:
+        async with self._client() as client:
             try:
                 async with client.stream("GET", "/midfill/ready") as response:
                     async for line in response.aiter_lines():

@@ -47,6 +47,7 @@ class Question:
         starts_with: what the output must begin with; "" for no demand.
         allowed_ids: the only tokens that may be chosen; None for all. For `Healing.TOKENS`.
         idle: nobody waits for it yet.
+        adapter: see `Request.adapter`; our own server's.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Question:
     starts_with: str = ""
     allowed_ids: Sequence[int] | None = None
     idle: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,12 @@ def _escaped(text: str) -> str:
 def _midfill(question: Question) -> dict[str, Any]:
     return _openai_logprobs(question) | {
         "stop_token_ids": list(question.stop_ids),
-        "midfill": {"id": question.id, "starts_with": question.starts_with, "idle": question.idle},
+        "midfill": {
+            "id": question.id,
+            "starts_with": question.starts_with,
+            "idle": question.idle,
+            "adapter": question.adapter,
+        },
     }
 
 
