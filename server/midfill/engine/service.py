@@ -199,7 +199,7 @@ class Host:
             together = _each_once(wanted)
             if len(together) > MAX_ADAPTERS:
                 raise AdapterError(
-                    f"All windows together want {len(together)} adapters; a model has {MAX_ADAPTERS} places for them."
+                    f"All windows together want {len(together)} adapters; there is room for {MAX_ADAPTERS}."
                 )
             if not isinstance(engine, Adaptable):
                 raise AdapterError("This engine has no adapters.")
