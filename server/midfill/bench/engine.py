@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import random
+import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from midfill.bench.figures import peak_rss_mb
+from midfill.bench.figures import peak_rss_mb, percentiles
 from midfill.bench.rivals import GENERATE, LLAMA_CPP, Rival, RivalError, Run, can_run_llama_cpp
 from midfill.engine import Engine, ModelInfo, Progress, Request
 from midfill.settings import Settings
@@ -26,6 +28,7 @@ MakeEngine = Callable[[Settings], Engine]
 
 _WARM_UP_TOKENS = 8
 _WARM_KEYS = 8
+_CANCELLED_TOKENS = 4_000
 _EQUAL_TOKENS = 24
 _EQUAL_PROMPTS = (
     "def add(a, b):\n    ",
@@ -56,12 +59,14 @@ class Plan:
         prefill_tokens: the prompt that is read.
         context_tokens: what stands before the tokens that are written.
         decode_tokens: how many are written.
+        cancellations: how many requests are taken back, each while a prompt of 4,000 tokens is read.
     """
 
     rounds: int = 3
     prefill_tokens: int = 512
     context_tokens: int = 384
     decode_tokens: int = 64
+    cancellations: int = 30
 
     def within(self, context: int) -> Plan:
         """The same for a model that takes at most `context` tokens."""
@@ -81,6 +86,7 @@ class _Found:
     prefill: dict[str, list[float]] = field(default_factory=dict)
     decode: dict[str, list[float]] = field(default_factory=dict)
     first_token_ms: list[float] = field(default_factory=list)
+    freed_ms: list[float] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def note(self, name: str, prefill: Run, decode: Run) -> None:
@@ -114,6 +120,8 @@ async def bench_engine(
             report(f"round {number + 1} of {plan.rounds}", number / plan.rounds)
             await _round(found, number, plan, engine, rivals)
         peak_mb = peak_rss_mb(os.getpid())
+        report("taking requests back", None)
+        found.freed_ms = await _cancellations(engine, plan)
         await engine.close()
         expected = await _expected(found, model, rivals, report)
     finally:
@@ -179,12 +187,36 @@ async def _keys(engine: Engine, computed: tuple[int, ...], typed: Sequence[int])
     # The first also computes the last token that was written.
     for size in range(1, min(_WARM_KEYS, room) + 1):
         request = Request((*computed, *typed[:size]), 1)
-        async with aclosing(engine.generate(request)) as output:
-            async for _ in output:
-                pass
+        await _exhaust(engine, request)
         if size > 1 and request.stats.first_token_s:
             waited_ms.append((request.stats.first_token_s - request.stats.submitted_s) * 1000)
     return waited_ms
+
+
+async def _cancellations(engine: Engine, plan: Plan) -> list[float]:
+    """Milliseconds from taking back a request until the model is free, while it reads a long prompt."""
+    moments = random.Random(0)  # noqa: S311 - a sample
+    freed_ms = []
+    for number in range(plan.cancellations):
+        room = engine.model.context - 1
+        request = Request(_prompt(engine.model, f"cancelled_{number}", min(_CANCELLED_TOKENS, room)), 1)
+        reading = asyncio.create_task(_exhaust(engine, request))
+        await asyncio.sleep(moments.uniform(0.02, 0.5))
+        taken_back_s = time.monotonic()
+        if reading.done():
+            continue
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        # The thread notes the end; the next request comes after it.
+        await _run(engine, request.tokens[:1], 1)
+        freed_ms.append(max(0.0, request.stats.ended_s - taken_back_s) * 1000)
+    return freed_ms
+
+
+async def _exhaust(engine: Engine, request: Request) -> None:
+    async with aclosing(engine.generate(request)) as output:
+        async for _ in output:
+            pass
 
 
 async def _run(engine: Engine, tokens: tuple[int, ...], num_new: int) -> Run:
@@ -279,6 +311,7 @@ def _result(
         "first_token_warm_steps": (
             round(first_token_ms * decode_tok_s / 1000, 2) if first_token_ms and decode_tok_s else None
         ),
+        "cancel_to_free_ms": percentiles(found.freed_ms, 50, 99),
         "tokens_equal_generate": equal,
         "peak_rss_mb": peak_mb,
         "ratios": {
@@ -324,6 +357,9 @@ def table(result: dict[str, Any]) -> Any:
     lines = [
         f"first token after one more token: {_cell(result['first_token_warm_ms'])} ms, "
         f"{_cell(result['first_token_warm_steps'])} decode steps",
+        "free again after a request is taken back: p50 {p50} ms, p99 {p99} ms".format(
+            **result["cancel_to_free_ms"]
+        ),
         f"float32 tokens beside generate's: {equal}",
         f"peak memory: {result['peak_rss_mb']:.0f} MB",
         *(f"no {name}: {why}" for name, why in result["skipped"].items()),
