@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 import struct
+from urllib.parse import urlsplit
 
 MODELS = {"object": "list", "data": [{"id": "qwen2.5-coder-0.5b", "max_model_len": 2000}]}
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -94,7 +95,8 @@ class Faulty:
         request, *lines = head.strip().split("\r\n")
         headers = {line.split(":")[0].lower(): line.split(":", 1)[1].strip() for line in lines}
         body = await reader.readexactly(int(headers.get("content-length", 0)))
-        path = request.split()[1]
+        # A proxy is asked for whole URLs.
+        path = urlsplit(request.split()[1]).path
         self.asked.append((path, headers, json.loads(body) if body else None))
         if path.endswith(_COMPLETIONS):
             self.was_asked.set()

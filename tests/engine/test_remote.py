@@ -221,6 +221,21 @@ async def test_the_quicker_server_is_asked_and_one_that_dies_is_replaced():
         await engine.close()
 
 
+async def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(monkeypatch):
+    async with Faulty() as proxy, Faulty() as here:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        engine = RemoteEngine(RemoteSpec(("http://gpu-box.example:8000",)))
+        await engine.start(lambda _message, _share: None)
+        assert (await complete(engine)).text == ANSWER
+        assert {headers["host"] for _, headers, _ in proxy.asked} == {"gpu-box.example:8000"}
+        await engine.close()
+        proxy.asked.clear()
+        engine = await started(here)
+        assert (await complete(engine)).text == ANSWER
+        assert proxy.asked == []
+        await engine.close()
+
+
 async def test_servers_with_different_models_are_refused():
     async with Faulty() as one, Faulty(models={"data": [{"id": "codellama-7b"}]}) as two:
         with pytest.raises(EngineError, match="must have the same model"):

@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 
 import httpx2
 import pytest
+import trustme
 from prometheus_client import generate_latest
 
 from midfill.engine import Request
@@ -17,7 +18,7 @@ from midfill.engine.hosting import Listen, _Bucket, read_tokens, serve
 from midfill.engine.remote import RemoteEngine
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.engine.service import Host
-from midfill.errors import EngineError, SettingsError
+from midfill.errors import EngineError, EngineUnavailableError, SettingsError
 
 TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test
 RULES = [
@@ -266,6 +267,26 @@ def test_a_user_has_so_many_requests_a_second():
     bucket = _Bucket(at=0.0)
     assert [bucket.take(0.0) for _ in range(61)] == [True] * 60 + [False]
     assert [bucket.take(0.1) for _ in range(3)] == [True, True, False]
+
+
+async def test_a_team_is_served_with_tls_and_an_authority_of_its_own(tmp_path, monkeypatch):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    issued = authority.issue_cert("localhost")
+    issued.private_key_pem.write_to_path(tmp_path / "box.key")
+    with (tmp_path / "box.pem").open("wb") as file:
+        file.writelines(part.bytes() for part in issued.cert_chain_pems)
+    monkeypatch.setenv("TEAM_TOKEN", TOKEN)
+    listen = team(tls_cert=tmp_path / "box.pem", tls_key=tmp_path / "box.key")
+    async with hosted(listen) as (_, url):
+        assert url.startswith("https://")
+        place = (url.replace("127.0.0.1", "localhost"),)
+        with pytest.raises(EngineUnavailableError, match="certificate that this machine does not trust"):
+            await RemoteEngine(RemoteSpec(place, key="env:TEAM_TOKEN")).start(lambda *_: None)
+        engine = RemoteEngine(RemoteSpec(place, key="env:TEAM_TOKEN", ca=tmp_path / "ca.pem"))
+        await engine.start(lambda *_: None)
+        assert [token.text async for token in engine.generate(request(engine, "x"))] == list("hello")
+        await engine.close()
 
 
 @pytest.mark.parametrize(
