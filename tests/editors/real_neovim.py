@@ -42,6 +42,7 @@ class Neovim:
         settings: of the server.
         before: Lua of the user's own, run before `setup`.
         command: starts the server, in the place of the real one.
+        config: a folder of configurations, to start as a user with these does; with nothing of the above.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Neovim:
         settings=None,
         before="",
         command=None,
+        config=None,
     ):
         import pynvim  # noqa: PLC0415 - only where there is a Neovim
 
@@ -87,6 +89,8 @@ class Neovim:
         homes = {
             f"XDG_{name}_HOME": str(folder / name.lower()) for name in ("CONFIG", "DATA", "STATE", "CACHE")
         }
+        if config is not None:
+            homes["XDG_CONFIG_HOME"] = str(config)
         models = {"MIDFILL_CACHE": os.environ.get("MIDFILL_CACHE") or str(Path.home() / ".cache" / "midfill")}
         self._process = subprocess.Popen(
             [
@@ -96,8 +100,7 @@ class Neovim:
                 str(self._socket),
                 "-i",
                 "NONE",
-                "-u",
-                str(init),
+                *(["-u", str(init)] if config is None else []),
                 str(self.file),
             ],
             stdin=subprocess.DEVNULL,

@@ -34,6 +34,7 @@ LAYERS = [
         "bench",
         "demo",
         "doctor",
+        "editors",
         "enginecheck",
         "evaluation",
     },

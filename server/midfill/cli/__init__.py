@@ -17,6 +17,7 @@ import click
 
 from midfill import __version__
 from midfill.cli.adapter import adapter
+from midfill.cli.editors import setup
 from midfill.cli.engine import engine
 from midfill.cli.evaluate import evaluate
 from midfill.cli.measure import bench
@@ -275,7 +276,7 @@ def replay(recording: Path, command: str | None, speed: float, as_json: bool) ->
         raise click.exceptions.Exit(1)
 
 
-for _group in (model, engine, adapter, bench, evaluate):
+for _group in (model, engine, adapter, bench, evaluate, setup):
     cli.add_command(_group)
 
 
