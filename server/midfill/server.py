@@ -130,7 +130,11 @@ class MidfillServer(LanguageServer):
                 # pygls advertises the feature only if it is given options.
                 types.InlineCompletionOptions(),
             ),
-            (types.TEXT_DOCUMENT_COMPLETION, self.completion, types.CompletionOptions()),
+            (
+                types.TEXT_DOCUMENT_COMPLETION,
+                self.completion,
+                types.CompletionOptions(resolve_provider=False),
+            ),
             (
                 types.WORKSPACE_EXECUTE_COMMAND,
                 self._commands.execute,

@@ -107,4 +107,4 @@ async def test_what_is_announced_in_detail(scripted):
         "commands": ["midfill.accepted", "midfill.explain", *adapters]
     }
     # No item has more to tell when it is asked again.
-    assert announced["completionProvider"] == {}
+    assert announced["completionProvider"] == {"resolveProvider": False}
