@@ -252,7 +252,8 @@ def merge(values: Any, base: Settings, own: Settings | None = None) -> tuple[Set
     `values` is whatever an editor sent: junk leaves `base` as it is. A null takes a setting back: it becomes
     what the user's own file says (`own`; None if that file is what is being read).
     """
-    if values is None:
+    if values is None or values == []:
+        # An empty table of Lua is a list as soon as it is JSON.
         return base, []
     if not isinstance(values, Mapping):
         return base, [f"Settings must be an object, not {type(values).__name__}."]

@@ -399,6 +399,19 @@ def test_commands(neovim):
     assert editor.lua("return vim.api.nvim_buf_get_name(0)").endswith("lsp.log")
 
 
+def test_no_settings_are_no_junk(neovim):
+    editor = neovim(SUM, text=VALUES)
+    assert editor.notes == []
+    editor.lua(
+        "require('midfill.config').values.settings = {} NOTES = {} vim.lsp.handlers['window/showMessage'] = "
+        "function(_, said) table.insert(NOTES, said.message) end"
+    )
+    editor.api.command("Midfill restart")
+    editor.press("ototal = ")
+    editor.sees("sum(values)")
+    assert editor.notes == []
+
+
 def test_restart(neovim):
     editor = neovim(SUM, text=VALUES)
     pid = editor.server_pid

@@ -112,3 +112,8 @@ def test_an_editor_does_not_say_where_code_is_sent():
 def test_an_engine_is_a_place(wrong):
     with pytest.raises(SettingsError, match="engine"):
         parse({"engine": wrong})
+
+
+@pytest.mark.parametrize("values", [None, {}, []])
+def test_no_settings_of_any_kind_are_no_junk(values):
+    assert merge(values, Settings()) == (Settings(), [])

@@ -189,7 +189,8 @@ function M.attach(buf)
     cmd = spawn,
     root_dir = root,
     capabilities = capabilities(),
-    init_options = config.values.settings,
+    -- An empty table would become a list.
+    init_options = next(config.values.settings) and config.values.settings or vim.empty_dict(),
     on_init = function(client)
       if not config.values.popup then
         client.server_capabilities.completionProvider = nil
