@@ -271,7 +271,8 @@ def test_a_server_that_dies_is_started_again(emacs):
 
 
 def test_a_server_that_dies_again_and_again_is_given_up(emacs, tmp_path):
-    editor = emacs(text="", command=["/bin/sh", "-c", f"echo start >> {tmp_path}/starts; exit 3"])
+    command = ["/bin/sh", "-c", f"echo start >> {tmp_path}/starts; exit 3"]
+    editor = emacs(text="", command=command, before="(setq midfill-server--pauses '(0.1 0.1 0.1))")
     editor.until(lambda: editor.state == "given-up", "the end of all trials")
     assert (tmp_path / "starts").read_text().count("start") == 4
     assert editor.messages.count("(status 3) and is started again") == 1
