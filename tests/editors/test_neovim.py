@@ -73,6 +73,17 @@ def test_a_word_and_a_line_are_accepted(neovim):
     assert editor.ghost == ""
 
 
+def test_a_word_ends_before_a_line_end(neovim):
+    editor = neovim({"after": "def area", "text": "(self):\n    return 1"}, text="")
+    editor.press("idef area")
+    editor.sees("(self):\n    return 1")
+    editor.press("<C-Right><C-Right><C-Right>")
+    editor.reads("def area(self):")
+    assert editor.ghost == "\n    return 1"
+    editor.press("<C-Right>")
+    editor.reads("def area(self):\n    return")
+
+
 def test_typing_through_a_suggestion_shortens_it_at_once_and_asks_nobody(neovim):
     editor = neovim(SUM, text=VALUES)
     editor.press("ototal = ")

@@ -84,6 +84,8 @@ def test_what_the_editor_has_closed_by_itself_is_replaced(vim):
     editor.press("C-Right")
     editor.reads("def area(self):")
     editor.sees("def area(self):", "    return [self.w]")
+    editor.press("C-Right")
+    editor.reads("def area(self):\n    return")
     editor.press("Tab")
     editor.reads("def area(self):\n    return [self.w]")
     editor.press("Enter")

@@ -242,8 +242,8 @@ def Again()
   Changed()
 enddef
 
-# Blanks, then a word or a run of signs. For \S a line end is one.
-const WORD = '^\_s*\%(\k\+\|\%(\k\@![^ \t\n]\)\+\)'
+# Blanks, then a word or a run of signs. In a string, a line end is a sign for \S.
+const WORD = '^[[:space:]]*\%(\k\+\|\%(\k\@![^[:space:]]\)\+\)'
 
 # The first word of a text, the rest of its first line (or the next one, if that is empty), or all of it.
 def Piece(text: string, part: string): string

@@ -2,8 +2,8 @@
 
 local M = {}
 
---- Blanks, then a word or a run of signs.
-local WORD = vim.regex([[^\_s*\%(\k\+\|\%(\k\@!\S\)\+\)]])
+--- Blanks, then a word or a run of signs. In a string, a line end is a sign for `\S`, and no blank for `\_s`.
+local WORD = vim.regex([=[^[[:space:]]*\%(\k\+\|\%(\k\@![^[:space:]]\)\+\)]=])
 
 --- The first word of a text, the rest of its first line (or the next one, if that is empty), or all of it.
 ---@param text string
