@@ -137,6 +137,47 @@ def bench_engine(
     show(with_progress("loading the model", work), table, as_json=as_json)
 
 
+@bench.command("adapters")
+@click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
+@MODEL
+@JSON
+def bench_adapters(rank: int, rounds: int, device: str | None, model: str | None, as_json: bool) -> None:
+    """Measure what an adapter costs: a token with it and without, and a swap while an answer is written.
+
+    The adapters are made up, in a temporary folder. The model is loaded twice: leave the machine alone.
+
+    \b
+    Examples:
+      midfill bench adapters
+      midfill bench adapters --rank 64 --json
+    """
+    from midfill.bench.adapters import Plan, table
+    from midfill.bench.adapters import bench_adapters as measure
+    from midfill.models import store
+
+    settings = read_settings(model=model, device=device, engine="local")
+    if (found := store.find(settings.model)) is None:
+        raise MidfillError(f"{settings.model!r} is not on this machine: midfill model pull {settings.model}")
+    make = engine_maker(None, drafts=False)
+    with TemporaryDirectory(prefix="midfill-adapters-") as folder:
+        result = with_progress(
+            "measuring",
+            lambda report: asyncio.run(
+                measure(
+                    settings,
+                    make,
+                    found,
+                    folder=Path(folder),
+                    plan=Plan(rank=rank, rounds=rounds),
+                    progress=report,
+                )
+            ),
+        )
+    show(result, table, as_json=as_json)
+
+
 @bench.command("replay")
 @click.argument("trace", metavar="[TRACE]", required=False, type=click.Path(path_type=Path))
 @click.option("--files", type=click.Path(path_type=Path), help="Make up typing into this source tree.")

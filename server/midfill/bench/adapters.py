@@ -1,0 +1,186 @@
+"""What adapters cost: a token with one and without, and how long a running answer stands still for a swap.
+
+The adapters are made up, with random values on all linear layers; what a token takes does not depend on
+them. Two engines run the same model, one never has an adapter, and answers are asked of them in turn, so that
+what else the machine does meets all alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol, cast
+
+from midfill.bench.figures import peak_rss_mb
+from midfill.engine import Adaptable, AdapterSource, Engine, Progress, Request
+from midfill.errors import EngineError
+from midfill.models.store import LocalModel
+from midfill.settings import Settings
+
+_CODE = "def area(width, height):\n    return width * height\n\n\n"
+_SWAP_TOKENS = 600
+
+
+class _Changing(Engine, Adaptable, Protocol):
+    """An engine that can have adapters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        rank: of the adapters.
+        rounds: answers of each kind.
+        context_tokens: what stands before an answer.
+        decode_tokens: the tokens of an answer.
+    """
+
+    rank: int = 16
+    rounds: int = 8
+    context_tokens: int = 384
+    decode_tokens: int = 24
+
+
+async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and where
+    settings: Settings,
+    make: Callable[[Settings], Engine],
+    model: LocalModel,
+    *,
+    folder: Path,
+    plan: Plan,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure; the result is for JSON.
+
+    Args:
+        settings: which model, and how.
+        make: makes an engine; drafts should be off.
+        model: that model.
+        folder: an empty one, for two adapters.
+        plan: see there.
+        progress: told what is done.
+
+    Raises:
+        EngineError: this engine has no adapters.
+    """
+    sources = [
+        _made_up(model.path, folder / name, plan.rank, seed) for seed, name in enumerate(("one", "two"))
+    ]
+    plain, adapted = make(settings), make(settings)
+    try:
+        for engine in (plain, adapted):
+            await engine.start(progress)
+        if not isinstance(plain, Adaptable) or not isinstance(adapted, Adaptable):
+            raise EngineError("Only a model that midfill runs itself can have adapters.")
+        progress("swapping", None)
+        swaps = {}
+        for name, wanted in (("first", sources[:1]), ("second", sources), ("none", [])):
+            swaps[name] = await _swap(cast("_Changing", adapted), wanted, plan)
+        await adapted.set_adapters(sources[:1])
+        times: dict[str, list[float]] = {"base": [], "adapter": [], "base beside it": []}
+        for number in range(plan.rounds):
+            progress("decoding", number / plan.rounds)
+            times["base"].append(await _decode(plain, plan, number, None))
+            times["adapter"].append(await _decode(adapted, plan, number, sources[0].key))
+            times["base beside it"].append(await _decode(adapted, plan, number, None))
+        info = adapted.model
+    finally:
+        await plain.close()
+        await adapted.close()
+    medians = {name: median(values) for name, values in times.items()}
+    return {
+        "model": info.name,
+        "device": info.device,
+        "dtype": info.dtype,
+        "rank": plan.rank,
+        "decode_ms": {name: round(value, 2) for name, value in medians.items()},
+        "decode_ratio": {name: round(value / medians["base"], 3) for name, value in medians.items()},
+        "runs_ms": {name: [round(value, 2) for value in values] for name, values in times.items()},
+        "swaps": swaps,
+        "peak_rss_mb": peak_rss_mb(os.getpid()),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [f"{result['model']}, {result['device']}, {result['dtype']}, rank {result['rank']}", ""]
+    for name, value in result["decode_ms"].items():
+        lines.append(f"{name:15} {value:8.2f} ms a token   x {result['decode_ratio'][name]:.3f}")
+    lines.append("")
+    for name, swap in result["swaps"].items():
+        lines.append(
+            f"swap: {name:9} {swap['wall_ms']:8.0f} ms until it is used, {swap['stall_ms']:.0f} ms without a "
+            f"token at most (one takes {swap['token_ms']:.0f} ms meanwhile)"
+        )
+    return "\n".join(lines)
+
+
+async def _decode(engine: Engine, plan: Plan, number: int, adapter: str | None) -> float:
+    """Milliseconds of a token after the first."""
+    request = Request(_prompt(engine, plan, number), plan.decode_tokens, adapter=adapter)
+    async with aclosing(engine.generate(request)) as tokens:
+        async for _ in tokens:
+            pass
+    stats = request.stats
+    return 1000 * (stats.ended_s - stats.first_token_s) / max(1, stats.num_generated - 1)
+
+
+async def _swap(engine: _Changing, wanted: Sequence[AdapterSource], plan: Plan) -> dict[str, float]:
+    """Put other adapters in while an answer of the base is written, and look at its tokens."""
+    arrived = []
+    swapped_s = 0.0
+    swap: asyncio.Task[None] | None = None
+    began_s = time.monotonic()
+    while swap is None or not swap.done():
+        request = Request(_prompt(engine, plan, 99), _SWAP_TOKENS)
+        async with aclosing(engine.generate(request)) as tokens:
+            async for _ in tokens:
+                arrived.append(time.monotonic())
+                if swap is None and len(arrived) == 8:
+                    began_s = time.monotonic()
+                    swap = asyncio.create_task(engine.set_adapters(wanted))
+                if swap is not None and swap.done() and not swapped_s:
+                    swapped_s = time.monotonic()
+                if swapped_s and len(arrived) % 8 == 0:
+                    break
+    await swap
+    gaps = [after - before for before, after in itertools.pairwise(arrived[7:])]
+    return {
+        "wall_ms": round(1000 * ((swapped_s or time.monotonic()) - began_s), 1),
+        "stall_ms": round(1000 * max(gaps), 1),
+        "token_ms": round(1000 * median(gaps), 1),
+    }
+
+
+def _prompt(engine: Engine, plan: Plan, number: int) -> tuple[int, ...]:
+    line = tuple(engine.model.tokenizer.encode(f"# {number}\n{_CODE}"))
+    return (line * (plan.context_tokens // len(line) + 1))[: plan.context_tokens]
+
+
+def _made_up(model: Path, folder: Path, rank: int, seed: int) -> AdapterSource:
+    """An adapter with small random values on all linear layers of a model."""
+    import numpy as np  # noqa: PLC0415 - this measurement only
+    from safetensors.numpy import save_file  # noqa: PLC0415
+
+    from midfill.adapters import format as peft_format  # noqa: PLC0415
+
+    numbers = np.random.default_rng(seed)
+    tensors = {}
+    for name, (outputs, inputs) in peft_format.layers_of(model).items():
+        for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            values = numbers.standard_normal(shape, np.float32) * np.float32(0.01)
+            tensors[f"base_model.model.{name}.lora_{side}.weight"] = values
+    folder.mkdir()
+    save_file(tensors, folder / peft_format.WEIGHTS)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
+    (folder / peft_format.CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    return AdapterSource(peft_format.digest_of(folder), folder.name, folder)
