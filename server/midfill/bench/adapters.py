@@ -89,9 +89,9 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
         times: dict[str, list[float]] = {"base": [], "adapter": [], "base beside it": []}
         for number in range(plan.rounds):
             progress("decoding", number / plan.rounds)
-            times["base"].append(await _decode(plain, plan, number, None))
-            times["adapter"].append(await _decode(adapted, plan, number, sources[0].key))
-            times["base beside it"].append(await _decode(adapted, plan, number, None))
+            times["base"].append(await _decode(plain, plan, None))
+            times["adapter"].append(await _decode(adapted, plan, sources[0].key))
+            times["base beside it"].append(await _decode(adapted, plan, None))
         info = adapted.model
     finally:
         await plain.close()
@@ -124,9 +124,9 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-async def _decode(engine: Engine, plan: Plan, number: int, adapter: str | None) -> float:
-    """Milliseconds of a token after the first."""
-    request = Request(_prompt(engine, plan, number), plan.decode_tokens, adapter=adapter)
+async def _decode(engine: Engine, plan: Plan, adapter: str | None) -> float:
+    """Milliseconds of a token after the first. The prompt is read the first time only."""
+    request = Request(_prompt(engine, plan), plan.decode_tokens, adapter=adapter)
     async with aclosing(engine.generate(request)) as tokens:
         async for _ in tokens:
             pass
@@ -141,7 +141,7 @@ async def _swap(engine: _Changing, wanted: Sequence[AdapterSource], plan: Plan) 
     swap: asyncio.Task[None] | None = None
     began_s = time.monotonic()
     while swap is None or not swap.done():
-        request = Request(_prompt(engine, plan, 99), _SWAP_TOKENS)
+        request = Request(_prompt(engine, plan), _SWAP_TOKENS)
         async with aclosing(engine.generate(request)) as tokens:
             async for _ in tokens:
                 arrived.append(time.monotonic())
@@ -161,8 +161,8 @@ async def _swap(engine: _Changing, wanted: Sequence[AdapterSource], plan: Plan) 
     }
 
 
-def _prompt(engine: Engine, plan: Plan, number: int) -> tuple[int, ...]:
-    line = tuple(engine.model.tokenizer.encode(f"# {number}\n{_CODE}"))
+def _prompt(engine: Engine, plan: Plan) -> tuple[int, ...]:
+    line = tuple(engine.model.tokenizer.encode(_CODE))
     return (line * (plan.context_tokens // len(line) + 1))[: plan.context_tokens]
 
 
