@@ -18,6 +18,7 @@ from pathlib import Path
 from real_neovim import LIMIT_S, PLUGIN, POLL_S, find_nvim
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
+from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 COLUMNS, ROWS = 72, 15
@@ -73,7 +74,9 @@ def main(target):
     console.print(Text.from_ansi("\n".join(lines[:ROWS])))
     # No fonts from elsewhere: whoever looks at the picture asks nobody for anything.
     form = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    console.save_svg(target, title="Neovim, midfill", code_format=form)
+    # The colours of Neovim's own scheme.
+    theme = TerminalTheme((20, 22, 27), (224, 226, 234), [(224, 226, 234)] * 8)
+    console.save_svg(target, title="Neovim, midfill", code_format=form, theme=theme)
     print(f"{target}: {Path(target).stat().st_size / 1000:.0f} kB")
 
 

@@ -392,8 +392,10 @@ def test_commands(neovim):
     # Room for the messages: nothing waits for a key.
     editor.lua("vim.o.cmdheight = 20")
     assert editor.lua("return vim.fn.getcompletion('Midfill ', 'cmdline')") == [
+        "adapter",
         "explain",
         "log",
+        "model",
         "restart",
         "status",
         "toggle",
@@ -408,6 +410,33 @@ def test_commands(neovim):
     assert 'no command "nonsense"' in editor.notes[-1]
     editor.api.command("Midfill log")
     assert editor.lua("return vim.api.nvim_buf_get_name(0)").endswith("lsp.log")
+
+
+SELECT = "vim.ui.select = function(items, options, choose) CHOICES = vim.tbl_map(options.format_item, items) "
+
+
+def test_a_model_is_chosen_among_those_that_are_here(neovim):
+    editor = neovim(SUM, text=VALUES, before=SELECT + "choose(items[1]) end")
+    pid = editor.server_pid
+    editor.api.command("Midfill model")
+    editor.until(lambda: editor.lua("return CHOICES"), "a choice")
+    editor.until(lambda: editor.server_pid not in {None, pid} and editor.state == "ready", "a new server")
+    chosen = editor.lua("return require('midfill.config').values.settings.model")
+    assert editor.lua("return CHOICES[1]").split()[0] == chosen
+    assert f"midfill model use {chosen}" in editor.notes[-1]
+
+
+def test_an_adapter_that_is_not_here_is_named_and_none_can_be_chosen(neovim, tmp_path):
+    (tmp_path / ".git").mkdir()
+    editor = neovim(SUM, text=VALUES, before=SELECT + "choose(items[1]) end")
+    editor.api.command("Midfill adapter")
+    editor.until(lambda: editor.notes, "what became of it")
+    assert editor.lua("return CHOICES") == ["no adapter"]
+    assert "no adapter in this workspace" in editor.notes[-1]
+    editor.api.command("Midfill adapter nobody")
+    editor.until(lambda: "nobody" in editor.notes[-1], "what the server says")
+    editor.api.command("Midfill status now")
+    assert "too many arguments" in editor.notes[-1]
 
 
 def test_no_settings_are_no_junk(neovim):

@@ -60,7 +60,7 @@ local function explain(buf, done)
   end, buf)
 end
 
----@type table<string, fun()>
+---@type table<string, fun(argument?: string)>
 local COMMANDS = {}
 
 function COMMANDS.status()
@@ -106,23 +106,129 @@ function COMMANDS.restart()
   server.restart()
 end
 
+--- Choose among models and start the server with that one; the choice holds until Neovim ends.
+---@param name string
+local function use_model(name)
+  local config = require("midfill.config")
+  config.values.settings.model = name
+  server.restart()
+  vim.notify(("midfill: starting with %s. To keep it: midfill model use %s"):format(name, name))
+end
+
+function COMMANDS.model(name)
+  if name then
+    use_model(name)
+    return
+  end
+  -- The program that serves also lists; what follows "serve" is the server's.
+  local command = {}
+  for _, word in ipairs(require("midfill.config").values.cmd) do
+    if word == "serve" then
+      break
+    end
+    table.insert(command, word)
+  end
+  vim.list_extend(command, { "model", "list", "--json" })
+  vim.system(command, { text = true }, function(done)
+    local ok, listed = pcall(vim.json.decode, done.stdout)
+    vim.schedule(function()
+      if done.code ~= 0 or not ok then
+        vim.notify("midfill: cannot list the models: " .. vim.trim(done.stderr or ""), vim.log.levels.ERROR)
+        return
+      end
+      local models = vim.tbl_filter(function(model)
+        return model.installed
+      end, listed.models)
+      local format = function(model)
+        return ("%s%s"):format(model.name, model.name == server.model and "  (in use)" or "")
+      end
+      vim.ui.select(models, { prompt = "midfill: model", format_item = format }, function(model)
+        if model then
+          use_model(model.name)
+        end
+      end)
+    end)
+  end)
+end
+
+---@param command string
+---@param arguments table
+---@param done fun(result: table)
+local function execute(command, arguments, done)
+  local client = server.client()
+  if client == nil then
+    vim.notify(("midfill: there is no server (%s)"):format(server.state), vim.log.levels.ERROR)
+    return
+  end
+  local params = { command = command, arguments = arguments }
+  server.call(client, "request", "workspace/executeCommand", params, function(err, result)
+    if err then
+      vim.notify("midfill: " .. err.message, vim.log.levels.ERROR)
+    else
+      done(result)
+    end
+  end, 0)
+end
+
+---@param name string|"off"
+local function use_adapter(name)
+  local command = name == "off" and "midfill.adapter.off" or "midfill.adapter.use"
+  execute(command, name == "off" and {} or { name }, function(result)
+    -- What went wrong has been said by the server already.
+    if result.error == nil or result.error == vim.NIL then
+      vim.notify(
+        "midfill: " .. (name == "off" and "no adapter" or "adapter " .. name) .. " in this workspace"
+      )
+    end
+  end)
+end
+
+function COMMANDS.adapter(name)
+  if name then
+    use_adapter(name)
+    return
+  end
+  execute("midfill.adapter.list", {}, function(result)
+    local names = { "off" }
+    local running = {}
+    for _, adapter in ipairs(result.adapters) do
+      table.insert(names, adapter.name)
+      running[adapter.name] = adapter.running
+    end
+    local format = function(item)
+      return item == "off" and "no adapter" or item .. (running[item] and "  (in use)" or "")
+    end
+    vim.ui.select(names, { prompt = "midfill: adapter", format_item = format }, function(chosen)
+      if chosen then
+        use_adapter(chosen)
+      end
+    end)
+  end)
+end
+
 function M.create()
   local names = vim.tbl_keys(COMMANDS)
   table.sort(names)
   vim.api.nvim_create_user_command("Midfill", function(call)
-    local command = COMMANDS[call.args]
+    local name, argument, more = unpack(call.fargs)
+    local command = COMMANDS[name]
     if command == nil then
       vim.notify(
-        ("midfill: no command %q; there are: %s"):format(call.args, table.concat(names, ", ")),
+        ("midfill: no command %q; there are: %s"):format(name, table.concat(names, ", ")),
         vim.log.levels.ERROR
       )
-      return
+    elseif more or (argument and name ~= "model" and name ~= "adapter") then
+      vim.notify(("midfill: too many arguments: %q"):format(call.args), vim.log.levels.ERROR)
+    else
+      command(argument)
     end
-    command()
   end, {
-    nargs = 1,
+    nargs = "+",
     desc = "midfill: " .. table.concat(names, ", "),
-    complete = function(lead)
+    complete = function(lead, line)
+      if #vim.split(vim.trim(line:sub(1, #line - #lead)), "%s+") > 1 then
+        return {}
+      end
       return vim.tbl_filter(function(name)
         return vim.startswith(name, lead)
       end, names)
