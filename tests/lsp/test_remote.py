@@ -178,3 +178,32 @@ async def test_a_model_that_cannot_fill_in_is_refused_once(tmp_path):
             assert "does not fill in the middle" in message
             assert "`family" in message
             assert await ask(server) == ("", "model-failed")
+
+
+async def check(url, tmp_path):
+    """`midfill engine check`: its status and what it found, by question."""
+    env = {"MIDFILL_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "midfill", "engine", "check", url, "--json"),
+        env=os.environ | env,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    out, _ = await process.communicate()
+    return process.returncode, {one["name"]: one for one in json.loads(out)["checks"]}
+
+
+async def test_a_server_is_checked_with_advice(tmp_path):
+    async with sglang() as model:
+        model.pages["/metrics"] = lambda _body: {}
+        status, found = await check(model.url, tmp_path)
+        assert (found["reachable"]["status"], found["fills in"]["status"]) == ("ok", "ok")
+        # Its vocabulary is not here, it has one answer for all holes, and does not tell what it computes.
+        assert found["model"]["status"] == "warning"
+        assert "midfill model pull" in found["model"]["remedy"]
+        assert found["suggests"]["found"] == "1 of 3 known holes filled"
+        assert "/metrics" in found["cancels"]["found"]
+        assert all(one["remedy"] for one in found.values() if one["status"] != "ok")
+        assert status == 0
+    status, found = await check(model.url, tmp_path)
+    assert status == 1
+    assert "cannot be reached" in found["reachable"]["found"]
