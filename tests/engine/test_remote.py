@@ -1,6 +1,7 @@
 """Served engines: what their servers do wrong costs one request, in time, and shows nothing half."""
 
 import asyncio
+import contextlib
 import gzip
 import itertools
 import logging
@@ -12,7 +13,7 @@ from faulty import GOOD, RESET, SILENCE, STREAM, WORDS, Faulty, chunk, event, pa
 
 from midfill.completer import Completer, Reason, Trigger
 from midfill.documents import Document, Point, Snapshot
-from midfill.engine import Request
+from midfill.engine import Request, recognition
 from midfill.engine.endpoint import RemoteSpec
 from midfill.engine.remote import RemoteEngine
 from midfill.errors import EngineError, EngineUnavailableError
@@ -234,6 +235,24 @@ async def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(monke
         assert (await complete(engine)).text == ANSWER
         assert proxy.asked == []
         await engine.close()
+
+
+async def test_a_server_that_says_nothing_when_it_is_reached_is_told(monkeypatch):
+    monkeypatch.setattr(recognition, "_ANSWER_S", 0.2)
+
+    async def silent(reader, writer):
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+        ended.set()
+
+    ended = asyncio.Event()
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    with pytest.raises(EngineUnavailableError, match=f"127.0.0.1:{port} does not answer"):
+        await RemoteEngine(RemoteSpec((f"http://127.0.0.1:{port}",))).start(lambda *_: None)
+    await ended.wait()
+    server.close()
 
 
 async def test_servers_with_different_models_are_refused():

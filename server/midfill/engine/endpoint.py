@@ -30,7 +30,6 @@ from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailable
 _CONNECT_S = 2.0
 _BETWEEN_S = 5.0
 """A stream without a token for so long has died. Decoding on a busy CPU takes 0.1 to 1 s a token."""
-_REFRESH_S = 5.0
 _REST_S = 0.02
 _MOST_BYTES = 8_000_000
 _KEPT_S = 60.0
@@ -140,13 +139,12 @@ class Endpoint:
             if self.served is not None and self.verified:
                 return self.served
             try:
-                async with asyncio.timeout(max(_REFRESH_S, self._spec.first_token_s)):
-                    found = await recognise(
-                        self.client,
-                        api=self.served.dialect if self.served else self._spec.api,
-                        wanted=self.served.model if self.served else self._spec.model,
-                        candidates=() if self.served else self._spec.candidates,
-                    )
+                found = await recognise(
+                    self.client,
+                    api=self.served.dialect if self.served else self._spec.api,
+                    wanted=self.served.model if self.served else self._spec.model,
+                    candidates=() if self.served else self._spec.candidates,
+                )
             except httpx2.TransportError as error:
                 raise EngineUnavailableError(self.explain(error)) from None
             except TimeoutError:

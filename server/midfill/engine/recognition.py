@@ -23,6 +23,8 @@ from midfill.models import catalogue
 from midfill.models.tokenizer import load_tokenizer
 
 _MOST_BYTES = 4_000_000
+_ANSWER_S = 10.0
+"""For one small answer. What is to be computed here meanwhile takes as long as it takes."""
 _CONTEXT = 2048
 """Tokens of context where a server does not say."""
 
@@ -70,10 +72,11 @@ async def ask(client: httpx2.AsyncClient, path: str, body: Mapping[str, Any] | N
 
     Raises:
         EngineUnavailableError: it refuses the key, sends elsewhere, fails, or answers with something else.
+        TimeoutError: it does not answer.
         httpx2.TransportError: it cannot be reached.
     """
     method = "GET" if body is None else "POST"
-    async with client.stream(method, path, json=body) as response:
+    async with asyncio.timeout(_ANSWER_S), client.stream(method, path, json=body) as response:
         if response.status_code in {404, 405, 501}:
             return None
         if (why := refusal(response.status_code)) is not None:
@@ -124,6 +127,7 @@ async def recognise(
     Raises:
         EngineUnavailableError: nothing answers as a model server does.
         EngineError: it does not have the model that is wanted.
+        TimeoutError: it does not answer.
         httpx2.TransportError: it cannot be reached.
     """
     try:
