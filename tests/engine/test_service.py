@@ -133,6 +133,17 @@ async def test_a_bad_request_is_refused_without_quoting_it(tmp_path, body, statu
         assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
 
 
+async def test_a_body_of_unknown_length_is_limited_too(tmp_path):
+    async def parts():
+        for _ in range(40):
+            yield b" " * 100_000
+
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path)), client_of(path) as client:
+        assert (await client.post("/v1/completions", content=parts())).status_code == 413
+        assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+
+
 async def test_what_is_demanded_idle_and_reused_crosses(tmp_path):
     path, log = tmp_path / "s.sock", tmp_path / "log"
     async with hosted(Listen(socket=path), log=str(log)), engine_of(path) as engine:

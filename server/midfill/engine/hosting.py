@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.exceptions import HTTPException
 
 from midfill.engine.service import Host, Service
 from midfill.errors import SettingsError
@@ -139,8 +140,6 @@ class Guard:
             bucket.running += 1
         try:
             await self._app(scope, _Limited(receive), send)
-        except _TooLargeError:
-            await _refuse(send, 413, "The request is too large.")
         finally:
             if counted and bucket is not None:
                 bucket.running -= 1
@@ -175,10 +174,6 @@ class Guard:
         return found
 
 
-class _TooLargeError(Exception):
-    pass
-
-
 class _Limited:
     """What is received, up to the limit."""
 
@@ -190,7 +185,7 @@ class _Limited:
         message = await self._receive()
         self._num_bytes += len(message.get("body", b""))
         if self._num_bytes > _MOST_BYTES:
-            raise _TooLargeError
+            raise HTTPException(413, "The request is too large.")
         return message
 
 
