@@ -5,9 +5,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import real_vscode
 from real_emacs import Emacs
 from real_neovim import Neovim, find_nvim
 from real_vim import Vim
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed
+    return report
 
 
 def installed(editor, *programs):
@@ -82,3 +92,28 @@ def vim(vim_program, tmp_path):
     """Start an editor with the plugin: `vim(rule, ...)`; see `Vim`."""
     with contextlib.ExitStack() as editors:
         yield starter(Vim, tmp_path, editors)
+
+
+@pytest.fixture(scope="module")
+def vscode(tmp_path_factory):
+    """VS Code's server with the packaged extension, and a browser. Not for the whole session: as long as the
+    browser's driver lives, no test can have an event loop."""
+    installed("vscode", "chromium", "node", "npm")
+    if not real_vscode.SERVER_MAIN.exists():
+        pytest.skip("VS Code is not installed here: tests/editors/install.sh vscode")
+    code = real_vscode.VSCode(tmp_path_factory.mktemp("vscode"), real_vscode.package())
+    yield code
+    code.close()
+
+
+@pytest.fixture
+def picture(request, tmp_path_factory):
+    """Takes a picture of a window where the test has failed; called before the window is closed."""
+
+    def take(window):
+        if request.node.stash.get(FAILED, False):
+            path = tmp_path_factory.getbasetemp() / f"{request.node.name}-{window.folder.name}.png"
+            window.page.screenshot(path=path)
+            print(f"screenshot: {path}")
+
+    return take

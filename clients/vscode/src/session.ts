@@ -62,6 +62,13 @@ interface Run {
   ended: Promise<string>;
 }
 
+/** What goes wrong is in the log; `Session` says what the user has to know of it. */
+class QuietClient extends LanguageClient {
+  override error(message: string, data?: unknown): void {
+    super.error(message, data, false);
+  }
+}
+
 export class Session implements vscode.Disposable {
   private readonly changed = new vscode.EventEmitter<State>();
   private readonly showed = new vscode.EventEmitter<void>();
@@ -111,10 +118,13 @@ export class Session implements vscode.Disposable {
 
   /** Tells the server what is set now. */
   async configure(): Promise<void> {
-    await this.run?.client.sendNotification("workspace/didChangeConfiguration", {
-      settings: { [SECTION]: this.values() },
-    });
-    await this.update();
+    const settings = { [SECTION]: this.values() };
+    try {
+      await this.run?.client.sendNotification("workspace/didChangeConfiguration", { settings });
+    } catch (error) {
+      this.unheard(error);
+    }
+    this.updateSoon(0);
   }
 
   /** No suggestions for this long; 0 ends a pause. */
@@ -208,7 +218,7 @@ export class Session implements vscode.Disposable {
       });
     };
     const options = this.options(() => this.died(run));
-    const run: Run = { client: new LanguageClient("midfill", "midfill", start, options), ended };
+    const run: Run = { client: new QuietClient("midfill", "midfill", start, options), ended };
     run.client.onNotification(ShowMessageNotification.type, ({ type, message }) => {
       void this.show(type, message);
     });
@@ -234,7 +244,7 @@ export class Session implements vscode.Disposable {
         },
         provideInlineCompletionItems: async (document, position, context, token, next) => {
           const items = await next(document, position, context, token);
-          this.updateSoon();
+          this.updateSoon(REFRESH_MS);
           if (items && (Array.isArray(items) ? items : items.items).length > 0) {
             this.showed.fire();
           }
@@ -266,14 +276,22 @@ export class Session implements vscode.Disposable {
     }
   }
 
-  private updateSoon(): void {
+  private updateSoon(pauseMs: number): void {
+    if (pauseMs === 0) {
+      clearTimeout(this.refresh);
+      this.refresh = undefined;
+    }
     this.refresh ??= setTimeout(() => {
       this.refresh = undefined;
-      // A server that is just ending does not answer, and need not.
       this.update().catch((error: unknown) => {
-        this.log.debug(`midfill/status: ${String(error)}`);
+        this.unheard(error);
       });
-    }, REFRESH_MS);
+    }, pauseMs);
+  }
+
+  /** A server that is just ending does not answer, and need not: it is told all of it when it starts again. */
+  private unheard(error: unknown): void {
+    this.log.debug(`the server does not hear: ${String(error)}`);
   }
 
   private progressed(progress: Progress): void {
@@ -284,7 +302,7 @@ export class Session implements vscode.Disposable {
         step: progress.message ?? this.current.step,
       });
     } else {
-      this.updateSoon();
+      this.updateSoon(0);
     }
   }
 

@@ -105,7 +105,9 @@ class Script:
         load_error: the start fails with this message.
         load_crash: the start fails with what no engine should raise.
         load_block_s: a thread of the start cannot be interrupted for this long.
+        load_share: the share of the start that is reported as done; None as from an engine that cannot tell.
         log: a file that gets a JSON line for each request that has ended.
+        log_begun: whether each that begins gets a line, too.
     """
 
     rules: list[Rule] = field(default_factory=list)
@@ -113,7 +115,9 @@ class Script:
     load_error: str = ""
     load_crash: bool = False
     load_block_s: float = 0.0
+    load_share: float | None = None
     log: str = ""
+    log_begun: bool = False
 
     @staticmethod
     def read(path: Path) -> Script:
@@ -172,7 +176,7 @@ class ScriptedEngine:
 
     async def start(self, progress: Progress) -> None:
         """See `Engine.start`."""
-        progress("reading the script", None)
+        progress("reading the script", self._script.load_share)
         await asyncio.sleep(self._script.load_delay_s)
         if self._script.load_block_s:
             await asyncio.to_thread(time.sleep, self._script.load_block_s)
@@ -223,6 +227,8 @@ class ScriptedEngine:
     ) -> AsyncGenerator[Token, None]:
         steps = 0
         fate = "cancelled"
+        if self._script.log_begun:
+            self._note("begun", 0, idle=request.idle)
         try:
             await asyncio.sleep(rule.prefill_delay_s)
             if rule.hang:
