@@ -216,6 +216,7 @@ class LocalEngine:
             if self._unavailable is not None:  # the thread may have read the mailbox for the last time
                 raise EngineUnavailableError(self._unavailable)
             await swap.done
+            await asyncio.to_thread(swap.retired.clear)
 
     async def close(self) -> None:
         """Stop the thread after at most one forward pass and free the model; see also `abandon`."""

@@ -14,7 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,12 +42,15 @@ class Swap:
         adapters: all that will be in the model, by key.
         install: see `loading.Runner.prepare`.
         done: belongs to `loop`; resolved when requests may name them.
+        retired: what was in the model before. Whoever waits for `done` lets go of it, in a thread: to free a
+            compiled graph takes longer than the swap.
     """
 
     adapters: Mapping[str, Adapter]
     install: Callable[[], None]
     loop: asyncio.AbstractEventLoop
     done: asyncio.Future[None]
+    retired: list[Callable[[], None]] = field(default_factory=list)
 
     def end(self, error: MidfillError | None = None) -> None:
         """Tell the event loop."""
@@ -152,6 +155,7 @@ class Residents:
             _LOG.exception("adapters could not be put in")
             what = "there is not enough memory" if isinstance(error, MemoryError) else type(error).__name__
             return AdapterError(f"The adapter could not be put into the model: {what}.")
+        swap.retired.append(self._install)
         self._install, self.adapters = swap.install, swap.adapters
         _LOG.info(
             "%d adapters in the model after %.0f ms", len(self.adapters), (time.monotonic() - began) * 1000
