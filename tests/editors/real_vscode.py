@@ -349,7 +349,7 @@ class Window:
         with contextlib.suppress(AssertionError):
             wait(lambda: self.ghost == ghost, str, self.page.wait_for_timeout, PATIENCE_S)
             return
-        self._again(
+        self.again(
             f"the ghost text {ghost!r}",
             lambda: self.ghost == ghost,
             lambda: self.press("Control+1", "Alt+Backslash"),
@@ -368,7 +368,7 @@ class Window:
 
     def explains(self, words):
         """The explanation of the last suggestion has these words; asked again until it has."""
-        self._again("the explanation", lambda: any(words in note for note in self.notes), self._explain)
+        self.again("the explanation", lambda: any(words in note for note in self.notes), self._explain)
 
     def _explain(self):
         self.run("Notifications: Clear All Notifications")
@@ -376,13 +376,13 @@ class Window:
 
     def asks_popup_for(self, item):
         """The popup has the item; asked again until it has."""
-        self._again(
+        self.again(
             f"the item {item!r}",
             lambda: item in self.popup,
             lambda: self.press("Escape", "Control+Space"),
         )
 
-    def _again(self, what, condition, action):
+    def again(self, what, condition, action):
         """Act until the condition holds soon after that."""
         end = time.monotonic() + LIMIT_S
         while time.monotonic() < end:

@@ -53,8 +53,8 @@ def take(folder: Path) -> None:
         window.shows("qwen2.5-coder-0.5b")
         window.open("readings.py", TEXT)
         window.press("Control+B")
-        window.type("    totals = ")
-        window.until(lambda: "\n" in window.ghost or window.press("Alt+Backslash"), "ghost text")
+        window.type("    totals = {}\nfor reading in readings:\n")
+        window.again("ghost text", lambda: window.ghost, lambda: window.press("Alt+Backslash"))
         window.page.screenshot(path=TARGET)
         sys.stdout.write(f"{window.ghost}\n{TARGET}: {TARGET.stat().st_size} bytes\n")
     finally:
