@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from midfill import __version__
+from midfill.cli import learn as _learn  # noqa: F401 - registers commands of `midfill adapter`
 from midfill.cli.adapter import adapter
 from midfill.cli.editors import setup
 from midfill.cli.engine import engine

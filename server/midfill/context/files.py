@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pathspec import GitIgnoreSpec
 
@@ -133,12 +133,13 @@ class Sieve:
         )
 
     def _admits_file(self, path: Path) -> bool:
-        return (
-            language_id(path.name) not in _NO_CODE
-            and not _GENERATED_NAME.search(path.name)
-            and not is_excluded(path.as_posix(), self._excluded)
-            and not self._is_ignored(path, "")
-        )
+        return why_no_source(path, self._excluded) is None and not self._is_ignored(path, "")
+
+    def ignores(self, relative: str) -> bool:
+        """Whether an ignore file names this path or a folder above it."""
+        path = self.root / relative
+        folders = list(path.relative_to(self.root).parents)[:-1]
+        return self._is_ignored(path, "") or any(self._is_ignored(self.root / one, "/") for one in folders)
 
     def _is_ignored(self, path: Path, slash: str) -> bool:
         """As git decides: the last pattern that fits, of the ignore file that is nearest."""
@@ -172,14 +173,38 @@ class Sieve:
 
 def sift(path: str, text: str) -> SourceFile | None:
     """A text as context: None if it is generated, minified, too large, or certainly holds a secret."""
-    if len(text) > _MAX_BYTES or _GENERATED_MARK.search(text, 0, _HEAD_CHARS) or not text.strip():
-        return None
+    file = judge(path, text)
+    return None if isinstance(file, str) else file
+
+
+def judge(path: str, text: str) -> SourceFile | str:
+    """A text as context, or in a word or two why it is none."""
+    if not text.strip():
+        return "empty"
+    if len(text) > _MAX_BYTES:
+        return "too large"
+    if _GENERATED_MARK.search(text, 0, _HEAD_CHARS):
+        return "generated"
     if len(text) > _MAX_MEAN_LINE * (text.count("\n") + 5):
-        return None
+        return "minified"
     secrets = find_secrets(text)
     if Grade.CERTAIN in secrets.values():
-        return None
+        return "secret"
     return SourceFile(path, language_id(path), text, frozenset(secrets))
+
+
+def why_no_source(path: PurePath, excluded_files: tuple[str, ...]) -> str | None:
+    """Why a file of this name is none that somebody writes code in, in a word or two; None if it is one."""
+    if language_id(path.name) in _NO_CODE:
+        return "no code"
+    if _GENERATED_NAME.search(path.name):
+        return "generated"
+    return "secret" if is_excluded(path.as_posix(), excluded_files) else None
+
+
+def is_foreign(path: PurePath) -> bool:
+    """Whether a relative path leads through a hidden folder, or one that holds what others have written."""
+    return any(part.startswith(".") or part in _FOREIGN_FOLDERS for part in path.parts[:-1])
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes | None:

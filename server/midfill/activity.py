@@ -1,0 +1,43 @@
+"""A file whose date says when a server on this machine last asked its model for somebody who waits.
+
+Work that can wait (training an adapter) looks at it and stands aside. The file is empty. Any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+from midfill.feedback import state_path
+
+# Touching it costs some microseconds; more often would tell nobody more.
+_EVERY_S = 0.25
+
+_last_s = 0.0
+
+
+def activity_path() -> Path:
+    """The file. `MIDFILL_STATE` names another folder."""
+    return state_path().with_name("activity")
+
+
+def note() -> None:
+    """The model is asked now. Never fails: where nothing can be written, nobody is told."""
+    global _last_s  # noqa: PLW0603 - one file, one clock
+    now_s = time.monotonic()
+    if now_s - _last_s < _EVERY_S:
+        return
+    _last_s = now_s
+    path = activity_path()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def seconds_since() -> float:
+    """How long ago that was; infinite if never."""
+    try:
+        return max(0.0, time.time() - activity_path().stat().st_mtime)
+    except OSError:
+        return float("inf")

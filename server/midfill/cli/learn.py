@@ -1,0 +1,295 @@
+"""`midfill adapter plan`, `train`, `eval`, `stats`: adapters from a repository's history."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from midfill.cli.adapter import adapter
+from midfill.cli.shared import JSON, MODEL, read_settings, show, with_progress
+from midfill.errors import MidfillError
+
+if TYPE_CHECKING:
+    from midfill.models.store import LocalModel
+
+_UNITS = {"": 60.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Duration(click.ParamType[float]):
+    """A time such as 90s, 20m or 1h; a bare number is minutes. In seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See the class."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(value).strip())
+        if match is None or not float(match[1]):
+            self.fail(f"{value!r} is no time. Write 90s, 20m or 1h.", param, ctx)
+        return float(match[1]) * _UNITS[match[2]]
+
+
+_REPO = click.option(
+    "--repo",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    show_default="the current folder",
+    help="The git repository.",
+)
+_BUDGET = click.option(
+    "--budget", type=Duration(), default="20m", show_default=True, help="Time for training and judging."
+)
+
+
+@adapter.command("plan")
+@_REPO
+@_BUDGET
+@MODEL
+@JSON
+def adapter_plan(repo: Path, budget: float, model: str | None, as_json: bool) -> None:
+    """Show what `midfill adapter train` would learn, and what its judgement could see. Changes nothing.
+
+    Files and commits that are left out are counted by reason. Nothing of a repository is run.
+
+    \b
+    Examples:
+      midfill adapter plan
+      midfill adapter plan --repo ~/src/project --budget 1h --json
+    """
+    from midfill.learning import data, plan
+    from midfill.learning.history import Repository
+    from midfill.learning.selection import select
+
+    settings = read_settings(model=model)
+    base = _base(settings.model)
+
+    def work(report: Any) -> dict[str, Any]:
+        report("reading the history", None)
+        repository = Repository(repo)
+        selection = select(repository, settings)
+        report("cutting examples", None)
+        examples = data.make(repository, selection, base, settings)
+        speed = plan.estimate_speed(base.path)
+        return plan.summarise(selection, examples, speed, budget, _shown(settings))
+
+    show(with_progress("planning", work), plan.describe, as_json=as_json)
+
+
+_NAME = click.option("--name", metavar="NAME", help="The adapter's name; by default the repository's.")
+_FORCE = click.option(
+    "--force", is_flag=True, help="Use it whatever the verdict; that is recorded and shown."
+)
+_THREADS = click.option(
+    "--threads", type=click.IntRange(0), default=0, show_default="all cores but one", help="CPU threads."
+)
+
+
+@adapter.command("train")
+@_REPO
+@_BUDGET
+@_NAME
+@click.option("--resume", is_flag=True, help="Go on from where a stopped training was.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Train with so many processes: one for each GPU.",
+)
+@_THREADS
+@_FORCE
+@MODEL
+@JSON
+def adapter_train(
+    repo: Path,
+    budget: float,
+    name: str | None,
+    resume: bool,
+    processes: int,
+    threads: int,
+    force: bool,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Learn an adapter from a repository's history, and prove it on later commits.
+
+    It learns from the commits before the newest ones, with the prompts that the server sends. The newest
+    commits then judge it. Only an adapter that is better there, beyond chance, is registered as enabled; any
+    other one is registered too, and stays off. All of it happens on this machine, at the lowest priority,
+    and stands aside while you are being answered. Ctrl-C keeps a checkpoint; --resume goes on exactly there.
+
+    \b
+    Examples:
+      midfill adapter plan
+      midfill adapter train --budget 30m
+      midfill adapter train --repo ~/src/project --name project --resume
+      midfill adapter train --processes 2 --json
+    """
+    from midfill.learning.worker import Job
+
+    settings = read_settings(model=model)
+    job = Job(
+        repo.resolve(),
+        name or _name_of(repo),
+        budget,
+        resume=resume,
+        force=force,
+        num_threads=threads or _most_threads(),
+    )
+    result = _run("train", job, settings, processes=processes)
+    show(result, _describe, as_json=as_json)
+
+
+@adapter.command("eval")
+@click.argument("name", metavar="NAME|DIR")
+@_REPO
+@_THREADS
+@_FORCE
+@MODEL
+@JSON
+def adapter_eval(name: str, repo: Path, threads: int, force: bool, model: str | None, as_json: bool) -> None:
+    """Judge an adapter on the newest commits of a repository, beside its base model.
+
+    "enabled" means better beyond chance in every condition; "rejected" and "inconclusive" both mean off.
+    A registered adapter takes the verdict. A folder in PEFT format can be judged without being registered.
+
+    \b
+    Examples:
+      midfill adapter eval project
+      midfill adapter eval ./their-adapter --repo ~/src/project --json
+    """
+    from midfill.adapters.registry import Registry
+    from midfill.learning.worker import Job
+
+    settings = read_settings(model=model)
+    registry = Registry()
+    entry = registry.find(name)
+    folder = entry.path if entry is not None else Path(name).expanduser().resolve()
+    if entry is None and not folder.is_dir():
+        registry.get(name)
+    if force and entry is None:
+        raise MidfillError("--force is recorded in the registry: import the adapter first.")
+    label = entry.name if entry is not None else folder.name
+    job = Job(repo.resolve(), label, 0.0, force=force, num_threads=threads or _most_threads())
+    fingerprint = entry.fingerprint if entry is not None else None
+    result = _run("eval", job, settings, adapter=folder, fingerprint=fingerprint)
+    if entry is not None:
+        from midfill.learning.judge import judgement_of
+
+        registry.set_judgement(entry.name, judgement_of(result, forced=force))
+    show({"adapter": label, "forced": force, **result}, _describe, as_json=as_json)
+
+
+def _run(
+    kind: str,
+    job: Any,
+    settings: Any,
+    *,
+    processes: int = 1,
+    adapter: Path | None = None,
+    fingerprint: str | None = None,
+) -> dict[str, Any]:
+    """Do a job in a process of its own, with a progress bar."""
+    import contextlib
+    import signal
+
+    from midfill.learning import worker
+
+    request = worker.request_of(kind, job, _base(settings.model), settings, adapter, fingerprint)
+    last: dict[str, Any] = {}
+
+    def work(report: Any) -> None:
+        with worker.started(request, processes) as process:
+            coming = worker.events(process)
+            while True:
+                try:
+                    event = next(coming, None)
+                except KeyboardInterrupt:
+                    report("stopping, with a checkpoint", None)
+                    # The terminal has told both; whoever sent it to this process alone has not.
+                    with contextlib.suppress(OSError):
+                        process.send_signal(signal.SIGINT)
+                    coming = worker.events(process)
+                    continue
+                if event is None:
+                    return
+                last.clear()
+                last.update(event)
+                if "stage" in event:
+                    report(f"{event['stage']}: {event['message']}", event["share"])
+
+    with_progress(kind, work)
+    if "stopped" in last:
+        click.echo(
+            f"{last['stopped']} Go on with: midfill adapter train --resume --name {job.name}", err=True
+        )
+        raise click.Abort
+    if "error" in last:
+        raise MidfillError(last["error"])
+    result: dict[str, Any] = last["result"]
+    return result
+
+
+def _describe(result: dict[str, Any]) -> str:
+    """A verdict for a person."""
+    colours = {"enabled": "green", "rejected": "red", "inconclusive": "yellow"}
+    rows = [
+        f"{result['adapter']}: {click.style(result['verdict'], fg=colours[result['verdict']], bold=True)}"
+    ]
+    rows += [f"  {reason}" for reason in result["reasons"]]
+    if result["nll_gain"] is not None:
+        interval = result["interval"]
+        bounds = f" ({interval[0]:+.4f} to {interval[1]:+.4f})" if interval else ""
+        rows.append(
+            f"log-loss  {result['nll_base']:.4f} to {result['nll_adapter']:.4f} nats per token, gain "
+            f"{result['nll_gain']:+.4f}{bounds}; {result['examples']} places, {result['commits']} commits"
+        )
+    if saved := result["saved_chars"]:
+        rows.append(f"saved     {saved['base']} to {saved['adapter']} characters at {saved['holes']} places")
+    if result["general"] is not None:
+        rows.append(f"other     log-loss {result['general'] - 1:+.1%} on other code")
+    if result["latency"] is not None:
+        rows.append(f"latency   {result['latency'] - 1:+.0%}")
+    if training := result["training"]:
+        rows.append(
+            f"training  {training['steps']} steps, {training['seconds_per_step']:.1f} s each, "
+            f"strength {result['scale']:g}; peak memory {result['peak_rss_mb']} MB"
+        )
+    rows.append(f"report    {result['report']}")
+    if result["forced"]:
+        rows.append("It is used in spite of the verdict, because of --force.")
+    elif result["verdict"] != "enabled":
+        rows.append("It stays off.")
+    return "\n".join(rows)
+
+
+def _name_of(repo: Path) -> str:
+    """A name for an adapter from a folder's."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", repo.resolve().name).strip("-._")[:64]
+    return name or "adapter"
+
+
+def _most_threads() -> int:
+    """All cores but one, which stays free for the editor and its servers."""
+    from midfill.engine.cores import num_cores
+
+    return max(1, num_cores() - 1)
+
+
+def _base(name: str) -> LocalModel:
+    from midfill.models import store
+
+    found = store.find(name)
+    if found is None:
+        raise MidfillError(f"The model {name!r} is not on this machine. Run: midfill model pull {name}")
+    return found
+
+
+def _shown(settings: Any) -> dict[str, Any]:
+    """The settings that a prompt depends on."""
+    names = ("model", "prefix_tokens", "suffix_tokens", "context", "context_tokens", "layout", "healing")
+    return {name: getattr(settings, name) for name in names}

@@ -1,0 +1,235 @@
+"""The process that trains and judges: started as `python -P -m midfill.learning.worker FILE`, or by torchrun.
+
+FILE holds the job as JSON. What happens is written to stdout, a JSON object a line: {"stage", "share",
+"message"} while it works, at the end {"result"} or {"error"} or {"stopped"}. Of several processes only the
+first one writes. SIGINT and SIGTERM end it with a checkpoint. It runs at the lowest priority, and stands
+aside while a server on this machine computes for somebody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from midfill.adapters.registry import data_dir
+from midfill.errors import MidfillError
+from midfill.learning.judge import Limits
+from midfill.models.store import LocalModel
+from midfill.settings import Settings
+
+_MODULE = "midfill.learning.worker"
+# Helpers of torch that wait for each other by spinning would take the time of programs that have work.
+_PASSIVE = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "KMP_BLOCKTIME": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_MAX_ERROR_CHARS = 2000
+_MEETING = "MIDFILL_MEETING"
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        repo: a folder in the repository.
+        name: of the adapter in the registry.
+        budget_s: for training and judging.
+        resume: go on from the checkpoint.
+        force: use it whatever the verdict; recorded and shown.
+        num_threads: for computing.
+        max_steps: fixes the schedule, for tests; None goes by the budget.
+        changes: of the recipe, for tests.
+        limits: of the judgement.
+        seed: of the examples.
+    """
+
+    repo: Path
+    name: str
+    budget_s: float
+    resume: bool = False
+    force: bool = False
+    num_threads: int = 1
+    max_steps: int | None = None
+    changes: tuple[tuple[str, Any], ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    seed: int = 0
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a training."""
+    return data_dir() / "training" / name
+
+
+@contextmanager
+def started(request: Mapping[str, Any], num_processes: int = 1) -> Iterator[subprocess.Popen[bytes]]:
+    """The first process for a request, its events on `stdout`; all have ended when the context has.
+
+    Several processes meet by a file, and talk over the loopback interface only.
+    """
+    with tempfile.TemporaryDirectory(prefix="midfill-job-") as folder, contextlib.ExitStack() as running:
+        file = Path(folder) / "job.json"
+        file.write_text(json.dumps(request), encoding="utf-8")
+        command = [sys.executable, "-P", "-X", "utf8", "-m", _MODULE, str(file)]
+        meeting = {"WORLD_SIZE": str(num_processes), _MEETING: str(Path(folder) / "meeting")}
+        processes = []
+        for rank in range(num_processes):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": _LOOPBACK}
+            process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
+                command,
+                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                stderr=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **_PASSIVE, **(meeting | place if num_processes > 1 else {})},
+            )
+            processes.append(running.enter_context(process))
+        try:
+            yield processes[0]
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.terminate()
+
+
+def events(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
+    """What the process says. Raises `MidfillError` if it ends without having said how."""
+    assert process.stdout is not None  # noqa: S101 - for the type checker
+    assert process.stderr is not None  # noqa: S101
+    said: list[bytes] = []
+    # Read aside, so that a full pipe stops nothing.
+    reader = threading.Thread(target=lambda: said.append(process.stderr.read()), daemon=True)  # type: ignore[union-attr]
+    reader.start()
+    last: dict[str, Any] = {}
+    for line in process.stdout:
+        try:
+            last = json.loads(line)
+        except ValueError:
+            continue  # a library that prints
+        yield last
+    process.wait()
+    if not {"result", "error", "stopped"} & set(last):
+        reader.join(timeout=5)
+        text = b"".join(said).decode("utf-8", "replace").strip()[-_MAX_ERROR_CHARS:]
+        raise MidfillError(
+            f"The process that trains has ended by itself (status {process.returncode}). {text}"
+        )
+
+
+def request_of(  # noqa: PLR0913, PLR0917 - each is a different thing
+    kind: str,
+    job: Job,
+    model: LocalModel,
+    settings: Settings,
+    adapter: Path | None = None,
+    fingerprint: str | None = None,
+) -> dict[str, Any]:
+    """A job as JSON."""
+    return {
+        "kind": kind,
+        "job": {**asdict(job), "repo": str(job.repo)},
+        "model": {**asdict(model), "path": str(model.path)},
+        "settings": settings.model_dump(),
+        "adapter": None if adapter is None else str(adapter),
+        "fingerprint": fingerprint,
+    }
+
+
+def main() -> None:
+    """See the module."""
+    if os.environ.get("RANK", "0") == "0":
+        with open(os.dup(1), "w", encoding="utf-8", closefd=True) as out:  # noqa: PTH123 - it is a descriptor
+            # What a library prints must not get between the events.
+            os.dup2(2, 1)
+            _serve(lambda event: print(json.dumps(event), file=out, flush=True))
+    else:
+        _serve(lambda _event: None)
+
+
+def _serve(say: Callable[[dict[str, Any]], None]) -> None:
+    request = json.loads(Path(sys.argv[1]).read_bytes())
+    _be_nice()
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.set())
+    try:
+        result = _work(
+            request,
+            lambda *event: say(dict(zip(("stage", "share", "message"), event, strict=True))),
+            stopping.is_set,
+        )
+    except MidfillError as error:
+        say({"stopped" if stopping.is_set() else "error": str(error)})
+    else:
+        say({"result": result})
+
+
+def _work(request: Mapping[str, Any], tell: Any, stop: Callable[[], bool]) -> dict[str, Any]:
+    from midfill.learning import learn  # noqa: PLC0415 - imports torch, after the process has become nice
+
+    values = request["job"]
+    job = Job(
+        **values
+        | {
+            "repo": Path(values["repo"]),
+            "limits": Limits(**values["limits"]),
+            "changes": tuple((key, value) for key, value in values["changes"]),
+        }
+    )
+    model = LocalModel(**request["model"] | {"path": Path(request["model"]["path"])})
+    lists = {key: tuple(one) if isinstance(one, list) else one for key, one in request["settings"].items()}
+    settings = Settings.model_validate(lists)
+    if request["kind"] == "eval":
+        return learn.evaluate(job, Path(request["adapter"]), request["fingerprint"], model, settings, tell)
+    with _together() as leads:
+        return learn.train(job, model, settings, tell, stop, leads=leads)
+
+
+@contextmanager
+def _together() -> Iterator[bool]:
+    """Meet the other processes, ours or those of torch's launcher; whether this is the first."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield True
+        return
+    from torch import distributed  # noqa: PLC0415 - heavy
+
+    meeting = os.environ.get(_MEETING)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}" if meeting else "env://",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+    try:
+        yield distributed.get_rank() == 0
+    finally:
+        distributed.destroy_process_group()
+
+
+def _be_nice() -> None:
+    try:
+        if sys.platform == "win32":
+            psutil.Process().nice(psutil.IDLE_PRIORITY_CLASS)
+        else:
+            psutil.Process().nice(19)
+    except (OSError, psutil.Error):
+        return  # It goes on at the priority that it has.
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Training: exact to resume, in PEFT's format, the same arithmetic as transformers'."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from planted_history import Planted, grow
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from midfill import activity
+from midfill.errors import AdapterError
+from midfill.learning import data, worker
+from midfill.learning.history import Repository
+from midfill.learning.model import Adapted, Recipe, recipe_for, wait_for_quiet
+from midfill.learning.selection import select
+from midfill.learning.train import InterruptedTrainingError, Trainer, rate_at
+from midfill.models.store import LocalModel
+from midfill.settings import Settings
+
+KINDS = ("gpt_bigcode", "qwen2", "llama", "starcoder2")
+SETTINGS = Settings(
+    family="stable-code", prefix_tokens=64, suffix_tokens=32, max_new_tokens=16, dtype="float32"
+)
+RECIPE = Recipe(learning_rate=5e-3, rank=4, alpha=8, batch=4)
+
+
+def base(kind, folder, **changes):
+    tiny.write_model(kind, folder, **changes)
+    return LocalModel(f"tiny-{kind}", folder, None, "made here")
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    planted = Planted.new(tmp_path_factory.mktemp("history") / "project")
+    grow(planted, 12)
+    return Repository(planted.root)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return base("gpt_bigcode", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def examples(repository, model):
+    return data.make(repository, select(repository, SETTINGS), model, SETTINGS, num_train=40)
+
+
+def adapted(model, recipe=RECIPE, **options):
+    return Adapted(model, recipe, **{"num_threads": 1, "yields": False, **options})
+
+
+def trainer(made, examples, folder, *, recipe=RECIPE, stop=lambda: False, tell=lambda *_: None, digest=None):
+    identity = {"data": digest or examples.digest}
+    return Trainer(made, recipe, examples.train, folder / "checkpoint", identity, stop, tell)
+
+
+def weights(made):
+    return {name: one.detach().clone() for name, one in made.parameters.items()}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture_learns_and_peft_reads_what_it_learnt(kind, examples, tmp_path):
+    model = base(kind, tmp_path / "model")
+    made = adapted(model)
+    example = examples.test[0]
+    with made.as_base():
+        before = [made.loss_sum(one) for one in examples.train[:8]]
+    # An adapter that has learnt nothing is its base, to the last bit.
+    assert [made.loss_sum(one) for one in examples.train[:8]] == before
+    trained = trainer(made, examples, tmp_path).run(60, max_steps=12)
+    assert trained.steps == 12
+    assert trained.losses[-1] < trained.losses[0]
+    assert sum(made.loss_sum(one) for one in examples.train[:8]) < sum(before)
+    made.scale = 0.75
+    made.save(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0.0
+    assert config["lora_alpha"] == RECIPE.alpha * 0.75
+    assert config["base_model_name_or_path"] == model.name
+    assert set(config["target_modules"]) >= (
+        {"c_attn", "c_fc", "c_proj"} if kind == "gpt_bigcode" else {"q_proj"}
+    )
+    reference = PeftModel.from_pretrained(tiny.reference(model.path), tmp_path / "adapter").eval()
+    ids = torch.tensor([example.prompt])
+    with torch.inference_mode():
+        expected = reference(ids).logits[0, -1]
+    assert torch.allclose(made.canary(example), expected, atol=1e-4)
+    again = adapted(model)
+    again.load(tmp_path / "adapter")
+    assert torch.allclose(again.canary(example), expected, atol=1e-4)
+
+
+def test_the_loss_is_that_of_middle_and_end_only(model, examples):
+    made = adapted(model)
+    whole = tiny.reference(model.path)
+    for example in examples.train[:5]:
+        ids = torch.tensor([example.prompt + example.target])
+        with torch.inference_mode():
+            logits = whole(ids).logits[0, len(example.prompt) - 1 : -1]
+        expected = functional.cross_entropy(logits, torch.tensor(example.target), reduction="sum")
+        assert made.loss_sum(example) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_dropout_of_the_trunk_is_off_and_that_of_the_adapter_on(tmp_path, examples):
+    made = adapted(base("gpt_bigcode", tmp_path, attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5))
+    made.train_mode()
+    one, two = (float(made.losses(examples.train[0]).detach().sum()) for _ in range(2))
+    assert one == two
+    with torch.no_grad():
+        for name, parameter in made.parameters.items():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    one, two = (float(made.losses(examples.train[0]).detach().sum()) for _ in range(2))
+    assert one != two
+
+
+@pytest.mark.parametrize("stopped_at", [1, 5])
+def test_what_was_interrupted_and_resumed_equals_what_was_not(model, examples, tmp_path, stopped_at):
+    whole = adapted(model)
+    expected = trainer(whole, examples, tmp_path / "whole").run(60, max_steps=9)
+
+    asked = []
+
+    def stop():
+        # In the middle of a step: it is asked before every example, and after each step.
+        asked.append(None)
+        return len(asked) > stopped_at * (RECIPE.batch + 1) + 2
+
+    first = adapted(model)
+    with pytest.raises(InterruptedTrainingError, match="checkpoint"):
+        trainer(first, examples, tmp_path / "parts", stop=stop).run(60, max_steps=9)
+    second = adapted(model)
+    torch.manual_seed(12345)
+    found = trainer(second, examples, tmp_path / "parts").run(60, max_steps=9, resume=True)
+    assert found.losses == expected.losses
+    one, two = weights(whole), weights(second)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_checkpoint_of_another_training_is_refused(model, examples, tmp_path):
+    trainer(adapted(model), examples, tmp_path).run(60, max_steps=1)
+    with pytest.raises(AdapterError, match="data differ"):
+        trainer(adapted(model), examples, tmp_path, digest="other").run(60, resume=True)
+    recipe = Recipe(learning_rate=1e-3, rank=4, alpha=8, batch=4)
+    with pytest.raises(AdapterError, match="recipe differ"):
+        trainer(adapted(model, recipe), examples, tmp_path, recipe=recipe).run(60, resume=True)
+    with pytest.raises(AdapterError, match="no checkpoint"):
+        trainer(adapted(model), examples, tmp_path / "nowhere").run(60, resume=True)
+    (tmp_path / "checkpoint" / "moments.safetensors").write_bytes(b"damaged")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        trainer(adapted(model), examples, tmp_path).run(60, resume=True)
+
+
+def test_a_checkpoint_holds_no_pickle_and_no_text(model, examples, tmp_path):
+    trainer(adapted(model), examples, tmp_path).run(60, max_steps=1)
+    names = {file.name for file in (tmp_path / "checkpoint").iterdir()}
+    assert names == {"weights.safetensors", "moments.safetensors", "state.json"}
+    assert set(load_file(tmp_path / "checkpoint" / "moments.safetensors"))
+    assert "run_stage" not in (tmp_path / "checkpoint" / "state.json").read_text()
+
+
+def test_a_loss_that_is_no_number_ends_it(model, examples, tmp_path):
+    made = adapted(model)
+    with torch.no_grad():
+        next(iter(made.parameters.values())).fill_(float("nan"))
+    with pytest.raises(AdapterError, match="no number"):
+        trainer(made, examples, tmp_path).run(60, max_steps=2)
+
+
+def test_the_schedule_is_made_for_the_budget(model, examples, tmp_path):
+    short = trainer(adapted(model), examples, tmp_path / "a").run(0.001)
+    assert short.steps == short.planned == 4
+    rates = [rate_at(step, 100, 0.05) for step in range(100)]
+    assert max(rates) == 1.0
+    assert rates.index(1.0) == 4
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+    assert [recipe_for(int(size)).learning_rate for size in (1e8, 5e8, 1.5e9, 7e9)] == [
+        1e-3,
+        5e-4,
+        3e-4,
+        2e-4,
+    ]
+
+
+def test_it_stands_aside_while_a_server_computes(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
+    monkeypatch.setattr(activity, "_last_s", -1e9)
+    assert activity.seconds_since() == float("inf")
+    wait_for_quiet()
+    activity.note()
+    assert activity.seconds_since() < 5
+    waited = threading.Event()
+    thread = threading.Thread(target=lambda: (wait_for_quiet(), waited.set()), daemon=True)
+    thread.start()
+    assert not waited.wait(0.2)
+    long_ago = 1_000_000_000
+    os.utime(activity.activity_path(), (long_ago, long_ago))
+    assert waited.wait(10)
+
+
+def job_file(repository, model, folder, **job):
+    made = worker.Job(repository.root, "tiny", 60.0, **job)
+    file = folder / "job.json"
+    file.write_text(json.dumps(worker.request_of("train", made, model, SETTINGS)))
+    return file
+
+
+def environment(folder):
+    return {**os.environ, "MIDFILL_DATA": str(folder / "data"), "MIDFILL_STATE": str(folder / "state")}
+
+
+@pytest.mark.slow
+def test_an_interrupt_keeps_a_checkpoint_and_the_process_says_so(repository, model, tmp_path):
+    file = job_file(repository, model, tmp_path, max_steps=100_000)
+    command = [sys.executable, "-P", "-m", "midfill.learning.worker", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(tmp_path)) as process:
+        for line in process.stdout:
+            event = json.loads(line)
+            if event.get("stage") == "train" and event["message"].startswith("step 2"):
+                process.send_signal(signal.SIGINT)
+        assert "checkpoint" in event["stopped"]
+    state = json.loads((tmp_path / "data" / "training" / "tiny" / "checkpoint" / "state.json").read_text())
+    assert state["step"] >= 2
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(repository, model, tmp_path):
+    states = []
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        job = json.loads(job_file(repository, model, folder, max_steps=3).read_text())
+        # The judgement is not what this is about, and takes as long again.
+        job["job"]["limits"]["commits"] = 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MIDFILL_DATA", str(folder / "data"))
+            with worker.started(job, number) as process:
+                *_, last = worker.events(process)
+        assert "result" in last, last
+        states.append(load_file(folder / "data" / "training" / "tiny" / "checkpoint" / "weights.safetensors"))
+    one, two = states
+    assert one.keys() == two.keys()
+    # Sums in another order, so not to the last bit.
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)

@@ -1,0 +1,140 @@
+"""The statistic keeps what it promises, and the verdict needs every condition."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from midfill.learning.judge import Filling, Limits, Measured, as_dict, decide
+from midfill.learning.statistics import (
+    effect,
+    more_commits,
+    power,
+    smallest_gain,
+    student_quantile,
+)
+
+GOOD = Measured(
+    effect=effect([str(i % 30) for i in range(180)], [1.0 + 0.1 * (i % 7) for i in range(180)], [10] * 180),
+    nll_base=1.0,
+    nll_adapter=0.9,
+    general=1.0,
+    filling=Filling(100, 100, 1.0),
+)
+
+
+def simulated(seed, gain, *, commits=24, per_commit=7, between=0.19, within=0.8):
+    """Examples of a commit share what makes them easier or harder for an adapter."""
+    numbers = np.random.default_rng(seed)
+    names, gains, tokens = [], [], []
+    for commit in range(commits):
+        shared = numbers.normal(gain, between)
+        for _ in range(per_commit):
+            count = int(numbers.integers(2, 60))
+            names.append(str(commit))
+            tokens.append(count)
+            gains.append(count * (shared + numbers.normal(0, within) / math.sqrt(count)))
+    return effect(names, gains, tokens)
+
+
+def test_students_quantiles_are_those_of_the_tables():
+    table = {1: 12.7062, 2: 4.3027, 5: 2.5706, 19: 2.0930, 20: 2.0860, 39: 2.0227, 120: 1.9799}
+    for degrees, expected in table.items():
+        assert student_quantile(0.975, degrees) == pytest.approx(expected, abs=1e-4)
+    assert student_quantile(0.975, 201) == pytest.approx(student_quantile(0.975, 200), abs=3e-4)
+    assert student_quantile(0.99, 10) == pytest.approx(2.7638, abs=1e-4)
+
+
+def test_of_two_hundred_useless_adapters_at_most_one_in_twenty_passes():
+    passed = sum(simulated(seed, 0.0).low > 0 for seed in range(200))
+    assert passed <= 10
+
+
+def test_a_bootstrap_over_examples_would_let_more_pass():
+    def naive(seed):
+        numbers = np.random.default_rng(seed)
+        found = simulated(seed, 0.0)
+        assert found.commits == 24
+        gains = []
+        for _ in range(24):
+            shared = numbers.normal(0, 0.19)
+            gains += [shared + numbers.normal(0, 0.2) for _ in range(7)]
+        return np.mean(gains) > 1.96 * np.std(gains) / math.sqrt(len(gains))
+
+    assert sum(naive(seed) for seed in range(200)) > 10
+
+
+def test_a_real_gain_is_found_as_often_as_the_table_says():
+    found = sum(simulated(seed, 0.2, commits=40).low > 0 for seed in range(100)) / 100
+    assert found >= 0.9
+    assert power(0.1, 0.19, 20) == pytest.approx(0.60, abs=0.02)
+    assert power(0.1, 0.19, 80) > 0.98
+    assert power(smallest_gain(40), 0.19, 40) == pytest.approx(0.8, abs=0.01)
+
+
+def test_the_gain_is_that_of_all_tokens():
+    found = effect(["a", "a", "b"], [3.0, 1.0, 2.0], [10, 20, 30])
+    assert found.gain == pytest.approx(0.1)
+    assert (found.commits, found.examples, found.tokens) == (2, 3, 60)
+    assert found.low < found.gain < found.high
+
+
+def test_one_commit_tells_nothing():
+    found = effect(["a"] * 200, [1.0] * 200, [1] * 200)
+    assert found.low == -math.inf
+    assert more_commits(found) is None
+
+
+def test_more_commits_are_as_many_as_would_do():
+    found = simulated(3, 0.1, commits=10)
+    more = more_commits(found)
+    assert power(found.gain, found.spread, found.commits + more) >= 0.8
+
+
+def test_what_passes_every_condition_is_enabled():
+    verdicts = decide(GOOD)
+    assert verdicts.verdict == "enabled"
+    assert as_dict(GOOD, verdicts)["verdict"] == "enabled"
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "reason"),
+    [
+        ({"problems": ("It is broken.",)}, "rejected", "broken"),
+        ({"scale": 0.0}, "rejected", "no strength"),
+        ({"effect": None}, "inconclusive", "nothing to judge"),
+        ({"general": 1.021}, "rejected", "other code"),
+        ({"general": math.nan}, "rejected", "no number"),
+        ({"general": None}, "inconclusive", "Other code"),
+        ({"nll_adapter": math.nan}, "rejected", "no number"),
+        ({"filling": Filling(100, 99, 1.0)}, "rejected", "fewer characters: 99 instead of 100"),
+        ({"filling": Filling(100, 100, 1.11)}, "rejected", "11% longer"),
+        ({"filling": None}, "inconclusive", "not measured"),
+        ({"effect": effect(["a", "b"] * 90, [1.0, 1.1] * 90, [10] * 180)}, "inconclusive", "18 more commits"),
+        (
+            {"effect": effect([str(i % 25) for i in range(140)], [1.0] * 140, [10] * 140)},
+            "inconclusive",
+            "140 ex",
+        ),
+        ({"effect": replace(simulated(1, 0.0), gain=-0.01, low=-0.06, high=0.04)}, "rejected", "higher"),
+        (
+            {"effect": replace(simulated(1, 0.0), gain=0.02, low=-0.03, high=0.07)},
+            "inconclusive",
+            "more commits",
+        ),
+    ],
+)
+def test_one_condition_that_is_not_met_keeps_it_off(change, verdict, reason):
+    verdicts = decide(replace(GOOD, **change))
+    assert verdicts.verdict == verdict
+    assert reason in " ".join(verdicts.reasons)
+
+
+def test_commits_that_have_judged_others_ask_for_more():
+    result = as_dict(replace(GOOD, openings=5), decide(GOOD))
+    assert result["alpha"] == pytest.approx(0.005)
+
+
+def test_limits_are_the_ones_that_are_written_down():
+    assert Limits() == Limits(commits=20, examples=150, general=1.02, latency=1.10)
