@@ -22,13 +22,17 @@ def activity_path() -> Path:
     return state_path().with_name("activity")
 
 
+def is_due() -> bool:
+    """Whether `note` has something to do; costs nothing."""
+    return time.monotonic() - _last_s >= _EVERY_S
+
+
 def note() -> None:
-    """The model is asked now. Never fails: where nothing can be written, nobody is told."""
+    """Somebody is being served now. Never fails: where nothing can be written, nobody is told."""
     global _last_s  # noqa: PLW0603 - one file, one clock
-    now_s = time.monotonic()
-    if now_s - _last_s < _EVERY_S:
+    if not is_due():
         return
-    _last_s = now_s
+    _last_s = time.monotonic()
     path = activity_path()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

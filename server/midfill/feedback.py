@@ -70,7 +70,20 @@ class Counts:
 
 
 Table = dict[str, dict[str, Counts]]
-"""Counts by model and language."""
+"""Counts by model and language; a model with an adapter is one of its own, see `key_of`."""
+
+_WITH = " + "
+
+
+def key_of(model: str, adapter: str | None) -> str:
+    """The model's name in the table."""
+    return model if adapter is None else f"{model}{_WITH}{adapter}"
+
+
+def adapter_of(key: str) -> tuple[str, str | None]:
+    """The model and the adapter that a name in the table stands for."""
+    model, _, adapter = key.partition(_WITH)
+    return model, adapter or None
 
 
 @dataclass(slots=True, eq=False)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from lsprotocol import types
 from pygls.lsp.server import LanguageServer
 
-from midfill import __version__, secrecy
+from midfill import __version__, activity, feedback, secrecy
 from midfill.commands import ACCEPTED, Commands
 from midfill.completer import Answer, Completer, Reason, Trigger
 from midfill.context import IGNORE_FILES, file_of
@@ -457,7 +457,11 @@ class MidfillServer(LanguageServer):
         if engine is None or not self.state.completer.settings.count_feedback:
             return None
         id_ = self.state.journal.offer(
-            snapshot.document, snapshot.cursor, answer.text, engine.model.name, answer.num_replaced
+            snapshot.document,
+            snapshot.cursor,
+            answer.text,
+            feedback.key_of(engine.model.name, engine.model.adapter),
+            answer.num_replaced,
         )
         return None if id_ is None else types.Command("midfill: accepted", ACCEPTED, arguments=[id_])
 
@@ -465,6 +469,9 @@ class MidfillServer(LanguageServer):
         if snapshot is None:
             _LOG.info("empty answer: %s", Reason.NOT_OPEN)
             return Answer(reason=Reason.NOT_OPEN)
+        if activity.is_due():
+            # By a thread: the folder may be on a slow disk.
+            asyncio.get_running_loop().run_in_executor(None, activity.note)
         answer = await self.state.completer.complete(snapshot, trigger)
         self.state.costs.answered(answer.source, answer.reason, answer.latency_ms)
         if snapshot.document.uri in self.state.documents:

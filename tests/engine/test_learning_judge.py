@@ -87,13 +87,16 @@ def learnt(model, examples, folder, *, steps=60, recipe=RECIPE):
 
 @pytest.fixture(scope="module")
 def good(model, examples, tmp_path_factory):
-    return learnt(model, examples.train, tmp_path_factory.mktemp("good"))
+    """Learnt from the repository, and from other code as well, which a model this small else forgets."""
+    other = data.make_general(model, SETTINGS, seed=5, count=160)
+    return learnt(model, [*examples.train, *other], tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture
 def job(repository, tmp_path, monkeypatch):
     monkeypatch.setenv("MIDFILL_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(judge, "NUM_HOLES", 4)
+    monkeypatch.setattr(data, "NUM_TRAIN", 300)
     return Job(repository.root, "tiny", 60.0, num_threads=2, limits=LIMITS)
 
 
@@ -125,6 +128,12 @@ def test_an_adapter_that_is_really_better_is_enabled(job, good, model):
     assert "http" not in page
     if sys.platform != "win32":
         assert Path(result["report"]).stat().st_mode & 0o777 == 0o600
+
+
+def test_an_adapter_that_spoils_other_code_is_not_enabled(job, model, examples, tmp_path):
+    found, reasons, result = verdict(job, learnt(model, examples.train, tmp_path), model)
+    assert (found, "other code" in reasons) == ("rejected", True)
+    assert result["interval"][0] > 0
 
 
 def test_an_adapter_that_does_nothing_is_not_enabled(job, good, model, tmp_path):
@@ -224,7 +233,9 @@ def test_what_has_been_judged_is_not_computed_again(job, good, model, monkeypatc
 
 
 def test_training_judges_and_registers_in_one_go(job, model, examples):
-    job = replace(job, max_steps=30, changes=(("learning_rate", 5e-3), ("rank", 8)))
+    # What it forgets of other code is another test's subject.
+    limits = replace(LIMITS, general=10.0)
+    job = replace(job, max_steps=30, changes=(("learning_rate", 5e-3), ("rank", 8)), limits=limits)
     result = learn.train(job, model, SETTINGS, nothing, lambda: False)
     entry = Registry().get("tiny")
     assert entry.judgement.verdict == result["verdict"] == "enabled", result["reasons"]

@@ -184,6 +184,61 @@ def adapter_eval(name: str, repo: Path, threads: int, force: bool, model: str | 
     show({"adapter": label, "forced": force, **result}, _describe, as_json=as_json)
 
 
+@adapter.command("stats")
+@JSON
+def adapter_stats(as_json: bool) -> None:
+    """Show how many suggestions were accepted with each adapter, and without one.
+
+    Counted on this machine by running servers, without any text; see `midfill status`. Sessions with and
+    without an adapter differ in more than the adapter, so this is no proof: the verdict is.
+
+    \b
+    Example:
+      midfill adapter stats --json
+    """
+    from midfill import feedback
+
+    rows: list[dict[str, Any]] = []
+    for key, languages in feedback.read(feedback.state_path()).items():
+        model, name = feedback.adapter_of(key)
+        for language, counts in languages.items():
+            share = counts.accepted / counts.offered if counts.offered else None
+            rows.append(
+                {
+                    "model": model,
+                    "adapter": name,
+                    "language": language,
+                    "offered": counts.offered,
+                    "accepted": counts.accepted,
+                    "accepted_share": None if share is None else round(share, 4),
+                    "accepted_chars": counts.accepted_chars,
+                }
+            )
+    rows.sort(key=lambda row: (row["model"], row["language"], row["adapter"] or ""))
+    show({"counts": rows}, _counts, as_json=as_json)
+
+
+def _counts(result: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    if not result["counts"]:
+        return "No suggestion has been counted yet."
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("model", "language", "adapter", "offered", "accepted", "characters"):
+        table.add_column(title, justify="right" if title in {"offered", "accepted", "characters"} else "left")
+    for row in result["counts"]:
+        share = "-" if row["accepted_share"] is None else f"{row['accepted_share']:.0%}"
+        table.add_row(
+            row["model"],
+            row["language"],
+            row["adapter"] or "none",
+            str(row["offered"]),
+            f"{row['accepted']} ({share})",
+            str(row["accepted_chars"]),
+        )
+    return table
+
+
 def _run(
     kind: str,
     job: Any,

@@ -55,14 +55,14 @@ class _Run:
         return run_folder(self.job.name)
 
 
-def prepare(job: Job, model: LocalModel, settings: Settings, tell: Tell) -> _Run:
+def _prepare(job: Job, model: LocalModel, settings: Settings, tell: Tell, num_train: int) -> _Run:
     """Read the history and cut the examples. Raises `MidfillError` if there is nothing to learn from."""
     tell("data", None, "reading the history")
     repository = Repository(job.repo)
     selection = select(repository, settings)
     tell("data", None, "cutting examples")
-    examples = data.make(repository, selection, model, settings, seed=job.seed)
-    if not examples.train or not examples.test:
+    examples = data.make(repository, selection, model, settings, seed=job.seed, num_train=num_train)
+    if (num_train and not examples.train) or not examples.test:
         raise MidfillError(f"{repository.root} has no places to learn from: see `midfill adapter plan`.")
     return _Run(job, model, settings, tell, selection, examples)
 
@@ -98,7 +98,7 @@ def train(  # noqa: PLR0913 - each is a different thing
             f"There is an adapter {taken.name!r} already. Train under another --name, or remove that one: "
             f"midfill adapter rm {taken.name}"
         )
-    run = prepare(job, model, settings, tell)
+    run = _prepare(job, model, settings, tell, data.NUM_TRAIN)
     tell("model", None, f"loading {model.name}")
     recipe = recipe_for(_num_parameters(model), **dict(job.changes))
     adapted = Adapted(model, recipe, num_threads=job.num_threads)
@@ -139,7 +139,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 - each is a different thing
         What `--json` prints.
     """
     begun_s = time.monotonic()
-    run = prepare(job, model, settings, tell)
+    run = _prepare(job, model, settings, tell, 0)
     measured = _check(adapter, fingerprint, model)
     adapted = None
     if not measured.problems:

@@ -1,0 +1,95 @@
+"""`midfill adapter plan | train | eval | stats`, as far as they need no model."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from planted_adapters import write_adapter, write_base
+from planted_history import Planted, grow
+
+from midfill import feedback
+from midfill.adapters.registry import Judgement, Registry
+from midfill.cli import cli
+from midfill.errors import MidfillError
+from midfill.learning import worker
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli, ["adapter", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_a_repository_is_asked_for_where_there_is_none(tmp_path):
+    write_base(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    with pytest.raises(MidfillError, match="no git repository"):
+        run("plan", "--repo", tmp_path, "--model", tmp_path / "base")
+
+
+def test_a_model_that_is_not_here_is_named_with_the_remedy(tmp_path):
+    with pytest.raises(MidfillError, match="midfill model pull nobody/nothing"):
+        run("train", "--repo", tmp_path, "--model", "nobody/nothing")
+
+
+@pytest.mark.parametrize("budget", ["soon", "0m", "-3", "5 weeks"])
+def test_a_budget_that_is_no_time_is_refused(budget):
+    result = run("plan", "--budget", budget)
+    assert result.exit_code == 2
+    assert "20m or 1h" in result.output or "No such option" in result.output
+
+
+def test_an_adapter_that_is_neither_registered_nor_a_folder_is_refused():
+    with pytest.raises(MidfillError, match="no adapter 'nothing'"):
+        run("eval", "nothing")
+
+
+def test_forcing_what_is_not_registered_is_refused(tmp_path):
+    with pytest.raises(MidfillError, match="import the adapter first"):
+        run("eval", tmp_path, "--force")
+
+
+def test_stats_show_adapters_beside_their_base(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
+    assert "No suggestion" in run("stats").output
+    counts = feedback.Counts(offered=10, accepted=3, accepted_chars=50)
+    better = feedback.Counts(offered=10, accepted=5, accepted_chars=80)
+    feedback.add(
+        feedback.state_path(),
+        {
+            feedback.key_of("tiny", None): {"python": counts},
+            feedback.key_of("tiny", "mine"): {"python": better},
+        },
+    )
+    rows = json.loads(run("stats", "--json").output)["counts"]
+    assert [(row["adapter"], row["accepted_share"]) for row in rows] == [(None, 0.3), ("mine", 0.5)]
+    assert "mine" in run("stats").output
+
+
+def test_a_verdict_that_is_forced_is_shown_as_such(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIDFILL_DATA", str(tmp_path / "data"))
+    base = write_base(tmp_path / "base")
+    Registry().add(
+        write_adapter(tmp_path / "one"),
+        name="one",
+        base=base,
+        judgement=Judgement("rejected", ("worse",), forced=True),
+    )
+    assert "rejected, forced" in run("list").output
+
+
+def test_the_help_has_examples():
+    for name in ("plan", "train", "eval", "stats"):
+        assert "Example" in run(name, "--help").output
+
+
+def test_a_worker_that_dies_is_an_error_not_a_silence(tmp_path):
+    planted = Planted.new(tmp_path / "project")
+    grow(planted, 1)
+    with (
+        worker.started({"kind": "none"}) as process,
+        pytest.raises(MidfillError, match="ended by itself"),
+    ):
+        list(worker.events(process))
