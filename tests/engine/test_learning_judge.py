@@ -51,7 +51,7 @@ def model(tmp_path_factory):
     optimiser = torch.optim.AdamW(made.parameters(), lr=4e-3)
     chooser = random.Random(0)  # noqa: S311 - for samples
     torch.manual_seed(0)
-    for _ in range(120):
+    for _ in range(40):
         batch = chooser.sample(examples, 8)
         loss = 0
         for example in batch:
@@ -88,8 +88,8 @@ def learnt(model, examples, folder, *, steps=60, recipe=RECIPE):
 @pytest.fixture(scope="module")
 def good(model, examples, tmp_path_factory):
     """Learnt from the repository, and from other code as well, which a model this small else forgets."""
-    other = data.make_general(model, SETTINGS, seed=5, count=160)
-    return learnt(model, [*examples.train, *other], tmp_path_factory.mktemp("good"))
+    other = data.make_general(model, SETTINGS, seed=5, count=300)
+    return learnt(model, [*examples.train, *other], tmp_path_factory.mktemp("good"), steps=75)
 
 
 @pytest.fixture
@@ -131,8 +131,9 @@ def test_an_adapter_that_is_really_better_is_enabled(job, good, model):
 
 
 def test_an_adapter_that_spoils_other_code_is_not_enabled(job, model, examples, tmp_path):
-    found, reasons, result = verdict(job, learnt(model, examples.train, tmp_path), model)
-    assert (found, "other code" in reasons) == ("rejected", True)
+    few = examples.train[:40]
+    found, reasons, result = verdict(job, learnt(model, few, tmp_path, steps=120), model)
+    assert (found, "other code" in reasons) == ("rejected", True), reasons
     assert result["interval"][0] > 0
 
 
@@ -149,7 +150,7 @@ def test_an_adapter_that_does_nothing_is_not_enabled(job, good, model, tmp_path)
     assert result["nll_gain"] == 0.0
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_an_adapter_of_noise_is_not_enabled(job, good, model, tmp_path, seed):
     torch.manual_seed(seed)
     adapter = copied(

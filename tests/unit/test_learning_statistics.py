@@ -104,6 +104,7 @@ def test_what_passes_every_condition_is_enabled():
         ({"problems": ("It is broken.",)}, "rejected", "broken"),
         ({"scale": 0.0}, "rejected", "no strength"),
         ({"effect": None}, "inconclusive", "nothing to judge"),
+        ({"effect": replace(simulated(1, 0.0), gain=0.009, low=0.004, high=0.02)}, "rejected", "no use"),
         ({"general": 1.021}, "rejected", "other code"),
         ({"general": math.nan}, "rejected", "no number"),
         ({"general": None}, "inconclusive", "Other code"),
@@ -137,4 +138,4 @@ def test_commits_that_have_judged_others_ask_for_more():
 
 
 def test_limits_are_the_ones_that_are_written_down():
-    assert Limits() == Limits(commits=20, examples=150, general=1.02, latency=1.10)
+    assert Limits() == Limits(commits=20, examples=150, general=1.02, latency=1.10, gain=0.01)

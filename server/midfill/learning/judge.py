@@ -46,12 +46,15 @@ class Limits:
         commits, examples: the fewest to judge by.
         general: the most that log-loss on other code may become, as a share of the base's.
         latency: likewise the time of an answer.
+        gain: the least that is worth anything, in nats per token. Even noise has some effect, and with enough
+            examples a tiny one is no chance any more.
     """
 
     commits: int = 20
     examples: int = 150
     general: float = 1.02
     latency: float = 1.10
+    gain: float = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,10 @@ def _against(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]
     if found.gain <= 0:
         sure = "" if found.high >= 0 else ", surely"
         reasons.append(f"Log-loss is not lower but {-found.gain:.3f} nats per token higher{sure}.")
+    elif found.gain < limits.gain and found.low > 0:
+        reasons.append(
+            f"Log-loss is lower by {found.gain:.4f} nats per token only; less than {limits.gain:g} is no use."
+        )
     filling = measured.filling
     if filling is not None and filling.adapter < filling.base:
         reasons.append(f"It saves fewer characters: {filling.adapter} instead of {filling.base}.")
