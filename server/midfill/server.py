@@ -456,12 +456,10 @@ class MidfillServer(LanguageServer):
         engine = self.state.engine
         if engine is None or not self.state.completer.settings.count_feedback:
             return None
+        adapter = self.switch.name_for(snapshot.document) or engine.model.adapter
+        model = feedback.key_of(engine.model.name, adapter)
         id_ = self.state.journal.offer(
-            snapshot.document,
-            snapshot.cursor,
-            answer.text,
-            feedback.key_of(engine.model.name, engine.model.adapter),
-            answer.num_replaced,
+            snapshot.document, snapshot.cursor, answer.text, model, answer.num_replaced
         )
         return None if id_ is None else types.Command("midfill: accepted", ACCEPTED, arguments=[id_])
 
