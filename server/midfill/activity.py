@@ -1,11 +1,13 @@
 """A file whose date says when a server on this machine last asked its model for somebody who waits.
 
-Work that can wait (training an adapter) looks at it and stands aside. The file is empty. Any thread.
+Work that can wait (training an adapter) makes it, looks at it and stands aside. Servers touch it where it
+is, and make nothing. The file is empty. Any thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 
@@ -33,10 +35,18 @@ def note() -> None:
     if not is_due():
         return
     _last_s = time.monotonic()
+    with contextlib.suppress(OSError):
+        os.utime(activity_path())
+
+
+def watch() -> None:
+    """Make the file, so that servers have something to touch."""
     path = activity_path()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        if not path.exists():
+            path.touch()
+            os.utime(path, (0, 0))
 
 
 def seconds_since() -> float:

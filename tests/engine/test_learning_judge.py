@@ -48,6 +48,7 @@ def model(tmp_path_factory):
     made = tiny.reference(folder).train()
     local = LocalModel("tiny", folder, None, "made here")
     examples = data.make_general(local, SETTINGS, seed=5, count=160)
+    torch.set_num_threads(1)
     optimiser = torch.optim.AdamW(made.parameters(), lr=4e-3)
     chooser = random.Random(0)  # noqa: S311 - for samples
     torch.manual_seed(0)
@@ -77,7 +78,7 @@ def examples(repository, model):
 
 
 def learnt(model, examples, folder, *, steps=60, recipe=RECIPE):
-    made = Adapted(model, recipe, num_threads=2, yields=False)
+    made = Adapted(model, recipe, num_threads=1, yields=False)
     Trainer(made, recipe, examples, folder / "checkpoint", {}, lambda: False, nothing).run(
         600, max_steps=steps
     )
@@ -97,7 +98,7 @@ def job(repository, tmp_path, monkeypatch):
     monkeypatch.setenv("MIDFILL_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(judge, "NUM_HOLES", 4)
     monkeypatch.setattr(data, "NUM_TRAIN", 300)
-    return Job(repository.root, "tiny", 60.0, num_threads=2, limits=LIMITS)
+    return Job(repository.root, "tiny", 60.0, num_threads=1, limits=LIMITS)
 
 
 def verdict(job, adapter, model, fingerprint=None):

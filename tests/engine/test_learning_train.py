@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
+from dataclasses import asdict
 
 import pytest
 import tiny
@@ -198,6 +200,11 @@ def test_it_stands_aside_while_a_server_computes(monkeypatch, tmp_path):
     assert activity.seconds_since() == float("inf")
     wait_for_quiet()
     activity.note()
+    assert not list(tmp_path.iterdir()), "a server makes nothing where nobody looks"
+    monkeypatch.setattr(activity, "_last_s", -1e9)
+    activity.watch()
+    assert activity.seconds_since() > 1000
+    activity.note()
     assert activity.seconds_since() < 5
     waited = threading.Event()
     thread = threading.Thread(target=lambda: (wait_for_quiet(), waited.set()), daemon=True)
@@ -233,22 +240,40 @@ def test_an_interrupt_keeps_a_checkpoint_and_the_process_says_so(repository, mod
     assert state["step"] >= 2
 
 
+TOGETHER = """
+import json, sys
+from pathlib import Path
+from midfill.learning import data, worker
+from midfill.learning.history import Repository
+from midfill.learning.model import Adapted, Recipe
+from midfill.learning.selection import select
+from midfill.learning.train import Trainer
+from midfill.models.store import LocalModel
+from midfill.settings import Settings
+
+root, folder, out, settings, recipe = sys.argv[1:]
+settings, recipe = Settings.model_validate(json.loads(settings)), Recipe(**json.loads(recipe))
+model, repository = LocalModel("tiny", Path(folder), None, "made here"), Repository(Path(root))
+examples = data.make(repository, select(repository, settings), model, settings, num_train=40)
+with worker.together() as leads:
+    made = Adapted(model, recipe, num_threads=1, yields=False)
+    Trainer(made, recipe, examples.train, Path(out), {}, lambda: False, lambda *_: None).run(600, max_steps=3)
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(repository, model, tmp_path):
-    states = []
-    for number in (1, 2):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        job = json.loads(job_file(repository, model, folder, max_steps=3).read_text())
-        # The judgement is not what this is about, and takes as long again.
-        job["job"]["limits"]["commits"] = 1
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MIDFILL_DATA", str(folder / "data"))
-            with worker.started(job, number) as process:
-                *_, last = worker.events(process)
-        assert "result" in last, last
-        states.append(load_file(folder / "data" / "training" / "tiny" / "checkpoint" / "weights.safetensors"))
-    one, two = states
-    assert one.keys() == two.keys()
+def test_two_processes_learn_what_one_learns(repository, model, examples, tmp_path):
+    alone = adapted(model)
+    trainer(alone, examples, tmp_path).run(600, max_steps=3)
+    settings = SETTINGS.model_dump(mode="json", include={"family", "prefix_tokens", "suffix_tokens"})
+    arguments = [repository.root, model.path, tmp_path / "together", json.dumps(settings)]
+    command = [sys.executable, "-P", "-c", TOGETHER, *map(str, arguments), json.dumps(asdict(RECIPE))]
+    meeting = {"WORLD_SIZE": "2", "MIDFILL_MEETING": str(tmp_path / "meeting"), "GLOO_SOCKET_IFNAME": "lo"}
+    with ExitStack() as running:
+        for rank in "01":
+            environment = {**os.environ, **meeting, "RANK": rank, "LOCAL_RANK": rank}
+            running.enter_context(subprocess.Popen(command, env=environment))
+    found = load_file(tmp_path / "together" / "weights.safetensors")
+    assert found.keys() == alone.parameters.keys()
     # Sums in another order, so not to the last bit.
-    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+    assert all(torch.allclose(found[name], one, atol=1e-4) for name, one in alone.parameters.items())

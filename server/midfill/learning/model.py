@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
-from midfill.activity import seconds_since
+from midfill.activity import seconds_since, watch
 from midfill.adapters import format as peft_format
 from midfill.engine.files import find_tensors
 from midfill.engine.weights import build_model
@@ -122,6 +122,7 @@ class Adapted:
         self._full = [one.scaling[_ADAPTER] for one in self._branches]
         self._scale = 1.0
         if yields:
+            watch()
             _stand_aside(base)
 
     def losses(self, example: Example) -> torch.Tensor:

@@ -196,12 +196,12 @@ def _work(request: Mapping[str, Any], tell: Any, stop: Callable[[], bool]) -> di
     settings = Settings.model_validate(lists)
     if request["kind"] == "eval":
         return learn.evaluate(job, Path(request["adapter"]), request["fingerprint"], model, settings, tell)
-    with _together() as leads:
+    with together() as leads:
         return learn.train(job, model, settings, tell, stop, leads=leads)
 
 
 @contextmanager
-def _together() -> Iterator[bool]:
+def together() -> Iterator[bool]:
     """Meet the other processes, ours or those of torch's launcher; whether this is the first."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
