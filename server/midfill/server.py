@@ -206,6 +206,8 @@ class MidfillServer(LanguageServer):
                 # What has been imported and loaded stays; a collection that walks over it would cost a
                 # key that is just being answered tens of milliseconds.
                 gc.freeze()
+                # Reading a vocabulary takes 90 MB, which the C library would keep.
+                _return_memory()
             except EngineUnavailableError as error:
                 self._load_failed(str(error))
                 if self.state.engine is not None:
