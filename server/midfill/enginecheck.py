@@ -19,10 +19,10 @@ from midfill.completer import Completer, Trigger
 from midfill.doctor import HOLES, SPEED_TEST_TEXT, Check
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine import Request
-from midfill.engine.endpoint import is_loopback
-from midfill.engine.recognition import Served, ask
-from midfill.engine.remote import RemoteEngine
-from midfill.engine.rendered import RenderedTokenizer
+from midfill.engine.served.endpoint import is_loopback
+from midfill.engine.served.recognition import Served, ask
+from midfill.engine.served.remote import RemoteEngine
+from midfill.engine.served.rendered import RenderedTokenizer
 from midfill.errors import EngineError, EngineUnavailableError, MidfillError
 from midfill.families import Family
 from midfill.probing import identify, probe

@@ -13,11 +13,11 @@ import trustme
 from prometheus_client import generate_latest
 
 from midfill.engine import Request
-from midfill.engine.endpoint import RemoteSpec
-from midfill.engine.hosting import Listen, _Bucket, read_tokens, serve
-from midfill.engine.remote import RemoteEngine
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
-from midfill.engine.service import Host
+from midfill.engine.served.endpoint import RemoteSpec
+from midfill.engine.served.hosting import Listen, _Bucket, read_tokens, serve
+from midfill.engine.served.remote import RemoteEngine
+from midfill.engine.served.service import Host
 from midfill.errors import EngineError, EngineUnavailableError, SettingsError
 
 TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test

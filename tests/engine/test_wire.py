@@ -11,14 +11,14 @@ from tiny import write_tokenizer
 from midfill.completer import Completer, Trigger
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine import Request
-from midfill.engine.breaker import Breaker
-from midfill.engine.credentials import find_key
-from midfill.engine.endpoint import RemoteSpec
-from midfill.engine.fallback import FallbackEngine
-from midfill.engine.remote import RemoteEngine
-from midfill.engine.rendered import RenderedTokenizer
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
-from midfill.engine.wire import DIALECTS, Lines, WireError
+from midfill.engine.served.breaker import Breaker
+from midfill.engine.served.credentials import find_key
+from midfill.engine.served.endpoint import RemoteSpec
+from midfill.engine.served.fallback import FallbackEngine
+from midfill.engine.served.remote import RemoteEngine
+from midfill.engine.served.rendered import RenderedTokenizer
+from midfill.engine.served.wire import DIALECTS, Lines, WireError
 from midfill.errors import EngineUnavailableError, ModelError, SettingsError
 from midfill.families import FAMILIES
 from midfill.models.store import LocalModel
@@ -320,7 +320,7 @@ async def test_the_model_here_takes_over_where_the_user_wants_that(model):
 
 
 def test_a_served_engine_needs_no_torch():
-    code = "import sys, midfill.server, midfill.engine.remote, midfill.engine.fallback\n"
+    code = "import sys, midfill.server, midfill.engine.served.remote, midfill.engine.served.fallback\n"
     code += "print(sorted({'torch', 'transformers', 'peft', 'openvino'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

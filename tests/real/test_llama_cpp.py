@@ -15,8 +15,8 @@ import pytest
 import pytest_asyncio
 
 from midfill.client import Client, ServerError
-from midfill.engine.endpoint import RemoteSpec
-from midfill.engine.remote import RemoteEngine
+from midfill.engine.served.endpoint import RemoteSpec
+from midfill.engine.served.remote import RemoteEngine
 from midfill.errors import ModelError
 from midfill.evaluation import infilling
 from midfill.families import FAMILIES, Layout

@@ -11,7 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from midfill.engine import Engine, LocalModel, Progress
-    from midfill.engine.remote import RemoteEngine
+    from midfill.engine.served.remote import RemoteEngine
     from midfill.settings import Settings
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def _find(settings: Settings) -> LocalModel:
 
 def _shared(settings: Settings) -> Engine:
     """A model in a process that all of the user's editors share."""
-    from midfill.engine.sharing import SharedEngine, ShareSpec
+    from midfill.engine.served.sharing import SharedEngine, ShareSpec
 
     values = settings.model_dump(include=set(_SHARED))
     return SharedEngine(
@@ -132,7 +132,7 @@ def _adapter_folder(name: str) -> Path:
 
 def _remote(settings: Settings) -> Engine:
     """A model that a server has; with the one here in reserve if the user wants that."""
-    from midfill.engine.fallback import FallbackEngine
+    from midfill.engine.served.fallback import FallbackEngine
 
     engine = remote_engine(settings)
     return FallbackEngine(engine, lambda: local_engine(settings)) if settings.engine_fallback else engine
@@ -140,8 +140,8 @@ def _remote(settings: Settings) -> Engine:
 
 def remote_engine(settings: Settings) -> RemoteEngine:
     """A model that a server has."""
-    from midfill.engine.endpoint import RemoteSpec
-    from midfill.engine.remote import RemoteEngine
+    from midfill.engine.served.endpoint import RemoteSpec
+    from midfill.engine.served.remote import RemoteEngine
     from midfill.models import store
 
     own = store.find(settings.model)

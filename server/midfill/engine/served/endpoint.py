@@ -22,9 +22,9 @@ import httpx2
 
 from midfill import __version__
 from midfill.engine import LocalModel
-from midfill.engine.breaker import Breaker
-from midfill.engine.recognition import Served, recognise, refusal
-from midfill.engine.wire import Lines, Piece, Question, WireError
+from midfill.engine.served.breaker import Breaker
+from midfill.engine.served.recognition import Served, recognise, refusal
+from midfill.engine.served.wire import Lines, Piece, Question, WireError
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, SettingsError
 
 _CONNECT_S = 2.0

@@ -36,7 +36,7 @@ from midfill.engine import (
     Stats,
     Token,
 )
-from midfill.engine.recognition import vocabulary_of
+from midfill.engine.served.recognition import vocabulary_of
 from midfill.errors import (
     AdapterError,
     EngineError,

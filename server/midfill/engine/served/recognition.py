@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 
 from midfill.engine import LocalModel, Tokenizer
-from midfill.engine.wire import DIALECTS, OWNERS, Dialect, WireError, typed
+from midfill.engine.served.wire import DIALECTS, OWNERS, Dialect, WireError, typed
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
 from midfill.models import catalogue
 from midfill.models.tokenizer import load_tokenizer

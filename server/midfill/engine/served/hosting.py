@@ -25,7 +25,7 @@ from typing import Any
 import uvicorn
 from starlette.exceptions import HTTPException
 
-from midfill.engine.service import Host, Service
+from midfill.engine.served.service import Host, Service
 from midfill.errors import SettingsError
 
 _LOG = logging.getLogger(__name__)

@@ -32,8 +32,8 @@ from filelock import AsyncFileLock
 
 from midfill import __version__
 from midfill.engine import AdapterSource, LocalModel, ModelInfo, Progress, Request, Token
-from midfill.engine.endpoint import RemoteSpec
-from midfill.engine.remote import RemoteEngine
+from midfill.engine.served.endpoint import RemoteSpec
+from midfill.engine.served.remote import RemoteEngine
 from midfill.errors import AdapterError, EngineError, EngineUnavailableError, ModelError
 
 _LOG = logging.getLogger(__name__)

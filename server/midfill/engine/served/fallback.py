@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 
 from midfill.engine import Engine, ModelInfo, Progress, Request, Token
-from midfill.engine.recognition import vocabulary_of
+from midfill.engine.served.recognition import vocabulary_of
 from midfill.errors import EngineUnavailableError, MidfillError
 
 _TRY_S = 30.0

@@ -20,12 +20,12 @@ from functools import cached_property, partial
 import httpx2
 
 from midfill.engine import ModelInfo, Progress, Request, Stats, TextStream, Token, Tokenizer
-from midfill.engine.credentials import find_key
-from midfill.engine.endpoint import ElsewhereError, Endpoint, RemoteSpec, RequestError
 from midfill.engine.healing import TokenIndex
-from midfill.engine.recognition import Served
-from midfill.engine.rendered import RenderedTokenizer
-from midfill.engine.wire import Healing, Piece, Question
+from midfill.engine.served.credentials import find_key
+from midfill.engine.served.endpoint import ElsewhereError, Endpoint, RemoteSpec, RequestError
+from midfill.engine.served.recognition import Served
+from midfill.engine.served.rendered import RenderedTokenizer
+from midfill.engine.served.wire import Healing, Piece, Question
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
 
 _LOG = logging.getLogger(__name__)
