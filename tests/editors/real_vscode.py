@@ -79,12 +79,12 @@ def package():
     installed = EXTENSION / "node_modules" / ".package-lock.json"
     locked = EXTENSION / "package-lock.json"
     if not installed.exists() or installed.stat().st_mtime < locked.stat().st_mtime:
-        _npm("ci", "--ignore-scripts", "--no-audit", "--no-fund")
-    _npm("run", "package")
+        npm("ci", "--ignore-scripts", "--no-audit", "--no-fund")
+    npm("run", "package")
     return EXTENSION / "midfill.vsix"
 
 
-def _npm(*arguments):
+def npm(*arguments):
     done = subprocess.run(
         ["npm", *arguments],
         cwd=EXTENSION,
