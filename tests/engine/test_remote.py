@@ -13,7 +13,8 @@ from faulty import GOOD, RESET, SILENCE, STREAM, WORDS, Faulty, chunk, event, pa
 
 from midfill.completer import Completer, Reason, Trigger
 from midfill.documents import Document, Point, Snapshot
-from midfill.engine import Request, recognition
+from midfill.engine import Request
+from midfill.engine.served import recognition
 from midfill.engine.served.endpoint import RemoteSpec
 from midfill.engine.served.remote import RemoteEngine
 from midfill.errors import EngineError, EngineUnavailableError
