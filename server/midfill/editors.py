@@ -334,7 +334,7 @@ def _code(folder: str) -> Callable[[Home], Plan]:
             raise MidfillError(f"{path} is not the JSON that VS Code reads: mend it first.")
         steps = (
             "The extension is in clients/vscode of midfill's repository: `npm ci && npm run package`, "
-            "then `code --install-extension midfill-*.vsix`.",
+            "then `code --install-extension midfill.vsix`.",
         )
         if found := re.search(r'"midfill\.server\.command"\s*:\s*(\[[^\]]*\])', code):
             after = text[: found.start(1)] + command + text[found.end(1) :]

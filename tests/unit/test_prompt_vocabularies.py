@@ -101,7 +101,7 @@ def check(prompt, builder, tokenizer, snapshot, max_new_tokens):
     assert sorted(controls) == sorted(tokenizer.token_id(name) for name in expected)
     assert not family.bos or prompt.tokens[0] == tokenizer.token_id(family.bos)
     assert len(prompt.tokens) + prompt.max_new_tokens <= builder._context
-    assert 1 <= prompt.max_new_tokens <= max_new_tokens
+    assert 1 <= prompt.max_new_tokens <= max_new_tokens + len(tokenizer.encode(prompt.starts_with))
     return prefix + prompt.starts_with, suffix, before, after
 
 
