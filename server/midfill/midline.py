@@ -65,7 +65,13 @@ def bridged(text: str, end: int | None, place: Place, *, complete: bool) -> str:
     candidates = [_before_rest(candidate, place.line_after) for candidate in candidates]
     candidates += _on_lines_of_their_own(lines, place)
     candidates += _before_the_like(cut, place)
-    return fewest_errors([text for text in candidates if text.strip()], place)
+    return fewest_errors([text for text in candidates if text.strip() and not _repeats(text, place)], place)
+
+
+def _repeats(text: str, place: Place) -> bool:
+    """Whether one of the text's lines is the next line below."""
+    lines = (place.line_before + text).split("\n")
+    return bool(place.next_line) and place.next_line in [line.rstrip() for line in lines]
 
 
 def _before_the_same(text: str, place: Place) -> Iterator[str]:

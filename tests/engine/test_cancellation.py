@@ -11,7 +11,6 @@ import tiny
 
 from midfill.engine import Request
 from midfill.engine.loading import load
-from midfill.engine.scheduler import PassInterrupted
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError
 
 LONG = list(range(250))
@@ -295,7 +294,6 @@ async def test_after_a_cancellation_the_tokens_still_equal_generate(tmp_path, ki
             max_guesses = runner.max_guesses
             drop = runner.drop
             idle = runner.idle
-            interrupt = runner.interrupt
 
             def forward(self, chunks, allowed):
                 steps.append(len(chunks))
@@ -330,35 +328,3 @@ async def test_closing_the_iterator_cancels(stepped):
     runner.open()
     await tiny.collect_ids(engine, [7], 1)
     assert len(runner.steps) <= 8
-
-
-async def test_the_pass_that_nobody_wants_any_more_is_ended(stepped):
-    engine, runner = stepped
-    runner.can_be_interrupted = True
-    await cancelled(await tiny.start_and_reach_step(engine, runner, 3, LONG))
-    assert runner.interrupts == 1
-    runner.open()
-    # What the ended pass computed counts as nothing; what came before it is kept.
-    assert await tiny.collect_ids(engine, LONG, 1) == [65]
-    assert runner.steps[2:] == [[(128, 64)], [(128, 64)], [(192, 58)]]
-
-
-async def test_a_pass_that_somebody_wants_is_not_ended(stepped):
-    engine, runner = stepped
-    runner.can_be_interrupted = True
-    first = await tiny.start_and_reach_step(engine, runner, 1, LONG)
-    waiting = asyncio.create_task(tiny.collect_ids(engine, [1, 2, 3], 5))
-    await tiny.settle()
-    await cancelled(waiting)
-    runner.open()
-    assert await first == [65] * 8
-    assert runner.interrupts == 0
-
-
-async def test_an_interruption_that_comes_too_late_costs_the_next_pass_only(stepped):
-    engine, runner = stepped
-    task = await tiny.start_and_reach_step(engine, runner, 2, LONG)
-    runner.error = PassInterrupted()
-    runner.open()
-    assert await task == [65] * 8
-    assert runner.steps[:3] == [[(0, 64)], [(64, 64)], [(64, 64)]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 import tiny
@@ -13,7 +12,7 @@ import torch
 
 from midfill.engine import openvino_runner
 from midfill.engine.openvino_graph import UnsupportedError, read_shape
-from midfill.engine.scheduler import Chunk, PassInterrupted, Sequence
+from midfill.engine.scheduler import Chunk, Sequence
 from midfill.errors import EngineError, ModelError
 
 
@@ -73,29 +72,6 @@ def test_a_past_is_copied_and_memory_grows(model, runner):
     assert chosen(found) == [expected(model, other)]
     runner.drop([0, 1, 2, 3, 4, 5, 6])
     assert chosen(runner.forward([chunk(ids, 9)], [None])) == [expected(model, ids)]
-
-
-def test_passes_that_are_interrupted_leave_no_trace(model, runner):
-    [ids] = prompts(5, 400)
-    num_interrupted = 0
-    for end in range(300, 400, 10):
-        ended = threading.Event()
-
-        def interrupt(ended=ended):
-            while not ended.is_set():
-                runner.interrupt()
-
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        try:
-            runner.forward([chunk(ids[:end], 0)], [None])
-        except PassInterrupted:
-            num_interrupted += 1
-        ended.set()
-        thread.join()
-        # What came between two passes does nothing to the second.
-        assert chosen(runner.forward([chunk(ids[:end], 0)], [None])) == [expected(model, ids[:end])]
-    assert num_interrupted
 
 
 def test_int8_is_nearly_the_same(model):

@@ -17,7 +17,7 @@ from midfill.engine import EngineSpec, Request, Token
 from midfill.engine.files import find_tensors
 from midfill.engine.loading import load
 from midfill.engine.local import LocalEngine
-from midfill.engine.scheduler import Choice, PassInterrupted
+from midfill.engine.scheduler import Choice
 from midfill.engine.weights import build_model
 
 if TYPE_CHECKING:
@@ -69,8 +69,6 @@ class SteppedRunner:
         self.error = None
         self.dropped = []
         self.put_off = 0
-        self.interrupts = 0
-        self.can_be_interrupted = False
 
     def forward(self, chunks, _allowed):
         self.steps.append([(chunk.start, len(chunk.tokens)) for chunk in chunks])
@@ -80,12 +78,6 @@ class SteppedRunner:
             error, self.error = self.error, None
             raise error
         return [chunk.verify(lambda _: Choice(65, -0.5)) if chunk.samples else [] for chunk in chunks]
-
-    def interrupt(self):
-        self.interrupts += 1
-        if self.can_be_interrupted:
-            self.error = PassInterrupted()
-            self.leave.release()
 
     def drop(self, slots):
         self.dropped.append(slots)

@@ -187,7 +187,7 @@ def test_a_model_that_cannot_be_loaded_is_a_sentence(trace, tmp_path):
 
 
 def test_the_engine_is_measured_alone_where_nothing_can_be_compared(engine):
-    found = measured("engine", "--rounds", 1, "--engine", engine({"text": "x" * 64}))
+    found = measured("engine", "--rounds", 1, "--cancellations", 2, "--engine", engine({"text": "x" * 64}))
     assert found["model"] == "scripted"
     assert found["decode_tok_s"] > 0
     assert found["first_token_warm_ms"] > 0
@@ -198,7 +198,7 @@ def test_the_engine_is_measured_alone_where_nothing_can_be_compared(engine):
 
 
 def test_the_reasons_for_what_is_not_compared_are_shown(engine):
-    done = run("engine", "--rounds", 1, "--engine", engine({"text": "x" * 64}))
+    done = run("engine", "--rounds", 1, "--cancellations", 2, "--engine", engine({"text": "x" * 64}))
     assert done.returncode == 0, done.stderr
     assert "no generate: the model has no folder" in done.stdout
 
@@ -207,7 +207,7 @@ def test_the_reasons_for_what_is_not_compared_are_shown(engine):
 def test_a_shape_is_measured_without_any_model(tmp_path, monkeypatch):
     monkeypatch.setenv("MIDFILL_CACHE", str(tmp_path / "cache"))
     found = measured(
-        *("engine", "--shape", "tiny_starcoder_py", "--rounds", 1),
+        *("engine", "--shape", "tiny_starcoder_py", "--rounds", 1, "--cancellations", 2),
         *("--prefill-tokens", 128, "--context-tokens", 64, "--device", "cpu"),
     )
     assert found["model"] == "random:tiny_starcoder_py"
@@ -215,6 +215,7 @@ def test_a_shape_is_measured_without_any_model(tmp_path, monkeypatch):
     assert found["tokens_equal_generate"] is True
     assert found["ratios"]["generate"]["prefill"] > 0
     assert found["first_token_warm_steps"] > 0
+    assert found["cancel_to_free_ms"]["p99"] >= 0
     assert "llama.cpp" in found["skipped"]
 
 

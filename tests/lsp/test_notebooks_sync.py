@@ -82,7 +82,7 @@ async def test_the_cells_above_are_in_the_prompt_and_the_answer_is_in_the_cell(s
     assert found["range"] == {"start": place(0, 2), "end": place(0, 2)}
     server.request(2, "textDocument/completion", {"textDocument": {"uri": uri("3")}, "position": place(0, 2)})
     (popup,) = (await server.answer(2))["result"]["items"]
-    assert popup["textEdit"] == {"range": {"start": place(0, 0), "end": place(0, 2)}, "newText": "a.both()"}
+    assert popup["textEdit"] == {"range": {"start": place(0, 2), "end": place(0, 2)}, "newText": "both()"}
 
 
 async def test_prose_is_no_part_of_the_code(scripted, rules):

@@ -20,7 +20,7 @@ def measured(*arguments):
 
 
 def test_the_engine_is_compared_with_generate(model):
-    found = measured("engine", "--model", model.name, "--rounds", 1)
+    found = measured("engine", "--model", model.name, "--rounds", 1, "--cancellations", 5)
     assert found["tokens_equal_generate"] is True
     assert found["ratios"]["generate"]["decode"] > 1
     if store.find_gguf(model.name) is None:

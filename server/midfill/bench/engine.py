@@ -59,7 +59,7 @@ class Plan:
         prefill_tokens: the prompt that is read.
         context_tokens: what stands before the tokens that are written.
         decode_tokens: how many are written.
-        cancellations: how many requests are taken back, each while a prompt of 4,000 tokens is read.
+        cancellations: how many requests are taken back in all, each while a long prompt is read.
     """
 
     rounds: int = 3

@@ -83,6 +83,13 @@ def bench_index(folder: Path, lookups: int, seed: int, as_json: bool) -> None:
 @click.option(
     "--context-tokens", type=click.IntRange(1), default=384, show_default=True, help="Before what is written."
 )
+@click.option(
+    "--cancellations",
+    type=click.IntRange(0),
+    default=30,
+    show_default=True,
+    help="Requests to take back while a prompt of 4,000 tokens is read.",
+)
 @MODEL
 @JSON
 @SCRIPT
@@ -93,6 +100,7 @@ def bench_engine(
     rounds: int,
     prefill_tokens: int,
     context_tokens: int,
+    cancellations: int,
     model: str | None,
     as_json: bool,
     script: str | None,
@@ -118,7 +126,7 @@ def bench_engine(
     if shape is not None and (model is not None or gguf is not None):
         raise click.UsageError("--shape makes a model up: give it without --model and --gguf.")
     settings = read_settings(model=model, device=device)
-    plan = Plan(rounds, prefill_tokens, context_tokens)
+    plan = Plan(rounds, prefill_tokens, context_tokens, cancellations=cancellations)
 
     def work(report: Progress) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:

@@ -43,7 +43,7 @@ class Runner(Protocol):
     Attributes:
         context: the most tokens of one sequence.
         vocab_size: the number of logits.
-        chunk_tokens: tokens for one forward pass, which who comes next has to wait for.
+        chunk_tokens: tokens for one forward pass: it cannot be interrupted, so it has to be short.
         step_sequences: sequences for one forward pass.
         max_guesses: the most guesses of one sequence that it verifies; 0 if it cannot.
     """
@@ -55,14 +55,7 @@ class Runner(Protocol):
     max_guesses: int
 
     def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
-        """Compute the chunks of one step; see `runner.Runner.forward`.
-
-        Raises `PassInterrupted` if `interrupt` came meanwhile; the step has then left no trace.
-        """
-        ...
-
-    def interrupt(self) -> None:
-        """From any thread: let the forward pass that is under way end early, on a device that can."""
+        """Compute the chunks of one step; see `runner.Runner.forward`."""
         ...
 
     def drop(self, slots: list[int]) -> None:

@@ -23,7 +23,7 @@ from midfill.engine import AdapterSource, EngineSpec, ModelInfo, Progress, Reque
 from midfill.engine.drafts import Drafts
 from midfill.engine.loading import Loaded, load
 from midfill.engine.residents import Swap
-from midfill.engine.scheduler import Choice, Chunk, PassInterrupted, Priority, Scheduler, Sequence
+from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, Sequence
 from midfill.engine.slots import NUM_SLOTS, Slots
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
 
@@ -101,8 +101,6 @@ class LocalEngine:
     Attributes:
         turn_started_s: `time.monotonic()` when the turn under way began (a forward pass, as a rule), or
             None while the thread waits for work. Read by whoever watches for a pass that never ends.
-        computing: whose chunks are in the forward pass under way, None for a prewarm; () between passes.
-            Written by the engine thread, read by the event loop.
         lost: why a model that was loaded serves no more though nobody closed it; None while it does.
         mailbox: to the engine thread; None only wakes it.
         closing: tells the engine thread to end.
@@ -110,7 +108,6 @@ class LocalEngine:
 
     def __init__(self, spec: EngineSpec, *, load: Load = load) -> None:
         self.turn_started_s: float | None = None
-        self.computing: tuple[_Flight | None, ...] = ()
         self.lost: str | None = None
         self._spec = spec
         self._load = load
@@ -180,17 +177,6 @@ class LocalEngine:
             self._open.discard(flight)
             flight.cancelled = True
             self.mailbox.put(None)  # wakes the thread, which then looks at the flags
-            self._interrupt_if_useless()
-
-    def _interrupt_if_useless(self) -> None:
-        """End the pass under way if nobody wants what it computes.
-
-        The thread may have gone on to another pass meanwhile, which is then computed once more.
-        """
-        computing = self.computing
-        useless = bool(computing) and all(flight is not None and flight.cancelled for flight in computing)
-        if useless and self._loaded is not None:
-            self._loaded.runner.interrupt()
 
     def prewarm(self, tokens: Ids[int], adapter: str | None = None) -> None:
         """Compute a prompt when idle; a newer call replaces an older one. See `Engine.prewarm`."""
@@ -439,12 +425,8 @@ class _Steps:
         for chunk in chunks:
             self._note_start(chunk.sequence, time.monotonic())
         began = time.monotonic()
-        self._engine.computing = tuple(self._flights.get(chunk.sequence) for chunk in chunks)
         try:
             choices = self._runner.forward(chunks, [self._allowed(chunk) for chunk in chunks])
-        except PassInterrupted:
-            # Nothing of it counts. Who is still there is scheduled again.
-            return
         except MemoryError:
             self._fail(
                 chunks,
@@ -459,8 +441,6 @@ class _Steps:
                 chunks, f"The model failed on this request ({type(error).__name__}); the log has more."
             )
             return
-        finally:
-            self._engine.computing = ()
         self._judge(chunks, choices, time.monotonic() - began)
         for chunk, chosen in zip(chunks, choices, strict=True):
             self._scheduler.computed(chunk, max(0, len(chosen) - 1))

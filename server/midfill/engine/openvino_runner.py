@@ -8,7 +8,6 @@ threads, requests or text. Imports neither torch nor transformers. Runs on the e
 
 from __future__ import annotations
 
-import contextlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,16 +19,13 @@ from midfill.adapters.format import Adapter
 from midfill.engine.branches import Stack
 from midfill.engine.openvino_graph import Shape, build_graph, siblings, stays_exact
 from midfill.engine.rounded import Floats, Weights, read_weights
-from midfill.engine.scheduler import Choice, Chunk, PassInterrupted
+from midfill.engine.scheduler import Choice, Chunk
 from midfill.engine.scheduler import Sequence as Tokens
 from midfill.engine.slots import NUM_SLOTS
 from midfill.engine.vino import ov
 
 _FIRST_BLOCKS = 64
 """Blocks that there is memory for at first; doubled when they are used up."""
-
-_INTERRUPTED = "was canceled"
-"""In what OpenVINO says of a pass that was ended."""
 
 _ACTIVATION_GROUP = 128
 """Activations share an 8-bit scale in groups of so many. With 32 decoding takes twice as long."""
@@ -171,21 +167,11 @@ class OpenVinoRunner:
     def probe(self, tokens: list[int], key: str | None) -> Floats:
         """The logits that follow these tokens; see `loading.Runner.probe`."""
         prompt = Tokens(key, tokens)
-        logits: Floats | None = None
         try:
-            while logits is None:
-                # An interruption is meant for a pass before this one.
-                with contextlib.suppress(PassInterrupted):
-                    chunk = Chunk(prompt, _SPARE_SLOT, 0, tokens, samples=True)
-                    logits = self._compute([chunk])[0].copy()
+            logits: Floats = self._compute([Chunk(prompt, _SPARE_SLOT, 0, tokens, samples=True)])[0].copy()
         finally:
             self._blocks.drop(_SPARE_SLOT)
         return logits
-
-    def interrupt(self) -> None:
-        """End the pass under way after the operation that it is at: about a millisecond."""
-        if (program := self._program) is not None:
-            program.request.cancel()
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk of this size and a single token: the first passes are slow, whoever waits for them."""
@@ -251,15 +237,7 @@ class _Program:
         self._set_inputs(chunks, blocks)
         if self.branched:
             self._set("mask", stack.mask((chunk.sequence.key, len(chunk.tokens)) for chunk in chunks))
-        try:
-            # `infer` would not hear of an interruption where there is one thread.
-            self.request.start_async()
-            self.request.wait()
-        except RuntimeError as error:
-            # There is no class of its own for it.
-            if _INTERRUPTED in str(error):
-                raise PassInterrupted from None
-            raise
+        self.request.infer()
         logits: Floats = self.request.get_output_tensor(0).data
         return logits
 

@@ -227,9 +227,6 @@ class Runner:
         if count != before:
             torch.set_num_threads(count)
 
-    def interrupt(self) -> None:
-        """A pass of torch cannot be ended."""
-
     def drop(self, slots: list[int]) -> None:
         """Free the memory of these slots."""
         self._memory.drop(slots)

@@ -107,10 +107,6 @@ class Choice:
     logprob: float
 
 
-class PassInterrupted(Exception):  # noqa: N818 - no error
-    """A forward pass was ended early, as was wanted: nothing of it counts."""
-
-
 class Scheduler:
     """Sequences that wait or run.
 
