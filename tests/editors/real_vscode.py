@@ -167,6 +167,8 @@ class VSCode:
             # An environment that the extension makes gets the real packages, but does not fetch them.
             "PYTHONPATH": os.pathsep.join(site.getsitepackages()),
             "PIP_NO_DEPS": "1",
+            # Among them may be midfill itself, which pip would find installed already.
+            "PIP_IGNORE_INSTALLED": "1",
             "PIP_NO_INDEX": "1",
             "MIDFILL_CACHE": os.environ.get("MIDFILL_CACHE") or str(Path.home() / ".cache" / "midfill"),
             "MIDFILL_CONFIG": str(self.folder / "config.toml"),
