@@ -28,21 +28,9 @@ _LINES_ABOVE = 4
 _ANSWER_S = 30.0
 
 EDITOR_LINES = (
-    (
-        "VS Code",
-        'extension zsol.vscode-glspc, settings "glspc.server.command": "midfill", '
-        '"glspc.server.commandArguments": ["serve"]',
-    ),
-    (
-        "Neovim",
-        "vim.lsp.config('midfill', {cmd = {'midfill', 'serve'}}); vim.lsp.enable('midfill'); "
-        "vim.lsp.inline_completion.enable()",
-    ),
-    (
-        "Helix",
-        'language-server.midfill = { command = "midfill", args = ["serve"] }   # and "midfill" in the '
-        "language-servers of your language",
-    ),
+    ("VS Code", "clients/vscode: npm ci --ignore-scripts && npm run package, then install midfill.vsix"),
+    ("Neovim", "midfill setup neovim --write     (vim, emacs and helix likewise)"),
+    ("others", "midfill setup                    shows what each editor that is here needs"),
 )
 
 
