@@ -295,8 +295,6 @@ def test_toggle_for_a_language(window):
     window.shows("midfill off: python")
     window.open("language.js", "")
     window.shows("scripted")
-    window.type("total = ")
-    window.gets("sum(values)")
     window.open("language.py", VALUES)
     window.shows("midfill off: python")
     window.run("midfill: Switch On or Off for This Language")
