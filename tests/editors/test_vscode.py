@@ -293,10 +293,6 @@ def test_toggle_for_a_language(window):
     window.open("language.py", VALUES)
     window.run("midfill: Switch On or Off for This Language")
     window.shows("midfill off: python")
-    window.open("language.js", "")
-    window.shows("scripted")
-    window.open("language.py", VALUES)
-    window.shows("midfill off: python")
     window.run("midfill: Switch On or Off for This Language")
     window.shows("scripted")
 
