@@ -14,6 +14,8 @@ import time
 import warnings
 from pathlib import Path
 
+from real_terminal import serve_command
+
 # Generous: it is reached only by what never happens, and machines may be busy.
 LIMIT_S = 90
 POLL_S = 0.01
@@ -66,11 +68,7 @@ class Neovim:
         self.file = folder / name
         self.file.write_text(text, encoding="utf-8")
         if command is None:
-            command = [sys.executable, "-P", "-m", "midfill", "serve"]
-            if rules != (None,):
-                script = folder / "script.json"
-                script.write_text(json.dumps({"rules": rules, "log": str(self.log)}))
-                command += ["--engine", f"scripted:{script}"]
+            command = serve_command(folder, rules, self.log)
         # The script's tokens are characters. Looking ahead is off so that model calls can be counted.
         settings = {"prefetch": False, "max_new_tokens": 200} | (settings or {})
         init = folder / "init.lua"

@@ -18,6 +18,16 @@ POLL_S = 0.02
 COLUMNS, LINES = 80, 24
 
 
+def serve_command(folder, rules, log):
+    """What starts the server with these rules of the scripted engine; `(None,)` is the real default model."""
+    command = [sys.executable, "-P", "-m", "midfill", "serve"]
+    if rules != (None,):
+        script = folder / "script.json"
+        script.write_text(json.dumps({"rules": rules, "log": str(log)}))
+        command += ["--engine", f"scripted:{script}"]
+    return command
+
+
 class Terminal:
     """One editor on a screen of 80 by 24 characters.
 
@@ -37,11 +47,7 @@ class Terminal:
         self.file = folder / name
         self.file.write_text(text, encoding="utf-8")
         if command is None:
-            command = [sys.executable, "-P", "-m", "midfill", "serve"]
-            if rules != (None,):
-                script = folder / "script.json"
-                script.write_text(json.dumps({"rules": rules, "log": str(self.log)}))
-                command += ["--engine", f"scripted:{script}"]
+            command = serve_command(folder, rules, self.log)
             # What is said on the wire is seen in the session's recording.
             command += ["--record", str(folder / "session.jsonl")]
         self.command = command

@@ -185,16 +185,22 @@ async def test_an_engine_that_dies_is_started_anew_by_the_next_request(place):
     assert await place.pid() not in {before, after}
 
 
-async def test_a_folder_that_others_can_enter_is_not_used(place):
-    place.runtime.chmod(0o755)
-    server = await place.serve()
-    async with asyncio.timeout(20):
+async def why_it_failed(server, limit_s):
+    """Wait until there will be no model; gives the one message that says why."""
+    async with asyncio.timeout(limit_s):
         for _ in itertools.count():
             _, why = await ask(server)
             if why["reason"] == "model-failed":
                 break
             await asyncio.sleep(0.1)
     (message,) = [m["params"]["message"] for m in server.seen if m.get("method") == "window/showMessage"]
+    return message
+
+
+async def test_a_folder_that_others_can_enter_is_not_used(place):
+    place.runtime.chmod(0o755)
+    server = await place.serve()
+    message = await why_it_failed(server, 20)
     assert "is not yours alone" in message
     assert not list(place.runtime.glob("*.sock"))
 
@@ -214,11 +220,5 @@ def damage(place, model, folder):
 async def test_a_model_that_cannot_be_loaded_is_said_with_its_own_words(place, model, tmp_path):
     damage(place, model, tmp_path)
     server = await place.serve()
-    async with asyncio.timeout(40):
-        for _ in itertools.count():
-            _, why = await ask(server)
-            if why["reason"] == "model-failed":
-                break
-            await asyncio.sleep(0.1)
-    (message,) = [m["params"]["message"] for m in server.seen if m.get("method") == "window/showMessage"]
+    message = await why_it_failed(server, 40)
     assert "safetensors" in message

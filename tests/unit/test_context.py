@@ -279,6 +279,18 @@ def test_an_index_that_was_changed_in_pieces_equals_a_new_one():
         assert index.define({f"f{number}", "p3"}) == fresh.define({f"f{number}", "p3"})
 
 
+def test_a_word_that_is_rare_counts_for_more_than_many_that_stand_everywhere():
+    everywhere = " + ".join(f"common{number}" for number in range(40))
+    index = RepositoryIndex()
+    for number in range(300):
+        index.add(f"p{number}.py", parse(sift(f"p{number}.py", f"value = {everywhere}\n")))
+    index.add("rare.py", parse(sift("rare.py", f"value = {everywhere} + wanted\n")))
+    index.commit()
+    # The common words stand nearer to the cursor, the last line.
+    found = index.search(["wanted\n", f"other = {everywhere}\n"], 1)
+    assert [piece.path for piece in found] == ["rare.py"]
+
+
 def test_a_scan_that_is_interrupted_leaves_the_server_alone(root):
     for _ in range(3):
         indexer = Indexer([Folder("", root)], ())

@@ -217,3 +217,11 @@ def test_terms():
         *("gethttpresponse", "get", "http", "response"),
         *("user_name", "user", "name"),
     ]
+
+
+def test_an_import_over_many_lines_is_read_to_its_end():
+    names = [f"name_{number}" for number in range(80)]
+    lines = ["from package import (\n", *(f"    {name},\n" for name in names), ")\n", "\n", "x = name_79\n"]
+    assert set(names) <= imported_names(lines, "python")
+    groups = ["package a\n", "import (\n", '  "bb"\n', "\n", '  "cc/dd"\n', ")\n", "func xx() {}\n"]
+    assert {"bb", "cc", "dd"} <= imported_names(groups, "go")

@@ -34,9 +34,7 @@ _IMPORTS = re.compile(
 _WORD = re.compile(r"[^\W\d]\w+")
 _TERM = re.compile(r"[^\W\d_]\w{1,63}")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_MAY_IMPORT = re.compile(r"\b(?:import|include|use|using|require|package)\b")
-# An import over several lines.
-_MAX_IMPORT_LINES = 20
+_MAY_IMPORT = re.compile(r"\b(?:import|include|use|using|require|package)")
 _IMPORT_LINE = re.compile(
     r"^\s*(?:from\s+[\w.]+\s+import\b|import\b|use\b|using\b|#\s*include\b|require\b|(?:const|let|var)\b.*\brequire\()"
 )
@@ -107,8 +105,14 @@ def imported_names(lines: list[str], language_id: str) -> set[str]:
     begins = [row for row, line in enumerate(lines) if _MAY_IMPORT.search(line)]
     if not begins:
         return names
-    upto = lines[: begins[-1] + _MAX_IMPORT_LINES]
-    for node in parser.parse("".join(upto).encode("utf-8", "replace")).root_node.children:
+    # What comes behind the last of them need not be read.
+    end, depth = begins[-1], 0
+    for line in lines[end:]:
+        end += 1
+        depth += sum(line.count(opener) for opener in "([{") - sum(line.count(closer) for closer in ")]}")
+        if depth <= 0:
+            break
+    for node in parser.parse("".join(lines[:end]).encode("utf-8", "replace")).root_node.children:
         text = (node.text or b"").decode("utf-8", "replace")
         if _IMPORTS.search(node.type) or (node.type.endswith("declaration") and "require(" in text):
             names.update(_WORD.findall(text))

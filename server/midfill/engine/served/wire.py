@@ -322,6 +322,12 @@ def _read_mistral(answer: Mapping[str, Any]) -> Piece:
     return Piece(typed(delta, "content", str, ""), done=done)
 
 
+# vLLM's, which SGLang has taken over.
+_TOKENIZE: tuple[str, Callable[[str, str], dict[str, Any]]] = (
+    "/tokenize",
+    lambda model, text: {"model": model, "prompt": text, "add_special_tokens": False},
+)
+
 DIALECTS: dict[str, Dialect] = {
     "midfill": Dialect(
         "midfill engine serve",
@@ -337,10 +343,7 @@ DIALECTS: dict[str, Dialect] = {
         _vllm,
         _read_openai,
         healing=Healing.TOKENS,
-        tokenize=(
-            "/tokenize",
-            lambda model, text: {"model": model, "prompt": text, "add_special_tokens": False},
-        ),
+        tokenize=_TOKENIZE,
     ),
     "sglang": Dialect(
         "SGLang",
@@ -348,10 +351,7 @@ DIALECTS: dict[str, Dialect] = {
         _sglang,
         _read_openai,
         healing=Healing.REGEX,
-        tokenize=(
-            "/tokenize",
-            lambda model, text: {"model": model, "prompt": text, "add_special_tokens": False},
-        ),
+        tokenize=_TOKENIZE,
     ),
     "llama.cpp": Dialect(
         "llama.cpp",
