@@ -170,8 +170,11 @@ class Switch:
         self._route(bound, entries)
 
     def _route(self, bound: Bound, entries: dict[str, Entry]) -> None:
-        if (bound, entries) != (self._bound, self._entries):
-            self._bound, self._entries = bound, entries
+        differs = (bound, entries) != (self._bound, self._entries)
+        # Bindings that lead to no adapter, before and now, change no answer: what was suggested still holds.
+        matters = bool(entries or self._entries)
+        self._bound, self._entries = bound, entries
+        if differs and matters:
             self._changed()
 
     def _read(self) -> tuple[Bound, dict[str, Entry], list[str]]:

@@ -87,6 +87,7 @@ class Neovim:
         homes = {
             f"XDG_{name}_HOME": str(folder / name.lower()) for name in ("CONFIG", "DATA", "STATE", "CACHE")
         }
+        homes["MIDFILL_DATA"] = str(folder / "data" / "midfill")
         if config is not None:
             homes["XDG_CONFIG_HOME"] = str(config)
         models = {"MIDFILL_CACHE": os.environ.get("MIDFILL_CACHE") or str(Path.home() / ".cache" / "midfill")}

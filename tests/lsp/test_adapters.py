@@ -119,6 +119,18 @@ async def test_an_answer_of_one_adapter_is_not_given_for_another(home, start):
         assert item["insertText"] == expected
 
 
+async def test_bindings_without_an_adapter_take_no_suggestion_away(home, start):
+    server = await start()
+    uri = (home / "project" / "a.py").as_uri()
+    open_document(server, uri)
+    [before] = await ask(server, uri)
+    assert await command(server, "midfill.adapter.off") == {"running": None, "error": None}
+    [after] = await ask(server, uri)
+    assert after["insertText"] == before["insertText"]
+    explained = await request(server, "midfill/explain", {"textDocument": {"uri": uri}})
+    assert explained["result"]["source"] == "cache"
+
+
 async def test_the_commands_list_and_bind(home, start):
     server = await start()
     listed = await command(server, "midfill.adapter.list")
