@@ -21,6 +21,8 @@ class Emacs(Terminal):
         before: Lisp of the user's own, run before the mode is switched on.
     """
 
+    KILLED, RESTART = "signal 9", "M-x midfill-restart"
+
     def __init__(self, folder, rules, *, client="own", before="", **options):
         super().__init__(folder, rules, **options)
         init = folder / ".emacs.d" / "init.el"
@@ -31,6 +33,7 @@ class Emacs(Terminal):
             "(setq native-comp-deferred-compilation nil native-comp-async-report-warnings-errors nil)\n"
             "(setq inhibit-startup-screen t make-backup-files nil auto-save-default nil)\n"
             "(setq create-lockfiles nil python-indent-guess-indent-offset nil)\n"
+            "(setq mode-require-final-newline nil)\n"
             f"(setq server-name {_lisp(str(self._sockets / 'emacs'))})\n"
             "(menu-bar-mode -1)\n"
             "(electric-indent-mode -1)\n"
@@ -55,6 +58,36 @@ class Emacs(Terminal):
     def _listens(self):
         with contextlib.suppress(AssertionError):
             return self.lisp("t")
+
+    def write(self, text):
+        """Begin to write at the cursor."""
+        self.type(text)
+
+    def open_line(self, text):
+        """Begin a line below the cursor's."""
+        self.press("End", "Enter")
+        self.type(text)
+
+    def append(self, text):
+        """Write at the end of the text."""
+        self.press("M->")
+        self.type(text)
+
+    def save(self):
+        self.press("C-x", "C-s")
+
+    def undo(self):
+        self.press("C-x", "u")
+
+    def restart(self):
+        self.press("M-x")
+        self.type("midfill-restart")
+        self.press("Enter")
+
+    def edit(self, name):
+        """Open another file."""
+        self.lisp(f"(progn (find-file {_lisp(name)}) t)")
+        self.until(lambda: self.lisp("(buffer-name)") == name, "another buffer")
 
     @property
     def ghost(self):

@@ -18,6 +18,8 @@ class Vim(Terminal):
         before: Vim script of the user's own, in the vimrc.
     """
 
+    KILLED, RESTART = "signal kill", ":Midfill restart"
+
     def __init__(self, folder, rules, *, before="", **options):
         super().__init__(folder, rules, **options)
         (folder / "vimrc").write_text(
@@ -57,6 +59,35 @@ class Vim(Terminal):
     def open(self):
         """Start Vim."""
         self.start(["vim", "-N", "-u", str(self.folder / "vimrc"), str(self.file)])
+
+    def write(self, text):
+        """Begin to write at the cursor."""
+        self.type("i" + text)
+
+    def open_line(self, text):
+        """Begin a line below the cursor's."""
+        self.type("o" + text)
+
+    def append(self, text):
+        """Write at the end of the text."""
+        self.type("GA" + text)
+
+    def save(self):
+        self.press("Escape")
+        self.type(":w")
+        self.press("Enter")
+
+    def undo(self):
+        self.press("Escape")
+        self.type("u")
+
+    def restart(self):
+        self.run("Midfill restart")
+
+    def edit(self, name):
+        """Open another file."""
+        self.press("Enter")
+        self.run(f"edit {name}")
 
     @property
     def ghost(self):

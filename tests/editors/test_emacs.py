@@ -3,7 +3,6 @@
 import os
 import signal
 
-import pytest
 from real_emacs import PACKAGE, batch
 
 SUM = {"after": "total = ", "text": "sum(values)"}
@@ -15,24 +14,6 @@ def type_total(editor):
     editor.press("End", "Enter")
     editor.type("total = ")
     editor.shows("sum(values)")
-
-
-def test_ghost_text_is_shown_and_accepted(emacs):
-    editor = emacs(SUM, text=VALUES, before="(setq mode-require-final-newline nil)").ready()
-    type_total(editor)
-    editor.sees(VALUES, "total = sum(values)")
-    assert editor.place == (1, 8)
-    editor.press("Tab")
-    editor.reads(VALUES + "\ntotal = sum(values)")
-    assert editor.ghost == ""
-    editor.press("C-x", "C-s")
-    editor.until(lambda: editor.file.read_text() == VALUES + "\ntotal = sum(values)", "the file on disk")
-    # The server is told that it was accepted, and one undo takes it back.
-    editor.until(lambda: editor.sent("workspace/executeCommand"), "the word that it was accepted")
-    [command] = editor.sent("workspace/executeCommand")
-    assert command["params"]["command"] == "midfill.accepted"
-    editor.press("C-x", "u")
-    editor.reads(VALUES + "\ntotal = ")
 
 
 def test_ghost_text_of_several_lines_and_what_stands_behind_point(emacs):
@@ -50,58 +31,6 @@ def test_ghost_text_of_several_lines_and_what_stands_behind_point(emacs):
     editor.sees("call(a,", "  b)")
     editor.press("Tab")
     editor.until(lambda: "call(a,\n  b)" in editor.text, "the text inside the brackets")
-
-
-def test_what_the_editor_has_closed_by_itself_is_replaced(emacs):
-    area = {"after": "def area", "text": "(self):\n    return [self.w]"}
-    log = {"after": "log", "text": '("hello", name)'}
-    editor = emacs(area, log, text="", before="(electric-pair-mode)").ready()
-    editor.type("def area")
-    editor.shows("(self):\n    return [self.w]")
-    editor.type("(")
-    editor.sees("def area(self):", "    return [self.w]")
-    editor.reads("def area()")
-    assert editor.place == (0, 9)
-    editor.type("se")
-    editor.shows("lf):\n    return [self.w]")
-    # Its first word leaves the bracket, its second takes it.
-    editor.press("C-Right")
-    editor.reads("def area(self)")
-    editor.press("C-Right")
-    editor.reads("def area(self):")
-    editor.sees("def area(self):", "    return [self.w]")
-    editor.press("Tab")
-    editor.reads("def area(self):\n    return [self.w]")
-    editor.press("Enter")
-    editor.type("log")
-    editor.shows('("hello", name)')
-    asked = editor.asked
-    editor.type('("')
-    editor.shows('hello", name)')
-    assert editor.asked == asked
-    editor.sees('log("hello", name)')
-    editor.until(lambda: editor.text.endswith('log("")'), "what the editor closes")
-    editor.press("Tab")
-    editor.until(lambda: editor.text.endswith('log("hello", name)'), "no closer twice")
-
-
-def test_a_word_and_a_line_are_accepted(emacs):
-    editor = emacs(BODY, text="").ready()
-    editor.type("def area(self):")
-    editor.press("Enter")
-    editor.shows(BODY["text"])
-    editor.press("C-Right")
-    editor.until(lambda: editor.text.endswith("\n    width"), "the first word")
-    assert editor.ghost == " = self.w\n    return width"
-    editor.press("C-Right")
-    editor.until(lambda: editor.text.endswith("width ="), "a sign")
-    editor.press("M-Right")
-    editor.until(lambda: editor.text.endswith("width = self.w"), "the rest of the line")
-    editor.sees("    width = self.w", "    return width")
-    editor.press("M-Right")
-    editor.reads("def area(self):\n" + BODY["text"])
-    assert editor.ghost == ""
-    editor.until(lambda: editor.sent("workspace/executeCommand"), "the word that it was accepted")
 
 
 def test_typing_through_a_suggestion_shortens_it_at_once_and_asks_nobody(emacs):
@@ -148,19 +77,6 @@ def test_moving_on_takes_the_request_back(emacs):
     editor.press("Enter")
     editor.type("second = ")
     editor.sees("first = 1", "second = 2")
-
-
-def test_columns_behind_characters_of_many_bytes(emacs):
-    editor = emacs({"after": 'face = "🙂é" + ', "text": "str(é) + 1"}, text=VALUES).ready()
-    editor.press("End", "Enter")
-    editor.type('face = "🙂é" + ')
-    editor.shows("str(é) + 1")
-    place = editor.sent("textDocument/inlineCompletion")[-1]["params"]["position"]
-    assert place == {"line": 1, "character": len('face = "🙂é" + ') + 1}
-    editor.press("C-Right", "C-Right", "C-Right")
-    editor.until(lambda: editor.text.endswith('face = "🙂é" + str(é'), "the words")
-    editor.press("Tab")
-    editor.reads(VALUES + '\nface = "🙂é" + str(é) + 1')
 
 
 def test_the_server_has_the_buffer_s_text_whatever_changes_it(emacs):
@@ -246,46 +162,6 @@ def test_two_buffers_share_a_server(emacs):
     assert [uri for uri in opened if "scratch" not in uri] == [editor.file.as_uri(), other.as_uri()]
     editor.lisp('(with-current-buffer "other.py" (set-buffer-modified-p nil) (kill-buffer) t)')
     editor.until(lambda: editor.sent("textDocument/didClose"), "the end of the second document")
-
-
-def test_a_server_that_dies_is_started_again(emacs):
-    editor = emacs(SUM, text=VALUES).ready()
-    pid = editor.server_pid
-    type_total(editor)
-    os.kill(pid, signal.SIGKILL)
-    editor.until(lambda: editor.server_pid not in {None, pid} and editor.state == "ready", "a new server")
-    # Whoever waits with point behind the text is served without a key.
-    editor.sees("total = sum(values)")
-    assert editor.messages.count("midfill: the server ended (signal 9) and is started again") == 1
-    editor.press("Tab")
-    editor.reads(VALUES + "\ntotal = sum(values)")
-    pid = editor.server_pid
-    editor.press("M-x")
-    editor.type("midfill-restart")
-    editor.press("Enter")
-    editor.until(lambda: editor.server_pid not in {None, pid} and editor.state == "ready", "another server")
-    editor.press("Enter")
-    editor.type("total = ")
-    editor.shows("sum(values)")
-    assert editor.messages.count("midfill: the server ended") == 1
-
-
-def test_a_server_that_dies_again_and_again_is_given_up(emacs, tmp_path):
-    command = ["/bin/sh", "-c", f"echo start >> {tmp_path}/starts; exit 3"]
-    editor = emacs(text="", command=command, before="(setq midfill-server--pauses '(0.1 0.1 0.1))")
-    editor.until(lambda: editor.state == "given-up", "the end of all trials")
-    assert (tmp_path / "starts").read_text().count("start") == 4
-    assert editor.messages.count("(status 3) and is started again") == 1
-    assert "M-x midfill-restart" in editor.messages
-
-
-def test_a_server_that_is_not_there_is_said_once(emacs):
-    editor = emacs(text="", command=["midfill-that-is-not-there", "serve"])
-    editor.until(lambda: editor.state == "missing", "that it is missing")
-    editor.lisp('(progn (find-file "other.py") t)')
-    editor.until(lambda: editor.lisp("(buffer-name)") == "other.py", "another buffer")
-    assert editor.messages.count('cannot run "midfill-that-is-not-there"') == 1
-    assert "pip install" in editor.messages
 
 
 def test_keys_are_the_user_s_own_where_nothing_is_suggested(emacs):
@@ -453,17 +329,3 @@ def test_the_package_compiles_and_is_well_documented(emacs_program):
         PACKAGE,
     )
     assert "FOUND nil" in done, done
-
-
-@pytest.mark.real
-@pytest.mark.slow
-def test_the_default_model_suggests_something(emacs, model):
-    text = "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n    return"
-    settings = {"max_new_tokens": 32, "eagerness": "always"}
-    editor = emacs(None, text=text, settings=settings).ready()
-    editor.press("M->")
-    editor.type(" ")
-    editor.until(lambda: editor.ghost, "any ghost text")
-    before, ghost = editor.text, editor.ghost
-    editor.press("Tab")
-    editor.reads(before + ghost)

@@ -1,8 +1,5 @@
 """The Vim plugin in the real Vim on a terminal, with the real server."""
 
-import os
-import signal
-
 import pytest
 from real_vim import PLUGIN
 
@@ -14,26 +11,6 @@ VALUES = "values = [1, 2]"
 def type_total(editor):
     editor.type("ototal = ")
     editor.shows("sum(values)")
-
-
-def test_ghost_text_is_shown_and_accepted(vim):
-    editor = vim(SUM, text=VALUES).ready()
-    type_total(editor)
-    editor.sees(VALUES, "total = sum(values)", "~")
-    assert editor.place == (1, 8)
-    editor.press("Tab")
-    editor.reads(VALUES + "\ntotal = sum(values)")
-    assert editor.ghost == ""
-    # The server is told that it was accepted, and one undo takes it back.
-    editor.until(lambda: editor.sent("workspace/executeCommand"), "the word that it was accepted")
-    [command] = editor.sent("workspace/executeCommand")
-    assert command["params"]["command"] == "midfill.accepted"
-    editor.press("Escape")
-    editor.type(":w")
-    editor.press("Enter")
-    editor.until(lambda: editor.file.read_text() == VALUES + "\ntotal = sum(values)\n", "the file on disk")
-    editor.type("u")
-    editor.reads(VALUES + "\ntotal = ")
 
 
 def test_ghost_text_of_several_lines(vim):
@@ -62,62 +39,6 @@ def test_tabs_are_as_wide_as_they_will_be(vim):
     editor.press("Tab")
     editor.reads("if a:\n\tb = 1\nif b:\n\tc =\t1\n\td =\t2")
     editor.sees("if b:", "        c =     1", "        d =     2")
-
-
-def test_what_the_editor_has_closed_by_itself_is_replaced(vim):
-    area = {"after": "def area", "text": "(self):\n    return [self.w]"}
-    log = {"after": "log", "text": '("hello", name)'}
-    before = 'inoremap ( ()<C-G>U<Left>\ninoremap " ""<C-G>U<Left>'
-    editor = vim(area, log, text="", before=before).ready()
-    editor.type("idef area")
-    editor.shows("(self):\n    return [self.w]")
-    editor.type("(")
-    editor.shows("self):\n    return [self.w]")
-    editor.sees("def area(self):", "    return [self.w]")
-    assert editor.text == "def area()"
-    assert editor.place == (0, 9)
-    editor.type("se")
-    editor.shows("lf):\n    return [self.w]")
-    # Its first word leaves the bracket, its second takes it.
-    editor.press("C-Right")
-    editor.reads("def area(self)")
-    editor.press("C-Right")
-    editor.reads("def area(self):")
-    editor.sees("def area(self):", "    return [self.w]")
-    editor.press("C-Right")
-    editor.reads("def area(self):\n    return")
-    editor.press("Tab")
-    editor.reads("def area(self):\n    return [self.w]")
-    editor.press("Enter")
-    editor.type("log")
-    editor.shows('("hello", name)')
-    asked = editor.asked
-    editor.type('("')
-    editor.shows('hello", name)')
-    assert editor.asked == asked
-    editor.sees('log("hello", name)')
-    editor.until(lambda: editor.text.endswith('log("")'), "what the editor closes")
-    editor.press("Tab")
-    editor.until(lambda: editor.text.endswith('log("hello", name)'), "no closer twice")
-
-
-def test_a_word_and_a_line_are_accepted(vim):
-    editor = vim(BODY, text="").ready()
-    editor.type("idef area(self):")
-    editor.press("Enter")
-    editor.shows(BODY["text"])
-    editor.press("C-Right")
-    editor.until(lambda: editor.text.endswith("\n    width"), "the first word")
-    assert editor.ghost == " = self.w\n    return width"
-    editor.press("C-Right")
-    editor.until(lambda: editor.text.endswith("width ="), "a sign")
-    editor.press("M-Right")
-    editor.until(lambda: editor.text.endswith("width = self.w"), "the rest of the line")
-    editor.sees("    width = self.w", "    return width")
-    editor.press("M-Right")
-    editor.reads("def area(self):\n" + BODY["text"])
-    assert editor.ghost == ""
-    editor.until(lambda: editor.sent("workspace/executeCommand"), "the word that it was accepted")
 
 
 def test_typing_through_a_suggestion_shortens_it_at_once_and_asks_nobody(vim):
@@ -161,18 +82,6 @@ def test_moving_on_takes_the_request_back(vim):
     editor.press("Enter")
     editor.type("second = ")
     editor.sees("first = 1", "second = 2")
-
-
-def test_columns_behind_characters_of_many_bytes(vim):
-    editor = vim({"after": 'face = "🙂é" + ', "text": "str(é) + 1"}, text=VALUES).ready()
-    editor.type('oface = "🙂é" + ')
-    editor.shows("str(é) + 1")
-    place = editor.sent("textDocument/inlineCompletion")[-1]["params"]["position"]
-    assert place == {"line": 1, "character": len('face = "🙂é" + ') + 1}
-    editor.press("C-Right", "C-Right", "C-Right")
-    editor.until(lambda: editor.text.endswith('face = "🙂é" + str(é'), "the words")
-    editor.press("Tab")
-    editor.reads(VALUES + '\nface = "🙂é" + str(é) + 1')
 
 
 def test_the_server_has_the_buffer_s_text_whatever_changes_it(vim):
@@ -266,43 +175,6 @@ def test_two_buffers_share_a_server(vim):
     editor.until(lambda: editor.sent("textDocument/didClose"), "the end of the second document")
 
 
-def test_a_server_that_dies_is_started_again(vim):
-    editor = vim(SUM, text=VALUES).ready()
-    pid = editor.server_pid
-    type_total(editor)
-    os.kill(pid, signal.SIGKILL)
-    editor.until(lambda: editor.server_pid not in {None, pid} and editor.state == "ready", "a new server")
-    # Whoever waits with the cursor behind the text is served without a key.
-    editor.sees("total = sum(values)")
-    assert editor.messages.count("midfill: the server ended (signal kill) and is started again") == 1
-    editor.press("Tab")
-    editor.reads(VALUES + "\ntotal = sum(values)")
-    pid = editor.server_pid
-    editor.run("Midfill restart")
-    editor.until(lambda: editor.server_pid not in {None, pid} and editor.state == "ready", "another server")
-    editor.press("Enter")
-    editor.type("total = ")
-    editor.shows("sum(values)")
-    assert editor.messages.count("midfill: the server ended") == 1
-
-
-def test_a_server_that_dies_again_and_again_is_given_up(vim, tmp_path):
-    editor = vim(text="", command=["/bin/sh", "-c", f"echo start >> {tmp_path}/starts; exit 3"])
-    editor.until(lambda: editor.state == "given up", "the end of all trials")
-    assert (tmp_path / "starts").read_text().count("start") == 4
-    assert editor.messages.count("(status 3) and is started again") == 1
-    assert ":Midfill restart" in editor.messages
-
-
-def test_a_server_that_is_not_there_is_said_once(vim):
-    editor = vim(text="", command=["midfill-that-is-not-there", "serve"])
-    editor.until(lambda: editor.state == "missing", "that it is missing")
-    editor.press("Enter")
-    editor.run("edit other.py")
-    assert editor.messages.count("cannot run 'midfill-that-is-not-there'") == 1
-    assert "pip install" in editor.messages
-
-
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -394,16 +266,3 @@ def test_the_help_has_tags_for_every_option(vim):
     assert {"g:midfill_command", "g:midfill_keys"} <= {f"g:midfill_{name}" for name in options} <= tags
     assert {"midfill", ":Midfill"} <= tags
     assert all(len(line) <= 78 for line in text.splitlines())
-
-
-@pytest.mark.real
-@pytest.mark.slow
-def test_the_default_model_suggests_something(vim, model):
-    text = "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n    return"
-    settings = {"max_new_tokens": 32, "eagerness": "always"}
-    editor = vim(None, text=text, settings=settings).ready()
-    editor.type("GA ")
-    editor.until(lambda: editor.ghost, "any ghost text")
-    before, ghost = editor.text, editor.ghost
-    editor.press("Tab")
-    editor.reads(before + ghost)
