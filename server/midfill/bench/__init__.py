@@ -5,6 +5,7 @@
 - `engine`: the model alone, beside `transformers.generate` and llama.cpp (`rivals`); `shapes` makes models.
 - `replay`: a person who types (`trace`, `typist`), through the real server and, on the same keys, through
   others (`contenders`, `llama_vim`); `report` has the figures, `plot` draws them.
+- `load`: many people who type, against one engine.
 """
 
 from midfill.bench.lsp import BusyEngine, bench_lsp

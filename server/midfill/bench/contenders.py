@@ -8,22 +8,26 @@ a clock that all processes of a machine share.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from midfill.bench.figures import peak_rss_mb
 from midfill.bench.rivals import GENERATE, Rival
 from midfill.client import SERVE_COMMAND, Client, ServerError
-from midfill.documents import Change, Document, Encoding, Snapshot
-from midfill.engine import Progress
+from midfill.completer import Answer, Completer, Trigger
+from midfill.documents import Change, Document, Encoding, Point, Snapshot
+from midfill.engine import Engine, Progress
 from midfill.errors import MidfillError
-from midfill.families import FAMILIES
+from midfill.families import FAMILIES, Family
+from midfill.metrics import REQUEST, Costs, Metered
 from midfill.models.store import LocalModel
 from midfill.models.tokenizer import load_tokenizer
 from midfill.settings import Settings
+from midfill.suggestions import may_close
 
 CANCELLED = -32800
 FATES = ("accepted", "shown", "empty", "cancelled", "late", "failed")
@@ -239,7 +243,7 @@ class Midfill:
         for answer in costs["answers"]:
             if (asked := self._asked.get(answer["request"])) is not None:
                 asked.source, asked.reason = answer["source"], answer["reason"]
-        jobs = [self._job(work) for work in costs["work"]]
+        jobs = [_job(work, self._asked) for work in costs["work"]]
         self._asked.clear()
         return jobs
 
@@ -259,24 +263,6 @@ class Midfill:
                 raise MidfillError(f"The server's model has not come to rest within {_PATIENCE_S:.0f} s.")
             await asyncio.sleep(_POLL_S)
 
-    def _job(self, work: dict[str, Any]) -> Job:
-        asked = self._asked.get(work["request"])
-        return Job(
-            -1 if asked is None else asked.episode,
-            work["request"],
-            work["end"],
-            idle=work["idle"],
-            num_prompt=work["promptTokens"],
-            num_reused=work["reusedTokens"],
-            num_computed=work["computedTokens"],
-            num_generated=work["generatedTokens"],
-            num_delivered=work["deliveredTokens"],
-            first_s=work["firstTokenS"],
-            last_s=work["lastTokenS"],
-            left_s=work["leftS"],
-            freed_s=work["freedS"],
-        )
-
     def peak_rss_mb(self) -> float:
         """See `Contender.peak_rss_mb`."""
         return peak_rss_mb(self._client.process.pid)
@@ -285,6 +271,103 @@ class Midfill:
         """See `Contender.end`."""
         if self._started is not None:
             await self._started.close()
+
+
+class InProcess:
+    """Our own pipeline in this process, for one of many typists: what a server does between pipe and engine.
+
+    The engine is one for all of them and is started already. Each typist has a pipeline, as each window of an
+    editor has a server.
+
+    Args:
+        family: see `probing.identify`.
+        looks_ahead: as in a server; off to measure what requests alone cost.
+    """
+
+    name = "midfill"
+
+    def __init__(
+        self, engine: Engine, family: tuple[str, Family], settings: Settings, *, looks_ahead: bool = True
+    ) -> None:
+        self._costs = Costs()
+        self._completer = Completer(settings, looks_ahead=looks_ahead)
+        self._completer.use(Metered(engine, self._costs), family)
+        self._asked: dict[int | str | float | None, Asked] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._ids = itertools.count(1)
+        self._known = 0
+        self.answer: Answer | None = None
+        """The newest answer that was not taken back."""
+
+    async def start(self, report: Progress) -> None:
+        """See `Contender.start`: there is nothing to load."""
+
+    def open(self, document: Document) -> None:
+        """See `Contender.open`."""
+        self._document = document
+        self._completer.context.opened(document)
+        # Until something is typed, the server takes the end of the text for the place.
+        end = Point(len(document.lines) - 1, len(document.lines[-1]))
+        self._completer.rest(Snapshot(document, document.clamp(end)))
+
+    def change(self, document: Document, changes: Sequence[Change]) -> None:
+        """See `Contender.change`. One change, as a key makes it."""
+        before, self._document = self._document, document
+        change = changes[-1]
+        if may_close(change):
+            place = before.point(change.start or (0, 0), Encoding.UTF16)
+            self._completer.closing(Snapshot(before, place))
+        self._completer.context.edited(before, document)
+        self._completer.edited(document)
+        self._completer.rest(Snapshot(document, document.end_of(change, Encoding.UTF16)))
+
+    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
+        """See `Contender.ask`. A newer request takes the older one's place, as in the server."""
+        for task in self._tasks.values():
+            task.cancel()
+        asked.id = next(self._ids)
+        self._asked[asked.id] = asked
+        snapshot = Snapshot(document, document.point(position, Encoding.UTF16))
+        task = asyncio.ensure_future(self._complete(asked, snapshot))
+        self._tasks[asked.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(asked.id, None))
+        return task
+
+    async def _complete(self, asked: Asked, snapshot: Snapshot) -> None:
+        REQUEST.set(asked.id)
+        try:
+            answer = await self._completer.complete(snapshot, Trigger.AUTOMATIC)
+        except asyncio.CancelledError:
+            asked.code = CANCELLED
+            raise
+        self.answer = answer
+        asked.text, asked.source, asked.reason = answer.text, answer.source, answer.reason
+
+    def take_back(self, asked: Asked) -> None:
+        """See `Contender.take_back`."""
+        if (task := self._tasks.get(asked.id)) is not None:
+            task.cancel()
+
+    async def close(self, document: Document) -> list[Job]:
+        """See `Contender.close`. Does not wait until the engine is free, since that serves others too."""
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._completer.forget(document.uri)
+        # What is cancelled ends when the loop comes to it.
+        await asyncio.sleep(0)
+        work = self._costs.after(self._known)["work"]
+        self._known = max([self._known, *(one["number"] for one in work)])
+        jobs = [_job(one | {"end": one["end"] or "cancelled"}, self._asked) for one in work]
+        self._asked.clear()
+        return jobs
+
+    def peak_rss_mb(self) -> float:
+        """See `Contender.peak_rss_mb`: that of all typists together."""
+        return peak_rss_mb(os.getpid())
+
+    async def end(self) -> None:
+        """Drop what is computed; the engine goes on."""
+        self._completer.drop_work()
+        self._completer.context.close()
 
 
 class Generate:
@@ -403,3 +486,23 @@ def place(position: tuple[int, int] | None) -> dict[str, int]:
     """A position as LSP writes it."""
     line, character = position or (0, 0)
     return {"line": line, "character": character}
+
+
+def _job(work: dict[str, Any], asked: Mapping[Any, Asked]) -> Job:
+    """A piece of work as `metrics.Work.as_dict` tells it, and the request that began it."""
+    began = asked.get(work["request"])
+    return Job(
+        -1 if began is None else began.episode,
+        work["request"],
+        work["end"],
+        idle=work["idle"],
+        num_prompt=work["promptTokens"],
+        num_reused=work["reusedTokens"],
+        num_computed=work["computedTokens"],
+        num_generated=work["generatedTokens"],
+        num_delivered=work["deliveredTokens"],
+        first_s=work["firstTokenS"],
+        last_s=work["lastTokenS"],
+        left_s=work["leftS"],
+        freed_s=work["freedS"],
+    )

@@ -38,6 +38,7 @@ class Session:
         begun_s: `time.monotonic` of the first key of all contenders.
         startup_s: from the start of the process to a model that is loaded.
         first_suggestion_s: ... to the first suggestion, asked for then; None if none came.
+        late_s: how much later than it was due each key came. Whoever plays many typists at once must look.
     """
 
     name: str = "midfill"
@@ -51,6 +52,7 @@ class Session:
     startup_s: float = 0.0
     first_suggestion_s: float | None = None
     peak_rss_mb: float = 0.0
+    late_s: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,14 @@ class Pace:
         speed: all times are divided by it.
         limit_s: ends the typing of a contender after so many seconds, if given.
         accepts: whether right suggestions are accepted; if not, they are typed through.
+        looks_inside: whether to note which requests are inside an earlier suggestion (`Asked.inside`). It
+            costs as much as a pipeline, which is too much for many typists in one process.
     """
 
     speed: float = 1.0
     limit_s: float | None = None
     accepts: bool = True
+    looks_inside: bool = True
 
 
 async def replay(
@@ -98,7 +103,7 @@ async def replay(
                 if not _over(sessions[index], pace):
                     done = sum(session.seconds for session in sessions) / len(sessions)
                     report("typing", min(1.0, done / expected_s) if expected_s else None)
-                    await _Typing(sessions[index], contenders[index], episode, number, pace).run()
+                    await Typing(sessions[index], contenders[index], episode, number, pace).run()
         for session, contender in zip(sessions, contenders, strict=True):
             session.peak_rss_mb = contender.peak_rss_mb()
         return sessions
@@ -127,7 +132,7 @@ def _over(session: Session, pace: Pace) -> bool:
     return pace.limit_s is not None and session.seconds >= pace.limit_s
 
 
-class _Typing:
+class Typing:
     """One episode being typed for one contender."""
 
     def __init__(
@@ -139,11 +144,12 @@ class _Typing:
         self._number = number
         self._speed = pace.speed
         self._accepts = pace.accepts
+        self._looks_inside = pace.looks_inside
         self._begun_s = time.monotonic()
         left_s = None if pace.limit_s is None else pace.limit_s - session.seconds
         self._end_s = None if left_s is None else self._begun_s + left_s
-        # What the document is to become, key by key, and what it is now.
-        self._documents = episode.documents()
+        # What the document is to become, key by key, for who accepts; and what it is now.
+        self._documents = episode.documents() if pace.accepts else []
         self._document = Document.open(episode.uri, episode.language_id, 1, episode.text)
         self._index = -1
         self._due_s = self._begun_s
@@ -171,6 +177,7 @@ class _Typing:
                 break
             self._index += 1
             session.num_keys += 1
+            session.late_s.append(time.monotonic() - next_s)
             self._due_s = next_s
             self._type(episode.keys[self._index])
         self._take_back()
@@ -226,9 +233,10 @@ class _Typing:
     def _ask(self) -> None:
         """Send the request. When it is answered is noted, whatever the typist does then."""
         cursor = self._episode.keys[self._index].cursor
-        asked = Asked(self._number, time.monotonic(), inside=self._is_inside())
+        asked = Asked(self._number, time.monotonic(), inside=self._looks_inside and self._is_inside())
         self._session.requests.append(asked)
-        self._suggested.append((self._document, cursor, asked))
+        if self._looks_inside:
+            self._suggested.append((self._document, cursor, asked))
 
         def note(_: asyncio.Future[None]) -> None:
             asked.answered_s = time.monotonic()

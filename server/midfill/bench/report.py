@@ -276,7 +276,7 @@ def table(summary: dict[str, Any]) -> Any:
         grid.add_column(name)
     grid.add_column(style="dim")
     for key, label, note in _ROWS:
-        grid.add_row(label, *(_cell(key, found[key]) for found in (summary, *others.values())), note)
+        grid.add_row(label, *(cell(key, found[key]) for found in (summary, *others.values())), note)
     grid.caption = "\n".join(
         f"midfill / {name}: " + ", ".join(f"{key} {'-' if v is None else v}" for key, v in ratios.items())
         for name, ratios in summary.get("ratios", {}).items()
@@ -285,7 +285,8 @@ def table(summary: dict[str, Any]) -> Any:
     return grid
 
 
-def _cell(key: str, value: Any) -> str:
+def cell(key: str, value: Any) -> str:
+    """A figure for a person; shares as per cent."""
     if isinstance(value, dict):
         parts = (f"{name} {'-' if item is None else item}" for name, item in value.items())
         return "  ".join(parts) or "-"

@@ -1,0 +1,286 @@
+"""Many people who type, against one engine: how long they wait, what the engine is asked, where it saturates.
+
+Each typist is a pipeline of its own (`contenders.InProcess`) and plays the episodes of a trace in an order of
+its own, again and again, in real time; all share one engine. Keys come when they are due whatever the engine
+does, and suggestions are typed through, not accepted: so the load that is offered does not depend on how
+well it is served. How late the keys came is measured too, since a generator that is itself too slow
+would be taken for a slow engine.
+
+`Figures` are those of a simulation (`simulation`) just the same. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from midfill.bench.contenders import Asked, InProcess, Job
+from midfill.bench.figures import awaited, percentile, percentiles, share
+from midfill.bench.replay import Pace, Session, Typing
+from midfill.bench.report import cell
+from midfill.bench.trace import Episode
+from midfill.engine import Engine, Progress
+from midfill.families import Family
+from midfill.settings import Settings
+
+BY_MODEL = frozenset({"model", "joined"})
+_NOT_ASKED = frozenset(
+    {"mid-word", "line-tail", "empty-file", "file-excluded", "secret-in-file", "file-too-large"}
+)
+"""Reasons for which the model is not asked."""
+
+_SPREAD_S = 3.0
+_BETWEEN_S = 0.5
+_LATE_MS = 5.0
+_BUSY = 0.8
+_SERVED = 0.8
+"""Of the requests that would be answered if each typist were served as in the first run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a trace is played by many.
+
+    Attributes:
+        users: how many.
+        seconds: how long.
+        seed: who begins when, and with what.
+        warm_s: of this, so much at the start is left out: everybody is new to the engine then.
+    """
+
+    users: int
+    seconds: float
+    seed: int = 0
+    warm_s: float = 5.0
+
+    def order(self, user: int, num_episodes: int) -> tuple[float, Iterator[int]]:
+        """When a typist begins (seconds), and with which episodes it goes on, without end."""
+        chance = random.Random(f"{self.seed} {user}")  # noqa: S311 - not a secret
+        delay_s = chance.uniform(0.0, _SPREAD_S)
+
+        def numbers() -> Iterator[int]:
+            while True:
+                shuffled = list(range(num_episodes))
+                chance.shuffle(shuffled)
+                yield from shuffled
+
+        return delay_s, numbers()
+
+
+@dataclass(slots=True)
+class Played:
+    """What became of a run.
+
+    Attributes:
+        begun_s: `time.monotonic` at the start.
+        late_s: of each key; see `Session.late_s`.
+        busy_share: of a core, that this process used.
+    """
+
+    plan: Plan
+    begun_s: float
+    requests: list[Asked] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    late_s: list[float] = field(default_factory=list)
+    busy_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What all typists share: a started engine, the family of its model, settings, what is typed."""
+
+    engine: Engine
+    family: tuple[str, Family]
+    settings: Settings
+    episodes: Sequence[Episode]
+
+    def pipeline(self, *, looks_ahead: bool = True) -> InProcess:
+        """One for a typist."""
+        return InProcess(self.engine, self.family, self.settings, looks_ahead=looks_ahead)
+
+
+async def play(stage: Stage, plan: Plan, report: Progress = lambda _message, _share: None) -> Played:
+    """Let the typists of a plan type, in real time."""
+    played = Played(plan, time.monotonic())
+    cpu_s = time.process_time()
+    typists = [asyncio.ensure_future(_type(user, stage, plan, played.begun_s)) for user in range(plan.users)]
+    ticking = asyncio.ensure_future(_tick(played.begun_s, plan, report))
+    try:
+        sessions = await asyncio.gather(*typists)
+    finally:
+        for task in (*typists, ticking):
+            task.cancel()
+    for session in sessions:
+        played.requests += session.requests
+        played.jobs += session.jobs
+        played.late_s += session.late_s
+    played.busy_share = (time.process_time() - cpu_s) / (time.monotonic() - played.begun_s)
+    return played
+
+
+async def _type(user: int, stage: Stage, plan: Plan, begun_s: float) -> Session:
+    """One typist."""
+    session = Session(f"typist {user}")
+    pipeline = stage.pipeline()
+    delay_s, numbers = plan.order(user, len(stage.episodes))
+    await asyncio.sleep(max(0.0, begun_s + delay_s - time.monotonic()))
+    try:
+        for number in numbers:
+            if (left_s := begun_s + plan.seconds - time.monotonic()) <= 0:
+                break
+            pace = Pace(limit_s=session.seconds + left_s, accepts=False, looks_inside=False)
+            await Typing(session, pipeline, stage.episodes[number], number, pace).run()
+    finally:
+        await pipeline.end()
+    return session
+
+
+async def _tick(begun_s: float, plan: Plan, report: Progress) -> None:
+    while True:
+        report(f"{plan.users} typing", min(1.0, (time.monotonic() - begun_s) / plan.seconds))
+        await asyncio.sleep(0.5)
+
+
+async def sweep(stage: Stage, plans: Sequence[Plan], report: Progress) -> AsyncIterator[dict[str, Any]]:
+    """`measured` of each plan in turn. Raises `MidfillError`."""
+    for plan in plans:
+        yield measured(await play(stage, plan, report))
+        # What was taken back at the end leaves the engine.
+        await asyncio.sleep(_BETWEEN_S)
+
+
+def figures(requests: Sequence[Asked], jobs: Sequence[Job], begun_s: float, plan: Plan) -> dict[str, Any]:
+    """What a run, measured or simulated, has come to; ready for JSON.
+
+    suggestion_ms: from a request to its suggestion, of those that came before the next key.
+    model_ms: of these, those for which the model had to be asked.
+    awaited_ms: to what the model said, had nobody typed on: requests that were taken back count as longer
+        than they were (Kaplan-Meier); null where too few waited for so long.
+    requests_per_s: of the typists. engine_requests_per_s: what came of them for the engine; idle_per_s:
+        beside them, work ahead of its time.
+    answers_per_s: requests that the model had to be asked for, and that were answered before the next key.
+    """
+    from_s, to_s = begun_s + plan.warm_s, begun_s + plan.seconds
+    counted = [asked for asked in requests if from_s <= asked.asked_s < to_s]
+    shown = [asked for asked in counted if asked.fate == "shown"]
+    by_model = [asked for asked in counted if asked.fate in {"shown", "empty"} and _asks_model(asked)]
+    cut_short = [asked for asked in counted if asked.fate in {"cancelled", "late"}]
+    seconds = max(plan.seconds - plan.warm_s, 1e-9)
+    own = [job for job in jobs if job.first_s is None or from_s <= job.first_s < to_s]
+    work = [job for job in own if not job.idle]
+    told = [job for job in work if job.num_prompt and job.num_reused is not None]
+    return {
+        "users": plan.users,
+        "seconds": round(seconds, 1),
+        "requests": len(counted),
+        "suggestion_ms": percentiles([asked.waited_ms for asked in shown], 50, 95, 99),
+        "model_ms": percentiles([a.waited_ms for a in shown if a.source in BY_MODEL], 50, 95, 99),
+        "awaited_ms": awaited(
+            [asked.waited_ms for asked in by_model], [asked.waited_ms for asked in cut_short], 50, 95, 99
+        ),
+        "shown_before_next_key_share": share(len(shown), len(counted)),
+        "cancelled_share": share(len(cut_short), len(counted)),
+        "failed": sum(asked.fate == "failed" for asked in counted),
+        "requests_per_s": round(len(counted) / seconds, 2),
+        "engine_requests_per_s": round(len(work) / seconds, 2),
+        "idle_per_s": round((len(own) - len(work)) / seconds, 2),
+        "answers_per_s": round(len(by_model) / seconds, 3),
+        "prompt_tokens_reused_share": share(
+            sum(job.num_reused or 0 for job in told), sum(job.num_prompt or 0 for job in told)
+        ),
+        "samples": {
+            "suggestion_ms": len(shown),
+            "model_ms": sum(asked.source in BY_MODEL for asked in shown),
+            "awaited_ms": len(by_model),
+        },
+    }
+
+
+def _asks_model(asked: Asked) -> bool:
+    if asked.text:
+        return asked.source in BY_MODEL
+    return asked.reason not in _NOT_ASKED
+
+
+def measured(played: Played) -> dict[str, Any]:
+    """`figures`, and whether the generator itself kept up.
+
+    late_ms: how late the keys came. generator_cores: how much of a core this process used.
+    generator_kept_up: whether what was measured is the engine's doing.
+    """
+    late = [late_s * 1000 for late_s in played.late_s]
+    return figures(played.requests, played.jobs, played.begun_s, played.plan) | {
+        "late_ms": percentiles(late, 50, 95, 99),
+        "generator_cores": round(played.busy_share, 2),
+        "generator_kept_up": (percentile(late, 95) or 0.0) <= _LATE_MS and played.busy_share <= _BUSY,
+    }
+
+
+def saturation(runs: Sequence[dict[str, Any]], target_ms: float) -> dict[str, Any]:
+    """The first run that is too much, and why; runs in the order of their numbers of users.
+
+    It is too much when suggestions come too late, or when, per typist, fewer requests are answered than in
+    the first run: what comes too late is taken back by the next key, and would not count as late.
+    """
+    least = runs[0]
+    for run in runs:
+        p95 = run["suggestion_ms"]["p95"]
+        if p95 is None or p95 > target_ms:
+            found = "nothing came in time" if p95 is None else f"p95 is {p95:.0f} ms"
+            return {"users": run["users"], "why": f"{found}, the limit is {target_ms:.0f} ms"}
+        expected = least["answers_per_s"] / least["users"] * run["users"]
+        if run["answers_per_s"] < _SERVED * expected:
+            served = f"{run['answers_per_s']:.1f} of {expected:.1f} requests a second are answered in time"
+            return {"users": run["users"], "why": served}
+    return {"users": None, "why": "not reached"}
+
+
+_ROWS = (
+    ("suggestion_ms", "time to suggestion, ms", "those before the next key"),
+    ("model_ms", "... where the model ran, ms", ""),
+    ("awaited_ms", "... had nobody typed on, ms", "taken back ones count too"),
+    ("shown_before_next_key_share", "shown before the next key", "share of the requests"),
+    ("cancelled_share", "cancelled", "share of the requests"),
+    ("failed", "failed", ""),
+    ("requests_per_s", "requests a second", "of the typists"),
+    ("engine_requests_per_s", "... for the engine", ""),
+    ("idle_per_s", "... ahead of their time", "while nobody waits"),
+    ("prompt_tokens_reused_share", "prompt tokens found computed", ""),
+    ("late_ms", "keys came late by, ms", "the generator itself"),
+    ("generator_cores", "cores used by the generator", ""),
+)
+
+
+def table(result: dict[str, Any]) -> Any:
+    """The runs side by side, for a person: a rich table."""
+    from rich.table import Table  # noqa: PLC0415 - only a person needs it
+
+    runs = result["runs"]
+    grid = Table(title="{model}: {seconds:.0f} s each".format(**result), title_justify="left", box=None)
+    grid.add_column(no_wrap=True)
+    for run in runs:
+        grid.add_column(f"{run['users']} typists")
+    grid.add_column(style="dim")
+    for key, label, note in _ROWS:
+        if key in runs[0]:
+            grid.add_row(label, *(cell(key, run[key]) for run in runs), note)
+    saturates = result["saturates"]
+    lines = [
+        "saturates: " + (f"{saturates['users']} typists, " if saturates["users"] else "") + saturates["why"]
+    ]
+    lines += [
+        f"{run['users']} typists: {_TOO_SLOW}" for run in runs if not run.get("generator_kept_up", True)
+    ]
+    grid.caption = "\n".join(lines)
+    grid.caption_justify = "left"
+    return grid
+
+
+_TOO_SLOW = (
+    "the generator itself did not keep up (see the last rows), so these figures are not the engine's alone; "
+    "let several machines play fewer typists each."
+)
