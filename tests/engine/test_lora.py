@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from midfill.engine import EngineSpec
+from midfill.engine import EngineSpec, openvino_runner
 from midfill.engine.loading import load
 from midfill.engine.quantize import supported
 from midfill.engine.residents import read
@@ -25,8 +25,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]
 
-RUNNERS = ("torch", "openvino")
+RUNNERS = ("torch", "merged", "branches")
 PROMPT = list(range(40))
+
+
+@pytest.fixture(params=RUNNERS)
+def runner(request, monkeypatch):
+    """Which runner; OpenVINO's merges one or two adapters, or has them as branches."""
+    if request.param == "branches":
+        monkeypatch.setattr(openvino_runner, "_MAX_MERGED", 0)
+    return "torch" if request.param == "torch" else "openvino"
 
 
 def runner_of(model, adapter=None, **options):
@@ -47,7 +55,6 @@ def logits_of(model, ids):
         return model(torch.tensor([ids])).logits[0, -1]
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("kind", list(adapters.TARGETS))
 def test_logits_equal_peft(tmp_path, kind, runner):
     model = tiny.write_model(kind, tmp_path / "model")
@@ -82,7 +89,6 @@ def test_options_mean_what_they_mean_to_peft(tmp_path, kind, runner, options):
     assert worst(ours.probe(PROMPT, key), expected) < 1e-4
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 def test_an_expression_chooses_what_it_chooses_for_peft(tmp_path, runner):
     model = tiny.write_model("llama", tmp_path / "model")
     folder = adapters.write_adapter(model.path, tmp_path / "adapter", r".*layers\.[12]\..*(q_proj|down_proj)")
@@ -90,7 +96,6 @@ def test_an_expression_chooses_what_it_chooses_for_peft(tmp_path, runner):
     assert worst(ours.probe(PROMPT, key), logits_of(adapters.peft_model(model.path, folder), PROMPT)) < 1e-4
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 def test_a_config_for_transposed_weights_gives_the_same(tmp_path, runner):
     """GPTBigCode's layers were Conv1D once. The product is the same however the base stores its weights."""
     model = tiny.write_model("gpt_bigcode", tmp_path / "model")
@@ -101,7 +106,6 @@ def test_a_config_for_transposed_weights_gives_the_same(tmp_path, runner):
     assert worst(ours.probe(PROMPT, key), expected) < 1e-4
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("kind", ["gpt_bigcode", "llama"])
 async def test_tokens_equal_peft(tmp_path, kind, runner):
     model = tiny.write_model(kind, tmp_path / "model")
@@ -117,7 +121,6 @@ async def test_tokens_equal_peft(tmp_path, kind, runner):
         assert found == base != tiny.oracle(expected, prompt, 16, control)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("kind", list(adapters.TARGETS))
 def test_one_pass_serves_several_adapters(tmp_path, kind, runner):
     """Two adapters of different ranks and layers, and the base, in one batch."""
@@ -145,7 +148,6 @@ def test_one_pass_serves_several_adapters(tmp_path, kind, runner):
         assert choice.logprob == pytest.approx(float(expected.max()), abs=1e-4)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 def test_the_base_is_itself_again_without_adapters(tmp_path, runner):
     model = tiny.write_model("qwen2", tmp_path / "model")
     ours, _ = runner_of(model, runner=runner)
@@ -169,6 +171,32 @@ def test_an_adapter_on_an_int8_base_stays_close(tmp_path, runner):
     assert difference.norm() / expected.norm() < 0.2
 
 
+@pytest.mark.parametrize("kind", list(adapters.TARGETS))
+def test_a_merged_adapter_is_as_exact_in_int8_as_the_base_is(tmp_path, kind):
+    """Its distance from PEFT in float32 is that which rounding makes anyway, at most a third more."""
+    model = tiny.write_model(kind, tmp_path / "model")
+    folder = adapters.write_adapter(model.path, tmp_path / "adapter", adapters.TARGETS[kind])
+    ours, key = runner_of(model, folder, dtype="int8", runner="openvino")
+    references = {None: tiny.reference(model.path), key: adapters.peft_model(model.path, folder)}
+    distances = {}
+    for name, reference in references.items():
+        expected = [logits_of(reference, PROMPT[start:]) for start in range(0, 32, 2)]
+        found = [torch.from_numpy(ours.probe(PROMPT[start:], name)) for start in range(0, 32, 2)]
+        both = zip(found, expected, strict=True)
+        distances[name] = sum(float((a - b).norm() / b.norm()) for a, b in both) / len(expected)
+    assert distances[key] < distances[None] * 4 / 3
+
+
+def test_without_memory_to_merge_there_are_branches(tmp_path, monkeypatch):
+    model = tiny.write_model("qwen2", tmp_path / "model")
+    folder = adapters.write_adapter(model.path, tmp_path / "adapter", adapters.TARGETS["qwen2"])
+    monkeypatch.setattr(openvino_runner, "_MERGING_MEMORY", 1 << 50)
+    ours, key = runner_of(model, folder, runner="openvino")
+    assert len({*ours._programs.values()}) == 1
+    expected = logits_of(adapters.peft_model(model.path, folder), PROMPT)
+    assert worst(ours.probe(PROMPT, key), expected) < 1e-4
+
+
 @pytest.fixture
 def model(tmp_path):
     return tiny.write_model("qwen2", tmp_path / "model")
@@ -179,7 +207,6 @@ def adapter(tmp_path, model):
     return adapters.write_adapter(model.path, tmp_path / "adapter", ["q_proj", "v_proj", "down_proj"])
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 def test_what_does_not_fit_is_refused(adapter, tmp_path, runner):
     for kind, changes in (("qwen2", {"hidden_size": 32}), ("gpt_bigcode", {})):
         other = tiny.write_model(kind, tmp_path / kind, **changes)
@@ -187,7 +214,6 @@ def test_what_does_not_fit_is_refused(adapter, tmp_path, runner):
             runner_of(other, adapter, runner=runner)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 def test_a_wrongly_keyed_adapter_is_refused_though_peft_only_warns(adapter, model, runner):
     file = adapter / "adapter_model.safetensors"
     tensors = {
@@ -199,7 +225,6 @@ def test_a_wrongly_keyed_adapter_is_refused_though_peft_only_warns(adapter, mode
         runner_of(model, adapter, runner=runner)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 def test_the_canary(adapter, model, runner):
     """Values that are finite themselves, and overflow in the products."""
     file = adapter / "adapter_model.safetensors"
@@ -212,7 +237,6 @@ def test_the_canary(adapter, model, runner):
         runner_of(model, adapter, runner=runner)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
 def test_a_new_adapter_is_the_base(tmp_path, model, runner):
     """As PEFT starts one: its upper matrices are zero."""
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")

@@ -10,9 +10,10 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from midfill.adapters.format import Adapter, Branch
 from midfill.engine import rounded
-from midfill.engine.rounded import Rounded, read_weights
-from midfill.errors import ModelError
+from midfill.engine.rounded import Rounded, read_merged, read_weights
+from midfill.errors import AdapterError, ModelError
 
 MATRIX = "model.layers.0.mlp.gate_proj.weight"
 VECTOR = "model.norm.weight"
@@ -129,3 +130,64 @@ def test_what_is_not_finite_is_refused_and_not_kept(model, kept):
     with pytest.raises(ModelError, match="not finite"):
         read(model)
     assert kept() == []
+
+
+def adapter_of(model, size, digest="a" * 64, scale=1.0):
+    """One with a branch on `MATRIX`, whose values are about `size`."""
+    outputs, inputs = load_file(model.path / "model.safetensors")[MATRIX].shape
+    numbers = np.random.default_rng(int(digest[0], 16))
+    down = numbers.standard_normal((4, inputs), np.float32) / 2
+    up = size * numbers.standard_normal((outputs, 4), np.float32)
+    branches = {MATRIX.removesuffix(".weight"): Branch(down, up, scale)}
+    return Adapter(model.path / "adapter", digest, None, 4, branches)
+
+
+def merged(model, adapter):
+    base = read_weights(model.path, exact=lambda _: False, num_threads=1, report=lambda _: None)
+    return base, read_merged(model.path, base, adapter, num_threads=1)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0])
+def test_an_adapter_is_added_before_the_weights_are_rounded(model, size):
+    """So even one whose values are far below a step of the rounded weights is not lost."""
+    adapter = adapter_of(model, size)
+    [branch] = adapter.branches.values()
+    truth = load_file(model.path / "model.safetensors")[MATRIX].numpy()
+    added = branch.up @ branch.down
+    base, found = merged(model, adapter)
+    before, after = (one.tensors[MATRIX].values * one.tensors[MATRIX].scales for one in (base, found))
+    steps = found.tensors[MATRIX].scales
+    assert np.all(np.abs(after - truth - added) <= steps / 2 * 1.001)
+    # On the whole the change is what was added. With weights that were rounded before it would be nothing.
+    share = float((added * (after - before)).sum() / (added * added).sum())
+    assert 0.6 < share < 1.4
+    assert np.abs(added).max() < (steps.min() if size < 1 else np.inf)
+
+
+def test_the_base_is_left_as_it_is(model):
+    first, _ = read(model)
+    base, found = merged(model, adapter_of(model, 0.1))
+    assert np.array_equal(base.tensors[MATRIX].values, first[MATRIX].values)
+    assert all(found.tensors[name] is base.tensors[name] for name in first if name != MATRIX)
+
+
+def test_merged_weights_are_kept_beside_those_of_the_base(model, kept):
+    _, found = merged(model, adapter_of(model, 0.1))
+    assert len(kept()) == 2
+    before = found.tensors[MATRIX].values.copy()
+    found.give_back()
+    assert np.array_equal(found.tensors[MATRIX].values, before)
+    both = kept()
+    _, again = merged(model, adapter_of(model, 0.1))
+    assert np.array_equal(again.tensors[MATRIX].values, before)
+    assert kept() == both
+    # Another adapter takes the place of this one, and the base stays.
+    _, other = merged(model, adapter_of(model, 0.1, "b" * 64))
+    assert not np.array_equal(other.tensors[MATRIX].values, before)
+    assert len(kept()) == 2
+    assert len(set(kept()) & set(both)) == 1
+
+
+def test_an_adapter_that_overflows_is_named(model):
+    with pytest.raises(AdapterError, match="not finite"):
+        merged(model, adapter_of(model, 1.0, scale=1e38))

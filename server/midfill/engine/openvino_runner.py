@@ -1,24 +1,26 @@
 """The model on a CPU, run by OpenVINO: keys and values in blocks, the forward pass, the choice of a token.
 
 Keeps the contract of `runner.Runner`, which runs the same models with torch and is its reference. All
-chunks of a step are computed in one pass. Knows arrays, slot numbers and token ids; nothing of
-threads, requests or text. Imports neither torch nor transformers. Runs on the engine thread only, but for
-`prepare`.
+chunks of a step are computed in one pass, or in one for each adapter where adapters are merged. Knows arrays,
+slot numbers and token ids; nothing of threads, requests or text. Imports neither torch nor transformers.
+Runs on the engine thread only, but for `prepare`.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from midfill.adapters.format import Adapter
 from midfill.engine.branches import Stack
 from midfill.engine.openvino_graph import Shape, build_graph, siblings, stays_exact
-from midfill.engine.rounded import Floats, Weights, read_weights
+from midfill.engine.rounded import Floats, Tensors, Weights, read_merged, read_weights
 from midfill.engine.scheduler import Choice, Chunk
 from midfill.engine.scheduler import Sequence as Tokens
 from midfill.engine.slots import NUM_SLOTS
@@ -32,6 +34,12 @@ _ACTIVATION_GROUP = 128
 
 _SPARE_SLOT = -1
 """A slot that no request ever gets."""
+
+_MAX_MERGED = 2
+"""So many adapters are merged, each into weights of its own: one in use, and one that takes its place."""
+
+_MERGING_MEMORY = 3
+"""Memory that must be free to merge an adapter, in sizes of its weights: mapped, packed, and one to spare."""
 
 
 def load(  # noqa: PLR0913 - what to load, and how
@@ -70,10 +78,10 @@ def load(  # noqa: PLR0913 - what to load, and how
     exact = stays_exact(shape) if dtype == "int8" else lambda _: True
     weights = read_weights(path, exact=exact, num_threads=num_threads, report=report)
 
-    def compile_graph(branched: frozenset[str]) -> ov.CompiledModel:
-        return ov.Core().compile_model(build_graph(shape, weights.tensors, branched), "CPU", properties)
+    def compile_graph(tensors: Tensors, branched: frozenset[str]) -> ov.CompiledModel:
+        return ov.Core().compile_model(build_graph(shape, tensors, branched), "CPU", properties)
 
-    runner = OpenVinoRunner(compile_graph, shape, weights, dtype)
+    runner = OpenVinoRunner(path, compile_graph, shape, weights, dtype)
     runner.prepare(adapters or {})()
     return runner
 
@@ -81,8 +89,10 @@ def load(  # noqa: PLR0913 - what to load, and how
 class OpenVinoRunner:
     """One model.
 
-    Adapters need another graph, which is compiled in the background when the first one is wanted: without
-    any, branches would cost time for nothing. The keys and values stay where they are.
+    One or two adapters are merged: each has a program with weights of its own, beside that of the base, and
+    a token costs what it costs without. Where there are more, or there is no memory for that, one program
+    has them all as branches. Programs are compiled in the background. The keys and values are common to all
+    of them, and stay where they are.
 
     Attributes:
         architecture: transformers' `model_type`.
@@ -100,7 +110,8 @@ class OpenVinoRunner:
 
     def __init__(
         self,
-        compile_graph: Callable[[frozenset[str]], ov.CompiledModel],
+        path: Path,
+        compile_graph: Callable[[Tensors, frozenset[str]], ov.CompiledModel],
         shape: Shape,
         weights: Weights,
         dtype: str,
@@ -109,66 +120,106 @@ class OpenVinoRunner:
         self.context = shape.context
         self.vocab_size = shape.vocab_size
         self.dtype = dtype
+        self._path = path
         self._compile = compile_graph
         self._shape = shape
         self._weights = weights
-        self._program: _Program | None = None
+        self._programs: dict[str | None, _Program] = {}
         self._stack = Stack.of({})
         self._blocks = _Blocks()
 
     def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
-        """Compute the chunks of one step in one pass; see `runner.Runner.forward`."""
+        """Compute the chunks of one step; see `runner.Runner.forward`."""
         for chunk in chunks:
             if chunk.copy_from is not None:
                 self._blocks.copy(chunk.copy_from, chunk.slot, chunk.start)
         logits = self._compute(chunks)
-        choices: list[list[Choice]] = []
-        row = 0
-        for chunk, ids in zip(chunks, allowed, strict=True):
-            if not chunk.samples:
-                choices.append([])
-                continue
-            rows = logits[row : row + 1 + chunk.num_guesses]
-            choices.append(chunk.verify(_chooser(rows, ids)))
-            row += len(rows)
-        return choices
+        return [
+            chunk.verify(_chooser(rows, ids)) if chunk.samples else []
+            for chunk, rows, ids in zip(chunks, logits, allowed, strict=True)
+        ]
 
-    def _compute(self, chunks: Sequence[Chunk]) -> Floats:
-        if self._program is None:
-            raise AssertionError("nothing was prepared")
-        return self._program.compute(chunks, self._blocks, self._stack)
+    def _compute(self, chunks: Sequence[Chunk]) -> list[Floats]:
+        """The logits that are wanted of each chunk, in one pass for all chunks of the same program."""
+        by_program: dict[_Program, list[int]] = {}
+        for number, chunk in enumerate(chunks):
+            by_program.setdefault(self._programs[chunk.sequence.key], []).append(number)
+        found: dict[int, Floats] = {}
+        for program, numbers in by_program.items():
+            logits = program.compute([chunks[number] for number in numbers], self._blocks, self._stack)
+            row = 0
+            for number in numbers:
+                count = 1 + chunks[number].num_guesses if chunks[number].samples else 0
+                found[number] = logits[row : row + count]
+                row += count
+        return [found[number] for number in range(len(chunks))]
 
     def prepare(self, adapters: Mapping[str, Adapter]) -> Callable[[], None]:
         """See `loading.Runner.prepare`. Compiling takes seconds, during which passes go on."""
         stack = Stack.of(adapters)
         siblings(self._shape, stack.layers)
-        program = self._program
-        fits = program is not None and stack.layers <= program.branched
-        if program is None or not fits or (program.branched and not adapters):
-            program = _Program(self._compile(stack.layers), stack.layers)
-        tensors = program.adapter_tensors(stack, siblings(self._shape, program.branched))
-        if program is not self._program and self._program is not None:
+        if len(adapters) <= _MAX_MERGED and self._has_memory_for(adapters):
+            programs = self._merged(adapters)
+            tensors: dict[str, ov.Tensor] = {}
+        else:
+            program = self._branched(stack)
+            programs = dict.fromkeys([None, *adapters], program)
+            tensors = program.adapter_tensors(stack, siblings(self._shape, program.branched))
+        new = set(programs.values()) - set(self._programs.values())
+        for program in new if self._programs else ():
             # The first passes pack the weights. Then the file's pages are not needed any more.
             blocks = _Blocks()
-            blocks.attach(program)
+            blocks.attach([program])
             program.take(tensors)
             for chunk in _warming(self.chunk_tokens):
                 program.compute([chunk], blocks, stack)
-            self._weights.give_back()
+            program.weights.give_back()
 
         def install() -> None:
-            program.take(tensors)
-            if program is not self._program:
-                self._blocks.attach(program)
-            self._program, self._stack = program, stack
+            for program in set(programs.values()):
+                program.take(tensors)
+            self._blocks.attach(list(set(programs.values())))
+            self._programs, self._stack = programs, stack
 
         return install
+
+    def _has_memory_for(self, adapters: Mapping[str, Adapter]) -> bool:
+        new = [adapter for key, adapter in adapters.items() if self._merged_before(key) is None]
+        needed = sum(self._weights.size_of(adapter.branches) for adapter in new) * _MERGING_MEMORY
+        return not needed or psutil.virtual_memory().available > needed
+
+    def _merged_before(self, key: str | None) -> _Program | None:
+        """The program of an adapter alone, or of the base, if it is here."""
+        program = self._programs.get(key)
+        return None if program is None or program.branched else program
+
+    def _merged(self, adapters: Mapping[str, Adapter]) -> dict[str | None, _Program]:
+        """A program without branches for the base and for each adapter."""
+        base = self._merged_before(None) or self._program(self._weights)
+        programs: dict[str | None, _Program] = {None: base}
+        for key, adapter in adapters.items():
+            if (program := self._merged_before(key)) is None:
+                # One thread: the others may be computing for somebody.
+                program = self._program(read_merged(self._path, self._weights, adapter, num_threads=1))
+            programs[key] = program
+        return programs
+
+    def _branched(self, stack: Stack) -> _Program:
+        """One program for the base and all adapters: that which is here, if it has all the branches."""
+        program = self._programs.get(None)
+        if program is not None and program.branched and stack.layers <= program.branched:
+            return program
+        return self._program(self._weights, stack.layers)
+
+    def _program(self, weights: Weights, branched: frozenset[str] = frozenset()) -> _Program:
+        return _Program(self._compile(weights.tensors, branched), weights, branched)
 
     def probe(self, tokens: list[int], key: str | None) -> Floats:
         """The logits that follow these tokens; see `loading.Runner.probe`."""
         prompt = Tokens(key, tokens)
         try:
-            logits: Floats = self._compute([Chunk(prompt, _SPARE_SLOT, 0, tokens, samples=True)])[0].copy()
+            [[last]] = self._compute([Chunk(prompt, _SPARE_SLOT, 0, tokens, samples=True)])
+            logits: Floats = last.copy()
         finally:
             self._blocks.drop(_SPARE_SLOT)
         return logits
@@ -176,9 +227,10 @@ class OpenVinoRunner:
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk of this size and a single token: the first passes are slow, whoever waits for them."""
         for chunk in _warming(num_tokens):
-            self.forward([chunk], [None])
+            for key, program in self._programs.items():
+                self.forward([replace(chunk, sequence=Tokens(key, chunk.sequence.tokens))], [None])
+                program.weights.give_back()
         self.drop([0])
-        self._weights.give_back()
 
     def capture(self, report: Callable[[float], None], limit_s: float) -> None:
         """There is nothing to capture."""
@@ -205,12 +257,14 @@ class _Program:
     """A compiled graph, its inputs, and its latest results.
 
     Attributes:
+        weights: what it was made of.
         branched: the layers that have branches.
         request: OpenVINO's.
         ports: the inputs, by name.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, branched: frozenset[str]) -> None:
+    def __init__(self, compiled: ov.CompiledModel, weights: Weights, branched: frozenset[str]) -> None:
+        self.weights = weights
         self.branched = branched
         self.request = compiled.create_infer_request()
         self.ports = {port.any_name: port for port in compiled.inputs}
@@ -286,20 +340,24 @@ class _Blocks:
     """
 
     def __init__(self) -> None:
-        self._program: _Program | None = None
+        self._programs: list[_Program] = []
         self._owned: dict[int, list[int]] = {}
         self._free: list[int] = []
         self._count = 0
         self._size = 1
         self._tensors: dict[str, ov.Tensor] = {}
 
-    def attach(self, program: _Program) -> None:
-        """Be the memory of this program, with what is in it already."""
-        self._program = program
+    def attach(self, programs: list[_Program]) -> None:
+        """Be the memory of these programs, which are of the same shape, with what is in it already."""
+        self._programs = programs
         if self._tensors:
-            program.take(self._tensors)
+            self._give()
         else:
             self._grow(_FIRST_BLOCKS)
+
+    def _give(self) -> None:
+        for program in self._programs:
+            program.take(self._tensors)
 
     def of(self, slot: int, length: int) -> list[int]:
         """The blocks with the first `length` tokens of a slot."""
@@ -329,9 +387,7 @@ class _Blocks:
         return -(-length // self._size)
 
     def _grow(self, count: int) -> None:
-        if self._program is None:
-            raise AssertionError("blocks belong to a program")
-        for name, port in self._program.ports.items():
+        for name, port in self._programs[0].ports.items():
             if "_cache." not in name:
                 continue
             # (blocks, heads, tokens of a block, width), as the device wants them.
@@ -342,7 +398,7 @@ class _Blocks:
             if name in self._tensors:
                 grown.data[: self._count] = self._tensors[name].data
             self._tensors[name] = grown
-        self._program.take(self._tensors)
+        self._give()
         self._free.extend(range(count - 1, self._count - 1, -1))
         self._count = count
 

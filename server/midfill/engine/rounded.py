@@ -1,8 +1,9 @@
 """A model's weights for OpenVINO: rounded to int8 once, then kept in the cache and mapped at every start.
 
 Mapped weights need not be in memory twice: once OpenVINO has packed them, which it does in its first pass,
-their pages are given back to the system. A folder in the cache belongs to one state of one model's files;
-it is built beside its place, renamed into it, and what it replaces is deleted.
+their pages are given back to the system. A folder in the cache belongs to one state of one model's files, or
+of those with an adapter merged into them; it is built beside its place, renamed into it, and what it
+replaces is deleted.
 
 Knows files and arrays; nothing of graphs. Imports neither torch nor transformers.
 """
@@ -10,6 +11,7 @@ Knows files and arrays; nothing of graphs. Imports neither torch nor transformer
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -17,16 +19,18 @@ import math
 import mmap
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from midfill.adapters.format import Adapter
 from midfill.engine.files import find_tensors, read_blocks, shape_of
-from midfill.errors import ModelError
+from midfill.errors import AdapterError, MidfillError, ModelError
 from midfill.models import store
 
 Floats = npt.NDArray[np.float32]
@@ -59,13 +63,19 @@ class Weights:
     """The tensors of a model, by name."""
 
     tensors: Tensors
-    _mapped: npt.NDArray[np.int8] | None = None
+    _mapped: tuple[npt.NDArray[np.int8], ...] = ()
+
+    def size_of(self, layers: Iterable[str]) -> int:
+        """The bytes of these layers' matrices."""
+        found = (self.tensors[f"{layer}.weight"] for layer in layers)
+        return sum(one.values.nbytes if isinstance(one, Rounded) else one.nbytes for one in found)
 
     def give_back(self) -> None:
-        """Let the system take the pages of the file; they come back from it when they are read again."""
-        if isinstance(self._mapped, np.memmap):
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # not on Windows
-                self._mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # noqa: SLF001 - numpy has no name for it
+        """Let the system take the pages of the files; they come back from them when they are read again."""
+        for mapped in self._mapped:
+            if isinstance(mapped, np.memmap):
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # not on Windows
+                    mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # noqa: SLF001 - numpy has no name for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +113,38 @@ def read_weights(
     if sum(map(math.prod, shapes.values())) < _WORTH_KEEPING:
         return Weights(reader.read(*_empty(places)))
     integers, floats = _kept(path, files, reader)
-    return Weights(_views(places, integers, floats), integers)
+    return Weights(_views(places, integers, floats), (integers,))
+
+
+def read_merged(path: Path, base: Weights, adapter: Adapter, *, num_threads: int) -> Weights:
+    """The tensors of a model with an adapter merged into its matrices; the others are those of `base`.
+
+    The sum is made of the model's own files and rounded once, so its error is that of any rounded model.
+    Added to weights that are rounded already, most of an adapter would be lost: what it changes of a single
+    weight is less than a step.
+
+    Args:
+        path: folder of the model.
+        base: its tensors without the adapter, which stay as they are.
+        adapter: fits the model.
+        num_threads: how many tensors are computed at a time.
+
+    Raises:
+        AdapterError: the sum is not finite.
+        ModelError: a file is missing or damaged.
+    """
+    names = {f"{layer}.weight" for layer in adapter.branches}
+    files = {name: file for name, file in find_tensors(path).items() if name in names}
+    places = _places(
+        {name: shape_of(file, name) for name, file in files.items()},
+        lambda name: not isinstance(base.tensors[name], Rounded),
+    )
+    reader = _Reader(files, places, num_threads, lambda _: None, adapter)
+    if sum(math.prod(place.shape) for place in places.values()) < _WORTH_KEEPING:
+        return Weights(base.tensors | reader.read(*_empty(places)), base._mapped)  # noqa: SLF001 - our own class
+    integers, floats = _kept(path, files, reader)
+    merged = base.tensors | _views(places, integers, floats)
+    return Weights(merged, (*base._mapped, integers))  # noqa: SLF001
 
 
 def _places(shapes: dict[str, tuple[int, ...]], exact: Callable[[str], bool]) -> dict[str, _Place]:
@@ -150,7 +191,7 @@ def _views(places: dict[str, _Place], integers: npt.NDArray[np.int8], floats: Fl
 
 
 class _Reader:
-    """Reads and rounds the tensors of a model into two arrays."""
+    """Reads and rounds the tensors of a model, with an adapter added or without, into two arrays."""
 
     def __init__(
         self,
@@ -158,9 +199,11 @@ class _Reader:
         places: dict[str, _Place],
         num_threads: int,
         report: Callable[[float], None],
+        adapter: Adapter | None = None,
     ) -> None:
         self._files = files
         self.places = places
+        self.adapter = adapter
         self._num_threads = num_threads
         self._report = report
 
@@ -186,15 +229,17 @@ class _Reader:
         shape = self.places[name].shape
         for block in read_blocks(self._files[name], name, shape, _BLOCK_ELEMENTS, framework="np"):
             values = block.astype(np.float32)
+            if self.adapter is not None:
+                self._merge(name, start, values)
             if not isinstance(target, Rounded):
                 if not np.isfinite(values).all():
-                    raise _not_finite(name)
+                    raise self._not_finite(name)
                 target[start : start + len(values)] = values
                 start += len(values)
                 continue
             extremes = np.maximum(values.max(axis=1), -values.min(axis=1))[:, None]
             if not np.isfinite(extremes).all():
-                raise _not_finite(name)
+                raise self._not_finite(name)
             scales = np.maximum(extremes / 127, np.finfo(np.float32).tiny)
             np.divide(values, scales, out=values)
             np.rint(values, out=values)
@@ -202,14 +247,25 @@ class _Reader:
             target.scales[start : start + len(values)] = scales
             start += len(values)
 
+    def _merge(self, name: str, start: int, values: Floats) -> None:
+        """Add to these rows of a matrix what the adapter does."""
+        assert self.adapter is not None  # noqa: S101 - for the type checker
+        branch = self.adapter.branches[name.removesuffix(".weight")]
+        with np.errstate(over="ignore", invalid="ignore"):  # said below, with the name
+            values += np.float32(branch.scale) * branch.up[start : start + len(values)] @ branch.down
 
-def _not_finite(name: str) -> ModelError:
-    return ModelError(f"{name} holds values that are not finite (NaN or infinity). Pull the model again.")
+    def _not_finite(self, name: str) -> MidfillError:
+        if self.adapter is not None:
+            return AdapterError(
+                f"With the adapter {self.adapter.path} {name} holds values that are not finite. "
+                "It is damaged, or was trained on another model."
+            )
+        return ModelError(f"{name} holds values that are not finite (NaN or infinity). Pull the model again.")
 
 
 def _kept(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[npt.NDArray[np.int8], Floats]:
     """The two arrays of a model, from the cache if they are there, else made and put there."""
-    owner, state = _names(path, files, reader.places)
+    owner, state = _names(path, files, reader)
     folder = store.cache_root() / "rounded"
     place = folder / f"{owner}-{state}"
     if (found := _open(place, reader.places)) is not None:
@@ -218,7 +274,7 @@ def _kept(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[npt.NDAr
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".building-", ignore_cleanup_errors=True) as new:
             _make(Path(new), reader)
-            for old in folder.glob(f"{owner}-*"):
+            for old in folder.glob(f"{glob.escape(owner)}-{'?' * len(state)}"):
                 shutil.rmtree(old, ignore_errors=True)
             with contextlib.suppress(OSError):  # another process was quicker
                 Path(new).rename(place)
@@ -231,15 +287,22 @@ def _kept(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[npt.NDAr
     return arrays
 
 
-def _names(path: Path, files: dict[str, Path], places: dict[str, _Place]) -> tuple[str, str]:
-    """What a kept folder is called: whose it is, and for which state of the files."""
+def _names(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[str, str]:
+    """What a kept folder is called: whose it is, and for which state of the files.
+
+    Of one model two are kept: without an adapter, and with the latest that was merged.
+    """
     resolved = path.resolve()
     stats = [(file.name, file.stat()) for file in sorted(set(files.values()))]
-    exact = [name for name, place in places.items() if not place.rounded]
-    state = [_FORMAT, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats], exact]
+    exact = [name for name, place in reader.places.items() if not place.rounded]
+    state: list[Any] = [_FORMAT, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats], exact]
+    kind = ""
+    if reader.adapter is not None:
+        state += [reader.adapter.digest, sorted(reader.places)]
+        kind = "-adapted"
     digests = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in (str(resolved), json.dumps(state)))
     owner, now = digests
-    return f"{resolved.name}-{owner}", now
+    return f"{resolved.name}-{owner}{kind}", now
 
 
 def _make(folder: Path, reader: _Reader) -> None:
