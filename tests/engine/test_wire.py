@@ -77,7 +77,7 @@ async def test_a_vocabulary_that_agrees_is_used_and_ids_are_sent(model):
         assert body["prompt"] == list(ids)
         assert body["stop_token_ids"] == [tokenizer.token_id("<|endoftext|>")]
         plus, end = tokenizer.encode("+")[0], tokenizer.token_id("<|endoftext|>")
-        tokens = {"tokens": [f"token:{plus}", f"token:{end}"], "token_logprobs": [-0.5, -0.1]}
+        tokens = {"tokens": [f"token_id:{plus}", f"token_id:{end}"], "token_logprobs": [-0.5, -0.1]}
         choice = {"text": "+", "logprobs": tokens, "finish_reason": "stop"}
         return [STREAM, chunk(event({"choices": [choice]})), chunk(event(b"[DONE]")), b"0\r\n\r\n"]
 
@@ -123,7 +123,7 @@ async def test_vllm_writes_half_a_word_anew_token_by_token(model):
         else:
             assert written == lo
             ids = ads
-        tokens = {"tokens": [f"token:{token}" for token in ids], "token_logprobs": [-0.1] * len(ids)}
+        tokens = {"tokens": [f"token_id:{token}" for token in ids], "token_logprobs": [-0.1] * len(ids)}
         choice = {"text": "?", "logprobs": tokens, "finish_reason": "length"}
         return [STREAM, chunk(event({"choices": [choice]})), b"0\r\n\r\n"]
 

@@ -225,8 +225,11 @@ def _read_openai(answer: Mapping[str, Any]) -> Piece:
 
 
 def _spelled_ids(tokens: Sequence[Any]) -> list[int]:
-    """Ids as vLLM spells them: "token:123", if it is asked to."""
-    spelled = [token[6:] for token in tokens if isinstance(token, str) and token.startswith("token:")]
+    """Ids as vLLM spells them: "token_id:123", if it is asked to."""
+    mark = "token_id:"
+    spelled = [
+        token.removeprefix(mark) for token in tokens if isinstance(token, str) and token.startswith(mark)
+    ]
     return [int(number) for number in spelled if number.isdecimal()] if len(spelled) == len(tokens) else []
 
 
