@@ -233,8 +233,10 @@ class MidfillServer(LanguageServer):
         """Use the adapters that are bound, unless the user has named one for everything."""
         settings = self.state.completer.settings
         if settings.adapter is None:
-            model = None if settings.engine_urls else await asyncio.to_thread(find_model, settings.model)
-            await self.switch.start(engine, model, [path for _, path in self._folders()])
+            name = engine.model.name if settings.engine_urls else settings.model
+            model = await asyncio.to_thread(find_model, name)
+            folders = [path for _, path in self._folders()]
+            await self.switch.start(engine, model, folders, served=bool(settings.engine_urls))
 
     def _say(self, sentence: str) -> None:
         message = types.ShowMessageParams(types.MessageType.Warning, f"midfill: {sentence}")

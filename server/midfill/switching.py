@@ -87,9 +87,15 @@ class Switch:
             return self._entries[key].name if key is not None else None
         return ", ".join(entry.name for entry in self._entries.values()) or None
 
-    async def start(self, engine: Engine, model: BaseModel | None, folders: Sequence[Path]) -> None:
-        """Begin to serve adapters from a started engine; `model` is the one on this machine that it runs."""
-        self._engine = engine if isinstance(engine, Adaptable) and model is not None else None
+    async def start(
+        self, engine: Engine, model: BaseModel | None, folders: Sequence[Path], *, served: bool = False
+    ) -> None:
+        """Begin to serve adapters from a started engine; `model` is the one on this machine that it runs.
+
+        Where it is `served` by others, that need not be here: their server says whether an adapter fits.
+        """
+        can = model is not None or served
+        self._engine = engine if can and isinstance(engine, Adaptable) else None
         self._model = model
         self._folders = tuple(folders)
         await self.update()
@@ -246,9 +252,7 @@ class Switch:
         return found
 
 
-_NOT_SERVED = (
-    "The adapters that you have chosen are not used: only a model that this server runs itself can have them."
-)
+_NOT_SERVED = "The adapters that you have chosen are not used: the engine cannot have any."
 
 
 def _sources(entries: dict[str, Entry]) -> list[AdapterSource]:

@@ -8,11 +8,24 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from midfill.cli.shared import ADAPTER, JSON, MODEL, engine_maker, read_engine, read_settings, remote_engine
-from midfill.errors import SettingsError
+from midfill.cli.shared import (
+    ADAPTER,
+    JSON,
+    MODEL,
+    adapter_folder,
+    engine_maker,
+    read_engine,
+    read_settings,
+    remote_engine,
+)
+from midfill.errors import AdapterError, SettingsError
+
+if TYPE_CHECKING:
+    from midfill.engine import AdapterSource
 
 _FILE = click.Path(path_type=Path)
 
@@ -62,6 +75,13 @@ def engine_check(url: str, key: str | None, name: str | None, as_json: bool) -> 
 @click.option("--tls-key", type=_FILE, help="Its key (PEM).")
 @click.option("--behind-proxy", is_flag=True, help="Something before it encrypts; it does not.")
 @click.option("--name", "names", multiple=True, help="A host name that it is called by; may be repeated.")
+@click.option(
+    "--with-adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME",
+    help="An adapter (its folder, or a name of `adapter list`) to offer as a model of its own as well.",
+)
 @click.option("--settings", "given", hidden=True, help="For the shared engine: settings as JSON.")
 @click.option("--detach", is_flag=True, hidden=True, help="Go on in a child process.")
 @MODEL
@@ -76,6 +96,7 @@ def engine_serve(
     tls_key: Path | None,
     behind_proxy: bool,
     names: tuple[str, ...],
+    adapters: tuple[str, ...],
     given: str | None,
     detach: bool,
     model: str | None,
@@ -91,6 +112,7 @@ def engine_serve(
     Examples:
       midfill engine serve --socket ~/.midfill.sock
       midfill engine serve --host 0.0.0.0 --name gpu-box --tokens team --tls-cert box.pem --tls-key box.key
+      midfill engine serve --tokens team --port 8765 --with-adapter ours --behind-proxy --host 10.0.0.5
       curl https://gpu-box:8765/v1/completions -H "Authorization: Bearer $TOKEN" -d '{"prompt": "x = "}'
     """
     if detach and os.fork():
@@ -123,4 +145,23 @@ def engine_serve(
     listen.check()
     make = engine_maker(script)
     exits_s = settings.engine_exit_min * 60 if socket is not None else 0.0
-    run(Host(lambda: make(settings), settings.engine_unload_min * 60, exits_s), listen)
+    unloads_s = settings.engine_unload_min * 60
+    run(Host(lambda: make(settings), unloads_s, exits_s, adapters=_sources(adapters)), listen)
+
+
+def _sources(names: tuple[str, ...]) -> tuple[AdapterSource, ...]:
+    """Adapters that users of the engine may ask for. Raises `AdapterError`."""
+    from midfill.adapters.format import digest_of
+    from midfill.adapters.registry import Registry
+    from midfill.engine import MAX_ADAPTERS, AdapterSource
+
+    if len(names) > MAX_ADAPTERS:
+        raise SettingsError(
+            f"--with-adapter is given {len(names)} times; there is room for {MAX_ADAPTERS} adapters."
+        )
+    folders = {Path(name).name: adapter_folder(name) for name in names}
+    for folder in folders.values():
+        if not folder.is_dir():
+            known = ", ".join(entry.name for entry in Registry().entries()) or "none yet"
+            raise AdapterError(f"There is no adapter {folder}: give a folder, or a name of these: {known}.")
+    return tuple(AdapterSource(digest_of(folder), name, folder) for name, folder in folders.items())

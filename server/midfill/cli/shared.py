@@ -111,7 +111,7 @@ def local_engine(settings: Settings, *, drafts: bool = True) -> Engine:
             model=_find(settings),
             device=settings.device,
             dtype=settings.dtype,
-            adapter=_adapter_folder(settings.adapter) if settings.adapter else None,
+            adapter=adapter_folder(settings.adapter) if settings.adapter else None,
             num_threads=settings.num_threads,
             runner=settings.runner,
             drafts=drafts,
@@ -119,8 +119,8 @@ def local_engine(settings: Settings, *, drafts: bool = True) -> Engine:
     )
 
 
-def _adapter_folder(name: str) -> Path:
-    """A folder, or an adapter of the registry by its name."""
+def adapter_folder(name: str) -> Path:
+    """A folder, or an adapter of the registry by its name. Raises `AdapterError`."""
     from midfill.adapters.registry import Registry, check_usable
 
     # The registry first: a folder of that name may be in whatever repository this is.

@@ -21,7 +21,8 @@ from pathlib import Path
 import httpx2
 
 from midfill import __version__
-from midfill.engine import LocalModel
+from midfill.engine import AdapterSource, LocalModel
+from midfill.engine.served import adapters
 from midfill.engine.served.breaker import Breaker
 from midfill.engine.served.recognition import Served, recognise, refusal
 from midfill.engine.served.wire import Lines, Piece, Question, WireError
@@ -99,6 +100,7 @@ class Endpoint:
         verified: whether it has been asked since the last failure: it may have another model now.
         latency_s: of a first token, lately; 0 before the first one.
         num_running: requests under way.
+        adapters: what the server calls the adapters that requests may name, by their keys.
     """
 
     def __init__(self, url: str, spec: RemoteSpec, key: str | None) -> None:
@@ -108,6 +110,7 @@ class Endpoint:
         self.verified = False
         self.latency_s = 0.0
         self.num_running = 0
+        self.adapters: dict[str, str] = {}
         self._spec = spec
         self._loading = asyncio.Lock()
         headers = {"User-Agent": f"midfill/{__version__}"}
@@ -158,6 +161,17 @@ class Endpoint:
                 self.served = known = found
             self.verified = True
             return known
+
+    async def find_adapter(self, source: AdapterSource) -> str:
+        """What the server calls an adapter; see `adapters.find`. Raises `EngineError`, `AdapterError`."""
+        if self.served is None:
+            raise EngineUnavailableError(f"{self.place} has not been recognised yet.")
+        try:
+            return await adapters.find(self.client, self.served, source, near=is_loopback(self.url))
+        except httpx2.TransportError as error:
+            raise EngineUnavailableError(self.explain(error)) from None
+        except (TimeoutError, WireError):
+            raise EngineUnavailableError(f"{self.place} does not say which adapters it has.") from None
 
     def explain(self, error: httpx2.TransportError) -> str:
         """What a failed connection means, a sentence. Without the library's own words, which change."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 
-from midfill.engine import Engine, ModelInfo, Progress, Request, Token
+from midfill.engine import Adaptable, AdapterSource, Engine, ModelInfo, Progress, Request, Token
 from midfill.engine.served.recognition import vocabulary_of
 from midfill.errors import EngineUnavailableError, MidfillError
 
@@ -39,6 +39,7 @@ class FallbackEngine:
         self._failure: str | None = None  # why the second is of no use
         self._task: asyncio.Task[None] | None = None
         self._model: ModelInfo | None = None
+        self._adapters: tuple[AdapterSource, ...] = ()
 
     @property
     def model(self) -> ModelInfo:
@@ -95,6 +96,13 @@ class FallbackEngine:
         if engine is not None:
             engine.prewarm(tokens, adapter)
 
+    async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
+        """See `Adaptable.set_adapters`: both have them, the second as soon as it is loaded."""
+        for engine in (self._first, self._second):
+            if isinstance(engine, Adaptable):
+                await engine.set_adapters(adapters)
+        self._adapters = tuple(adapters)
+
     async def close(self) -> None:
         """See `Engine.close`."""
         if self._task is not None:
@@ -132,6 +140,8 @@ class FallbackEngine:
                     "`engine_fallback` is of no use: `model` has another vocabulary than the model there."
                 )
             else:
+                if self._adapters and isinstance(second, Adaptable):
+                    await second.set_adapters(self._adapters)
                 self._second = second
         except MidfillError as error:
             self._failure = f"The model here cannot be loaded either: {error}"

@@ -39,6 +39,7 @@ class Served:
     Attributes:
         dialect: its kind, a key of `wire.DIALECTS`.
         model: as the server calls it.
+        base: the model that it is an adapter of, else the same.
         models: all that it serves, adapters too.
         tokenizer: the model's own, or None: then it is sent text.
         catalogue_name: the model's name in our catalogue, if that is known for certain.
@@ -50,6 +51,7 @@ class Served:
 
     dialect: str
     model: str
+    base: str
     models: tuple[str, ...]
     tokenizer: Tokenizer | None
     catalogue_name: str | None
@@ -139,19 +141,22 @@ async def recognise(
         if not rows and api == "ollama":
             rows = await _ollama_models(client)
         row = _choose(client, rows, wanted, api)
+        # An adapter of vLLM is a model beside its base, which alone says what they have in common.
+        base = next((other for other in rows if other["id"] == row.get("parent")), row)
         props = await ask(client, "/props") if api == "llama.cpp" else {}
-        context = _context(row, props if isinstance(props, Mapping) else {})
+        context = _context(base, props if isinstance(props, Mapping) else {})
         own = typed(row, "midfill", Mapping, {})
     except WireError as error:
         raise EngineUnavailableError(
             f"{client.base_url.netloc.decode()} answers strangely: {error}."
         ) from None
     name = row["id"]
-    entry = catalogue.lookup(_stem(name)) or catalogue.lookup(name)
-    tokenizer, proven = await _tokenizer(client, api, name, candidates, own.get("vocabulary"))
+    entry = catalogue.lookup(_stem(base["id"])) or catalogue.lookup(base["id"])
+    tokenizer, proven = await _tokenizer(client, api, base["id"], candidates, own.get("vocabulary"))
     return Served(
         dialect=api,
         model=name,
+        base=base["id"],
         models=tuple(other["id"] for other in rows) or (name,),
         tokenizer=tokenizer,
         catalogue_name=entry.name if entry else None,
@@ -160,7 +165,7 @@ async def recognise(
         context=context,
         device=str(own.get("device") or "remote"),
         dtype=str(own.get("dtype") or "unknown"),
-        adapter=own.get("adapter"),
+        adapter=name if name != base["id"] else own.get("adapter"),
         proven=proven,
     )
 

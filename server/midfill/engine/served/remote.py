@@ -19,14 +19,30 @@ from functools import cached_property, partial
 
 import httpx2
 
-from midfill.engine import ModelInfo, Progress, Request, Stats, TextStream, Token, Tokenizer
+from midfill.engine import (
+    BASE,
+    AdapterSource,
+    ModelInfo,
+    Progress,
+    Request,
+    Stats,
+    TextStream,
+    Token,
+    Tokenizer,
+)
 from midfill.engine.healing import TokenIndex
 from midfill.engine.served.credentials import find_key
 from midfill.engine.served.endpoint import ElsewhereError, Endpoint, RemoteSpec, RequestError
 from midfill.engine.served.recognition import Served
 from midfill.engine.served.rendered import RenderedTokenizer
 from midfill.engine.served.wire import Healing, Piece, Question
-from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
+from midfill.errors import (
+    AdapterError,
+    EngineError,
+    EngineOverloadedError,
+    EngineUnavailableError,
+    MidfillError,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,6 +64,7 @@ class RemoteEngine:
         self._current: Endpoint | None = None
         self._warming: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
+        self._adapters: tuple[AdapterSource, ...] = ()
         self._closed = False
 
     @property
@@ -68,6 +85,9 @@ class RemoteEngine:
         self._endpoints = [Endpoint(url, self._spec, key) for url in self._spec.urls]
         try:
             self._model = await self._recognise(progress)
+            for endpoint in self._endpoints:
+                if endpoint.verified:
+                    await self._find_adapters(endpoint)
         except BaseException:
             await self._hang_up()
             raise
@@ -146,6 +166,35 @@ class RemoteEngine:
             self._stop_warming()
             self._warming = self._spawn(self._warm(endpoint, tuple(tokens), adapter))
 
+    async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
+        """See `Adaptable.set_adapters`: each is a model of that name on the servers.
+
+        Raises `AdapterError` if one of those that answer has it not. A server that is away is asked when it
+        comes back; until it has an adapter, its requests go to the model alone.
+        """
+        found: list[tuple[Endpoint, dict[str, str]]] = []
+        for endpoint in self._endpoints:
+            if endpoint.served is None or not endpoint.verified:
+                continue
+            try:
+                names = {one.key: await endpoint.find_adapter(one) for one in adapters}
+            except EngineError as error:
+                self._failed(endpoint, error)
+            else:
+                found.append((endpoint, names))
+        self._adapters = tuple(adapters)
+        for endpoint, names in found:
+            endpoint.adapters = names
+
+    async def _find_adapters(self, endpoint: Endpoint) -> None:
+        """After a server came back: it may have lost them. Raises `EngineError`."""
+        endpoint.adapters = {}
+        for one in self._adapters:
+            try:
+                endpoint.adapters[one.key] = await endpoint.find_adapter(one)
+            except AdapterError as error:
+                _LOG.warning("%s The model answers without it.", error)
+
     async def close(self) -> None:
         """Hang up; see `Engine.close`."""
         self._closed = True
@@ -186,6 +235,7 @@ class RemoteEngine:
         """Recognise a server that was away at the start."""
         try:
             found = await endpoint.refresh()
+            await self._find_adapters(endpoint)
         except EngineError as error:
             endpoint.breaker.fail(time.monotonic(), str(error), at_least_s=5.0)
             return
@@ -235,7 +285,9 @@ class RemoteEngine:
         """After a failure, ask whether it is the same model still."""
         try:
             await endpoint.refresh()
+            await self._find_adapters(endpoint)
         except EngineError as error:
+            endpoint.verified = False
             raise ElsewhereError(error) from None
 
     def _failed(self, endpoint: Endpoint, error: EngineError) -> None:
@@ -251,15 +303,15 @@ class RemoteEngine:
 
     async def _answer(self, endpoint: Endpoint, request: Request) -> AsyncGenerator[Token, None]:
         """Tokens of one request, begun with `starts_with` in the way that the server can."""
+        question = self._question(endpoint, request)
         served = endpoint.served
         if served is None:
-            raise ElsewhereError(EngineUnavailableError(f"{endpoint.place} has not been recognised yet."))
-        question = self._question(served, request)
+            raise AssertionError("it has been recognised")
         if served.dialect == "midfill":
             request.on_idle = partial(self._tell_idle, endpoint, question.id)
         held = request.starts_with
         if held and served.kind.healing is Healing.NONE:
-            question = self._question(served, request, (*request.tokens, *self._tokenizer.encode(held)))
+            question = self._question(endpoint, request, (*request.tokens, *self._tokenizer.encode(held)))
         elif held and served.kind.healing is Healing.TOKENS:
             chosen: list[Token] = []
             async with aclosing(self._demand(endpoint, request, chosen)) as tokens:
@@ -269,7 +321,8 @@ class RemoteEngine:
             if len(chosen) >= request.max_new_tokens or not chosen:
                 return
             question = replace(
-                self._question(served, request, ids), max_tokens=request.max_new_tokens - len(chosen)
+                self._question(endpoint, request, ids),
+                max_tokens=request.max_new_tokens - len(chosen),
             )
         elif held:
             question = replace(question, starts_with=held)
@@ -286,25 +339,33 @@ class RemoteEngine:
         self, endpoint: Endpoint, request: Request, chosen: list[Token]
     ) -> AsyncGenerator[Token, None]:
         """The tokens of `starts_with`, one request each; `chosen` gets them too, or is empty if it fails."""
-        if endpoint.served is None:
-            return
         demanded = request.starts_with.encode()
         while demanded and len(chosen) < request.max_new_tokens:
             allowed = self._index.allowed(demanded)
             ids = (*request.tokens, *(token.id for token in chosen))
             question = replace(
-                self._question(endpoint.served, request, ids), max_tokens=1, allowed_ids=tuple(allowed)
+                self._question(endpoint, request, ids),
+                max_tokens=1,
+                allowed_ids=tuple(allowed),
             )
             async with aclosing(self._tokens(endpoint, question, request)) as tokens:
                 token = await anext(tokens, None)
             if token is None:
                 chosen.clear()
                 return
+            if token.id < 0:
+                raise RequestError(
+                    f"{endpoint.place} does not tell the ids of its tokens, as vLLM does; "
+                    '`engine_api = "openai"` does without them.'
+                )
             chosen.append(token)
             yield token
             demanded = demanded[len(self._pieces[token.id]) :]
 
-    def _question(self, served: Served, request: Request, ids: Sequence[int] | None = None) -> Question:
+    def _question(self, endpoint: Endpoint, request: Request, ids: Sequence[int] | None = None) -> Question:
+        served = endpoint.served
+        if served is None:
+            raise ElsewhereError(EngineUnavailableError(f"{endpoint.place} has not been recognised yet."))
         ids = request.tokens if ids is None else ids
         prompt: Sequence[int] | str = ids
         suffix = ""
@@ -316,15 +377,22 @@ class RemoteEngine:
                 prompt, suffix = self._tokenizer.around(ids)
         return Question(
             id=uuid.uuid4().hex,
-            model=served.model,
+            model=self._model_for(endpoint, served, request.adapter),
             prompt=prompt,
             suffix=suffix,
             max_tokens=request.max_new_tokens,
             stop_ids=() if stops else tuple(sorted(request.stop_ids)),
             stops=stops,
             idle=request.idle,
-            adapter=request.adapter,
+            # Our own server on this machine knows adapters by their keys; others by names, as models.
+            adapter=request.adapter if self._spec.socket is not None else None,
         )
+
+    def _model_for(self, endpoint: Endpoint, served: Served, adapter: str | None) -> str:
+        """The model that a request names, which with an adapter is another."""
+        if adapter == BASE:
+            return served.base
+        return endpoint.adapters.get(adapter or "", served.model)
 
     @cached_property
     def _pieces(self) -> Sequence[bytes]:
@@ -366,7 +434,7 @@ class RemoteEngine:
         """Compute a prompt. Whether it works is nobody's concern."""
         if endpoint.served is None or (limit := endpoint.served.kind.warm_tokens) is None:
             return
-        question = self._question(endpoint.served, Request(tokens, limit, idle=True, adapter=adapter))
+        question = self._question(endpoint, Request(tokens, limit, idle=True, adapter=adapter))
         with suppress(EngineError, ElsewhereError):
             async with aclosing(endpoint.ask(question, self._spec.first_token_s)) as pieces:
                 async for _ in pieces:

@@ -136,6 +136,7 @@ class Host:
         unload_s: after so long without a request the model leaves memory; 0 for never.
         exit_s: after so long the process may end; 0 for never.
         on_exit: called then.
+        adapters: those that are in the model whoever asks, each a model of its own to those who do.
         vocabulary: what tells the model's vocabulary from others; made when it is loaded for the first time.
         num_ids: size of that.
         report: how loading goes.
@@ -145,6 +146,7 @@ class Host:
     unload_s: float = 0.0
     exit_s: float = 0.0
     on_exit: Callable[[], None] = lambda: None
+    adapters: tuple[AdapterSource, ...] = ()
     meters: Meters = field(default_factory=Meters)
     engine: Engine | None = None
     vocabulary: str = ""
@@ -175,8 +177,8 @@ class Host:
                 loop.call_soon_threadsafe(self._tell, message, share)
 
             await engine.start(report)
-            if isinstance(engine, Adaptable) and self._wanted:
-                await engine.set_adapters(_each_once(self._wanted))
+            if isinstance(engine, Adaptable) and (wanted := self.known_adapters):
+                await engine.set_adapters(wanted)
             self.num_ids = len(engine.model.tokenizer.vocab_bytes())
             if not self.vocabulary:
                 self.vocabulary = await asyncio.to_thread(vocabulary_of, engine.model.tokenizer)
@@ -196,7 +198,7 @@ class Host:
         async with self._adapting:
             others = {name: wanted for name, wanted in self._wanted.items() if name != client}
             wanted = others | ({client: tuple(adapters)} if adapters else {})
-            together = _each_once(wanted)
+            together = _each_once(self.adapters, wanted)
             if len(together) > MAX_ADAPTERS:
                 raise AdapterError(
                     f"All windows together want {len(together)} adapters; there is room for {MAX_ADAPTERS}."
@@ -205,6 +207,11 @@ class Host:
                 raise AdapterError("This engine has no adapters.")
             await engine.set_adapters(together)
             self._wanted = wanted
+
+    @property
+    def known_adapters(self) -> list[AdapterSource]:
+        """The adapters that are in the model, or will be once it is loaded."""
+        return _each_once(self.adapters, self._wanted)
 
     def _tell(self, message: str, share: float | None) -> None:
         self.report = {"message": message, "share": share}
@@ -276,9 +283,11 @@ class Host:
             await self._closing
 
 
-def _each_once(wanted: Mapping[str, Sequence[AdapterSource]]) -> list[AdapterSource]:
-    """The adapters that any client wants."""
-    return list({one.key: one for adapters in wanted.values() for one in adapters}.values())
+def _each_once(
+    always: Sequence[AdapterSource], wanted: Mapping[str, Sequence[AdapterSource]]
+) -> list[AdapterSource]:
+    """The adapters that are there anyway and those that any client wants."""
+    return list({one.key: one for adapters in (always, *wanted.values()) for one in adapters}.values())
 
 
 class Service:
@@ -306,12 +315,14 @@ class Service:
         )
 
     async def models(self, _: HttpRequest) -> Response:
-        """The model, and what a client of ours has to know of it."""
+        """The model, its adapters as models beside it, and what a client of ours has to know of them."""
         try:
             engine = await self.host.load()
         except MidfillError as error:
             return _error(503, error)
-        return JSONResponse({"object": "list", "data": [_describe(engine.model, self.host.vocabulary)]})
+        rows = [_describe(engine.model, self.host.vocabulary)]
+        rows += [_describe_adapter(rows[0], one) for one in self.host.known_adapters]
+        return JSONResponse({"object": "list", "data": rows})
 
     async def health(self, _: HttpRequest) -> Response:
         """Whether it lives; it loads nothing."""
@@ -363,10 +374,13 @@ class Service:
             engine = await self.host.load()
         except MidfillError as error:
             return _error(503, error)
+        adapter = asked.midfill.adapter
         if asked.model not in ("", engine.model.name):
-            return _error(
-                404, EngineError(f"There is no model {asked.model!r:.80} here, but {engine.model.name}.")
-            )
+            by_name = {one.name: one.key for one in self.host.known_adapters}
+            if asked.model not in by_name:
+                known = ", ".join([engine.model.name, *by_name])
+                return _error(404, EngineError(f"There is no model {asked.model!r:.80} here, but {known}."))
+            adapter = by_name[asked.model]
         tokens = (
             asked.prompt if isinstance(asked.prompt, list) else engine.model.tokenizer.encode(asked.prompt)
         )
@@ -375,7 +389,7 @@ class Service:
         ) is not None:
             return _error(400, EngineError(problem))
         if not asked.max_tokens:
-            engine.prewarm(tokens, asked.midfill.adapter)
+            engine.prewarm(tokens, adapter)
             self.host.touch()
             return JSONResponse({"choices": [{"text": "", "index": 0, "finish_reason": "length"}]})
         extra = asked.midfill
@@ -385,7 +399,7 @@ class Service:
             frozenset(asked.stop_token_ids),
             starts_with=extra.starts_with,
             idle=extra.idle,
-            adapter=extra.adapter,
+            adapter=adapter,
         )
         run = _Run(self.host, engine, request, asked, self._flights)
         if asked.stream:
@@ -497,6 +511,11 @@ def _describe(model: ModelInfo, vocabulary: str) -> Report:
         "max_model_len": model.context,
         "midfill": own,
     }
+
+
+def _describe_adapter(base: Report, adapter: AdapterSource) -> Report:
+    own = base["midfill"] | {"adapter": adapter.name, "adapter_digest": adapter.key}
+    return base | {"id": adapter.name, "parent": base["id"], "midfill": own}
 
 
 def _problem(tokens: list[int], max_tokens: int, context: int, num_ids: int) -> str | None:
