@@ -121,6 +121,8 @@ def test_an_adapter_that_is_really_better_is_enabled(job, good, model):
     low, high = result["interval"]
     assert 0 < low < result["nll_gain"] < high
     assert result["nll_adapter"] < result["nll_base"]
+    # It knows better where to end, and also what to write.
+    assert 0 < result["nll_gain_at_ends"] < result["nll_gain"]
     assert result["commits"] >= 20
     assert result["examples"] >= 150
     page = Path(result["report"]).read_text()
@@ -224,9 +226,11 @@ def test_commits_that_judge_again_and_again_ask_for_more(job, good, model, examp
 def test_what_has_been_judged_is_not_computed_again(job, good, model, monkeypatch):
     _, _, first = verdict(job, good, model)
 
-    real = Adapted.loss_sum
+    real = Adapted.middle_and_end
     calls = []
-    monkeypatch.setattr(Adapted, "loss_sum", lambda self, example: calls.append(1) or real(self, example))
+    monkeypatch.setattr(
+        Adapted, "middle_and_end", lambda self, example: calls.append(1) or real(self, example)
+    )
     _, _, second = verdict(job, good, model)
     assert second["nll_gain"] == first["nll_gain"]
     assert len(calls) < 10  # those that compare the adapter without strength with its base

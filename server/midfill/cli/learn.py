@@ -303,6 +303,7 @@ def _describe(result: dict[str, Any]) -> str:
             f"log-loss  {result['nll_base']:.4f} to {result['nll_adapter']:.4f} nats per token, gain "
             f"{result['nll_gain']:+.4f}{bounds}; {result['examples']} places, {result['commits']} commits"
         )
+        rows.append(f"          {result['nll_gain_at_ends']:+.4f} of the gain by knowing where to end")
     if saved := result["saved_chars"]:
         rows.append(f"saved     {saved['base']} to {saved['adapter']} characters at {saved['holes']} places")
     if result["general"] is not None:

@@ -83,6 +83,8 @@ class Measured:
         dev: log-loss per token on the dev commits by scale.
         effect: on the test commits.
         nll_base, nll_adapter: log-loss per token there.
+        gain_at_ends: the part of the gain per token that comes of knowing where the middle ends; the rest is
+            of the middle's own text.
         general: log-loss on other code, as a share of the base's.
         filling: see `Filling`.
         openings: how many adapters these test commits have judged, this one included.
@@ -95,6 +97,7 @@ class Measured:
     effect: Effect | None = None
     nll_base: float | None = None
     nll_adapter: float | None = None
+    gain_at_ends: float | None = None
     general: float | None = None
     filling: Filling | None = None
     openings: int = 1
@@ -198,6 +201,7 @@ def as_dict(measured: Measured, verdicts: Verdicts) -> dict[str, Any]:
         "examples": found.examples if found is not None else 0,
         "nll_base": measured.nll_base,
         "nll_adapter": measured.nll_adapter,
+        "nll_gain_at_ends": measured.gain_at_ends,
         "alpha": _alpha(measured.openings),
         "openings": measured.openings,
         "scale": measured.scale,
@@ -279,13 +283,14 @@ def measure_losses(  # noqa: PLR0913 - each is a different thing
     for number, example in enumerate(everything.values()):
         if example.id not in records.rows:
             with adapted.as_base():
-                base = adapted.loss_sum(example)
-            records.keep({"id": example.id, "base": base, "adapter": adapted.loss_sum(example)})
+                base = adapted.middle_and_end(example)
+            records.keep({"id": example.id, "base": base, "adapter": adapted.middle_and_end(example)})
         tell((number + 1) / len(everything))
     of_test, of_general = (
-        [(records.rows[one.id]["base"], records.rows[one.id]["adapter"]) for one in part]
+        [(sum(records.rows[one.id]["base"]), sum(records.rows[one.id]["adapter"])) for one in part]
         for part in (test, general)
     )
+    at_ends = sum(records.rows[one.id]["base"][1] - records.rows[one.id]["adapter"][1] for one in test)
     tokens = [len(example.target) for example in test]
     found = effect(
         [example.commit for example in test],
@@ -299,6 +304,7 @@ def measure_losses(  # noqa: PLR0913 - each is a different thing
         effect=found,
         nll_base=round(sum(base for base, _ in of_test) / max(1, sum(tokens)), 5),
         nll_adapter=round(sum(ours for _, ours in of_test) / max(1, sum(tokens)), 5),
+        gain_at_ends=round(at_ends / max(1, sum(tokens)), 5),
         general=round(sum(ours for _, ours in of_general) / base_general, 5) if base_general else None,
         openings=openings,
         by_commit=tuple(_by_commit(test, of_test)),

@@ -251,7 +251,11 @@ def _judge(  # noqa: PLR0913, PLR0917 - what the stages before it have made
 
 def _header(run: _Run, adapter: Path) -> dict[str, str]:
     """What kept log-losses are of; an older file of another adapter or other places is done with."""
-    header = {"eval": "adapter", "adapter": peft_format.digest_of(adapter), "data": run.examples.digest}
+    header = {
+        "eval": "adapter, middle and end",
+        "adapter": peft_format.digest_of(adapter),
+        "data": run.examples.digest,
+    }
     file = run.folder / "judged.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -134,9 +134,14 @@ class Adapted:
 
     def loss_sum(self, example: Example) -> float:
         """The sum of `losses`, as the model is now, without gradients and dropout."""
+        return sum(self.middle_and_end(example))
+
+    def middle_and_end(self, example: Example) -> tuple[float, float]:
+        """The two parts of `loss_sum`: what was written, and that it ends there."""
         self.peft.eval()
         with torch.inference_mode():
-            return float(self.losses(example).double().sum())
+            losses = self.losses(example).double()
+            return float(losses[:-1].sum()), float(losses[-1])
 
     @contextmanager
     def as_base(self) -> Iterator[None]:

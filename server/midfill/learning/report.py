@@ -91,6 +91,7 @@ def _conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{result['nll_gain']:+.4f} ({shown}, each missed in {result['alpha']:.2%})",
             )
         )
+        rows.append(("of that by knowing where to end", f"{result['nll_gain_at_ends']:+.4f}"))
     if result["openings"] > 1:
         rows.append(("adapters that these commits have judged", str(result["openings"])))
     if saved := result["saved_chars"]:
