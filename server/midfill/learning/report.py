@@ -177,6 +177,8 @@ def _pictures(result: Mapping[str, Any], measured: Measured) -> list[str]:
         )
         latency.bar_label(bars, fmt="{:.2f}", fontsize=8)
         latency.set_title("time of an answer, base = 1", fontsize=10)
+        for axes in (saved, latency):
+            axes.margins(x=0.12)  # for the numbers
         pictures.append(_picture("Suggestions", figure))
     losses = (result.get("training") or {}).get("losses")
     if losses:
