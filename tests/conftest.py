@@ -3,6 +3,10 @@ import pytest
 from midfill.models import catalogue, fetch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--vllm", action="store_true", help="run tests/real/test_vllm.py: 3.4 GB, ten minutes")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _folders_of_its_own(tmp_path_factory):
     """What tests accept does not count as the developer's opinion, and no adapter of theirs is used."""
