@@ -16,8 +16,10 @@ from midfill.completer import REASONS, Reason
 from midfill.errors import AdapterError, MidfillError
 from midfill.explanation import explain
 from midfill.messages import Command, Explain
+from midfill.progress import Progress
 from midfill.protocol import Refusal
 from midfill.switching import Asked as AskedFor
+from midfill.training import Training
 
 if TYPE_CHECKING:
     from midfill.server import MidfillServer
@@ -27,8 +29,13 @@ EXPLAIN = "midfill.explain"
 ADAPTER_LIST = "midfill.adapter.list"
 ADAPTER_USE = "midfill.adapter.use"
 ADAPTER_OFF = "midfill.adapter.off"
+ADAPTER_TRAIN = "midfill.adapter.train"
+ADAPTER_STOP = "midfill.adapter.stop"
 
 _AGREE, _REFUSE = "Use it", "Do not use it"
+
+_MINUTES = 20
+_MOST_MINUTES = 24 * 60
 
 
 class Commands:
@@ -42,7 +49,10 @@ class Commands:
             ADAPTER_LIST: self._list_adapters,
             ADAPTER_USE: self._use_adapter,
             ADAPTER_OFF: self._use_no_adapter,
+            ADAPTER_TRAIN: self._train_adapter,
+            ADAPTER_STOP: self._stop_training,
         }
+        self.training = Training(self, lambda name: server.switch.bind(name, "workspace"))
 
     @property
     def names(self) -> list[str]:
@@ -127,8 +137,8 @@ class Commands:
         uri = named or next(reversed(self._server.state.answers), None)
         explained = self.explain(Explain(uri or "", with_text=arguments[1:2] == [True]))
         what = explained["message"] or f"The last suggestion came from: {explained['source']}."
-        message = "midfill: Nothing has been asked for yet." if uri is None else f"midfill: {what}"
-        self._server.window_show_message(types.ShowMessageParams(types.MessageType.Info, message))
+        message = "Nothing has been asked for yet." if uri is None else what
+        self.say(message)
         return explained
 
     async def _list_adapters(self, _: list[Any]) -> dict[str, Any]:
@@ -175,21 +185,52 @@ class Commands:
                 raise AdapterError("The adapter is chosen by the setting `adapter`; change it there.")
             await switch.bind(name, where or "workspace")
         except MidfillError as error:
-            self._server.window_show_message(
-                types.ShowMessageParams(types.MessageType.Error, f"midfill: {error}")
-            )
+            self.say(str(error), failed=True)
             return {"running": switch.name_for(None), "error": str(error)}
         return {"running": switch.name_for(None), "error": None}
 
-    async def ask_for_adapter(self, asked: AskedFor) -> bool | None:
-        """Ask the user whether a workspace may have the adapter that its file asks for."""
-        judgement = asked.entry.judgement
-        verdict = "not judged" if judgement.verdict == "none" else f"judged {judgement.verdict}"
-        actions = [types.MessageActionItem(title) for title in (_AGREE, _REFUSE)]
-        question = (
-            f"midfill: the workspace {asked.workspace.name} asks for your adapter {asked.entry.name} "
-            f"({verdict}). Use it there?"
-        )
+    async def _train_adapter(self, arguments: list[Any]) -> dict[str, Any]:
+        """`midfill.adapter.train`: learn an adapter from the history of the workspace's first folder.
+
+        `arguments[0]` may be an object with `name` and `minutes`. Returns at once: the name, or why there is
+        nothing to wait for. The user is asked then, and told how far it is, and what has come of it.
+        """
+        wanted = arguments[0] if arguments else {}
+        if not isinstance(wanted, dict):
+            raise Refusal(types.ErrorCodes.InvalidParams, "The argument is an object: `name`, `minutes`.")
+        name, minutes = wanted.get("name"), wanted.get("minutes", _MINUTES)
+        if not isinstance(name, str | None):
+            raise Refusal(types.ErrorCodes.InvalidParams, "`name` is a string.")
+        if type(minutes) not in {int, float} or not 0 < minutes <= _MOST_MINUTES:
+            raise Refusal(types.ErrorCodes.InvalidParams, f"`minutes` is a number up to {_MOST_MINUTES}.")
+        settings = self._server.state.completer.settings
+        folder = next((path for _, path in self._server.folders()), None)
+        try:
+            job, model = await self.training.plan(folder, name, float(minutes), settings)
+        except MidfillError as error:
+            self.say(str(error), failed=True)
+            return {"name": None, "error": str(error)}
+        self._server.spawn(self.training.run(job, model, settings))
+        return {"name": job.name, "error": None}
+
+    def _stop_training(self, _: list[Any]) -> dict[str, bool]:
+        """`midfill.adapter.stop`: end the training, with a checkpoint. Whether there was one."""
+        return {"stopped": self.training.stop()}
+
+    # What `training` needs of the editor.
+
+    def say(self, sentence: str, *, failed: bool = False) -> None:
+        """Show a sentence, as an error or not."""
+        kind = types.MessageType.Error if failed else types.MessageType.Info
+        self._server.window_show_message(types.ShowMessageParams(kind, f"midfill: {sentence}"))
+
+    def progress(self, title: str, outcome: Callable[[], str], cancel: Callable[[], None]) -> Progress:
+        """See `Progress`."""
+        return Progress(self._server, title, outcome, cancel)
+
+    async def ask(self, question: str, answers: tuple[str, ...]) -> str | None:
+        """Have the user choose; None if the user does not, or the client cannot ask."""
+        actions = [types.MessageActionItem(answer) for answer in answers]
         params = types.ShowMessageRequestParams(types.MessageType.Info, question, actions)
         try:
             # The protocol gives results as they came.
@@ -197,4 +238,15 @@ class Commands:
         except Exception:  # noqa: BLE001 - a client that cannot ask has not agreed
             return None
         title = chosen.get("title") if isinstance(chosen, dict) else None
-        return {_AGREE: True, _REFUSE: False}.get(title) if isinstance(title, str) else None
+        return title if isinstance(title, str) else None
+
+    async def ask_for_adapter(self, asked: AskedFor) -> bool | None:
+        """Ask the user whether a workspace may have the adapter that its file asks for."""
+        judgement = asked.entry.judgement
+        verdict = "not judged" if judgement.verdict == "none" else f"judged {judgement.verdict}"
+        question = (
+            f"midfill: the workspace {asked.workspace.name} asks for your adapter {asked.entry.name} "
+            f"({verdict}). Use it there?"
+        )
+        chosen = await self.ask(question, (_AGREE, _REFUSE))
+        return {_AGREE: True, _REFUSE: False}.get(chosen or "")

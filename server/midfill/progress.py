@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 from lsprotocol import types
 from pygls.lsp.server import LanguageServer
@@ -17,12 +19,20 @@ class Progress(contextlib.AbstractAsyncContextManager["Callable[[str, float | No
     Args:
         server: whose client shows it.
         title: what the work is.
-        succeeded: asked at the end.
+        outcome: what is shown at the end.
+        cancel: called when the user wants it to end; None if it cannot.
     """
 
-    def __init__(self, server: LanguageServer, title: str, succeeded: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        server: LanguageServer,
+        title: str,
+        outcome: Callable[[], str],
+        cancel: Callable[[], None] | None = None,
+    ) -> None:
         self._server = server
-        self._succeeded = succeeded
+        self._outcome = outcome
+        self._cancel = cancel
         self._title = title
         self._token = f"midfill-{uuid.uuid4()}"
         self._loop = asyncio.get_running_loop()
@@ -35,10 +45,16 @@ class Progress(contextlib.AbstractAsyncContextManager["Callable[[str, float | No
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self._server.work_done_progress.create_async(self._token), timeout=1)
                 self._shown = True
-                self._server.work_done_progress.begin(
-                    self._token, types.WorkDoneProgressBegin(self._title, percentage=0)
+                begin = types.WorkDoneProgressBegin(
+                    self._title, cancellable=self._cancel is not None, percentage=0
                 )
+                self._server.work_done_progress.begin(self._token, begin)
+                self._server.work_done_progress.tokens[self._token].add_done_callback(self._cancelled)
         return self.report
+
+    def _cancelled(self, wanted: Future[Any]) -> None:
+        if wanted.cancelled() and self._cancel is not None:
+            self._cancel()
 
     def report(self, message: str, share: float | None) -> None:
         """See `midfill.engine.Progress`; may be called from any thread."""
@@ -50,5 +66,6 @@ class Progress(contextlib.AbstractAsyncContextManager["Callable[[str, float | No
 
     async def __aexit__(self, *_: object) -> None:
         if self._shown:
-            end = types.WorkDoneProgressEnd(message="ready" if self._succeeded() else "failed")
+            end = types.WorkDoneProgressEnd(message=self._outcome())
             self._server.work_done_progress.end(self._token, end)
+            self._server.work_done_progress.tokens.pop(self._token, None)

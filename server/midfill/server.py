@@ -157,15 +157,15 @@ class MidfillServer(LanguageServer):
         # What our own demo and measurements accept is no one's opinion.
         self.state.journal.counts = params.client_info is None or params.client_info.name != OWN_CLIENT
         if isinstance(params.process_id, int) and params.process_id > 0:
-            self._spawn(self.protocol.watch_parent(params.process_id))
+            self.spawn(self.protocol.watch_parent(params.process_id))
 
     def initialized(self, _: types.InitializedParams) -> None:
         """Start to load the model and to index the workspace, once."""
         if not self.state.started:
             self.state.started = True
-            self._spawn(self._load())
+            self.spawn(self._load())
             self._open_folders()
-            self._spawn(self._watch_files())
+            self.spawn(self._watch_files())
 
     async def run(self, stdin: int, stdout: int) -> int:
         """Serve until the end and free the model. Returns the exit status."""
@@ -174,6 +174,7 @@ class MidfillServer(LanguageServer):
         finally:
             for task in self.state.background:
                 task.cancel()
+            self._commands.training.stop()
             self.state.completer.drop_work()
             self.state.journal.end()
             self.state.completer.context.close()
@@ -193,14 +194,18 @@ class MidfillServer(LanguageServer):
         settings = self.state.completer.settings
         begun = time.monotonic()
         completer = self.state.completer
-        async with Progress(self, f"midfill: {settings.model}", lambda: completer.failure is None) as report:
+
+        def outcome() -> str:
+            return "ready" if completer.failure is None else "failed"
+
+        async with Progress(self, f"midfill: {settings.model}", outcome) as report:
             try:
                 engine = await asyncio.to_thread(self._make_engine, settings)
                 self.state.engine = engine
                 await asyncio.gather(engine.start(report), asyncio.to_thread(secrecy.prepare))
                 family = await identify(engine, settings.family)
                 self.state.completer.use(Metered(engine, self.state.costs), family)
-                self._spawn(self._start_adapters(engine))
+                self.spawn(self._start_adapters(engine))
                 for uri in self.state.documents:
                     self._rest(uri)
                 # What has been imported and loaded stays; a collection that walks over it would cost a
@@ -235,7 +240,7 @@ class MidfillServer(LanguageServer):
         if settings.adapter is None:
             name = engine.model.name if settings.engine_urls else settings.model
             model = await asyncio.to_thread(find_model, name)
-            folders = [path for _, path in self._folders()]
+            folders = [path for _, path in self.folders()]
             await self.switch.start(engine, model, folders, served=bool(settings.engine_urls))
 
     def _say(self, sentence: str) -> None:
@@ -250,7 +255,8 @@ class MidfillServer(LanguageServer):
         _LOG.error("%s", why)
         self.window_show_message(types.ShowMessageParams(types.MessageType.Error, f"midfill: {why}"))
 
-    def _spawn(self, coroutine: Awaitable[None]) -> None:
+    def spawn(self, coroutine: Awaitable[None]) -> None:
+        """Do something in the background, until the server ends."""
         task = asyncio.ensure_future(coroutine)
         self.state.background.add(task)
         task.add_done_callback(self.state.background.discard)
@@ -289,7 +295,7 @@ class MidfillServer(LanguageServer):
         """Files of the workspace were written, made or deleted."""
         self.state.completer.context.files_changed([change.uri for change in params.changes])
 
-    def _folders(self) -> list[tuple[str, Path]]:
+    def folders(self) -> list[tuple[str, Path]]:
         """The folders of the workspace, with their names."""
         workspace = self.protocol.workspace
         named = [(folder.name, folder.uri) for folder in workspace.folders.values()]
@@ -299,10 +305,10 @@ class MidfillServer(LanguageServer):
         return [(name, path) for name, uri in named if (path := file_of(uri)) is not None]
 
     def _open_folders(self) -> None:
-        folders = self._folders()
+        folders = self.folders()
         self.state.completer.context.open_folders(folders)
         if self.switch.started:
-            self._spawn(self.switch.open_folders([path for _, path in folders]))
+            self.spawn(self.switch.open_folders([path for _, path in folders]))
 
     async def _watch_files(self) -> None:
         """Ask the client to tell of changed files, if it can: nothing is polled."""
@@ -365,7 +371,7 @@ class MidfillServer(LanguageServer):
     def _rest(self, uri: str) -> None:
         """Let the model get ready for the place where the user last was, at first the end of the text."""
         if self.switch.is_due():
-            self._spawn(self.switch.update())
+            self.spawn(self.switch.update())
         if (document := self.state.documents.get(uri)) is not None:
             end = Point(len(document.lines) - 1, len(document.lines[-1]))
             place = document.clamp(self.state.places.get(uri, end))

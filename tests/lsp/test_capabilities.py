@@ -102,7 +102,7 @@ async def test_what_is_announced_in_detail(scripted):
     assert announced["notebookDocumentSync"] == {"notebookSelector": [{"notebook": "*"}]}
     # Editors share one server between folders only if it says this: one model in memory, not several.
     assert announced["workspace"] == {"workspaceFolders": {"supported": True, "changeNotifications": True}}
-    adapters = [f"midfill.adapter.{name}" for name in ("list", "use", "off")]
+    adapters = [f"midfill.adapter.{name}" for name in ("list", "use", "off", "train", "stop")]
     assert announced["executeCommandProvider"] == {
         "commands": ["midfill.accepted", "midfill.explain", *adapters]
     }

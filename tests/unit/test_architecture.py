@@ -37,6 +37,7 @@ LAYERS = [
         "items",
         "commands",
         "switching",
+        "training",
         "server",
         "progress",
         "client",

@@ -180,8 +180,7 @@ class Registry:
         """
         from midfill.adapters import format as peft_format  # noqa: PLC0415 - numpy, which `list` needs not
 
-        if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
-            raise AdapterError(f"{name!r} is no name for an adapter: use letters, digits, '.', '_' and '-'.")
+        check_name(name)
         layers, fingerprint = peft_format.layers_of(base.path), peft_format.fingerprint_of(base.path)
         with self._locked(), self._copied(folder) as copy:
             # Checked as it was copied: the original may change meanwhile.
@@ -296,6 +295,12 @@ class Registry:
 
 
 _STORED = ("name", "digest", "base", "fingerprint", "created", "rank", "num_parameters", "source")
+
+
+def check_name(name: str) -> None:
+    """Raise `AdapterError` if no adapter can be called so."""
+    if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
+        raise AdapterError(f"{name[:80]!r} is no name for an adapter: use letters, digits, '.', '_' and '-'.")
 
 
 def check_usable(entry: Entry) -> None:

@@ -129,16 +129,16 @@ def adapter_train(
       midfill adapter train --repo ~/src/project --name project --resume
       midfill adapter train --processes 2 --json
     """
-    from midfill.learning.worker import Job
+    from midfill.learning.worker import Job, most_threads, name_for
 
     settings = read_settings(model=model)
     job = Job(
         repo.resolve(),
-        name or _name_of(repo),
+        name or name_for(repo),
         budget,
         resume=resume,
         force=force,
-        num_threads=threads or _most_threads(),
+        num_threads=threads or most_threads(),
     )
     result = _run("train", job, settings, processes=processes)
     show(result, _describe, as_json=as_json)
@@ -163,7 +163,7 @@ def adapter_eval(name: str, repo: Path, threads: int, force: bool, model: str | 
       midfill adapter eval ./their-adapter --repo ~/src/project --json
     """
     from midfill.adapters.registry import Registry
-    from midfill.learning.worker import Job
+    from midfill.learning.worker import Job, most_threads
 
     settings = read_settings(model=model)
     registry = Registry()
@@ -174,7 +174,7 @@ def adapter_eval(name: str, repo: Path, threads: int, force: bool, model: str | 
     if force and entry is None:
         raise MidfillError("--force is recorded in the registry: import the adapter first.")
     label = entry.name if entry is not None else folder.name
-    job = Job(repo.resolve(), label, 0.0, force=force, num_threads=threads or _most_threads())
+    job = Job(repo.resolve(), label, 0.0, force=force, num_threads=threads or most_threads())
     fingerprint = entry.fingerprint if entry is not None else None
     result = _run("eval", job, settings, adapter=folder, fingerprint=fingerprint)
     if entry is not None:
@@ -321,19 +321,6 @@ def _describe(result: dict[str, Any]) -> str:
     elif result["verdict"] != "enabled":
         rows.append("It stays off.")
     return "\n".join(rows)
-
-
-def _name_of(repo: Path) -> str:
-    """A name for an adapter from a folder's."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", repo.resolve().name).strip("-._")[:64]
-    return name or "adapter"
-
-
-def _most_threads() -> int:
-    """All cores but one, which stays free for the editor and its servers."""
-    from midfill.engine.cores import num_cores
-
-    return max(1, num_cores() - 1)
 
 
 def _base(name: str) -> LocalModel:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +78,24 @@ def run_folder(name: str) -> Path:
     return data_dir() / "training" / name
 
 
+def can_resume(name: str) -> bool:
+    """Whether a training of that name has left a checkpoint."""
+    return any((run_folder(name) / folder).is_dir() for folder in ("checkpoint", "checkpoint.old"))
+
+
+def name_for(repo: Path) -> str:
+    """A name for an adapter from a folder's."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", repo.resolve().name).strip("-._")[:64]
+    return name or "adapter"
+
+
+def most_threads() -> int:
+    """All cores but one, which stays free for the editor and its servers."""
+    from midfill.engine.cores import num_cores  # noqa: PLC0415 - only where somebody trains
+
+    return max(1, num_cores() - 1)
+
+
 @contextmanager
 def started(request: Mapping[str, Any], num_processes: int = 1) -> Iterator[subprocess.Popen[bytes]]:
     """The first process for a request, its events on `stdout`; all have ended when the context has.
@@ -129,6 +148,41 @@ def events(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
         raise MidfillError(
             f"The process that trains has ended by itself (status {process.returncode}). {text}"
         )
+
+
+class Process:
+    """A job for somebody who does other things meanwhile: `run` is for a thread, `stop` for any.
+
+    Args:
+        request: see `request_of`.
+    """
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        self._request = request
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def run(self, tell: Callable[[str, float | None, str], None]) -> dict[str, Any]:
+        """The last event: {"result"}, {"error"} or {"stopped"}. Raises `MidfillError` as `events` does."""
+        last: dict[str, Any] = {"stopped": "Stopped before it began."}
+        with contextlib.ExitStack() as stack:
+            with self._lock:
+                if self._stopped:
+                    return last
+                self._process = stack.enter_context(started(self._request))
+            for event in events(self._process):
+                last = event
+                if "stage" in event:
+                    tell(event["stage"], event["share"], event["message"])
+        return last
+
+    def stop(self) -> None:
+        """End it, with a checkpoint if it has begun to learn."""
+        with self._lock:
+            self._stopped = True
+            if self._process is not None and self._process.poll() is None:
+                self._process.terminate()
 
 
 def request_of(  # noqa: PLR0913, PLR0917 - each is a different thing

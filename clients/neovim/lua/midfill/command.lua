@@ -206,6 +206,12 @@ function COMMANDS.adapter(name)
   end)
 end
 
+-- The server asks first, and then shows progress, which ends with `:Midfill train stop`.
+function COMMANDS.train(stop)
+  local command = stop == "stop" and "midfill.adapter.stop" or "midfill.adapter.train"
+  execute(command, {}, function() end)
+end
+
 function M.create()
   local names = vim.tbl_keys(COMMANDS)
   table.sort(names)
@@ -217,7 +223,7 @@ function M.create()
         ("midfill: no command %q; there are: %s"):format(name, table.concat(names, ", ")),
         vim.log.levels.ERROR
       )
-    elseif more or (argument and name ~= "model" and name ~= "adapter") then
+    elseif more or (argument and name ~= "model" and name ~= "adapter" and name ~= "train") then
       vim.notify(("midfill: too many arguments: %q"):format(call.args), vim.log.levels.ERROR)
     else
       command(argument)
