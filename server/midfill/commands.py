@@ -95,18 +95,22 @@ class Commands:
         """`midfill/status`: what runs here, for a status line.
 
         `state` is "loading", "ready" or "failed", and `message` says why it failed. `model` is the name that
-        the user chose; what only the loaded model knows is null before.
+        the user chose; what only the loaded model knows is null before. `heldOut` is the adapter that this
+        session is without, for the sake of comparison (`adapter_holdout`).
         """
         state = self._server.state
         completer = state.completer
         loaded = state.engine.model if completer.is_ready and state.engine is not None else None
+        adapter = (loaded.adapter or self._server.switch.name_for(None)) if loaded else None
+        held_out = self._server.switch.held_out
         speed = state.costs.tokens_per_second()
         return {
             "state": "failed" if completer.failure is not None else "ready" if loaded else "loading",
             "message": completer.failure,
             "enabled": completer.settings.enabled,
             "model": loaded.name if loaded else completer.settings.model,
-            "adapter": (loaded.adapter or self._server.switch.name_for(None)) if loaded else None,
+            "adapter": adapter if not held_out else None,
+            "heldOut": adapter if held_out else None,
             "device": loaded.device if loaded else None,
             "dtype": loaded.dtype if loaded else None,
             "tokensPerSecond": None if speed is None else round(speed, 1),
@@ -159,7 +163,7 @@ class Commands:
             }
             for entry in entries
         ]
-        return {"adapters": adapters, "failures": list(switch.failures)}
+        return {"adapters": adapters, "failures": list(switch.failures), "heldOut": switch.held_out}
 
     async def _use_adapter(self, arguments: list[Any]) -> dict[str, Any]:
         """`midfill.adapter.use`: the adapter that is named, in the workspace or where `arguments[1]` says.

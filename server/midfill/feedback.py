@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import hashlib
 import json
 import logging
 import os
@@ -73,17 +74,35 @@ Table = dict[str, dict[str, Counts]]
 """Counts by model and language; a model with an adapter is one of its own, see `key_of`."""
 
 _WITH = " + "
+_WITHOUT = " (held out)"
+_HELD_OUT = 0.1
 
 
-def key_of(model: str, adapter: str | None) -> str:
-    """The model's name in the table."""
-    return model if adapter is None else f"{model}{_WITH}{adapter}"
+def key_of(model: str, adapter: str | None, *, held_out: bool = False) -> str:
+    """The model's name in the table; `held_out` if it had no adapter though this one was to be used."""
+    return model if adapter is None else f"{model}{_WITH}{adapter}{_WITHOUT if held_out else ''}"
 
 
 def adapter_of(key: str) -> tuple[str, str | None]:
     """The model and the adapter that a name in the table stands for."""
     model, _, adapter = key.partition(_WITH)
     return model, adapter or None
+
+
+def is_held_out(session: str) -> bool:
+    """Whether a session is one of the tenth without adapters: by its id alone, so it stays so."""
+    return int.from_bytes(hashlib.sha256(session.encode()).digest()[:8]) < _HELD_OUT * 2**64
+
+
+def with_and_without(key: str) -> tuple[str, bool]:
+    """The key with the adapter that was to be used, and whether it was held out."""
+    return key.removesuffix(_WITHOUT), key.endswith(_WITHOUT)
+
+
+Sessions = dict[str, dict[str, Counts]]
+"""Counts by session and key, of all languages together: what two groups of sessions are compared by."""
+
+_MOST_SESSIONS = 2000
 
 
 @dataclass(slots=True, eq=False)
@@ -259,10 +278,12 @@ class Journal:
 
     Attributes:
         counts: whether anything is counted.
+        session: the id under which what adapters do is counted by session too; None if it is not.
     """
 
     def __init__(self, documents: Mapping[str, Document]) -> None:
         self.counts = False
+        self.session: str | None = None
         self._documents = documents
         self._feedback = Feedback()
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -331,7 +352,7 @@ class Journal:
         if not table:
             return
         try:
-            add(state_path(), table)
+            add(state_path(), table, self.session)
         except MidfillError as error:
             _LOG.warning("%s", error)
 
@@ -406,34 +427,51 @@ def state_path() -> Path:
 
 def read(path: Path) -> Table:
     """The counts of a file; none where there is no file. Raises `MidfillError` if it cannot be read."""
+    return _read(path)[0]
+
+
+def read_sessions(path: Path) -> Sessions:
+    """The counts by session, oldest first. Raises as `read` does."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[Table, Sessions]:
     try:
         values = json.loads(path.read_bytes())
-        return {
-            str(model): {str(language): Counts(**counts) for language, counts in table.items()}
-            for model, table in values["counts"].items()
-        }
+        counts, sessions = (
+            {
+                str(one): {str(key): Counts(**counts) for key, counts in group.items()}
+                for one, group in part.items()
+            }
+            for part in (values["counts"], values.get("sessions", {}))
+        )
     except FileNotFoundError:
-        return {}
+        return {}, {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MidfillError(
             f"Cannot read the counts in {path} ({type(error).__name__}): delete the file."
         ) from error
+    return counts, sessions
 
 
-def add(path: Path, new: Table) -> None:
+def add(path: Path, new: Table, session: str | None = None) -> None:
     """Add counts to a file that other servers write as well; it is replaced whole or not at all.
 
-    Raises `MidfillError` if that cannot be done.
+    Those of adapters are added to the session of that id too. Raises `MidfillError` if that cannot be done.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock"), timeout=_LOCK_S):
-            table = read(path)
+            table, sessions = _read(path)
             for model, languages in new.items():
                 for language, counts in languages.items():
                     table.setdefault(model, {}).setdefault(language, Counts()).add(counts)
+                    if session is not None and adapter_of(model)[1] is not None:
+                        sessions.setdefault(session, {}).setdefault(model, Counts()).add(counts)
+            latest = dict(list(sessions.items())[-_MOST_SESSIONS:])
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({"counts": as_dict(table)}, indent=1), encoding="utf-8")
+            content = {"counts": as_dict(table), "sessions": as_dict(latest)}
+            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
             partial.replace(path)
     except (OSError, Timeout) as error:
         raise MidfillError(f"Cannot write the counts to {path} ({type(error).__name__}).") from error

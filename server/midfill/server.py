@@ -238,6 +238,10 @@ class MidfillServer(LanguageServer):
         """Use the adapters that are bound, unless the user has named one for everything."""
         settings = self.state.completer.settings
         if settings.adapter is None:
+            if settings.adapter_holdout:
+                # An editor that starts its server anew may go on in the same session.
+                self.state.journal.session = session = os.environ.get("MIDFILL_SESSION") or uuid.uuid4().hex
+                self.switch.held_out = feedback.is_held_out(session)
             name = engine.model.name if settings.engine_urls else settings.model
             model = await asyncio.to_thread(find_model, name)
             folders = [path for _, path in self.folders()]
@@ -467,7 +471,7 @@ class MidfillServer(LanguageServer):
         if engine is None or not self.state.completer.settings.count_feedback:
             return None
         adapter = self.switch.name_for(snapshot.document) or engine.model.adapter
-        model = feedback.key_of(engine.model.name, adapter)
+        model = feedback.key_of(engine.model.name, adapter, held_out=self.switch.held_out)
         id_ = self.state.journal.offer(
             snapshot.document, snapshot.cursor, answer.text, model, answer.num_replaced
         )

@@ -65,6 +65,11 @@ class Settings(BaseModel):
         description="One LoRA adapter for everything, whatever `midfill adapter use` says: a folder in PEFT "
         "format, or a name of `midfill adapter list`. " + _START_ONLY,
     )
+    adapter_holdout: bool = Field(
+        default=False,
+        description="Whether one session in ten is without the adapters that `midfill adapter use` chose, "
+        "so that `midfill adapter stats` can compare. " + _START_ONLY,
+    )
     engine: str | tuple[str, ...] = Field(
         default="auto",
         description="Who runs the model: `auto` or `local` is midfill itself, `shared` one process for all "

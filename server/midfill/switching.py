@@ -46,6 +46,7 @@ class Switch:
     Attributes:
         ask: asks the user whether a workspace may have what it asks for: True, False, or None for no answer.
         failures: why adapters that are bound are not used, a sentence each.
+        held_out: this session has none of them, so that sessions can be compared; nothing is loaded.
     """
 
     def __init__(self, say: Callable[[str], None], changed: Callable[[], None]) -> None:
@@ -53,6 +54,7 @@ class Switch:
         self._changed = changed
         self.ask: Callable[[Asked], Awaitable[bool | None]] | None = None
         self.failures: tuple[str, ...] = ()
+        self.held_out = False
         self._registry = Registry()
         self._bindings = Bindings()
         self._bound = Bound()
@@ -67,6 +69,9 @@ class Switch:
 
     def adapter_of(self, document: Document) -> str | None:
         """The key of the adapter for a document; see `Request.adapter`."""
+        return None if self.held_out else self._bound_for(document)
+
+    def _bound_for(self, document: Document) -> str | None:
         digest = self._bound.resolve(file_of(document.uri), document.language_id) if self._entries else None
         return digest if digest in self._entries else None
 
@@ -78,12 +83,12 @@ class Switch:
     @property
     def in_use(self) -> list[Entry]:
         """The adapters that are in the model."""
-        return list(self._entries.values())
+        return [] if self.held_out else list(self._entries.values())
 
     def name_for(self, document: Document | None) -> str | None:
-        """The name of a document's adapter; without a document, of all that are in the model."""
+        """The name of a document's adapter, though it be held out; without a document, of all of them."""
         if document is not None:
-            key = self.adapter_of(document)
+            key = self._bound_for(document)
             return self._entries[key].name if key is not None else None
         return ", ".join(entry.name for entry in self._entries.values()) or None
 
@@ -164,6 +169,9 @@ class Switch:
         """Have these adapters in the model. Documents go over to them when all are there."""
         if self._engine is None:
             raise AssertionError("there is an engine")
+        if self.held_out:
+            self._route(bound, entries)
+            return
         both = self._entries | entries
         kept = {key: entry for key, entry in entries.items() if key in self._entries}
         if len(both) > MAX_ADAPTERS:

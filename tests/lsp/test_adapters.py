@@ -8,6 +8,7 @@ from planted_adapters import write_adapter, write_base
 
 from midfill.adapters.bindings import OFF, Bindings
 from midfill.adapters.registry import Judgement, Registry
+from midfill.feedback import is_held_out, key_of, read_sessions
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -225,3 +226,40 @@ async def test_a_workspace_that_asks_for_what_is_not_to_be_had_is_not_spoken_of(
     server = await start()
     assert await answer(server, (home / "project" / "a.py").as_uri()) == "0"
     assert not any(message.get("method") == "window/showMessageRequest" for message in server.seen)
+
+
+def session(*, held_out):
+    names = (f"session-{number}" for number in range(1000))
+    return next(name for name in names if is_held_out(name) == held_out)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+async def test_a_session_may_be_without_its_adapter_for_comparison(home, start, monkeypatch, held_out):
+    monkeypatch.setenv("MIDFILL_STATE", str(home / "state"))
+    monkeypatch.setenv("MIDFILL_SESSION", name := session(held_out=held_out))
+    Bindings().bind(digest("one"), workspace=home / "project")
+    server = await start(initializationOptions={"adapterHoldout": True})
+    uri = (home / "project" / "a.py").as_uri()
+    status = {}
+    async with asyncio.timeout(20):
+        while not (status.get("adapter") or status.get("heldOut")):
+            status = (await request(server, "midfill/status", {}))["result"]
+    assert (status["adapter"], status["heldOut"]) == ((None, "one") if held_out else ("one", None))
+    assert await answer(server, uri) == ("0" if held_out else "1")
+    listed = await command(server, "midfill.adapter.list")
+    assert listed["heldOut"] == held_out
+    assert any(one["running"] for one in listed["adapters"]) != held_out
+    server.request("end", "shutdown")
+    await server.answer("end")
+    server.notify("exit")
+    await server.status()
+    key = key_of("scripted", "one", held_out=held_out)
+    assert list(read_sessions(home / "state" / "feedback.json")[name]) == [key]
+
+
+async def test_no_session_is_held_out_unless_that_is_set(home, start, monkeypatch):
+    monkeypatch.setenv("MIDFILL_STATE", str(home / "state"))
+    monkeypatch.setenv("MIDFILL_SESSION", session(held_out=True))
+    Bindings().bind(digest("one"), workspace=home / "project")
+    server = await start()
+    await settled(server, (home / "project" / "a.py").as_uri(), "1")

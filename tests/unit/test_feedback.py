@@ -6,9 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from midfill import feedback
 from midfill.documents import Change, Document, Encoding, Point
 from midfill.errors import MidfillError
-from midfill.feedback import Counts, Feedback, add, as_dict, difference, read
+from midfill.feedback import (
+    Counts,
+    Feedback,
+    add,
+    as_dict,
+    difference,
+    is_held_out,
+    key_of,
+    read,
+    read_sessions,
+)
 
 URI = "file:///a.py"
 
@@ -236,3 +247,28 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, content):
     with pytest.raises(MidfillError, match=r"feedback\.json.*delete the file"):
         add(path, {"m": {"go": Counts(offered=1)}})
     assert path.read_text() == content
+
+
+def test_a_tenth_of_sessions_is_held_out_by_their_ids_alone():
+    held_out = [number for number in range(5000) if is_held_out(f"session-{number}")]
+    assert 400 < len(held_out) < 600
+    assert held_out == [number for number in range(5000) if is_held_out(f"session-{number}")]
+
+
+def test_counts_of_adapters_are_kept_by_session_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "_MOST_SESSIONS", 2)
+    path = tmp_path / "feedback.json"
+    mine, held = key_of("m", "mine"), key_of("m", "mine", held_out=True)
+    one = {"python": Counts(offered=3, accepted=1), "rust": Counts(offered=1)}
+    add(path, {"m": one, mine: one}, "first")
+    add(path, {held: one}, "second")
+    add(path, {mine: one}, None)
+    assert read_sessions(path) == {
+        "first": {mine: Counts(offered=4, accepted=1)},
+        "second": {held: Counts(offered=4, accepted=1)},
+    }
+    assert read(path)[mine]["python"] == Counts(offered=6, accepted=2)
+    add(path, {mine: one}, "third")
+    assert list(read_sessions(path)) == ["second", "third"]
+    assert feedback.with_and_without(held) == (mine, True)
+    assert feedback.with_and_without(mine) == (mine, False)

@@ -68,6 +68,36 @@ def test_stats_show_adapters_beside_their_base(monkeypatch, tmp_path):
     assert "mine" in run("stats").output
 
 
+def test_stats_compare_sessions_with_those_that_were_held_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
+    path, mine = feedback.state_path(), feedback.key_of("tiny", "mine")
+    for number in range(30):
+        counts = feedback.Counts(offered=20, accepted=8 + number % 3)
+        feedback.add(path, {mine: {"python": counts}}, f"a{number}")
+        counts = feedback.Counts(offered=20, accepted=4 + number % 3)
+        if number < 4:
+            feedback.add(
+                path, {feedback.key_of("tiny", "mine", held_out=True): {"python": counts}}, f"b{number}"
+            )
+    [row] = json.loads(run("stats", "--json").output)["holdout"]
+    assert (row["adapter"], row["with"]["sessions"], row["without"]["sessions"]) == ("mine", 30, 4)
+    assert row["with"]["share"] == pytest.approx(0.45)
+    low, high = row["interval"]
+    assert row["difference"] == pytest.approx(0.2125, abs=0.001)
+    assert 0 < low < row["difference"] < high
+    assert "30 sessions with it, 4 held out: 45.0% and 23.8% accepted" in run("stats").output
+
+
+def test_one_held_out_session_is_too_few(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
+    counts = {"python": feedback.Counts(offered=2, accepted=1)}
+    feedback.add(feedback.state_path(), {feedback.key_of("tiny", "mine"): counts}, "a")
+    [row] = json.loads(run("stats", "--json").output)["holdout"]
+    assert row["interval"] is None
+    assert row["without"] == {"sessions": 0, "offered": 0, "accepted": 0, "share": None}
+    assert "too few to compare" in run("stats").output
+
+
 def test_a_verdict_that_is_forced_is_shown_as_such(monkeypatch, tmp_path):
     monkeypatch.setenv("MIDFILL_DATA", str(tmp_path / "data"))
     base = write_base(tmp_path / "base")

@@ -8,6 +8,7 @@ import pytest
 
 from midfill.learning.judge import Filling, Limits, Measured, as_dict, decide
 from midfill.learning.statistics import (
+    difference,
     effect,
     more_commits,
     power,
@@ -139,3 +140,32 @@ def test_commits_that_have_judged_others_ask_for_more():
 
 def test_limits_are_the_ones_that_are_written_down():
     assert Limits() == Limits(commits=20, examples=150, general=1.02, latency=1.10, gain=0.01)
+
+
+def test_the_bounds_of_a_difference_of_shares_cover_it_where_sessions_differ():
+    """Sessions differ by more than the chance of their offers."""
+    numbers = np.random.default_rng(7)
+    covered = naive = 0
+    for _ in range(400):
+        groups = []
+        for count, mean in ((90, 0.33), (10, 0.25)):
+            shares = numbers.beta(12 * mean, 12 * (1 - mean), count)
+            offered = numbers.integers(5, 60, count)
+            groups.append(
+                [(int(numbers.binomial(n, p)), int(n)) for n, p in zip(offered, shares, strict=True)]
+            )
+        gain, low, high = difference(*groups)
+        covered += low <= 0.08 <= high
+        sums = [(sum(one for one, _ in pairs), sum(of for _, of in pairs)) for pairs in groups]
+        error = math.sqrt(sum(one * (of - one) / of**3 for one, of in sums))
+        naive += abs(gain - 0.08) <= 1.96 * error
+    assert covered / 400 > 0.91
+    # As if offers of a session had nothing in common.
+    assert naive / 400 < 0.85
+
+
+def test_too_few_sessions_are_not_compared():
+    assert difference([(1, 2), (2, 4)], [(3, 9)]) is None
+    assert difference([(1, 2), (2, 4)], [(3, 9), (0, 0)]) is None
+    assert difference([(1, 2), (2, 4)], [(3, 9), (3, 9)]) is None
+    assert difference([(1, 2), (2, 5)], [(3, 9), (1, 9)]) is not None

@@ -84,6 +84,37 @@ def effect(
     return Effect(gain, gain - reach, gain + reach, error, count, len(gains), int(total))
 
 
+def difference(
+    ours: Sequence[tuple[int, int]], theirs: Sequence[tuple[int, int]], alpha: float = ALPHA
+) -> tuple[float, float, float] | None:
+    """How far two shares lie apart, ours less theirs, with bounds that are each missed with `alpha`.
+
+    Args:
+        ours: of each session, how many there were of how many. Those of nothing do not count.
+        theirs: likewise.
+        alpha: see `effect`, whose error by clusters it is, here by sessions.
+
+    Returns:
+        The difference and its bounds, Student's with the degrees of freedom of Welch; None with fewer than
+        two sessions on a side, or where all sessions of each are alike.
+    """
+    shares = []
+    for pairs in (ours, theirs):
+        pairs = [pair for pair in pairs if pair[1]]  # noqa: PLW2901
+        if len(pairs) < 2:
+            return None
+        names = [str(number) for number in range(len(pairs))]
+        shares.append(effect(names, [one for one, _ in pairs], [of for _, of in pairs]))
+    one, other = shares
+    variance = one.error**2 + other.error**2
+    if not variance:
+        return None
+    degrees = variance**2 / (one.error**4 / (one.commits - 1) + other.error**4 / (other.commits - 1))
+    reach = student_quantile(1 - alpha, max(1, int(degrees))) * math.sqrt(variance)
+    gain = one.gain - other.gain
+    return gain, gain - reach, gain + reach
+
+
 def more_commits(found: Effect, alpha: float = ALPHA) -> int | None:
     """So many commits more would be needed to see a gain like this one; None where there is no gain."""
     if found.gain <= 0 or not math.isfinite(found.error):
