@@ -40,6 +40,30 @@ def page(status, body=b"{}", kind="application/json", **headers):
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+def tokenize(tokenizer, field):
+    """A server's `/tokenize` that has this vocabulary, sentinels included."""
+    marks = {tokenizer.decode([token]): token for token in tokenizer.control_ids}
+
+    def page_(body):
+        text, ids = body[field], []
+        while text:
+            mark = next((mark for mark in marks if text.startswith(mark)), None)
+            if mark is not None:
+                ids.append(marks[mark])
+                text = text[len(mark) :]
+            else:
+                end = min((at for mark in marks if (at := text.find(mark)) > 0), default=len(text))
+                ids += tokenizer.encode(text[:end])
+                text = text[end:]
+        return {"tokens": ids}
+
+    return page_
+
+
+def listing(owner, name="Qwen/Qwen2.5-Coder-0.5B", **more):
+    return {"object": "list", "data": [{"id": name, "owned_by": owner} | more]}
+
+
 RESET, SILENCE = "reset", "silence"
 _COMPLETIONS = ("/completions", "/completion", "/generate")
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from faulty import STREAM, Faulty, chunk, event, page, word
+from faulty import STREAM, Faulty, chunk, event, listing, page, tokenize, word
 from tiny import write_tokenizer
 
 from midfill.completer import Completer, Trigger
@@ -43,30 +43,6 @@ async def started(server, **spec):
 
 async def text_of(engine, request):
     return "".join([token.text async for token in engine.generate(request)])
-
-
-def tokenize(tokenizer, field):
-    """A server's `/tokenize` that has this vocabulary, sentinels included."""
-    marks = {tokenizer.decode([token]): token for token in tokenizer.control_ids}
-
-    def page_(body):
-        text, ids = body[field], []
-        while text:
-            mark = next((mark for mark in marks if text.startswith(mark)), None)
-            if mark is not None:
-                ids.append(marks[mark])
-                text = text[len(mark) :]
-            else:
-                end = min((at for mark in marks if (at := text.find(mark)) > 0), default=len(text))
-                ids += tokenizer.encode(text[:end])
-                text = text[end:]
-        return {"tokens": ids}
-
-    return page_
-
-
-def listing(owner, name="Qwen/Qwen2.5-Coder-0.5B", **more):
-    return {"object": "list", "data": [{"id": name, "owned_by": owner} | more]}
 
 
 async def test_a_vocabulary_that_agrees_is_used_and_ids_are_sent(model):

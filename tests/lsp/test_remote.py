@@ -10,10 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import raw
 from raw import Raw
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from faulty import GOOD, STREAM, Faulty, chunk, event, page, word
+from faulty import GOOD, STREAM, Faulty, chunk, event, listing, page, tokenize, word
+from tiny import write_model
+
+from midfill.models.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -128,6 +132,44 @@ async def test_a_server_that_is_away_is_said_once_and_found_when_it_comes(tmp_pa
             await until(server, "a + b")
         assert shown(server).count(sentence) == 1
         assert len(shown(server)) <= 3
+
+
+@pytest.mark.slow
+async def test_the_model_here_answers_while_the_server_is_away(tmp_path, monkeypatch):
+    """It dies in the middle of the session; what comes then comes from here, until it is back."""
+    monkeypatch.setattr(raw, "TIMEOUT_S", 60)
+    folder = tmp_path / "tiny-granite-code"
+    write_model("llama", folder)
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode("a + b")
+    spelled = {"tokens": [f"token_id:{token}" for token in ids], "token_logprobs": [-0.1] * len(ids)}
+    choice = {"text": "a + b", "logprobs": spelled, "finish_reason": "stop"}
+    script = [STREAM, chunk(event({"choices": [choice]})), b"0\r\n\r\n"]
+    remote = Faulty(models=listing("vllm", "granite-code"), script=script)
+    remote.pages["/tokenize"] = tokenize(tokenizer, "prompt")
+    here = {"model": str(folder), "family": "granite-code", "dtype": "float32", "runner": "torch"}
+    here |= {"engine_fallback": True, "healing": False, "max_new_tokens": 8, "deadline_s": 30.0}
+    async with remote, await serve(remote.url, tmp_path, **here) as server:
+        await server.initialize()
+        await until(server, "a + b")
+        await remote.__aexit__()
+        # The model here is loaded only now.
+        assert (await ask(server))[1] == "engine-unavailable"
+        async with asyncio.timeout(60):
+            while (found := await ask(server))[1] == "engine-unavailable":
+                pass
+        # Random weights write what they like; what counts is that they were asked.
+        for _ in range(4):
+            assert found[0] != "a + b"
+            assert found[1] not in {"engine-unavailable", "engine-error", "deadline"}
+            found = await ask(server)
+        async with remote:
+            await until(server, "a + b")
+            asked = len(remote.completions)
+            for _ in range(3):
+                assert await ask(server) == ("a + b", None)
+            assert len(remote.completions) == asked + 3
+        assert len(shown(server)) == 1, shown(server)
 
 
 async def test_an_editor_cannot_name_an_engine(tmp_path):

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import json
 import statistics
 import sys
@@ -110,13 +109,11 @@ async def ask(server, text="def add(a, b):\n    return a"):
     return waited * 1000, (await server.answer(id_ + "why"))["result"]
 
 
-async def until_loaded(server):
+async def loaded(server):
+    """Wait until the server's log says that it has its model."""
     async with asyncio.timeout(60):
-        for _ in itertools.count():
-            _, why = await ask(server)
-            if why["reason"] not in {"loading", "model-failed", "engine-unavailable"}:
-                return
-            await asyncio.sleep(0.1)
+        while b"serving" not in (line := await server.process.stderr.readline()):
+            assert line, "it ended"
 
 
 def asked_the_model(why):
@@ -131,7 +128,7 @@ def asked_the_model(why):
 @pytest.mark.slow
 async def test_ten_servers_have_one_model_and_none_disturbs_another(place):
     servers = [await place.serve() for _ in range(NUM_SERVERS)]
-    await asyncio.gather(*map(until_loaded, servers))
+    await asyncio.gather(*map(loaded, servers))
     engines = [
         process
         for process in psutil.process_iter(["cmdline"])
@@ -163,7 +160,7 @@ async def test_ten_servers_have_one_model_and_none_disturbs_another(place):
 @pytest.mark.slow
 async def test_an_engine_that_dies_is_started_anew_by_the_next_request(place):
     servers = [await place.serve(), await place.serve()]
-    await asyncio.gather(*map(until_loaded, servers))
+    await asyncio.gather(*map(loaded, servers))
     before = await place.pid()
     process = psutil.Process(before)
     process.kill()
@@ -180,21 +177,19 @@ async def test_an_engine_that_dies_is_started_anew_by_the_next_request(place):
     psutil.Process(after).kill()
     _, why = await waiting
     assert why["reason"] in {"engine-unavailable", None} or asked_the_model(why), why
-    await until_loaded(servers[0])
-    await until_loaded(servers[1])
+    answers = await asyncio.gather(*map(ask, servers))
+    assert all(asked_the_model(why) for _, why in answers), answers
     assert await place.pid() not in {before, after}
 
 
 async def why_it_failed(server, limit_s):
-    """Wait until there will be no model; gives the one message that says why."""
+    """Wait until the user is told that there will be no model; gives the sentence."""
     async with asyncio.timeout(limit_s):
-        for _ in itertools.count():
-            _, why = await ask(server)
-            if why["reason"] == "model-failed":
-                break
-            await asyncio.sleep(0.1)
-    (message,) = [m["params"]["message"] for m in server.seen if m.get("method") == "window/showMessage"]
-    return message
+        while (message := await server.receive()).get("method") != "window/showMessage":
+            pass
+    _, why = await ask(server)
+    assert why["reason"] == "model-failed"
+    return message["params"]["message"]
 
 
 async def test_a_folder_that_others_can_enter_is_not_used(place):
