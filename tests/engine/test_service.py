@@ -17,6 +17,7 @@ from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.engine.served.endpoint import RemoteSpec
 from midfill.engine.served.hosting import Listen, _Bucket, read_tokens, serve
 from midfill.engine.served.remote import RemoteEngine
+from midfill.engine.served.rendered import RenderedTokenizer
 from midfill.engine.served.service import Host
 from midfill.errors import EngineError, EngineUnavailableError, SettingsError
 
@@ -106,6 +107,46 @@ async def test_completions_in_openais_form(tmp_path):
         metrics = (await client.get("/metrics")).text
         assert 'midfill_requests_total{end="finished"} 2.0' in metrics
         assert 'midfill_tokens_total{kind="generated"} 8.0' in metrics
+
+
+async def test_sentinels_in_a_prompt_that_is_text_are_sentinels(tmp_path):
+    """Who has not the vocabulary spells them out, and breaks up what looks like one in a file's text."""
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path)), client_of(path) as client:
+        for prompt, num in (("<|fim_prefix|>a<|fim_suffix|><|fim_middle|>", 4), ("< |fim_prefix|>", 15)):
+            answer = (await client.post("/v1/completions", json={"prompt": prompt})).json()
+            assert answer["usage"]["prompt_tokens"] == num
+    async with hosted(Listen(socket=path)), engine_of(path) as engine:
+        tokenizer = engine.model.tokenizer
+        assert isinstance(tokenizer, RenderedTokenizer)
+        ids = (tokenizer.token_id("<|fim_prefix|>"), *tokenizer.encode("a <|fim_prefix|>"))
+        asked = Request(ids, 3)
+        assert "".join([token.text async for token in engine.generate(asked)]) == "hel"
+        assert asked.stats.num_reused + asked.stats.num_computed == 1 + len("a < |fim_prefix|>")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "text", "why"),
+    [
+        ("l", "he", "stop"),
+        (["x", "lo"], "hel", "stop"),
+        (["low", "lox"], "hello", "stop"),
+        ([], "hello", "stop"),
+    ],
+)
+async def test_an_answer_ends_before_a_stop(tmp_path, stream, stop, text, why):
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path)), client_of(path) as client:
+        body = {"prompt": "a", "max_tokens": 9, "stop": stop, "stream": stream, "logprobs": 1}
+        answer = await client.post("/v1/completions", json=body)
+        if stream:
+            lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+            choices = [json.loads(line)["choices"][0] for line in lines[:-1]]
+        else:
+            choices = answer.json()["choices"]
+        assert "".join(choice["text"] for choice in choices) == text
+        assert choices[-1]["finish_reason"] == why
 
 
 @pytest.mark.parametrize(

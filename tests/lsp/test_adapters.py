@@ -5,9 +5,11 @@ import json
 
 import pytest
 from planted_adapters import write_adapter, write_base
+from raw import Raw
 
 from midfill.adapters.bindings import OFF, Bindings
 from midfill.adapters.registry import Judgement, Registry
+from midfill.client import SERVE_COMMAND
 from midfill.feedback import is_held_out, key_of, read_sessions
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -263,3 +265,32 @@ async def test_no_session_is_held_out_unless_that_is_set(home, start, monkeypatc
     Bindings().bind(digest("one"), workspace=home / "project")
     server = await start()
     await settled(server, (home / "project" / "a.py").as_uri(), "1")
+
+
+@pytest.mark.slow
+async def test_an_adapter_of_the_teams_engine_is_used_where_it_is_bound(home, script):
+    """Theirs is the same as ours, by its digest; one that they have not is said, and takes nothing away."""
+    tokens = home / "tokens"
+    tokens.write_text("ada 0123456789abcdef-ada\n")
+    tokens.chmod(0o600)
+    program = [*SERVE_COMMAND[:-1], "engine", "serve", *script(*RULES), "--port", "0", "--tokens", tokens]
+    team = await asyncio.create_subprocess_exec(
+        *program, "--with-adapter", "one", stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        url = (await team.stdout.readline()).decode().strip()
+        env = {"MIDFILL_API_KEY": "0123456789abcdef-ada"}
+        Bindings().bind(digest("one"))
+        async with await Raw.start("--engine", url, env=env) as server:
+            await server.initialize()
+            await server.loaded()
+            await settled(server, (home / "project" / "a.py").as_uri(), "1")
+            Bindings().bind(digest("two"), language="rust")
+            async with asyncio.timeout(20):
+                while not (listed := await command(server, "midfill.adapter.list"))["failures"]:
+                    assert await answer(server, (home / "a.py").as_uri()) == "1"
+            assert "has not the adapter two; start it with --with-adapter two" in listed["failures"][0]
+            assert await answer(server, (home / "a.rs").as_uri(), "rust") == "1"
+    finally:
+        team.kill()
+        await team.communicate()

@@ -23,7 +23,17 @@ from midfill.cli.engine import engine
 from midfill.cli.evaluate import evaluate
 from midfill.cli.measure import bench
 from midfill.cli.model import model
-from midfill.cli.shared import ADAPTER, JSON, MODEL, SCRIPT, engine_maker, read_settings, with_progress
+from midfill.cli.shared import (
+    ADAPTER,
+    JSON,
+    MODEL,
+    SCRIPT,
+    TEST_ENGINES,
+    engine_maker,
+    read_engine,
+    read_settings,
+    with_progress,
+)
 from midfill.errors import MidfillError, SettingsError
 
 if TYPE_CHECKING:
@@ -94,6 +104,9 @@ def serve(
     gc.enable()
     _set_up_logging(log_file, log_level)
     settings = read_settings(model=model, adapter=adapter)
+    if script is not None and not script.startswith(TEST_ENGINES):
+        # The server wants to know who runs the model, not only to ask it.
+        settings, script = read_engine(settings, script), None
     tap = Recorder(record).note if record is not None else None
     status = serve_stdio(settings, engine_maker(script), tap)
     logging.shutdown()

@@ -22,6 +22,9 @@ _SHARED = (
     *("engine_unload_min", "engine_exit_min"),
 )
 
+TEST_ENGINES = ("busy:", "scripted:")
+"""What `--engine` may begin with beside the values of the setting `engine`."""
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 MODEL = click.option("--model", metavar="NAME", help="Use this model instead of the one in your settings.")
 ADAPTER = click.option(

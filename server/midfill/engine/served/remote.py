@@ -371,7 +371,7 @@ class RemoteEngine:
         suffix = ""
         stops: tuple[str, ...] = ()
         if isinstance(self._tokenizer, RenderedTokenizer):
-            prompt = self._tokenizer.render(ids, bos=served.dialect == "vllm")
+            prompt = self._tokenizer.render(ids, bos=served.kind.takes_bos)
             stops = tuple(self._tokenizer.decode([token]) for token in sorted(request.stop_ids))
             if served.kind.takes_suffix:
                 prompt, suffix = self._tokenizer.around(ids)

@@ -11,10 +11,11 @@ import asyncio
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from midfill.engine import (
     Request,
     Stats,
     Token,
+    Tokenizer,
 )
 from midfill.engine.served.recognition import vocabulary_of
 from midfill.errors import (
@@ -94,6 +96,7 @@ class Asked(BaseModel):
     temperature: float = Field(default=0.0, ge=0.0, le=0.0)
     stream: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=1)
+    stop: str | list[str] | None = Field(default=None, max_length=1000)
     stop_token_ids: list[int] = Field(default=[], max_length=1000)
     midfill: Extra = Extra()
 
@@ -382,7 +385,7 @@ class Service:
                 return _error(404, EngineError(f"There is no model {asked.model!r:.80} here, but {known}."))
             adapter = by_name[asked.model]
         tokens = (
-            asked.prompt if isinstance(asked.prompt, list) else engine.model.tokenizer.encode(asked.prompt)
+            asked.prompt if isinstance(asked.prompt, list) else _encode(engine.model.tokenizer, asked.prompt)
         )
         if (
             problem := _problem(tokens, asked.max_tokens, engine.model.context, self.host.num_ids)
@@ -416,6 +419,7 @@ class _Run:
     request: Request
     asked: Asked
     flights: dict[str, Request]
+    stopped: bool = False  # by a text of `Asked.stop`
 
     async def tokens(self) -> AsyncGenerator[Token, None]:
         """Its tokens, accounted for however it ends."""
@@ -424,7 +428,7 @@ class _Run:
         if self.asked.midfill.id:
             self.flights[self.asked.midfill.id] = self.request
         try:
-            async with aclosing(self.engine.generate(self.request)) as tokens:
+            async with aclosing(self._up_to_stop(self.engine.generate(self.request))) as tokens:
                 async for token in tokens:
                     yield token
             end = "finished"
@@ -435,6 +439,31 @@ class _Run:
             self.flights.pop(self.asked.midfill.id, None)
             self.host.leave()
             self.host.meters.account(self.request.stats, end)
+
+    async def _up_to_stop(self, source: AsyncGenerator[Token, None]) -> AsyncGenerator[Token, None]:
+        """The tokens before the first text of `Asked.stop`; what may be its beginning is held back."""
+        asked = self.asked.stop or []
+        stops = [stop for stop in ([asked] if isinstance(asked, str) else asked) if stop]
+        held: list[Token] = []
+        text = ""
+        async with aclosing(source) as tokens:
+            async for token in tokens:
+                held.append(token)
+                text += token.text
+                ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+                if ends:
+                    self.stopped = True
+                    text = text[: min(ends)]
+                    break
+                begun = max((_overlap(text, stop) for stop in stops), default=0)
+                while held and len(text) - len(held[0].text) >= begun:
+                    text = text[len(held[0].text) :]
+                    yield held.pop(0)
+        for token in held:
+            if not text:
+                break
+            yield replace(token, text=text[: len(token.text)])
+            text = text[len(token.text) :]
 
     async def events(self) -> AsyncIterator[bytes]:
         """As server-sent events."""
@@ -489,7 +518,24 @@ class _Run:
         return {"reused": stats.num_reused, "computed": stats.num_computed, "waited_s": round(waited, 4)}
 
     def _finish(self) -> str:
+        if self.stopped:
+            return "stop"
         return "length" if self.request.stats.num_generated >= self.request.max_new_tokens else "stop"
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a prompt that is text. As other servers read it, a control token that is spelled out is one."""
+    marks = {tokenizer.decode([token]): token for token in tokenizer.control_ids}
+    pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True) if mark)
+    ids: list[int] = []
+    for part in re.split(f"({pattern})", text) if pattern else [text]:
+        ids += [marks[part]] if part in marks else tokenizer.encode(part)
+    return ids
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text may be the beginning of the stop."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def _describe(model: ModelInfo, vocabulary: str) -> Report:

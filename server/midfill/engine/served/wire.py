@@ -99,6 +99,8 @@ class Dialect:
         takes_ids: whether a prompt may be token ids.
         tokenize: path and body that turn text into ids, for comparing vocabularies; None where there is none.
         warm_tokens: `max_tokens` of a request that only computes the prompt; None where that costs money.
+        takes_bos: whether a prompt that is text has the beginning-of-text token, where the model wants one;
+            others put it there themselves.
         takes_suffix: whether the text after the cursor has a field of its own: the server makes the prompt.
     """
 
@@ -110,6 +112,7 @@ class Dialect:
     takes_ids: bool = True
     tokenize: tuple[str, Callable[[str, str], dict[str, Any]]] | None = None
     warm_tokens: int | None = 1
+    takes_bos: bool = False
     takes_suffix: bool = False
 
 
@@ -338,6 +341,7 @@ DIALECTS: dict[str, Dialect] = {
         _midfill,
         _read_midfill,
         healing=Healing.FIELD,
+        takes_bos=True,
         warm_tokens=0,
     ),
     "vllm": Dialect(
@@ -346,6 +350,7 @@ DIALECTS: dict[str, Dialect] = {
         _vllm,
         _read_openai,
         healing=Healing.TOKENS,
+        takes_bos=True,
         tokenize=_TOKENIZE,
     ),
     "sglang": Dialect(
