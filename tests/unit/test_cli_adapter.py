@@ -1,10 +1,15 @@
 """`midfill adapter`, in this process: what is typed, what comes back."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
+import planted_hub
 import pytest
 from click.testing import CliRunner
-from planted_adapters import change_tensors, write_adapter, write_base
+from planted_adapters import LAYERS, change_tensors, write_adapter, write_base
 
 from midfill.adapters.bindings import Bindings
 from midfill.adapters.registry import Judgement, Registry
@@ -105,3 +110,77 @@ def test_what_is_wrong_is_said(base, tmp_path):
     assert "have changed" in midfill("use", "mine")
     Registry().remove("mine")
     assert "is not here any more" in midfill("doctor")
+
+
+CODE = {"README.md": b"hello", "modeling.py": b"raise SystemExit", "optimizer.pt": b"pickle"}
+
+
+@pytest.fixture
+def hub(base, tmp_path):
+    """A hub with adapters good and bad; `base` is the user's model."""
+
+    def files(name, **config):
+        folder = write_adapter(tmp_path / "hub" / name, **config)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    good = files("good")
+    pickled = {"adapter_config.json": good["adapter_config.json"], "adapter_model.bin": b"pickle"}
+    with planted_hub.running() as hub:
+        hub.repositories = {
+            "someone/good": good | CODE | {"adapter_model.bin": b"pickle"},
+            "someone/pickled": pickled | CODE,
+            "someone/no-adapter": {"config.json": b"{}", "model.safetensors": b"x"},
+            "someone/for-another": files("for-another", base_model_name_or_path="Qwen/Qwen2.5-Coder-7B"),
+            "someone/of-another-shape": files("shape", layers=dict.fromkeys(LAYERS, (4, 4))),
+            "someone/lying": good,
+            "someone/gated": None,
+        }
+        hub.lying = {"someone/lying"}
+        yield hub
+
+
+def import_from(hub, name):
+    """By a process of its own, because the hub library reads its settings when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "midfill", "adapter", "import", name, "--json"],
+        env=os.environ | {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout if done.returncode == 0 else done.stderr
+
+
+def test_an_adapter_comes_from_the_hub(hub, tmp_path):
+    status, output = import_from(hub, "someone/good")
+    assert status == 0, output
+    entry = Registry().get("good")
+    assert json.loads(output)["digest"] == entry.digest
+    assert (entry.source, entry.judgement.verdict) == ("someone/good of the hub", "none")
+    # Neither code nor pickles came along, nor were they asked for.
+    assert hub.fetched == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in entry.path.iterdir()} == hub.fetched
+    original = tmp_path / "hub" / "good" / "adapter_model.safetensors"
+    assert (entry.path / "adapter_model.safetensors").read_bytes() == original.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("someone/pickled", "has no adapter_model.safetensors.*pickled weights are refused"),
+        ("someone/no-adapter", "has no adapter_config.json"),
+        ("someone/for-another", "was made for Qwen/Qwen2.5-Coder-7B, not for"),
+        ("someone/of-another-shape", "does not fit"),
+        ("someone/lying", "wrong SHA-256"),
+        ("someone/gated", "accept its licence at"),
+        ("someone/nothing", "is not on the hub, or is private"),
+    ],
+)
+def test_what_is_on_the_hub_and_no_good_is_refused(hub, name, reason):
+    status, output = import_from(hub, name)
+    assert status == 1
+    assert re.search(reason, " ".join(output.split())), output
+    assert "Traceback" not in output
+    assert not Registry().entries()
+    assert not [file for file in hub.fetched if not file.startswith("adapter_")]
+    assert "adapter_model.bin" not in hub.fetched

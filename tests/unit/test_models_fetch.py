@@ -3,11 +3,10 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import planted_hub
 import pytest
 import tiny_gguf
 
@@ -286,72 +285,23 @@ def test_a_file_that_is_no_model_is_refused(tmp_path):
         fetch.pull(str(path), silent)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as a download needs."""
-
-    files: dict[str, bytes] = {}  # noqa: RUF012 - set once, by the fixture
-    lie = False
-
-    def do_GET(self):
-        if self.path.startswith("/api/models/someone/gated"):
-            self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        elif self.path.startswith("/api/models/someone/pickled"):
-            self.answer(200, self.listing({"config.json": b"{}", "pytorch_model.bin": b"x"}))
-        elif self.path.startswith("/api/models/someone/lying"):
-            self.answer(200, self.listing(self.files, lie=True))
-        elif self.path.startswith("/api/models/someone/tiny"):
-            self.answer(200, self.listing(self.files))
-        elif "/resolve/" in self.path:
-            content = self.files[self.path.rsplit("/", 1)[1]]
-            etag = hashlib.sha256(content).hexdigest()
-            self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": "c" * 40})
-        else:
-            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET  # noqa: N815 - http.server finds it by this name
-
-    def listing(self, files, lie=False):
-        siblings = []
-        for name, content in files.items():
-            sibling = {"rfilename": name, "size": len(content)}
-            if name.endswith(".safetensors"):
-                sha = "0" * 64 if lie else hashlib.sha256(content).hexdigest()
-                sibling["lfs"] = {"sha256": sha, "size": len(content), "pointerSize": 1}
-            siblings.append(sibling)
-        if "/tree/" in self.path:
-            entries = [
-                {"type": "file", "path": s["rfilename"], "size": s["size"], "oid": "0"} for s in siblings
-            ]
-            return json.dumps(entries).encode()
-        return json.dumps({"id": "someone/tiny", "sha": "c" * 40, "siblings": siblings}).encode()
-
-    def answer(self, status, content, headers=None):
-        self.send_response(status)
-        for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def hub(tmp_path):
     folder = tmp_path / "on-the-hub"
     folder.mkdir()
     tiny_gguf.write_qwen2(tmp_path / "hub.gguf")
     convert(tmp_path / "hub.gguf", folder, silent)
-    Hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    Hub.files |= {"modeling_tiny.py": b"raise SystemExit", "pytorch_model.bin": b"pickle", "README.md": b"hi"}
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files |= {"modeling_tiny.py": b"raise SystemExit", "pytorch_model.bin": b"pickle", "README.md": b"hi"}
+    with planted_hub.running() as hub:
+        hub.repositories = {
+            "someone/tiny": files,
+            "someone/lying": files,
+            "someone/pickled": {"config.json": b"{}", "pytorch_model.bin": b"x"},
+            "someone/gated": None,
+        }
+        hub.lying = {"someone/lying"}
+        yield hub.url
 
 
 # The hub library reads its settings when it is imported, so each of these is a process of its own.
