@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import signal as signals
 import statistics
 import sys
 import time
@@ -18,6 +19,8 @@ from raw import Raw
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from tiny import write_model
+
+from midfill.client import SERVE_COMMAND
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -180,6 +183,22 @@ async def test_an_engine_that_dies_is_started_anew_by_the_next_request(place):
     answers = await asyncio.gather(*map(ask, servers))
     assert all(asked_the_model(why) for _, why in answers), answers
     assert await place.pid() not in {before, after}
+
+
+@pytest.mark.parametrize("signal", ["SIGTERM", "SIGINT"])
+async def test_an_engine_that_is_told_to_end_leaves_nothing(tmp_path, signal):
+    socket, script = tmp_path / "s.sock", tmp_path / "script.json"
+    script.write_text(json.dumps({"rules": [{"text": "1"}]}))
+    program = [*SERVE_COMMAND[:-1], "engine", "serve", "--socket", socket, "--engine", f"scripted:{script}"]
+    process = await asyncio.create_subprocess_exec(
+        *program, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    assert (await process.stdout.readline()).decode() == f"unix:{socket}\n"
+    assert socket.is_socket()
+    process.send_signal(getattr(signals, signal))
+    _, complaints = await asyncio.wait_for(process.communicate(), 20)
+    assert (process.returncode, complaints.decode()) == (0, "")
+    assert not socket.exists()
 
 
 async def why_it_failed(server, limit_s):

@@ -12,12 +12,13 @@ import hmac
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import stat
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,15 @@ async def _refuse(send: Send, status: int, why: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+class _Server(uvicorn.Server):
+    """Leaves signals alone: uvicorn sends them again when it has ended, and nothing could be put away."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """See `run` for who listens to them."""
+        yield
+
+
 async def serve(host: Host, listen: Listen, announce: Callable[[str], None]) -> None:
     """Serve until the process is told to end, or has been idle for long.
 
@@ -222,7 +232,7 @@ async def serve(host: Host, listen: Listen, announce: Callable[[str], None]) -> 
         ssl_certfile=listen.tls_cert,
         ssl_keyfile=listen.tls_key,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
 
     def end() -> None:
         server.should_exit = True
@@ -286,4 +296,13 @@ def run(host: Host, listen: Listen) -> None:
         os.dup2(nowhere, 1)
         os.close(nowhere)
 
-    asyncio.run(serve(host, listen, announce))
+    async def until_told() -> None:
+        def end() -> None:
+            host.on_exit()  # which is `serve`'s by then
+
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            with suppress(NotImplementedError):  # Windows
+                asyncio.get_running_loop().add_signal_handler(signum, end)
+        await serve(host, listen, announce)
+
+    asyncio.run(until_told())
