@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
-from dataclasses import asdict
 
 import pytest
 import tiny
@@ -240,40 +238,48 @@ def test_an_interrupt_keeps_a_checkpoint_and_the_process_says_so(repository, mod
     assert state["step"] >= 2
 
 
-TOGETHER = """
-import json, sys
-from pathlib import Path
-from midfill.learning import data, worker
-from midfill.learning.history import Repository
-from midfill.learning.model import Adapted, Recipe
-from midfill.learning.selection import select
-from midfill.learning.train import Trainer
-from midfill.models.store import LocalModel
-from midfill.settings import Settings
+@pytest.fixture(scope="module")
+def alone(repository, model, tmp_path_factory):
+    """What `midfill adapter train` learns in three steps, in one process."""
+    return command_line(repository, model, tmp_path_factory.mktemp("alone"))
 
-root, folder, out, settings, recipe = sys.argv[1:]
-settings, recipe = Settings.model_validate(json.loads(settings)), Recipe(**json.loads(recipe))
-model, repository = LocalModel("tiny", Path(folder), None, "made here"), Repository(Path(root))
-examples = data.make(repository, select(repository, settings), model, settings, num_train=40)
-with worker.together() as leads:
-    made = Adapted(model, recipe, num_threads=1, yields=False)
-    Trainer(made, recipe, examples.train, Path(out), {}, lambda: False, lambda *_: None).run(600, max_steps=3)
-"""
+
+def command_line(repository, model, folder, *options, launch=()):
+    """What the command line learns: the checkpoint's tensors."""
+    (folder / "config.toml").write_text(
+        f'model = "{model.path}"\nfamily = "stable-code"\nprefix_tokens = 64\nsuffix_tokens = 32\n'
+    )
+    arguments = [
+        "--repo",
+        repository.root,
+        "--name",
+        "tiny",
+        "--steps",
+        3,
+        "--threads",
+        1,
+        "--json",
+        *options,
+    ]
+    command = [sys.executable, "-P", "-m", "midfill", "adapter", "train", *map(str, arguments)]
+    variables = environment(folder) | {"MIDFILL_CONFIG": str(folder / "config.toml")}
+    subprocess.run(command, env=variables, check=True, capture_output=True)
+    if launch:
+        subprocess.run([sys.executable, "-P", "-m", *launch], env=variables, check=True, capture_output=True)
+    return load_file(folder / "data" / "training" / "tiny" / "checkpoint" / "weights.safetensors")
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(repository, model, examples, tmp_path):
-    alone = adapted(model)
-    trainer(alone, examples, tmp_path).run(600, max_steps=3)
-    settings = SETTINGS.model_dump(mode="json", include={"family", "prefix_tokens", "suffix_tokens"})
-    arguments = [repository.root, model.path, tmp_path / "together", json.dumps(settings)]
-    command = [sys.executable, "-P", "-c", TOGETHER, *map(str, arguments), json.dumps(asdict(RECIPE))]
-    meeting = {"WORLD_SIZE": "2", "MIDFILL_MEETING": str(tmp_path / "meeting"), "GLOO_SOCKET_IFNAME": "lo"}
-    with ExitStack() as running:
-        for rank in "01":
-            environment = {**os.environ, **meeting, "RANK": rank, "LOCAL_RANK": rank}
-            running.enter_context(subprocess.Popen(command, env=environment))
-    found = load_file(tmp_path / "together" / "weights.safetensors")
-    assert found.keys() == alone.parameters.keys()
+@pytest.mark.parametrize("launcher", ["our own", "torchrun"])
+def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path, launcher):
+    if launcher == "torchrun":
+        job = str(tmp_path / "job.json")
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        launch = [*torchrun, "midfill.learning.worker", job]
+        found = command_line(repository, model, tmp_path, "--job", job, launch=launch)
+    else:
+        found = command_line(repository, model, tmp_path, "--processes", 2)
+    assert found.keys() == alone.keys()
+    assert any(one.abs().max() > 0 for name, one in alone.items() if "lora_B" in name)
     # Sums in another order, so not to the last bit.
-    assert all(torch.allclose(found[name], one, atol=1e-4) for name, one in alone.parameters.items())
+    assert all(torch.allclose(found[name], one, atol=1e-4) for name, one in alone.items())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from midfill.adapters.format import Adapter, Branch
 from midfill.engine import rounded
-from midfill.engine.rounded import Rounded, read_merged, read_weights
+from midfill.engine.rounded import Rounded, forget_merged, read_merged, read_weights
 from midfill.errors import AdapterError, ModelError
 
 MATRIX = "model.layers.0.mlp.gate_proj.weight"
@@ -186,6 +186,11 @@ def test_merged_weights_are_kept_beside_those_of_the_base(model, kept):
     assert not np.array_equal(other.tensors[MATRIX].values, before)
     assert len(kept()) == 2
     assert len(set(kept()) & set(both)) == 1
+    values = other.tensors[MATRIX].values.copy()
+    forget_merged(model.path)
+    assert set(kept()) < set(both)
+    other.give_back()
+    assert np.array_equal(other.tensors[MATRIX].values, values)
 
 
 def test_an_adapter_that_overflows_is_named(model):

@@ -72,6 +72,9 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
     Raises:
         EngineError: this engine has no adapters.
     """
+    from midfill.engine.rounded import forget_merged  # noqa: PLC0415 - this measurement only
+
+    forget_merged(model.path)
     sources = [
         _made_up(model.path, folder / name, plan.rank, seed) for seed, name in enumerate(("one", "two"))
     ]
@@ -96,6 +99,7 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
     finally:
         await plain.close()
         await adapted.close()
+        forget_merged(model.path)  # hundreds of megabytes that are of no use to anybody
     medians = {name: median(values) for name, values in times.items()}
     # Where other programs run too, the quickest tenth tells more.
     quick = {name: percentile(values, 10) or 0.0 for name, values in times.items()}

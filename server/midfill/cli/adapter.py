@@ -214,6 +214,8 @@ def adapter_rm(name: str, force: bool) -> None:
     """
     from midfill.adapters.bindings import Bindings
     from midfill.adapters.registry import Registry
+    from midfill.engine.rounded import forget_merged
+    from midfill.models import store
 
     registry, bindings = Registry(), Bindings()
     entry = registry.get(name)
@@ -224,6 +226,8 @@ def adapter_rm(name: str, force: bool) -> None:
         )
     bindings.release(entry.digest)
     registry.remove(entry.digest)
+    if (found := store.find(entry.base)) is not None:
+        forget_merged(found.path)
     click.echo(f"{entry.name} is deleted.")
 
 

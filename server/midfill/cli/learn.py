@@ -100,6 +100,17 @@ _THREADS = click.option(
     show_default=True,
     help="Train with so many processes: one for each GPU.",
 )
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    help="Make so many steps, however long they take: the same steps make the same adapter.",
+)
+@click.option(
+    "--job",
+    "job_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the job into this file, for torchrun, and do nothing else.",
+)
 @_THREADS
 @_FORCE
 @MODEL
@@ -110,6 +121,8 @@ def adapter_train(
     name: str | None,
     resume: bool,
     processes: int,
+    steps: int | None,
+    job_file: Path | None,
     threads: int,
     force: bool,
     model: str | None,
@@ -122,14 +135,21 @@ def adapter_train(
     other one is registered too, and stays off. All of it happens on this machine, at the lowest priority,
     and stands aside while you are being answered. Ctrl-C keeps a checkpoint; --resume goes on exactly there.
 
+    With several GPUs the examples of a step are divided among the processes, which meet on this machine only.
+    They learn what one process learns in the same steps. Torch's own launcher does as well: see --job.
+
     \b
     Examples:
       midfill adapter plan
       midfill adapter train --budget 30m
       midfill adapter train --repo ~/src/project --name project --resume
       midfill adapter train --processes 2 --json
+      midfill adapter train --job job.json
+      torchrun --nproc-per-node 2 -m midfill.learning.worker job.json
     """
-    from midfill.learning.worker import Job, most_threads, name_for
+    import json
+
+    from midfill.learning.worker import Job, most_threads, name_for, request_of
 
     settings = read_settings(model=model)
     job = Job(
@@ -139,7 +159,13 @@ def adapter_train(
         resume=resume,
         force=force,
         num_threads=threads or most_threads(),
+        max_steps=steps,
     )
+    if job_file is not None:
+        job_file.write_text(
+            json.dumps(request_of("train", job, _base(settings.model), settings)), encoding="utf-8"
+        )
+        return
     result = _run("train", job, settings, processes=processes)
     show(result, _describe, as_json=as_json)
 

@@ -17,7 +17,9 @@ import json
 import logging
 import math
 import mmap
+import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -44,6 +46,7 @@ _WORTH_KEEPING = 1 << 24
 """A model of fewer weights is rounded anew each time, in less than half a second."""
 
 _FORMAT = 1
+_ADAPTED = "-adapted"
 _ALIGNMENT = 64
 
 
@@ -190,6 +193,12 @@ def _views(places: dict[str, _Place], integers: npt.NDArray[np.int8], floats: Fl
     return weights
 
 
+def forget_merged(path: Path) -> None:
+    """Delete what is kept of a model with an adapter; whoever has mapped it goes on."""
+    for folder in (store.cache_root() / "rounded").glob(f"{glob.escape(_owner(path))}{_ADAPTED}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class _Reader:
     """Reads and rounds the tensors of a model, with an adapter added or without, into two arrays."""
 
@@ -292,17 +301,23 @@ def _names(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[str, st
 
     Of one model two are kept: without an adapter, and with the latest that was merged.
     """
-    resolved = path.resolve()
     stats = [(file.name, file.stat()) for file in sorted(set(files.values()))]
     exact = [name for name, place in reader.places.items() if not place.rounded]
     state: list[Any] = [_FORMAT, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats], exact]
     kind = ""
     if reader.adapter is not None:
         state += [reader.adapter.digest, sorted(reader.places)]
-        kind = "-adapted"
-    digests = (hashlib.sha256(text.encode()).hexdigest()[:12] for text in (str(resolved), json.dumps(state)))
-    owner, now = digests
-    return f"{resolved.name}-{owner}{kind}", now
+        kind = _ADAPTED
+    return f"{_owner(path)}{kind}", _digest(json.dumps(state))
+
+
+def _owner(path: Path) -> str:
+    resolved = path.resolve()
+    return f"{resolved.name}-{_digest(str(resolved))}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _make(folder: Path, reader: _Reader) -> None:
@@ -314,8 +329,13 @@ def _make(folder: Path, reader: _Reader) -> None:
         folder / "floats.npy", mode="w+", dtype=np.float32, shape=(num_floats,)
     )
     reader.read(integers, floats)
-    integers.flush()
-    floats.flush()
+    for name, array in (("integers.npy", integers), ("floats.npy", floats)):
+        if sys.platform == "win32":
+            array.flush()
+        else:
+            # Python lets no other thread run while it flushes a mapping, which may take half a second.
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _open(folder: Path, places: dict[str, _Place]) -> tuple[npt.NDArray[np.int8], Floats] | None:
