@@ -48,6 +48,7 @@ async def test_typists_ask_one_engine_and_the_next_key_takes_requests_back(sourc
     assert found["shown_before_next_key_share"] + found["cancelled_share"] <= 1.0
     assert 0 < found["engine_requests_per_s"] <= found["requests_per_s"]
     assert {job.end for job in played.jobs} == {"finished", "cancelled"}
+    assert found["generator_cores"] < 0.5
 
 
 async def test_an_order_is_its_seeds_and_each_typist_has_one_of_its_own():
@@ -73,9 +74,7 @@ class Blocking(ScriptedEngine):
 
 async def test_a_generator_that_is_too_slow_itself_says_so(source):
     slow = await stage_of(source, Blocking(Script([Rule(text="x")])))
-    quick = await stage_of(source, ScriptedEngine(Script([Rule(text="x")])))
     assert load.measured(await load.play(slow, Plan(24, 2.5, warm_s=0.0)))["generator_kept_up"] is False
-    assert load.measured(await load.play(quick, Plan(2, 2.5, warm_s=0.0)))["generator_cores"] < 0.5
 
 
 def test_what_was_asked_before_everybody_was_warm_does_not_count():

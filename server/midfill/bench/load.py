@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ _SPREAD_S = 3.0
 _BETWEEN_S = 0.5
 _LATE_MS = 5.0
 _BUSY = 0.8
-_SERVED = 0.8
+SERVED = 0.8
 """Of the requests that would be answered if each typist were served as in the first run."""
 
 
@@ -118,6 +118,8 @@ async def play(stage: Stage, plan: Plan, report: Progress = lambda _message, _sh
         played.requests += session.requests
         played.jobs += session.jobs
         played.late_s += session.late_s
+    # What was taken back at the end leaves the engine.
+    await asyncio.sleep(_BETWEEN_S)
     played.busy_share = (time.process_time() - cpu_s) / (time.monotonic() - played.begun_s)
     return played
 
@@ -143,14 +145,6 @@ async def _tick(begun_s: float, plan: Plan, report: Progress) -> None:
     while True:
         report(f"{plan.users} typing", min(1.0, (time.monotonic() - begun_s) / plan.seconds))
         await asyncio.sleep(0.5)
-
-
-async def sweep(stage: Stage, plans: Sequence[Plan], report: Progress) -> AsyncIterator[dict[str, Any]]:
-    """`measured` of each plan in turn. Raises `MidfillError`."""
-    for plan in plans:
-        yield measured(await play(stage, plan, report))
-        # What was taken back at the end leaves the engine.
-        await asyncio.sleep(_BETWEEN_S)
 
 
 def figures(requests: Sequence[Asked], jobs: Sequence[Job], begun_s: float, plan: Plan) -> dict[str, Any]:
@@ -233,48 +227,55 @@ def saturation(runs: Sequence[dict[str, Any]], target_ms: float) -> dict[str, An
             found = "nothing came in time" if p95 is None else f"p95 is {p95:.0f} ms"
             return {"users": run["users"], "why": f"{found}, the limit is {target_ms:.0f} ms"}
         expected = least["answers_per_s"] / least["users"] * run["users"]
-        if run["answers_per_s"] < _SERVED * expected:
+        if run["answers_per_s"] < SERVED * expected:
             served = f"{run['answers_per_s']:.1f} of {expected:.1f} requests a second are answered in time"
             return {"users": run["users"], "why": served}
     return {"users": None, "why": "not reached"}
 
 
 _ROWS = (
-    ("suggestion_ms", "time to suggestion, ms", "those before the next key"),
-    ("model_ms", "... where the model ran, ms", ""),
-    ("awaited_ms", "... had nobody typed on, ms", "taken back ones count too"),
-    ("shown_before_next_key_share", "shown before the next key", "share of the requests"),
-    ("cancelled_share", "cancelled", "share of the requests"),
-    ("failed", "failed", ""),
-    ("requests_per_s", "requests a second", "of the typists"),
-    ("engine_requests_per_s", "... for the engine", ""),
-    ("idle_per_s", "... ahead of their time", "while nobody waits"),
-    ("prompt_tokens_reused_share", "prompt tokens found computed", ""),
-    ("late_ms", "keys came late by, ms", "the generator itself"),
-    ("generator_cores", "cores used by the generator", ""),
+    ("suggestion_ms", "time to suggestion, ms"),
+    ("model_ms", "... where the model ran, ms"),
+    ("awaited_ms", "... had nobody typed on, ms"),
+    ("shown_before_next_key_share", "shown before the next key"),
+    ("cancelled_share", "cancelled"),
+    ("failed", "failed"),
+    ("requests_per_s", "requests a second"),
+    ("engine_requests_per_s", "... for the engine"),
+    ("idle_per_s", "... ahead of their time"),
+    ("prompt_tokens_reused_share", "prompt tokens found computed"),
+    ("late_ms", "keys came late by, ms"),
+    ("generator_cores", "cores used by the generator"),
 )
 
 
 def table(result: dict[str, Any]) -> Any:
-    """The runs side by side, for a person: a rich table."""
+    """The runs side by side, each with what was predicted for it if that is known: a rich table."""
     from rich.table import Table  # noqa: PLC0415 - only a person needs it
 
     runs = result["runs"]
-    grid = Table(title="{model}: {seconds:.0f} s each".format(**result), title_justify="left", box=None)
+    grid = Table(title="{model}: {seconds:g} s each".format(**result), title_justify="left", box=None)
     grid.add_column(no_wrap=True)
+    columns = []
     for run in runs:
-        grid.add_column(f"{run['users']} typists")
-    grid.add_column(style="dim")
-    for key, label, note in _ROWS:
-        if key in runs[0]:
-            grid.add_row(label, *(cell(key, run[key]) for run in runs), note)
-    saturates = result["saturates"]
-    lines = [
-        "saturates: " + (f"{saturates['users']} typists, " if saturates["users"] else "") + saturates["why"]
-    ]
-    lines += [
-        f"{run['users']} typists: {_TOO_SLOW}" for run in runs if not run.get("generator_kept_up", True)
-    ]
+        columns.append((f"{run['users']} typing", run))
+        if "predicted" in run:
+            columns.append(("predicted", run["predicted"]))
+    for name, _ in columns:
+        grid.add_column(name, no_wrap=True)
+    for key, label in _ROWS:
+        if any(key in run for _, run in columns):
+            grid.add_row(label, *(cell(key, run.get(key)) for _, run in columns))
+    lines = []
+    if saturates := result.get("saturates"):
+        at = f"{saturates['users']} typists, " if saturates["users"] else ""
+        lines.append(f"saturates: {at}{saturates['why']}")
+    slow = [run["users"] for run in runs if not run.get("generator_kept_up", True)]
+    lines += [f"{users} typists: {_TOO_SLOW}" for users in slow]
+    for run in runs:
+        if "ratios" in run:
+            found = ", ".join(f"{name} {'-' if v is None else v}" for name, v in run["ratios"].items())
+            lines.append(f"predicted / measured, {run['users']} typists: {found}")
     grid.caption = "\n".join(lines)
     grid.caption_justify = "left"
     return grid

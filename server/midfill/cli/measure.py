@@ -263,7 +263,7 @@ def bench_replay(
 
     if plot is not None:
         need_matplotlib()
-    played = _episodes(trace, files, seed, episodes)
+    played = read_episodes(trace, files, seed, episodes)
     settings = read_settings(model=model)
     rivals = [_rival(name, settings, gguf, lines, patient=patient) for name in dict.fromkeys(against)]
     contenders = [Midfill(script, {"model": model} if model else None), *rivals]
@@ -286,7 +286,7 @@ def bench_replay(
     show(summary, report.table, as_json=as_json)
 
 
-def _episodes(trace: Path | None, files: Path | None, seed: int, episodes: int) -> list[Episode]:
+def read_episodes(trace: Path | None, files: Path | None, seed: int, episodes: int) -> list[Episode]:
     """What is to be typed. Raises `MidfillError`."""
     from midfill.bench import trace as traces
     from midfill.bench import typist
@@ -346,88 +346,3 @@ def bench_shared(rounds: int, model: str | None, as_json: bool) -> None:
         ),
     )
     show(result, sharing.table, as_json=as_json)
-
-
-class _Counts(click.ParamType[tuple[int, ...]]):
-    """`1,2,4,8`: how many, in several runs."""
-
-    name = "N,N,..."
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).split(",")
-        if not all(part.strip().isdecimal() and 0 < int(part) <= _MAX_USERS for part in parts):
-            self.fail(f"{value!r} is not a list of numbers from 1 to {_MAX_USERS}, like 1,2,4,8.", param, ctx)
-        return tuple(sorted({int(part) for part in parts}))
-
-
-_MAX_USERS = 100_000
-
-
-@bench.command("load")
-@click.option(
-    "--users", type=_Counts(), default="1,2,4,8", show_default=True, help="How many type at once; a run each."
-)
-@click.option("--trace", type=click.Path(path_type=Path), help="Recorded typing (.jsonl or .jsonl.gz).")
-@click.option("--files", type=click.Path(path_type=Path), help="Make up typing into this source tree.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Who types what, and when.")
-@click.option(
-    "--duration", type=click.FloatRange(6), default=30.0, show_default=True, help="Seconds of a run."
-)
-@click.option(
-    "--target-ms",
-    type=click.FloatRange(1),
-    default=250.0,
-    show_default=True,
-    help="The 95th percentile of the time to suggestion that is still good.",
-)
-@MODEL
-@JSON
-@SCRIPT
-def bench_load(
-    users: tuple[int, ...],
-    trace: Path | None,
-    files: Path | None,
-    seed: int,
-    duration: float,
-    target_ms: float,
-    model: str | None,
-    as_json: bool,
-    script: str | None,
-) -> None:
-    """Let many people type at once against one engine: what they wait, and how many are too many.
-
-    Every typist has a pipeline as in an editor, and plays the recording over and over; all share the engine.
-    Suggestions are typed through. The first 5 seconds of a run do not count.
-
-    \b
-    Examples:
-      midfill bench load --trace typing.jsonl.gz --users 1,2,4,8,16 --engine http://gpu-box:8000
-      midfill bench load --files src --users 1,8 --engine shared --json
-    """
-    from midfill.bench import load
-    from midfill.probing import identify
-
-    settings = read_settings(model=model)
-    episodes = _episodes(trace, files, seed, 60)
-    plans = [load.Plan(count, duration, seed) for count in users]
-    make = engine_maker(script)
-
-    async def work(report: Progress) -> dict[str, Any]:
-        engine = await asyncio.to_thread(make, settings)
-        try:
-            await engine.start(report)
-            stage = load.Stage(engine, await identify(engine, settings.family), settings, episodes)
-            runs = [run async for run in load.sweep(stage, plans, report)]
-            return {"model": engine.model.name, "runs": runs}
-        finally:
-            await engine.close()
-
-    found = with_progress("loading the model", lambda report: asyncio.run(work(report)))
-    what = {"trace": str(trace or files), "engine": script or settings.engine, "seed": seed}
-    result = what | {"seconds": duration, "target_ms": target_ms} | found
-    saturates = load.saturation(result["runs"], target_ms)
-    show(result | {"saturates": saturates}, load.table, as_json=as_json)

@@ -1,0 +1,113 @@
+"""How many replicas of an engine so many typists need: found by simulating."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from midfill.bench.load import SERVED, Plan
+from midfill.bench.service import Service
+from midfill.bench.simulation import Fleet, predict
+
+_GROUP = (2, 4)
+"""Replicas that are simulated at once: a few show what one of many does, since typists keep to theirs."""
+_ENOUGH_USERS = 160
+_SAMPLES = 10_000
+_PRECISION = 0.05
+_SHORTEST_S, _LONGEST_S = 6.0, 600.0
+_REQUESTS_PER_S = 3.6
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What is good enough.
+
+    Attributes:
+        target_ms: the most for the 95th percentile of the time to suggestion.
+        served: suggestions before the next key, as a part of those that one typist alone would get: what
+            comes too late is taken back by the key, and so does not count as late.
+    """
+
+    target_ms: float
+    served: float = SERVED
+
+    def missed(self, found: dict[str, Any], alone: dict[str, Any]) -> str | None:
+        """What is not good enough; None if all is."""
+        late = found["suggestion_ms"]["p95"]
+        if late is None or late > self.target_ms:
+            return "time"
+        shown, most = found["shown_before_next_key_share"], alone["shown_before_next_key_share"]
+        return "share shown" if shown < self.served * most else None
+
+
+def size(service: Service, users: int, goal: Goal, fleet: Fleet, seed: int = 0) -> dict[str, Any]:
+    """How many replicas serve so many typists well enough.
+
+    Typists keep to their replicas, so a few of these show what all do; how many typists one serves is found
+    by trying.
+
+    Returns:
+        "replicas": None if one typist alone has to wait longer; "users_per_replica"; "limit": what one more
+        typist would spoil; "alone" and "loaded", the figures of one typist and of a replica with so many.
+    """
+    alone = _try(service, 1, fleet, seed, replicas=1)
+    if (limit := goal.missed(alone, alone)) is not None:
+        return {
+            "users": users,
+            "replicas": None,
+            "users_per_replica": 0,
+            "limit": limit,
+            "alone": alone,
+            "loaded": None,
+        }
+    # `good` typists are served, `bad` are not.
+    good, loaded, bad, limit = 1, alone, 2, None
+    while bad <= users and (limit := goal.missed(found := _try(service, bad, fleet, seed), alone)) is None:
+        good, loaded, bad = bad, found, bad * 2
+    bad = min(bad, users + 1)
+    while bad - good > max(1, round(good * _PRECISION)):
+        middle = (good + bad) // 2
+        if (why := goal.missed(found := _try(service, middle, fleet, seed), alone)) is None:
+            good, loaded = middle, found
+        else:
+            bad, limit = middle, why
+    return {
+        "users": users,
+        "replicas": math.ceil(users / good),
+        "users_per_replica": good,
+        "limit": limit,
+        "alone": alone,
+        "loaded": loaded,
+    }
+
+
+def _try(
+    service: Service, per_replica: int, fleet: Fleet, seed: int, replicas: int | None = None
+) -> dict[str, Any]:
+    """Some replicas with so many typists each, for as long as it takes to see what they get."""
+    if replicas is None:
+        replicas = max(_GROUP[0], min(_GROUP[1], _ENOUGH_USERS // per_replica))
+    users = per_replica * replicas
+    seconds = min(_LONGEST_S, max(_SHORTEST_S, _SAMPLES / (_REQUESTS_PER_S * users)))
+    plan = Plan(users, seconds + Plan(1, 1.0).warm_s, seed)
+    return predict(service, plan, replace(fleet, replicas=replicas))
+
+
+def table(result: dict[str, Any]) -> Any:
+    """How many replicas, for a person: a rich table."""
+    from rich.table import Table  # noqa: PLC0415 - only a person needs it
+
+    title = "{model} ({where}): p95 <= {target_ms:g} ms, {served:.0%} of what one alone gets".format(**result)
+    grid = Table(title=title, title_justify="left", box=None)
+    for name in ("typing at once", "replicas", "typists each", "limited by", "p50, p95 ms", "shown"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for one in result["sizes"]:
+        if one["replicas"] is None:
+            late = one["alone"]["suggestion_ms"]["p95"]
+            grid.add_row(str(one["users"]), "-", "-", one["limit"], f"alone p95 {late}", "-")
+            continue
+        times, shown = one["loaded"]["suggestion_ms"], one["loaded"]["shown_before_next_key_share"]
+        cells = (one["users"], one["replicas"], one["users_per_replica"], one["limit"] or "-")
+        grid.add_row(*map(str, cells), f"{times['p50']}, {times['p95']}", f"{shown:.1%}")
+    return grid

@@ -1,0 +1,102 @@
+"""An engine whose steps take what they are said to: the real thread, scheduler and slots, no model.
+
+Tokens are bytes. What it writes goes round in a text of its own, from a place that the prompt's length tells,
+so that lines end after different numbers of tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from midfill.engine import EngineSpec, ModelInfo
+from midfill.engine.healing import TokenIndex
+from midfill.engine.loading import Loaded
+from midfill.engine.local import LocalEngine
+from midfill.engine.residents import Residents
+from midfill.engine.scheduler import Choice
+from midfill.engine.slots import NUM_SLOTS
+
+SENTINELS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|endoftext|>")
+SENTINELS += ("<|repo_name|>", "<|file_sep|>", "<|fim_pad|>", "<|cursor|>")
+TEXT = b"w * h\nreturn\nwidth = 1\n"
+
+
+class Bytes:
+    """A tokenizer: one token for each byte."""
+
+    control_ids = frozenset(range(256, 256 + len(SENTINELS)))
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(id_ for id_ in ids if id_ < 256).decode(errors="replace")
+
+    def token_id(self, name):
+        if name in SENTINELS:
+            return 256 + SENTINELS.index(name)
+        return name.encode()[0] if len(name.encode()) == 1 else None
+
+    def vocab_bytes(self):
+        return [bytes([id_]) for id_ in range(256)] + [b""] * len(SENTINELS)
+
+    def stream(self):
+        return self
+
+    def push(self, token):
+        return chr(token) if token < 128 else ""
+
+
+class PacedRunner:
+    """A `loading.Runner`.
+
+    A step takes `step_s`, `sequence_s` for each further request, `token_s` for each further token of one.
+    """
+
+    context, max_guesses, step_sequences = 4096, 0, NUM_SLOTS
+    vocab_size = 256 + len(SENTINELS)
+
+    def __init__(self, step_s, sequence_s, token_s, chunk_tokens):
+        self.step_s, self.sequence_s, self.token_s, self.chunk_tokens = (
+            step_s,
+            sequence_s,
+            token_s,
+            chunk_tokens,
+        )
+
+    def forward(self, chunks, allowed):
+        tokens = sum(len(chunk.tokens) for chunk in chunks) - len(chunks)
+        until = time.monotonic() + self.step_s + self.sequence_s * (len(chunks) - 1) + self.token_s * tokens
+        choices = []
+        for chunk, ids in zip(chunks, allowed, strict=True):
+            end = chunk.start + len(chunk.tokens)
+            token = TEXT[end % len(TEXT)] if ids is None else ids[0]
+            choices.append([Choice(token, -0.01)] if chunk.samples else [])
+        time.sleep(max(0.0, until - time.monotonic()))
+        return choices
+
+    def drop(self, slots):
+        """There is nothing to free."""
+
+    def prepare(self, _):
+        return lambda: None
+
+    def idle(self):
+        return False
+
+
+def engine(step_s=0.003, sequence_s=0.0006, token_s=0.0001, chunk_tokens=32):
+    """A `LocalEngine` around it, as `midfill serve` would have one."""
+    tokenizer = Bytes()
+    runner = PacedRunner(step_s, sequence_s, token_s, chunk_tokens)
+
+    def load(spec, progress):
+        info = ModelInfo("paced", "qwen2.5-coder", "qwen2", runner.context, tokenizer, "cpu", "paced")
+        index = TokenIndex(tokenizer.vocab_bytes(), tokenizer.control_ids)
+        return Loaded(info, runner, index, Residents(runner, lambda: None, None), slow_turn_s=1.0)
+
+    class Model:
+        name, path, family = "paced", Path("/nowhere"), "qwen2.5-coder"
+
+    return LocalEngine(EngineSpec(Model()), load=load)
