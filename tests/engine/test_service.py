@@ -15,10 +15,10 @@ from prometheus_client import generate_latest
 from midfill.engine import Request
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.engine.served.endpoint import RemoteSpec
+from midfill.engine.served.host import Host
 from midfill.engine.served.hosting import Listen, _Bucket, read_tokens, serve
 from midfill.engine.served.remote import RemoteEngine
 from midfill.engine.served.rendered import RenderedTokenizer
-from midfill.engine.served.service import Host
 from midfill.errors import EngineError, EngineUnavailableError, SettingsError
 
 TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test
@@ -205,9 +205,9 @@ async def test_adapters_of_several_windows_are_in_the_model_together(tmp_path):
     path = tmp_path / "s.sock"
     async with hosted(Listen(socket=path), unload_s=0.2) as (host, _), client_of(path) as client:
 
-        async def want(window, *keys):
+        async def want(window, *keys, pid=None):
             adapters = [{"key": key, "name": key, "path": "/nowhere"} for key in keys]
-            body = {"client": window, "adapters": adapters}
+            body = {"client": window, "pid": pid or os.getpid(), "adapters": adapters}
             return (await client.post("/midfill/adapters", json=body)).status_code
 
         assert [await want("one", "a", "b"), await want("two", "b", "c")] == [204, 204]
@@ -216,6 +216,14 @@ async def test_adapters_of_several_windows_are_in_the_model_together(tmp_path):
         assert set(host.engine._adapters) == {"a", "b", "c"}
         assert await want("one") == 204
         assert set(host.engine._adapters) == {"b", "c"}
+        # A window that was killed could not take its own back; they leave when there is no room.
+        killed = await asyncio.create_subprocess_exec("true")
+        await killed.wait()
+        assert await want("four", "x", "y", pid=killed.pid) == 204
+        assert set(host.engine._adapters) == {"b", "c", "x", "y"}
+        assert await want("five", "z") == 204
+        assert set(host.engine._adapters) == {"b", "c", "z"}
+        assert await want("five") == 204
         await until(lambda: host.engine is None)
         body = {"prompt": "x", "max_tokens": 1, "midfill": {"adapter": "c"}}
         assert (await client.post("/v1/completions", json=body)).status_code == 200

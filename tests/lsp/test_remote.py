@@ -169,6 +169,11 @@ async def test_the_model_here_answers_while_the_server_is_away(tmp_path, monkeyp
             for _ in range(3):
                 assert await ask(server) == ("a + b", None)
             assert len(remote.completions) == asked + 3
+            # So does one that is there but has no room, or nobody behind it.
+            remote.script = [page("503 Service Unavailable")]
+            text, reason = await ask(server)
+            assert text != "a + b"
+            assert reason not in {"engine-unavailable", "engine-error", "overloaded"}
         assert len(shown(server)) == 1, shown(server)
 
 

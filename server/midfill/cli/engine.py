@@ -119,8 +119,8 @@ def engine_serve(
         os._exit(0)
     if detach:
         os.setsid()
+    from midfill.engine.served.host import Host
     from midfill.engine.served.hosting import Listen, read_tokens, run
-    from midfill.engine.served.service import Host
     from midfill.settings import Settings, parse
 
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

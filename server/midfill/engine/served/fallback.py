@@ -14,7 +14,7 @@ from contextlib import aclosing
 
 from midfill.engine import Adaptable, AdapterSource, Engine, ModelInfo, Progress, Request, Token
 from midfill.engine.served.recognition import vocabulary_of
-from midfill.errors import EngineUnavailableError, MidfillError
+from midfill.errors import EngineOverloadedError, EngineUnavailableError, MidfillError, ModelError
 
 _TRY_S = 30.0
 """How long one that was away at the start is left alone."""
@@ -73,7 +73,7 @@ class FallbackEngine:
                     async for token in tokens:
                         begun = True
                         yield token
-            except EngineUnavailableError as error:
+            except (EngineUnavailableError, EngineOverloadedError) as error:
                 if begun:
                     raise
                 why = str(error)
@@ -131,20 +131,20 @@ class FallbackEngine:
         """Load the second, once."""
         if self._failure is not None:
             return
+        second: Engine | None = None
         try:
             second = await asyncio.to_thread(self._make_second)
             await second.start(lambda _message, _share: None)
             if not await _same(self._first, second):
-                await second.close()
-                self._failure = (
-                    "`engine_fallback` is of no use: `model` has another vocabulary than the model there."
-                )
-            else:
-                if self._adapters and isinstance(second, Adaptable):
-                    await second.set_adapters(self._adapters)
-                self._second = second
+                raise ModelError("`model` has another vocabulary than the model there.")
+            if self._adapters and isinstance(second, Adaptable):
+                await second.set_adapters(self._adapters)
+            self._second, second = second, None
         except MidfillError as error:
-            self._failure = f"The model here cannot be loaded either: {error}"
+            self._failure = f"`engine_fallback` is of no use: {error}"
+        finally:
+            if second is not None:
+                await second.close()
         if self._failure is not None:
             _LOG.warning("%s", self._failure)
 

@@ -26,7 +26,8 @@ from typing import Any
 import uvicorn
 from starlette.exceptions import HTTPException
 
-from midfill.engine.served.service import Host, Service
+from midfill.engine.served.host import Host
+from midfill.engine.served.service import Service
 from midfill.errors import SettingsError
 
 _LOG = logging.getLogger(__name__)

@@ -82,6 +82,7 @@ class RemoteEngine:
     async def start(self, progress: Progress) -> None:
         """Reach the servers and recognise the model; returns when one is ready. See `Engine.start`."""
         key = await asyncio.to_thread(find_key, self._spec.key) if self._spec.key else None
+        await self._hang_up()  # of an earlier try
         self._endpoints = [Endpoint(url, self._spec, key) for url in self._spec.urls]
         try:
             self._model = await self._recognise(progress)

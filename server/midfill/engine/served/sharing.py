@@ -176,10 +176,9 @@ class SharedEngine:
         """Tell the process. Raises `AdapterError` with its words."""
         wanted = [{"key": one.key, "name": one.name, "path": str(one.path)} for one in adapters]
         async with self._client() as client:
+            body = {"client": self._client_id, "pid": os.getpid(), "adapters": wanted}
             try:
-                answer = await client.post(
-                    "/midfill/adapters", json={"client": self._client_id, "adapters": wanted}
-                )
+                answer = await client.post("/midfill/adapters", json=body)
                 if answer.status_code != 204:
                     raise AdapterError(str(answer.json()["error"]["message"]))
             except (httpx2.HTTPError, ValueError, KeyError) as error:
