@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from midfill import activity
 from midfill.errors import AdapterError
-from midfill.learning import data, worker
+from midfill.learning import data, learn, worker
 from midfill.learning.history import Repository
 from midfill.learning.model import Adapted, Recipe, recipe_for, wait_for_quiet
 from midfill.learning.selection import select
@@ -240,8 +240,12 @@ def test_an_interrupt_keeps_a_checkpoint_and_the_process_says_so(repository, mod
 
 @pytest.fixture(scope="module")
 def alone(repository, model, tmp_path_factory):
-    """What `midfill adapter train` learns in three steps, in one process."""
-    return command_line(repository, model, tmp_path_factory.mktemp("alone"))
+    """What one process learns in three steps, with the recipe and the examples of the command line."""
+    examples = data.make(repository, select(repository, SETTINGS), model, SETTINGS, num_train=data.NUM_TRAIN)
+    recipe = recipe_for(learn._num_parameters(model))
+    made = adapted(model, recipe)
+    trainer(made, examples, tmp_path_factory.mktemp("alone"), recipe=recipe).run(600, max_steps=3)
+    return weights(made)
 
 
 def command_line(repository, model, folder, *options, launch=()):
