@@ -354,7 +354,7 @@ async def _steps(
         for number in range(_ROUNDS):
             # Other prompts each time: an engine may guess an output that it has seen.
             chosen = [different[(number * count + at) % len(different)] for at in range(count)]
-            rounds.append(await _step_ms(engine, chosen))
+            rounds.append(await _step_ms(engine, chosen, number))
         ms = max(median(rounds), _LEAST_MS)
         yield count, round(ms, 3)
         if count / ms < best * 1.05:
@@ -362,16 +362,19 @@ async def _steps(
         best = count / ms
 
 
-async def _step_ms(engine: Engine, prompts: Sequence[tuple[int, ...]]) -> float:
-    """How much longer outputs of two tokens take than of one, on prompts that are computed.
+async def _step_ms(engine: Engine, prompts: Sequence[tuple[int, ...]], number: int) -> float:
+    """How much longer outputs of two tokens take than of one: a step.
 
-    That is one step: nothing is guessed where only one more token may come. To the end of the output, since
-    what comes from another process may come together.
+    To the end of the output, since what comes from another process may come together. The prompts are read
+    backwards, and each time with a token more, so that an engine that guesses has nothing to guess by.
     """
+    backwards = [tuple(reversed(prompt))[number:] for prompt in prompts]
     seconds = []
-    for num_new in (1, 1, 2):
+    for num_left, num_new in ((2, 1), (1, 1), (0, 2)):
         begun = time.monotonic()
-        streams = await asyncio.gather(*(_stamps(engine, prompt, num_new) for prompt in prompts))
+        streams = await asyncio.gather(
+            *(_stamps(engine, one[: len(one) - num_left], num_new) for one in backwards)
+        )
         seconds.append(max((times[-1] for times in streams if times), default=begun) - begun)
     return max(0.0, seconds[2] - seconds[1]) * 1000
 
