@@ -155,8 +155,8 @@ def test_made_up_typing_is_drawn(tmp_path, engine):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ((), 2, "Give either a TRACE or --files DIR."),
-        (("a.jsonl", "--files", "."), 2, "Give either a TRACE or --files DIR."),
+        ((), 2, "Give either a TRACE, a file of recorded typing, or --files DIR"),
+        (("a.jsonl", "--files", "."), 2, "Give either a TRACE, a file of recorded typing, or --files DIR"),
         (("nowhere.jsonl",), 1, "Cannot read nowhere.jsonl"),
         (("--files", "/nowhere"), 1, "There is no source code of"),
     ],
