@@ -225,13 +225,15 @@ def environment(folder):
 
 
 @pytest.mark.slow
-def test_an_interrupt_keeps_a_checkpoint_and_the_process_says_so(repository, model, tmp_path):
+def test_an_interrupt_keeps_a_checkpoint_and_nobody_else_works_there_meanwhile(repository, model, tmp_path):
     file = job_file(repository, model, tmp_path, max_steps=100_000)
     command = [sys.executable, "-P", "-m", "midfill.learning.worker", str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(tmp_path)) as process:
         for line in process.stdout:
             event = json.loads(line)
-            if event.get("stage") == "train" and event["message"].startswith("step 2"):
+            if event.get("stage") == "train" and event["message"].startswith("step 2 "):
+                second = subprocess.run(command, env=environment(tmp_path), check=True, capture_output=True)
+                assert "by another midfill" in json.loads(second.stdout)["error"]
                 process.send_signal(signal.SIGINT)
         assert "checkpoint" in event["stopped"]
     state = json.loads((tmp_path / "data" / "training" / "tiny" / "checkpoint" / "state.json").read_text())

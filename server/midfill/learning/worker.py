@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from midfill.adapters.registry import data_dir
-from midfill.errors import MidfillError
+from midfill.errors import AdapterError, MidfillError
 from midfill.learning.judge import Limits
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
@@ -249,9 +250,32 @@ def _work(request: Mapping[str, Any], tell: Any, stop: Callable[[], bool]) -> di
     lists = {key: tuple(one) if isinstance(one, list) else one for key, one in request["settings"].items()}
     settings = Settings.model_validate(lists)
     if request["kind"] == "eval":
-        return learn.evaluate(job, Path(request["adapter"]), request["fingerprint"], model, settings, tell)
-    with together() as leads:
+        with _alone(job.name):
+            return learn.evaluate(
+                job, Path(request["adapter"]), request["fingerprint"], model, settings, tell
+            )
+    # They meet first: who is left by the first one ends too, but not who waits for it.
+    with together() as leads, _alone(job.name) if leads else contextlib.nullcontext():
         return learn.train(job, model, settings, tell, stop, leads=leads)
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Keep others from the folder of a run. Raises `AdapterError` if one is at work there."""
+    folder = run_folder(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise AdapterError(
+            f"The adapter {name!r} is being learnt or judged by another midfill. Wait for that, or take "
+            "another --name."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
