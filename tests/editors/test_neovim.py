@@ -399,6 +399,7 @@ def test_commands(neovim):
         "restart",
         "status",
         "toggle",
+        "train",
     ]
     editor.api.command("Midfill explain")
     editor.until(lambda: "last suggestion came from: model" in messages(editor), "the explanation")
