@@ -213,8 +213,8 @@ def test_it_stands_aside_while_a_server_computes(monkeypatch, tmp_path):
     assert waited.wait(10)
 
 
-def job_file(repository, model, folder, **job):
-    made = worker.Job(repository.root, "tiny", 60.0, **job)
+def job_file(repository, model, folder, name="tiny", **job):
+    made = worker.Job(repository.root, name, 60.0, **job)
     file = folder / "job.json"
     file.write_text(json.dumps(worker.request_of("train", made, model, SETTINGS)))
     return file
@@ -238,6 +238,15 @@ def test_an_interrupt_keeps_a_checkpoint_and_nobody_else_works_there_meanwhile(r
         assert "checkpoint" in event["stopped"]
     state = json.loads((tmp_path / "data" / "training" / "tiny" / "checkpoint" / "state.json").read_text())
     assert state["step"] >= 2
+
+
+@pytest.mark.slow
+def test_a_name_that_is_a_path_makes_nothing_there(repository, model, tmp_path):
+    file = job_file(repository, model, tmp_path, name="../x")
+    command = [sys.executable, "-P", "-m", "midfill.learning.worker", str(file)]
+    done = subprocess.run(command, env=environment(tmp_path), check=True, capture_output=True)
+    assert "'../x' is no name" in json.loads(done.stdout)["error"]
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.fixture(scope="module")

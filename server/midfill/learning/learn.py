@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from midfill.adapters import format as peft_format
-from midfill.adapters.registry import Registry, check_name, data_dir, locked, replace_file
+from midfill.adapters.registry import Registry, data_dir, locked, replace_file
 from midfill.bench.figures import peak_rss_mb
 from midfill.errors import AdapterError, MidfillError
 from midfill.evaluation.records import Records
@@ -93,7 +93,6 @@ def train(  # noqa: PLR0913 - each is a different thing
         MidfillError: there is nothing to learn from, or it has been stopped.
     """
     begun_s = time.monotonic()
-    check_name(job.name)
     if (taken := Registry().find(job.name)) is not None and not job.resume:
         raise AdapterError(
             f"There is an adapter {taken.name!r} already. Train under another --name, or remove that one: "

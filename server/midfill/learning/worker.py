@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from midfill.adapters.registry import data_dir
+from midfill.adapters.registry import check_name, data_dir
 from midfill.errors import AdapterError, MidfillError
 from midfill.learning.judge import Limits
 from midfill.models.store import LocalModel
@@ -254,6 +254,7 @@ def _work(request: Mapping[str, Any], tell: Any, stop: Callable[[], bool]) -> di
             return learn.evaluate(
                 job, Path(request["adapter"]), request["fingerprint"], model, settings, tell
             )
+    check_name(job.name)
     # They meet first: who is left by the first one ends too, but not who waits for it.
     with together() as leads, _alone(job.name) if leads else contextlib.nullcontext():
         return learn.train(job, model, settings, tell, stop, leads=leads)
