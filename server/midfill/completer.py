@@ -38,9 +38,9 @@ _CONTINUES_WORD = re.compile(r"\w")
 # Behind the cursor may stand what editors insert by themselves: closers, then one separator.
 _HARMLESS_TAIL = re.compile(r"""\s*[)>}\]"'`]*\s*[:{;,]?\s*\Z""")
 # After an answer the typist may go on at once, and would wait for the forward pass under way.
-_REST_S = 0.1
+REST_S = 0.1
 # New context makes the whole prompt new, which is worth nothing if the typist goes on meanwhile.
-_RENEW_S = 1.0
+RENEW_S = 1.0
 
 
 class Trigger(StrEnum):
@@ -285,7 +285,7 @@ class Completer:
         """The user may rest here. If so, let the model read what it would be asked, and ask it nothing."""
         self._stop_resting()
         if self.looks_ahead and self.settings.prefetch:
-            self._renewal = asyncio.get_running_loop().call_later(_RENEW_S, self._settle, snapshot)
+            self._renewal = asyncio.get_running_loop().call_later(RENEW_S, self._settle, snapshot)
 
     def forget(self, uri: str) -> None:
         """Drop what is remembered of a document that was closed."""
@@ -407,7 +407,7 @@ class Completer:
             return
         text = answer.text.replace("\n", snapshot.document.line_ending)
         accepted = snapshot.insert(text, answer.num_replaced)
-        self._rest = asyncio.get_running_loop().call_later(_REST_S, self._prefetch, snapshot, accepted)
+        self._rest = asyncio.get_running_loop().call_later(REST_S, self._prefetch, snapshot, accepted)
 
     def _prefetch(self, snapshot: Snapshot, accepted: Snapshot) -> None:
         known = self._suggestions.matches(accepted, explicit=False)

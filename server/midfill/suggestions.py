@@ -29,7 +29,7 @@ from typing import Generic, TypeVar
 from midfill.documents import Change, Document, Point, Snapshot
 from midfill.engine import Request
 
-_LINGER_S = 0.25
+LINGER_S = 0.25
 """How long a flight that nobody awaits goes on: editors take a request back at a key, and ask again some
 50 to 100 ms after it."""
 
@@ -356,7 +356,7 @@ class Flight(Generic[A]):
     def linger(self) -> None:
         """Go on for a moment although nobody waits."""
         self._attend()
-        self._linger = asyncio.get_running_loop().call_later(_LINGER_S, self.cancel)
+        self._linger = asyncio.get_running_loop().call_later(LINGER_S, self.cancel)
 
     def cancel(self) -> None:
         """End it at once; those who wait are cancelled."""

@@ -33,6 +33,7 @@ _NOT_ASKED = frozenset(
 )
 """Reasons for which the model is not asked."""
 
+WARM_S = 5.0
 _SPREAD_S = 3.0
 _BETWEEN_S = 0.5
 _LATE_MS = 5.0
@@ -55,7 +56,7 @@ class Plan:
     users: int
     seconds: float
     seed: int = 0
-    warm_s: float = 5.0
+    warm_s: float = WARM_S
 
     def order(self, user: int, num_episodes: int) -> tuple[float, Iterator[int]]:
         """When a typist begins (seconds), and with which episodes it goes on, without end."""

@@ -22,15 +22,13 @@ from typing import Any
 from midfill.bench.contenders import CANCELLED, Asked, Job
 from midfill.bench.load import Plan, figures
 from midfill.bench.service import Place, Service, Typed
+from midfill.completer import RENEW_S, REST_S
+from midfill.engine.local import MAX_WAITING
 from midfill.engine.scheduler import Chunk, Priority, Scheduler
 from midfill.engine.scheduler import Sequence as Tokens
 from midfill.engine.slots import Slots
 from midfill.errors import EngineOverloadedError
-
-_LINGER_S = 0.25
-_REST_S = 0.1
-_SETTLE_S = 1.0
-_MAX_WAITING = 64
+from midfill.suggestions import LINGER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +112,7 @@ class _Replica:
             chunk_tokens=capacity.chunk_tokens,
             step_tokens=capacity.chunk_tokens,
             step_sequences=capacity.sequences,
-            max_waiting=_MAX_WAITING if capacity.newest_first else 1_000_000,
+            max_waiting=MAX_WAITING if capacity.newest_first else 1_000_000,
         )
         self.queue: deque[_Flight] = deque()
         self.flights: dict[Tokens, _Flight] = {}
@@ -259,8 +257,8 @@ class _Typist:
 
     def _settle(self, now: float) -> None:
         """Who rests for long has the prompt of the place computed; at first that of the end of the text."""
-        if now + _SETTLE_S < self._next_key_s:
-            self._simulation.later(now + _SETTLE_S, self._warm, (self._visit, self._key))
+        if now + RENEW_S < self._next_key_s:
+            self._simulation.later(now + RENEW_S, self._warm, (self._visit, self._key))
 
     def _warm(self, now: float, what: tuple[int, int]) -> None:
         if what != (self._visit, self._key):
@@ -312,7 +310,7 @@ class _Typist:
     def _linger(self, flight: _Flight, now: float) -> None:
         flight.waiting = False
         flight.lingers += 1
-        self._simulation.later(now + _LINGER_S, self._stop_lingering, (flight, flight.lingers))
+        self._simulation.later(now + LINGER_S, self._stop_lingering, (flight, flight.lingers))
 
     def _stop_lingering(self, _: float, what: tuple[_Flight, int]) -> None:
         flight, lingers = what
@@ -443,8 +441,8 @@ class _Typist:
 
     def _look_ahead(self, key: int, place: Place, at_s: float) -> None:
         """While the typist rests, what comes next is computed, as if the suggestion had been accepted."""
-        if at_s + _REST_S < self._next_key_s:
-            self._simulation.later(at_s + _REST_S, self._prefetch, (self._visit, self._key, key, place))
+        if at_s + REST_S < self._next_key_s:
+            self._simulation.later(at_s + REST_S, self._prefetch, (self._visit, self._key, key, place))
 
     def _prefetch(self, now: float, what: tuple[int, int, int, Place]) -> None:
         visit, at_key, key, place = what

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from midfill.bench.load import SERVED, Plan
+from midfill.bench.load import SERVED, WARM_S, Plan
 from midfill.bench.service import Service
 from midfill.bench.simulation import Fleet, predict
 
@@ -90,7 +90,7 @@ def _try(
         replicas = max(_GROUP[0], min(_GROUP[1], _ENOUGH_USERS // per_replica))
     users = per_replica * replicas
     seconds = min(_LONGEST_S, max(_SHORTEST_S, _SAMPLES / (_REQUESTS_PER_S * users)))
-    plan = Plan(users, seconds + Plan(1, 1.0).warm_s, seed)
+    plan = Plan(users, seconds + WARM_S, seed)
     return predict(service, plan, replace(fleet, replicas=replicas))
 
 

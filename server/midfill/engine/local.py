@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 _SHUT_DOWN = "The model was shut down."
 
-_MAX_WAITING = 64
+MAX_WAITING = 64
 """Requests that may wait. One person causes at most a few; more means that clients do not cancel."""
 
 _PAUSE_S = 0.5
@@ -305,7 +305,7 @@ class _Steps:
             chunk_tokens=self._runner.chunk_tokens,
             step_tokens=self._runner.chunk_tokens,
             step_sequences=self._runner.step_sequences,
-            max_waiting=_MAX_WAITING,
+            max_waiting=MAX_WAITING,
         )
         self._flights: dict[Sequence, _Flight] = {}
         self._prewarm: Sequence | None = None
