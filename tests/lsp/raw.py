@@ -23,6 +23,20 @@ def frame(message, **headers):
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+def descendants(pid):
+    """The processes under one, with their command lines.
+
+    Without those that have ended, and those not yet themselves, which have their parent's line till then.
+    """
+    found = {}
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            line, parent = child.cmdline(), child.parent()
+            if line and parent and line != parent.cmdline():
+                found[child] = line
+    return found
+
+
 class Raw:
     """Use `async with await Raw.start(...)`; the process is dead afterwards."""
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 
-import psutil
 import pytest
 import raw
 import tiny
@@ -68,8 +67,8 @@ def progress(message, kind):
 
 
 def workers(server):
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    return [one for one in children if "midfill.learning.worker" in one.cmdline()]
+    found = raw.descendants(server.process.pid)
+    return [process for process, line in found.items() if "midfill.learning.worker" in line]
 
 
 def shown(message):
@@ -129,10 +128,7 @@ async def test_nothing_is_learnt_unless_the_user_agrees(start, tmp_path, answer)
         train(server)
         name = (await until(server, lambda m: m.get("id") == "train"))["result"]["name"]
     assert name == "project"
-    commands = [
-        " ".join(one.cmdline()) for one in psutil.Process(server.process.pid).children(recursive=True)
-    ]
-    assert not [command for command in commands if "learning" in command]
+    assert not workers(server)
     assert not (tmp_path / "data" / "training").exists()
 
 
