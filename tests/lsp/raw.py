@@ -26,7 +26,7 @@ def frame(message, **headers):
 def descendants(pid):
     """The processes under one, with their command lines.
 
-    Without those that have ended, and those not yet themselves, which have their parent's line till then.
+    Without those that have ended, and those not yet themselves: they show as their parent.
     """
     found = {}
     for child in psutil.Process(pid).children(recursive=True):
