@@ -232,6 +232,33 @@ async def test_initialize_is_answered_before_a_model_is_loaded(scripted):
     await server.serves()
 
 
+def is_progress(message, kind):
+    return message.get("method") == "$/progress" and message["params"]["value"]["kind"] == kind
+
+
+async def test_an_editor_that_is_slow_to_show_progress_holds_nothing_up(scripted):
+    server = await scripted(initialize=False)
+    await server.initialize(capabilities={"window": {"workDoneProgress": True}})
+    # It has other things to do, and lets the server wait for longer than the model takes.
+    await server.loaded()
+    (asked,) = [m for m in server.seen if m.get("method") == "window/workDoneProgress/create"]
+    assert not any(m.get("method") == "$/progress" for m in server.seen)
+    server.send({"jsonrpc": "2.0", "id": asked["id"], "result": None})
+    begun, ended = await server.receive(), await server.receive()
+    assert is_progress(begun, "begin")
+    assert begun["params"]["value"]["title"].startswith("midfill: ")
+    assert is_progress(ended, "end")
+    assert begun["params"]["token"] == ended["params"]["token"] == asked["params"]["token"]
+    # Who refuses is told nothing.
+    refusing = await scripted(initialize=False)
+    await refusing.initialize(capabilities={"window": {"workDoneProgress": True}})
+    while (asked := await refusing.receive()).get("method") != "window/workDoneProgress/create":
+        pass
+    refusing.send({"jsonrpc": "2.0", "id": asked["id"], "error": {"code": -32601, "message": "no"}})
+    await refusing.loaded()
+    assert not any(m.get("method") == "$/progress" for m in refusing.seen)
+
+
 async def test_a_socket_pair_serves_as_stdio(script):
     """Node gives its children sockets in place of pipes."""
     ours, theirs = socket.socketpair()
