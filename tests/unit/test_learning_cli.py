@@ -1,6 +1,7 @@
 """`midfill adapter plan | train | eval | stats`, as far as they need no model."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -8,10 +9,12 @@ from planted_adapters import write_adapter, write_base
 from planted_history import Planted, grow
 
 from midfill import feedback
-from midfill.adapters.registry import Judgement, Registry
+from midfill.adapters.registry import Judgement, Registry, check_name
 from midfill.cli import cli
-from midfill.errors import MidfillError
+from midfill.errors import AdapterError, MidfillError
 from midfill.learning import worker
+from midfill.models.store import LocalModel
+from midfill.settings import Settings
 
 
 def run(*arguments):
@@ -49,6 +52,22 @@ def test_an_adapter_that_is_neither_registered_nor_a_folder_is_refused():
 def test_forcing_what_is_not_registered_is_refused(tmp_path):
     with pytest.raises(MidfillError, match="import the adapter first"):
         run("eval", tmp_path, "--force")
+
+
+@pytest.mark.parametrize("folder", ["/", "/a/..", "/my model", "/.hidden", "/snapshots/0123456789abcdef"])
+def test_every_folder_has_a_name_that_an_adapter_can_have(folder):
+    check_name(worker.name_for(Path(folder)))
+    assert worker.name_for(Path("/src/project")) == "project"
+
+
+def test_a_name_that_is_a_path_is_judged_nowhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIDFILL_DATA", str(tmp_path / "data"))
+    job = worker.Job(tmp_path, "..", 0.0)
+    model = LocalModel("tiny", tmp_path, "stable-code", source="a test")
+    request = worker.request_of("eval", job, model, Settings(), tmp_path)
+    with pytest.raises(AdapterError, match=r"'\.\.' is no name"):
+        worker._work(request, print, lambda: False)
+    assert not (tmp_path / "data").exists()
 
 
 def test_stats_show_adapters_beside_their_base(monkeypatch, tmp_path):

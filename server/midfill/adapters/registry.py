@@ -297,9 +297,14 @@ class Registry:
 _STORED = ("name", "digest", "base", "fingerprint", "created", "rank", "num_parameters", "source")
 
 
+def is_name(name: str) -> bool:
+    """Whether an adapter can be called so: it must be no path, and no digest of another one."""
+    return _NAME.fullmatch(name) is not None and _DIGEST.fullmatch(name) is None
+
+
 def check_name(name: str) -> None:
     """Raise `AdapterError` if no adapter can be called so."""
-    if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
+    if not is_name(name):
         raise AdapterError(f"{name[:80]!r} is no name for an adapter: use letters, digits, '.', '_' and '-'.")
 
 

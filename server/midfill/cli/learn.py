@@ -189,7 +189,7 @@ def adapter_eval(name: str, repo: Path, threads: int, force: bool, model: str | 
       midfill adapter eval ./their-adapter --repo ~/src/project --json
     """
     from midfill.adapters.registry import Registry
-    from midfill.learning.worker import Job, most_threads
+    from midfill.learning.worker import Job, most_threads, name_for
 
     settings = read_settings(model=model)
     registry = Registry()
@@ -199,7 +199,7 @@ def adapter_eval(name: str, repo: Path, threads: int, force: bool, model: str | 
         registry.get(name)
     if force and entry is None:
         raise MidfillError("--force is recorded in the registry: import the adapter first.")
-    label = entry.name if entry is not None else folder.name
+    label = entry.name if entry is not None else name_for(folder)
     job = Job(repo.resolve(), label, 0.0, force=force, num_threads=threads or most_threads())
     fingerprint = entry.fingerprint if entry is not None else None
     result = _run("eval", job, settings, adapter=folder, fingerprint=fingerprint)

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from midfill.adapters.registry import check_name, data_dir
+from midfill.adapters.registry import check_name, data_dir, is_name
 from midfill.errors import AdapterError, MidfillError
 from midfill.learning.judge import Limits
 from midfill.models.store import LocalModel
@@ -84,10 +84,11 @@ def can_resume(name: str) -> bool:
     return any((run_folder(name) / folder).is_dir() for folder in ("checkpoint", "checkpoint.old"))
 
 
-def name_for(repo: Path) -> str:
-    """A name for an adapter from a folder's."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", repo.resolve().name).strip("-._")[:64]
-    return name or "adapter"
+def name_for(folder: Path) -> str:
+    """A name that an adapter can have, from a folder's: of a repository, or of an adapter that is in none."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:64]
+    # The hub's snapshots are called by digests.
+    return name if is_name(name) else f"adapter-{name}".rstrip("-")[:64]
 
 
 def most_threads() -> int:
@@ -235,9 +236,10 @@ def _serve(say: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _work(request: Mapping[str, Any], tell: Any, stop: Callable[[], bool]) -> dict[str, Any]:
+    values = request["job"]
+    check_name(values["name"])
     from midfill.learning import learn  # noqa: PLC0415 - imports torch, after the process has become nice
 
-    values = request["job"]
     job = Job(
         **values
         | {
@@ -254,7 +256,6 @@ def _work(request: Mapping[str, Any], tell: Any, stop: Callable[[], bool]) -> di
             return learn.evaluate(
                 job, Path(request["adapter"]), request["fingerprint"], model, settings, tell
             )
-    check_name(job.name)
     # They meet first: who is left by the first one ends too, but not who waits for it.
     with together() as leads, _alone(job.name) if leads else contextlib.nullcontext():
         return learn.train(job, model, settings, tell, stop, leads=leads)
