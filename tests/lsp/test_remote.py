@@ -80,8 +80,8 @@ async def ask(server):
     return (items[0]["insertText"] if items else ""), why["reason"]
 
 
-async def until(server, wanted, seconds=15):
-    """Ask as a typist does, until the answer is this one."""
+async def until(server, wanted, seconds=60):
+    """Ask as a typist does, until the answer is this one. What was away is left alone for 30 s at most."""
     async with asyncio.timeout(seconds):
         for _ in itertools.count():
             if (found := await ask(server))[0] == wanted:
