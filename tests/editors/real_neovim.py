@@ -122,8 +122,10 @@ class Neovim:
     def ghost(self):
         """The ghost text: what is drawn at the cursor, and the lines below; "" if there is none."""
         marks = self.lua(
-            "return vim.api.nvim_buf_get_extmarks("
-            "0, vim.api.nvim_get_namespaces().midfill, 0, -1, {details = true})"
+            "local spaces, marks = vim.api.nvim_get_namespaces(), {} "
+            "for _, name in ipairs({'midfill', 'nvim.lsp.inline_completion'}) do if spaces[name] then "
+            "vim.list_extend(marks, vim.api.nvim_buf_get_extmarks(0, spaces[name], 0, -1, {details = true})) "
+            "end end return marks"
         )
         lines = []
         for _, _, _, details in marks:
@@ -188,6 +190,14 @@ class Neovim:
 
     def lua(self, code, *arguments):
         return self.api.exec_lua(code, *arguments)
+
+    def asks(self, method, params):
+        """What the server answers to a request of the client's."""
+        code = (
+            "local method, params = ... local client = require('midfill.server').client() "
+            "return require('midfill.server').call(client, 'request_sync', method, params).result"
+        )
+        return self.lua(code, method, params)
 
     def describe(self):
         screen = "\n".join(self.screen)

@@ -230,6 +230,8 @@ def test_popup_items_in_neovims_own_menu(neovim, enabled, typed, word):
     rule = {"after": typed, "text": word.removeprefix("su" if typed.endswith("su") else "")}
     editor = neovim(rule, text=VALUES, options="popup = true", settings=PATIENT)
     editor.lua("vim.o.completeopt = 'menuone,noselect'")
+    if enabled and editor.lua("return vim.lsp.completion == nil"):
+        pytest.skip("Neovim has had vim.lsp.completion since 0.11")
     if enabled:
         editor.lua("vim.lsp.completion.enable(true, require('midfill.server').client().id, 0)")
     editor.press(f"o{typed}<C-x><C-o>")
@@ -373,12 +375,8 @@ def test_toggle_switches_ghost_text_and_popup_items(neovim):
     editor.api.command("Midfill toggle")
     assert editor.lua("return require('midfill').statusline()") == "midfill off"
     editor.press("ototal = ")
-    items = editor.lua(
-        "local params = vim.lsp.util.make_position_params(0, 'utf-8') "
-        "local client = require('midfill.server').client() "
-        "return #client:request_sync('textDocument/completion', params).result.items"
-    )
-    assert items == 0
+    place = editor.lua("return vim.lsp.util.make_position_params(0, 'utf-8')")
+    assert editor.asks("textDocument/completion", place)["items"] == []
     assert editor.ghost == ""
     editor.api.command("Midfill toggle")
     editor.sees("sum(values)")
@@ -405,7 +403,9 @@ def test_commands(neovim):
     editor.until(lambda: "last suggestion came from: model" in messages(editor), "the explanation")
     editor.api.command("Midfill status")
     editor.until(lambda: "last answer:" in messages(editor), "the status")
-    assert "server: ready, midfill 0" in messages(editor)
+    # Neovim 0.10 does not keep what a server says of itself.
+    known = editor.lua("return require('midfill.server').client().server_info ~= nil")
+    assert f"server: ready{', midfill 0' if known else ''}" in messages(editor)
     assert "this buffer: served" in messages(editor)
     editor.api.command("Midfill nonsense")
     assert 'no command "nonsense"' in editor.notes[-1]
@@ -517,7 +517,4 @@ def messages(editor):
 
 def num_requests(editor):
     """How many answers the server has given."""
-    costs = editor.lua(
-        "return require('midfill.server').client():request_sync('midfill/costs', {after = 0}).result"
-    )
-    return len(costs["answers"])
+    return len(editor.asks("midfill/costs", {"after": 0})["answers"])
