@@ -1,6 +1,6 @@
 """The Neovim plugin in the real Neovim, with the real server.
 
-Neovim 0.12, which shows ghost text by itself, cannot be installed here; that path is not tested.
+Neovim 0.12 shows ghost text by itself; that path is not tested. MIDFILL_TEST_NVIM names another Neovim.
 """
 
 import os
