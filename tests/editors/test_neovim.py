@@ -1,10 +1,13 @@
 """The Neovim plugin in the real Neovim, with the real server.
 
-Neovim 0.12 shows ghost text by itself; that path is not tested. MIDFILL_TEST_NVIM names another Neovim.
+MIDFILL_TEST_NVIM names another Neovim: the scenes have passed in 0.10 and 0.12 too.
 """
 
+import functools
 import os
+import re
 import signal
+import subprocess
 
 import pytest
 
@@ -496,6 +499,62 @@ def test_the_help_has_tags_for_every_option(neovim):
     assert {"midfill", ":Midfill", "midfill.setup()"} <= tags
     assert {f"midfill-{name}" for name in options} <= tags
     assert all(len(line) <= 78 for line in text)
+
+
+@pytest.fixture
+def native(neovim, nvim_program):
+    """Start an editor that shows ghost text by itself, which Neovim does from 0.12 on."""
+    version = subprocess.run([nvim_program, "--version"], capture_output=True, text=True, check=True).stdout
+    if [int(part) for part in re.findall(r"\d+", version)[:2]] < [0, 12]:
+        pytest.skip(f"{version.splitlines()[0]} has no vim.lsp.inline_completion; 0.12 has")
+    return functools.partial(neovim, options="inline = 'native'")
+
+
+def test_neovims_own_ghost_text(native):
+    editor = native(SUM, text=VALUES, before="vim.g.python_recommended_style = 0")
+    editor.press("o<Tab><BS>total = ")
+    editor.sees("sum(values)")
+    assert editor.screen[1] == "total = sum(values)"
+    editor.press("<Tab>")
+    editor.reads("values = [1, 2]\ntotal = sum(values)")
+    assert editor.cursor == (2, 19)
+
+
+def test_pieces_of_neovims_own_ghost_text(native):
+    editor = native(BODY, text="")
+    editor.lua("vim.bo.autoindent = false vim.bo.indentexpr = ''")
+    editor.press("idef area(self):<CR>")
+    editor.sees("    width = self.w\n    return width")
+    editor.press("<C-Right>")
+    editor.reads("def area(self):\n    width")
+    editor.sees(" = self.w\n    return width")
+    editor.press("<M-Right>")
+    editor.reads("def area(self):\n    width = self.w")
+    editor.until(lambda: "return width" in editor.ghost, "the rest")
+    editor.press("<Tab>")
+    editor.reads("def area(self):\n    width = self.w\n    return width")
+
+
+def test_neovims_own_ghost_text_is_switched_off_and_on(native):
+    editor = native(SUM, text=VALUES)
+    editor.api.command("Midfill toggle")
+    editor.press("ototal = ")
+    editor.press("<Tab>")
+    editor.until(lambda: editor.text != VALUES + "\ntotal = ", "what the key does by itself")
+    assert editor.ghost == ""
+    editor.press("<Esc>cc")
+    editor.api.command("Midfill toggle")
+    editor.press("total = ")
+    editor.sees("sum(values)")
+
+
+def test_neovims_own_ghost_text_is_refused_where_there_is_none(neovim):
+    editor = neovim(SUM, text=VALUES)
+    refused = editor.lua("return {pcall(require('midfill').setup, {inline = 'native'})}")
+    if editor.lua("return vim.lsp.inline_completion ~= nil"):
+        assert refused[0] is True
+    else:
+        assert "needs Neovim 0.12" in refused[1]
 
 
 @pytest.mark.real

@@ -72,7 +72,9 @@ function COMMANDS.status()
     ("server: %s%s"):format(server.state, info and (", midfill %s"):format(info.version) or ""),
     ("model: %s"):format(server.model or "not known yet"),
     ("suggestions: %s"):format(midfill.is_enabled() and "on" or "off (:Midfill toggle)"),
-    ("ghost text: %s"):format(midfill.inline() == "native" and "by Neovim" or "by this plugin"),
+    ("ghost text: %s"):format(
+      require("midfill.config").values.inline == "native" and "by Neovim" or "by this plugin"
+    ),
     ("this buffer: %s"):format(server.client_of(buf) and "served" or "not served"),
   }
   if server.client_of(buf) == nil then

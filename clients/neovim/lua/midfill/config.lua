@@ -17,7 +17,7 @@ local M = {}
 ---@field debounce_ms integer rest after a key before the server is asked
 ---@field hide_during_completion boolean no ghost text while Neovim's own popup menu is open
 ---@field popup boolean whether suggestions are offered as popup items, too
----@field inline "auto"|"own"|"native" who shows ghost text; "auto" is Neovim itself from 0.12 on
+---@field inline "own"|"native" who shows ghost text: this plugin, or Neovim itself (0.12), which waits longer
 ---@field keys midfill.Keys
 
 ---@type midfill.Config
@@ -30,7 +30,7 @@ local DEFAULTS = {
   hide_during_completion = true,
   -- Ghost text is there already.
   popup = false,
-  inline = "auto",
+  inline = "own",
   keys = {
     accept = "<Tab>",
     accept_word = "<C-Right>",
@@ -71,8 +71,11 @@ function M.set(options)
   check(options, DEFAULTS, "")
   check(options.keys or {}, DEFAULTS.keys, "keys.")
   local values = vim.tbl_deep_extend("force", vim.deepcopy(DEFAULTS), options)
-  if not vim.tbl_contains({ "auto", "own", "native" }, values.inline) then
-    error(("midfill: the option inline is auto, own or native, not %q"):format(values.inline), 0)
+  if not vim.tbl_contains({ "own", "native" }, values.inline) then
+    error(("midfill: the option inline is own or native, not %q"):format(values.inline), 0)
+  end
+  if values.inline == "native" and vim.lsp.inline_completion == nil then
+    error("midfill: the option inline is native, which needs Neovim 0.12; leave it out, or update Neovim", 0)
   end
   if #values.cmd == 0 then
     error("midfill: the option cmd is empty; the default is { 'midfill', 'serve' }", 0)

@@ -71,9 +71,9 @@ function M.check()
     vim.health.error("Neovim 0.10 or newer is needed")
     return
   end
-  local inline = require("midfill").inline()
   vim.health.info(
-    inline == "native" and "ghost text by vim.lsp.inline_completion" or "ghost text by this plugin"
+    config.values.inline == "native" and "ghost text by vim.lsp.inline_completion"
+      or "ghost text by this plugin"
   )
   check_program()
   check_server()

@@ -9,15 +9,7 @@ local enabled = true
 
 --- Who shows the ghost text.
 local function backend()
-  local inline = config.values.inline
-  local native = require("midfill.native")
-  local is_native = inline == "native" or (inline == "auto" and native.is_available())
-  return is_native and native or require("midfill.ghost")
-end
-
----@return "native"|"own"
-function M.inline()
-  return backend() == package.loaded["midfill.native"] and "native" or "own"
+  return require(config.values.inline == "native" and "midfill.native" or "midfill.ghost")
 end
 
 ---@return boolean

@@ -1,13 +1,11 @@
---- Ghost text by Neovim itself: `vim.lsp.inline_completion`, from Neovim 0.12 on. Not tested.
+--- Ghost text by Neovim itself: `vim.lsp.inline_completion`, from Neovim 0.12 on.
+---
+--- Neovim asks 200 ms after the last key, whatever the server is capable of, so this is a choice, not the default.
 
 local pieces = require("midfill.pieces")
 local server = require("midfill.server")
 
 local M = {}
-
-function M.is_available()
-  return vim.lsp.inline_completion ~= nil
-end
 
 ---@param part? "word"|"line"
 ---@return boolean whether there was one

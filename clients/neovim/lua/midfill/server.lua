@@ -254,6 +254,23 @@ local function progressed(id, value)
   end
 end
 
+--- Of a popup item of several lines Neovim 0.12 inserts the first, and 0.10 all as one, with NUL characters for
+--- line ends. Put all of them in their place.
+local function break_lines()
+  local done = vim.v.completed_item
+  local item = vim.tbl_get(done, "user_data", "nvim", "lsp", "completion_item") or {}
+  local text = vim.tbl_get(item, "textEdit", "newText") or ""
+  local is_ours = vim.tbl_get(item, "command", "command") == "midfill.accepted"
+  local row, column = unpack(vim.api.nvim_win_get_cursor(0))
+  local before = vim.api.nvim_get_current_line():sub(1, column):gsub("%z", "\n")
+  local inserted = vim.endswith(before, text) and text or text:match("^[^\n]*")
+  if is_ours and text:find("\n") and done.word == inserted and vim.endswith(before, inserted) then
+    local lines = vim.split(text, "\n")
+    vim.api.nvim_buf_set_text(0, row - 1, column - #inserted, row - 1, column, lines)
+    vim.api.nvim_win_set_cursor(0, { row + #lines - 1, #lines[#lines] })
+  end
+end
+
 --- Follow buffers and the server's progress.
 ---@param group integer an autocommand group
 function M.watch(group)
@@ -269,6 +286,7 @@ function M.watch(group)
       progressed(event.data.client_id, event.data.params.value)
     end,
   })
+  vim.api.nvim_create_autocmd("CompleteDone", { group = group, callback = break_lines })
   vim.api.nvim_create_autocmd("VimLeavePre", {
     group = group,
     callback = function()
