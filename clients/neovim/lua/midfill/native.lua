@@ -55,6 +55,16 @@ function M.is_waiting()
   return false
 end
 
+---@param client vim.lsp.Client
+---@param on boolean
+local function set(client, on)
+  vim.lsp.inline_completion.enable(on, { client_id = client.id })
+  -- For Neovim a buffer without a mark of its own is off already, and nothing would be switched off there.
+  for buf in pairs(on and client.attached_buffers or {}) do
+    vim.lsp.inline_completion.enable(true, { bufnr = buf })
+  end
+end
+
 ---@param group integer
 function M.watch(group)
   vim.api.nvim_create_autocmd("LspAttach", {
@@ -62,7 +72,7 @@ function M.watch(group)
     callback = function(event)
       local client = server.client()
       if client and client.id == event.data.client_id then
-        vim.lsp.inline_completion.enable(require("midfill").is_enabled(), { client_id = client.id })
+        set(client, require("midfill").is_enabled())
       end
     end,
   })
@@ -72,7 +82,7 @@ end
 function M.enable(on)
   local client = server.client()
   if client then
-    vim.lsp.inline_completion.enable(on, { client_id = client.id })
+    set(client, on)
   end
 end
 
