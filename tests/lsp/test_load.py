@@ -80,8 +80,7 @@ async def test_a_hundred_keys_in_a_file_of_a_hundred_thousand_lines(scripted):
         # The typist's own pace is part of the scene.
         await asyncio.sleep(max(0.0, 0.05 - (time.monotonic() - begun)))
     print(f"100,000 lines: {statistics.median(times):.2f} ms median, {max(times):.1f} ms at most")
-    # Beside other programs most keys take longer; what the server can do shows in the best second of them.
-    assert min(statistics.median(times[at : at + 20]) for at in range(0, 100, 20)) < 5
+    assert statistics.median(times) < 5
 
 
 async def test_five_hundred_keys_each_with_a_request_and_a_cancel(scripted):

@@ -1,5 +1,6 @@
 --- The command `:Midfill`.
 
+local config = require("midfill.config")
 local server = require("midfill.server")
 
 local M = {}
@@ -72,9 +73,7 @@ function COMMANDS.status()
     ("server: %s%s"):format(server.state, info and (", midfill %s"):format(info.version) or ""),
     ("model: %s"):format(server.model or "not known yet"),
     ("suggestions: %s"):format(midfill.is_enabled() and "on" or "off (:Midfill toggle)"),
-    ("ghost text: %s"):format(
-      require("midfill.config").values.inline == "native" and "by Neovim" or "by this plugin"
-    ),
+    ("ghost text: %s"):format(config.values.inline == "native" and "by Neovim" or "by this plugin"),
     ("this buffer: %s"):format(server.client_of(buf) and "served" or "not served"),
   }
   if server.client_of(buf) == nil then
@@ -111,7 +110,6 @@ end
 --- Choose among models and start the server with that one; the choice holds until Neovim ends.
 ---@param name string
 local function use_model(name)
-  local config = require("midfill.config")
   config.values.settings.model = name
   server.restart()
   vim.notify(("midfill: starting with %s. To keep it: midfill model use %s"):format(name, name))
@@ -124,7 +122,7 @@ function COMMANDS.model(name)
   end
   -- The program that serves also lists; what follows "serve" is the server's.
   local command = {}
-  for _, word in ipairs(require("midfill.config").values.cmd) do
+  for _, word in ipairs(config.values.cmd) do
     if word == "serve" then
       break
     end

@@ -258,13 +258,17 @@ end
 --- line ends. Put all of them in their place.
 local function break_lines()
   local done = vim.v.completed_item
-  local item = vim.tbl_get(done, "user_data", "nvim", "lsp", "completion_item") or {}
-  local text = vim.tbl_get(item, "textEdit", "newText") or ""
-  local is_ours = vim.tbl_get(item, "command", "command") == "midfill.accepted"
+  local item = vim.tbl_get(done, "user_data", "nvim", "lsp", "completion_item")
+  local text = vim.tbl_get(item or {}, "textEdit", "newText")
+  if
+    vim.tbl_get(item or {}, "command", "command") ~= "midfill.accepted" or not (text and text:find("\n"))
+  then
+    return
+  end
   local row, column = unpack(vim.api.nvim_win_get_cursor(0))
   local before = vim.api.nvim_get_current_line():sub(1, column):gsub("%z", "\n")
   local inserted = vim.endswith(before, text) and text or text:match("^[^\n]*")
-  if is_ours and text:find("\n") and done.word == inserted and vim.endswith(before, inserted) then
+  if done.word == inserted and vim.endswith(before, inserted) then
     local lines = vim.split(text, "\n")
     vim.api.nvim_buf_set_text(0, row - 1, column - #inserted, row - 1, column, lines)
     vim.api.nvim_win_set_cursor(0, { row + #lines - 1, #lines[#lines] })
