@@ -432,8 +432,8 @@ class _Steps:
                 chunks,
                 "There was not enough memory for this request. Kept computations were dropped; if it happens "
                 "again, use a smaller model or a shorter context.",
+                out_of_memory=True,
             )
-            self._shrink()
             return
         except Exception as error:  # noqa: BLE001 - a failed step costs its requests, not the engine
             _LOG.exception("a step failed")
@@ -524,16 +524,22 @@ class _Steps:
             if not flight.allowed:
                 self._leave(flight, _END)
 
-    def _fail(self, chunks: list[Chunk], reason: str) -> None:
-        """The requests of a failed step end; what their slots hold cannot be trusted."""
+    def _fail(self, chunks: list[Chunk], reason: str, *, out_of_memory: bool = False) -> None:
+        """The requests of a failed step end; what their slots hold cannot be trusted.
+
+        Who hears of it may ask again at once, so first everything is freed.
+        """
+        for chunk in chunks:
+            self._scheduler.remove(chunk.sequence, forget=True)
+        self._runner.drop([chunk.slot for chunk in chunks])
+        if out_of_memory:
+            self._shrink()
         for chunk in chunks:
             flight = self._flights.get(chunk.sequence)
-            self._scheduler.remove(chunk.sequence, forget=True)
             if flight is None:
                 self._prewarm = None
             else:
                 self._leave(flight, EngineError(reason))
-        self._runner.drop([chunk.slot for chunk in chunks])
 
     def _shrink(self) -> None:
         """Keep the past of fewer documents, since memory ran out."""
