@@ -258,11 +258,9 @@ end
 --- line ends. Put all of them in their place.
 local function break_lines()
   local done = vim.v.completed_item
-  local item = vim.tbl_get(done, "user_data", "nvim", "lsp", "completion_item")
-  local text = vim.tbl_get(item or {}, "textEdit", "newText")
-  if
-    vim.tbl_get(item or {}, "command", "command") ~= "midfill.accepted" or not (text and text:find("\n"))
-  then
+  local item = vim.tbl_get(done, "user_data", "nvim", "lsp", "completion_item") or {}
+  local text = vim.tbl_get(item, "textEdit", "newText")
+  if vim.tbl_get(item, "command", "command") ~= "midfill.accepted" or not (text and text:find("\n")) then
     return
   end
   local row, column = unpack(vim.api.nvim_win_get_cursor(0))
