@@ -223,6 +223,26 @@ async def test_out_of_memory_fails_the_request_and_drops_the_idle_slots(stepped)
     assert runner.steps[-4][0] == (0, 64)
 
 
+async def test_all_is_freed_before_a_failed_request_hears_of_it(stepped):
+    engine, runner = stepped
+    frees, may_free = asyncio.Event(), threading.Event()
+
+    def drop(_slots):
+        runner.loop.call_soon_threadsafe(frees.set)
+        assert may_free.wait(timeout=60)
+
+    runner.drop, runner.error = drop, MemoryError()
+    runner.open()
+    asked = asyncio.create_task(tiny.collect_ids(engine, [100], 1))
+    await asyncio.wait_for(frees.wait(), 60)
+    await tiny.settle()
+    heard = asked.done()
+    may_free.set()
+    with pytest.raises(EngineError, match="not enough memory"):
+        await asked
+    assert not heard
+
+
 async def test_an_engine_thread_that_dies_says_so_to_everybody(stepped, caplog):
     engine, runner = stepped
     task = await tiny.start_and_reach_step(engine, runner, 1, LONG)
