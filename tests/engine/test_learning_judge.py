@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,6 +222,28 @@ def test_commits_that_judge_again_and_again_ask_for_more(job, good, model, examp
     assert learn.note_opening([replace(one, commit=one.commit[::-1]) for one in examples.test], "c") == 1
     content = (tmp_path / "data" / "training" / "opened.json").read_text()
     assert examples.test[0].commit not in content
+
+
+def test_the_model_that_learns_is_gone_before_two_engines_are_loaded(job, good, model, monkeypatch):
+    weights, alive = [], []
+
+    class Noted(Adapted):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            weights.extend(weakref.ref(one) for one in self.peft.parameters())
+
+    fill = judge.fill
+
+    async def noted(*args):
+        alive.extend(one for one in weights if one() is not None)
+        return await fill(*args)
+
+    monkeypatch.setattr(learn, "Adapted", Noted)
+    monkeypatch.setattr(judge, "fill", noted)
+    _, _, result = verdict(job, good, model)
+    assert result["saved_chars"] is not None
+    assert weights
+    assert not alive
 
 
 def test_what_has_been_judged_is_not_computed_again(job, good, model, monkeypatch):

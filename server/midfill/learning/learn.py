@@ -236,6 +236,8 @@ def _judge(  # noqa: PLR0913, PLR0917 - what the stages before it have made
             tell=lambda share: run.tell("judge", share, "log-loss on later commits"),
         )
         measured = replace(measured, scale=scale, dev=dev)
+        # Two engines come next, each with a model of its own.
+        adapted.release()
         if measured.effect is not None and math.isfinite(measured.effect.gain):
             measured = replace(measured, filling=_fill(run, adapter))
     verdicts = judge.decide(measured, run.job.limits)

@@ -27,6 +27,7 @@ from midfill.adapters import format as peft_format
 from midfill.engine.files import find_tensors
 from midfill.engine.weights import build_model
 from midfill.errors import AdapterError
+from midfill.learning import memory
 from midfill.learning.data import Example
 from midfill.models.store import LocalModel
 
@@ -214,6 +215,13 @@ class Adapted:
         with torch.inference_mode():
             logits: torch.Tensor = self.peft(input_ids=ids, use_cache=False, logits_to_keep=1).logits
             return logits[0, -1].float()
+
+    def release(self) -> None:
+        """Give the memory back; nothing can be computed any more."""
+        self.peft = None
+        self.parameters.clear()
+        self._branches.clear()
+        memory.give_back()
 
     def _config_alpha(self) -> float:
         # The value given at the start; `save` changes it for the time of writing only.
