@@ -21,9 +21,10 @@ class TokenIndex:
     """
 
     def __init__(self, vocab: Sequence[bytes], excluded: frozenset[int]) -> None:
-        pairs = sorted((piece, token) for token, piece in enumerate(vocab) if piece and token not in excluded)
-        self._pieces = [piece for piece, _ in pairs]
-        self._ids = array("q", (token for _, token in pairs))
+        ids = [token for token, piece in enumerate(vocab) if piece and token not in excluded]
+        ids.sort(key=vocab.__getitem__)
+        self._pieces = [vocab[token] for token in ids]
+        self._ids = array("q", ids)
 
     def allowed(self, remainder: bytes) -> array[int]:
         """Ids whose bytes begin with `remainder`, or that `remainder` begins with; it must not be empty."""
