@@ -65,7 +65,7 @@ class PacedRunner:
             chunk_tokens,
         )
 
-    def forward(self, chunks, allowed):
+    def forward(self, chunks, allowed, _interrupted):
         tokens = sum(len(chunk.tokens) for chunk in chunks) - len(chunks)
         until = time.monotonic() + self.step_s + self.sequence_s * (len(chunks) - 1) + self.token_s * tokens
         choices = []
@@ -86,7 +86,7 @@ class PacedRunner:
         return False
 
 
-def engine(step_s=0.003, sequence_s=0.0006, token_s=0.0001, chunk_tokens=32):
+def engine(step_s=0.003, sequence_s=0.0006, token_s=0.0001, chunk_tokens=64):
     """A `LocalEngine` around it, as `midfill serve` would have one."""
     tokenizer = Bytes()
     runner = PacedRunner(step_s, sequence_s, token_s, chunk_tokens)

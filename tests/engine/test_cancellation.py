@@ -1,10 +1,11 @@
-"""A cancelled request costs at most the forward pass under way, and leaves its keys and values behind."""
+"""A cancelled request costs at most a part of the pass under way, and leaves its keys and values behind."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from dataclasses import replace
+from random import Random
 
 import pytest
 import tiny
@@ -46,6 +47,66 @@ async def test_cancelling_frees_the_model_after_the_pass_under_way(stepped, step
     runner.open()
     assert await tiny.collect_ids(engine, [7], 1) == [65]
     assert len(runner.steps) == step + 1
+
+
+async def test_a_pass_that_nobody_wants_is_left_in_the_middle(stepped):
+    engine, runner = stepped
+    runner.has_middle = True
+    await cancelled(await tiny.start_and_reach_step(engine, runner, 2, LONG))
+    runner.open()
+    assert await tiny.collect_ids(engine, [7], 1) == [65]
+    assert runner.left == [False, True, False]
+    # What was computed before counts, what was left does not.
+    await tiny.collect_ids(engine, LONG, 1)
+    assert runner.steps == [[(0, 64)], [(64, 64)], [(0, 1)], [(64, 64)], [(128, 64)], [(192, 58)]]
+
+
+async def test_a_pass_that_somebody_waits_for_is_not_left(stepped):
+    engine, runner = stepped
+    runner.has_middle = True
+    first = await tiny.start_and_reach_step(engine, runner, 1, LONG)
+    newer = asyncio.create_task(tiny.collect_ids(engine, [1, 2, 3], 1))
+    waiting = asyncio.create_task(tiny.collect_ids(engine, [4, 5], 1))
+    await tiny.settle()
+    await cancelled(waiting)
+    runner.open()
+    await asyncio.gather(first, newer)
+    assert not any(runner.left)
+
+
+@pytest.mark.parametrize("is_prewarm", [True, False], ids=["prewarm", "idle request"])
+async def test_idle_work_is_left_in_the_middle_when_a_request_comes(stepped, is_prewarm):
+    engine, runner = stepped
+    runner.has_middle = True
+    if is_prewarm:
+        engine.prewarm(LONG)
+    else:
+        idle = asyncio.create_task(tiny.collect(engine, LONG, 2, idle=True))
+    assert await runner.began.get() == 1
+    typed = asyncio.create_task(tiny.collect_ids(engine, [9, 9], 1))
+    await tiny.settle()
+    runner.open()
+    assert await typed == [65]
+    assert runner.left[0]
+    while len(runner.steps) < 6:
+        await runner.began.get()
+    assert runner.steps[:6] == [[(0, 64)], [(0, 2)], [(0, 64)], [(64, 64)], [(128, 64)], [(192, 58)]]
+    assert runner.left[:5] == [True, False, False, False, False]
+    if not is_prewarm:
+        assert [token.id for token in await idle] == [65, 65]
+
+
+async def test_closing_does_not_wait_for_the_end_of_a_pass(stepped):
+    engine, runner = stepped
+    runner.has_middle = True
+    task = await tiny.start_and_reach_step(engine, runner, 1, LONG)
+    closing = asyncio.create_task(engine.close())
+    await tiny.settle()
+    runner.open()
+    await closing
+    assert runner.left == [True]
+    with pytest.raises(EngineUnavailableError):
+        await task
 
 
 async def test_a_request_cancelled_while_it_waits_is_never_computed(stepped):
@@ -315,14 +376,14 @@ async def test_after_a_cancellation_the_tokens_still_equal_generate(tmp_path, ki
             drop = runner.drop
             idle = runner.idle
 
-            def forward(self, chunks, allowed):
+            def forward(self, chunks, allowed, interrupted):
                 steps.append(len(chunks))
                 if len(steps) == cancel_at:
                     # The loop cancels while this pass runs: the next thing the engine sees is the flag.
                     done = threading.Event()
                     loop.call_soon_threadsafe(lambda: (task.cancel(), loop.call_soon(done.set)))
                     assert done.wait(60)
-                return forward(chunks, allowed)
+                return forward(chunks, allowed, interrupted)
 
         return replace(loaded, runner=Counting())
 
@@ -337,6 +398,62 @@ async def test_after_a_cancellation_the_tokens_still_equal_generate(tmp_path, ki
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert await tiny.collect_ids(engine, prompt, 8) == tiny.oracle(reference, prompt, 8, control)
+
+
+async def test_passes_left_in_the_middle_change_no_token(tmp_path):
+    model = tiny.write_model("qwen2", tmp_path)
+    reference = tiny.reference(tmp_path)
+    random = Random(3)  # noqa: S311 - a sample
+    # Prompts that share beginnings of all lengths, more of them than there are slots.
+    prompts: list[list[int]] = []
+    while len(prompts) < 16:
+        beginning = random.choice(prompts)[: random.randrange(200)] if prompts else []
+        prompts.append(beginning + random.choices(range(256), k=random.randrange(60, 200)))
+    answers = [tiny.oracle(reference, ids, 4, frozenset()) for ids in prompts]
+    asked, cancel_at, left, task = 0, 0, [], None
+    loop = asyncio.get_running_loop()
+
+    def load_asking(spec, progress):
+        loaded = load(spec, progress)
+        forward = loaded.runner.forward
+
+        def asking(chunks, allowed, interrupted):
+            asked_after = None  # the cancellation, if it is in this pass
+
+            def ask():
+                nonlocal asked, asked_after
+                asked += 1
+                if asked_after is not None:
+                    asked_after += 1
+                if asked == cancel_at:
+                    asked_after = 0
+                    # The loop cancels while this pass is in its middle.
+                    done = threading.Event()
+                    loop.call_soon_threadsafe(lambda: (task.cancel(), loop.call_soon(done.set)))
+                    assert done.wait(60)
+                return interrupted()
+
+            choices = forward(chunks, allowed, ask)
+            if asked_after is not None:
+                left.append(choices is None and asked_after == 0)
+            return choices
+
+        loaded.runner.forward = asking
+        return loaded
+
+    async with tiny.running(model, runner="openvino", load_model=load_asking, num_threads=1) as engine:
+        num_cancelled = 0
+        while num_cancelled < 200:
+            number = random.randrange(len(prompts))
+            cancel_at = asked + random.randrange(1, 9)
+            task = asyncio.create_task(tiny.collect_ids(engine, prompts[number], 4))
+            [found] = await asyncio.gather(task, return_exceptions=True)
+            num_cancelled += isinstance(found, asyncio.CancelledError)
+            cancel_at = 0
+            # The same again, which goes on where it was left, or another one.
+            number = random.choice([number, random.randrange(len(prompts))])
+            assert await tiny.collect_ids(engine, prompts[number], 4) == answers[number]
+        assert left == [True] * num_cancelled
 
 
 async def test_closing_the_iterator_cancels(stepped):

@@ -102,8 +102,8 @@ async def test_guesses_change_no_token_and_save_passes(tmp_path, runner):
         loaded = load(spec, progress)
         forward = loaded.runner.forward
 
-        def counting(chunks, allowed):
-            choices = forward(chunks, allowed)
+        def counting(chunks, allowed, interrupted):
+            choices = forward(chunks, allowed, interrupted)
             sizes.extend(
                 (chunk.num_guesses, len(chosen) - 1)
                 for chunk, chosen in zip(chunks, choices, strict=True)

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from midfill.engine import openvino_runner
-from midfill.engine.openvino_graph import UnsupportedError, read_shape
+from midfill.engine.openvino_graph import LAYOUTS, UnsupportedError, read_shape
 from midfill.engine.scheduler import Chunk, Sequence
 from midfill.errors import EngineError, ModelError
 
@@ -72,6 +72,76 @@ def test_a_past_is_copied_and_memory_grows(model, runner):
     assert chosen(found) == [expected(model, other)]
     runner.drop([0, 1, 2, 3, 4, 5, 6])
     assert chosen(runner.forward([chunk(ids, 9)], [None])) == [expected(model, ids)]
+
+
+def logprobs(choices):
+    return [choice.logprob for [choice] in choices]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_pass_in_parts_computes_what_one_graph_does(tmp_path, kind):
+    path = tiny.write_model(kind, tmp_path / "model").path
+    runners = [
+        openvino_runner.load(
+            path, read_shape(path), dtype="float32", num_threads=1, report=lambda _: None, num_parts=num_parts
+        )
+        for num_parts in (1, 2, 9)
+    ]
+    one, two = prompts(5, 90, 33)
+    for pass_ in (
+        [chunk(one, 0)],
+        [chunk([*one, 7], 0, 90), chunk(two, 1)],
+        [chunk([*one[:40], 5], 2, 40, copy_from=0)],
+    ):
+        whole, *parts = (runner.forward(pass_, [None] * len(pass_)) for runner in runners)
+        for found in parts:
+            assert chosen(found) == chosen(whole)
+            assert logprobs(found) == pytest.approx(logprobs(whole), abs=1e-5)
+
+
+def test_a_pass_that_was_left_goes_on_where_it_was_left(model, runner):
+    [ids] = prompts(6, 50)
+    asked = []
+    # It has three parts.
+    for at in (1, 2):
+        asked[:] = [False] * at
+        assert runner.forward([chunk(ids, 0)], [None], lambda: asked.pop() or not asked) is None
+        assert asked == []
+        assert chosen(runner.forward([chunk(ids, 0)], [None], lambda: asked.append(1))) == [
+            expected(model, ids)
+        ]
+        assert len(asked) == 2 - at
+
+
+@pytest.mark.parametrize("between", ["a pass", "other tokens", "freed slots"])
+def test_a_pass_that_was_left_is_run_anew_if_something_came_between(model, runner, between):
+    ids, other = prompts(7, 50, 50)
+    runner.forward([chunk(other, 1)], [None])
+    assert runner.forward([chunk(ids, 0)], [None], lambda: True) is None
+    if between == "a pass":
+        runner.forward([chunk(other, 0)], [None])
+    elif between == "other tokens":
+        ids[-1] ^= 1
+    else:  # the last to be freed are the first to be used: those of the other prompt
+        runner.drop([0, 1])
+    asked = []
+    assert chosen(runner.forward([chunk(ids, 0)], [None], lambda: asked.append(1))) == [expected(model, ids)]
+    assert len(asked) == 2
+
+
+def test_a_pass_that_was_left_is_run_anew_if_its_past_is_copied_again(model, runner):
+    other, rest = prompts(8, 50, 30)
+    runner.forward([chunk(other, 1)], [None])
+    ids = other[:20] + rest
+    # A copy is of whole blocks, so it writes over the first of what was computed.
+    pass_ = [chunk(ids, 0, 20, copy_from=1)]
+    assert runner.forward(pass_, [None], lambda: True) is None
+    runner.forward(pass_, [None])
+    found = runner.forward([chunk([*ids, 7], 0, 50)], [None])
+    runner.drop([0])
+    whole = runner.forward([chunk([*ids, 7], 0)], [None])
+    assert logprobs(found) == pytest.approx(logprobs(whole), abs=1e-5)
+    assert chosen(found) == [expected(model, [*ids, 7])]
 
 
 def test_int8_is_nearly_the_same(model):

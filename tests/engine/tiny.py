@@ -53,7 +53,10 @@ class LocalModel:
 
 
 class SteppedRunner:
-    """A model without weights that counts its forward passes and waits for leave before each."""
+    """A model without weights that counts its forward passes and waits for leave before each.
+
+    `left` has for each pass whether it was left in the middle, if there is a middle (`has_middle`).
+    """
 
     context = 512
     vocab_size = VOCAB_SIZE
@@ -69,14 +72,20 @@ class SteppedRunner:
         self.error = None
         self.dropped = []
         self.put_off = 0
+        self.has_middle = False
+        self.left = []
 
-    def forward(self, chunks, _allowed):
+    def forward(self, chunks, _allowed, interrupted):
         self.steps.append([(chunk.start, len(chunk.tokens)) for chunk in chunks])
         self.loop.call_soon_threadsafe(self.began.put_nowait, len(self.steps))
         assert self.leave.acquire(timeout=60)
         if self.error is not None:
             error, self.error = self.error, None
             raise error
+        if self.has_middle:
+            self.left.append(interrupted())
+            if self.left[-1]:
+                return None
         return [chunk.verify(lambda _: Choice(65, -0.5)) if chunk.samples else [] for chunk in chunks]
 
     def drop(self, slots):

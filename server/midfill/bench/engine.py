@@ -66,7 +66,7 @@ class Plan:
     prefill_tokens: int = 512
     context_tokens: int = 384
     decode_tokens: int = 64
-    cancellations: int = 30
+    cancellations: int = 50
 
     def within(self, context: int) -> Plan:
         """The same for a model that takes at most `context` tokens."""
@@ -194,12 +194,20 @@ async def _keys(engine: Engine, computed: tuple[int, ...], typed: Sequence[int])
 
 
 async def _cancellations(engine: Engine, plan: Plan) -> list[float]:
-    """Milliseconds from taking back a request until the model is free, while it reads a long prompt."""
+    """Milliseconds from taking back a request until the model is free, while it reads a long prompt.
+
+    The first is taken back at the far end of the prompt, where the most tokens are attended to, the last at
+    its beginning. What comes before is computed already, so that nobody waits for that.
+    """
     moments = random.Random(0)  # noqa: S311 - a sample
+    num_tokens = min(_CANCELLED_TOKENS, engine.model.context - 1)
+    prompt = _prompt(engine.model, "kept", num_tokens)
+    await _run(engine, prompt, 1)
     freed_ms = []
     for number in range(plan.cancellations):
-        room = engine.model.context - 1
-        request = Request(_prompt(engine.model, f"cancelled_{number}", min(_CANCELLED_TOKENS, room)), 1)
+        num_kept = (num_tokens - num_tokens // 8) * (plan.cancellations - 1 - number) // plan.cancellations
+        new = _prompt(engine.model, f"cancelled_{number}", num_tokens - num_kept)
+        request = Request((*prompt[:num_kept], *new), 1)
         reading = asyncio.create_task(_exhaust(engine, request))
         await asyncio.sleep(moments.uniform(0.02, 0.5))
         taken_back_s = time.monotonic()

@@ -62,7 +62,7 @@ class Capacity:
 
 
 CAPACITIES = {
-    "midfill, cpu": Capacity(NUM_SLOTS, NUM_SLOTS, 32, newest_first=True, knows_idle=True, warms=True),
+    "midfill, cpu": Capacity(NUM_SLOTS, NUM_SLOTS, 64, newest_first=True, knows_idle=True, warms=True),
     "midfill, cuda": Capacity(NUM_SLOTS, NUM_SLOTS, 512, newest_first=True, knows_idle=True, warms=True),
     "scripted": Capacity(64, 1, 1_000_000, knows_idle=True),
     # The server's own defaults; a file of measurements may be edited where it was started with others.

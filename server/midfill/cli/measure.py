@@ -87,7 +87,7 @@ def bench_index(folder: Path, lookups: int, seed: int, as_json: bool) -> None:
 @click.option(
     "--cancellations",
     type=click.IntRange(0),
-    default=30,
+    default=50,
     show_default=True,
     help="Requests to take back while a prompt of 4,000 tokens is read.",
 )

@@ -43,7 +43,7 @@ class Runner(Protocol):
     Attributes:
         context: the most tokens of one sequence.
         vocab_size: the number of logits.
-        chunk_tokens: tokens for one forward pass: it cannot be interrupted, so it has to be short.
+        chunk_tokens: tokens for one forward pass: whoever comes meanwhile waits for its end.
         step_sequences: sequences for one forward pass.
         max_guesses: the most guesses of one sequence that it verifies; 0 if it cannot.
     """
@@ -54,8 +54,24 @@ class Runner(Protocol):
     step_sequences: int
     max_guesses: int
 
-    def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
-        """Compute the chunks of one step; see `runner.Runner.forward`."""
+    def forward(
+        self, chunks: list[Chunk], allowed: list[array[int] | None], interrupted: Callable[[], bool]
+    ) -> list[list[Choice]] | None:
+        """Compute the chunks of one step.
+
+        Args:
+            chunks: what the scheduler planned; no two of the same sequence.
+            allowed: for each chunk the ids to choose from, or None for all.
+            interrupted: asked now and then, if the runner can leave a pass in the middle: whether to.
+
+        Returns:
+            For each chunk that `samples` the most likely next token, and one more for each guess that came
+            true (see `Chunk.verify`); nothing for the others. None if the pass was left: then it is as if
+            it had not been, but that the same pass may take less time if it comes next.
+
+        Raises:
+            MemoryError: there is not enough memory, on whatever device.
+        """
         ...
 
     def drop(self, slots: list[int]) -> None:

@@ -3,7 +3,8 @@
 The event loop's side (`start`, `generate`, `prewarm`, `close`) only puts messages into the mailbox and reads
 tokens from a queue of its own. The engine thread loads the model, and then, step by step: reads the
 mailbox, drops cancelled requests, runs the forward pass that the scheduler planned, sends out tokens.
-So a cancelled request costs at most the pass that is under way. Knows nothing of editors.
+So a cancelled request costs at most the pass that is under way, or a part of it, if the runner asks in the
+middle whether anybody wants the rest. Knows nothing of editors.
 """
 
 from __future__ import annotations
@@ -310,6 +311,7 @@ class _Steps:
         self._flights: dict[Sequence, _Flight] = {}
         self._prewarm: Sequence | None = None
         self._drafts = Drafts() if drafts else None
+        self._left = False  # whether the latest pass was
 
     def run(self) -> None:
         """Until the engine closes: read the mailbox, drop cancelled requests, compute one step."""
@@ -424,9 +426,11 @@ class _Steps:
     def _step(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             self._note_start(chunk.sequence, time.monotonic())
-        began = time.monotonic()
+        began, resumed, self._left = time.monotonic(), self._left, False
         try:
-            choices = self._runner.forward(chunks, [self._allowed(chunk) for chunk in chunks])
+            choices = self._runner.forward(
+                chunks, [self._allowed(chunk) for chunk in chunks], lambda: self._may_leave(chunks)
+            )
         except MemoryError:
             self._fail(
                 chunks,
@@ -441,12 +445,25 @@ class _Steps:
                 chunks, f"The model failed on this request ({type(error).__name__}); the log has more."
             )
             return
-        self._judge(chunks, choices, time.monotonic() - began)
+        if choices is None:
+            self._left = True
+            return
+        self._judge(chunks, choices, None if resumed else time.monotonic() - began)
         for chunk, chosen in zip(chunks, choices, strict=True):
             self._scheduler.computed(chunk, max(0, len(chosen) - 1))
             if (flight := self._flights.get(chunk.sequence)) is not None:
                 flight.request.stats.computed(chunk.start, len(chunk.tokens))
             self._advance(chunk.sequence, chosen)
+
+    def _may_leave(self, chunks: list[Chunk]) -> bool:
+        """Whether a pass may be left in the middle: nobody wants it, or it is idle work and there is news."""
+        return self._engine.closing or not any(self._is_wanted(chunk.sequence) for chunk in chunks)
+
+    def _is_wanted(self, sequence: Sequence) -> bool:
+        flight = self._flights.get(sequence)
+        if flight is None or flight.request.idle:
+            return self._engine.mailbox.empty()
+        return not flight.cancelled
 
     def _note_start(self, sequence: Sequence, now: float) -> None:
         flight = self._flights.get(sequence)
@@ -460,15 +477,15 @@ class _Steps:
         flight = self._flights.get(chunk.sequence)
         return flight.allowed if flight is not None and chunk.samples else None
 
-    def _judge(self, chunks: list[Chunk], choices: list[list[Choice]], seconds: float) -> None:
-        """Take note of what was guessed, what came of it and what it took."""
+    def _judge(self, chunks: list[Chunk], choices: list[list[Choice]], seconds: float | None) -> None:
+        """Take note of what was guessed, what came of it and what it took, if that is known."""
         if self._drafts is None:
             return
         for chunk, chosen in zip(chunks, choices, strict=True):
             flight = self._flights.get(chunk.sequence)
             if flight is not None and chunk.num_guesses:
                 self._drafts.judge(flight.guessed_by, chunk.num_guesses, len(chosen) - 1)
-        if len(chunks) == 1 and len(chunks[0].tokens) == chunks[0].num_guesses + 1:
+        if seconds and len(chunks) == 1 and len(chunks[0].tokens) == chunks[0].num_guesses + 1:
             self._drafts.timed(len(chunks[0].tokens), seconds)
 
     def _guess(self, flight: _Flight, sequence: Sequence) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -222,19 +223,28 @@ def siblings(shape: Shape, branched: frozenset[str]) -> list[tuple[str, ...]]:
     return [group for group in names if group]
 
 
-def build_graph(shape: Shape, tensors: Tensors, branched: frozenset[str] = frozenset()) -> ov.Model:
-    """The graph of a model, with room for adapters on the linear layers that `branched` names.
+def build_parts(
+    shape: Shape, tensors: Tensors, branched: frozenset[str] = frozenset(), *, num_parts: int = 1
+) -> list[ov.Model]:
+    """The graphs of a model, to be run one after the other, with room for adapters on `branched` layers.
 
-    Inputs: `input_ids`, `position_ids` (the tokens of all sequences, one after the other), `selected` (the
-    tokens whose logits are wanted, by their place in that row), `key_cache.N` and `value_cache.N` of every
-    layer, and, as OpenVINO's paged attention defines them, `past_lens`, `subsequence_begins`,
-    `block_indices`, `block_indices_begins`, `max_context_len`. With branches also, as `branches.Stack` makes
-    them, `mask` (tokens x rank), `down.NAME` for each of `siblings`, by the name of its first layer, and
-    `up.NAME` for each layer. Output: logits, one row for each selected.
+    Each has about as many layers; one part is the whole model. They hand over `hidden` (tokens x width).
+    Inputs, each of the parts that need it: `input_ids`, `position_ids` (the tokens of all sequences, one
+    after the other), `selected` (the tokens whose logits are wanted, by their place in that row),
+    `key_cache.N` and `value_cache.N` of every layer, and, as OpenVINO's paged attention defines them,
+    `past_lens`, `subsequence_begins`, `block_indices`, `block_indices_begins`, `max_context_len`. With
+    branches also, as `branches.Stack` makes them, `mask` (tokens x rank), `down.NAME` for each of
+    `siblings`, by the name of its first layer, and `up.NAME` for each layer. Output of the last: logits, one
+    row for each selected.
 
     Raises `ModelError` if the tensors are not those of that shape, with the tensor at fault.
     """
-    return _Graph(shape, _Parts(tensors), branched).build()
+    read = _Parts(tensors)
+    num_parts = min(num_parts, shape.num_layers)
+    bounds = [shape.num_layers * number // num_parts for number in range(num_parts + 1)]
+    models = [_Graph(shape, read, branched, range(first, end)).build() for first, end in pairwise(bounds)]
+    read.check_all_used((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))
+    return models
 
 
 def stays_exact(shape: Shape) -> Callable[[str], bool]:
@@ -288,8 +298,9 @@ class _Parts:
 class _Graph:
     """Builds one graph. Nodes are OpenVINO's; every activation is (tokens x something)."""
 
-    def __init__(self, shape: Shape, tensors: _Parts, branched: frozenset[str]) -> None:
+    def __init__(self, shape: Shape, tensors: _Parts, branched: frozenset[str], layers: range) -> None:
         self._shape = shape
+        self._layers = layers
         self._branched = branched
         self._layout = LAYOUTS[shape.architecture]
         self._tensors = tensors
@@ -297,38 +308,55 @@ class _Graph:
 
     def build(self) -> ov.Model:
         """The finished graph."""
-        shape, layout = self._shape, self._layout
-        ids = self._input("input_ids", ov.Type.i64, [-1])
+        shape = self._shape
+        is_last = self._layers.stop == shape.num_layers
         positions = self._input("position_ids", ov.Type.i64, [-1])
-        selected = self._input("selected", ov.Type.i64, [-1])
+        if is_last:
+            selected = self._input("selected", ov.Type.i64, [-1])
         sequences = [self._input(name, ov.Type.i32, [-1]) for name in _SEQUENCES]
         longest = self._input("max_context_len", ov.Type.i32, [])
         if self._branched:
             self._mask = self._input("mask", ov.Type.f32, [-1, -1])
-        embedding = self._tensors.take(f"{layout.embedding}.weight", shape.vocab_size, shape.width)
-        hidden = _rows(embedding, ids)
-        turns = None
+        if self._layers.start == 0:
+            hidden = self._embed(self._input("input_ids", ov.Type.i64, [-1]), positions)
+        else:
+            hidden = self._input("hidden", ov.Type.f32, [-1, shape.width])
+        turns = None if self._layout.positions else self._turns(positions)
+        for number in self._layers:
+            name = self._layout.layer.format(number)
+            normed = self._norm(hidden, name + self._layout.attention_norm)
+            attended = self._attend(normed, name, number, turns, sequences, longest)
+            [projected] = self._linears(attended, {name + self._layout.out: shape.width})
+            hidden = opset15.add(hidden, projected)
+            normed = self._norm(hidden, name + self._layout.mlp_norm)
+            hidden = opset15.add(hidden, self._mlp(normed, name))
+        result = (
+            opset15.result(self._logits(hidden, selected), name="logits")
+            if is_last
+            else opset15.result(hidden, name="hidden")
+        )
+        return ov.Model([result], self._inputs, shape.architecture)
+
+    def _embedding(self) -> Floats | Rounded:
+        shape = self._shape
+        return self._tensors.take(f"{self._layout.embedding}.weight", shape.vocab_size, shape.width)
+
+    def _embed(self, ids: ov.Node, positions: ov.Node) -> ov.Node:
+        shape, layout = self._shape, self._layout
+        hidden = _rows(self._embedding(), ids)
         if layout.positions:
             table = self._tensors.floats(f"{layout.positions}.weight", shape.context, shape.width)
             hidden = opset15.add(hidden, opset15.gather(_constant(table), positions, _constant(np.int64(0))))
-        else:
-            turns = self._turns(positions)
-        for number in range(shape.num_layers):
-            name = layout.layer.format(number)
-            normed = self._norm(hidden, name + layout.attention_norm)
-            attended = self._attend(normed, name, number, turns, sequences, longest)
-            [projected] = self._linears(attended, {name + layout.out: shape.width})
-            hidden = opset15.add(hidden, projected)
-            normed = self._norm(hidden, name + layout.mlp_norm)
-            hidden = opset15.add(hidden, self._mlp(normed, name))
+        return hidden
+
+    def _logits(self, hidden: ov.Node, selected: ov.Node) -> ov.Node:
+        shape = self._shape
         last = opset15.gather(hidden, selected, _constant(np.int64(0)))
-        last = self._norm(last, layout.final_norm)
-        head = embedding
+        last = self._norm(last, self._layout.final_norm)
+        head = self._embedding()
         if "lm_head.weight" in self._tensors:
             head = self._tensors.take("lm_head.weight", shape.vocab_size, shape.width)
-        logits = opset15.matmul(last, _matrix(head), transpose_a=False, transpose_b=True)
-        self._tensors.check_all_used((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))
-        return ov.Model([opset15.result(logits, name="logits")], self._inputs, shape.architecture)
+        return opset15.matmul(last, _matrix(head), transpose_a=False, transpose_b=True)
 
     def _input(self, name: str, kind: ov.Type, shape: list[int]) -> op.Parameter:
         node = op.Parameter(kind, ov.PartialShape(shape))

@@ -1,16 +1,18 @@
 """The model on a CPU, run by OpenVINO: keys and values in blocks, the forward pass, the choice of a token.
 
 Keeps the contract of `runner.Runner`, which runs the same models with torch and is its reference. All
-chunks of a step are computed in one pass, or in one for each adapter where adapters are merged. Knows arrays,
-slot numbers and token ids; nothing of threads, requests or text. Imports neither torch nor transformers.
-Runs on the engine thread only, but for `prepare`.
+chunks of a step are computed in one pass, or in one for each adapter where adapters are merged. A pass is run
+in parts, some layers each, and may be left between two of them. Knows arrays, slot numbers and token ids;
+nothing of threads, requests or text. Imports neither torch nor transformers. Runs on the engine thread only,
+but for `prepare`.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ import psutil
 
 from midfill.adapters.format import Adapter
 from midfill.engine.branches import Stack
-from midfill.engine.openvino_graph import Shape, build_graph, siblings, stays_exact
+from midfill.engine.openvino_graph import Shape, build_parts, siblings, stays_exact
 from midfill.engine.rounded import Floats, Tensors, Weights, read_merged, read_weights
 from midfill.engine.scheduler import Choice, Chunk
 from midfill.engine.scheduler import Sequence as Tokens
@@ -32,6 +34,12 @@ _FIRST_BLOCKS = 64
 _ACTIVATION_GROUP = 128
 """Activations share an 8-bit scale in groups of so many. With 32 decoding takes twice as long."""
 
+_NUM_PARTS = 6
+"""Of a pass. Each costs a token 0.4 % more; of a chunk behind 4,000 tokens, which takes 180 ms, it is 31."""
+
+_NUM_COMPILING = 2
+"""Parts compiled at a time: the lock of Python that each needs afterwards may be held for long."""
+
 _SPARE_SLOT = -1
 """A slot that no request ever gets."""
 
@@ -42,6 +50,10 @@ _MERGING_MEMORY = 3
 """Memory that must be free to merge an adapter, in sizes of its weights: mapped, packed, and one to spare."""
 
 
+def _never() -> bool:
+    return False
+
+
 def load(  # noqa: PLR0913 - what to load, and how
     path: Path,
     shape: Shape,
@@ -50,6 +62,7 @@ def load(  # noqa: PLR0913 - what to load, and how
     num_threads: int,
     report: Callable[[float], None],
     adapters: Mapping[str, Adapter] | None = None,
+    num_parts: int = _NUM_PARTS,
 ) -> OpenVinoRunner:
     """Load the model of a folder.
 
@@ -60,6 +73,7 @@ def load(  # noqa: PLR0913 - what to load, and how
         num_threads: of each pass.
         report: called with the share done, 0..1.
         adapters: in the model from the start; see `OpenVinoRunner.prepare`.
+        num_parts: of each pass, at most one for each layer.
 
     Raises:
         ModelError: the files are not those of that shape.
@@ -78,10 +92,13 @@ def load(  # noqa: PLR0913 - what to load, and how
     exact = stays_exact(shape) if dtype == "int8" else lambda _: True
     weights = read_weights(path, exact=exact, num_threads=num_threads, report=report)
 
-    def compile_graph(tensors: Tensors, branched: frozenset[str]) -> ov.CompiledModel:
-        return ov.Core().compile_model(build_graph(shape, tensors, branched), "CPU", properties)
+    def compile_parts(tensors: Tensors, branched: frozenset[str]) -> list[ov.CompiledModel]:
+        core = ov.Core()
+        graphs = build_parts(shape, tensors, branched, num_parts=num_parts)
+        with ThreadPoolExecutor(_NUM_COMPILING, thread_name_prefix="midfill-compile") as pool:
+            return list(pool.map(lambda graph: core.compile_model(graph, "CPU", properties), graphs))
 
-    runner = OpenVinoRunner(path, compile_graph, shape, weights, dtype)
+    runner = OpenVinoRunner(path, compile_parts, shape, weights, dtype)
     runner.prepare(adapters or {})()
     return runner
 
@@ -104,14 +121,14 @@ class OpenVinoRunner:
     """
 
     device = "cpu"
-    chunk_tokens = 32  # 55 ms on two cores, where one token takes 28, and 64 take 87
+    chunk_tokens = 64  # 80 ms on two cores, where one token takes 25, and 32 take 50
     step_sequences = NUM_SLOTS
     max_guesses = 7
 
     def __init__(
         self,
         path: Path,
-        compile_graph: Callable[[Tensors, frozenset[str]], ov.CompiledModel],
+        compile_parts: Callable[[Tensors, frozenset[str]], list[ov.CompiledModel]],
         shape: Shape,
         weights: Weights,
         dtype: str,
@@ -121,32 +138,55 @@ class OpenVinoRunner:
         self.vocab_size = shape.vocab_size
         self.dtype = dtype
         self._path = path
-        self._compile = compile_graph
+        self._compile = compile_parts
         self._shape = shape
         self._weights = weights
         self._programs: dict[str | None, _Program] = {}
         self._stack = Stack.of({})
         self._blocks = _Blocks()
+        self._left: _Pass | None = None  # nothing has been computed or freed since
 
-    def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
-        """Compute the chunks of one step; see `runner.Runner.forward`."""
+    def forward(
+        self,
+        chunks: list[Chunk],
+        allowed: list[array[int] | None],
+        interrupted: Callable[[], bool] = _never,
+    ) -> list[list[Choice]] | None:
+        """Compute the chunks of one step; see `loading.Runner.forward`."""
         for chunk in chunks:
             if chunk.copy_from is not None:
+                # Whole blocks are copied, over what a pass that was left has computed behind `start`.
+                self._left = None
                 self._blocks.copy(chunk.copy_from, chunk.slot, chunk.start)
-        logits = self._compute(chunks)
+        try:
+            logits = self._compute(chunks, interrupted)
+        except _LeftError:
+            return None
         return [
             chunk.verify(_chooser(rows, ids)) if chunk.samples else []
             for chunk, rows, ids in zip(chunks, logits, allowed, strict=True)
         ]
 
-    def _compute(self, chunks: Sequence[Chunk]) -> list[Floats]:
-        """The logits that are wanted of each chunk, in one pass for all chunks of the same program."""
+    def _compute(self, chunks: Sequence[Chunk], interrupted: Callable[[], bool] = _never) -> list[Floats]:
+        """The logits that are wanted of each chunk, in one pass for all chunks of the same program.
+
+        A pass that was left is gone on with. Raises `_LeftError`.
+        """
+        left, self._left = self._left, None
         by_program: dict[_Program, list[int]] = {}
         for number, chunk in enumerate(chunks):
             by_program.setdefault(self._programs[chunk.sequence.key], []).append(number)
         found: dict[int, Floats] = {}
         for program, numbers in by_program.items():
-            logits = program.compute([chunks[number] for number in numbers], self._blocks, self._stack)
+            some = [chunks[number] for number in numbers]
+            this = _Pass(program, [(one.sequence.key, one.slot, one.start, one.tokens) for one in some])
+            try:
+                logits = program.compute(
+                    some, self._blocks, self._stack, interrupted=interrupted, goes_on=this == left
+                )
+            except _LeftError:
+                self._left = this
+                raise
             row = 0
             for number in numbers:
                 count = 1 + chunks[number].num_guesses if chunks[number].samples else 0
@@ -167,13 +207,12 @@ class OpenVinoRunner:
             tensors = program.adapter_tensors(stack, siblings(self._shape, program.branched))
         new = set(programs.values()) - set(self._programs.values())
         for program in new if self._programs else ():
-            # The first passes pack the weights. Then the file's pages are not needed any more.
+            # The first passes pack the weights.
             blocks = _Blocks()
             blocks.attach([program])
             program.take(tensors)
             for chunk in _warming(self.chunk_tokens):
                 program.compute([chunk], blocks, stack)
-            program.weights.give_back()
 
         def install() -> None:
             for program in set(programs.values()):
@@ -227,9 +266,8 @@ class OpenVinoRunner:
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk of this size and a single token: the first passes are slow, whoever waits for them."""
         for chunk in _warming(num_tokens):
-            for key, program in self._programs.items():
+            for key in self._programs:
                 self.forward([replace(chunk, sequence=Tokens(key, chunk.sequence.tokens))], [None])
-                program.weights.give_back()
         self.drop([0])
 
     def capture(self, report: Callable[[float], None], limit_s: float) -> None:
@@ -241,6 +279,7 @@ class OpenVinoRunner:
 
     def drop(self, slots: list[int]) -> None:
         """Free the blocks of these slots."""
+        self._left = None
         for slot in slots:
             self._blocks.drop(slot)
 
@@ -253,21 +292,39 @@ def _warming(num_tokens: int) -> list[Chunk]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What one pass computes: of each chunk whose tokens they are, slot, start and tokens."""
+
+    program: _Program
+    chunks: list[tuple[str | None, int, int, list[int]]]
+
+
+class _LeftError(Exception):
+    """Unwinds a pass that is left between two parts."""
+
+
 class _Program:
-    """A compiled graph, its inputs, and its latest results.
+    """A compiled graph in parts, which run one after the other, its inputs, and its latest results.
 
     Attributes:
         weights: what it was made of.
         branched: the layers that have branches.
-        request: OpenVINO's.
         ports: the inputs, by name.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, weights: Weights, branched: frozenset[str]) -> None:
+    def __init__(self, parts: Sequence[ov.CompiledModel], weights: Weights, branched: frozenset[str]) -> None:
         self.weights = weights
         self.branched = branched
-        self.request = compiled.create_infer_request()
-        self.ports = {port.any_name: port for port in compiled.inputs}
+        self.ports = {port.any_name: port for part in parts for port in part.inputs}
+        self._requests = [part.create_infer_request() for part in parts]
+        self._readers: dict[str, list[ov.InferRequest]] = {name: [] for name in self.ports}
+        for part, request in zip(parts, self._requests, strict=True):
+            for port in part.inputs:
+                self._readers[port.any_name].append(request)
+        self._inputs: dict[str, npt.NDArray[np.generic]] = {}  # views of what the parts read
+        self._num_run = 0  # parts of the latest pass
+        self._num_packed = 0  # parts that have run once
 
     def adapter_tensors(self, stack: Stack, groups: Sequence[tuple[str, ...]]) -> dict[str, ov.Tensor]:
         """The matrices of adapters, by the inputs that take them: tens of megabytes."""
@@ -282,17 +339,46 @@ class _Program:
     def take(self, tensors: Mapping[str, ov.Tensor]) -> None:
         """Set inputs that stay from pass to pass."""
         for name, tensor in tensors.items():
-            self.request.set_tensor(name, tensor)
+            for request in self._readers[name]:
+                request.set_tensor(name, tensor)
 
-    def compute(self, chunks: Sequence[Chunk], blocks: _Blocks, stack: Stack) -> Floats:
-        """The logits that are wanted, one row each. They are overwritten by the next pass."""
+    def compute(
+        self,
+        chunks: Sequence[Chunk],
+        blocks: _Blocks,
+        stack: Stack,
+        *,
+        interrupted: Callable[[], bool] = _never,
+        goes_on: bool = False,
+    ) -> Floats:
+        """The logits that are wanted, one row each. They are overwritten by the next pass.
+
+        Args:
+            chunks: what to compute.
+            blocks: the memory of keys and values.
+            stack: the adapters.
+            interrupted: asked between two parts; if so, the pass is left there: raises `_LeftError`.
+            goes_on: this is the latest pass, which was left; only the rest of it is run.
+        """
         for chunk in chunks:
             blocks.reserve(chunk.slot, chunk.start + len(chunk.tokens))
         self._set_inputs(chunks, blocks)
         if self.branched:
             self._set("mask", stack.mask((chunk.sequence.key, len(chunk.tokens)) for chunk in chunks))
-        self.request.infer()
-        logits: Floats = self.request.get_output_tensor(0).data
+        first = self._num_run if goes_on else 0
+        for number, request in enumerate(self._requests[first:], first):
+            if number > first and interrupted():
+                raise _LeftError
+            if number:
+                request.set_tensor("hidden", self._requests[number - 1].get_output_tensor(0))
+            # Else the results are copied.
+            request.infer(share_outputs=True)
+            self._num_run = number + 1
+            if number == self._num_packed:
+                # It has packed its weights. The file's pages are not needed any more.
+                self.weights.give_back()
+                self._num_packed += 1
+        logits: Floats = self._requests[-1].get_output_tensor(0).data
         return logits
 
     def _set_inputs(self, chunks: Sequence[Chunk], blocks: _Blocks) -> None:
@@ -325,7 +411,14 @@ class _Program:
         self._set("max_context_len", np.array(longest, np.int32))
 
     def _set(self, name: str, values: npt.NDArray[np.generic]) -> None:
-        self.request.set_tensor(name, ov.Tensor(values))
+        held = self._inputs.get(name)
+        if held is not None and held.shape == values.shape:
+            # To set a tensor costs each part more than to read it.
+            held[...] = values
+        else:
+            tensor = ov.Tensor(values)
+            self._inputs[name] = tensor.data
+            self.take({name: tensor})
 
     def _size(self, port: str, axis: int) -> int:
         size: int = self.ports[port].partial_shape[axis].get_length()

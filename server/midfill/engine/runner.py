@@ -76,20 +76,14 @@ class Runner:
         self._replays: Replays | None = None
         self._positions = torch.arange(self.context, device=device)
 
-    def forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
-        """Compute the chunks of one step.
-
-        Args:
-            chunks: what the scheduler planned; no two of the same sequence.
-            allowed: for each chunk the ids to choose from, or None for all.
-
-        Returns:
-            For each chunk that `samples` the most likely next token, and one more for each guess that came
-            true (see `Chunk.verify`); nothing for the others.
-
-        Raises:
-            MemoryError: there is not enough memory, on whatever device.
-        """
+    def forward(
+        self,
+        chunks: list[Chunk],
+        allowed: list[array[int] | None],
+        interrupted: Callable[[], bool] | None = None,
+    ) -> list[list[Choice]]:
+        """Compute the chunks of one step; see `loading.Runner.forward`. A pass is run to its end."""
+        del interrupted
         self._choose_threads()
         try:
             with memory_errors(), torch.inference_mode():

@@ -112,8 +112,8 @@ class Scheduler:
 
     Args:
         slots: where keys and values are kept.
-        chunk_tokens: the most tokens of one sequence in one step; small where a step cannot be interrupted
-            and takes long.
+        chunk_tokens: the most tokens of one sequence in one step; small where a step takes long, since who
+            comes meanwhile waits for its end.
         step_tokens: the most tokens of all sequences in one step.
         step_sequences: the most sequences in one step.
         max_waiting: the most sequences that may be here; more are refused.
