@@ -10,10 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from midfill.bench import load, simulation, sizing, typist
-from midfill.bench.load import Plan, Stage
+from midfill.bench.load import Goal, Plan, Stage
 from midfill.bench.service import CAPACITIES, Capacity, Place, Service, Typed, survey
 from midfill.bench.simulation import Fleet
-from midfill.bench.sizing import Goal
 from midfill.cli import cli
 from midfill.engine import openvino_runner, runner
 from midfill.engine.slots import NUM_SLOTS

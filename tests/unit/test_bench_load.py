@@ -1,6 +1,7 @@
 """Many typists against one engine: that the load is what it says, and what is made of it."""
 
 import json
+import socket
 import time
 from contextlib import aclosing
 
@@ -8,10 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from midfill.bench import load, typist
-from midfill.bench.contenders import Asked
-from midfill.bench.load import Plan, Stage
+from midfill.bench.contenders import Asked, Job
+from midfill.bench.load import Goal, Plan, Stage
 from midfill.cli import cli
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
+from midfill.errors import EngineUnavailableError
 from midfill.families import FAMILIES
 from midfill.settings import Settings
 
@@ -98,22 +100,53 @@ def test_waiting_is_told_as_seen_and_as_it_would_be_if_nobody_typed_on():
     assert found["cancelled_share"] == pytest.approx(1 / 6, abs=1e-4)
 
 
-def run_of(users, p95, answers_per_s):
-    return {"users": users, "suggestion_ms": {"p95": p95}, "answers_per_s": answers_per_s}
+async def test_what_the_engine_fails_to_answer_has_failed_and_was_not_served(source):
+    rules = [Rule(error="out of memory")]
+    found = load.measured(
+        await load.play(await stage_of(source, ScriptedEngine(Script(rules))), Plan(2, 3.0, warm_s=0.0))
+    )
+    assert found["failed"] > 0
+    assert found["failures"] == {"out of memory": found["failed"]}
+    assert (found["answers_per_s"], found["samples"]["awaited_ms"]) == (0.0, 0)
+    run = found | {"users": 2}
+    said = load.table({"model": "scripted", "seconds": 3.0, "runs": [run]}).caption
+    assert f"2 typists: {found['failed']} failed: out of memory" in said
+
+
+def test_work_counts_from_when_the_engine_was_asked():
+    def job(**values):
+        return Job(0, 1, "cancelled", **values)
+
+    # The last one was left before the engine was asked.
+    jobs = [job(submitted_s=103.0, first_s=106.0), job(submitted_s=106.0), job(submitted_s=107.0), job()]
+    assert load.figures([], jobs, 100.0, Plan(1, 10.0))["engine_requests_per_s"] == 0.4
+
+
+def run_of(users, p95, shown):
+    return {"users": users, "suggestion_ms": {"p95": p95}, "shown_before_next_key_share": shown}
 
 
 @pytest.mark.parametrize(
     ("last", "users", "why"),
     [
-        ((8, 200.0, 8.0), None, "not reached"),
-        ((8, 300.0, 8.0), 8, "p95 is 300 ms, the limit is 250 ms"),
+        ((8, 200.0, 0.6), None, "not reached"),
+        ((8, 300.0, 0.6), 8, "p95 is 300 ms, the limit is 250 ms"),
         ((8, None, 0.0), 8, "nothing came in time, the limit is 250 ms"),
-        ((8, 200.0, 5.0), 8, "5.0 of 8.0 requests a second are answered in time"),
+        ((8, 200.0, 0.4), 8, "40.0% is shown before the next key, less than 80% of 60.0%"),
     ],
 )
 def test_where_it_saturates_is_the_first_run_that_is_too_slow_or_serves_too_few(last, users, why):
-    runs = [run_of(1, 100.0, 1.0), run_of(2, 150.0, 2.0), run_of(*last)]
-    assert load.saturation(runs, 250.0) == {"users": users, "why": why}
+    runs = [run_of(1, 100.0, 0.6), run_of(2, 150.0, 0.5), run_of(*last)]
+    assert load.saturation(runs, Goal(250.0)) == {"users": users, "why": why}
+
+
+def test_what_stands_in_for_an_engine_is_not_measured(source, tmp_path, monkeypatch):
+    (tmp_path / "config.toml").write_text("engine_fallback = true\n")
+    monkeypatch.setenv("MIDFILL_CONFIG", str(tmp_path / "config.toml"))
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+    done = CliRunner().invoke(cli, ["bench", "load", "--files", str(source), "--engine", url])
+    assert isinstance(done.exception, EngineUnavailableError)
 
 
 def test_the_command_prints_the_runs(source, tmp_path):

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from midfill.bench.figures import peak_rss_mb
 from midfill.bench.rivals import GENERATE, Rival
 from midfill.client import SERVE_COMMAND, Client, ServerError
-from midfill.completer import Answer, Completer, Trigger
+from midfill.completer import Answer, Completer, Reason, Trigger
 from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine import Engine, Progress
 from midfill.errors import MidfillError
@@ -32,7 +32,19 @@ from midfill.suggestions import may_close
 CANCELLED = -32800
 FATES = ("accepted", "shown", "empty", "cancelled", "late", "failed")
 """Accepted; shown before the next key, but not what the user wanted; answered with nothing; taken back at
-the next key and answered so; taken back, but a result had been sent; answered with an error."""
+the next key and answered so; taken back, but a result had been sent; answered with an error, or with nothing
+because the engine failed."""
+
+_FAILURES = frozenset(
+    {
+        Reason.LOADING,
+        Reason.MODEL_FAILED,
+        Reason.ENGINE_ERROR,
+        Reason.ENGINE_UNAVAILABLE,
+        Reason.DEADLINE,
+    }
+)
+"""Reasons for nothing that are the engine's fault. A server answers with them as with any other."""
 
 _PATIENCE_S = 60.0
 _POLL_S = 0.02
@@ -49,7 +61,7 @@ class Asked:
         answered_s: when its answer came, if only that it is cancelled.
         text: the suggestion; "" for none.
         source: where that came from: "model", "none", or how it was reused; "" if not known.
-        reason: why there is none, if it is told.
+        reason: why there is none, if it is told; detail: what the engine said of that, "" for nothing.
         code: the error that answered it; None if it was answered with a result.
         inside: the text is that of an earlier request with a beginning of its suggestion typed since.
     """
@@ -62,6 +74,7 @@ class Asked:
     text: str = ""
     source: str = ""
     reason: str | None = None
+    detail: str = ""
     code: int | None = None
     accepted: bool = False
     inside: bool = False
@@ -73,7 +86,7 @@ class Asked:
             return "accepted"
         if self.code == CANCELLED:
             return "cancelled"
-        if self.code is not None or self.answered_s is None:
+        if self.code is not None or self.answered_s is None or self.reason in _FAILURES:
             return "failed"
         if self.cancelled_s is not None:
             return "late"
@@ -97,6 +110,7 @@ class Job:
         num_computed: tokens of the prompt that were computed.
         num_generated: tokens that were chosen, those too that nobody read.
         num_delivered: tokens that were read, from `first_s` to `last_s`.
+        submitted_s: when the model was asked.
         left_s: when nobody wanted it any more; freed_s: when the model was free of it.
     """
 
@@ -109,6 +123,7 @@ class Job:
     num_computed: int | None = None
     num_generated: int | None = None
     num_delivered: int | None = None
+    submitted_s: float | None = None
     first_s: float | None = None
     last_s: float | None = None
     left_s: float | None = None
@@ -341,7 +356,8 @@ class InProcess:
             asked.code = CANCELLED
             raise
         self.answer = answer
-        asked.text, asked.source, asked.reason = answer.text, answer.source, answer.reason
+        asked.text, asked.source = answer.text, answer.source
+        asked.reason, asked.detail = answer.reason, answer.detail
 
     def take_back(self, asked: Asked) -> None:
         """See `Contender.take_back`."""
@@ -501,6 +517,7 @@ def _job(work: dict[str, Any], asked: Mapping[Any, Asked]) -> Job:
         num_computed=work["computedTokens"],
         num_generated=work["generatedTokens"],
         num_delivered=work["deliveredTokens"],
+        submitted_s=work["submittedS"],
         first_s=work["firstTokenS"],
         last_s=work["lastTokenS"],
         left_s=work["leftS"],

@@ -14,22 +14,32 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from midfill.bench import SERVED
 from midfill.bench.contenders import Asked, InProcess, Job
 from midfill.bench.figures import awaited, percentile, percentiles, share
 from midfill.bench.replay import Pace, Session, Typing
 from midfill.bench.report import cell
 from midfill.bench.trace import Episode
+from midfill.completer import Reason
 from midfill.engine import Engine, Progress
 from midfill.families import Family
 from midfill.settings import Settings
 
 BY_MODEL = frozenset({"model", "joined"})
 _NOT_ASKED = frozenset(
-    {"mid-word", "line-tail", "empty-file", "file-excluded", "secret-in-file", "file-too-large"}
+    {
+        Reason.MID_WORD,
+        Reason.LINE_TAIL,
+        Reason.EMPTY_FILE,
+        Reason.FILE_EXCLUDED,
+        Reason.SECRET_IN_FILE,
+        Reason.FILE_TOO_LARGE,
+    }
 )
 """Reasons for which the model is not asked."""
 
@@ -38,8 +48,8 @@ _SPREAD_S = 3.0
 _BETWEEN_S = 0.5
 _LATE_MS = 5.0
 _BUSY = 0.8
-SERVED = 0.8
-"""Of the requests that would be answered if each typist were served as in the first run."""
+_MOST_FAILURES = 5
+"""Sentences about failures that are told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +114,27 @@ class Stage:
         return InProcess(self.engine, self.family, self.settings, looks_ahead=looks_ahead)
 
 
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What is good enough, of what is measured and of what is simulated.
+
+    Attributes:
+        target_ms: the most for the 95th percentile of the time to suggestion.
+        served: see `midfill.bench.SERVED`.
+    """
+
+    target_ms: float
+    served: float = SERVED
+
+    def missed(self, found: dict[str, Any], alone: dict[str, Any]) -> Literal["time", "share shown"] | None:
+        """What is not good enough; None if all is. `alone`: the figures of one typist."""
+        late = found["suggestion_ms"]["p95"]
+        if late is None or late > self.target_ms:
+            return "time"
+        shown, most = found["shown_before_next_key_share"], alone["shown_before_next_key_share"]
+        return "share shown" if shown < self.served * most else None
+
+
 async def play(stage: Stage, plan: Plan, report: Progress = lambda _message, _share: None) -> Played:
     """Let the typists of a plan type, in real time."""
     played = Played(plan, time.monotonic())
@@ -153,19 +184,22 @@ def figures(requests: Sequence[Asked], jobs: Sequence[Job], begun_s: float, plan
 
     suggestion_ms: from a request to its suggestion, of those that came before the next key.
     model_ms: of these, those for which the model had to be asked.
-    awaited_ms: to what the model said, had nobody typed on: requests that were taken back count as longer
-        than they were (Kaplan-Meier); null where too few waited for so long.
+    awaited_ms: to what the model said, had nobody typed on: requests that were taken back, or failed, count
+        as longer than they were (Kaplan-Meier); null where too few waited for so long.
     requests_per_s: of the typists. engine_requests_per_s: what came of them for the engine; idle_per_s:
         beside them, work ahead of its time.
     answers_per_s: requests that the model had to be asked for, and that were answered before the next key.
+    failures: how many requests failed, by what was said.
     """
     from_s, to_s = begun_s + plan.warm_s, begun_s + plan.seconds
     counted = [asked for asked in requests if from_s <= asked.asked_s < to_s]
     shown = [asked for asked in counted if asked.fate == "shown"]
     by_model = [asked for asked in counted if asked.fate in {"shown", "empty"} and _asks_model(asked)]
     cut_short = [asked for asked in counted if asked.fate in {"cancelled", "late"}]
+    failed = [asked for asked in counted if asked.fate == "failed"]
+    failures = Counter(str(asked.detail or asked.reason or "no answer") for asked in failed)
     seconds = max(plan.seconds - plan.warm_s, 1e-9)
-    own = [job for job in jobs if job.first_s is None or from_s <= job.first_s < to_s]
+    own = [job for job in jobs if job.submitted_s is not None and from_s <= job.submitted_s < to_s]
     work = [job for job in own if not job.idle]
     told = [job for job in work if job.num_prompt and job.num_reused is not None]
     return {
@@ -175,11 +209,14 @@ def figures(requests: Sequence[Asked], jobs: Sequence[Job], begun_s: float, plan
         "suggestion_ms": percentiles([asked.waited_ms for asked in shown], 50, 95, 99),
         "model_ms": percentiles([a.waited_ms for a in shown if a.source in BY_MODEL], 50, 95, 99),
         "awaited_ms": awaited(
-            [asked.waited_ms for asked in by_model], [asked.waited_ms for asked in cut_short], 50, 95, 99
+            [asked.waited_ms for asked in by_model],
+            [asked.waited_ms for asked in (*cut_short, *failed)],
+            *(50, 95, 99),
         ),
         "shown_before_next_key_share": share(len(shown), len(counted)),
         "cancelled_share": share(len(cut_short), len(counted)),
-        "failed": sum(asked.fate == "failed" for asked in counted),
+        "failed": len(failed),
+        "failures": dict(failures.most_common(_MOST_FAILURES)),
         "requests_per_s": round(len(counted) / seconds, 2),
         "engine_requests_per_s": round(len(work) / seconds, 2),
         "idle_per_s": round((len(own) - len(work)) / seconds, 2),
@@ -215,22 +252,22 @@ def measured(played: Played) -> dict[str, Any]:
     }
 
 
-def saturation(runs: Sequence[dict[str, Any]], target_ms: float) -> dict[str, Any]:
+def saturation(runs: Sequence[dict[str, Any]], goal: Goal) -> dict[str, Any]:
     """The first run that is too much, and why; runs in the order of their numbers of users.
 
-    It is too much when suggestions come too late, or when, per typist, fewer requests are answered than in
-    the first run: what comes too late is taken back by the next key, and would not count as late.
+    The first one stands for what one typist alone gets.
     """
     least = runs[0]
     for run in runs:
-        p95 = run["suggestion_ms"]["p95"]
-        if p95 is None or p95 > target_ms:
+        missed = goal.missed(run, least)
+        if missed == "time":
+            p95 = run["suggestion_ms"]["p95"]
             found = "nothing came in time" if p95 is None else f"p95 is {p95:.0f} ms"
-            return {"users": run["users"], "why": f"{found}, the limit is {target_ms:.0f} ms"}
-        expected = least["answers_per_s"] / least["users"] * run["users"]
-        if run["answers_per_s"] < SERVED * expected:
-            served = f"{run['answers_per_s']:.1f} of {expected:.1f} requests a second are answered in time"
-            return {"users": run["users"], "why": served}
+            return {"users": run["users"], "why": f"{found}, the limit is {goal.target_ms:.0f} ms"}
+        if missed == "share shown":
+            shown, most = (one["shown_before_next_key_share"] for one in (run, least))
+            why = f"{shown:.1%} is shown before the next key, less than {goal.served:.0%} of {most:.1%}"
+            return {"users": run["users"], "why": why}
     return {"users": None, "why": "not reached"}
 
 
@@ -267,19 +304,27 @@ def table(result: dict[str, Any]) -> Any:
     for key, label in _ROWS:
         if any(key in run for _, run in columns):
             grid.add_row(label, *(cell(key, run.get(key)) for _, run in columns))
+    grid.caption = "\n".join(_remarks(result))
+    grid.caption_justify = "left"
+    return grid
+
+
+def _remarks(result: dict[str, Any]) -> list[str]:
+    """What stands below the table."""
     lines = []
     if saturates := result.get("saturates"):
         at = f"{saturates['users']} typists, " if saturates["users"] else ""
         lines.append(f"saturates: {at}{saturates['why']}")
-    slow = [run["users"] for run in runs if not run.get("generator_kept_up", True)]
+    for run in result["runs"]:
+        for why, count in run.get("failures", {}).items():
+            lines.append(f"{run['users']} typists: {count} failed: {why}")
+    slow = [run["users"] for run in result["runs"] if not run.get("generator_kept_up", True)]
     lines += [f"{users} typists: {_TOO_SLOW}" for users in slow]
-    for run in runs:
+    for run in result["runs"]:
         if "ratios" in run:
             found = ", ".join(f"{name} {'-' if v is None else v}" for name, v in run["ratios"].items())
             lines.append(f"predicted / measured, {run['users']} typists: {found}")
-    grid.caption = "\n".join(lines)
-    grid.caption_justify = "left"
-    return grid
+    return lines
 
 
 _TOO_SLOW = (

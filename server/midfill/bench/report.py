@@ -70,7 +70,13 @@ def summarise(session: Session) -> dict[str, Any]:
         "cancelled_share": share(fates["cancelled"] + fates["late"], len(requests)),
         "fates": {fate: fates[fate] for fate in FATES},
         "sources": dict(Counter(asked.source for asked in shown).most_common()),
-        "reasons": dict(Counter(asked.reason for asked in answered if not asked.text).most_common()),
+        "reasons": dict(
+            Counter(
+                asked.reason
+                for asked in requests
+                if asked.fate == "empty" or (asked.fate == "failed" and asked.reason)
+            ).most_common()
+        ),
         "peak_rss_mb": session.peak_rss_mb,
         "startup_s": round(session.startup_s, 2),
         "first_suggestion_s": _rounded(session.first_suggestion_s),

@@ -527,7 +527,7 @@ def _job(flight: _Flight) -> Job:
         idle=flight.ahead,
         num_prompt=flight.num_prompt,
         num_reused=sequence.num_reused,
-        first_s=flight.launched_s,
+        submitted_s=flight.launched_s,
     )
 
 

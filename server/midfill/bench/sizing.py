@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from midfill.bench.load import SERVED, WARM_S, Plan
+from midfill.bench.load import WARM_S, Goal, Plan
 from midfill.bench.service import Service
 from midfill.bench.simulation import Fleet, predict
 
@@ -17,28 +17,6 @@ _SAMPLES = 10_000
 _PRECISION = 0.05
 _SHORTEST_S, _LONGEST_S = 6.0, 600.0
 _REQUESTS_PER_S = 3.6
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What is good enough.
-
-    Attributes:
-        target_ms: the most for the 95th percentile of the time to suggestion.
-        served: suggestions before the next key, as a part of those that one typist alone would get: what
-            comes too late is taken back by the key, and so does not count as late.
-    """
-
-    target_ms: float
-    served: float = SERVED
-
-    def missed(self, found: dict[str, Any], alone: dict[str, Any]) -> str | None:
-        """What is not good enough; None if all is."""
-        late = found["suggestion_ms"]["p95"]
-        if late is None or late > self.target_ms:
-            return "time"
-        shown, most = found["shown_before_next_key_share"], alone["shown_before_next_key_share"]
-        return "share shown" if shown < self.served * most else None
 
 
 def size(service: Service, users: int, goal: Goal, fleet: Fleet, seed: int = 0) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from midfill.cli.measure import bench, read_episodes
+from midfill.bench import SERVED
+from midfill.cli.measure import bench, read_episodes, typing_options
 from midfill.cli.shared import JSON, MODEL, SCRIPT, engine_maker, read_settings, show, with_progress
 from midfill.errors import MidfillError
 
@@ -84,15 +85,7 @@ class _Run:
     "--users", type=_Counts(), default="1,2,4,8", show_default=True, help="How many type at once; a run each."
 )
 @click.option("--trace", type=_FILE, help="Recorded typing (.jsonl or .jsonl.gz).")
-@click.option("--files", type=_FILE, help="Make up typing into this source tree.")
-@click.option(
-    "--episodes",
-    type=click.IntRange(1),
-    default=60,
-    show_default=True,
-    help="Play the first N of the trace; with --files, make up N.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Who types what, and when.")
+@typing_options
 @click.option(
     "--duration", type=click.FloatRange(6), default=30.0, show_default=True, help="Seconds of each run."
 )
@@ -114,9 +107,9 @@ class _Run:
 @click.option(
     "--served",
     type=click.FloatRange(0, 1),
-    default=0.8,
+    default=SERVED,
     show_default=True,
-    help="With --simulate: the least of the suggestions before the next key, by those that one alone gets.",
+    help="The least of the suggestions before the next key, by those that one alone (the first run) gets.",
 )
 @click.option(
     "--router",
@@ -132,7 +125,7 @@ def bench_load(
     users: tuple[int, ...],
     trace: Path | None,
     files: Path | None,
-    episodes: int,
+    episodes: int | None,
     seed: int,
     duration: float,
     target_ms: float,
@@ -150,7 +143,7 @@ def bench_load(
 
     Every typist has a pipeline as in an editor, and plays the recording over and over; all share the engine.
     Suggestions are typed through. The first 5 seconds of a run do not count. Let nobody else use the engine
-    meanwhile.
+    meanwhile. What an engine fails to answer has failed, whatever `engine_fallback` says.
 
     With --save-service the engine is measured request by request first, and every run stands beside what the
     simulation predicts for it. --simulate needs nothing but that file: for each number of typists it finds
@@ -171,8 +164,9 @@ def bench_load(
     from midfill.bench import load
     from midfill.bench.service import Service
 
-    settings = read_settings(model=model)
-    typed = read_episodes(trace, files, seed, episodes)[:episodes]
+    # What stands in for the engine is not the engine.
+    settings = read_settings(model=model, engine_fallback=False)
+    typed = read_episodes(trace, files, seed, episodes)
     known = None if service is None else Service.read(service)
     if known is not None and [len(one.keys) for one in known.episodes] != [len(one.keys) for one in typed]:
         raise MidfillError(f"{service} was measured with other typing; give the same --trace and --episodes.")
@@ -180,8 +174,8 @@ def bench_load(
     run = _Run(settings, script, typed, plans, save, known)
     found = with_progress("loading the model", lambda report: asyncio.run(run.measure(report)))
     what = {"trace": str(trace or files), "engine": script or settings.engine, "seed": seed}
-    result = what | {"seconds": duration, "target_ms": target_ms} | found
-    saturates = load.saturation(result["runs"], target_ms)
+    result = what | {"seconds": duration, "target_ms": target_ms, "served": served} | found
+    saturates = load.saturation(result["runs"], load.Goal(target_ms, served))
     show(result | {"saturates": saturates}, load.table, as_json=as_json)
 
 
@@ -202,7 +196,7 @@ class _Question:
 
         fleet = simulation.Fleet(self.replicas or 1, sticky=self.sticky)
         what = {"model": service.engine, "where": service.where, "simulated": True, "seed": self.seed}
-        goal = sizing.Goal(*self.goal)
+        goal = load.Goal(*self.goal)
         what |= {"target_ms": goal.target_ms, "served": goal.served}
         what |= {"router": "sticky" if self.sticky else "least-loaded"}
         found: list[dict[str, Any]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,26 @@ GGUF = click.option(
 )
 
 
+_MADE_UP = 60
+_FILES = click.option(
+    "--files", type=click.Path(path_type=Path), help="Make up typing into this source tree."
+)
+_EPISODES = click.option(
+    "--episodes",
+    type=click.IntRange(1),
+    show_default=f"all of a recording, {_MADE_UP} made up",
+    help="How many to play: the first of a recording, or made up.",
+)
+_SEED = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Another seed is another typist with other typing."
+)
+
+
+def typing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of what is typed, where that is no recording; see `read_episodes`."""
+    return _FILES(_EPISODES(_SEED(command)))
+
+
 @click.group()
 def bench() -> None:
     """Measure midfill's own speed."""
@@ -44,7 +65,7 @@ def bench_lsp(keys: int, busy: bool, model: str | None, as_json: bool) -> None:
     A script takes the model's place; each key is timed from its change and request to the answer.
 
     """
-    from midfill.bench import bench_lsp as measure
+    from midfill.bench.lsp import bench_lsp as measure
 
     result = asyncio.run(measure(keys, busy_model=read_settings(model=model).model if busy else None))
     rows = (f"{key:12} {value}" for key, value in result.items())
@@ -189,9 +210,7 @@ def bench_adapters(rank: int, rounds: int, device: str | None, model: str | None
 
 @bench.command("replay")
 @click.argument("trace", metavar="[TRACE]", required=False, type=click.Path(path_type=Path))
-@click.option("--files", type=click.Path(path_type=Path), help="Make up typing into this source tree.")
-@click.option("--seed", type=int, default=0, show_default=True, help="For --files: which typing.")
-@click.option("--episodes", type=click.IntRange(1), default=60, show_default=True, help="For --files.")
+@typing_options
 @click.option("--limit-s", type=click.FloatRange(0, min_open=True), help="Stop typing after so many seconds.")
 @click.option(
     "--speed", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Type faster."
@@ -231,7 +250,7 @@ def bench_replay(
     trace: Path | None,
     files: Path | None,
     seed: int,
-    episodes: int,
+    episodes: int | None,
     limit_s: float | None,
     speed: float,
     accepts: bool,
@@ -286,15 +305,15 @@ def bench_replay(
     show(summary, report.table, as_json=as_json)
 
 
-def read_episodes(trace: Path | None, files: Path | None, seed: int, episodes: int) -> list[Episode]:
-    """What is to be typed. Raises `MidfillError`."""
+def read_episodes(trace: Path | None, files: Path | None, seed: int, episodes: int | None) -> list[Episode]:
+    """What is to be typed: a recording, or what `typing_options` say. Raises `MidfillError`."""
     from midfill.bench import trace as traces
     from midfill.bench import typist
 
     if trace is not None and files is None:
-        return traces.read_trace(trace)
+        return traces.read_trace(trace)[:episodes]
     if files is not None and trace is None:
-        return typist.generate(files, seed, episodes)
+        return typist.generate(files, seed, episodes or _MADE_UP)
     raise click.UsageError("Give either a TRACE, a file of recorded typing, or --files DIR, a source tree.")
 
 
