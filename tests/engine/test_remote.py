@@ -111,7 +111,8 @@ FAULTS = {
     "silence": ([SILENCE], UNAVAILABLE, "no first token"),
     "silence behind the head": ([STREAM, SILENCE], UNAVAILABLE, "no first token"),
     "silence in the middle": ([*PART, SILENCE], DEADLINE, ""),
-    "comments without an end": ([STREAM, endless(chunk(b": ping\n\n"))], UNAVAILABLE, "no first token"),
+    "comments without an end": ([STREAM, endless(chunk(b": ping\n\n"))], ERROR, "busy: no first token"),
+    "comments in the middle": ([*PART, endless(chunk(b": ping\n\n"))], DEADLINE, ""),
     "empty texts without an end": ([STREAM, endless(chunk(word("")))], UNAVAILABLE, "no first token"),
     "a line without an end": ([STREAM, endless(chunk(b"x" * 50_000))], UNAVAILABLE, "makes no sense"),
 }

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import stat
+import time
 from contextlib import aclosing, asynccontextmanager
 
 import httpx2
@@ -14,12 +15,13 @@ from prometheus_client import generate_latest
 
 from midfill.engine import Request
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
+from midfill.engine.served import endpoint, service
 from midfill.engine.served.endpoint import RemoteSpec
 from midfill.engine.served.host import Host
 from midfill.engine.served.hosting import Listen, _Bucket, read_tokens, serve
 from midfill.engine.served.remote import RemoteEngine
 from midfill.engine.served.rendered import RenderedTokenizer
-from midfill.errors import EngineError, EngineUnavailableError, SettingsError
+from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, SettingsError
 
 TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test
 RULES = [
@@ -246,6 +248,49 @@ async def test_an_idle_request_goes_first_once_somebody_waits_for_it(tmp_path):
             idle.set_idle(False)
             await first.aclose()
             assert (await asyncio.wait_for(waiting, 5)).text == "x"
+
+
+async def test_a_request_that_waits_for_its_turn_is_not_taken_for_dead(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "_PULSE_S", 0.05)
+    monkeypatch.setattr(endpoint, "_BETWEEN_S", 1.0)
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path)), engine_of(path) as engine, engine_of(path) as other:
+        came = asyncio.Event()
+
+        async def read_all():
+            tokens = []
+            async for token in engine.generate(request(engine, "slow", 150, idle=True)):
+                tokens.append(token)
+                came.set()
+            return tokens
+
+        patient = asyncio.ensure_future(read_all())
+        await came.wait()
+        begun = time.monotonic()
+        async with aclosing(other.generate(request(other, "slow", 500))) as tokens:
+            # Meanwhile the first one, which is idle, stands aside.
+            async for _ in tokens:
+                if time.monotonic() - begun > 1.5:
+                    break
+        assert not patient.done()
+        assert len(await asyncio.wait_for(patient, 30)) == 150
+        assert engine.endpoints[0].breaker.failures == 0
+
+
+async def test_a_service_that_has_too_much_to_do_is_busy_and_not_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(service, "_PULSE_S", 0.05)
+    path = tmp_path / "s.sock"
+    async with hosted(Listen(socket=path)), engine_of(path) as other:
+        engine = RemoteEngine(RemoteSpec(("http://midfill",), socket=path, first_token_s=1.0))
+        await engine.start(lambda _message, _share: None)
+        async with aclosing(other.generate(request(other, "slow", 500))) as tokens:
+            await anext(tokens)
+            for _ in range(2):
+                with pytest.raises(EngineOverloadedError, match=r"^The shared engine is busy: no first"):
+                    await anext(engine.generate(request(engine, "good", idle=True)))
+        assert engine.endpoints[0].breaker.failures == 0
+        assert [token.text async for token in engine.generate(request(engine, "good"))] == list("hello")
+        await engine.close()
 
 
 async def test_leaving_the_stream_frees_the_device_at_once(tmp_path):

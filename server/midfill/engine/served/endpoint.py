@@ -25,12 +25,13 @@ from midfill.engine import AdapterSource, LocalModel
 from midfill.engine.served import adapters
 from midfill.engine.served.breaker import Breaker
 from midfill.engine.served.recognition import Served, recognise, refusal
-from midfill.engine.served.wire import Lines, Piece, Question, WireError
+from midfill.engine.served.wire import Dialect, Lines, Piece, Question, WireError
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, SettingsError
 
 _CONNECT_S = 2.0
 _BETWEEN_S = 5.0
-"""A stream without a token for so long has died. Decoding on a busy CPU takes 0.1 to 1 s a token."""
+"""A stream without a token for so long has died, unless the server says by comments that it lives and the
+request waits. Decoding on a busy CPU takes 0.1 to 1 s a token."""
 _REST_S = 0.02
 _MOST_BYTES = 8_000_000
 _KEPT_S = 60.0
@@ -77,19 +78,43 @@ class RequestError(EngineError):
     """The server is well, but does not take this one request."""
 
 
+class BusyError(EngineOverloadedError):
+    """The server lives, but has not come to this one request for too long."""
+
+
 @dataclass(slots=True)
 class _Wait:
-    """How long the next token may take."""
+    """How long the next token may take.
 
-    first_s: float
+    Attributes:
+        most_s: the most, of a server that lives.
+        began: when it was asked.
+        last: when the newest token came; alive: when the newest comment did.
+    """
+
+    most_s: float
     began: float = field(default_factory=time.monotonic)
     last: float | None = None
+    alive: float | None = None
 
     @property
     def left_s(self) -> float:
         """Seconds from now on."""
-        until = self.began + self.first_s if self.last is None else self.last + _BETWEEN_S
+        if self.last is None:
+            until = self.began + self.most_s
+        else:
+            until = max(self.last, self.alive or 0.0) + _BETWEEN_S
+            until = min(until, self.last + max(self.most_s, _BETWEEN_S))
         return max(until - time.monotonic(), 0.0)
+
+    def error(self, place: str) -> EngineError:
+        """What it means that the time is over. The sentence stays the same while the fault lasts."""
+        which = "first" if self.last is None else "further"
+        if self.alive is not None and time.monotonic() - self.alive < _BETWEEN_S:
+            return BusyError(f"{place} is busy: no {which} token within {self.most_s:g} s.")
+        if self.last is None:
+            return EngineUnavailableError(f"{place} gave no first token within {self.most_s:g} s.")
+        return EngineUnavailableError(f"{place} gave no further token for {_BETWEEN_S:g} s.")
 
 
 class Endpoint:
@@ -197,6 +222,7 @@ class Endpoint:
 
         Raises:
             ElsewhereError: nothing has come back, so that another server may be asked.
+            BusyError: no token comes for too long, but the server says that it lives.
             EngineError: the answer is none, breaks off, or has no token for too long.
         """
         if self.served is None:
@@ -214,13 +240,7 @@ class Endpoint:
                 num_bytes += len(chunk or b"")
                 if num_bytes > _MOST_BYTES:
                     raise EngineUnavailableError(f"{self.place} answers without an end.")
-                try:
-                    found = [kind.read(one) if one else Piece(done=True) for one in lines.take(chunk)]
-                except WireError as error:
-                    raise EngineUnavailableError(
-                        f"The answer of {self.place} makes no sense: {error}."
-                    ) from None
-                for piece in found:
+                for piece in self._pieces(chunk, kind, lines, wait):
                     if piece.error:
                         raise RequestError(piece.error)
                     if piece.text or piece.ids:
@@ -232,6 +252,17 @@ class Endpoint:
                 if chunk is None and not done:
                     raise EngineUnavailableError(f"{self.place} hung up in the middle of an answer.")
 
+    def _pieces(self, chunk: bytes | None, kind: Dialect, lines: Lines, wait: _Wait) -> list[Piece]:
+        """What some bytes, or None at the end, complete."""
+        num_comments = lines.num_comments
+        try:
+            found = [kind.read(one) if one else Piece(done=True) for one in lines.take(chunk)]
+        except WireError as error:
+            raise EngineUnavailableError(f"The answer of {self.place} makes no sense: {error}.") from None
+        if lines.num_comments > num_comments:
+            wait.alive = time.monotonic()
+        return found
+
     async def _send(
         self, stack: AsyncExitStack, path: str, body: dict[str, object], wait: _Wait
     ) -> httpx2.Response:
@@ -240,7 +271,7 @@ class Endpoint:
             async with asyncio.timeout(wait.left_s):
                 response = await stack.enter_async_context(self.client.stream("POST", path, json=body))
         except TimeoutError:
-            raise EngineUnavailableError(self._silent(wait)) from None
+            raise wait.error(self.place) from None
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
             raise ElsewhereError(EngineUnavailableError(self.explain(error)), again=True) from None
         except httpx2.TransportError as error:
@@ -274,18 +305,13 @@ class Endpoint:
             async with asyncio.timeout(wait.left_s):
                 return await anext(chunks, None)
         except TimeoutError:
-            raise EngineUnavailableError(self._silent(wait)) from None
+            raise wait.error(self.place) from None
         except httpx2.DecodingError:
             raise EngineUnavailableError(
                 f"The answer of {self.place} makes no sense: it is wrongly packed."
             ) from None
         except httpx2.TransportError as error:
             raise EngineUnavailableError(self.explain(error)) from None
-
-    def _silent(self, wait: _Wait) -> str:
-        if wait.last is None:
-            return f"{self.place} gave no first token within {wait.first_s:g} s."
-        return f"{self.place} gave no further token for {_BETWEEN_S:g} s."
 
 
 def is_loopback(url: str) -> bool:

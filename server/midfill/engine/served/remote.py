@@ -32,7 +32,7 @@ from midfill.engine import (
 )
 from midfill.engine.healing import TokenIndex
 from midfill.engine.served.credentials import find_key
-from midfill.engine.served.endpoint import ElsewhereError, Endpoint, RemoteSpec, RequestError
+from midfill.engine.served.endpoint import BusyError, ElsewhereError, Endpoint, RemoteSpec, RequestError
 from midfill.engine.served.recognition import Served
 from midfill.engine.served.rendered import RenderedTokenizer
 from midfill.engine.served.wire import Healing, Piece, Question
@@ -292,8 +292,8 @@ class RemoteEngine:
             raise ElsewhereError(error) from None
 
     def _failed(self, endpoint: Endpoint, error: EngineError) -> None:
-        """Note a failure. One that the server tells of a single request is no sign that it is down."""
-        if isinstance(error, RequestError):
+        """Note a failure. One that is a single request's is no sign that the server is down."""
+        if isinstance(error, (RequestError, BusyError)):
             return
         now = time.monotonic()
         wait_s = 1.0 if isinstance(error, EngineOverloadedError) else 0.0

@@ -7,6 +7,7 @@ No text is logged. Knows no sockets: see `hosting` for those and for who may ask
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message, Send
 
 from midfill import __version__
 from midfill.engine import (
@@ -42,6 +44,9 @@ from midfill.errors import (
 )
 
 _MAX_PROMPT = 65_536
+
+_PULSE_S = 1.0
+"""A stream on which nothing is sent for so long gets a comment: the service lives, the request waits."""
 
 
 class Extra(BaseModel):
@@ -204,8 +209,37 @@ class Service:
         )
         run = _Run(self.host, engine, request, asked, self._flights)
         if asked.stream:
-            return StreamingResponse(run.events(), media_type="text/event-stream")
+            return _Events(run.events(), media_type="text/event-stream")
         return await run.whole()
+
+
+class _Events(StreamingResponse):
+    """Server-sent events, with comments while there are none; see `_PULSE_S`."""
+
+    async def stream_response(self, send: Send) -> None:
+        """See `StreamingResponse`."""
+        sent_s = time.monotonic()
+
+        async def pulse() -> None:
+            while True:
+                await asyncio.sleep(max(0.0, sent_s + _PULSE_S - time.monotonic()))
+                if time.monotonic() - sent_s >= _PULSE_S:
+                    await note({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
+
+        async def note(message: Message) -> None:
+            nonlocal sent_s
+            sent_s = time.monotonic()
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                # Nothing may follow the end.
+                pulsing.cancel()
+            await send(message)
+
+        # It sleeps first, so that the head is sent before.
+        pulsing = asyncio.get_running_loop().create_task(pulse())
+        try:
+            await super().stream_response(note)
+        finally:
+            pulsing.cancel()
 
 
 @dataclass(slots=True)

@@ -408,10 +408,12 @@ OWNERS = {
 class Lines:
     """Bytes of a stream to its JSON objects: server-sent events, or one object a line.
 
-    A line is at most `limit` bytes long, so that an endless one takes no memory.
+    A line is at most `limit` bytes long, so that an endless one takes no memory. `num_comments` counts the
+    lines by which a server says only that it lives.
     """
 
     limit: int = 1_000_000
+    num_comments: int = 0
     _rest: bytes = field(default=b"")
 
     def take(self, chunk: bytes | None) -> list[dict[str, Any]]:
@@ -424,6 +426,7 @@ class Lines:
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         if len(self._rest) > self.limit:
             raise WireError(f"a line of it is longer than {self.limit} bytes")
+        self.num_comments += sum(line.startswith(b":") for line in lines)
         return [found for line in lines if (found := _object(line.strip())) is not None]
 
 
