@@ -122,6 +122,16 @@ def test_work_counts_from_when_the_engine_was_asked():
     assert load.figures([], jobs, 100.0, Plan(1, 10.0))["engine_requests_per_s"] == 0.4
 
 
+def test_what_a_server_does_not_tell_is_not_taken_for_nothing():
+    def job(**values):
+        return Job(0, 1, "finished", num_prompt=100, submitted_s=106.0, **values)
+
+    silent = job(num_reused=0, num_computed=0)
+    told = [silent, job(num_reused=75, num_computed=25)]
+    assert load.figures([], [silent], 100.0, Plan(1, 10.0))["prompt_tokens_reused_share"] is None
+    assert load.figures([], told, 100.0, Plan(1, 10.0))["prompt_tokens_reused_share"] == 0.75
+
+
 def run_of(users, p95, shown):
     return {"users": users, "suggestion_ms": {"p95": p95}, "shown_before_next_key_share": shown}
 

@@ -188,6 +188,7 @@ def figures(requests: Sequence[Asked], jobs: Sequence[Job], begun_s: float, plan
         as longer than they were (Kaplan-Meier); null where too few waited for so long.
     requests_per_s: of the typists. engine_requests_per_s: what came of them for the engine; idle_per_s:
         beside them, work ahead of its time.
+    prompt_tokens_reused_share: of what the engine has told of; null where it tells nothing.
     answers_per_s: requests that the model had to be asked for, and that were answered before the next key.
     failures: how many requests failed, by what was said.
     """
@@ -201,7 +202,8 @@ def figures(requests: Sequence[Asked], jobs: Sequence[Job], begun_s: float, plan
     seconds = max(plan.seconds - plan.warm_s, 1e-9)
     own = [job for job in jobs if job.submitted_s is not None and from_s <= job.submitted_s < to_s]
     work = [job for job in own if not job.idle]
-    told = [job for job in work if job.num_prompt and job.num_reused is not None]
+    # A server that says nothing of it, or has not come to it, has computed nothing and found nothing.
+    told = [job for job in work if (job.num_computed or 0) + (job.num_reused or 0) > 0]
     return {
         "users": plan.users,
         "seconds": round(seconds, 1),

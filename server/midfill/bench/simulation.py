@@ -519,14 +519,15 @@ class Simulation:
 
 
 def _job(flight: _Flight) -> Job:
-    sequence = flight.sequence
+    reused = flight.sequence.num_reused  # None until its turn has come
     return Job(
         -1,
         None,
         "finished",
         idle=flight.ahead,
         num_prompt=flight.num_prompt,
-        num_reused=sequence.num_reused,
+        num_reused=reused,
+        num_computed=None if reused is None else flight.num_prompt - reused,
         submitted_s=flight.launched_s,
     )
 
