@@ -7,13 +7,14 @@ import os
 import stat
 import time
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 
 import httpx2
 import pytest
 import trustme
 from prometheus_client import generate_latest
 
-from midfill.engine import Request
+from midfill.engine import AdapterSource, Request
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.engine.served import endpoint, service
 from midfill.engine.served.endpoint import RemoteSpec
@@ -21,7 +22,13 @@ from midfill.engine.served.host import Host
 from midfill.engine.served.hosting import Listen, _Bucket, read_tokens, serve
 from midfill.engine.served.remote import RemoteEngine
 from midfill.engine.served.rendered import RenderedTokenizer
-from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, SettingsError
+from midfill.errors import (
+    AdapterError,
+    EngineError,
+    EngineOverloadedError,
+    EngineUnavailableError,
+    SettingsError,
+)
 
 TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test
 RULES = [
@@ -333,6 +340,134 @@ async def test_a_model_leaves_memory_and_comes_back_and_the_process_ends(tmp_pat
         )
     )
     await asyncio.wait_for(ends, 10)
+
+
+async def test_what_was_loaded_in_part_is_closed():
+    engine = Held()
+    host = Host(lambda: engine, vocabulary="x", adapters=(AdapterSource("k", "n", Path("/nowhere")),))
+    with pytest.raises(AdapterError, match="no such adapter"):
+        await host.load()
+    assert engine.closed.is_set()
+    await host.close()
+
+
+async def test_there_is_never_a_second_model_in_memory():
+    engines = []
+
+    def make():
+        engines.append(Held())
+        return engines[-1]
+
+    host = Host(make, unload_s=0.01, vocabulary="x")
+    first = await host.load()
+    first.may_close.clear()
+    await until(lambda: host.engine is None)
+    again = asyncio.ensure_future(host.load())
+    # While the first one is being closed nothing else is loaded, whatever the loop does.
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert engines == [first]
+    first.may_close.set()
+    assert await again is engines[1]
+    await host.close()
+    assert all(engine.closed.is_set() for engine in engines)
+
+
+async def test_ending_waits_for_a_model_that_leaves_though_another_is_wanted():
+    engines = []
+
+    def make():
+        engines.append(Held())
+        return engines[-1]
+
+    host = Host(make, unload_s=0.01, vocabulary="x")
+    first = await host.load()
+    first.may_close.clear()
+    await until(lambda: host.engine is None)
+    again = asyncio.ensure_future(host.load())
+    await asyncio.sleep(0)
+    ending = asyncio.ensure_future(host.close())
+    await asyncio.wait([again])
+    assert again.cancelled()
+    assert not ending.done()
+    first.may_close.set()
+    async with asyncio.timeout(5):
+        await ending
+    assert first.closed.is_set()
+    assert engines == [first]
+
+
+async def test_ending_while_the_model_is_loaded_closes_it():
+    engine = Held()
+    engine.may_load.clear()
+    engine.may_close.clear()
+    host = Host(lambda: engine, vocabulary="x")
+    loading = asyncio.ensure_future(host.load())
+    await until(engine.starting.is_set)
+    ending = asyncio.ensure_future(host.close())
+    await until(engine.leaving.is_set)
+    assert not ending.done()
+    engine.may_close.set()
+    async with asyncio.timeout(5):
+        await ending
+    assert engine.closed.is_set()
+    assert host.engine is None
+    await asyncio.wait([loading])
+    assert loading.cancelled()
+
+
+async def test_no_report_of_loading_is_missed():
+    host = Host(lambda: ScriptedEngine(Script(load_delay_s=30)), vocabulary="x")
+    async with aclosing(host.progress()) as reports:
+        await anext(reports)
+        # It comes while the one before is being sent.
+        host._tell("half of it", 0.5)
+        async with asyncio.timeout(5):
+            assert await anext(reports) == {"message": "half of it", "share": 0.5}
+    await host.close()
+
+
+async def test_who_hangs_up_while_the_model_is_loaded_leaves_nothing_and_it_is_loaded_all_the_same():
+    engine = Held()
+    engine.may_load.clear()
+    host = Host(lambda: engine, vocabulary="x")
+    others = asyncio.all_tasks()
+    reports = host.progress()
+    await anext(reports)
+    await until(engine.starting.is_set)
+    loading = host._loading
+    await reports.aclose()
+    await until(lambda: asyncio.all_tasks() - others == {loading})
+    engine.may_load.set()
+    async with asyncio.timeout(5):
+        assert await loading is engine
+    assert host.engine is engine
+    await host.close()
+
+
+class Held(ScriptedEngine):
+    """One that loads and leaves when it may, and whose adapters cannot be used."""
+
+    def __init__(self):
+        super().__init__(Script())
+        self.starting, self.may_load = asyncio.Event(), asyncio.Event()
+        self.leaving, self.may_close, self.closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.may_load.set()
+        self.may_close.set()
+
+    async def start(self, progress):
+        self.starting.set()
+        await self.may_load.wait()
+        await super().start(progress)
+
+    async def set_adapters(self, adapters):
+        raise AdapterError(f"no such adapter: {adapters[0].name}")
+
+    async def close(self):
+        self.leaving.set()
+        await self.may_close.wait()
+        await super().close()
+        self.closed.set()
 
 
 def team(**options):

@@ -84,6 +84,7 @@ class Host:
     _adapting: asyncio.Lock = field(default_factory=asyncio.Lock)
     _loading: asyncio.Task[Engine] | None = None
     _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _closing: asyncio.Task[None] | None = None  # of an engine that leaves memory
     _num_running: int = 0
     _timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
@@ -97,25 +98,36 @@ class Host:
         return await asyncio.shield(self._loading)
 
     async def _load(self) -> Engine:
-        loop = asyncio.get_running_loop()
         try:
+            if self._closing is not None:
+                # There is memory for one model, perhaps not for two. Who gives up waiting must not end it.
+                await asyncio.wait([self._closing])
             engine = await asyncio.to_thread(self.make_engine)
-
-            def report(message: str, share: float | None) -> None:
-                loop.call_soon_threadsafe(self._tell, message, share)
-
-            await engine.start(report)
-            if isinstance(engine, Adaptable) and (wanted := self.known_adapters):
-                await engine.set_adapters(wanted)
-            self.num_ids = len(engine.model.tokenizer.vocab_bytes())
-            if not self.vocabulary:
-                self.vocabulary = await asyncio.to_thread(vocabulary_of, engine.model.tokenizer)
+            try:
+                await self._make_ready(engine)
+            except BaseException:
+                await engine.close()
+                raise
         finally:
             self._loading = None
         self.engine = engine
         self.meters.loaded.set(1)
         self.touch()
         return engine
+
+    async def _make_ready(self, engine: Engine) -> None:
+        """Have it load its model, with the adapters that are known, and learn what the model is."""
+        loop = asyncio.get_running_loop()
+
+        def report(message: str, share: float | None) -> None:
+            loop.call_soon_threadsafe(self._tell, message, share)
+
+        await engine.start(report)
+        if isinstance(engine, Adaptable) and (wanted := self.known_adapters):
+            await engine.set_adapters(wanted)
+        self.num_ids = len(engine.model.tokenizer.vocab_bytes())
+        if not self.vocabulary:
+            self.vocabulary = await asyncio.to_thread(vocabulary_of, engine.model.tokenizer)
 
     async def want(self, client: str, adapters: Sequence[AdapterSource], *, pid: int = 0) -> None:
         """Have a client's adapters in the model, beside those of the others.
@@ -124,8 +136,10 @@ class Host:
 
         Raises `AdapterError`, and leaves everything as it was, if they cannot be used or are too many.
         """
-        engine = await self.load()
         async with self._adapting:
+            # While it waited for its turn, the model may have left memory.
+            engine = await self.load()
+            self.touch()  # it must not leave memory meanwhile
             others = {name: wanted for name, wanted in self._wanted.items() if name != client}
             wanted = others | ({client: tuple(adapters)} if adapters else {})
             together = _each_once(self.adapters, wanted)
@@ -160,19 +174,24 @@ class Host:
 
     async def progress(self) -> AsyncIterator[Report]:
         """How loading goes, ending with {"ready": true} or {"error": sentence}."""
-        task = asyncio.ensure_future(self.load())
-        while not task.done():
-            yield self.report
-            await asyncio.wait(
-                [task, news := asyncio.ensure_future(self._news.wait())], return_when="FIRST_COMPLETED"
-            )
-            news.cancel()
+        loading = asyncio.ensure_future(self.load())
         try:
-            await task
+            while not loading.done():
+                # First the event, then the report: so none that comes while this one is sent is missed.
+                news = asyncio.ensure_future(self._news.wait())
+                try:
+                    yield self.report
+                    await asyncio.wait([loading, news], return_when="FIRST_COMPLETED")
+                finally:
+                    news.cancel()
+            await loading
         except MidfillError as error:
             yield {"error": str(error), "kind": type(error).__name__}
         else:
             yield {"ready": True}
+        finally:
+            # Who asked may have gone; the model is loaded all the same.
+            loading.cancel()
 
     def enter(self) -> None:
         """A request begins."""
@@ -210,13 +229,12 @@ class Host:
             self.meters.loaded.set(0)
             self._closing = asyncio.get_running_loop().create_task(engine.close())
 
-    _closing: asyncio.Task[None] | None = None
-
     async def close(self) -> None:
         """Free the model."""
         self._stop_timers()
         if self._loading is not None:
             self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
         if self.engine is not None:
             await self.engine.close()
         if self._closing is not None:

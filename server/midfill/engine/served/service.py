@@ -180,6 +180,7 @@ class Service:
             engine = await self.host.load()
         except MidfillError as error:
             return _error(503, error)
+        self.host.touch()  # it must not leave memory before the request begins
         adapter = asked.midfill.adapter
         if asked.model not in ("", engine.model.name):
             by_name = {one.name: one.key for one in self.host.known_adapters}
