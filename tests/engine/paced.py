@@ -1,12 +1,12 @@
 """An engine whose steps take what they are said to: the real thread, scheduler and slots, no model.
 
-Tokens are bytes. What it writes goes round in a text of its own, from a place that the prompt's length tells,
-so that lines end after different numbers of tokens.
+It runs in a time of its own (`clock`). Tokens are bytes. What it writes goes round in a text of its own, from
+a place that the prompt's length tells, so that lines end after different numbers of tokens.
 """
 
 from __future__ import annotations
 
-import time
+import asyncio
 from pathlib import Path
 
 from midfill.engine import EngineSpec, ModelInfo
@@ -57,7 +57,8 @@ class PacedRunner:
     context, max_guesses, step_sequences = 4096, 0, NUM_SLOTS
     vocab_size = 256 + len(SENTINELS)
 
-    def __init__(self, step_s, sequence_s, token_s, chunk_tokens):
+    def __init__(self, clock, step_s, sequence_s, token_s, chunk_tokens):
+        self.clock = clock
         self.step_s, self.sequence_s, self.token_s, self.chunk_tokens = (
             step_s,
             sequence_s,
@@ -67,13 +68,12 @@ class PacedRunner:
 
     def forward(self, chunks, allowed, _interrupted):
         tokens = sum(len(chunk.tokens) for chunk in chunks) - len(chunks)
-        until = time.monotonic() + self.step_s + self.sequence_s * (len(chunks) - 1) + self.token_s * tokens
         choices = []
         for chunk, ids in zip(chunks, allowed, strict=True):
             end = chunk.start + len(chunk.tokens)
             token = TEXT[end % len(TEXT)] if ids is None else ids[0]
             choices.append([Choice(token, -0.01)] if chunk.samples else [])
-        time.sleep(max(0.0, until - time.monotonic()))
+        self.clock.spend(self.step_s + self.sequence_s * (len(chunks) - 1) + self.token_s * tokens)
         return choices
 
     def drop(self, slots):
@@ -87,11 +87,13 @@ class PacedRunner:
 
 
 def engine(step_s=0.003, sequence_s=0.0006, token_s=0.0001, chunk_tokens=64):
-    """A `LocalEngine` around it, as `midfill serve` would have one."""
+    """A `LocalEngine` around it, as `midfill serve` would have one; for a test in `clock.in_its_own_time`."""
     tokenizer = Bytes()
-    runner = PacedRunner(step_s, sequence_s, token_s, chunk_tokens)
+    clock = asyncio.get_running_loop().clock
+    runner = PacedRunner(clock, step_s, sequence_s, token_s, chunk_tokens)
 
     def load(spec, progress):
+        clock.takes_part()
         info = ModelInfo("paced", "qwen2.5-coder", "qwen2", runner.context, tokenizer, "cpu", "paced")
         index = TokenIndex(tokenizer.vocab_bytes(), tokenizer.control_ids)
         return Loaded(info, runner, index, Residents(runner, lambda: None, None), slow_turn_s=1.0)
@@ -99,4 +101,6 @@ def engine(step_s=0.003, sequence_s=0.0006, token_s=0.0001, chunk_tokens=64):
     class Model:
         name, path, family = "paced", Path("/nowhere"), "qwen2.5-coder"
 
-    return LocalEngine(EngineSpec(Model()), load=load)
+    found = LocalEngine(EngineSpec(Model()), load=load)
+    found.mailbox = clock.mailbox
+    return found

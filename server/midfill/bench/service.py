@@ -277,6 +277,9 @@ async def _look(pipeline: InProcess, tokenizer: Tokenizer, episode: Episode, not
         places[index] = place, seen
         prompt = answer.prompt.tokens
         notes.prompts.append(prompt)
+        # As a rule the engine has begun another step for what has just ended, and the next request must not
+        # wait for that: no typist is so quick. A step never takes longer than the first token did.
+        await asyncio.sleep(seen.first_ms / 1000)
     notes.typed.append((episode, places, covered))
     await pipeline.close(documents[-1])
 
@@ -399,9 +402,11 @@ def _fit(notes: _Notes, service: Service) -> Service:
     seen = [one for _, places, _ in notes.typed for _, one in places.values()]
     step_ms = service.step_ms[0][1]
 
+    def passes(one: _Seen) -> int:
+        return -(-max(one.num_read, 1) // service.capacity.chunk_tokens)
+
     def beside(one: _Seen, prefill_ms: float) -> float:
-        passes = -(-max(one.num_read, 1) // service.capacity.chunk_tokens)
-        taken = passes * step_ms + prefill_ms * max(0, one.num_read - passes)
+        taken = passes(one) * step_ms + prefill_ms * max(0, one.num_read - passes(one))
         return one.first_ms - service.begin_ms - taken
 
     cold = [one for one in seen if one.num_read >= _COLD_TOKENS]
@@ -409,7 +414,9 @@ def _fit(notes: _Notes, service: Service) -> Service:
     prefill_ms = 0.0
     overhead_ms = median([beside(one, 0.0) for one in warm or seen])
     if cold and warm:
-        prefill_ms = max(0.0, median([(beside(one, 0.0) - overhead_ms) / one.num_read for one in cold]))
+        prefill_ms = max(
+            0.0, median([(beside(one, 0.0) - overhead_ms) / (one.num_read - passes(one)) for one in cold])
+        )
         overhead_ms = median([beside(one, prefill_ms) for one in warm])
     around_ms = median([one.waited_ms - one.first_ms - one.decode_ms for one in seen])
     episodes = tuple(
