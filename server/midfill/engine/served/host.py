@@ -139,28 +139,34 @@ class Host:
         async with self._adapting:
             # While it waited for its turn, the model may have left memory.
             engine = await self.load()
-            self.touch()  # it must not leave memory meanwhile
-            others = {name: wanted for name, wanted in self._wanted.items() if name != client}
-            wanted = others | ({client: tuple(adapters)} if adapters else {})
-            together = _each_once(self.adapters, wanted)
-            if len(together) > MAX_ADAPTERS:
-                # A window that was killed has not taken its own back.
-                wanted = {
-                    name: those
-                    for name, those in wanted.items()
-                    if name == client or _lives(self._pids.get(name, 0))
-                }
-                together = _each_once(self.adapters, wanted)
-            if len(together) > MAX_ADAPTERS:
-                raise AdapterError(
-                    f"All windows together want {len(together)} adapters; there is room for {MAX_ADAPTERS}."
-                )
-            if not isinstance(engine, Adaptable):
-                raise AdapterError("This engine has no adapters.")
-            await engine.set_adapters(together)
-            self._wanted = wanted
-            self._pids = {name: number for name, number in self._pids.items() if name in wanted}
+            self.enter()  # the model stays in memory meanwhile
+            try:
+                await self._put_in(engine, client, adapters)
+            finally:
+                self.leave()
+            self._pids = {name: number for name, number in self._pids.items() if name in self._wanted}
             self._pids[client] = pid
+
+    async def _put_in(self, engine: Engine, client: str, adapters: Sequence[AdapterSource]) -> None:
+        others = {name: wanted for name, wanted in self._wanted.items() if name != client}
+        wanted = others | ({client: tuple(adapters)} if adapters else {})
+        together = _each_once(self.adapters, wanted)
+        if len(together) > MAX_ADAPTERS:
+            # A window that was killed has not taken its own back.
+            wanted = {
+                name: those
+                for name, those in wanted.items()
+                if name == client or _lives(self._pids.get(name, 0))
+            }
+            together = _each_once(self.adapters, wanted)
+        if len(together) > MAX_ADAPTERS:
+            raise AdapterError(
+                f"All windows together want {len(together)} adapters; there is room for {MAX_ADAPTERS}."
+            )
+        if not isinstance(engine, Adaptable):
+            raise AdapterError("This engine has no adapters.")
+        await engine.set_adapters(together)
+        self._wanted = wanted
 
     @property
     def known_adapters(self) -> list[AdapterSource]:
