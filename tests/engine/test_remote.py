@@ -9,6 +9,7 @@ import time
 from contextlib import aclosing
 
 import pytest
+from clock import in_its_own_time
 from faulty import GOOD, RESET, SILENCE, STREAM, WORDS, Faulty, chunk, event, page, word
 
 from midfill.completer import Completer, Reason, Trigger
@@ -140,6 +141,21 @@ async def test_a_fault_costs_its_request_and_the_next_is_served(fault, caplog):
     assert "def add" not in "".join(
         record.getMessage() for record in caplog.records if "midfill" in record.name
     )
+
+
+@in_its_own_time
+async def test_a_server_that_falls_silent_behind_comments_has_died():
+    comments = [part for _ in range(4) for part in (2.0, chunk(b": ping\n\n"))]
+    async with Faulty(script=[STREAM, chunk(word("a")), *comments, SILENCE]) as server:
+        engine = RemoteEngine(RemoteSpec((server.url,), first_token_s=20.0))
+        await engine.start(lambda _message, _share: None)
+        begun = time.monotonic()
+        with pytest.raises(EngineUnavailableError, match="no further token for 5 s"):
+            async for _ in engine.generate(Request((1,), 20)):
+                pass
+        assert time.monotonic() - begun == pytest.approx(13.0, abs=0.1)
+        assert engine.endpoints[0].breaker.failures == 1
+        await engine.close()
 
 
 async def test_an_answer_without_an_end_is_left_at_its_limit():

@@ -12,11 +12,11 @@ from pathlib import Path
 import httpx2
 import pytest
 import trustme
+from clock import in_its_own_time
 from prometheus_client import generate_latest
 
 from midfill.engine import AdapterSource, Request
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
-from midfill.engine.served import endpoint, service
 from midfill.engine.served.endpoint import RemoteSpec
 from midfill.engine.served.host import Host
 from midfill.engine.served.hosting import Listen, _Bucket, read_tokens, serve
@@ -33,6 +33,7 @@ from midfill.errors import (
 TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test
 RULES = [
     Rule(after="slow", text="x" * 500, token_delay_s=0.01),
+    Rule(after="long", text="x" * 500, token_delay_s=0.1),
     Rule(after="bad", text="12", error="out of memory", error_after=2),
     Rule(text="hello", logprob=-0.25),
 ]
@@ -257,9 +258,8 @@ async def test_an_idle_request_goes_first_once_somebody_waits_for_it(tmp_path):
             assert (await asyncio.wait_for(waiting, 5)).text == "x"
 
 
-async def test_a_request_that_waits_for_its_turn_is_not_taken_for_dead(tmp_path, monkeypatch):
-    monkeypatch.setattr(service, "_PULSE_S", 0.05)
-    monkeypatch.setattr(endpoint, "_BETWEEN_S", 1.0)
+@in_its_own_time
+async def test_a_request_that_waits_for_its_turn_is_not_taken_for_dead(tmp_path):
     path = tmp_path / "s.sock"
     async with hosted(Listen(socket=path)), engine_of(path) as engine, engine_of(path) as other:
         came = asyncio.Event()
@@ -274,30 +274,29 @@ async def test_a_request_that_waits_for_its_turn_is_not_taken_for_dead(tmp_path,
         patient = asyncio.ensure_future(read_all())
         await came.wait()
         begun = time.monotonic()
-        async with aclosing(other.generate(request(other, "slow", 500))) as tokens:
-            # Meanwhile the first one, which is idle, stands aside.
+        async with aclosing(other.generate(request(other, "long", 500))) as tokens:
+            # Meanwhile the first one, which is idle, stands aside, for longer than a stream may be silent.
             async for _ in tokens:
-                if time.monotonic() - begun > 1.5:
+                if time.monotonic() - begun > 8:
                     break
         assert not patient.done()
-        assert len(await asyncio.wait_for(patient, 30)) == 150
+        assert len(await patient) == 150
         assert engine.endpoints[0].breaker.failures == 0
 
 
-async def test_a_service_that_has_too_much_to_do_is_busy_and_not_away(tmp_path, monkeypatch):
-    monkeypatch.setattr(service, "_PULSE_S", 0.05)
+@in_its_own_time
+async def test_a_service_that_has_too_much_to_do_is_busy_and_not_away(tmp_path):
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path)), engine_of(path) as other:
-        engine = RemoteEngine(RemoteSpec(("http://midfill",), socket=path, first_token_s=1.0))
-        await engine.start(lambda _message, _share: None)
-        async with aclosing(other.generate(request(other, "slow", 500))) as tokens:
+    async with hosted(Listen(socket=path)), engine_of(path) as engine, engine_of(path) as other:
+        async with aclosing(other.generate(request(other, "long", 500))) as tokens:
             await anext(tokens)
             for _ in range(2):
+                begun = time.monotonic()
                 with pytest.raises(EngineOverloadedError, match=r"^The shared engine is busy: no first"):
                     await anext(engine.generate(request(engine, "good", idle=True)))
+                assert time.monotonic() - begun == pytest.approx(10.0, abs=0.1)
         assert engine.endpoints[0].breaker.failures == 0
         assert [token.text async for token in engine.generate(request(engine, "good"))] == list("hello")
-        await engine.close()
 
 
 async def test_leaving_the_stream_frees_the_device_at_once(tmp_path):
@@ -344,6 +343,7 @@ async def test_a_model_leaves_memory_and_comes_back_and_the_process_ends(tmp_pat
 
 async def test_what_was_loaded_in_part_is_closed():
     engine = Held()
+    engine.may_close.set()
     host = Host(lambda: engine, vocabulary="x", adapters=(AdapterSource("k", "n", Path("/nowhere")),))
     with pytest.raises(AdapterError, match="no such adapter"):
         await host.load()
@@ -353,14 +353,8 @@ async def test_what_was_loaded_in_part_is_closed():
 
 async def test_there_is_never_a_second_model_in_memory():
     engines = []
-
-    def make():
-        engines.append(Held())
-        return engines[-1]
-
-    host = Host(make, unload_s=0.01, vocabulary="x")
+    host = Host(lambda: Held(engines), unload_s=0.01, vocabulary="x")
     first = await host.load()
-    first.may_close.clear()
     await until(lambda: host.engine is None)
     again = asyncio.ensure_future(host.load())
     # While the first one is being closed nothing else is loaded, whatever the loop does.
@@ -368,21 +362,17 @@ async def test_there_is_never_a_second_model_in_memory():
         await asyncio.sleep(0)
     assert engines == [first]
     first.may_close.set()
-    assert await again is engines[1]
+    second = await again
+    assert engines == [first, second]
+    second.may_close.set()
     await host.close()
     assert all(engine.closed.is_set() for engine in engines)
 
 
 async def test_ending_waits_for_a_model_that_leaves_though_another_is_wanted():
     engines = []
-
-    def make():
-        engines.append(Held())
-        return engines[-1]
-
-    host = Host(make, unload_s=0.01, vocabulary="x")
+    host = Host(lambda: Held(engines), unload_s=0.01, vocabulary="x")
     first = await host.load()
-    first.may_close.clear()
     await until(lambda: host.engine is None)
     again = asyncio.ensure_future(host.load())
     await asyncio.sleep(0)
@@ -391,8 +381,7 @@ async def test_ending_waits_for_a_model_that_leaves_though_another_is_wanted():
     assert again.cancelled()
     assert not ending.done()
     first.may_close.set()
-    async with asyncio.timeout(5):
-        await ending
+    await ending
     assert first.closed.is_set()
     assert engines == [first]
 
@@ -400,7 +389,6 @@ async def test_ending_waits_for_a_model_that_leaves_though_another_is_wanted():
 async def test_ending_while_the_model_is_loaded_closes_it():
     engine = Held()
     engine.may_load.clear()
-    engine.may_close.clear()
     host = Host(lambda: engine, vocabulary="x")
     loading = asyncio.ensure_future(host.load())
     await until(engine.starting.is_set)
@@ -408,8 +396,7 @@ async def test_ending_while_the_model_is_loaded_closes_it():
     await until(engine.leaving.is_set)
     assert not ending.done()
     engine.may_close.set()
-    async with asyncio.timeout(5):
-        await ending
+    await ending
     assert engine.closed.is_set()
     assert host.engine is None
     await asyncio.wait([loading])
@@ -439,21 +426,37 @@ async def test_who_hangs_up_while_the_model_is_loaded_leaves_nothing_and_it_is_l
     await reports.aclose()
     await until(lambda: asyncio.all_tasks() - others == {loading})
     engine.may_load.set()
-    async with asyncio.timeout(5):
-        assert await loading is engine
+    assert await loading is engine
     assert host.engine is engine
+    engine.may_close.set()
+    await host.close()
+
+
+@in_its_own_time
+async def test_a_model_stays_in_memory_while_adapters_are_put_into_it():
+    class Slow(ScriptedEngine):
+        async def set_adapters(self, adapters):
+            await asyncio.sleep(100)
+            await super().set_adapters(adapters)
+
+    host = Host(lambda: Slow(Script()), unload_s=60, vocabulary="x")
+    await host.want("one", [AdapterSource("k", "n", Path("/nowhere"))])
+    assert set(host.engine._adapters) == {"k"}
+    await asyncio.sleep(61)
+    assert host.engine is None
     await host.close()
 
 
 class Held(ScriptedEngine):
-    """One that loads and leaves when it may, and whose adapters cannot be used."""
+    """One that leaves when it may, and loads too; whose adapters cannot be used. It adds itself to a list."""
 
-    def __init__(self):
+    def __init__(self, engines=None):
         super().__init__(Script())
         self.starting, self.may_load = asyncio.Event(), asyncio.Event()
         self.leaving, self.may_close, self.closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.may_load.set()
-        self.may_close.set()
+        if engines is not None:
+            engines.append(self)
 
     async def start(self, progress):
         self.starting.set()

@@ -15,7 +15,7 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
@@ -93,7 +93,7 @@ class _Wait:
     """
 
     most_s: float
-    began: float = field(default_factory=time.monotonic)
+    began: float
     last: float | None = None
     alive: float | None = None
 
@@ -228,7 +228,7 @@ class Endpoint:
         if self.served is None:
             raise ElsewhereError(EngineUnavailableError(f"{self.place} has not been recognised yet."))
         kind = self.served.kind
-        wait = _Wait(first_token_s)
+        wait = _Wait(first_token_s, time.monotonic())
         lines = Lines()
         num_bytes = 0
         done = False

@@ -223,8 +223,9 @@ class _Events(StreamingResponse):
 
         async def pulse() -> None:
             while True:
-                await asyncio.sleep(max(0.0, sent_s + _PULSE_S - time.monotonic()))
-                if time.monotonic() - sent_s >= _PULSE_S:
+                if (left_s := sent_s + _PULSE_S - time.monotonic()) > 0:
+                    await asyncio.sleep(left_s)
+                else:
                     await note({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
 
         async def note(message: Message) -> None:
