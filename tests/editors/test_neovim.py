@@ -443,6 +443,25 @@ def test_an_adapter_that_is_not_here_is_named_and_none_can_be_chosen(neovim, tmp
     assert "too many arguments" in editor.notes[-1]
 
 
+def test_an_adapter_is_learnt_if_the_user_agrees_and_progress_is_shown(neovim, model, tmp_path):
+    (tmp_path / ".git").mkdir()
+    progress = (
+        "PROGRESS = {} vim.api.nvim_create_autocmd('LspProgress', { callback = function(event) "
+        "local value = event.data.params.value table.insert(PROGRESS, { value.kind, value.title or '' }) "
+        "end }) "
+    )
+    select = "vim.ui.select = function(items, options, choose) ASKED = options.prompt choose(items[1]) end"
+    editor = neovim(SUM, text=VALUES, before=progress + select)
+    editor.api.command("Midfill train")
+    editor.until(lambda: editor.lua("return ASKED"), "the question")
+    assert f"learn an adapter for {model.name} from the git history of" in editor.lua("return ASKED")
+    # That folder is no repository, which whoever reads its history finds.
+    editor.until(lambda: any("is in no git repository" in note for note in editor.notes), "what came of it")
+    told = editor.lua("return PROGRESS")
+    assert ["begin", f"midfill: adapter {tmp_path.name}"] in told
+    assert told[-1][0] == "end"
+
+
 def test_no_settings_are_no_junk(neovim):
     editor = neovim(SUM, text=VALUES)
     assert editor.notes == []

@@ -336,6 +336,23 @@ def test_models_and_adapters_are_offered(window):
     window.press("Escape")
 
 
+def test_an_adapter_is_learnt_only_if_the_user_agrees(window, model):
+    question = f"learn an adapter for {model.name} from the git history of"
+    window.run("midfill: Learn an Adapter from This Repository")
+    window.says(question)
+    window.click("Do not train")
+    window.until(lambda: not window.notes, "the end of the question")
+    # It takes a moment until the one before is over, and another may be asked for.
+    window.again(
+        "the question",
+        lambda: any(question in note for note in window.notes),
+        lambda: window.run("midfill: Learn an Adapter from This Repository"),
+    )
+    window.page.get_by_role("button", name="Train", exact=True).click()
+    # The folder is no repository, which whoever reads its history finds.
+    window.says("is in no git repository")
+
+
 # Trust and installation
 
 

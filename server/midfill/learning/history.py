@@ -197,7 +197,7 @@ class Repository:
         if "not a git repository" in said:
             raise MidfillError(
                 f"{self._folder} is in no git repository. Adapters are learnt from a repository's history: "
-                "name one by --repo."
+                "open one, or name it by --repo."
             )
         if failing:
             raise MidfillError(failing)
