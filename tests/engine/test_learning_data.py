@@ -10,7 +10,7 @@ from planted_history import Planted, grow, stage
 from midfill.context.files import SourceFile
 from midfill.documents import Document, Point, Snapshot
 from midfill.errors import ModelError
-from midfill.learning import data
+from midfill.learning import data, memory
 from midfill.learning.history import Repository
 from midfill.learning.plan import describe, estimate_speed, summarise
 from midfill.learning.selection import select
@@ -167,10 +167,12 @@ def test_a_model_without_the_familys_tokens_is_refused(repository, tmp_path):
 def test_a_plan_counts_what_there_is(repository, model):
     selection = select(repository, SETTINGS)
     examples = made(repository, model)
-    plan = summarise(selection, examples, estimate_speed(model.path), 600.0, {})
+    room = memory.survey(model.path, "auto", SETTINGS, 24e9)
+    plan = summarise(selection, examples, estimate_speed(model.path), 600.0, {}, room)
     assert plan["commits"]["test"] == len({example.commit for example in examples.test})
     assert plan["examples"] == {"train": 120, "dev": len(examples.dev), "test": len(examples.test)}
     assert not plan["judgement"]["enough"]
     text = describe(plan)
     assert "Too little for a verdict" in text
     assert "1 no code" in text
+    assert "GB in int8 on a CPU; 24.0 GB are free: so the base would be held in float32" in text

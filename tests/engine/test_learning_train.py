@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -124,9 +125,9 @@ def test_dropout_of_the_trunk_is_off_and_that_of_the_adapter_on(tmp_path, exampl
     assert one != two
 
 
-@pytest.mark.parametrize("stopped_at", [1, 5])
-def test_what_was_interrupted_and_resumed_equals_what_was_not(model, examples, tmp_path, stopped_at):
-    whole = adapted(model)
+@pytest.mark.parametrize(("stopped_at", "form"), [(1, "float32"), (5, "float32"), (2, "int8")])
+def test_what_was_interrupted_and_resumed_equals_what_was_not(model, examples, tmp_path, stopped_at, form):
+    whole = adapted(model, base_weights=form)
     expected = trainer(whole, examples, tmp_path / "whole").run(60, max_steps=9)
 
     asked = []
@@ -136,10 +137,10 @@ def test_what_was_interrupted_and_resumed_equals_what_was_not(model, examples, t
         asked.append(None)
         return len(asked) > stopped_at * (RECIPE.batch + 1) + 2
 
-    first = adapted(model)
+    first = adapted(model, base_weights=form)
     with pytest.raises(InterruptedTrainingError, match="checkpoint"):
         trainer(first, examples, tmp_path / "parts", stop=stop).run(60, max_steps=9)
-    second = adapted(model)
+    second = adapted(model, base_weights=form)
     torch.manual_seed(12345)
     found = trainer(second, examples, tmp_path / "parts").run(60, max_steps=9, resume=True)
     assert found.losses == expected.losses
@@ -190,6 +191,25 @@ def test_the_schedule_is_made_for_the_budget(model, examples, tmp_path):
         3e-4,
         2e-4,
     ]
+
+
+def test_a_training_keeps_to_the_form_that_it_began_with(model, examples, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIDFILL_DATA", str(tmp_path))
+    folder = worker.run_folder("tiny")
+
+    def begun(form):
+        identity = {"base_weights": form}
+        return Trainer(adapted(model), RECIPE, examples.train, folder / "checkpoint", identity, bool, print)
+
+    begun("int8").save()
+    job = worker.Job(tmp_path, "tiny", 60.0)
+    assert learn._base_weights(job, model, SETTINGS) == "float32"
+    assert learn._base_weights(replace(job, resume=True), model, SETTINGS) == "int8"
+    # Asked for another one, it says so before anything is overwritten.
+    other = learn._base_weights(replace(job, resume=True, base_weights="float32"), model, SETTINGS)
+    assert other == "float32"
+    with pytest.raises(AdapterError, match=r"base_weights differ\. Train anew without --resume"):
+        begun(other).run(60, resume=True)
 
 
 def test_it_stands_aside_while_a_server_computes(monkeypatch, tmp_path):
@@ -254,13 +274,18 @@ def alone(repository, model, tmp_path_factory):
     """What one process learns in three steps, with the recipe and the examples of the command line."""
     examples = data.make(repository, select(repository, SETTINGS), model, SETTINGS, num_train=data.NUM_TRAIN)
     recipe = recipe_for(learn._num_parameters(model))
-    made = adapted(model, recipe)
-    trainer(made, examples, tmp_path_factory.mktemp("alone"), recipe=recipe).run(600, max_steps=3)
-    return weights(made)
+
+    def learnt(form):
+        made = adapted(model, recipe, base_weights=form)
+        folder = tmp_path_factory.mktemp("alone")
+        trainer(made, examples, folder, recipe=recipe).run(600, max_steps=3)
+        return weights(made)
+
+    return {form: learnt(form) for form in ("float32", "int8")}
 
 
 def command_line(repository, model, folder, *options, launch=()):
-    """What the command line learns: the checkpoint's tensors."""
+    """What the command line learns: the checkpoint's tensors, and what it says."""
     (folder / "config.toml").write_text(
         f'model = "{model.path}"\nfamily = "stable-code"\nprefix_tokens = 64\nsuffix_tokens = 32\n'
     )
@@ -278,23 +303,34 @@ def command_line(repository, model, folder, *options, launch=()):
     ]
     command = [sys.executable, "-P", "-m", "midfill", "adapter", "train", *map(str, arguments)]
     variables = environment(folder) | {"MIDFILL_CONFIG": str(folder / "config.toml")}
-    subprocess.run(command, env=variables, check=True, capture_output=True)
+    done = subprocess.run(command, env=variables, check=True, capture_output=True)
     if launch:
         subprocess.run([sys.executable, "-P", "-m", *launch], env=variables, check=True, capture_output=True)
-    return load_file(folder / "data" / "training" / "tiny" / "checkpoint" / "weights.safetensors")
+    found = load_file(folder / "data" / "training" / "tiny" / "checkpoint" / "weights.safetensors")
+    return found, done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["our own", "torchrun"])
 def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path, launcher):
+    form = "int8" if launcher == "our own" else "float32"
+    options = ["--base-weights", form]
     if launcher == "torchrun":
         job = str(tmp_path / "job.json")
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
         launch = [*torchrun, "midfill.learning.worker", job]
-        found = command_line(repository, model, tmp_path, "--job", job, launch=launch)
+        found, _ = command_line(repository, model, tmp_path, "--job", job, *options, launch=launch)
     else:
-        found = command_line(repository, model, tmp_path, "--processes", 2)
-    assert found.keys() == alone.keys()
-    assert any(one.abs().max() > 0 for name, one in alone.items() if "lora_B" in name)
+        found, said = command_line(repository, model, tmp_path, "--processes", 2, *options)
+        result = json.loads(said)
+        # Judged with it too, up to the engines' answers; there are too few commits for more.
+        assert (result["base_weights"], result["verdict"]) == (form, "inconclusive")
+        assert result["nll_gain"] > 0
+        assert result["saved_chars"]["holes"]
+    expected = alone[form]
+    assert found.keys() == expected.keys()
+    assert any(one.abs().max() > 0 for name, one in expected.items() if "lora_B" in name)
     # Sums in another order, so not to the last bit.
-    assert all(torch.allclose(found[name], one, atol=1e-4) for name, one in alone.items())
+    assert all(torch.allclose(found[name], one, atol=1e-4) for name, one in expected.items())
+    other = alone["float32" if form == "int8" else "int8"]
+    assert not all(torch.allclose(found[name], one, atol=1e-4) for name, one in other.items())

@@ -66,6 +66,7 @@ TORCH_ALLOWED = {
     "engine/quantize.py",
     "engine/weights.py",
     "engine/torch_loading.py",
+    "learning/frozen.py",
     "learning/model.py",
     "learning/train.py",
 }

@@ -44,6 +44,13 @@ def test_a_budget_that_is_no_time_is_refused(budget):
     assert "20m or 1h" in result.output or "No such option" in result.output
 
 
+@pytest.mark.parametrize("command", [["plan"], ["train"], ["eval", "nothing"]])
+def test_a_form_of_weights_that_there_is_not_is_refused_with_those_there_are(command):
+    result = run(*command, "--base-weights", "int4")
+    assert result.exit_code == 2
+    assert "'int4' is not one of 'auto', 'float32', 'int8'" in result.output
+
+
 def test_an_adapter_that_is_neither_registered_nor_a_folder_is_refused():
     with pytest.raises(MidfillError, match="no adapter 'nothing'"):
         run("eval", "nothing")

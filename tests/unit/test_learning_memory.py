@@ -1,9 +1,19 @@
-"""Memory that goes back to the system. In processes of their own: the C library's state is a process's."""
+"""In which form a base fits, and memory that goes back to the system."""
 
+import json
+import math
 import subprocess
 import sys
 
 import pytest
+from planted_adapters import write_base
+
+from midfill.errors import AdapterError
+from midfill.learning import memory
+from midfill.learning.plan import _memory as sentence
+from midfill.settings import Settings
+
+SETTINGS = Settings()
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="it is glibc that keeps what is freed")
 
@@ -16,11 +26,57 @@ def resident():
 
 def freed():
     # 100 MB in blocks, each with one behind it that stays.
-    blocks = [(bytearray(b"x") * SIZE, bytearray(b"x") * 4000) for _ in range(100_000_000 // SIZE)]
+    blocks = [(bytearray(b"x") * SIZE, bytearray(b"x") * (SIZE // 20)) for _ in range(100_000_000 // SIZE)]
     return [stays for _, stays in blocks]
 
 before = resident()
 """
+
+
+@pytest.fixture
+def model(tmp_path):
+    """As wide as a real one, by what it says of itself: activations count."""
+    folder = write_base(tmp_path / "base").path
+    config = {"hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 150_000}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def survey(model, wanted, free, num_processes=1):
+    return memory.survey(model, wanted, SETTINGS, free, num_processes)
+
+
+def test_the_quickest_form_is_chosen_that_fits(model):
+    float32, int8 = (memory.needed(model, form, SETTINGS).total() for form in memory.FORMS)
+    assert int8 < float32
+    for free, form in ((float32, "float32"), (float32 - 1, "int8"), (int8, "int8")):
+        room = survey(model, "auto", free)
+        assert room["base_weights"] == memory.chosen(room) == form
+        assert f"so the base would be held in {form}" in sentence(room)
+    assert "too little for either" in sentence(survey(model, "auto", int8 - 1))
+
+
+def test_too_little_memory_is_said_with_the_remedies(model):
+    int8 = memory.needed(model, "int8", SETTINGS).total()
+    with pytest.raises(AdapterError, match=r"about 0\.\d GB .* in int8, and 0\.\d GB are free. Close other"):
+        memory.chosen(survey(model, "auto", int8 - 1))
+    with pytest.raises(AdapterError, match="fewer --processes"):
+        memory.chosen(survey(model, "auto", int8, 2), 2)
+    # An estimate may be wrong, and there may be swap: who names a form gets it.
+    room = survey(model, "float32", int8)
+    assert memory.chosen(room) == "float32"
+    assert "too little for float32" in sentence(room)
+
+
+def test_the_two_engines_of_the_judgement_count(model):
+    need = memory.needed(model, "int8", SETTINGS)
+    learning = need.weights + need.adapter + need.activations + need.holes
+    libraries = need.total() - learning
+    assert need.engines < learning, "so small a model learns in more than it answers in"
+    large = memory.Need(1e9, 1e8, 3e8, 0, 3e9)
+    assert math.isclose(large.total(), 3e9 + libraries)
+    assert math.isclose(large.total(2), 3e9 + 2 * libraries)
+    assert math.isclose(large.total(3), 4.2e9 + 3 * libraries)
 
 
 def run(code, size):
@@ -35,3 +91,22 @@ def test_what_was_freed_is_given_back():
     kept, given_back = run(code, 50_000)
     assert kept > 80
     assert given_back < 20
+
+
+@linux
+def test_large_blocks_go_back_at_once_where_that_is_wanted():
+    code = """
+# glibc takes a block of this size for an ordinary one, once it has seen a larger one go.
+bytearray(b"x") * 8_000_000
+kept = freed()
+print(resident() - before)
+del kept
+memory.give_back()
+before = resident()
+memory.give_back_at_once()
+kept = freed()
+print(resident() - before)
+"""
+    usually, at_once = run(code, 2_000_000)
+    assert usually > 80
+    assert at_once < 20

@@ -42,6 +42,7 @@ def build_model(  # noqa: PLR0913 - what to load, how, and what is there already
     num_threads: int,
     ahead: dict[str, Future[Int8Weight]],
     report: Callable[[float], None],
+    int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module] = Int8Linear,
 ) -> Any:
     """The model of the folder `path`, ready for inference.
 
@@ -53,6 +54,7 @@ def build_model(  # noqa: PLR0913 - what to load, how, and what is there already
         num_threads: how many layers are read and packed at a time.
         ahead: int8 weights that are being made already, by the names of their tensors.
         report: called with the share done, 0..1; an exception of it ends the loading.
+        int8_linear: makes a linear layer of its weight and bias, for "int8".
 
     Returns:
         A transformers `PreTrainedModel` in eval mode, without gradients.
@@ -61,7 +63,8 @@ def build_model(  # noqa: PLR0913 - what to load, how, and what is there already
         ModelError: the folder does not hold a model that can be run, with the file or tensor at fault.
     """
     model = _empty_model(path, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    _Loader(model, files, dtype, device, ahead=ahead, report=report).run(num_threads)
+    loader = _Loader(model, files, dtype, device, ahead=ahead, report=report, int8_linear=int8_linear)
+    loader.run(num_threads)
     model.to(device)  # The buffers: parameters are there already.
     model.eval()
     model.requires_grad_(requires_grad=False)
@@ -103,6 +106,7 @@ class _Loader:
         *,
         ahead: dict[str, Future[Int8Weight]],
         report: Callable[[float], None],
+        int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module],
     ) -> None:
         self._model = model
         self._files = files
@@ -110,6 +114,7 @@ class _Loader:
         self._device = device
         self._ahead = ahead
         self._report = report
+        self._int8_linear = int8_linear
         self._embedding = model.get_input_embeddings()
         # Names that have no tensor of their own, to the names they share one with.
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
@@ -197,7 +202,7 @@ class _Loader:
 
     def _load_int8(self, name: str, module: nn.Linear) -> None:
         bias = None if module.bias is None else self._read(_join(name, "bias"), module.bias)
-        self._replace(name, Int8Linear(self._int8_weight(name, module), bias))
+        self._replace(name, self._int8_linear(self._int8_weight(name, module), bias))
 
     def _load_embedding(self, name: str, module: nn.Embedding) -> None:
         self._replace(name, Int8Embedding(self._int8_weight(name, module), module.padding_idx))

@@ -35,7 +35,7 @@ NUM_TRAIN = 1500
 NUM_TEST = 168
 NUM_DEV = 16
 NUM_GENERAL = 16
-_MAX_TARGET_TOKENS = 160
+MAX_TARGET_TOKENS = 160
 _MAX_PER_COMMIT = 12
 # The rest is what recent commits have added.
 _TREE_SHARE = 0.6
@@ -138,7 +138,7 @@ class Cutter:
         prompt = self.builder.build(snapshot, context)
         encode = self.tokenizer.encode  # type: ignore[attr-defined]
         target = (*encode(prompt.starts_with + truth), self.end_id)
-        if len(target) > _MAX_TARGET_TOKENS:
+        if len(target) > MAX_TARGET_TOKENS:
             self.dropped["too long"] += 1
             return None
         place = f"{commit[:12] or 'tree'}:{file.path}:{cursor.line + 1}:{cursor.column + 1}:{span.kind}"

@@ -19,18 +19,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from midfill.adapters import format as peft_format
 from midfill.adapters.registry import Registry, data_dir, locked, replace_file
 from midfill.bench.figures import peak_rss_mb
 from midfill.errors import AdapterError, MidfillError
 from midfill.evaluation.records import Records
-from midfill.learning import data, judge, report
+from midfill.learning import data, judge, memory, report
 from midfill.learning.data import Example, Examples
 from midfill.learning.history import Repository
 from midfill.learning.judge import Measured
-from midfill.learning.model import Adapted, Recipe, recipe_for
+from midfill.learning.model import Adapted, Recipe, on_cuda, recipe_for
 from midfill.learning.selection import Selection, select
-from midfill.learning.train import Trained, Trainer
+from midfill.learning.train import Trained, Trainer, kept_base_weights, smaller_of_all
 from midfill.learning.worker import Job, run_folder
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
@@ -46,6 +48,7 @@ class _Run:
     job: Job
     model: LocalModel
     settings: Settings
+    base_weights: str
     tell: Tell
     selection: Selection
     examples: Examples
@@ -56,7 +59,13 @@ class _Run:
 
 
 def _prepare(job: Job, model: LocalModel, settings: Settings, tell: Tell, num_train: int) -> _Run:
-    """Read the history and cut the examples. Raises `MidfillError` if there is nothing to learn from."""
+    """Read the history and cut the examples.
+
+    Raises `MidfillError` if there is nothing to learn from, or too little memory.
+    """
+    base_weights = _base_weights(job, model, settings, learns=bool(num_train))
+    if base_weights == "int8":
+        memory.give_back_at_once()
     tell("data", None, "reading the history")
     repository = Repository(job.repo)
     selection = select(repository, settings)
@@ -64,7 +73,26 @@ def _prepare(job: Job, model: LocalModel, settings: Settings, tell: Tell, num_tr
     examples = data.make(repository, selection, model, settings, seed=job.seed, num_train=num_train)
     if (num_train and not examples.train) or not examples.test:
         raise MidfillError(f"{repository.root} has no places to learn from: see `midfill adapter plan`.")
-    return _Run(job, model, settings, tell, selection, examples)
+    return _Run(job, model, settings, base_weights, tell, selection, examples)
+
+
+def _base_weights(job: Job, model: LocalModel, settings: Settings, *, learns: bool = True) -> str:
+    """In which form the base is held; a training that is gone on with keeps to its own."""
+    wanted = job.base_weights
+    if on_cuda():
+        if wanted != "auto":
+            raise AdapterError(
+                f"On a GPU the base is held in bfloat16, not in {wanted}: leave --base-weights out."
+            )
+        return "bfloat16"
+    if wanted == "auto" and job.resume:
+        kept = kept_base_weights(run_folder(job.name) / "checkpoint")
+        # One of a GPU is not gone on with here: the checkpoint is refused.
+        wanted = kept if kept in memory.FORMS else wanted
+    count = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    free = psutil.virtual_memory().available
+    room = memory.survey(model.path, wanted, settings, free, count, learns=learns)
+    return smaller_of_all(memory.chosen(room, count))
 
 
 def train(  # noqa: PLR0913 - each is a different thing
@@ -101,7 +129,7 @@ def train(  # noqa: PLR0913 - each is a different thing
     run = _prepare(job, model, settings, tell, data.NUM_TRAIN)
     tell("model", None, f"loading {model.name}")
     recipe = recipe_for(_num_parameters(model), **dict(job.changes))
-    adapted = Adapted(model, recipe, num_threads=job.num_threads)
+    adapted = Adapted(model, recipe, num_threads=job.num_threads, base_weights=run.base_weights)
     problem = judge.step0_problem(adapted, run.examples.dev or run.examples.test)
     tell("train", 0.0, "the base on the dev commits")
     base_dev, forward_s = _base_on_dev(adapted, run, leads)
@@ -145,7 +173,8 @@ def evaluate(  # noqa: PLR0913, PLR0917 - each is a different thing
     if not measured.problems:
         tell("model", None, f"loading {model.name}")
         rank = peft_format.read(adapter, peft_format.layers_of(model.path)).rank
-        adapted = Adapted(model, Recipe(1.0, rank=rank, alpha=rank), num_threads=job.num_threads)
+        recipe = Recipe(1.0, rank=rank, alpha=rank)
+        adapted = Adapted(model, recipe, num_threads=job.num_threads, base_weights=run.base_weights)
         adapted.load(adapter)
         if problem := judge.step0_problem(adapted, run.examples.test):
             measured = Measured(problems=(problem,))
@@ -180,7 +209,11 @@ def _training_budget(budget_s: float, used_s: float, forward_s: float, examples:
 
 
 def _train(run: _Run, adapted: Adapted, recipe: Recipe, budget_s: float, stop: Callable[[], bool]) -> Trained:
-    identity = {"data": run.examples.digest, "base": peft_format.fingerprint_of(run.model.path)}
+    identity = {
+        "data": run.examples.digest,
+        "base": peft_format.fingerprint_of(run.model.path),
+        "base_weights": run.base_weights,
+    }
     trainer = Trainer(
         adapted,
         recipe,
@@ -242,6 +275,7 @@ def _judge(  # noqa: PLR0913, PLR0917 - what the stages before it have made
             measured = replace(measured, filling=_fill(run, adapter))
     verdicts = judge.decide(measured, run.job.limits)
     result = judge.as_dict(measured, verdicts)
+    result["base_weights"] = run.base_weights
     result["training"] = _training(run, trained)
     result["seconds"] = round(seconds + time.monotonic() - begun_s, 1)
     result["peak_rss_mb"] = round(peak_rss_mb(os.getpid()))
@@ -257,6 +291,7 @@ def _header(run: _Run, adapter: Path) -> dict[str, str]:
         "eval": "adapter, middle and end",
         "adapter": peft_format.digest_of(adapter),
         "data": run.examples.digest,
+        "base_weights": run.base_weights,
     }
     file = run.folder / "judged.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)

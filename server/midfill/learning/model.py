@@ -1,8 +1,9 @@
 """A base model with a LoRA branch in torch: losses, gradients, strengths, PEFT's format.
 
-Weights are transformers' own modules in float32 (bfloat16 on CUDA), loaded as the engine loads them. A
-sequence is computed at a time, without padding and packing, and the head only where a target is to be
-predicted: that is a quarter less work on a small model with a large vocabulary. One thread owns it.
+Weights are transformers' own modules in float32, or int8 ones that gradients pass through (`frozen`), on CUDA
+in bfloat16; loaded as the engine loads them. A sequence is computed at a time, without padding and packing,
+and the head only where a target is to be predicted: that is a quarter less work on a small model with a
+large vocabulary. One thread owns it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from midfill.engine.weights import build_model
 from midfill.errors import AdapterError
 from midfill.learning import memory
 from midfill.learning.data import Example
+from midfill.learning.frozen import FrozenLinear, keep_less, layers_of, share_embedding
 from midfill.models.store import LocalModel
 
 _ADAPTER = "default"
@@ -76,33 +78,43 @@ class Adapted:
         model: the folder.
         recipe: the adapter's form and start values.
         num_threads: for computing.
+        base_weights: "float32", "int8" (on a CPU only, see `frozen`) or "bfloat16".
         yields: whether to stand aside while a server on this machine computes for somebody.
 
     Attributes:
         parameters: the adapter's, by name, in a fixed order.
-        num_base: weights of the base model.
     """
 
-    def __init__(self, model: LocalModel, recipe: Recipe, *, num_threads: int, yields: bool = True) -> None:
+    def __init__(
+        self,
+        model: LocalModel,
+        recipe: Recipe,
+        *,
+        num_threads: int,
+        base_weights: str = "float32",
+        yields: bool = True,
+    ) -> None:
         self.local = model
         # Of several processes each has a device of its own.
         number = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = torch.device("cuda", number) if on_cuda() else torch.device("cpu")
         torch.set_num_threads(num_threads)
-        dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         base = build_model(
             model.path,
             find_tensors(model.path),
-            dtype,
+            base_weights,
             self.device,
             num_threads=num_threads,
             ahead={},
             report=lambda _: None,
+            int8_linear=FrozenLinear,
         )
         # PEFT writes it into the adapter's configuration; a path of this machine says nothing elsewhere.
         base.name_or_path = model.name
-        self.num_base = sum(one.numel() for one in base.parameters())
+        share_embedding(base)
         _switch_off_dropout(base)
+        if base_weights == "int8":
+            keep_less(base)
         self.layers = peft_format.layers_of(model.path)
         self._config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -228,6 +240,11 @@ class Adapted:
         return float(self._config.lora_alpha)
 
 
+def on_cuda() -> bool:
+    """Whether an adapter is learnt on a GPU."""
+    return torch.cuda.is_available()
+
+
 def summed(adapted: Adapted, examples: Sequence[Example], tell: Callable[[float], None]) -> list[float]:
     """`loss_sum` of each example; `tell` hears the share done."""
     found = []
@@ -249,8 +266,6 @@ def _switch_off_dropout(model: Any) -> None:
 
 def _stand_aside(model: Any) -> None:
     """Wait between two layers, on the way forth and back, while somebody waits for a server's model."""
-    count = model.config.num_hidden_layers
-    layers = next(one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == count)
 
     def back(_gradient: torch.Tensor) -> None:
         wait_for_quiet()
@@ -261,7 +276,7 @@ def _stand_aside(model: Any) -> None:
         if hidden.requires_grad:
             hidden.register_hook(back)
 
-    for layer in layers:
+    for layer in layers_of(model):
         layer.register_forward_hook(forth)
 
 

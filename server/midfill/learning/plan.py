@@ -24,6 +24,8 @@ MIN_EXAMPLES = 150
 _GAINS = (0.02, 0.05, 0.10, 0.20)
 _PROBE_ROWS, _PROBE_WIDTH = 384, 1024
 _STEP_EXAMPLES = 8
+# How much longer a step took with the default model; server/LOG.md.
+_INT8_RATIO = 1.22
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,11 @@ class Speed:
     step_s: float
 
 
-def estimate_speed(model: Path) -> Speed:
+def estimate_speed(model: Path, base_weights: str | None = None) -> Speed:
     """From a product of two matrices: a forward pass is two operations for each weight and token.
 
-    Backwards it is as many again; head, attention and the branches add half of that on a small model.
+    Backwards it is as many again; head, attention and the branches add half of that on a small model. With
+    the base in int8 a part is computed twice.
     """
     left = np.ones((_PROBE_ROWS, _PROBE_WIDTH), dtype=np.float32)
     right = np.ones((_PROBE_WIDTH, _PROBE_WIDTH), dtype=np.float32)
@@ -54,11 +57,17 @@ def estimate_speed(model: Path) -> Speed:
     # The quickest one: the others may have waited for other programs.
     per_weight = min(seconds) / (_PROBE_ROWS * _PROBE_WIDTH**2)
     weights = sum(outputs * inputs for outputs, inputs in layers_of(model).values())
-    return Speed(1.5 * weights * per_weight, 4.0 * weights * per_weight)
+    step = 4.0 * (_INT8_RATIO if base_weights == "int8" else 1.0)
+    return Speed(1.5 * weights * per_weight, step * weights * per_weight)
 
 
-def summarise(
-    selection: Selection, examples: Examples, speed: Speed, budget_s: float, settings: Mapping[str, Any]
+def summarise(  # noqa: PLR0913, PLR0917 - what a plan is made of
+    selection: Selection,
+    examples: Examples,
+    speed: Speed,
+    budget_s: float,
+    settings: Mapping[str, Any],
+    memory: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All of it, as `--json` prints it."""
     parts = {"train": examples.train, "dev": examples.dev, "test": examples.test}
@@ -90,6 +99,7 @@ def summarise(
             "examples_learnt": min(affordable, 3 * len(examples.train)),
             "steps": min(affordable, 3 * len(examples.train)) // _STEP_EXAMPLES,
         },
+        "memory": dict(memory),
         "judgement": {
             "alpha": ALPHA,
             "spread": TYPICAL_SPREAD,
@@ -120,6 +130,7 @@ def describe(plan: Mapping[str, Any]) -> str:
         f"time      within {eta['budget_s'] / 60:.0f} min about {eta['examples_learnt']} examples "
         f"({eta['steps']} steps); judging takes about {max(1, eta['judging_s'] // 60)} min of it, "
         "on an idle machine",
+        _memory(plan["memory"]),
         "",
         "What a judgement could see: how often a gain, in nats per token, is found to be one",
         f"{'test commits':>14}" + "".join(f"{gain:>8}" for gain in next(iter(judgement["power"].values()))),
@@ -137,6 +148,18 @@ def describe(plan: Mapping[str, Any]) -> str:
             f"{judgement['needed']['examples']} examples are needed."
         )
     return "\n".join(rows)
+
+
+def _memory(memory: Mapping[str, Any]) -> str:
+    needs = ", ".join(f"{need / 1000:.1f} GB in {form}" for form, need in memory["needed_mb"].items())
+    form, free = memory["base_weights"], f"{memory['free_mb'] / 1000:.1f} GB are free"
+    if form is None:
+        verdict = "too little for either"
+    elif form in memory["fits"]:
+        verdict = f"so the base would be held in {form}"
+    else:
+        verdict = f"too little for {form}"
+    return f"memory    about {needs} on a CPU; {free}: {verdict}"
 
 
 def _but(dropped: Mapping[str, int]) -> str:

@@ -316,6 +316,26 @@ class Trainer:
         self._state = found
 
 
+def kept_base_weights(folder: Path) -> str | None:
+    """How the base was held in the training that has left a checkpoint here; None if that is not known."""
+    for place in (folder, folder.with_name(folder.name + ".old")):
+        try:
+            found = json.loads((place / _STATE).read_bytes())["identity"]["base_weights"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return str(found)
+    return None
+
+
+def smaller_of_all(form: str) -> str:
+    """The same form of the base's weights in all processes: int8 if one of them has chosen it."""
+    if not distributed.is_initialized():
+        return form
+    small = torch.tensor(float(form == "int8"))
+    distributed.all_reduce(small, op=distributed.ReduceOp.MAX)
+    return "int8" if small else form
+
+
 def rate_at(step: int, planned: int, warmup: float) -> float:
     """The learning rate of a step as a share of the highest: up in a line, down in a cosine to a tenth."""
     rising = max(1, round(planned * warmup))

@@ -60,6 +60,7 @@ class Job:
         changes: of the recipe, for tests.
         limits: of the judgement.
         seed: of the examples.
+        base_weights: how the base is held, "auto" for what fits into the memory that is free; see `memory`.
     """
 
     repo: Path
@@ -72,6 +73,7 @@ class Job:
     changes: tuple[tuple[str, Any], ...] = ()
     limits: Limits = field(default_factory=Limits)
     seed: int = 0
+    base_weights: str = "auto"
 
 
 def run_folder(name: str) -> Path:
