@@ -87,11 +87,12 @@ async def test_idle_work_is_left_in_the_middle_when_a_request_comes(stepped, is_
     await tiny.settle()
     runner.open()
     assert await typed == [65]
-    assert runner.left[0]
-    while len(runner.steps) < 6:
+    while [(192, 58)] not in runner.steps:
         await runner.began.get()
-    assert runner.steps[:6] == [[(0, 64)], [(0, 2)], [(0, 64)], [(64, 64)], [(128, 64)], [(192, 58)]]
-    assert runner.left[:5] == [True, False, False, False, False]
+    # It may be left once more: the end of the other request is a message, too.
+    order = [step for number, step in enumerate(runner.steps) if step not in runner.steps[:number]]
+    assert order[:5] == [[(0, 64)], [(0, 2)], [(64, 64)], [(128, 64)], [(192, 58)]]
+    assert runner.left[:2] == [True, False]
     if not is_prewarm:
         assert [token.id for token in await idle] == [65, 65]
 
