@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -23,7 +22,7 @@ from typing import Any, TypeVar
 from lsprotocol import types
 from pygls.lsp.server import LanguageServer
 
-from midfill import __version__, activity, feedback, secrecy
+from midfill import __version__, activity, feedback, heap, secrecy
 from midfill.commands import ACCEPTED, Commands
 from midfill.completer import Answer, Completer, Reason, Trigger
 from midfill.context import IGNORE_FILES, file_of
@@ -212,7 +211,7 @@ class MidfillServer(LanguageServer):
                 # key that is just being answered tens of milliseconds.
                 gc.freeze()
                 # Reading a vocabulary takes 90 MB, which the C library would keep.
-                _return_memory()
+                heap.trim()
             except EngineUnavailableError as error:
                 self._load_failed(str(error))
                 if self.state.engine is not None:
@@ -415,7 +414,7 @@ class MidfillServer(LanguageServer):
         self.state.num_chars_closed += document.num_chars if document else 0
         if self.state.num_chars_closed > _TRIM_CHARS:
             self.state.num_chars_closed = 0
-            _return_memory()
+            heap.trim()
         self.state.answers.pop(uri, None)
         self.state.journal.close(uri)
         self.state.completer.forget(uri)
@@ -558,12 +557,6 @@ def serve(
     server = MidfillServer(settings, make_engine)
     server.protocol.tap = tap
     return loop.run_until_complete(server.run(stdin, stdout))
-
-
-def _return_memory() -> None:
-    """Give freed memory back to the system: glibc keeps it in the arena of the thread that asked for it."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _plain(method: Callable[[Any], Any]) -> Callable[[Any], Any]:

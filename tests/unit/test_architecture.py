@@ -16,6 +16,7 @@ LAYERS = [
         "activity",
         "documents",
         "feedback",
+        "heap",
         "messages",
         "notebooks",
         "settings",

@@ -1,9 +1,7 @@
-"""In which form a base fits, and memory that goes back to the system."""
+"""In which form a base fits."""
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 from planted_adapters import write_base
@@ -14,23 +12,6 @@ from midfill.learning.plan import _memory as sentence
 from midfill.settings import Settings
 
 SETTINGS = Settings()
-
-linux = pytest.mark.skipif(sys.platform != "linux", reason="it is glibc that keeps what is freed")
-
-BLOCKS = """
-import psutil
-from midfill.learning import memory
-
-def resident():
-    return psutil.Process().memory_info().rss / 1e6
-
-def freed():
-    # 100 MB in blocks, each with one behind it that stays.
-    blocks = [(bytearray(b"x") * SIZE, bytearray(b"x") * (SIZE // 20)) for _ in range(100_000_000 // SIZE)]
-    return [stays for _, stays in blocks]
-
-before = resident()
-"""
 
 
 @pytest.fixture
@@ -77,36 +58,3 @@ def test_the_two_engines_of_the_judgement_count(model):
     assert math.isclose(large.total(), 3e9 + libraries)
     assert math.isclose(large.total(2), 3e9 + 2 * libraries)
     assert math.isclose(large.total(3), 4.2e9 + 3 * libraries)
-
-
-def run(code, size):
-    command = [sys.executable, "-c", BLOCKS.replace("SIZE", str(size)) + code]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [float(line) for line in out.split()]
-
-
-@linux
-def test_what_was_freed_is_given_back():
-    code = "kept = freed()\nprint(resident() - before)\nmemory.give_back()\nprint(resident() - before)"
-    kept, given_back = run(code, 50_000)
-    assert kept > 80
-    assert given_back < 20
-
-
-@linux
-def test_large_blocks_go_back_at_once_where_that_is_wanted():
-    code = """
-# glibc takes a block of this size for an ordinary one, once it has seen a larger one go.
-bytearray(b"x") * 8_000_000
-kept = freed()
-print(resident() - before)
-del kept
-memory.give_back()
-before = resident()
-memory.give_back_at_once()
-kept = freed()
-print(resident() - before)
-"""
-    usually, at_once = run(code, 2_000_000)
-    assert usually > 80
-    assert at_once < 20

@@ -7,7 +7,6 @@ transformers take 4 s on their own. Runs on the engine thread.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from midfill import heap
 from midfill.adapters.format import Adapter
 from midfill.engine import RUNNERS, EngineSpec, ModelInfo, Progress, Tokenizer, residents
 from midfill.engine.cores import num_cores
@@ -176,7 +176,7 @@ def load(spec: EngineSpec, progress: Progress) -> Loaded:
         dtype=runner.dtype,
         adapter=spec.adapter.name if spec.adapter is not None else None,
     )
-    _release_free_memory()
+    heap.trim()
     return Loaded(info, runner, index, Residents(runner, install, default), slow_turn_s)
 
 
@@ -259,11 +259,5 @@ def _load_vocabulary(spec: EngineSpec) -> tuple[Tokenizer, TokenIndex]:
 
     tokenizer = load_tokenizer(spec.model.path)
     index = TokenIndex(tokenizer.vocab_bytes(), tokenizer.control_ids)
-    _release_free_memory()
+    heap.trim()
     return tokenizer, index
-
-
-def _release_free_memory() -> None:
-    """Give back what loading has used and freed, 100 MB each time; glibc would keep it for this thread."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library has no such call
-        ctypes.CDLL(None).malloc_trim(0)

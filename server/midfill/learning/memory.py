@@ -1,4 +1,4 @@
-"""How much memory learning takes, in which form the base fits, and giving memory back.
+"""How much memory learning takes, and in which form the base fits.
 
 Runs no model, imports no torch. What is said is for a CPU. It is an estimate; server/LOG.md has what was
 measured.
@@ -6,9 +6,6 @@ measured.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import math
 import sys
 from collections.abc import Mapping
@@ -34,9 +31,6 @@ _LIBRARIES = 450e6
 # Of an engine's memory, for each of a model's weights: its own form, and what goes with it.
 _ENGINE_BYTES = 2.4
 _ENGINE_BYTES_OF = {"float32": 4.4}
-# glibc's number for the size from which on a block is the system's own, and that size in bytes.
-_M_MMAP_THRESHOLD = -3
-_LARGE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,22 +136,3 @@ def chosen(survey: Mapping[str, Any], num_processes: int = 1) -> str:
         f"Close other programs, take {fewer}a smaller --model or smaller prefix_tokens, or have it tried "
         f"all the same: --base-weights {smallest}."
     )
-
-
-def give_back_at_once() -> None:
-    """From now on large blocks go back to the system as soon as they are freed, where the C library is glibc.
-
-    It costs a tenth of the time, since each new block's pages are cleared; so it is for int8, which is chosen
-    where memory is short. It counts for the whole process.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
-
-
-def give_back() -> None:
-    """Give the system what has been freed; of a large model that is gone, glibc else keeps nearly half."""
-    # Modules refer to each other in circles, which stay until somebody has made enough new objects.
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library has no such call
-        ctypes.CDLL(None).malloc_trim(0)

@@ -8,6 +8,7 @@ large vocabulary. One thread owns it.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 import warnings
@@ -23,12 +24,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
+from midfill import heap
 from midfill.activity import seconds_since, watch
 from midfill.adapters import format as peft_format
 from midfill.engine.files import find_tensors
 from midfill.engine.weights import build_model
 from midfill.errors import AdapterError
-from midfill.learning import memory
 from midfill.learning.data import Example
 from midfill.learning.frozen import FrozenLinear, keep_less, layers_of, share_embedding
 from midfill.models.store import LocalModel
@@ -233,7 +234,9 @@ class Adapted:
         self.peft = None
         self.parameters.clear()
         self._branches.clear()
-        memory.give_back()
+        # Modules refer to each other in circles, which stay until somebody has made enough new objects.
+        gc.collect()
+        heap.trim()
 
     def _config_alpha(self) -> float:
         # The value given at the start; `save` changes it for the time of writing only.
