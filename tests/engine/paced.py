@@ -51,10 +51,11 @@ class Bytes:
 class PacedRunner:
     """A `loading.Runner`.
 
-    A step takes `step_s`, `sequence_s` for each further request, `token_s` for each further token of one.
+    A step takes `step_s`, `sequence_s` for each further request, `token_s` for each further token of one. It
+    is computed in six parts, and may be left between two of them.
     """
 
-    context, max_guesses, step_sequences = 4096, 0, NUM_SLOTS
+    context, max_guesses, step_sequences, num_parts = 4096, 0, NUM_SLOTS, 6
     vocab_size = 256 + len(SENTINELS)
 
     def __init__(self, clock, step_s, sequence_s, token_s, chunk_tokens):
@@ -65,19 +66,28 @@ class PacedRunner:
             token_s,
             chunk_tokens,
         )
+        self._left = None
 
-    def forward(self, chunks, allowed, _interrupted):
+    def forward(self, chunks, allowed, interrupted):
         tokens = sum(len(chunk.tokens) for chunk in chunks) - len(chunks)
         choices = []
         for chunk, ids in zip(chunks, allowed, strict=True):
             end = chunk.start + len(chunk.tokens)
             token = TEXT[end % len(TEXT)] if ids is None else ids[0]
             choices.append([Choice(token, -0.01)] if chunk.samples else [])
-        self.clock.spend(self.step_s + self.sequence_s * (len(chunks) - 1) + self.token_s * tokens)
+        seconds = self.step_s + self.sequence_s * (len(chunks) - 1) + self.token_s * tokens
+        this = [(chunk.slot, chunk.start, list(chunk.tokens)) for chunk in chunks]
+        left, self._left = self._left, None
+        first = left[1] if left is not None and left[0] == this else 0
+        for part in range(first, self.num_parts):
+            if part > first and interrupted():
+                self._left = this, part
+                return None
+            self.clock.spend(seconds / self.num_parts)
         return choices
 
-    def drop(self, slots):
-        """There is nothing to free."""
+    def drop(self, _slots):
+        self._left = None
 
     def prepare(self, _):
         return lambda: None

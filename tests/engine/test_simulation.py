@@ -97,10 +97,11 @@ async def off(stage, service, users, seconds=35.0):
 def test_capacities_are_those_of_the_engines():
     cpu, cuda = CAPACITIES["midfill, cpu"], CAPACITIES["midfill, cuda"]
     openvino = openvino_runner.OpenVinoRunner
-    assert (cpu.slots, cpu.sequences, cpu.chunk_tokens) == (
+    assert (cpu.slots, cpu.sequences, cpu.chunk_tokens, cpu.parts) == (
         NUM_SLOTS,
         openvino.step_sequences,
         openvino.chunk_tokens,
+        openvino_runner._NUM_PARTS,
     )
     assert cuda.sequences == runner.Runner.step_sequences
     assert cuda.chunk_tokens == runner._CHUNK_TOKENS["cuda"]
@@ -144,6 +145,19 @@ def test_what_holds_is_typed_through_and_what_is_contradicted_is_taken_back():
     quick = Typed(tuple((0.08, 0.05) for _ in range(20)), 0.5, PLACES, {})
     found = simulation.predict(replace(SERVICE, episodes=(quick,)), Plan(1, SECONDS))
     assert found["cancelled_share"] > 0.9
+
+
+@pytest.mark.parametrize(("parts", "waited_ms"), [(1, 510), (6, 0)])
+def test_a_step_that_nobody_waits_for_is_left_at_the_end_of_a_part(parts, waited_ms):
+    # The second key is elsewhere. A step of 606 ms for the first has begun by then.
+    place = Place(num_prompt=597, num_same=0, steps=0, held=0, chars=10, shown=10, follow=((0, -1),))
+    episode = Typed(((1.0, 0.05), (0.1, 0.05)), 3.0, {0: place, 1: place}, {})
+    capacity = replace(BATCHES, parts=parts)
+    slow = replace(SERVICE, capacity=capacity, prefill_ms_per_token=1.0, episodes=(episode,) * 40)
+    found = simulation.predict(slow, Plan(1, SECONDS))
+    # 1.050, where it begins, and 1.150, where the next is asked for; 1.151 is the end of a part.
+    assert found["suggestion_ms"]["p50"] == pytest.approx(606 + 5 + waited_ms, abs=5)
+    assert found["cancelled_share"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_same_seed_gives_the_same_figures():

@@ -50,6 +50,7 @@ class Capacity:
         knows_idle: whether work ahead of its time stands aside for requests.
         warms: whether prompts are computed while nobody waits; of an engine in another process, only where
             nothing at all is under way (`apart`).
+        parts: of a step, which can be left between two of them if nobody waits for it.
     """
 
     slots: int
@@ -59,10 +60,13 @@ class Capacity:
     knows_idle: bool = False
     warms: bool = False
     apart: bool = False
+    parts: int = 1
 
 
 CAPACITIES = {
-    "midfill, cpu": Capacity(NUM_SLOTS, NUM_SLOTS, 64, newest_first=True, knows_idle=True, warms=True),
+    "midfill, cpu": Capacity(
+        NUM_SLOTS, NUM_SLOTS, 64, newest_first=True, knows_idle=True, warms=True, parts=6
+    ),
     "midfill, cuda": Capacity(NUM_SLOTS, NUM_SLOTS, 512, newest_first=True, knows_idle=True, warms=True),
     "scripted": Capacity(64, 1, 1_000_000, knows_idle=True),
     # The server's own defaults; a file of measurements may be edited where it was started with others.

@@ -99,6 +99,22 @@ def _follows(place: Place, at: int, key: int) -> tuple[int, int]:
     return 1_000_000, min(last, place.chars)
 
 
+@dataclass(slots=True, eq=False)
+class _Pass:
+    """A step that is under way, from `began_s` on: it takes `seconds`, and each part of it `part_s`."""
+
+    chunks: list[Chunk]
+    began_s: float
+    seconds: float
+    part_s: float
+    looked_at: bool = False
+
+    @property
+    def work(self) -> list[tuple[int, int, list[int]]]:
+        """What is computed."""
+        return [(chunk.slot, chunk.start, chunk.tokens) for chunk in self.chunks]
+
+
 class _Replica:
     """An engine."""
 
@@ -117,7 +133,9 @@ class _Replica:
         self.queue: deque[_Flight] = deque()
         self.flights: dict[Tokens, _Flight] = {}
         self.gone: list[_Flight] = []
-        self.busy = False
+        self._pass: _Pass | None = None
+        self._left: tuple[list[tuple[int, int, list[int]]], float] | None = None  # what, seconds of it done
+        self._has_news = False
         self._warming: Tokens | None = None
         self._to_warm: Tokens | None = None
         self._stops_warming = False
@@ -141,8 +159,7 @@ class _Replica:
                     self.flights.pop(sequence).over = True
         else:
             self.queue.append(flight)
-        if not self.busy:
-            self.begin(now)
+        self.look(now)
         return True
 
     def warm(self, sequence: Tokens, now: float) -> None:
@@ -151,8 +168,7 @@ class _Replica:
         if not capacity.warms or (capacity.apart and self.load):
             return
         self._to_warm = sequence
-        if not self.busy:
-            self.begin(now)
+        self.look(now)
 
     def _change_warming(self) -> None:
         if self._warming is not None and (self._stops_warming or self._to_warm is not None):
@@ -168,6 +184,7 @@ class _Replica:
         for flight in self.gone:
             self.leave(flight)
         self.gone.clear()
+        self._has_news = False
         self._change_warming()
         capacity = self._service.capacity
         self._admit()
@@ -175,13 +192,51 @@ class _Replica:
             for sequence, flight in self.flights.items():
                 sequence.priority = Priority.INTERACTIVE if flight.waiting else Priority.IDLE
         chunks = self.scheduler.schedule()
-        self.busy = bool(chunks)
+        self._pass = None
         if chunks:
             seconds = self._service.step_s(len(chunks), sum(len(chunk.tokens) for chunk in chunks))
             if self._service.begin_ms:
                 begun = sum(chunk.start == (chunk.sequence.num_reused or 0) for chunk in chunks)
                 seconds += begun * self._service.begin_ms / 1000
-            self._simulation.later(now + seconds, self.end, chunks)
+            this = self._pass = _Pass(chunks, now, seconds, seconds / capacity.parts)
+            if self._left is not None and self._left[0] == this.work:
+                this.began_s -= self._left[1]
+            self._left = None
+            self._simulation.later(this.began_s + seconds, self.end, this)
+
+    def look(self, now: float, *, news: bool = True) -> None:
+        """Something has changed: a step that nobody waits for is left when the part under way ends.
+
+        Args:
+            now: the time.
+            news: whether the engine is told; else it sees it when it is told something else.
+        """
+        self._has_news |= news
+        this = self._pass
+        if this is None:
+            if news:
+                self.begin(now)
+        elif not (this.looked_at or self._is_wanted(this)):
+            at_s = this.began_s + (math.floor((now - this.began_s) / this.part_s) + 1) * this.part_s
+            if at_s < this.began_s + this.seconds - this.part_s / 2:
+                this.looked_at = True
+                self._simulation.later(at_s, self._leave_pass, this)
+
+    def _is_wanted(self, this: _Pass) -> bool:
+        for chunk in this.chunks:
+            flight = self.flights.get(chunk.sequence)
+            if flight is not None and flight.over:
+                continue
+            is_idle = flight is None or (not flight.waiting and self._service.capacity.knows_idle)
+            if not (is_idle and self._has_news):
+                return True
+        return False
+
+    def _leave_pass(self, now: float, this: _Pass) -> None:
+        this.looked_at = False
+        if this is self._pass and not self._is_wanted(this):
+            self._left = this.work, now - this.began_s
+            self.begin(now)
 
     def _admit(self) -> None:
         """Who came first gets a place, where that decides. Idle work takes none from those who wait."""
@@ -198,9 +253,11 @@ class _Replica:
                 self.scheduler.add(flight.sequence)
                 self.flights[flight.sequence] = flight
 
-    def end(self, now: float, chunks: list[Chunk]) -> None:
+    def end(self, now: float, this: _Pass) -> None:
         """A step has ended: each request has a token more, or more of its prompt is computed."""
-        for chunk in chunks:
+        if this is not self._pass:
+            return
+        for chunk in this.chunks:
             self.scheduler.computed(chunk)
             if chunk.sequence is self._warming:
                 if chunk.sequence.num_computed == len(chunk.sequence.tokens):
@@ -280,14 +337,14 @@ class _Typist:
         self._take_back(now)
         if self._key + 1 >= len(episode.keys):
             for flight in self._flights:
-                self._end(flight)
+                self._end(flight, now)
             self._begin_episode()
             self.start(now, None)
             return
         self._key += 1
         for flight in list(self._flights):
             if not flight.agrees(self._key):
-                self._end(flight)
+                self._end(flight, now)
             elif not flight.waiting and not flight.ahead:
                 self._linger(flight, now)
         last = self._key + 1 == len(episode.keys)
@@ -309,20 +366,22 @@ class _Typist:
 
     def _linger(self, flight: _Flight, now: float) -> None:
         flight.waiting = False
+        flight.replica.look(now, news=False)
         flight.lingers += 1
         self._simulation.later(now + LINGER_S, self._stop_lingering, (flight, flight.lingers))
 
-    def _stop_lingering(self, _: float, what: tuple[_Flight, int]) -> None:
+    def _stop_lingering(self, now: float, what: tuple[_Flight, int]) -> None:
         flight, lingers = what
         if not flight.waiting and flight.lingers == lingers and not flight.over:
-            self._end(flight)
+            self._end(flight, now)
 
-    def _end(self, flight: _Flight) -> None:
+    def _end(self, flight: _Flight, now: float) -> None:
         if flight in self._flights:
             self._flights.remove(flight)
         if not flight.over:
             flight.over = True
             flight.replica.gone.append(flight)
+            flight.replica.look(now)
 
     def ask(self, now: float, _: Any) -> None:
         """The editor asks."""
@@ -390,7 +449,7 @@ class _Typist:
 
     def _time_out(self, now: float, flight: _Flight) -> None:
         if not flight.over:
-            self._end(flight)
+            self._end(flight, now)
             self._fail(flight, now)
 
     def _fail(self, flight: _Flight, now: float) -> None:
@@ -403,7 +462,7 @@ class _Typist:
     def written(self, flight: _Flight, now: float) -> None:
         """The model has written one more token."""
         if not flight.agrees(self._key):
-            self._end(flight)
+            self._end(flight, now)
             if flight.waiting and self._asked is not None:
                 self._resolve(now)
 
