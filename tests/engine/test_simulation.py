@@ -89,7 +89,7 @@ async def off(stage, service, users, seconds=35.0):
     measured = load.measured(await load.play(stage, plan))
     predicted = simulation.predict(service, plan)
     assert predicted["requests"] == pytest.approx(measured["requests"], abs=1)
-    ratios = simulation.compare(measured, predicted)
+    ratios = load.compare(measured, predicted)
     print(users, json.dumps({"measured": measured, "predicted": predicted, "ratios": ratios}))
     return max(abs(ratios[name] - 1.0) for name in ("suggestion_p50", "suggestion_p95", "shown_share"))
 

@@ -333,3 +333,15 @@ _TOO_SLOW = (
     "the generator itself did not keep up (see the last rows), so these figures are not the engine's alone; "
     "let several machines play fewer typists each."
 )
+
+
+def compare(measured: dict[str, Any], predicted: dict[str, Any]) -> dict[str, float | None]:
+    """Predicted by measured: 1.0 is right."""
+    found: dict[str, float | None] = {}
+    for name in ("suggestion_ms", "model_ms"):
+        for percent in ("p50", "p95"):
+            was, said = measured[name][percent], predicted[name][percent]
+            found[f"{name.removesuffix('_ms')}_{percent}"] = round(said / was, 3) if was and said else None
+    was, said = measured["shown_before_next_key_share"], predicted["shown_before_next_key_share"]
+    found["shown_share"] = round(said / was, 3) if was and said else None
+    return found

@@ -594,15 +594,3 @@ def _job(flight: _Flight) -> Job:
 def predict(service: Service, plan: Plan, fleet: Fleet | None = None) -> dict[str, Any]:
     """What `load.play` would measure; see `load.figures`."""
     return Simulation(service, plan, fleet or Fleet(same_files=True)).run()
-
-
-def compare(measured: dict[str, Any], predicted: dict[str, Any]) -> dict[str, float | None]:
-    """Predicted by measured: 1.0 is right."""
-    found: dict[str, float | None] = {}
-    for name in ("suggestion_ms", "model_ms"):
-        for percent in ("p50", "p95"):
-            was, said = measured[name][percent], predicted[name][percent]
-            found[f"{name.removesuffix('_ms')}_{percent}"] = round(said / was, 3) if was and said else None
-    was, said = measured["shown_before_next_key_share"], predicted["shown_before_next_key_share"]
-    found["shown_share"] = round(said / was, 3) if was and said else None
-    return found

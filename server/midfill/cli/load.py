@@ -73,7 +73,7 @@ class _Run:
                 run = load.measured(await load.play(stage, plan, report))
                 if known is not None:
                     predicted = simulation.predict(known, plan)
-                    run |= {"predicted": predicted, "ratios": simulation.compare(run, predicted)}
+                    run |= {"predicted": predicted, "ratios": load.compare(run, predicted)}
                 runs.append(run)
             return {"model": engine.model.name, "runs": runs}
         finally:
