@@ -351,11 +351,18 @@ async def test_what_was_loaded_in_part_is_closed():
     await host.close()
 
 
-async def test_there_is_never_a_second_model_in_memory():
+async def host_that_unloads():
+    """A host whose model has begun to leave memory, and the engines that it has made."""
     engines = []
     host = Host(lambda: Held(engines), unload_s=0.01, vocabulary="x")
-    first = await host.load()
+    await host.load()
     await until(lambda: host.engine is None)
+    return host, engines
+
+
+async def test_there_is_never_a_second_model_in_memory():
+    host, engines = await host_that_unloads()
+    [first] = engines
     again = asyncio.ensure_future(host.load())
     # While the first one is being closed nothing else is loaded, whatever the loop does.
     for _ in range(50):
@@ -370,10 +377,8 @@ async def test_there_is_never_a_second_model_in_memory():
 
 
 async def test_ending_waits_for_a_model_that_leaves_though_another_is_wanted():
-    engines = []
-    host = Host(lambda: Held(engines), unload_s=0.01, vocabulary="x")
-    first = await host.load()
-    await until(lambda: host.engine is None)
+    host, engines = await host_that_unloads()
+    [first] = engines
     again = asyncio.ensure_future(host.load())
     await asyncio.sleep(0)
     ending = asyncio.ensure_future(host.close())

@@ -160,6 +160,17 @@ def test_a_step_that_nobody_waits_for_is_left_at_the_end_of_a_part(parts, waited
     assert found["cancelled_share"] == pytest.approx(0.5, abs=0.1)
 
 
+def test_a_step_that_was_left_is_gone_on_with():
+    # As above, but the prompts begin alike, and are read in two steps of 309 ms.
+    places = {key: Place(600, 599 * key, 0, 0, 10, 10, ((0, -1),)) for key in (0, 1)}
+    episode = Typed(((1.0, 0.05), (0.1, 0.05)), 3.0, places, {})
+    capacity = replace(BATCHES, slots=1, chunk_tokens=300, parts=6)
+    slow = replace(SERVICE, capacity=capacity, prefill_ms_per_token=1.0, episodes=(episode,) * 40)
+    found = simulation.predict(slow, Plan(1, SECONDS))
+    # A sixth of the first step is done when the second request comes.
+    assert found["suggestion_ms"]["p50"] == pytest.approx(309 * 11 / 6 + 5, abs=1)
+
+
 def test_the_same_seed_gives_the_same_figures():
     assert simulation.predict(SERVICE, Plan(9, SECONDS, 5)) == simulation.predict(
         SERVICE, Plan(9, SECONDS, 5)

@@ -107,7 +107,7 @@ class _Pass:
     began_s: float
     seconds: float
     part_s: float
-    looked_at: bool = False
+    leaves: bool = False  # when the part under way ends, if nobody waits for it by then
 
     @property
     def work(self) -> list[tuple[int, int, list[int]]]:
@@ -216,10 +216,10 @@ class _Replica:
         if this is None:
             if news:
                 self.begin(now)
-        elif not (this.looked_at or self._is_wanted(this)):
+        elif not (this.leaves or self._is_wanted(this)):
             at_s = this.began_s + (math.floor((now - this.began_s) / this.part_s) + 1) * this.part_s
             if at_s < this.began_s + this.seconds - this.part_s / 2:
-                this.looked_at = True
+                this.leaves = True
                 self._simulation.later(at_s, self._leave_pass, this)
 
     def _is_wanted(self, this: _Pass) -> bool:
@@ -233,7 +233,7 @@ class _Replica:
         return False
 
     def _leave_pass(self, now: float, this: _Pass) -> None:
-        this.looked_at = False
+        this.leaves = False
         if this is self._pass and not self._is_wanted(this):
             self._left = this.work, now - this.began_s
             self.begin(now)
