@@ -23,6 +23,7 @@ LAYERS = [
         "languages",
         "secrecy",
         "syntax",
+        "textfiles",
     },
     {"indentation", "place"},
     {"brackets"},
