@@ -51,8 +51,8 @@ def read(path: Path) -> str:
 def replace(path: Path, text: str) -> None:
     """Write a file whole or not at all: its mode stays, and so does a symbolic link that leads to it.
 
-    The text is written as it is, line ends and byte order mark included. A file that is not there is made, and
-    its folders, too. Raises `OSError`; then the file is as it was.
+    The text is written as it is, line ends and byte order mark included. A file that is not there is made,
+    and its folders, too. Raises `OSError`; then the file is as it was.
     """
     target = path.resolve()
     if target.exists() and not os.access(target, os.W_OK):

@@ -82,6 +82,15 @@ def test_a_threshold_of_zero_shows_everything(files):
     assert found["precision"] == found["precision_of_all"]
 
 
+def test_results_are_read_as_a_shell_may_have_copied_them(files):
+    whole = len(read_cases(files[:1]))
+    files[0].write_bytes(b"\xef\xbb\xbf" + files[0].read_bytes().replace(b"\n", b"\r\n"))
+    assert len(read_cases(files[:1])) == whole
+    files[0].write_bytes(files[0].read_text().encode("utf-16"))
+    with pytest.raises(MidfillError, match=r"UTF-16\. Save it as UTF-8\.$"):
+        read_cases(files[:1])
+
+
 def test_what_cannot_be_calibrated_is_said(files, tmp_path):
     with pytest.raises(MidfillError, match="two repositories"):
         calibrate(files[:1], [])

@@ -9,6 +9,7 @@ adapters is for `registry`. Runs on any thread.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,8 +17,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from midfill import textfiles
 from midfill.adapters.registry import data_dir, locked, replace_file
 from midfill.errors import AdapterError
+
+_LOG = logging.getLogger(__name__)
 
 OFF = "off"
 """Bound in the place of a digest: no adapter here, whatever wider bindings say."""
@@ -162,7 +166,12 @@ def asked_by(workspace: Path) -> str | None:
             return None
         with path.open("rb") as stream:
             text = stream.read(_MAX_REQUEST_BYTES + 1)
-        asked = tomllib.loads(text.decode()).get("adapter") if len(text) <= _MAX_REQUEST_BYTES else None
+        asked = (
+            tomllib.loads(textfiles.decode(text)).get("adapter") if len(text) <= _MAX_REQUEST_BYTES else None
+        )
+    except UnicodeError as error:
+        _LOG.warning("%s asks for nothing: %s", path, error)
+        return None
     except (OSError, ValueError, RecursionError):
         return None
     match = _ASKED.fullmatch(asked) if isinstance(asked, str) else None

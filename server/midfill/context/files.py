@@ -159,7 +159,7 @@ class Sieve:
             lines: list[str] = []
             for name in IGNORE_FILES:
                 data = read_bytes(folder / name, _MAX_IGNORE_BYTES)
-                lines += (data or b"").decode("utf-8", "replace").splitlines()
+                lines += (data or b"").decode("utf-8-sig", "replace").splitlines()
             spec = None
             # A pattern that cannot be read leaves the whole folder's patterns without effect.
             with suppress(ValueError):
