@@ -25,6 +25,7 @@ from midfill.documents import Document, Snapshot
 from midfill.engine import Engine, Request, Stats
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.families import Family
+from midfill.languages import is_among
 from midfill.place import Place
 from midfill.prompt import Prompt, PromptBuilder
 from midfill.secrecy import SecretWatch, is_excluded
@@ -322,7 +323,7 @@ class Completer:
         document = snapshot.document
         if not self.settings.enabled:
             return Reason.DISABLED
-        if document.language_id in self.settings.disabled_languages:
+        if is_among(self.settings.disabled_languages, document.language_id, document.sent_language):
             return Reason.LANGUAGE_OFF
         if is_excluded(document.uri, self.settings.excluded_files):
             return Reason.FILE_EXCLUDED
