@@ -9,8 +9,8 @@ Sources, looked at in November 2026: VS Code's "Known language identifiers" and 
 of `TextDocumentItem`; `filetype.vim` of Vim 9.0 and `filetype.lua` of Neovim 0.7; Eglot, which sends the
 mode's name without `-mode` or `-ts-mode`; `lsp-language-id-configuration` of lsp-mode 8.0; Helix's
 `languages.toml` (name, or its `language-id`); `LANGUAGE_IDENTIFIERS` of Sublime's LSP, else the second word
-of the scope; LSP4IJ, which sends a mapping's id or IntelliJ's `Language.getID()`; Zed, which sends a language's
-name in small letters; Kate, which sends the key of the server's entry in its settings.
+of the scope; LSP4IJ, which sends a mapping's id or IntelliJ's `Language.getID()`; Zed, which sends a
+language's name in small letters; Kate, which sends the key of the server's entry in its settings.
 """
 
 from __future__ import annotations

@@ -260,6 +260,12 @@ def policy(name: str) -> Policy:
     return next((one for one in metadata if isinstance(one, Policy)), _AT_START_FROM_FILE)
 
 
+def changed(settings: Settings) -> list[str]:
+    """Return the names of the settings that are not at their defaults."""
+    default = Settings()
+    return [name for name in Settings.model_fields if getattr(settings, name) != getattr(default, name)]
+
+
 def config_path() -> Path:
     """Where the user's own settings file is (it need not exist)."""
     if named := os.environ.get("MIDFILL_CONFIG"):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from planted_settings import EDITOR, FILE, KEYS, PROJECT, RESTART, changed
 from pydantic.alias_generators import to_camel
 
 from midfill.errors import SettingsError
@@ -20,38 +21,6 @@ from midfill.settings import (
     store,
     vscode_settings,
 )
-
-# Who may set what is written down here once more: a new setting has to be put on one of these lists.
-FILE = {
-    *("engine", "engine_model", "engine_api", "engine_key", "engine_ca", "engine_fallback"),
-    *("engine_unload_min", "engine_exit_min"),
-}
-PROJECT = {
-    *("enabled", "context", "max_new_tokens", "max_new_tokens_invoked", "eagerness", "disabled_languages"),
-}
-EDITOR = {
-    *("model", "family", "adapter", "adapter_holdout", "device", "dtype", "runner", "num_threads"),
-    *("prefix_tokens", "suffix_tokens", "context_tokens", "popup_budget_ms", "layout", "healing", "prefetch"),
-    *("deadline_s", "excluded_files", "detect_secrets", "count_feedback", "max_file_kb"),
-}
-RESTART = FILE | {
-    *("model", "family", "adapter", "adapter_holdout", "device", "dtype", "runner", "num_threads"),
-}
-KEYS = sorted(Settings.model_fields)
-
-
-def changed(key):
-    """A value of a setting that is not its default."""
-    candidates = (
-        *(True, False, 77, 7.5, ["open"], ["x"]),
-        *("cpu", "psm", "low", "vllm", "int8", "torch", "http://thief:1", "command:touch x", "x"),
-    )
-    default = Settings()
-    for value in candidates:
-        settings, problems = merge({key: value}, default)
-        if not problems and settings != default:
-            return value
-    raise AssertionError(f"no value for {key}")
 
 
 def test_no_file_means_defaults(tmp_path):
