@@ -31,7 +31,7 @@ LAYERS = [
     {"models"},
     {"engine", "adapters"},
     {"metrics"},
-    {"context", "families", "probing", "prompt", "suggestions", "trim", "confidence"},
+    {"calibrations", "confidence", "context", "families", "probing", "prompt", "suggestions", "trim"},
     {"completer"},
     {"explanation"},
     {
