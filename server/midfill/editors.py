@@ -362,6 +362,8 @@ def _kate(home: Home) -> Plan:
         "command": list(home.command),
         "rootIndicationFileNames": [".git"],
         "highlightingModeRegex": ".*",
+        # Else Kate calls every file by the name of this entry, and not by its language.
+        "documentLanguageId": False,
     }
     shown = json.dumps({"servers": {"python": server}}, indent=2)
     return Plan(

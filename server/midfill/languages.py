@@ -27,7 +27,7 @@ PLAIN = "plaintext"
 
 @dataclass(frozen=True, slots=True)
 class _Language:
-    """A row of the table. Several names are separated by blanks; `_fold` says how they are written here.
+    """A row of the table. Several names are separated by blanks, and written as `normalise` looks them up.
 
     Attributes:
         id: midfill's own name, VS Code's where it has one.

@@ -202,14 +202,15 @@ class Settings(BaseModel):
     )
     eagerness: Annotated[Literal["low", "normal", "high", "always"], _BY_PROJECT] = Field(
         default="normal",
-        description="How readily something is shown unasked: `low` only what is likely right, `always` "
-        "whatever the model wrote. Asking explicitly always shows it.",
+        description="How readily something is shown unasked: `low` only what is rated highest, `normal` and "
+        "`high` more, `always` whatever the model wrote. Asking explicitly always shows it.",
     )
     deadline_s: Annotated[float, _ANY_TIME] = Field(
         default=10.0, ge=0.1, le=600, description="Seconds after which a request is given up."
     )
     disabled_languages: Annotated[tuple[str, ...], _BY_PROJECT] = Field(
-        default=(), description="Language identifiers that get no suggestions, for example `markdown`."
+        default=(),
+        description="Languages that get no suggestions, as any editor calls them, for example `markdown`.",
     )
     excluded_files: Annotated[tuple[str, ...], _ANY_TIME] = Field(
         default=SECRET_FILES,
@@ -219,7 +220,7 @@ class Settings(BaseModel):
     detect_secrets: Annotated[bool, _ANY_TIME] = Field(
         default=True,
         description="Whether a file in which a password, a token or a private key is found gets no "
-        "suggestions either.",
+        "suggestions either; of more than 200,000 characters those near the cursor are looked at.",
     )
     count_feedback: Annotated[bool, _ANY_TIME] = Field(
         default=True,

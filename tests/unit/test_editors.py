@@ -276,3 +276,10 @@ def test_the_wheel_brings_the_plugins(tmp_path):
         "midfill/clients/emacs/midfill.el",
     } <= names
     assert not any("vscode" in name for name in names)
+
+
+def test_kate_names_no_language_that_the_entry_is_called_by(home):
+    """It would send the entry's name for every file; without, the file's own name tells."""
+    (server,) = json.loads(report("kate")[0]["configuration"])["servers"].values()
+    assert server["documentLanguageId"] is False
+    assert server["highlightingModeRegex"] == ".*"

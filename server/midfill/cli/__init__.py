@@ -50,7 +50,7 @@ _LOG_LEVELS = ("debug", "info", "warning", "error")
 )
 @click.version_option(__version__, message="midfill %(version)s")
 def cli() -> None:
-    """Fill-in-the-middle code completion on your own machine, for any LSP editor."""
+    """Fill-in-the-middle code completion on your own machine, for editors that speak LSP."""
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 A suggestion is compared with what stood in the hole. Nothing is run. The confidence gate is applied to the
 results afterwards, as the pipeline does last of all, so that one run of the model shows every
-`eagerness`; `tests/unit/test_evaluation.py` holds the two to the same answers.
+`eagerness`; `tests/unit/test_evaluation_repository.py` holds the two to the same answers.
 """
 
 from __future__ import annotations

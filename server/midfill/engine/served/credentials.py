@@ -48,7 +48,7 @@ def _from_keyring(place: str) -> str | None:
         import keyring  # noqa: PLC0415 - an extra
     except ImportError:
         raise SettingsError(
-            "`engine_key` names the keyring, which needs a package: pip install 'midfill[keyring]'."
+            "`engine_key` names the keyring, which needs a package: pip install keyring"
         ) from None
     service, _, user = place.partition("/")
     try:
