@@ -42,6 +42,7 @@ def prose():
 
 PROSE = list(prose())
 NAMED_TESTS = names(TESTS.values(), (ast.FunctionDef, ast.AsyncFunctionDef))
+ATTRIBUTES = {path: attributes(tree) for path, tree in CODE.items()}
 MODULES = {path.stem for path in CODE} | {path.parent.name for path in CODE}
 
 
@@ -71,8 +72,8 @@ def test_paths_tests_and_functions_that_are_named_exist(where, text):
             or dotted.startswith(("midfill.", "tokenizer.ggml."))
         ):
             continue
-        homes = [tree for path, tree in CODE.items() if module in {path.stem, path.parent.name}]
-        missing += [] if any(last in attributes(tree) for tree in homes) or last in MODULES else [dotted]
+        homes = [path for path in CODE if module in {path.stem, path.parent.name}]
+        missing += [] if any(last in ATTRIBUTES[path] for path in homes) or last in MODULES else [dotted]
     assert missing == []
 
 
