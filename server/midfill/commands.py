@@ -18,6 +18,7 @@ from midfill.explanation import explain
 from midfill.messages import Command, Explain
 from midfill.progress import Progress
 from midfill.protocol import Refusal
+from midfill.settings import changed
 from midfill.switching import Asked as AskedFor
 from midfill.training import Training
 
@@ -96,7 +97,8 @@ class Commands:
 
         `state` is "loading", "ready" or "failed", and `message` says why it failed. `model` is the name that
         the user chose; what only the loaded model knows is null before. `heldOut` is the adapter that this
-        session is without, for the sake of comparison (`adapter_holdout`).
+        session is without, for the sake of comparison (`adapter_holdout`). `changedSettings` names those
+        that are not at their defaults, `calibration` the file that `midfill eval calibrate` has written.
         """
         state = self._server.state
         completer = state.completer
@@ -113,6 +115,8 @@ class Commands:
             "heldOut": adapter if held_out else None,
             "device": loaded.device if loaded else None,
             "dtype": loaded.dtype if loaded else None,
+            "calibration": completer.calibration.source or None,
+            "changedSettings": changed(completer.settings),
             "tokensPerSecond": None if speed is None else round(speed, 1),
             "version": __version__,
         }

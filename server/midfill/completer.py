@@ -19,12 +19,13 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from midfill.confidence import THRESHOLDS, Eagerness, Evidence, best, worth_showing
+from midfill.confidence import BUILT_IN, Calibration, Eagerness, Evidence, best, worth_showing
 from midfill.context import Collected, Context
 from midfill.documents import Document, Snapshot
 from midfill.engine import Engine, Request, Stats
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.families import Family
+from midfill.languages import is_among
 from midfill.place import Place
 from midfill.prompt import Prompt, PromptBuilder
 from midfill.secrecy import SecretWatch, is_excluded
@@ -221,12 +222,14 @@ class Completer:
         context: what other files contribute.
         adapter_of: tells the adapter that a document is completed with; see `Request.adapter`. When it would
             tell another one, what was suggested has to be dropped (`drop_work`).
+        calibration: what suggestions are judged by that nobody asked for; set before `use`.
     """
 
     settings: Settings
     failure: str | None = None
     looks_ahead: bool = False
     adapter_of: Callable[[Document], str | None] = lambda _: None
+    calibration: Calibration = BUILT_IN
     context: Context = field(init=False)
     _engine: Engine | None = None
     _prompts: PromptBuilder | None = None
@@ -322,7 +325,7 @@ class Completer:
         document = snapshot.document
         if not self.settings.enabled:
             return Reason.DISABLED
-        if document.language_id in self.settings.disabled_languages:
+        if is_among(self.settings.disabled_languages, document.language_id, document.sent_language):
             return Reason.LANGUAGE_OFF
         if is_excluded(document.uri, self.settings.excluded_files):
             return Reason.FILE_EXCLUDED
@@ -528,12 +531,16 @@ class Completer:
             return answer
         evidence = Evidence(answer.text, answer.tokens, answer.finished, place.line_before)
         eagerness = Eagerness(self.settings.eagerness)
-        if (end := worth_showing(evidence, eagerness)) == len(answer.text):
+        if (end := worth_showing(evidence, eagerness, self.calibration)) == len(answer.text):
             return answer
         if end:
             return replace(answer, text=answer.text[:end], finished=False)
-        detail = f"At best {best(evidence):.0%} likely to be right; `eagerness` = {eagerness} asks for "
-        return Answer(reason=Reason.LOW_CONFIDENCE, detail=f"{detail}{THRESHOLDS[eagerness]:.0%}.")
+        likely, asked = best(evidence, self.calibration), self.calibration.thresholds[eagerness]
+        whose = " by your own calibration" if self.calibration.source else ""
+        detail = (
+            f"At best {likely:.0%} likely to be right{whose}; `eagerness` = {eagerness} asks for {asked:.0%}."
+        )
+        return Answer(reason=Reason.LOW_CONFIDENCE, detail=detail)
 
 
 async def _stream(

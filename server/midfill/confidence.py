@@ -9,7 +9,7 @@ and from the place. Shown is the longest beginning that is likely enough; if the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -114,28 +114,46 @@ THRESHOLDS: dict[Eagerness, float] = {
 }
 
 
-def confidence(evidence: Evidence, end: int) -> float:
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What turns features into a confidence, and a confidence into a decision.
+
+    Attributes:
+        weights: by feature, and "bias".
+        thresholds: the confidence from which on something is shown, by eagerness.
+        source: the user's file that it comes from; "" for the built-in one.
+    """
+
+    weights: Mapping[str, float]
+    thresholds: Mapping[Eagerness, float]
+    source: str = ""
+
+
+BUILT_IN = Calibration(WEIGHTS, THRESHOLDS)
+
+
+def confidence(evidence: Evidence, end: int, by: Calibration = BUILT_IN) -> float:
     """How likely it is, 0..1, that the beginning of a suggestion that ends at `end` is right."""
     found = features(evidence, end)
-    logit = WEIGHTS["bias"] + sum(WEIGHTS[name] * value for name, value in found.items())
+    logit = by.weights["bias"] + sum(by.weights[name] * value for name, value in found.items())
     return 1 / (1 + math.exp(-max(-50.0, min(logit, 50.0))))
 
 
-def best(evidence: Evidence) -> float:
+def best(evidence: Evidence, by: Calibration = BUILT_IN) -> float:
     """The confidence in the likeliest beginning of a suggestion."""
-    return max((confidence(evidence, end) for end in beginnings(evidence.text)), default=0.0)
+    return max((confidence(evidence, end, by) for end in beginnings(evidence.text)), default=0.0)
 
 
-def worth_showing(evidence: Evidence, eagerness: Eagerness) -> int:
+def worth_showing(evidence: Evidence, eagerness: Eagerness, by: Calibration = BUILT_IN) -> int:
     """How many characters of a suggestion to show; 0 for none.
 
     All of it where `eagerness` says so, or where there are no log-probabilities to go by.
     """
     if eagerness is Eagerness.ALWAYS or not evidence.tokens:
         return len(evidence.text)
-    threshold = THRESHOLDS[eagerness]
+    threshold = by.thresholds[eagerness]
     shown = 0
     for end in beginnings(evidence.text):
-        if confidence(evidence, end) >= threshold:
+        if confidence(evidence, end, by) >= threshold:
             shown = end
     return shown

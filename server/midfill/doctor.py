@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from midfill import calibrations
 from midfill import settings as settings_file
 from midfill.completer import Completer, Trigger
 from midfill.documents import Document, Point, Snapshot
@@ -74,7 +75,7 @@ async def examine(make_engine: MakeEngine) -> list[Check]:
     settings = Settings()
     if checks[-1].status == "ok":
         settings = settings_file.load()
-    checks += [_device(settings), _cache(), _model(settings)]
+    checks += [_device(settings), _cache(), _calibration(settings), _model(settings)]
     checks.append(_memory(settings))
     if checks[-2].status != "error":
         checks.append(await _speed(settings, make_engine))
@@ -118,6 +119,14 @@ def _cache() -> Check:
         remedy = "Free some space, or set MIDFILL_CACHE to a folder on another disk."
         return Check("cache", "warning", f"{folder}: {free_gb:.1f} GB free", remedy)
     return Check("cache", "ok", f"{folder}: {free_gb:.0f} GB free")
+
+
+def _calibration(settings: Settings) -> Check:
+    """What decides on showing a suggestion."""
+    found = calibrations.in_use(settings.model)
+    if found.problem:
+        return Check("gate", "warning", found.problem, "Run: midfill eval calibrate --reset")
+    return Check("gate", "ok", calibrations.describe(found))
 
 
 def _model(settings: Settings) -> Check:

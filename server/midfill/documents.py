@@ -16,9 +16,13 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 
+from midfill.languages import identify
+
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)")
 _SPLIT_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _BLOCK = 256
+# As much of it as may say what runs the file.
+_FIRST_LINE_CHARS = 200
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
@@ -58,8 +62,10 @@ class Document:
     """One version of one text.
 
     Attributes:
+        language_id: as `languages` calls it, whatever the editor does.
         lines: never empty; only the last item has no terminator. Never changed in place.
         num_chars: length of the text in code points.
+        sent_language: the identifier that the editor has sent.
     """
 
     uri: str
@@ -67,12 +73,14 @@ class Document:
     version: int
     lines: list[str]
     num_chars: int
+    sent_language: str = ""
 
     @staticmethod
     def open(uri: str, language_id: str, version: int, text: str) -> Document:
-        """Make the first version of a document."""
+        """Make the first version of a document. `language_id` may be any editor's, or ""."""
         lines = split_lines(text)
-        return Document(uri, language_id, version, lines, _count(lines))
+        language = identify(language_id, uri, lines[0][:_FIRST_LINE_CHARS])
+        return Document(uri, language, version, lines, _count(lines), language_id)
 
     @cached_property
     def text(self) -> str:

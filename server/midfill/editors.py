@@ -7,6 +7,7 @@ in by a parser that keeps comments. Nothing is written before `write`, and what 
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import os
@@ -14,12 +15,12 @@ import re
 import shutil
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from midfill import textfiles
 from midfill.errors import MidfillError
 
 _BEGIN, _END = ">>> midfill >>>", "<<< midfill <<<"
@@ -161,20 +162,7 @@ def write(edit: Edit) -> Path | None:
         if edit.before is not None:
             backup = _unused(edit.path)
             shutil.copy2(path, backup)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(edit.after)
-            if edit.before is not None:
-                shutil.copymode(path, partial)
-            else:
-                umask = os.umask(0)
-                os.umask(umask)
-                Path(partial).chmod(0o666 & ~umask)
-            Path(partial).replace(path)
-        except OSError:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        textfiles.replace(path, edit.after)
     except OSError as error:
         raise MidfillError(f"Cannot write {edit.path} ({error.strerror}).") from error
     return backup
@@ -190,13 +178,17 @@ def _unused(path: Path) -> Path:
 
 
 def _read(path: Path) -> str | None:
-    """A file's text, line ends as they are; None if there is no such file."""
+    """A file's text, line ends and byte order mark as they are; None if there is no such file."""
     try:
-        return path.read_bytes().decode("utf-8")
+        data = path.read_bytes()
+        text = textfiles.decode(data)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise MidfillError(f"Cannot read {path} ({type(error).__name__}).") from error
+    except OSError as error:
+        raise MidfillError(f"Cannot read {path} ({error.strerror}).") from error
+    except UnicodeError as error:
+        raise MidfillError(f"Cannot read {path}: {error}") from error
+    return textfiles.BOM + text if data.startswith(codecs.BOM_UTF8) else text
 
 
 def _with_block(path: Path, comment: str, lines: str, own: re.Pattern[str]) -> Plan:
@@ -293,7 +285,8 @@ def _helix(home: Home) -> Plan:
     path = home.config / "helix" / "languages.toml"
     before = _read(path)
     try:
-        document: Any = tomlkit.parse(before or "")
+        mark = textfiles.BOM if (before or "").startswith(textfiles.BOM) else ""
+        document: Any = tomlkit.parse((before or "").removeprefix(mark))
         program, *arguments = home.command
         servers = document.setdefault("language-server", tomlkit.table(is_super_table=True))
         wanted = {"command": program, "args": arguments}
@@ -312,7 +305,7 @@ def _helix(home: Home) -> Plan:
             names = entry.setdefault("language-servers", list(defaults))
             if "midfill" not in [one.get("name") if isinstance(one, dict) else one for one in names]:
                 names.append("midfill")
-        after = tomlkit.dumps(document)
+        after = mark + tomlkit.dumps(document)
     except (TOMLKitError, TypeError, AttributeError, ValueError) as error:
         raise MidfillError(f"{path} is not the TOML that Helix reads ({error}): mend it first.") from error
     steps = (
@@ -326,7 +319,7 @@ def _code(folder: str) -> Callable[[Home], Plan]:
     def plan(home: Home) -> Plan:
         path = home.applications / folder / "User" / "settings.json"
         before = _read(path)
-        text = before if before and before.strip() else "{\n}\n"
+        text = before if before and before.strip().strip(textfiles.BOM) else "{\n}\n"
         command = json.dumps(list(home.command[:-1]))
         code = _code_of(text)
         start = code.find("{")
@@ -369,6 +362,8 @@ def _kate(home: Home) -> Plan:
         "command": list(home.command),
         "rootIndicationFileNames": [".git"],
         "highlightingModeRegex": ".*",
+        # Else Kate calls every file by the name of this entry, and not by its language.
+        "documentLanguageId": False,
     }
     shown = json.dumps({"servers": {"python": server}}, indent=2)
     return Plan(

@@ -112,7 +112,7 @@ def popup_item(
         label=label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…",
         kind=types.CompletionItemKind.Text,
         detail="midfill",
-        documentation=_documentation(snapshot.document.language_id, shown + text, markdown=style.markdown),
+        documentation=_documentation(snapshot.document.sent_language, shown + text, markdown=style.markdown),
         # Behind the items of the language's own server.
         sort_text="\U0010ffff",
         filter_text=first,

@@ -8,7 +8,7 @@ and prose between them is not. Knows nothing of LSP. Runs on the event loop.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from midfill.documents import Document, Point, Snapshot
 
@@ -72,5 +72,5 @@ class Notebooks:
             lines += document.lines
         if shift is None:
             return snapshot
-        joined = Document(cell.uri, cell.language_id, cell.version, lines, sum(map(len, lines)))
+        joined = replace(cell, lines=lines, num_chars=sum(map(len, lines)))
         return Snapshot(joined, Point(snapshot.cursor.line + shift, snapshot.cursor.column))

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from midfill import __version__
+from midfill import __version__, textfiles
 from midfill.client import SERVE_COMMAND, read_message, to_frame
 from midfill.errors import MidfillError
 from midfill.messages import OWN_CLIENT
@@ -125,9 +125,9 @@ class Line:
 def read(path: Path) -> list[Line]:
     """Read a recording. Raises `MidfillError` naming the line that is wrong; a cut last line is dropped."""
     try:
-        rows = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MidfillError(f"Cannot read the recording {path}: {error}.") from error
+        rows = textfiles.read(path).split("\n")
+    except (OSError, UnicodeError) as error:
+        raise MidfillError(f"Cannot read the recording {path}: {str(error).rstrip('.')}.") from error
     complete, lines = rows[:-1], []
     for number, row in enumerate(complete, start=1):
         try:

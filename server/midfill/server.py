@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from lsprotocol import types
 from pygls.lsp.server import LanguageServer
 
-from midfill import __version__, activity, feedback, heap, secrecy
+from midfill import __version__, activity, calibrations, feedback, heap, secrecy
 from midfill.commands import ACCEPTED, Commands
 from midfill.completer import Answer, Completer, Reason, Trigger
 from midfill.context import IGNORE_FILES, file_of
@@ -203,6 +203,7 @@ class MidfillServer(LanguageServer):
                 self.state.engine = engine
                 await asyncio.gather(engine.start(report), asyncio.to_thread(secrecy.prepare))
                 family = await identify(engine, settings.family)
+                await self._calibrate(engine.model.name)
                 self.state.completer.use(Metered(engine, self.state.costs), family)
                 self.spawn(self._start_adapters(engine))
                 for uri in self.state.documents:
@@ -232,6 +233,14 @@ class MidfillServer(LanguageServer):
                     time.monotonic() - begun,
                 )
         return True
+
+    async def _calibrate(self, model: str) -> None:
+        """Judge suggestions by the user's own calibration for the model, if there is one."""
+        found = await asyncio.to_thread(calibrations.in_use, model)
+        self.state.completer.calibration = found.calibration
+        if found.problem:
+            _LOG.warning("%s", found.problem)
+            self._say(found.problem)
 
     async def _start_adapters(self, engine: Engine) -> None:
         """Use the adapters that are bound, unless the user has named one for everything."""

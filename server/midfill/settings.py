@@ -3,37 +3,66 @@
 The user's file is `config.toml` in the user's configuration folder (`MIDFILL_CONFIG` names another).
 Editors send the same keys in `initializationOptions` and `workspace/didChangeConfiguration`, where
 camelCase is understood too. Files of a workspace set nothing: they may come from anyone.
+
+Who may set a key, and whether a running server follows, is data: the `Policy` of its field. A field without
+one is the file's alone.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import platformdirs
-import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
+from midfill import textfiles
 from midfill.errors import SettingsError
 from midfill.secrecy import SECRET_FILES
 
-_START_ONLY = "It takes effect when the server starts."
-# An editor may pass on what a workspace's own files set, and these say where code is sent and what is run.
-_FILE_ONLY = "Only your own settings file or the command line may set it. " + _START_ONLY
+_RESTART = "It takes effect when the server starts."
 
+
+class Scope(StrEnum):
+    """Who may set a setting."""
+
+    FILE = "file"
+    """The user's own settings file and the command line. An editor may pass on what a workspace's own files
+    say, and these settings say where code is sent and what is run."""
+    EDITOR = "editor"
+    """The user's settings of an editor, too."""
+    PROJECT = "project"
+    """The settings of a project, too, in an editor that keeps those of projects which the user trusts, as VS
+    Code does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a setting may be set.
+
+    Attributes:
+        scope: who may set it.
+        restart: a running server keeps the value that it has started with.
+    """
+
+    scope: Scope
+    restart: bool = False
+
+
+_AT_START_FROM_FILE = Policy(Scope.FILE, restart=True)
+_AT_START = Policy(Scope.EDITOR, restart=True)
+_ANY_TIME = Policy(Scope.EDITOR)
+_BY_PROJECT = Policy(Scope.PROJECT)
 
 ENGINES_HERE = ("auto", "local", "shared")
-
-# What a project may set for itself in an editor that knows settings of projects which the user trusts, as VS
-# Code does. All others are the user's alone: what is run, where, and what is never shown to it.
-PROJECT_SETTINGS = frozenset(
-    {"enabled", "context", "max_new_tokens", "max_new_tokens_invoked", "eagerness", "disabled_languages"}
-)
 
 
 class Settings(BaseModel):
@@ -49,157 +78,156 @@ class Settings(BaseModel):
         protected_namespaces=(),
     )
 
-    enabled: bool = Field(default=True, description="Whether suggestions are made at all.")
-    model: str = Field(
+    enabled: Annotated[bool, _BY_PROJECT] = Field(
+        default=True, description="Whether suggestions are made at all."
+    )
+    model: Annotated[str, _AT_START] = Field(
         default="qwen2.5-coder-0.5b",
         min_length=1,
-        description="Catalogue name, Hugging Face id, local folder or GGUF file of the model. " + _START_ONLY,
+        description="Catalogue name, Hugging Face id, local folder or GGUF file of the model.",
     )
-    family: str | None = Field(
+    family: Annotated[str | None, _AT_START] = Field(
         default=None,
-        description="FIM family of a model that midfill does not recognise, for example `starcoder`. "
-        + _START_ONLY,
+        description="FIM family of a model that midfill does not recognise, for example `starcoder`.",
     )
-    adapter: str | None = Field(
+    adapter: Annotated[str | None, _AT_START] = Field(
         default=None,
         description="One LoRA adapter for everything, whatever `midfill adapter use` says: a folder in PEFT "
-        "format, or a name of `midfill adapter list`. " + _START_ONLY,
+        "format, or a name of `midfill adapter list`.",
     )
-    adapter_holdout: bool = Field(
+    adapter_holdout: Annotated[bool, _AT_START] = Field(
         default=False,
         description="Whether one session in ten is without the adapters that `midfill adapter use` chose, "
-        "so that `midfill adapter stats` can compare. " + _START_ONLY,
+        "so that `midfill adapter stats` can compare.",
     )
-    engine: str | tuple[str, ...] = Field(
+    engine: Annotated[str | tuple[str, ...], _AT_START_FROM_FILE] = Field(
         default="auto",
         description="Who runs the model: `auto` or `local` is midfill itself, `shared` one process for all "
-        "your editors, a URL (or several, in a list) a server that has it. " + _FILE_ONLY,
+        "your editors, a URL (or several, in a list) a server that has it.",
     )
-    engine_model: str | None = Field(
-        default=None, description="The model to use, as that server calls it; none: its first. " + _FILE_ONLY
+    engine_model: Annotated[str | None, _AT_START_FROM_FILE] = Field(
+        default=None, description="The model to use, as that server calls it; none: its first."
     )
-    engine_api: Literal["auto", "vllm", "sglang", "llama.cpp", "ollama", "mistral", "openai", "midfill"] = (
-        Field(default="auto", description="What kind of server it is; `auto` asks it. " + _FILE_ONLY)
-    )
-    engine_key: str = Field(
+    engine_api: Annotated[
+        Literal["auto", "vllm", "sglang", "llama.cpp", "ollama", "mistral", "openai", "midfill"],
+        _AT_START_FROM_FILE,
+    ] = Field(default="auto", description="What kind of server it is; `auto` asks it.")
+    engine_key: Annotated[str, _AT_START_FROM_FILE] = Field(
         default="env:MIDFILL_API_KEY",
         pattern=r"^(env|keyring|command):.+$",
         description="Where that server's key comes from: `env:NAME`, `keyring:SERVICE/USER` or "
-        "`command:PROGRAM`. " + _FILE_ONLY,
+        "`command:PROGRAM`.",
     )
-    engine_ca: str | None = Field(
-        default=None, description="A file of certificates (PEM) to trust beside the system's. " + _FILE_ONLY
+    engine_ca: Annotated[str | None, _AT_START_FROM_FILE] = Field(
+        default=None, description="A file of certificates (PEM) to trust beside the system's."
     )
-    engine_fallback: bool = Field(
+    engine_fallback: Annotated[bool, _AT_START_FROM_FILE] = Field(
         default=False,
-        description="Whether the model `model` runs here while that server does not answer. " + _FILE_ONLY,
+        description="Whether the model `model` runs here while that server does not answer.",
     )
-    engine_unload_min: float = Field(
+    engine_unload_min: Annotated[float, _AT_START_FROM_FILE] = Field(
         default=15.0,
         ge=0,
         le=100_000,
-        description="Minutes without a request after which a shared engine's model leaves memory; 0: never. "
-        + _FILE_ONLY,
+        description="Minutes without a request after which a shared engine's model leaves memory; 0: never.",
     )
-    engine_exit_min: float = Field(
+    engine_exit_min: Annotated[float, _AT_START_FROM_FILE] = Field(
         default=60.0,
         ge=0,
         le=100_000,
-        description="The same for the end of its process. " + _FILE_ONLY,
+        description="The same for the end of its process.",
     )
-    device: str = Field(
+    device: Annotated[str, _AT_START] = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="`auto`, `cpu`, `cuda` or `cuda:N`. " + _START_ONLY,
+        description="`auto`, `cpu`, `cuda` or `cuda:N`.",
     )
-    dtype: Literal["auto", "int8", "float32", "bfloat16"] = Field(
+    dtype: Annotated[Literal["auto", "int8", "float32", "bfloat16"], _AT_START] = Field(
         default="auto",
-        description="Number format of the weights; `auto` is int8 on a CPU and bfloat16 on a GPU. "
-        + _START_ONLY,
+        description="Number format of the weights; `auto` is int8 on a CPU and bfloat16 on a GPU.",
     )
-    runner: Literal["auto", "openvino", "torch"] = Field(
+    runner: Annotated[Literal["auto", "openvino", "torch"], _AT_START] = Field(
         default="auto",
-        description="What runs the model; `auto` is OpenVINO for int8 on a CPU where it can, else torch. "
-        + _START_ONLY,
+        description="What runs the model; `auto` is OpenVINO for int8 on a CPU where it can, else torch.",
     )
-    num_threads: int = Field(
+    num_threads: Annotated[int, _AT_START] = Field(
         default=0,
         ge=0,
         le=1024,
-        description="CPU threads; 0 means one per physical core (torch takes fewer while others are busy). "
-        + _START_ONLY,
+        description="CPU threads; 0 means one per physical core (torch takes fewer while others are busy).",
     )
-    prefix_tokens: int = Field(
+    prefix_tokens: Annotated[int, _ANY_TIME] = Field(
         default=256, ge=16, le=65_536, description="Most tokens of the prompt from before the cursor."
     )
-    suffix_tokens: int = Field(
+    suffix_tokens: Annotated[int, _ANY_TIME] = Field(
         default=128, ge=0, le=65_536, description="Most tokens of the prompt from after the cursor."
     )
-    context: tuple[Literal["imports", "open", "repository", "edits"], ...] = Field(
+    context: Annotated[tuple[Literal["imports", "open", "repository", "edits"], ...], _BY_PROJECT] = Field(
         default=(),
         description="What the prompt may show of other files: what is defined by `imports`, pieces of `open` "
         "documents and of the whole `repository`, recent `edits`. Empty: nothing, and no file is read.",
     )
-    context_tokens: int = Field(
+    context_tokens: Annotated[int, _ANY_TIME] = Field(
         default=256, ge=0, le=65_536, description="Most tokens of the prompt from other files."
     )
-    max_new_tokens: int = Field(
+    max_new_tokens: Annotated[int, _BY_PROJECT] = Field(
         default=32, ge=1, le=1024, description="Most tokens that a suggestion may have."
     )
-    max_new_tokens_invoked: int = Field(
+    max_new_tokens_invoked: Annotated[int, _BY_PROJECT] = Field(
         default=64,
         ge=1,
         le=1024,
         description="The same where the suggestion was asked for explicitly, if that is more.",
     )
-    popup_budget_ms: int = Field(
+    popup_budget_ms: Annotated[int, _ANY_TIME] = Field(
         default=80,
         ge=0,
         le=60_000,
         description="Most milliseconds that the popup waits for the model; what comes later is in the popup "
         "at the next key.",
     )
-    layout: Literal["auto", "anchored", "appending", "psm", "spm"] = Field(
+    layout: Annotated[Literal["auto", "anchored", "appending", "psm", "spm"], _ANY_TIME] = Field(
         default="auto",
         description="Order of the prompt's parts, for measurements; `auto` is what was measured best for "
         "the model's family.",
     )
-    healing: bool = Field(
+    healing: Annotated[bool, _ANY_TIME] = Field(
         default=True,
         description="Whether a half-typed word is taken back and completed as a whole; off for measurements.",
     )
-    prefetch: bool = Field(
+    prefetch: Annotated[bool, _ANY_TIME] = Field(
         default=True,
         description="Compute what comes next, as if the suggestion on the screen had been accepted, while "
         "the model has nothing else to do.",
     )
-    eagerness: Literal["low", "normal", "high", "always"] = Field(
+    eagerness: Annotated[Literal["low", "normal", "high", "always"], _BY_PROJECT] = Field(
         default="normal",
-        description="How readily something is shown unasked: `low` only what is likely right, `always` "
-        "whatever the model wrote. Asking explicitly always shows it.",
+        description="How readily something is shown unasked: `low` only what is rated highest, `normal` and "
+        "`high` more, `always` whatever the model wrote. Asking explicitly always shows it.",
     )
-    deadline_s: float = Field(
+    deadline_s: Annotated[float, _ANY_TIME] = Field(
         default=10.0, ge=0.1, le=600, description="Seconds after which a request is given up."
     )
-    disabled_languages: tuple[str, ...] = Field(
-        default=(), description="Language identifiers that get no suggestions, for example `markdown`."
+    disabled_languages: Annotated[tuple[str, ...], _BY_PROJECT] = Field(
+        default=(),
+        description="Languages that get no suggestions, as any editor calls them, for example `markdown`.",
     )
-    excluded_files: tuple[str, ...] = Field(
+    excluded_files: Annotated[tuple[str, ...], _ANY_TIME] = Field(
         default=SECRET_FILES,
         description="Patterns of names (or of the ends of paths) of files that get no suggestions and are "
         "never shown to the model.",
     )
-    detect_secrets: bool = Field(
+    detect_secrets: Annotated[bool, _ANY_TIME] = Field(
         default=True,
         description="Whether a file in which a password, a token or a private key is found gets no "
-        "suggestions either.",
+        "suggestions either; of more than 200,000 characters those near the cursor are looked at.",
     )
-    count_feedback: bool = Field(
+    count_feedback: Annotated[bool, _ANY_TIME] = Field(
         default=True,
         description="Whether accepted suggestions are counted, on this machine only and without their text; "
         "`midfill status` shows the counts.",
     )
-    max_file_kb: Annotated[int, Field(ge=1)] = Field(
+    max_file_kb: Annotated[Annotated[int, Field(ge=1)], _ANY_TIME] = Field(
         default=20_000, description="Documents larger than this many kilobytes get no suggestions."
     )
 
@@ -225,6 +253,18 @@ class Settings(BaseModel):
         if self.engine in ENGINES_HERE:
             return ()
         return (self.engine,) if isinstance(self.engine, str) else self.engine
+
+
+def policy(name: str) -> Policy:
+    """Return how a setting may be set. One that does not say is the file's alone."""
+    metadata = Settings.model_fields[name].metadata
+    return next((one for one in metadata if isinstance(one, Policy)), _AT_START_FROM_FILE)
+
+
+def changed(settings: Settings) -> list[str]:
+    """Return the names of the settings that are not at their defaults."""
+    default = Settings()
+    return [name for name in Settings.model_fields if getattr(settings, name) != getattr(default, name)]
 
 
 def config_path() -> Path:
@@ -254,8 +294,9 @@ def parse(values: Mapping[str, Any], *, base: Settings | None = None, where: str
 def merge(values: Any, base: Settings, own: Settings | None = None) -> tuple[Settings, list[str]]:
     """Lay the good ones of `values` over `base`; say what is wrong with the others, a sentence each.
 
-    `values` is whatever an editor sent: junk leaves `base` as it is. A null takes a setting back: it becomes
-    what the user's own file says (`own`; None if that file is what is being read).
+    `values` is whatever an editor sent: junk leaves `base` as it is, and so does what is the file's alone. A
+    null takes a setting back: it becomes what the user's own file says (`own`; None if that file is what is
+    being read).
     """
     if values is None or values == []:
         # An empty table of Lua is a list as soon as it is JSON.
@@ -272,10 +313,8 @@ def merge(values: Any, base: Settings, own: Settings | None = None) -> tuple[Set
             if value is not None:
                 problems.append(f"Unknown setting {key!r}.")
             continue
-        if own is not None and (Settings.model_fields[name].description or "").endswith(_FILE_ONLY):
-            problems.append(
-                f"Setting {key!r} is taken from {config_path()} only: it says where code is sent."
-            )
+        if own is not None and policy(name).scope is Scope.FILE:
+            problems.append(f"Setting {key!r} is taken from {config_path()} only, not from an editor.")
             continue
         if value is None and own is not None:
             merged[name] = getattr(own, name)
@@ -298,8 +337,8 @@ def keep_start_only(new: Settings, old: Settings) -> tuple[Settings, list[str]]:
     """
     kept = {
         name: getattr(old, name)
-        for name, field in Settings.model_fields.items()
-        if (field.description or "").endswith(_START_ONLY) and getattr(new, name) != getattr(old, name)
+        for name in Settings.model_fields
+        if policy(name).restart and getattr(new, name) != getattr(old, name)
     }
     return new.model_copy(update=kept), [
         f"Setting {name!r}: restart the server to change it." for name in kept
@@ -307,35 +346,54 @@ def keep_start_only(new: Settings, old: Settings) -> tuple[Settings, list[str]]:
 
 
 def store(key: str, value: str | float | bool, path: Path | None = None) -> Path:
-    """Write one setting into the user's file; the others stay. Returns the file's path.
+    """Write one setting into the user's file; all else in it stays as it is. Returns the file's path.
 
+    Comments, the order, line ends, a byte order mark, the mode and a symbolic link stay, too.
     Raises `SettingsError` for a bad key or value, or a file that cannot be read or written.
     """
+    import tomlkit  # noqa: PLC0415 - the server writes no settings
+    from tomlkit.exceptions import TOMLKitError  # noqa: PLC0415
+
     path = path or config_path()
-    values = _read(path) | {key: value}
-    parse(values, where=str(path))
+    values = _read(path)
+    # A user may have spelled the key as editors do.
+    spelled = to_camel(key) if to_camel(key) in values else key
+    parse(values | {spelled: value}, where=str(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(tomli_w.dumps(values), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise SettingsError(f"Cannot write {path}: {error.strerror}.") from error
+        before = path.read_bytes().decode() if path.exists() else ""
+        document = tomlkit.parse(before.removeprefix(textfiles.BOM))
+        document[spelled] = value
+        after = tomlkit.dumps(document)
+        if 0 < before.count("\n") == before.count("\r\n"):
+            # What was added ends as the other lines do.
+            after = after.replace("\r\n", "\n").replace("\n", "\r\n")
+        if tomllib.loads(after) != values | {spelled: value}:
+            raise SettingsError(f"Cannot put {key!r} into {path}: write it there yourself.")
+        textfiles.replace(path, (textfiles.BOM if before.startswith(textfiles.BOM) else "") + after)
+    except (OSError, TOMLKitError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"Cannot write {path}: {why}.") from error
     return path
+
+
+# As the README says who may set a setting.
+_MAY_SET = {Scope.FILE: "file", Scope.EDITOR: "file, editor", Scope.PROJECT: "file, editor, project"}
 
 
 def markdown_table() -> str:
     """The table of settings in the README; a test compares them."""
-    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    rows = ["| setting | default | set in | a change counts | meaning |", "|---|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        default = (
-            tomli_w.dumps({"x": field.default}).removeprefix("x = ").strip()
-            if field.default is not None
-            else ""
-        )
-        default = " ".join(default.split()).replace("[ ", "[").replace(", ]", "]")
-        rows.append(f"| `{name}` | {f'`{default}`' if default else 'none'} | {field.description} |")
+        own = policy(name)
+        default = "none" if field.default is None else f"`{_as_toml(field.default)}`"
+        when = "at the next start" if own.restart else "at once"
+        rows.append(f"| `{name}` | {default} | {_MAY_SET[own.scope]} | {when} | {field.description} |")
     return "\n".join(rows) + "\n"
+
+
+def _as_toml(value: str | float | bool | tuple[str, ...]) -> str:
+    # On values of the schema the two notations differ in nothing else.
+    return json.dumps(value, ensure_ascii=False)
 
 
 def vscode_settings() -> dict[str, dict[str, Any]]:
@@ -346,24 +404,26 @@ def vscode_settings() -> dict[str, dict[str, Any]]:
     """
     declared = {}
     for name, schema in Settings.model_json_schema(by_alias=False)["properties"].items():
-        text = schema.pop("description")
-        if text.endswith(_FILE_ONLY):
+        own = policy(name)
+        if own.scope is Scope.FILE:
             continue
+        text = schema.pop("description")
         del schema["title"]
         if "anyOf" in schema:
             schema["type"] = [one["type"] for one in schema.pop("anyOf")]
         declared[f"midfill.{to_camel(name)}"] = schema | {
-            "markdownDescription": text,
-            "scope": "window" if name in PROJECT_SETTINGS else "machine",
-            "tags": ["restart"] if text.endswith(_START_ONLY) else [],
+            "markdownDescription": f"{text} {_RESTART}" if own.restart else text,
+            "scope": "window" if own.scope is Scope.PROJECT else "machine",
+            "tags": ["restart"] if own.restart else [],
         }
     return declared
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(textfiles.read(path))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"Cannot read {path}: {error}. Mend or delete the file.") from error
+    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+        said = str(error).rstrip(".")
+        raise SettingsError(f"Cannot read {path}: {said}. Mend or delete the file.") from error

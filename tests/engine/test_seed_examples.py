@@ -1,4 +1,4 @@
-"""The seeds' two prompts, with the real StarCoder vocabulary, against plain transformers calls."""
+"""The seeds' two prompts, with StarCoder2's real vocabulary, against plain transformers calls."""
 
 from __future__ import annotations
 

@@ -560,6 +560,11 @@ def test_tokens_are_read_from_a_file_that_nobody_else_can_read(tmp_path):
         read_tokens(path)
     path.chmod(0o600)
     assert read_tokens(path) == {TOKEN: "ada", TOKEN + "2": "bob"}
+    path.write_bytes(b"\xef\xbb\xbf" + f"ada {TOKEN}\r\nbob {TOKEN}2\r\n".encode())
+    assert read_tokens(path) == {TOKEN: "ada", TOKEN + "2": "bob"}
+    path.write_bytes(f"ada {TOKEN}\r\n".encode("utf-16"))
+    with pytest.raises(SettingsError, match=r"tokens: it is in UTF-16\. Save it as UTF-8\.$"):
+        read_tokens(path)
     path.write_text("one-word\n")
     with pytest.raises(SettingsError, match="user token"):
         read_tokens(path)

@@ -235,6 +235,13 @@ def test_where_a_key_comes_from(monkeypatch):
     assert find_key("env:TEAM_KEY_TOO") is None
     say = "print('from-a-program'); print('second line')"
     assert find_key(f'command:"{sys.executable}" -c "{say}"') == "from-a-program"
+    # PowerShell begins what it prints with a byte order mark, where it is told UTF-8.
+    say = "import sys; sys.stdout.buffer.write(bytes([239, 187, 191]) + b'from-a-program' + bytes([13, 10]))"
+    assert find_key(f'command:"{sys.executable}" -c "{say}"') == "from-a-program"
+    with pytest.raises(SettingsError, match="not in UTF-8"):
+        find_key(
+            f'command:"{sys.executable}" -c "import sys; sys.stdout.buffer.write(bytes([255, 254, 97, 0]))"'
+        )
     for wrong in (
         "sk-123",
         "env:",

@@ -80,6 +80,23 @@ def test_what_a_workspace_asks_for(tmp_path):
     assert asked_by(tmp_path) is None
     file.write_text(f'adapter = "sha256:{A}"\n')
     assert asked_by(tmp_path) == A
+    # As Notepad and PowerShell write it.
+    file.write_bytes(b"\xef\xbb\xbf# ours\r\n" + f'adapter = "sha256:{A}"\r\n'.encode())
+    assert asked_by(tmp_path) == A
+
+
+def test_a_request_in_utf_16_is_named_in_the_log(tmp_path, caplog):
+    (tmp_path / ".midfill.toml").write_bytes(f'adapter = "sha256:{A}"\r\n'.encode("utf-16"))
+    assert asked_by(tmp_path) is None
+    assert ".midfill.toml asks for nothing: it is in UTF-16. Save it as UTF-8." in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_bindings_that_were_mended_with_notepad_are_read(tmp_path, encoding):
+    bindings = Bindings(tmp_path)
+    bindings.bind(A, language="python")
+    bindings.path.write_text(bindings.path.read_text(), encoding=encoding)
+    assert bindings.read().languages == {"python": A}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ LAYERS = [
         "languages",
         "secrecy",
         "syntax",
+        "textfiles",
     },
     {"indentation", "place"},
     {"brackets"},
@@ -30,7 +31,7 @@ LAYERS = [
     {"models"},
     {"engine", "adapters"},
     {"metrics"},
-    {"context", "families", "probing", "prompt", "suggestions", "trim", "confidence"},
+    {"calibrations", "confidence", "context", "families", "probing", "prompt", "suggestions", "trim"},
     {"completer"},
     {"explanation"},
     {

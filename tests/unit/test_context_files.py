@@ -84,6 +84,14 @@ def test_ignore_files_are_obeyed_as_git_does(root):
     assert names(root) == {"sub/top.py", "sub/out_2.py", "x.go"}
 
 
+def test_the_first_pattern_counts_behind_a_byte_order_mark(root):
+    write(
+        root,
+        {".gitignore": b"\xef\xbb\xbfsecret/\r\n*.go\r\n", "secret/x.py": CODE, "x.go": CODE, "a.py": CODE},
+    )
+    assert names(root) == {"a.py"}
+
+
 def test_a_path_is_admitted_if_the_walk_would_give_it(root):
     write(root, {".gitignore": "no/\n", "a.py": CODE, "b/c.py": CODE, "no/d.py": CODE, "vendor/e.py": CODE})
     (root / "link").symlink_to(root / "b")

@@ -176,6 +176,42 @@ def test_a_file_that_cannot_be_read_is_named_and_stays(home, name, text):
     assert path.read_text() == text
 
 
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("vim", "set number\r\n"),
+        ("helix", '# mine\r\n[[language]]\r\nname = "python"\r\n'),
+        ("vscode", '{\r\n    "editor.tabSize": 4 // mine\r\n}\r\n'),
+        ("vscode", ""),
+    ],
+)
+def test_a_byte_order_mark_stays(home, name, theirs):
+    path = home / FILES[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\xef\xbb\xbf" + theirs.encode())
+    report(name, "--write")
+    text = path.read_bytes().decode()
+    assert "midfill" in text
+    if theirs:
+        assert text.startswith("\ufeff")
+        assert text.count("\ufeff") == 1
+        assert [
+            line for line in theirs.splitlines() if line not in text.removeprefix("\ufeff").splitlines()
+        ] == []
+    assert report(name)[0]["status"] == "ready"
+
+
+@pytest.mark.parametrize("name", ["vim", "emacs", "helix", "vscode"])
+def test_a_file_in_utf_16_is_said_and_stays(home, name):
+    path = home / FILES[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes("x\n".encode("utf-16"))
+    before = path.read_bytes()
+    with pytest.raises(MidfillError, match=rf"{path}.*UTF-16\. Save it as UTF-8"):
+        run(name, "--write")
+    assert path.read_bytes() == before
+
+
 def test_a_link_stays_a_link(home):
     real = home / "dotfiles" / "vimrc"
     real.parent.mkdir()
@@ -240,3 +276,10 @@ def test_the_wheel_brings_the_plugins(tmp_path):
         "midfill/clients/emacs/midfill.el",
     } <= names
     assert not any("vscode" in name for name in names)
+
+
+def test_kate_names_no_language_that_the_entry_is_called_by(home):
+    """It would send the entry's name for every file; without, the file's own name tells."""
+    (server,) = json.loads(report("kate")[0]["configuration"])["servers"].values()
+    assert server["documentLanguageId"] is False
+    assert server["highlightingModeRegex"] == ".*"

@@ -6,7 +6,16 @@ import pytest
 
 from midfill.confidence import WEIGHTS
 from midfill.errors import MidfillError
-from midfill.evaluation.calibration import calibrate, describe, fit, read_cases, reliability, trade
+from midfill.evaluation.calibration import (
+    calibrate,
+    describe,
+    fit,
+    model_of,
+    read_cases,
+    reliability,
+    trade,
+    why_not,
+)
 from midfill.evaluation.repository import Result
 
 
@@ -14,7 +23,7 @@ def write(path, seed, count=120):
     """Results of a made-up repository: the likelier the tokens, the more often the first line is right."""
     chance = np.random.default_rng(seed)
     with path.open("w") as out:
-        out.write(json.dumps({"eval": "repo"}) + "\n")
+        out.write(json.dumps({"eval": "repo", "model": "tiny"}) + "\n")
         for number in range(count):
             logprob = -float(chance.exponential(0.5))
             right = chance.random() < np.exp(3 * logprob)
@@ -55,10 +64,28 @@ def test_a_gate_is_fitted_and_judged_on_what_it_has_not_seen(files):
     assert held["low"]["precision"] >= held["normal"]["precision"] > 0.4
     assert held["normal"]["saved_of_all"] > 0.85
     assert result["thresholds"]["low"] >= result["thresholds"]["normal"] >= result["thresholds"]["high"]
+    assert result["brier"]["fitted"] < result["brier"]["built_in"]
+    assert held["brier"] < held["brier_built_in"]
+    assert why_not(result) is None
     text = describe(result)
-    assert '    "bias": ' in text
-    assert "Eagerness.NORMAL: " in text
+    assert "240 suggestions in 2 repositories" in text
     assert "held_out  normal" in text
+
+
+def test_what_is_no_better_than_the_built_in_calibration_is_not_recommended(files):
+    result = calibrate(files[:2], files[2:])
+    result["held_out"]["brier"] = result["held_out"]["brier_built_in"]
+    assert "held out it is no better" in why_not(result)
+    result["brier"]["fitted"] = result["brier"]["built_in"] + 0.01
+    assert "not fitted to it is no better" in why_not(result)
+    assert "suggestions; 100 are the least" in why_not(result | {"suggestions": 99})
+
+
+def test_results_of_two_models_are_not_mixed(files):
+    assert model_of(files) == "tiny"
+    files[0].write_text(files[0].read_text().replace('"tiny"', '"other"'))
+    with pytest.raises(MidfillError, match="several models"):
+        model_of(files)
 
 
 def test_predictions_are_probabilities(files):
@@ -80,6 +107,15 @@ def test_a_threshold_of_zero_shows_everything(files):
     found = trade(cases, [np.ones(2) for _ in cases], 0.0)
     assert found["shown"] == found["saved_of_all"] == 1.0
     assert found["precision"] == found["precision_of_all"]
+
+
+def test_results_are_read_as_a_shell_may_have_copied_them(files):
+    whole = len(read_cases(files[:1]))
+    files[0].write_bytes(b"\xef\xbb\xbf" + files[0].read_bytes().replace(b"\n", b"\r\n"))
+    assert len(read_cases(files[:1])) == whole
+    files[0].write_bytes(files[0].read_text().encode("utf-16"))
+    with pytest.raises(MidfillError, match=r"UTF-16\. Save it as UTF-8\.$"):
+        read_cases(files[:1])
 
 
 def test_what_cannot_be_calibrated_is_said(files, tmp_path):

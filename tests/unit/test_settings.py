@@ -1,12 +1,26 @@
 import json
+import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
+from planted_settings import EDITOR, FILE, KEYS, PROJECT, RESTART, changed
 from pydantic.alias_generators import to_camel
 
 from midfill.errors import SettingsError
-from midfill.settings import PROJECT_SETTINGS, Settings, load, merge, parse, store, vscode_settings
+from midfill.settings import (
+    Policy,
+    Scope,
+    Settings,
+    keep_start_only,
+    load,
+    merge,
+    parse,
+    policy,
+    store,
+    vscode_settings,
+)
 
 
 def test_no_file_means_defaults(tmp_path):
@@ -72,6 +86,68 @@ def test_storing_a_bad_value_changes_nothing(tmp_path):
     assert load(path).max_new_tokens == 12
 
 
+# Files as users write them, and what is in them once `model` was set.
+FILES = {
+    "comments": ('# my notes\n\neagerness = "low"   # calm\n# end\n', "{}model = {}\n"),
+    "order": ('prefetch = false\nmodel = "old"  # why\nenabled = true\n', None),
+    "no line end": ('eagerness = "low"', "{}\nmodel = {}\n"),
+    "CRLF": ('# notes\r\neagerness = "low"\r\n', "{}model = {}\r\n"),
+    "byte order mark": ('\ufeffeagerness = "low"\n', "{}model = {}\n"),
+    "mark and CRLF": ('\ufeff# a\r\n\r\neagerness = "low"\r\n', "{}model = {}\r\n"),
+    "only comments": ("# nothing yet\n", "{}model = {}\n"),
+    "only a mark": ("\ufeff", "{}model = {}\n"),
+    "empty": ("", "{}model = {}\n"),
+    "list over lines": ('disabled_languages = [\n  "c", # no\n  "d",\n]\n', "{}model = {}\n"),
+    "camel case": ("maxNewTokens = 9 # few\n", "{}model = {}\n"),
+    "literal strings": ('model = \'C:\\models\\x\'\neagerness = """low"""\n', None),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_storing_keeps_all_else_of_the_users_file(tmp_path, case):
+    before, after = FILES[case]
+    path = tmp_path / "config.toml"
+    path.write_bytes(before.encode())
+    old = load(path)
+    assert store("model", "new-model", path) == path
+    found = path.read_bytes().decode()
+    if after is not None:
+        assert found == after.format(before, '"new-model"')
+    else:
+        assert re.sub(r"model = \S+", "", found) == re.sub(r"model = \S+", "", before)
+    assert load(path) == old.model_copy(update={"model": "new-model"})
+
+
+def test_storing_finds_the_key_as_the_user_has_spelled_it(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("maxNewTokens = 9 # few\n")
+    store("max_new_tokens", 12, path)
+    assert path.read_text() == "maxNewTokens = 12 # few\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX links")
+def test_storing_writes_through_a_link_into_a_folder_of_dotfiles(tmp_path):
+    real, link = tmp_path / "dotfiles.toml", tmp_path / "config.toml"
+    real.write_text("# mine\n")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    store("model", "m", link)
+    assert link.is_symlink()
+    assert real.read_text() == '# mine\nmodel = "m"\n'
+    assert real.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
+def test_a_file_in_another_encoding_is_said_and_left_alone(tmp_path, encoding):
+    path = tmp_path / "config.toml"
+    path.write_bytes('# für mich\neagerness = "low"\n'.encode(encoding))
+    before = path.read_bytes()
+    for attempt in (lambda: load(path), lambda: store("model", "m", path)):
+        with pytest.raises(SettingsError, match=r"config\.toml.*UTF-.*Save it as UTF-8"):
+            attempt()
+    assert path.read_bytes() == before
+
+
 def test_a_null_takes_back_what_an_editor_has_set():
     own = Settings(max_new_tokens=5)
     settings, problems = merge({"maxNewTokens": None, "model": "m"}, Settings(max_new_tokens=9), own)
@@ -86,23 +162,78 @@ def test_the_settings_of_vs_code_are_the_schema():
     assert manifest == generated(manifest), "run: python clients/vscode/scripts/settings.py"
 
 
-def test_vs_code_takes_from_a_project_only_what_a_project_may_choose():
-    declared = vscode_settings()
-    known = {name for name in Settings.model_fields if not name.startswith("engine")}
-    assert {to_camel(name) for name in known} == {key.split(".")[1] for key in declared}
-    scopes = {key.split(".")[1]: value["scope"] for key, value in declared.items()}
-    theirs = {name for name, scope in scopes.items() if scope == "window"}
-    assert theirs == {to_camel(name) for name in PROJECT_SETTINGS}
-    mine = ("model", "adapter", "family", "device", "excludedFiles", "detectSecrets")
-    assert all(scopes[name] == "machine" for name in mine)
+def test_every_setting_says_who_may_set_it_and_when_a_change_counts():
+    assert set(KEYS) == FILE | EDITOR | PROJECT
+    for name, field in Settings.model_fields.items():
+        own = [one for one in field.metadata if isinstance(one, Policy)]
+        scope = Scope.FILE if name in FILE else Scope.PROJECT if name in PROJECT else Scope.EDITOR
+        assert own == [Policy(scope, restart=name in RESTART)], name
 
 
-def test_an_editor_does_not_say_where_code_is_sent():
-    mine = Settings(engine="http://box:8000")
-    sent = {"engine": "http://thief", "engineKey": "command:x", "engineApi": None, "eagerness": "low"}
-    settings, problems = merge(sent, mine, mine)
-    assert (settings.engine, settings.engine_key, settings.eagerness) == (mine.engine, mine.engine_key, "low")
-    assert len(problems) == 2 + 1
+def test_a_setting_that_does_not_say_who_may_set_it_is_the_files_alone(monkeypatch):
+    monkeypatch.setattr(Settings.model_fields["eagerness"], "metadata", [])
+    assert policy("eagerness") == Policy(Scope.FILE, restart=True)
+    assert merge({"eagerness": "low"}, Settings(), Settings())[0] == Settings()
+    assert "midfill.eagerness" not in vscode_settings()
+
+
+@pytest.mark.parametrize("spell", [str, to_camel], ids=["snake", "camel"])
+@pytest.mark.parametrize("key", KEYS)
+def test_an_editor_sets_what_is_not_the_files_alone(key, spell):
+    value = changed(key)
+    mine = Settings()
+    settings, problems = merge({spell(key): value}, mine, mine)
+    if key in FILE:
+        assert settings == mine
+        assert len(problems) == 1
+        assert f"{spell(key)!r} is taken from" in problems[0]
+    else:
+        assert problems == []
+        assert settings == parse({key: value}) != mine
+
+
+@pytest.mark.parametrize("key", sorted(FILE))
+def test_an_editor_does_not_take_back_what_the_file_says(key):
+    mine = parse({key: changed(key)})
+    assert merge({key: None}, mine, Settings())[0] == mine
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_running_server_keeps_what_counts_only_at_the_start(key):
+    new = parse({key: changed(key)})
+    kept, problems = keep_start_only(new, Settings())
+    assert (kept == Settings()) == (key in RESTART)
+    assert bool(problems) == (key in RESTART)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_vs_code_takes_from_a_project_only_what_a_project_may_choose(key):
+    declared = vscode_settings().get(f"midfill.{to_camel(key)}")
+    if key in FILE:
+        assert declared is None
+        return
+    assert declared["scope"] == ("window" if key in PROJECT else "machine")
+    assert declared["tags"] == (["restart"] if key in RESTART else [])
+
+
+def test_a_folder_that_is_not_trusted_sets_nothing_in_vs_code():
+    client = Path(__file__).parents[2] / "clients" / "vscode"
+    manifest = json.loads((client / "package.json").read_text(encoding="utf-8"))
+    restricted = manifest["capabilities"]["untrustedWorkspaces"]["restrictedConfigurations"]
+    assert {f"midfill.{to_camel(key)}" for key in EDITOR | PROJECT} <= set(restricted)
+
+
+def test_the_policy_hangs_on_no_sentence(monkeypatch):
+    """Descriptions are for users, and whoever improves one changes nothing else."""
+    mine = Settings()
+    for field in Settings.model_fields.values():
+        monkeypatch.setattr(field, "description", "Something else.")
+    for key in KEYS:
+        settings = merge({key: changed(key)}, mine, mine)[0]
+        assert (settings == mine) == (key in FILE)
+
+
+def test_several_servers_may_have_the_model():
     assert parse({"engine": ["http://a", "http://b"]}).engine_urls == ("http://a", "http://b")
 
 

@@ -9,6 +9,7 @@ adapters is for `registry`. Runs on any thread.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,8 +17,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from midfill import textfiles
 from midfill.adapters.registry import data_dir, locked, replace_file
 from midfill.errors import AdapterError
+from midfill.languages import normalise
+
+_LOG = logging.getLogger(__name__)
 
 OFF = "off"
 """Bound in the place of a digest: no adapter here, whatever wider bindings say."""
@@ -37,7 +42,7 @@ class Bound:
 
     Attributes:
         everywhere: the global one, or None.
-        languages: by language identifier.
+        languages: by language identifier, as `languages.normalise` gives it.
         workspaces: by absolute path.
         refused: digests that the user does not want, by the workspace that asks for them.
     """
@@ -53,7 +58,7 @@ class Bound:
         if inside:
             bound: str | None = self.workspaces[max(inside, key=len)]
         else:
-            bound = self.languages.get(language, self.everywhere)
+            bound = self.languages.get(normalise(language), self.everywhere)
         return None if bound == OFF else bound
 
     def uses(self, digest: str) -> list[str]:
@@ -90,7 +95,7 @@ class Bindings:
             if workspace is not None:
                 return replace(before, workspaces=_with(before.workspaces, str(workspace.absolute()), bound))
             if language is not None:
-                return replace(before, languages=_with(before.languages, language, bound))
+                return replace(before, languages=_with(before.languages, normalise(language), bound))
             return replace(before, everywhere=bound)
 
         return self._change(change)
@@ -162,7 +167,12 @@ def asked_by(workspace: Path) -> str | None:
             return None
         with path.open("rb") as stream:
             text = stream.read(_MAX_REQUEST_BYTES + 1)
-        asked = tomllib.loads(text.decode()).get("adapter") if len(text) <= _MAX_REQUEST_BYTES else None
+        asked = (
+            tomllib.loads(textfiles.decode(text)).get("adapter") if len(text) <= _MAX_REQUEST_BYTES else None
+        )
+    except UnicodeError as error:
+        _LOG.warning("%s asks for nothing: %s", path, error)
+        return None
     except (OSError, ValueError, RecursionError):
         return None
     match = _ASKED.fullmatch(asked) if isinstance(asked, str) else None
@@ -174,10 +184,16 @@ def _with(bindings: Mapping[str, str], key: str, bound: str | None) -> dict[str,
     return others if bound is None else {**others, key: bound}
 
 
+def _by_language(bindings: Mapping[str, str]) -> dict[str, str]:
+    """Bindings by our names of languages. Older versions wrote down an editor's; before those, ours count."""
+    ours = {name: bound for name, bound in bindings.items() if normalise(name) == name}
+    return {normalise(name): bound for name, bound in bindings.items()} | ours
+
+
 def _bound(values: Mapping[str, Any]) -> Bound:
     found = Bound(
         values["everywhere"],
-        dict(values["languages"]),
+        _by_language(values["languages"]),
         dict(values["workspaces"]),
         {place: tuple(digests) for place, digests in values["refused"].items()},
     )

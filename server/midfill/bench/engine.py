@@ -148,7 +148,7 @@ async def _rivals(
             "there is no GGUF file of these weights: midfill model pull NAME --gguf, or --gguf FILE"
         )
     elif not can_run_llama_cpp():
-        found.skipped[LLAMA_CPP] = "xllamacpp is not installed: pip install 'midfill[bench]'"
+        found.skipped[LLAMA_CPP] = "xllamacpp is not installed: pip install xllamacpp"
     context = max(plan.prefill_tokens, plan.context_tokens + plan.decode_tokens) + _WARM_UP_TOKENS
     for name, path in paths.items():
         if path is None or name in found.skipped:

@@ -6,7 +6,7 @@ does, and suggestions are typed through, not accepted: so the load that is offer
 well it is served. How late the keys came is measured too, since a generator that is itself too slow
 would be taken for a slow engine.
 
-`Figures` are those of a simulation (`simulation`) just the same. Runs on the event loop.
+The figures (`figures`) are those of a simulation (`simulation`) just the same. Runs on the event loop.
 """
 
 from __future__ import annotations

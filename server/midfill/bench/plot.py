@@ -24,7 +24,7 @@ def need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401, ICN001, PLC0415 - an extra
     except ImportError as error:
-        raise MidfillError("--plot needs matplotlib. Run: pip install 'midfill[bench]'") from error
+        raise MidfillError("--plot needs matplotlib. Run: pip install matplotlib") from error
 
 
 def plot(sessions: Sequence[Session], title: str, path: Path) -> None:

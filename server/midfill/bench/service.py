@@ -166,7 +166,7 @@ class Service:
     def read(path: Path) -> Service:
         """What `write` wrote. Raises `MidfillError`."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_bytes())
             if (version := values.pop("version")) != _VERSION:
                 raise MidfillError(f"{path} is of version {version}; measure again (--save-service).")
             episodes = tuple(_typed(episode) for episode in values.pop("episodes"))

@@ -71,7 +71,7 @@ def read_trace(path: Path) -> list[Episode]:
     number = 0
     reader = _Reader()
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):  # noqa: B007 - the error names it
                 if not line.isspace():
                     reader.read(json.loads(line))

@@ -18,7 +18,7 @@ from pathlib import Path
 from midfill.bench.trace import Episode, Key, cursor_after
 from midfill.documents import Change
 from midfill.errors import MidfillError
-from midfill.languages import language_id
+from midfill.languages import NOT_CODE, language_id
 
 # (share of the gaps, at most so many ms). The two ends are ours.
 _GAPS_MS = ((0.0, 25), (0.1, 45), (0.25, 68), (0.5, 91), (0.75, 136), (0.9, 203), (0.95, 314), (0.99, 1050))
@@ -31,7 +31,6 @@ _REST_S = (0.4, 1.6)
 
 _MIN_BYTES, _MAX_BYTES = 400, 100_000
 _MAX_LINES = 4
-_NOT_CODE = {"plaintext", "json", "markdown", "toml", "yaml", "html", "css"}
 _SKIPPED = {"node_modules", "__pycache__", "venv", "site-packages", "build", "dist"}
 
 
@@ -58,7 +57,7 @@ def _files(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("."))
         for name in sorted(names):
             path = Path(where, name)
-            if language_id(name) in _NOT_CODE or path.is_symlink() or not path.is_file():
+            if language_id(name) in NOT_CODE or path.is_symlink() or not path.is_file():
                 continue
             if _MIN_BYTES <= path.stat().st_size <= _MAX_BYTES:
                 yield path

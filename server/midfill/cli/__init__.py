@@ -50,7 +50,7 @@ _LOG_LEVELS = ("debug", "info", "warning", "error")
 )
 @click.version_option(__version__, message="midfill %(version)s")
 def cli() -> None:
-    """Fill-in-the-middle code completion on your own machine, for any LSP editor."""
+    """Fill-in-the-middle code completion on your own machine, for editors that speak LSP."""
 
 
 def main() -> None:
@@ -235,7 +235,7 @@ def status(as_json: bool) -> None:
       midfill status
       midfill status --json
     """
-    from midfill import feedback
+    from midfill import calibrations, feedback
     from midfill.models import store
     from midfill.settings import config_path
 
@@ -243,12 +243,14 @@ def status(as_json: bool) -> None:
     counts_path = feedback.state_path()
     counts = feedback.read(counts_path)
     found = store.find(settings.model)
+    judged = calibrations.in_use(settings.model)
     result = {
         "version": __version__,
         "model": settings.model,
         "model_path": str(found.path) if found else None,
         "adapter": settings.adapter,
         "settings": str(config_path()),
+        "calibration": judged.calibration.source or None,
         "counts_file": str(counts_path),
         "counts": feedback.as_dict(counts),
     }
@@ -259,7 +261,8 @@ def status(as_json: bool) -> None:
 
     here = result["model_path"] or f"not on this machine: run `midfill model pull {settings.model}`"
     click.echo(f"midfill {__version__}\nmodel     {settings.model} ({here})")
-    click.echo(f"settings  {result['settings']}\ncounts    {counts_path}\n")
+    click.echo(f"settings  {result['settings']}\ngate      {calibrations.describe(judged)}")
+    click.echo(f"counts    {counts_path}\n")
     Console(highlight=False).print(feedback.table(counts))
 
 

@@ -317,7 +317,9 @@ def _place(workspace: Path | None, language: str | None, everywhere: bool) -> di
     if (workspace is not None) + (language is not None) + everywhere > 1:
         raise AdapterError("Choose one of --workspace, --language and --global.")
     if language is not None:
-        return {"language": language}
+        from midfill.languages import normalise
+
+        return {"language": normalise(language)}
     if everywhere:
         return {}
     return {"workspace": (workspace.expanduser() if workspace is not None else _repository()).absolute()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import tomllib
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -168,6 +169,7 @@ def eval_repo(
       midfill eval repo . --set suffix_tokens=512 --results long.jsonl
       midfill eval repo --compare short.jsonl long.jsonl --json
     """
+    from midfill import calibrations
     from midfill.confidence import Eagerness
     from midfill.evaluation import holes as places
     from midfill.evaluation import records, repository
@@ -200,9 +202,10 @@ def eval_repo(
             folder=path.resolve(),
         )
     found = [repository.read_result(kept.rows[sample.id]) for sample in samples]
-    summary = {**kept.header, **repository.summarise(found, eagerness)}
+    by = calibrations.in_use(settings.model).calibration
+    summary = {**kept.header, **repository.summarise(found, eagerness, by)}
     if plot is not None:
-        draw.repository(found, summary, plot)
+        draw.repository(found, summary, plot, by)
     show(summary, repository.describe, as_json=as_json)
 
 
@@ -253,22 +256,69 @@ def eval_families(vocabs: tuple[Path, ...], no_probe: bool, as_json: bool) -> No
 
 
 @evaluate.command("calibrate")
-@click.argument("training", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("training", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--held-out", multiple=True, type=click.Path(path_type=Path), help="Judge it on these results.")
+@click.option(
+    "--write", "writes", is_flag=True, help="Use it for this model from the next start of servers on."
+)
+@click.option("--force", is_flag=True, help="Write it even if it is no better than the built-in one.")
+@click.option("--reset", is_flag=True, help="Instead: remove what was written for the model.")
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="The model it is for, as `midfill/status` names it, if not that of the results or settings.",
+)
 @JSON
-def eval_calibrate(training: tuple[Path, ...], held_out: tuple[Path, ...], as_json: bool) -> None:
-    """Fit the confidence gate to results of `midfill eval repo`, and judge it on others.
+def eval_calibrate(
+    training: tuple[Path, ...],
+    held_out: tuple[Path, ...],
+    writes: bool,
+    force: bool,
+    reset: bool,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Fit what decides on showing a suggestion (`eagerness`) to results of `midfill eval repo`.
 
-    Prints the tables of midfill.confidence. Give a file of results for each repository: thresholds are
-    chosen by predictions for repositories that the weights have not seen.
+    Give a file of results for each repository, two at least: thresholds are chosen by predictions for
+    repositories that the weights have not seen. Without --write nothing changes. It is written if it
+    predicts better than the built-in calibration, to a file of your own that holds numbers only.
 
     \b
-    Example:
+    Examples:
       midfill eval calibrate app.jsonl tool.jsonl site.jsonl --held-out other.jsonl
+      midfill eval calibrate app.jsonl tool.jsonl --write
+      midfill eval calibrate --reset
     """
+    from midfill import calibrations
+
+    if reset:
+        if training or held_out or writes:
+            raise click.UsageError("--reset stands alone, but for --model.")
+        name = model or read_settings().model
+        removed = calibrations.remove(name)
+        text = f"Removed {removed}." if removed else f"There is no calibration of your own for {name}."
+        show({"model": name, "removed": removed and str(removed)}, lambda _: text, as_json=as_json)
+        return
+    if not training:
+        raise click.UsageError("Give files of results of `midfill eval repo`, or --reset.")
     from midfill.evaluation import calibration
 
-    show(calibration.calibrate(training, held_out), calibration.describe, as_json=as_json)
+    result = calibration.calibrate(training, held_out)
+    result["model"] = name = model or calibration.model_of([*training, *held_out])
+    result["file"] = None
+    why = calibration.why_not(result)
+    if writes and why is not None and not force:
+        show(result, calibration.describe, as_json=as_json)
+        raise MidfillError(f"Not written. {why} --force writes it anyway.")
+    if writes:
+        today = time.strftime("%Y-%m-%d")
+        result["file"] = str(calibrations.write(calibration.to_saved(result, name, today)))
+    show(result, calibration.describe, as_json=as_json)
+    if writes and not as_json:
+        click.echo(f"Written to {result['file']}: {name} is judged by it from the next start on.")
+    elif not as_json:
+        click.echo(why or "--write uses it.")
 
 
 def _settings(given: tuple[str, ...], **overrides: Any) -> Settings:

@@ -130,7 +130,7 @@ def bench_engine(
     """Measure how fast the model reads and writes, beside generate and llama.cpp.
 
     All run the same weights in turn, in the same minutes; the GGUF file (`midfill model pull NAME --gguf`)
-    and the package xllamacpp (`pip install 'midfill[bench]'`) are needed for llama.cpp. It takes a minute
+    and the package xllamacpp (`pip install xllamacpp`) are needed for llama.cpp. It takes a minute
     or two: leave the machine alone. With --shape nothing is fetched: the weights are made up, in a
     temporary folder (2 bytes a weight).
 
@@ -332,7 +332,7 @@ def _rival(
             raise MidfillError(f"Fetch the model first: midfill model pull {settings.model}")
         return Generate(found, settings)
     if not can_run_llama_cpp():
-        raise MidfillError("--against llama.cpp needs xllamacpp. Run: pip install 'midfill[bench]'")
+        raise MidfillError("--against llama.cpp needs xllamacpp. Run: pip install xllamacpp")
     if (file := gguf or store.find_gguf(settings.model)) is None:
         raise MidfillError(
             "--against llama.cpp needs the weights as a GGUF file. "

@@ -123,7 +123,7 @@ class Script:
     def read(path: Path) -> Script:
         """Read a JSON file with the fields of `Script`. Raises `ModelError`."""
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values: dict[str, Any] = json.loads(path.read_bytes())
             values["rules"] = [Rule(**rule) for rule in values.get("rules", [])]
             return Script(**values)
         except (OSError, ValueError, TypeError) as error:

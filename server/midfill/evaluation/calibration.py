@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from midfill.confidence import Eagerness, beginnings, features
+from midfill.calibrations import Saved
+from midfill.confidence import BUILT_IN, Eagerness, beginnings, features
 from midfill.errors import MidfillError
 from midfill.evaluation import records
 from midfill.evaluation.repository import Result, Score, read_result, score
@@ -25,6 +26,8 @@ Array = NDArray[np.float64]
 _KEPT = {Eagerness.LOW: 0.75, Eagerness.NORMAL: 0.97, Eagerness.HIGH: 0.999}
 _PENALTY = 3.0
 _NUM_BINS = 8
+# Fewer say too little to take the place of the built-in weights.
+_LEAST_SUGGESTIONS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,16 @@ def read_cases(paths: Sequence[Path]) -> list[Case]:
     if not cases:
         raise MidfillError("No suggestions with log-probabilities in " + ", ".join(map(str, paths)))
     return cases
+
+
+def model_of(paths: Sequence[Path]) -> str:
+    """The model that has made all these results. Raises `MidfillError` if there are several."""
+    models = {str(records.read(path)[0].get("model")) for path in paths}
+    if len(models) > 1:
+        raise MidfillError(
+            f"The results are of several models ({', '.join(sorted(models))}): fit each alone."
+        )
+    return models.pop()
 
 
 def _case(group: str, result: Result) -> Case:
@@ -139,6 +152,17 @@ def thresholds(cases: Sequence[Case], likely: Sequence[Array]) -> dict[Eagerness
     return found
 
 
+def brier(cases: Sequence[Case], likely: Sequence[Array]) -> float:
+    """The mean squared error of probabilities of beginnings, 0..1: the lower the better."""
+    right = np.array([one.right for case in cases for one in case.scores], dtype=np.float64)
+    return float(np.mean((np.concatenate(likely) - right) ** 2))
+
+
+def _built_in(names: Sequence[str]) -> Fit:
+    weights = np.array([BUILT_IN.weights[name] for name in names])
+    return Fit(tuple(names), BUILT_IN.weights["bias"], weights)
+
+
 def reliability(likely: Array, right: Array) -> list[dict[str, float]]:
     """Bins with as many members each: how likely, and how often it was right."""
     order = np.argsort(likely, kind="stable")
@@ -158,13 +182,18 @@ def calibrate(training: Sequence[Path], held_out: Sequence[Path]) -> dict[str, A
     cases = read_cases(training)
     crossed = cross_predict(cases)
     levels = thresholds(cases, crossed)
-    model = fit(cases)
+    model, built_in = fit(cases), _built_in(cases[0].names)
     result: dict[str, Any] = {
         "suggestions": len(cases),
         "weights": {"bias": round(model.bias, 4)}
         | {name: round(float(weight), 4) for name, weight in zip(model.names, model.weights, strict=True)},
         "thresholds": {str(eagerness): threshold for eagerness, threshold in levels.items()},
         "training": {str(level): trade(cases, crossed, cut) for level, cut in levels.items()},
+        "repositories": len({case.group for case in cases}),
+        "brier": {
+            "fitted": round(brier(cases, crossed), 4),
+            "built_in": round(brier(cases, [built_in.predict(case.rows) for case in cases]), 4),
+        },
     }
     if held_out:
         others = read_cases(held_out)
@@ -173,24 +202,67 @@ def calibrate(training: Sequence[Path], held_out: Sequence[Path]) -> dict[str, A
         result["held_out"] = {
             "suggestions": len(others),
             **{str(level): trade(others, likely, cut) for level, cut in levels.items()},
-            "brier": round(float(np.mean((np.concatenate(likely) - right) ** 2)), 4),
+            "brier": round(brier(others, likely), 4),
+            "brier_built_in": round(brier(others, [built_in.predict(case.rows) for case in others]), 4),
             "reliability": reliability(np.concatenate(likely), right),
         }
     return result
 
 
+def why_not(result: Mapping[str, Any]) -> str | None:
+    """Why a calibration should not be used, a sentence; None if it is better than the built-in one."""
+    if result["suggestions"] < _LEAST_SUGGESTIONS:
+        return f"It was fitted to {result['suggestions']} suggestions; {_LEAST_SUGGESTIONS} are the least."
+    pairs = [
+        ("the repositories that it was not fitted to", result["brier"]["fitted"], result["brier"]["built_in"])
+    ]
+    if "held_out" in result:
+        held = result["held_out"]
+        pairs.append(("the results that were held out", held["brier"], held["brier_built_in"]))
+    for where, fitted, built_in in pairs:
+        if fitted >= built_in:
+            scores = f"Brier score {fitted:.4f}, {built_in:.4f}"
+            return f"On {where} it is no better than the built-in one ({scores})."
+    return None
+
+
+def to_saved(result: Mapping[str, Any], model: str, today: str) -> Saved:
+    """What is written of a calibration; `today` is YYYY-MM-DD. Raises `MidfillError` if the fit is no use."""
+    levels = [result["thresholds"][level] for level in BUILT_IN.thresholds]
+    # The share of characters that is kept rises with eagerness, so the threshold never does; equal ones may.
+    try:
+        return Saved(
+            model=model,
+            suggestions=result["suggestions"],
+            repositories=result["repositories"],
+            made=today,
+            weights=result["weights"],
+            thresholds=dict(zip(map(str, BUILT_IN.thresholds), levels, strict=True)),
+        )
+    except ValueError as error:
+        raise MidfillError(f"The results give no calibration that can be used: {error}") from error
+
+
 def describe(result: Mapping[str, Any]) -> str:
-    """The weights and thresholds as the tables of `midfill.confidence`, and what they are worth."""
-    rows = ["WEIGHTS: dict[str, float] = {"]
-    rows += [f'    "{name}": {weight},' for name, weight in result["weights"].items()]
-    rows += ["}", "THRESHOLDS: dict[Eagerness, float] = {"]
-    rows += [f"    Eagerness.{name.upper()}: {value}," for name, value in result["thresholds"].items()]
-    rows.append("}")
+    """What a calibration is worth, for a person."""
+    score = result["brier"]
+    rows = [
+        f"Fitted to {result['suggestions']} suggestions in {result['repositories']} repositories.",
+        f"Brier score, each repository judged by the others: {score['fitted']:.4f}; the built-in "
+        f"calibration has {score['built_in']:.4f} (the lower the better).",
+    ]
+    if "held_out" in result:
+        held = result["held_out"]
+        rows.append(
+            f"On {held['suggestions']} suggestions that were held out: {held['brier']:.4f}; the built-in "
+            f"calibration has {held['brier_built_in']:.4f}."
+        )
     for part in ("training", "held_out"):
         for level in result["thresholds"] if part in result else ():
             one = result[part][level]
             rows.append(
-                f"{part:9} {level:7} shown {one['shown']:.1%}, right {one['precision']:.1%} of them (of all: "
-                f"{one['precision_of_all']:.1%}), characters saved {one['saved_of_all']:.1%} of all"
+                f"{part:9} {level:7} from {one['threshold']:.0%} on: shown {one['shown']:.1%}, right "
+                f"{one['precision']:.1%} of them (of all: {one['precision_of_all']:.1%}), characters saved "
+                f"{one['saved_of_all']:.1%} of all"
             )
     return "\n".join(rows)

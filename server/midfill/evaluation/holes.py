@@ -20,6 +20,7 @@ from pathlib import Path
 from midfill.context.files import Sieve
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Hole
+from midfill.languages import is_among
 from midfill.settings import Settings
 
 # Kinds of places and their shares: most requests come from the middle of a line.
@@ -149,7 +150,7 @@ def _read(sieve: Sieve, weights: Mapping[str, float], settings: Settings) -> Ite
         file = sieve.read(name)
         if (
             file is not None
-            and file.language_id not in settings.disabled_languages
+            and not is_among(settings.disabled_languages, file.language_id)
             and file.text.count("\n") >= _MIN_LINES
         ):
             path = sieve.root / name

@@ -125,7 +125,7 @@ def read_tasks(path: Path) -> list[Task]:
     opened = gzip.open if path.suffix == ".gz" else open
     tasks: list[Task] = []
     try:
-        with opened(path, "rt", encoding="utf-8") as lines:
+        with opened(path, "rt", encoding="utf-8-sig") as lines:
             for line in lines:
                 tasks.append(_task(json.loads(line)))  # noqa: PERF401 - the error names how far it came
     except OSError as error:

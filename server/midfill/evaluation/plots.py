@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from midfill.confidence import THRESHOLDS, beginnings, confidence
+from midfill.confidence import BUILT_IN, Calibration, beginnings, confidence
 from midfill.errors import MidfillError
 from midfill.evaluation.calibration import reliability
 from midfill.evaluation.repository import Result, score
@@ -40,7 +40,9 @@ def infilling(summary: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def repository(results: Sequence[Result], summary: Mapping[str, Any], path: Path) -> None:
+def repository(
+    results: Sequence[Result], summary: Mapping[str, Any], path: Path, by: Calibration = BUILT_IN
+) -> None:
     """How good by kind of place, and how reliable the confidence is. Raises `MidfillError`."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
 
@@ -61,14 +63,14 @@ def repository(results: Sequence[Result], summary: Mapping[str, Any], path: Path
     kinds.yaxis.set_major_formatter("{x:.0%}")
     kinds.set_title(f"at eagerness {summary['eagerness']}", fontsize=9)
     kinds.legend(fontsize=8)
-    _reliability(reliable, results)
+    _reliability(reliable, results, by)
     _save(figure, path)
 
 
-def _reliability(axes: Axes, results: Sequence[Result]) -> None:
+def _reliability(axes: Axes, results: Sequence[Result], by: Calibration) -> None:
     """How often beginnings of suggestions are right, against how likely that was said to be."""
     judged = [
-        (confidence(result.evidence, end), score(result.text[:end], result.truth).right)
+        (confidence(result.evidence, end, by), score(result.text[:end], result.truth).right)
         for result in results
         if result.tokens
         for end in beginnings(result.text)
@@ -77,7 +79,7 @@ def _reliability(axes: Axes, results: Sequence[Result]) -> None:
     axes.set_title(f"reliability, {len(judged)} beginnings of suggestions", fontsize=9)
     axes.set_xlabel("confidence")
     axes.set_ylabel("share that is right")
-    for eagerness, threshold in THRESHOLDS.items():
+    for eagerness, threshold in by.thresholds.items():
         axes.axvline(threshold, color="#999999", linewidth=0.8, linestyle=":")
         axes.annotate(str(eagerness), (threshold, 0.98), fontsize=7, rotation=90, ha="right", va="top")
     if not judged:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from midfill import textfiles
 from midfill.errors import MidfillError
 
 
@@ -72,9 +73,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise MidfillError(f"Cannot read results from {path}: {error}.") from error
+        lines = textfiles.read(path).splitlines()
+    except (OSError, UnicodeError) as error:
+        raise MidfillError(f"Cannot read results from {path}: {str(error).rstrip('.')}.") from error
     header = None
     rows = {}
     for line in lines:

@@ -2,7 +2,7 @@
 
 A suggestion is compared with what stood in the hole. Nothing is run. The confidence gate is applied to the
 results afterwards, as the pipeline does last of all, so that one run of the model shows every
-`eagerness`; `tests/unit/test_evaluation.py` holds the two to the same answers.
+`eagerness`; `tests/unit/test_evaluation_repository.py` holds the two to the same answers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from midfill.bench.figures import percentiles
 from midfill.completer import Trigger
-from midfill.confidence import Eagerness, Evidence, beginnings, worth_showing
+from midfill.confidence import BUILT_IN, Calibration, Eagerness, Evidence, beginnings, worth_showing
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Filler
 from midfill.evaluation.holes import KINDS, Sample
@@ -162,14 +162,15 @@ def _rows(text: str) -> list[str]:
     return rows
 
 
-def summarise(results: Sequence[Result], eagerness: Eagerness) -> dict[str, Any]:
+def summarise(results: Sequence[Result], eagerness: Eagerness, by: Calibration = BUILT_IN) -> dict[str, Any]:
     """All figures, as `--json` prints them: those of one `eagerness`, and the trade-off of each of them."""
-    summary = {"eagerness": str(eagerness), **_figures(results, eagerness)}
+    summary = {"eagerness": str(eagerness), "calibration": by.source or None}
+    summary |= _figures(results, eagerness, by)
     names = ("shown", "precision", "exact", "too_long")
     plain = ("syntax_errors", "saved_chars", "silent_where_nothing")
     trades = {}
     for level in Eagerness:
-        figures = _figures(results, level)
+        figures = _figures(results, level, by)
         trades[str(level)] = {
             **{name: figures[name]["all"] for name in names},
             **{name: figures[name] for name in plain},
@@ -177,12 +178,12 @@ def summarise(results: Sequence[Result], eagerness: Eagerness) -> dict[str, Any]
     return {**summary, "by_eagerness": trades}
 
 
-def shown_text(result: Result, eagerness: Eagerness) -> str:
+def shown_text(result: Result, eagerness: Eagerness, by: Calibration = BUILT_IN) -> str:
     """What of a result the user would see."""
-    return result.text[: worth_showing(result.evidence, eagerness)]
+    return result.text[: worth_showing(result.evidence, eagerness, by)]
 
 
-def _figures(results: Sequence[Result], eagerness: Eagerness) -> dict[str, Any]:
+def _figures(results: Sequence[Result], eagerness: Eagerness, by: Calibration) -> dict[str, Any]:
     written = [result for result in results if result.truth]
     nothing = [result for result in results if not result.truth]
 
@@ -194,7 +195,7 @@ def _figures(results: Sequence[Result], eagerness: Eagerness) -> dict[str, Any]:
             for name, group in groups.items()
         }
 
-    texts = {result.id: shown_text(result, eagerness) for result in results}
+    texts = {result.id: shown_text(result, eagerness, by) for result in results}
     scores = {result.id: score(texts[result.id], result.truth) for result in results}
     shown = [result for result in results if scores[result.id].shown]
     parsed = [len(texts[result.id]) in result.broken for result in shown if result.broken is not None]

@@ -144,7 +144,7 @@ def _pictures(result: Mapping[str, Any], measured: Measured) -> list[str]:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError:
-        return ["<p class='quiet'>Plots need matplotlib: pip install 'midfill[bench]'.</p>"]
+        return ["<p class='quiet'>Plots need matplotlib: pip install matplotlib.</p>"]
     pictures = []
     if measured.by_commit:
         figure = Figure(figsize=(9, 3.2), layout="constrained")

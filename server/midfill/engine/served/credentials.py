@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 
+from midfill import textfiles
 from midfill.errors import SettingsError
 
 _COMMAND_S = 20.0
@@ -47,7 +48,7 @@ def _from_keyring(place: str) -> str | None:
         import keyring  # noqa: PLC0415 - an extra
     except ImportError:
         raise SettingsError(
-            "`engine_key` names the keyring, which needs a package: pip install 'midfill[keyring]'."
+            "`engine_key` names the keyring, which needs a package: pip install keyring"
         ) from None
     service, _, user = place.partition("/")
     try:
@@ -67,7 +68,6 @@ def _from_command(line: str) -> str | None:
             capture_output=True,
             timeout=_COMMAND_S,
             check=True,
-            text=True,
         )
     except subprocess.CalledProcessError as error:
         raise SettingsError(f"The command of `engine_key` ended with status {error.returncode}.") from None
@@ -75,7 +75,10 @@ def _from_command(line: str) -> str | None:
         raise SettingsError(f"The command of `engine_key` took longer than {_COMMAND_S:.0f} s.") from None
     except (OSError, ValueError) as error:
         raise SettingsError(f"The command of `engine_key` cannot be run ({type(error).__name__}).") from None
-    lines = done.stdout.splitlines()
+    try:
+        lines = textfiles.decode(done.stdout).splitlines()
+    except UnicodeError:
+        raise SettingsError("What the command of `engine_key` prints is not in UTF-8.") from None
     return lines[0].strip() if lines else None
 
 

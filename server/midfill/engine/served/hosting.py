@@ -26,6 +26,7 @@ from typing import Any
 import uvicorn
 from starlette.exceptions import HTTPException
 
+from midfill import textfiles
 from midfill.engine.served.host import Host
 from midfill.engine.served.service import Service
 from midfill.errors import SettingsError
@@ -93,9 +94,9 @@ def read_tokens(path: Path) -> dict[str, str]:
     try:
         if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise SettingsError(f"Others may read {path}: chmod 600 {path}")
-        rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"Cannot read the tokens in {path}: {error}.") from error
+        rows = [line.split() for line in textfiles.read(path).splitlines() if line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"Cannot read the tokens in {path}: {str(error).rstrip('.')}.") from error
     if any(len(row) != 2 for row in rows) or not rows:
         raise SettingsError(f"{path} must have lines of `user token`.")
     return {token: user for user, token in rows}

@@ -1,0 +1,77 @@
+"""Text files that a person writes: read as any editor may have saved them, replaced with what is theirs kept.
+
+Notepad and PowerShell begin a file with a byte order mark, and some of their versions write UTF-16. A mark of
+UTF-8 is no part of the text; any other encoding is refused with a sentence. Any thread.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+BOM = "\ufeff"
+"""U+FEFF, as it stands at the beginning of a text that was decoded with its mark."""
+
+# The longer ones first: the mark of UTF-32 begins with that of UTF-16.
+_OTHER_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_REMEDY = "Save it as UTF-8."
+
+
+def decode(data: bytes) -> str:
+    """Return the text of a file, without a byte order mark.
+
+    Raises `UnicodeError` whose message says how the file is encoded and what to do.
+    """
+    for mark, name in _OTHER_MARKS:
+        if data.startswith(mark):
+            raise UnicodeError(f"it is in {name}. {_REMEDY}")
+    if b"\0" in data:
+        raise UnicodeError(f"it holds null bytes, as UTF-16 does. {_REMEDY}")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UnicodeError(f"line {line} is not in UTF-8. {_REMEDY}") from error
+
+
+def read(path: Path) -> str:
+    """Return the text of a file. Raises `OSError`, and `UnicodeError` as `decode` does."""
+    return decode(path.read_bytes())
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all: its mode stays, and so does a symbolic link that leads to it.
+
+    The text is written as it is, line ends and byte order mark included. A file that is not there is made,
+    and its folders, too. Raises `OSError`; then the file is as it was.
+    """
+    target = path.resolve()
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(13, "the file is read-only", str(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, partial)
+        else:
+            umask = os.umask(0)
+            os.umask(umask)
+            partial.chmod(0o666 & ~umask)
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
