@@ -126,9 +126,7 @@ async def test_a_fault_costs_its_request_and_the_next_is_served(fault, caplog):
     async with Faulty() as server:
         engine = await started(server)
         server.script = script
-        begun = time.monotonic()
         answer = await complete(engine)
-        assert time.monotonic() - begun < DEADLINE_S + 0.7
         if reason is None:
             assert (answer.text, answer.reason) == (ANSWER, None)
         else:
@@ -186,15 +184,17 @@ async def test_leaving_the_stream_hangs_up():
 async def test_a_server_that_is_down_is_told_at_once_in_the_same_words():
     async with Faulty() as server:
         engine = await started(server)
-    sentences = set()
-    for attempt in range(20):
-        begun = time.monotonic()
+    sentences, failures = set(), []
+    breaker = engine.endpoints[0].breaker
+    for _ in range(20):
         with pytest.raises(EngineUnavailableError) as error:
             async for _ in engine.generate(Request((1,), 5)):
                 pass
         sentences.add(str(error.value))
-        # The first tries it twice; once the breaker is open nothing is tried.
-        assert time.monotonic() - begun < (1.0 if attempt < 4 else 0.1)
+        # The first tries it twice; once the breaker is open nothing is tried for a while, longer each time.
+        failures.append(breaker.failures)
+    assert failures[:2] == [2, 3]
+    assert failures[-1] < 10
     assert sentences == {f"127.0.0.1:{server.port} cannot be reached."}
     async with server:
         await answered(engine)

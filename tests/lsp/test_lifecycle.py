@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -205,7 +204,8 @@ async def test_an_idle_server_neither_polls_nor_spins(scripted):
     cpu, switches = sum(process.cpu_times()[:2]), process.num_ctx_switches().voluntary
     # Time itself is under test.
     await asyncio.sleep(5)
-    assert sum(process.cpu_times()[:2]) - cpu < 0.05
+    # Spinning would take all of it.
+    assert sum(process.cpu_times()[:2]) - cpu < 0.05 * 5
     assert process.num_ctx_switches().voluntary - switches < 20
 
 
@@ -221,15 +221,15 @@ async def test_it_does_not_spin_while_a_request_waits_and_input_has_garbage(scri
     cpu = sum(process.cpu_times()[:2])
     # Time itself is under test.
     await asyncio.sleep(2)
-    assert sum(process.cpu_times()[:2]) - cpu < 0.05
+    assert sum(process.cpu_times()[:2]) - cpu < 0.05 * 2
 
 
 async def test_initialize_is_answered_before_a_model_is_loaded(scripted):
-    begun = time.monotonic()
-    server = await scripted({"text": "1"}, load_delay_s=30)
-    # A slow machine's interpreter start is in it; loading a model would take longer still.
-    assert time.monotonic() - begun < 5
+    # Starting it waits for the answer, for less than the model takes.
+    server = await scripted({"text": "1"}, load_delay_s=600)
     await server.serves()
+    server.request("state", "midfill/status", {})
+    assert (await server.answer("state"))["result"]["state"] == "loading"
 
 
 def is_progress(message, kind):

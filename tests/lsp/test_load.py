@@ -2,9 +2,8 @@
 
 import asyncio
 import json
-import statistics
-import time
 
+import psutil
 import pytest
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
@@ -18,12 +17,12 @@ def open_document(server, text, uri=URI):
     server.notify("textDocument/didOpen", {"textDocument": item})
 
 
-def insert(server, line, character, text, version):
+def insert(server, line, character, text, version, *, uri=URI):
     here = {"line": line, "character": character}
     changes = [{"range": {"start": here, "end": here}, "text": text}]
     server.notify(
         "textDocument/didChange",
-        {"textDocument": {"uri": URI, "version": version}, "contentChanges": changes},
+        {"textDocument": {"uri": uri, "version": version}, "contentChanges": changes},
     )
 
 
@@ -43,48 +42,55 @@ async def answers(server, num):
     return found
 
 
+def computed_s(server):
+    """Seconds of processor time that the server has used: other programs do not count."""
+    return sum(psutil.Process(server.process.pid).cpu_times()[:2])
+
+
 @pytest.mark.parametrize("char", ["x", "é"])
-async def test_a_line_of_ten_megabytes(scripted, char):
+async def test_a_line_of_ten_megabytes_costs_what_ten_of_one_cost(scripted, char):
     server = await scripted({"text": "1"})
     await server.loaded()
-    before = server.memory()
-    begun = time.monotonic()
-    open_document(server, (char * 9 + " ") * MB)
-    ask(server, 1, 0, 10 * MB)
-    ask(server, 2, 0, 5 * MB, method="textDocument/completion")
-    insert(server, 0, 10 * MB, "y = ", 2)
-    ask(server, 3, 0, 10 * MB + 4)
-    found = await answers(server, 3)
-    seconds, memory = time.monotonic() - begun, server.peak_memory() - before
-    print(f"10 MB line: {seconds:.2f} s, {memory / MB:.0f} MB")
-    assert len(found[3]["result"]["items"]) == 1
-    assert seconds < 5
+    seconds = {}
+    for size in (2 * MB, 10 * MB):
+        uri = f"file:///{size}.py"
+        before, begun_s = server.memory(), computed_s(server)
+        open_document(server, (char * 9 + " ") * (size // 10), uri=uri)
+        ask(server, 1, 0, size, uri=uri)
+        ask(server, 2, 0, size // 2, uri=uri, method="textDocument/completion")
+        insert(server, 0, size, "y = ", 2, uri=uri)
+        ask(server, 3, 0, size + 4, uri=uri)
+        found = await answers(server, 3)
+        assert len(found[3]["result"]["items"]) == 1
+        seconds[size], memory = computed_s(server) - begun_s, server.peak_memory() - before
+        print(f"{size // MB} MB line: {seconds[size]:.2f} s, {memory / MB:.0f} MB")
+    # Were it quadratic, it would take 25 times as long.
+    assert seconds[10 * MB] < 15 * seconds[2 * MB]
     assert memory < 300 * MB
 
 
-async def test_a_hundred_keys_in_a_file_of_a_hundred_thousand_lines(scripted):
+async def test_a_key_costs_about_the_same_in_a_short_file_and_in_a_hundred_thousand_lines(scripted):
     server = await scripted({"text": "1"})
     await server.loaded()
-    open_document(server, "".join(f"    value_{i} = compute({i})\n" for i in range(100_000)))
-    await server.serves()
-    times = []
-    for key in range(100):
-        begun = time.monotonic()
-        insert(server, 50_000, key, "x", key + 2)
-        # Messages are handled in order, so this answer means that the change has been applied.
-        server.request(f"applied {key}", "midfill/explain", {"textDocument": {"uri": URI}})
-        await server.answer(f"applied {key}")
-        times.append((time.monotonic() - begun) * 1000)
-        ask(server, key, 50_000, key + 1)
-        assert "result" in await server.answer(key)
-        # The typist's own pace is part of the scene.
-        await asyncio.sleep(max(0.0, 0.05 - (time.monotonic() - begun)))
-    print(f"100,000 lines: {statistics.median(times):.2f} ms median, {max(times):.1f} ms at most")
-    assert statistics.median(times) < 5
+    seconds = {}
+    for num_lines in (1_000, 100_000):
+        uri = f"file:///{num_lines}.py"
+        open_document(server, "".join(f"    value_{i} = compute({i})\n" for i in range(num_lines)), uri=uri)
+        await server.serves()
+        begun_s = computed_s(server)
+        for key in range(200):
+            insert(server, num_lines // 2, key, "x", key + 2, uri=uri)
+            ask(server, key, num_lines // 2, key + 1, uri=uri)
+            assert "result" in await server.answer(key)
+        seconds[num_lines] = computed_s(server) - begun_s
+        print(f"{num_lines} lines: {1000 * seconds[num_lines] / 200:.2f} ms a key")
+    # Reading the whole text at each key would take some fifty times as long.
+    assert seconds[100_000] < 8 * seconds[1_000]
 
 
-async def test_five_hundred_keys_each_with_a_request_and_a_cancel(scripted):
-    server = await scripted({"text": "x" * 20, "token_delay_s": 0.001})
+async def test_five_hundred_keys_each_with_a_request_and_a_cancel(scripted, tmp_path):
+    log = tmp_path / "log"
+    server = await scripted({"text": "x" * 20, "token_delay_s": 0.001}, log=str(log))
     await server.loaded()
     open_document(server, "a = \n" * 1000)
     for key in range(500):
@@ -92,14 +98,15 @@ async def test_five_hundred_keys_each_with_a_request_and_a_cancel(scripted):
         ask(server, key, 500, 5 + key)
         if key < 499:
             server.notify("$/cancelRequest", {"id": key})
-    begun = time.monotonic()
     found = await answers(server, 500)
-    assert time.monotonic() - begun < 2
     assert set(found) == set(range(500))
     codes = {found[key]["error"]["code"] for key in range(499) if "error" in found[key]}
     assert codes <= {-32800}
     assert len(found[499]["result"]["items"]) == 1
     await server.serves()
+    # Few of the answers that nobody waits for any more are written to their end.
+    steps = sum(json.loads(line)["steps"] for line in log.read_text().splitlines())
+    assert steps < 500 * 20 / 4
 
 
 async def test_two_hundred_requests_at_once(scripted):

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 
 import pytest
 
@@ -143,20 +142,22 @@ async def test_a_popup_item_of_several_lines_is_named_and_found_by_its_first(cli
     assert (item["label"], item["filterText"]) == ("n = 1", "    n = 1")
 
 
-async def test_no_popup_waits_for_the_model(client):
-    server = await client({"text": "sum(values)", "prefill_delay_s": 0.7}, options={"popup_budget_ms": 20})
+async def test_no_popup_waits_for_the_model(client, tmp_path):
+    log = tmp_path / "log"
+    rule = {"text": "sum(values)", "prefill_delay_s": 2}
+    server = await client(rule, options={"popup_budget_ms": 20}, log=str(log))
     await ready(server)
     open_document(server, "    total = \n")
     params = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 12}}
-    begun = time.monotonic()
-    answers = [await server.request("textDocument/completion", params)]
-    assert time.monotonic() - begun < 0.6
-    assert answers[0] == {"isIncomplete": True, "items": []}
+    # Had it waited for the model, it would have the item.
+    answer = await server.request("textDocument/completion", params)
+    assert answer == {"isIncomplete": True, "items": []}
     # What was late is there at a later request, without the model being asked again.
-    while not answers[-1]["items"] and len(answers) < 500:
-        answers.append(await server.request("textDocument/completion", params))
-    assert answers[-1]["items"][0]["label"] == "sum(values)"
-    assert time.monotonic() - begun < 10
+    while not answer["items"]:
+        answer = await server.request("textDocument/completion", params)
+    assert answer["items"][0]["label"] == "sum(values)"
+    finished = [run for run in map(json.loads, log.read_text().splitlines()) if not run["idle"]]
+    assert len(finished) <= 2  # the one that warms up and this one
 
 
 async def test_edits_are_applied_in_order(client):
@@ -191,12 +192,10 @@ async def test_cancelling_answers_at_once_and_frees_the_model(client, tmp_path):
     open_document(server, "slow = \nfast = \n")
     id_, slow = server.send_request("textDocument/inlineCompletion", at(0, 7))
     await explain(server)
-    begun = time.monotonic()
     server.cancel(id_)
     with pytest.raises(ServerError) as error:
         await slow
     assert error.value.code == -32800
-    assert time.monotonic() - begun < 0.5
     assert (await ghost(server, 1, 7))["items"][0]["insertText"] == "1"
     runs = (json.loads(line) for line in log.read_text().splitlines())
     # What is computed ahead after an answer is left out.

@@ -1,7 +1,6 @@
 """Folders, files and settings of any shape: none blocks an answer, none changes what it must not."""
 
 import os
-import time
 
 import pytest
 
@@ -48,7 +47,7 @@ async def test_nothing_in_a_workspace_blocks_an_answer(scripted, hostile):
         {"uri": hostile.as_uri(), "name": "hostile"},
         {"uri": (hostile / "pipe.py").as_uri(), "name": "pipe"},
     ]
-    begun = time.monotonic()
+    # What blocks here blocks for good: each answer is given up after a while.
     await server.initialize(rootUri=hostile.as_uri(), rootPath=str(hostile), workspaceFolders=folders)
     await server.loaded()
     for name in (
@@ -66,7 +65,6 @@ async def test_nothing_in_a_workspace_blocks_an_answer(scripted, hostile):
         open_document(server, "a = \n", uri)
         ask(server, name, uri)
         assert len((await server.answer(name))["result"]["items"]) == 1
-    assert time.monotonic() - begun < 5
 
 
 async def test_folders_come_and_go(shared):

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -41,7 +40,7 @@ def script(tmp_path):
     return f"scripted:{path}"
 
 
-def test_help_and_version_are_quick_and_import_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = """
 import sys
 sys.argv = ["midfill", "--help"]
@@ -50,17 +49,15 @@ try:
     main()
 except SystemExit:
     pass
-heavy = {"torch", "transformers", "lsprotocol", "rich", "pydantic", "numpy"}
+heavy = {
+    "httpx2", "lsprotocol", "numpy", "openvino", "psutil", "pydantic", "pygls", "rich", "safetensors",
+    "starlette", "tantivy", "tokenizers", "torch", "transformers", "tree_sitter", "uvicorn",
+}
 print(heavy & set(sys.modules), file=sys.stderr)
 """
-    best = 9.0
-    for _ in range(5):
-        begun = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        best = min(best, time.perf_counter() - begun)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "midfill demo" in done.stdout
     assert done.stderr.strip() == "set()"
-    assert best < 0.2
 
 
 @pytest.mark.parametrize(

