@@ -1,6 +1,7 @@
 """The layers of ARCHITECTURE.md: imports go down only, and heavy ones stay where they belong."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ LAYERS = [
     {"errors"},
     {
         "activity",
+        "git",
         "documents",
         "feedback",
         "heap",
         "messages",
         "notebooks",
+        "programs",
         "settings",
         "languages",
         "secrecy",
@@ -144,6 +147,21 @@ def test_the_schedulers_books_use_the_standard_library_only():
         for module, line in imports(ROOT / "engine" / name):
             top = module.split(".")[0]
             assert top in sys.stdlib_module_names or top == "midfill", f"{name}:{line} imports {module}"
+
+
+def test_git_is_started_in_one_module_only():
+    scripts = ROOT.parents[1] / "clients"
+    starters = {
+        path.name
+        for path in [*modules(), *scripts.rglob("*.py")]
+        if "node_modules" not in path.parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        # The command, alone or at the begin of a line for a shell.
+        and re.match(r"(?:\S*/)?git(?:\.exe)?(?:\s+-?[a-z]|\Z)", node.value)
+    }
+    assert starters == {"git.py"}
 
 
 def test_modules_are_of_a_readable_size():
