@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from midfill.documents import Change, Document, Encoding, Point, split_lines
 from midfill.errors import MidfillError
+from midfill.jsonfiles import read_json
 
 CHECKS = (("30s", 30.0), ("5min", 300.0))
 # An accepted text is there still if so much of it can be found at its place, in order.
@@ -437,7 +438,7 @@ def read_sessions(path: Path) -> Sessions:
 
 def _read(path: Path) -> tuple[Table, Sessions]:
     try:
-        values = json.loads(path.read_bytes())
+        values = read_json(path)
         counts, sessions = (
             {
                 str(one): {str(key): Counts(**counts) for key, counts in group.items()}

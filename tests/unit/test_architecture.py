@@ -19,6 +19,7 @@ LAYERS = [
         "documents",
         "feedback",
         "heap",
+        "jsonfiles",
         "messages",
         "notebooks",
         "programs",

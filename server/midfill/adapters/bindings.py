@@ -18,6 +18,7 @@ from typing import Any
 
 from midfill.adapters.registry import data_dir, locked, replace_file
 from midfill.errors import AdapterError
+from midfill.jsonfiles import read_json
 
 OFF = "off"
 """Bound in the place of a digest: no adapter here, whatever wider bindings say."""
@@ -137,7 +138,7 @@ class Bindings:
 
     def _load(self) -> tuple[Bound, list[Bound]]:
         try:
-            content = json.loads(self.path.read_bytes())
+            content = read_json(self.path)
             if content["format"] != _FORMAT:
                 raise AdapterError(f"{self.path} is of another version of midfill.")
             return _bound(content["now"]), [_bound(values) for values in content["before"]]

@@ -23,6 +23,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from midfill.errors import AdapterError
+from midfill.jsonfiles import read_json
 
 VERDICTS = ("enabled", "rejected", "inconclusive", "none")
 
@@ -126,13 +127,13 @@ class Registry:
     def entries(self) -> list[Entry]:
         """All adapters, the oldest first. Raises `AdapterError` if the index cannot be read."""
         try:
-            content = json.loads(self._index.read_bytes())
+            content = read_json(self._index)
             if content["format"] != _FORMAT:
                 raise AdapterError(f"{self._index} is of another version of midfill.")
             entries = [self._entry(values) for values in content["adapters"]]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"{self._index} cannot be read ({error!r}). Mend or delete it.") from error
         return sorted(entries, key=lambda entry: entry.created)
 

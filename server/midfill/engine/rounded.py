@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from midfill.adapters.format import Adapter
-from midfill.engine.files import find_tensors, read_blocks, shape_of
+from midfill.engine.files import find_tensors, read_blocks, shapes_of
 from midfill.errors import AdapterError, MidfillError, ModelError
 from midfill.models import store
 
@@ -110,7 +110,7 @@ def read_weights(
         ModelError: a file is missing, damaged, or holds what is no finite float.
     """
     files = find_tensors(path)
-    shapes = {name: shape_of(file, name) for name, file in files.items()}
+    shapes = shapes_of(files)
     places = _places(shapes, exact)
     reader = _Reader(files, places, num_threads, report)
     if sum(map(math.prod, shapes.values())) < _WORTH_KEEPING:
@@ -139,7 +139,7 @@ def read_merged(path: Path, base: Weights, adapter: Adapter, *, num_threads: int
     names = {f"{layer}.weight" for layer in adapter.branches}
     files = {name: file for name, file in find_tensors(path).items() if name in names}
     places = _places(
-        {name: shape_of(file, name) for name, file in files.items()},
+        shapes_of(files),
         lambda name: not isinstance(base.tensors[name], Rounded),
     )
     reader = _Reader(files, places, num_threads, lambda _: None, adapter)

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from midfill.engine.files import read_blocks
 from midfill.engine.quantize import Int8Embedding, Int8Linear, Int8Weight
 from midfill.errors import ModelError
+from midfill.models.store import read_config
 
 _HARMLESS = re.compile(r"(\.attn\.(masked_)?bias|\.masked_bias|\.rotary_emb\.inv_freq)$")
 """Buffers that old checkpoints carry and the modules compute themselves."""
@@ -72,6 +73,7 @@ def build_model(  # noqa: PLR0913 - what to load, how, and what is there already
 
 
 def _empty_model(path: Path, dtype: torch.dtype) -> Any:
+    read_config(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its config classes raise

@@ -27,6 +27,7 @@ from midfill.adapters.registry import Registry, data_dir, locked, replace_file
 from midfill.bench.figures import peak_rss_mb
 from midfill.errors import AdapterError, MidfillError
 from midfill.evaluation.records import Records
+from midfill.jsonfiles import read_json
 from midfill.learning import data, judge, memory, report
 from midfill.learning.data import Example, Examples
 from midfill.learning.history import Repository
@@ -342,7 +343,7 @@ def note_opening(test: Sequence[Example], digest: str) -> int:
     commits = {hashlib.sha256(example.commit.encode()).hexdigest()[:16] for example in test}
     with locked(file.parent):
         try:
-            known = json.loads(file.read_bytes())["opened"]
+            known = read_json(file)["opened"]
         except (OSError, ValueError, KeyError, TypeError):
             known = []
         others = {

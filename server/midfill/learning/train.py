@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 
 from midfill.errors import AdapterError
+from midfill.jsonfiles import read_json
 from midfill.learning.data import Example
 from midfill.learning.model import Adapted, Recipe
 
@@ -282,7 +283,7 @@ class Trainer:
     def _load(self) -> None:
         folder = self._folder if self._folder.exists() else self._folder.with_name(self._folder.name + ".old")
         try:
-            content = json.loads((folder / _STATE).read_bytes())
+            content = read_json(folder / _STATE)
             found = _State(**content)
             wanted = json.loads(json.dumps(self._state.identity))
             if found.identity != wanted:
@@ -320,7 +321,7 @@ def kept_base_weights(folder: Path) -> str | None:
     """How the base was held in the training that has left a checkpoint here; None if that is not known."""
     for place in (folder, folder.with_name(folder.name + ".old")):
         try:
-            found = json.loads((place / _STATE).read_bytes())["identity"]["base_weights"]
+            found = read_json(place / _STATE)["identity"]["base_weights"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         return str(found)

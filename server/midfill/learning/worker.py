@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from midfill.adapters.registry import check_name, data_dir, is_name
 from midfill.errors import AdapterError, MidfillError
+from midfill.jsonfiles import read_json
 from midfill.learning.judge import Limits
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
@@ -220,7 +221,7 @@ def main() -> None:
 
 
 def _serve(say: Callable[[dict[str, Any]], None]) -> None:
-    request = json.loads(Path(sys.argv[1]).read_bytes())
+    request = read_json(Path(sys.argv[1]))
     _be_nice()
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

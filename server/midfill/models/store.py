@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from midfill.errors import ModelError
+from midfill.jsonfiles import read_json
 from midfill.models import catalogue
 from midfill.models.catalogue import Entry
 
@@ -144,11 +145,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     file = path / "config.json"
     try:
-        config = json.loads(file.read_bytes())
+        config = read_json(file)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ModelError(f"{file} is no valid JSON: {error}.") from error
+        raise ModelError(f"{file} cannot be used: {error}. Fetch the model again.") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds no JSON object.")
     return config
@@ -157,7 +158,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_folder(folder: Path, name: str | None = None) -> LocalModel | None:
     """The model in a folder of midfill's cache, or None if it is not there or not complete."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        manifest = read_json(folder / _MANIFEST)
         if manifest["format"] != _FORMAT:
             return None
         for file, facts in manifest["files"].items():
@@ -177,7 +178,7 @@ def verify(folder: Path) -> None:
         ModelError: a file is not what was pulled or converted.
     """
     try:
-        files = json.loads((folder / _MANIFEST).read_bytes())["files"]
+        files = read_json(folder / _MANIFEST)["files"]
         for file, facts in files.items():
             if (folder / file).stat().st_mtime_ns == facts.get("mtime_ns"):
                 continue
@@ -287,7 +288,7 @@ def _from_folder(name: str, folder: Path) -> LocalModel:
 def _weight_files(folder: Path) -> list[str]:
     """The names of all safetensors files that the folder should have."""
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        index = read_json(folder / "model.safetensors.index.json")
         names = sorted(set(index["weight_map"].values()))
     except OSError:
         return sorted(path.name for path in folder.glob("*.safetensors"))
