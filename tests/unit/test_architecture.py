@@ -12,6 +12,7 @@ ROOT = Path(midfill.__file__).parent
 
 # Lower number, lower layer. A module may import its own layer and those below.
 LAYERS = [
+    {"shown"},
     {"errors"},
     {
         "activity",
@@ -163,6 +164,28 @@ def test_git_is_started_in_one_module_only():
         and re.match(r"(?:\S*/)?git(?:\.exe)?(?:\s+-?[a-z]|\Z)", node.value)
     }
     assert starters == {"git.py"}
+
+
+def test_what_is_printed_commands_no_terminal():
+    """Texts are printed by `cli.terminal`, JSON as it is, and markup is never read out of a text."""
+    wrong = []
+    for path in modules():
+        place = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            first = ast.unparse(node.args[0]) if called and node.args else ""
+            plain = first.startswith(("json.dumps(", "'")) or (place, first) == ("cli/__init__.py", "answer")
+            if called in {"click.echo", "click.secho"} and place != "cli/terminal.py" and not plain:
+                wrong.append(f"{place}:{node.lineno} prints {first}")
+            if called.endswith("Console") and place != "cli/terminal.py":
+                wrong.append(f"{place}:{node.lineno} makes a console")
+            if called == "TextColumn" and not any(
+                word.arg == "markup" and ast.unparse(word.value) == "False" for word in node.keywords
+            ):
+                wrong.append(f"{place}:{node.lineno} reads markup")
+            if called.endswith(("Text.from_markup", "render_markup", "logging.Formatter")):
+                wrong.append(f"{place}:{node.lineno} calls {called}")
+    assert not wrong
 
 
 def test_modules_are_of_a_readable_size():

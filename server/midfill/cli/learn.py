@@ -10,6 +10,7 @@ import click
 
 from midfill.cli.adapter import adapter
 from midfill.cli.shared import JSON, MODEL, read_settings, show, with_progress
+from midfill.cli.terminal import say
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
@@ -383,9 +384,7 @@ def _run(
 
     with_progress(kind, work)
     if "stopped" in last:
-        click.echo(
-            f"{last['stopped']} Go on with: midfill adapter train --resume --name {job.name}", err=True
-        )
+        say(f"{last['stopped']} Go on with: midfill adapter train --resume --name {job.name}", err=True)
         raise click.Abort
     if "error" in last:
         raise MidfillError(last["error"])
