@@ -23,6 +23,7 @@ LAYERS = [
         "jsonfiles",
         "messages",
         "notebooks",
+        "private",
         "programs",
         "settings",
         "languages",

@@ -183,9 +183,9 @@ def adapter_train(
         base_weights=base_weights,
     )
     if job_file is not None:
-        job_file.write_text(
-            json.dumps(request_of("train", job, _base(settings.model), settings)), encoding="utf-8"
-        )
+        from midfill.private import write_private
+
+        write_private(job_file, json.dumps(request_of("train", job, _base(settings.model), settings)))
         return
     result = _run("train", job, settings, processes=processes)
     show(result, _describe, as_json=as_json)

@@ -34,6 +34,7 @@ from midfill.adapters.format import Adapter
 from midfill.engine.files import find_tensors, read_blocks, shapes_of
 from midfill.errors import AdapterError, MidfillError, ModelError
 from midfill.models import store
+from midfill.private import private, private_folder
 
 Floats = npt.NDArray[np.float32]
 
@@ -280,7 +281,7 @@ def _kept(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[npt.NDAr
     if (found := _open(place, reader.places)) is not None:
         return found
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(store.make_cache_root() / folder.name)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".building-", ignore_cleanup_errors=True) as new:
             _make(Path(new), reader)
             for old in folder.glob(f"{glob.escape(owner)}-{'?' * len(state)}"):
@@ -330,6 +331,7 @@ def _make(folder: Path, reader: _Reader) -> None:
     )
     reader.read(integers, floats)
     for name, array in (("integers.npy", integers), ("floats.npy", floats)):
+        private(folder / name)
         if sys.platform == "win32":
             array.flush()
         else:

@@ -37,6 +37,7 @@ from midfill.learning.selection import Selection, select
 from midfill.learning.train import Trained, Trainer, kept_base_weights, smaller_of_all
 from midfill.learning.worker import Job, run_folder
 from midfill.models.store import LocalModel
+from midfill.private import private_folder
 from midfill.settings import Settings
 
 Tell = Callable[[str, float | None, str], None]
@@ -297,7 +298,7 @@ def _header(run: _Run, adapter: Path) -> dict[str, str]:
         "base_weights": run.base_weights,
     }
     file = run.folder / "judged.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(file.parent)
     try:
         with file.open(encoding="utf-8") as lines:
             known = json.loads(lines.readline())

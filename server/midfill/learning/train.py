@@ -28,6 +28,7 @@ from midfill.errors import AdapterError
 from midfill.jsonfiles import read_json
 from midfill.learning.data import Example
 from midfill.learning.model import Adapted, Recipe
+from midfill.private import private, private_folder
 
 _WEIGHTS, _MOMENTS, _STATE = "weights.safetensors", "moments.safetensors", "state.json"
 _SAVE_EVERY_S = 120.0
@@ -259,7 +260,7 @@ class Trainer:
             return
         new = self._folder.with_name(self._folder.name + ".new")
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
+        private_folder(new)
         save_file(
             {name: one.detach().contiguous() for name, one in self._adapted.parameters.items()},
             new / _WEIGHTS,
@@ -271,6 +272,7 @@ class Trainer:
         save_file(moments, new / _MOMENTS)
         (new / _STATE).write_text(json.dumps(asdict(self._state)), encoding="utf-8")
         for file in new.iterdir():
+            private(file)
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         old = self._folder.with_name(self._folder.name + ".old")

@@ -22,6 +22,7 @@ from midfill.errors import ModelError
 from midfill.jsonfiles import read_json
 from midfill.models import catalogue
 from midfill.models.catalogue import Entry
+from midfill.private import private_folder
 
 _MANIFEST = "midfill.json"
 _FORMAT = 1
@@ -51,6 +52,14 @@ def cache_root() -> Path:
     import platformdirs  # noqa: PLC0415 - not needed where the variable is set
 
     return platformdirs.user_cache_path("midfill")
+
+
+def make_cache_root() -> Path:
+    """Make that folder for its owner alone; one that the user has named and made stays as it is.
+
+    Raises `OSError`.
+    """
+    return private_folder(cache_root(), tighten="MIDFILL_CACHE" not in os.environ)
 
 
 def models_dir() -> Path:
@@ -200,6 +209,7 @@ def new_folder(key: str) -> Iterator[Path]:
     """
     building = models_dir() / f".building-{key}"
     shutil.rmtree(building, ignore_errors=True)
+    make_cache_root()
     building.mkdir(parents=True)
     try:
         yield building
