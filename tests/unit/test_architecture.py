@@ -167,6 +167,20 @@ def test_git_is_started_in_one_module_only():
     assert starters == {"git.py"}
 
 
+def test_json_of_files_is_read_within_bounds():
+    """By `jsonfiles`; what other processes say comes in pieces that are bounded where they arrive."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in modules()
+        if path.name not in {"jsonfiles.py", "rivals.py", "llama_vim.py"}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and (called := ast.unparse(node.func)) in {"json.load", "json.loads"}
+        and (called == "json.load" or re.search(r"\.read(_bytes|_text)?\(", ast.unparse(node)))
+    ]
+    assert not wrong
+
+
 def test_what_is_printed_commands_no_terminal():
     """Texts are printed by `cli.terminal`, JSON as it is, and markup is never read out of a text."""
     wrong = []

@@ -1,6 +1,7 @@
 """Files of models and adapters that were made to break their reader: one sentence, and little memory."""
 
 import json
+import os
 import struct
 import tracemalloc
 from contextlib import contextmanager
@@ -93,9 +94,35 @@ def test_a_manifest_that_is_none_is_no_model(tmp_path, data):
         store.verify(tmp_path)
 
 
-def test_a_pipe_is_not_read(tmp_path):
-    import os  # noqa: PLC0415
+@pytest.mark.parametrize("name", ["../outside", "/dev/zero", "pipe", "a/b", "..", "folder", "\0"])
+def test_a_manifest_that_names_other_files_is_no_models(tmp_path, name):
+    folder = tmp_path / "model"
+    (folder / "folder").mkdir(parents=True)
+    (tmp_path / "outside").write_bytes(b"")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe")
+    manifest = {
+        "format": 1,
+        "name": "a",
+        "family": None,
+        "source": "b",
+        "files": {name: {"bytes": 0, "sha256": ""}},
+    }
+    (folder / "midfill.json").write_text(json.dumps(manifest))
+    if name not in {"pipe", "folder"}:
+        assert store.read_folder(folder) is None
+    with pytest.raises(ModelError, match="no file in it"):
+        store.verify(folder)
 
+
+@pytest.mark.parametrize("key", ["name", "family", "source"])
+def test_a_manifest_with_other_values_is_no_models(tmp_path, key):
+    manifest = {"format": 1, "name": "a", "family": None, "source": "b", "files": {}, key: ["a"]}
+    (tmp_path / "midfill.json").write_text(json.dumps(manifest))
+    assert store.read_folder(tmp_path) is None
+
+
+def test_a_pipe_is_not_read(tmp_path):
     if not hasattr(os, "mkfifo"):
         pytest.skip("there are no pipes with names here")
     os.mkfifo(tmp_path / "config.json")

@@ -97,13 +97,14 @@ def _byte_level_bpe(
     metadata: Mapping[str, Any], kinds: Mapping[str, tuple[int, int]], source: str
 ) -> dict[str, Any]:
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    steps = _PRE_TOKENIZERS.get(pre)
+    steps = _PRE_TOKENIZERS.get(pre) if isinstance(pre, str) else None
     if steps is None:
         raise ModelError(
             f"{source} splits text by the rule {pre!r}, which midfill does not know; known are "
             f"{', '.join(sorted(_PRE_TOKENIZERS))}. Use the model's safetensors version."
         )
-    merges = [str(merge).split(" ") for merge in metadata.get("tokenizer.ggml.merges", ())]
+    listed = metadata.get("tokenizer.ggml.merges")
+    merges = [str(merge).split(" ") for merge in listed] if isinstance(listed, list) else []
     if not merges or any(len(pair) != 2 for pair in merges):
         raise ModelError(f"The vocabulary of {source} is damaged: its list of merges is missing or broken.")
     # A single character of user-defined type (DeepSeek-Coder has 13) is a byte, not a mark.
@@ -122,7 +123,11 @@ def _sentencepiece_bpe(
     metadata: Mapping[str, Any], kinds: Mapping[str, tuple[int, int]], source: str
 ) -> dict[str, Any]:
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(metadata["tokenizer.ggml.tokens"]):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(metadata["tokenizer.ggml.tokens"])
+        or not all(isinstance(score, int | float) for score in scores)
+    ):
         raise ModelError(f"The vocabulary of {source} is damaged: it has no score for each token.")
     normalizers: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_MARK}

@@ -171,9 +171,11 @@ def read_folder(folder: Path, name: str | None = None) -> LocalModel | None:
         if manifest["format"] != _FORMAT:
             return None
         for file, facts in manifest["files"].items():
-            if (folder / file).stat().st_size != facts["bytes"]:
+            if not _is_inside(file) or (folder / file).stat().st_size != facts["bytes"]:
                 return None
-        return LocalModel(name or manifest["name"], folder, manifest["family"], manifest["source"])
+        found = LocalModel(name or manifest["name"], folder, manifest["family"], manifest["source"])
+        texts = (found.name, found.source, "" if found.family is None else found.family)
+        return found if all(isinstance(text, str) for text in texts) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -189,8 +191,12 @@ def verify(folder: Path) -> None:
     try:
         files = read_json(folder / _MANIFEST)["files"]
         for file, facts in files.items():
-            if (folder / file).stat().st_mtime_ns == facts.get("mtime_ns"):
+            inside = _is_inside(file)
+            if inside and (folder / file).stat().st_mtime_ns == facts.get("mtime_ns"):
                 continue
+            # A pipe or a device would never be read to its end.
+            if not inside or not (folder / file).is_file():
+                raise ModelError(f"The manifest of {folder} names {file!r}, which is no file in it.")
             with (folder / file).open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
                     raise ModelError(
@@ -299,14 +305,19 @@ def _weight_files(folder: Path) -> list[str]:
     """The names of all safetensors files that the folder should have."""
     try:
         index = read_json(folder / "model.safetensors.index.json")
-        names = sorted(set(index["weight_map"].values()))
+        names = sorted(map(str, set(index["weight_map"].values())))
     except OSError:
         return sorted(path.name for path in folder.glob("*.safetensors"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"The index of the weights in {folder} is damaged. Fetch it again.") from error
-    if any(Path(name).name != name for name in names):
+    if not all(map(_is_inside, names)):
         raise ModelError(f"The index of the weights in {folder} names files outside of it.")
     return names
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file, and of none in another folder."""
+    return Path(name).name == name and "\0" not in name and "\\" not in name
 
 
 def _hub_snapshot(hub: str) -> Path | None:
