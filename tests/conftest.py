@@ -1,6 +1,14 @@
+import os
+
 import pytest
+from hypothesis import settings
 
 from midfill.models import catalogue, fetch
+
+# HYPOTHESIS_PROFILE=nightly searches for longer. How long one example takes is the machine's affair.
+settings.register_profile("default", deadline=None)
+settings.register_profile("nightly", deadline=None, max_examples=5000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_addoption(parser):

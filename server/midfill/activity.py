@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from midfill.feedback import state_path
+from midfill.private import private_folder
 
 # Touching it costs some microseconds; more often would tell nobody more.
 _EVERY_S = 0.25
@@ -43,9 +44,9 @@ def watch() -> None:
     """Make the file, so that servers have something to touch."""
     path = activity_path()
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent, tighten="MIDFILL_STATE" not in os.environ)
         if not path.exists():
-            path.touch()
+            path.touch(mode=0o600)
             os.utime(path, (0, 0))
 
 

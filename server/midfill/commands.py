@@ -19,6 +19,7 @@ from midfill.messages import Command, Explain
 from midfill.progress import Progress
 from midfill.protocol import Refusal
 from midfill.settings import changed
+from midfill.shown import printable
 from midfill.switching import Asked as AskedFor
 from midfill.training import Training
 
@@ -239,7 +240,7 @@ class Commands:
     async def ask(self, question: str, answers: tuple[str, ...]) -> str | None:
         """Have the user choose; None if the user does not, or the client cannot ask."""
         actions = [types.MessageActionItem(answer) for answer in answers]
-        params = types.ShowMessageRequestParams(types.MessageType.Info, question, actions)
+        params = types.ShowMessageRequestParams(types.MessageType.Info, printable(question), actions)
         try:
             # The protocol gives results as they came.
             chosen: Any = await self._server.window_show_message_request_async(params)

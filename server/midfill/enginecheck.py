@@ -272,11 +272,12 @@ async def _num_running(client: httpx2.AsyncClient, served: Served) -> int | None
 def table(findings: Findings) -> Any:
     """For a person: a rich table with advice."""
     from rich.table import Table  # noqa: PLC0415 - only a person needs it
+    from rich.text import Text  # noqa: PLC0415
 
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("", "question", "found", "advice"):
         grid.add_column(title, overflow="fold")
     for one in findings.checks:
-        grid.add_row(f"[{colours[one.status]}]{one.status}[/]", one.name, one.found, one.remedy)
+        grid.add_row(Text(one.status, colours[one.status]), one.name, one.found, one.remedy)
     return grid

@@ -3,9 +3,22 @@
 Cancellation is not an error and has no class here: a cancelled task raises `asyncio.CancelledError`.
 """
 
+from midfill.shown import shown
+
+# The longest sentences of ours list the names that can be chosen from.
+_MAX_CHARS = 2000
+
 
 class MidfillError(Exception):
-    """The base of every error that midfill raises on purpose."""
+    """The base of every error that midfill raises on purpose.
+
+    Its text is one printable line, whatever a server or a file has put into it: it is for terminals, logs and
+    editors.
+    """
+
+    def __str__(self) -> str:
+        """The sentence."""
+        return shown(super().__str__(), _MAX_CHARS)
 
 
 class SettingsError(MidfillError):

@@ -28,6 +28,8 @@ from filelock import FileLock, Timeout
 
 from midfill.documents import Change, Document, Encoding, Point, split_lines
 from midfill.errors import MidfillError
+from midfill.jsonfiles import read_json
+from midfill.private import private_folder, write_private
 
 CHECKS = (("30s", 30.0), ("5min", 300.0))
 # An accepted text is there still if so much of it can be found at its place, in order.
@@ -437,7 +439,7 @@ def read_sessions(path: Path) -> Sessions:
 
 def _read(path: Path) -> tuple[Table, Sessions]:
     try:
-        values = json.loads(path.read_bytes())
+        values = read_json(path)
         counts, sessions = (
             {
                 str(one): {str(key): Counts(**counts) for key, counts in group.items()}
@@ -460,8 +462,8 @@ def add(path: Path, new: Table, session: str | None = None) -> None:
     Those of adapters are added to the session of that id too. Raises `MidfillError` if that cannot be done.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock"), timeout=_LOCK_S):
+        private_folder(path.parent, tighten="MIDFILL_STATE" not in os.environ)
+        with FileLock(path.with_suffix(".lock"), timeout=_LOCK_S, mode=0o600):
             table, sessions = _read(path)
             for model, languages in new.items():
                 for language, counts in languages.items():
@@ -471,7 +473,7 @@ def add(path: Path, new: Table, session: str | None = None) -> None:
             latest = dict(list(sessions.items())[-_MOST_SESSIONS:])
             partial = path.with_suffix(".partial")
             content = {"counts": as_dict(table), "sessions": as_dict(latest)}
-            partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            write_private(partial, json.dumps(content, indent=1))
             partial.replace(path)
     except (OSError, Timeout) as error:
         raise MidfillError(f"Cannot write the counts to {path} ({type(error).__name__}).") from error

@@ -48,6 +48,7 @@ from midfill.probing import identify
 from midfill.progress import Progress
 from midfill.protocol import Protocol
 from midfill.settings import Settings, keep_start_only, merge
+from midfill.shown import printable
 from midfill.suggestions import may_close
 from midfill.switching import Switch
 
@@ -254,6 +255,10 @@ class MidfillServer(LanguageServer):
             model = await asyncio.to_thread(find_model, name)
             folders = [path for _, path in self.folders()]
             await self.switch.start(engine, model, folders, served=bool(settings.engine_urls))
+
+    def window_show_message(self, params: types.ShowMessageParams) -> None:
+        """Show a message, of which nothing is left that is not printable."""
+        super().window_show_message(types.ShowMessageParams(params.type, printable(params.message)))
 
     def _say(self, sentence: str) -> None:
         message = types.ShowMessageParams(types.MessageType.Warning, f"midfill: {sentence}")

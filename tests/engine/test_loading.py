@@ -178,3 +178,15 @@ async def test_progress_is_reported(model):
     shares = [share for message, share in seen if message == "loading weights"]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+@pytest.mark.parametrize("value", [0, -1, 1 << 21, 10**12])
+def test_a_size_that_no_model_has_is_refused_before_it_takes_memory(model, key, value):
+    from midfill.engine.weights import _empty_model  # noqa: PLC0415 - needs torch
+
+    file = model.path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    # Some of them transformers refuses itself.
+    with pytest.raises(ModelError, match=r"config\.json"):
+        _empty_model(model.path, torch.float32)

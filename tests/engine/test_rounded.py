@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -145,6 +146,20 @@ def adapter_of(model, size, digest="a" * 64, scale=1.0):
 def merged(model, adapter):
     base = read_weights(model.path, exact=lambda _: False, num_threads=1, report=lambda _: None)
     return base, read_merged(model.path, base, adapter, num_threads=1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes mean nothing on Windows")
+def test_kept_weights_are_their_owners_alone(model, kept, tmp_path):
+    before = os.umask(0)
+    try:
+        folder = tmp_path / "cache" / "rounded"
+        folder.mkdir(parents=True)
+        read(model)
+        assert kept()
+        for path in (folder, *folder.rglob("*")):
+            assert path.stat().st_mode & 0o077 == 0, path
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0])

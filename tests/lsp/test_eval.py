@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from hostile_git import lacking
+from planted_adapters import write_base
 
 COMMAND = [sys.executable, "-P", "-m", "midfill", "eval"]
 CODE = "import math\n\n\ndef area(radius):\n    return math.pi * abs(radius) ** 2  # é𐐀\n\n\nprint(area(2))\n"
@@ -80,3 +82,22 @@ def test_settings_and_options_that_cannot_be_meant_are_refused(tmp_path):
     )
     assert done.returncode == 1
     assert "no_setting" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program that would run is a shell's")
+@pytest.mark.parametrize(
+    "command", [["eval", "repo"], ["adapter", "plan", "--repo"], ["adapter", "train", "--repo"]]
+)
+def test_a_repository_that_names_programs_runs_none(tmp_path, script, command):
+    marker = tmp_path / "ran"
+    folder = lacking(tmp_path, marker)
+    write_base(tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    rest = ["--model", tmp_path / "base"] if command[0] == "adapter" else ["--holes", "2", "--engine", script]
+    done = subprocess.run(
+        [*COMMAND[:-1], *map(str, [*command, folder, *rest])], capture_output=True, text=True, check=False
+    )
+    assert not marker.exists()
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0 if command[0] == "eval" else "git" in done.stderr, done.stderr

@@ -94,7 +94,7 @@ def test_only_some_layers(tmp_path, choice):
     ) < set(only)
 
 
-@pytest.mark.parametrize("pattern", ["(a*)*b", "(" + "x" * 300, "(a+)+", ".*a*b*c*d*e*f*g", "([a-z]"])
+@pytest.mark.parametrize("pattern", ["(a*)*b", "(" + "x" * 300, "(a+)+", "([a-z]"])
 def test_expressions_that_may_take_for_ever(tmp_path, pattern):
     assert "not served" in refusal(write_adapter(tmp_path / "a", target_modules=pattern))
     assert "not served" in refusal(write_adapter(tmp_path / "b", rank_pattern={pattern: 2}))

@@ -1,6 +1,7 @@
 """The layers of ARCHITECTURE.md: imports go down only, and heavy ones stay where they belong."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,19 @@ ROOT = Path(midfill.__file__).parent
 
 # Lower number, lower layer. A module may import its own layer and those below.
 LAYERS = [
+    {"shown"},
     {"errors"},
     {
         "activity",
+        "git",
         "documents",
         "feedback",
         "heap",
+        "jsonfiles",
         "messages",
         "notebooks",
+        "private",
+        "programs",
         "settings",
         "languages",
         "secrecy",
@@ -145,6 +151,57 @@ def test_the_schedulers_books_use_the_standard_library_only():
         for module, line in imports(ROOT / "engine" / name):
             top = module.split(".")[0]
             assert top in sys.stdlib_module_names or top == "midfill", f"{name}:{line} imports {module}"
+
+
+def test_git_is_started_in_one_module_only():
+    scripts = ROOT.parents[1] / "clients"
+    starters = {
+        path.name
+        for path in [*modules(), *scripts.rglob("*.py")]
+        if "node_modules" not in path.parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        # The command, alone or at the begin of a line for a shell.
+        and re.match(r"(?:\S*/)?git(?:\.exe)?(?:\s+-?[a-z]|\Z)", node.value)
+    }
+    assert starters == {"git.py"}
+
+
+def test_json_of_files_is_read_within_bounds():
+    """By `jsonfiles`; what other processes say comes in pieces that are bounded where they arrive."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in modules()
+        if path.name not in {"jsonfiles.py", "rivals.py", "llama_vim.py"}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and (called := ast.unparse(node.func)) in {"json.load", "json.loads"}
+        and (called == "json.load" or re.search(r"\.read(_bytes|_text)?\(", ast.unparse(node)))
+    ]
+    assert not wrong
+
+
+def test_what_is_printed_commands_no_terminal():
+    """Texts are printed by `cli.terminal`, JSON as it is, and markup is never read out of a text."""
+    wrong = []
+    for path in modules():
+        place = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            first = ast.unparse(node.args[0]) if called and node.args else ""
+            plain = first.startswith(("json.dumps(", "'")) or (place, first) == ("cli/__init__.py", "answer")
+            if called in {"click.echo", "click.secho"} and place != "cli/terminal.py" and not plain:
+                wrong.append(f"{place}:{node.lineno} prints {first}")
+            if called.endswith("Console") and place != "cli/terminal.py":
+                wrong.append(f"{place}:{node.lineno} makes a console")
+            if called == "TextColumn" and not any(
+                word.arg == "markup" and ast.unparse(word.value) == "False" for word in node.keywords
+            ):
+                wrong.append(f"{place}:{node.lineno} reads markup")
+            if called.endswith(("Text.from_markup", "render_markup", "logging.Formatter")):
+                wrong.append(f"{place}:{node.lineno} calls {called}")
+    assert not wrong
 
 
 def test_modules_are_of_a_readable_size():

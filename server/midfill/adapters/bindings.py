@@ -20,6 +20,7 @@ from typing import Any
 from midfill import textfiles
 from midfill.adapters.registry import data_dir, locked, replace_file
 from midfill.errors import AdapterError
+from midfill.jsonfiles import read_json
 from midfill.languages import normalise
 
 _LOG = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class Bindings:
 
     def _load(self) -> tuple[Bound, list[Bound]]:
         try:
-            content = json.loads(self.path.read_bytes())
+            content = read_json(self.path)
             if content["format"] != _FORMAT:
                 raise AdapterError(f"{self.path} is of another version of midfill.")
             return _bound(content["now"]), [_bound(values) for values in content["before"]]

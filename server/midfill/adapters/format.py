@@ -14,8 +14,9 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from midfill.engine.files import find_tensors, shape_of
-from midfill.errors import AdapterError
+from midfill.adapters.patterns import PatternError, compile_pattern, ends, fullmatch
+from midfill.engine.files import check_header, find_tensors, shapes_of
+from midfill.errors import AdapterError, ModelError
+from midfill.jsonfiles import parse_json, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -35,6 +38,9 @@ Layers = Mapping[str, tuple[int, int]]
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_RANK = 256
+# Ranks by name may be given for each layer; by expression, which takes longer, for a few groups of them.
+_MAX_NAMED = 5000
+_MAX_EXPRESSIONS = 100
 _PREFIX = "base_model.model."
 _SAMPLES = 4
 _SAMPLE_BYTES = 64
@@ -68,6 +74,9 @@ _REASONS = {
     "use_qalora": "changes how a quantised base is computed",
 }
 """Why an option is refused, where there is more to say than that it is not known."""
+
+_PLAIN = re.compile(r"[\w.-]+")
+_LAYER_NUMBER = re.compile(r"\.(\d{1,9})\.")
 
 # They leave the base weights alone; the others rewrite them.
 _WEIGHT_INITS = (True, False, None, "gaussian")
@@ -123,6 +132,7 @@ def read(path: Path, layers: Layers) -> Adapter:
     branches = {}
     weights = path / WEIGHTS
     try:
+        check_header(weights)
         with safe_open(weights, framework="np") as tensors:
             _check_names(path, set(tensors.keys()), plan)
             for name, (rank, scale) in plan.items():
@@ -130,7 +140,7 @@ def read(path: Path, layers: Layers) -> Adapter:
                 down = _tensor(weights, tensors, f"{_PREFIX}{name}.lora_A.weight", (rank, inputs))
                 up = _tensor(weights, tensors, f"{_PREFIX}{name}.lora_B.weight", (outputs, rank))
                 branches[name] = Branch(down, up, scale)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ModelError) as error:
         raise AdapterError(f"{weights} is damaged or cut short ({error}).") from error
     base = config.get("base_model_name_or_path")
     rank = max(rank for rank, _ in plan.values())
@@ -182,12 +192,9 @@ def layers_of(model: Path) -> dict[str, tuple[int, int]]:
     Raises `ModelError`.
     """
     layers = {}
-    for tensor, file in find_tensors(model).items():
+    for tensor, shape in shapes_of(find_tensors(model)).items():
         name = tensor.removesuffix(".weight")
-        if name == tensor or name.rpartition(".")[2] in _NO_LINEAR:
-            continue
-        shape = shape_of(file, tensor)
-        if len(shape) == 2:
+        if name != tensor and name.rpartition(".")[2] not in _NO_LINEAR and len(shape) == 2:
             layers[name] = (shape[0], shape[1])
     return layers
 
@@ -214,7 +221,7 @@ def _samples(file: Path, names: list[str]) -> dict[str, bytes]:
     """Shape, type and some bytes of tensors, from the file's own table of contents."""
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_bytes))
+        header = parse_json(stream.read(header_bytes))
         samples = {}
         for name in names:
             place = header[name]
@@ -230,15 +237,11 @@ def _samples(file: Path, names: list[str]) -> dict[str, bytes]:
 
 def _load_config(path: Path) -> Any:
     file = path / CONFIG
+    if not _is_regular(file):
+        raise AdapterError(f"{path} is no adapter: there is no {CONFIG} in it.")
     try:
-        if not _is_regular(file):
-            raise AdapterError(f"{path} is no adapter: there is no {CONFIG} in it.")
-        with file.open("rb") as stream:
-            text = stream.read(_MAX_CONFIG_BYTES + 1)
-        if len(text) > _MAX_CONFIG_BYTES:
-            raise AdapterError(f"{path} is no adapter: {CONFIG} is larger than a megabyte.")
-        return json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(file, max_bytes=_MAX_CONFIG_BYTES)
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{path} is no adapter: {CONFIG} cannot be read ({error}).") from error
 
 
@@ -252,9 +255,10 @@ def _is_regular(path: Path) -> bool:
 
 def _plan(path: Path, config: Mapping[str, Any], layers: Layers) -> dict[str, tuple[int, float]]:
     """Rank and scale of each layer that the configuration chooses, by PEFT's rules."""
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     try:
-        chosen = [name for name in layers if _chooses(config, name)]
+        ranks, alphas = (_patterns(config, key) for key in ("rank_pattern", "alpha_pattern"))
+        chooser = _chooser(config)
+        chosen = [name for name in layers if chooser(name)]
         plan = {}
         for name in chosen:
             rank = _by_pattern(ranks, name, config.get("r", 8))
@@ -266,7 +270,7 @@ def _plan(path: Path, config: Mapping[str, Any], layers: Layers) -> dict[str, tu
             if type(alpha) not in (int, float) or not math.isfinite(alpha):
                 raise AdapterError(f"The adapter {path} has lora_alpha {alpha!r}, which is no number.")
             plan[name] = (rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-    except (KeyError, TypeError, AttributeError, re.error, _PatternError) as error:
+    except (KeyError, TypeError, AttributeError, ArithmeticError, PatternError) as error:
         raise AdapterError(
             f"The {CONFIG} of {path} chooses layers in a way that is not served: {error}."
         ) from error
@@ -279,46 +283,85 @@ def _plan(path: Path, config: Mapping[str, Any], layers: Layers) -> dict[str, tu
     return plan
 
 
-class _PatternError(Exception):
-    """A regular expression that might take for ever, or is none; the message says which."""
-
-
-def _chooses(config: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT would put a branch on this layer; see `peft.tuners.tuners_utils`."""
-    excluded = config.get("exclude_modules")
-    if excluded and _named(excluded, name):
-        return False
-    targets: str | list[str] = config["target_modules"]
-    if targets == "all-linear":
-        return True
-    if not _named(targets, name):
-        return False
+def _chooser(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """What decides whether PEFT would put a branch on a layer; see `peft.tuners.tuners_utils`."""
+    excluded = _names(config.get("exclude_modules"))
+    targets = _names(config["target_modules"])
     only = config.get("layers_to_transform")
-    if isinstance(targets, str) or only is None or only == []:
-        return True
+    numbers = frozenset([only] if isinstance(only, int) else only or ())
+    everywhere = isinstance(targets, str) or only is None or only == []
     patterns = config.get("layers_pattern") or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if match := _checked(rf"(?:^|.*?\.){_checked(pattern).pattern}\.(\d+)\.").match(name):
-            return int(match[1]) in ([only] if isinstance(only, int) else only)
-    return False
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if len(patterns) > _MAX_EXPRESSIONS:
+        raise PatternError(f"layers_pattern has {len(patterns)} entries; {_MAX_EXPRESSIONS} are served")
+
+    def chooses(name: str) -> bool:
+        if excluded and _named(excluded, name):
+            return False
+        if targets == "all-linear":
+            return True
+        if not _named(targets, name):
+            return False
+        return everywhere or _number(patterns, name) in numbers
+
+    return chooses
 
 
-def _named(targets: str | Iterable[str], name: str) -> bool:
+def _names(value: Any) -> str | frozenset[str]:
+    """An expression as it is, a list of names as a set."""
+    return value if isinstance(value, str) else frozenset(value or ())
+
+
+def _number(patterns: Iterable[str], name: str) -> int | None:
+    """The number of the layer that a module is in: between dots, after what one of the patterns fits."""
+    for pattern in patterns:
+        for begin in _starts(name):
+            for end in sorted(ends(pattern, name, [begin]), reverse=True):
+                if match := _LAYER_NUMBER.match(name, end):
+                    return int(match[1])
+    return None
+
+
+def _starts(name: str) -> list[int]:
+    """Where a part of a name begins that stands at its begin or behind a dot."""
+    return [0, *(at + 1 for at, mark in enumerate(name) if mark == ".")]
+
+
+def _named(targets: str | frozenset[str], name: str) -> bool:
     if isinstance(targets, str):
-        return _checked(targets).fullmatch(name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+        return fullmatch(targets, name)
+    return any(name[begin:] in targets for begin in _starts(name))
+
+
+def _patterns(config: Mapping[str, Any], option: str) -> Mapping[str, Any]:
+    """The values of an option by expressions, which are few or plain names."""
+    found: Mapping[str, Any] = config.get(option) or {}
+    expressions = [key for key in found if not _PLAIN.fullmatch(key)]
+    if len(found) > _MAX_NAMED or len(expressions) > _MAX_EXPRESSIONS:
+        raise PatternError(
+            f"{option} has {len(found)} entries, {len(expressions)} of them expressions; {_MAX_NAMED} "
+            f"and {_MAX_EXPRESSIONS} are served"
+        )
+    for expression in expressions:
+        compile_pattern(expression)
+    return found
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    found = (value for key, value in patterns.items() if _checked(rf"(.*\.)?({key})$").match(name))
-    return next(found, default)
+    return next((value for key, value in patterns.items() if _fits_end(key, name)), default)
 
 
-def _checked(pattern: str) -> re.Pattern[str]:
-    """A regular expression of an adapter, whose author nobody knows, without the means to take for ever."""
-    if len(pattern) > 200 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 6:
-        raise _PatternError(f"the expression {pattern[:80]!r} is too complicated; list the modules instead")
-    return re.compile(pattern)
+def _fits_end(key: str, name: str) -> bool:
+    """Whether an expression fits a name from a dot on, or from its begin, to its end."""
+    if _PLAIN.fullmatch(key):
+        # A dot is any character.
+        return _plain(key).search(name) is not None
+    return len(name) in ends(key, name, _starts(name))
+
+
+@lru_cache(maxsize=2 * _MAX_NAMED)
+def _plain(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|\.){key}$")
 
 
 def _check_names(path: Path, found: set[str], plan: Mapping[str, Any]) -> None:

@@ -23,6 +23,8 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from midfill.errors import AdapterError
+from midfill.jsonfiles import read_json
+from midfill.private import open_private, private_folder
 
 VERDICTS = ("enabled", "rejected", "inconclusive", "none")
 
@@ -126,13 +128,13 @@ class Registry:
     def entries(self) -> list[Entry]:
         """All adapters, the oldest first. Raises `AdapterError` if the index cannot be read."""
         try:
-            content = json.loads(self._index.read_bytes())
+            content = read_json(self._index)
             if content["format"] != _FORMAT:
                 raise AdapterError(f"{self._index} is of another version of midfill.")
             entries = [self._entry(values) for values in content["adapters"]]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"{self._index} cannot be read ({error!r}). Mend or delete it.") from error
         return sorted(entries, key=lambda entry: entry.created)
 
@@ -282,10 +284,10 @@ class Registry:
         peft_format.read_config(folder)
         with tempfile.TemporaryDirectory(dir=self.root, prefix=".adding-", ignore_cleanup_errors=True) as new:
             copy = Path(new) / "adapter"
-            copy.mkdir()
+            copy.mkdir(mode=0o700)
             for name in (peft_format.CONFIG, peft_format.WEIGHTS):
                 shutil.copyfile(folder / name, copy / name)
-                (copy / name).chmod(0o444)
+                (copy / name).chmod(0o400)
             yield copy
 
     @contextlib.contextmanager
@@ -322,8 +324,8 @@ def check_usable(entry: Entry) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes from changing what is in a folder. Raises `AdapterError`."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=_LOCK_S):
+        private_folder(folder)
+        with FileLock(folder / ".lock", timeout=_LOCK_S, mode=0o600):
             yield
     except Timeout as error:
         raise AdapterError(
@@ -334,9 +336,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file so that it is found whole, or as it was before, whatever happens."""
+    """Write a file of the owner's alone so that it is found whole, or as it was before, whatever happens."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as out:
+    with open(partial, "w", encoding="utf-8", opener=open_private) as out:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())

@@ -28,6 +28,7 @@ from midfill.engine.served.remote import RemoteEngine
 from midfill.engine.served.sharing import SharedEngine
 from midfill.engine.slots import NUM_SLOTS, common_prefix
 from midfill.errors import MidfillError
+from midfill.jsonfiles import read_json
 from midfill.suggestions import Origin, Text
 
 _VERSION = 1
@@ -166,7 +167,7 @@ class Service:
     def read(path: Path) -> Service:
         """What `write` wrote. Raises `MidfillError`."""
         try:
-            values = json.loads(path.read_bytes())
+            values = read_json(path)
             if (version := values.pop("version")) != _VERSION:
                 raise MidfillError(f"{path} is of version {version}; measure again (--save-service).")
             episodes = tuple(_typed(episode) for episode in values.pop("episodes"))

@@ -35,7 +35,9 @@ from midfill.cli.shared import (
     read_settings,
     with_progress,
 )
+from midfill.cli.terminal import say, terminal
 from midfill.errors import MidfillError, SettingsError
+from midfill.shown import LogFormatter
 
 if TYPE_CHECKING:
     from midfill.engine import Engine
@@ -65,7 +67,7 @@ def main() -> None:
         click.echo("Stopped.", err=True)
         sys.exit(130)
     except MidfillError as error:
-        click.echo(f"midfill: {error}", err=True)
+        say(f"midfill: {error}", err=True)
         sys.exit(1)
 
 
@@ -158,7 +160,7 @@ def complete(
     elif explained:
         from midfill.explanation import describe
 
-        click.echo(describe(explanation))
+        say(describe(explanation))
     elif answer:
         click.echo(answer)
     else:
@@ -178,8 +180,6 @@ def demo(model: str | None, as_json: bool) -> None:
       midfill demo
       midfill demo --model qwen2.5-coder-1.5b --json
     """
-    from rich.console import Console
-
     from midfill import demo as play
     from midfill.models import fetch, store
 
@@ -187,16 +187,18 @@ def demo(model: str | None, as_json: bool) -> None:
     settings = read_settings(model=model)
     if store.find(settings.model) is None:
         with_progress(f"fetching {settings.model}", lambda report: fetch.pull(settings.model, report))
-    console = None if as_json else Console(highlight=False)
+    console = None if as_json else terminal()
     suggestions = asyncio.run(play.run(console, {"model": settings.model}))
     seconds = time.monotonic() - begun
     if console is None:
         click.echo(json.dumps(play.summary(settings.model, suggestions, seconds)))
     else:
-        console.print(f"[bold]{settings.model}, {seconds:.1f} s in all. Put midfill into your editor:[/bold]")
+        console.print(
+            f"{settings.model}, {seconds:.1f} s in all. Put midfill into your editor:", style="bold"
+        )
         for editor, line in play.EDITOR_LINES:
-            console.print(f"  [cyan]{editor:8}[/cyan] ", end="")
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(f"  {editor:8} ", style="cyan", end="")
+            console.print(line, soft_wrap=True)
     if not all(suggestion.text for suggestion in suggestions):
         raise MidfillError("Not every sample got a suggestion: run `midfill doctor`.")
 
@@ -213,11 +215,11 @@ def doctor(as_json: bool) -> None:
     else:
         colours = {"ok": "green", "warning": "yellow", "error": "red"}
         for check in checks:
-            click.echo(
+            say(
                 f"{click.style(check.status.ljust(8), fg=colours[check.status])}{check.name:10} {check.found}"
             )
             if check.remedy:
-                click.echo(f"{'':18} -> {check.remedy}")
+                say(f"{'':18} -> {check.remedy}")
     if any(check.status == "error" for check in checks):
         raise click.exceptions.Exit(1)
 
@@ -257,13 +259,11 @@ def status(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result))
         return
-    from rich.console import Console
-
     here = result["model_path"] or f"not on this machine: run `midfill model pull {settings.model}`"
-    click.echo(f"midfill {__version__}\nmodel     {settings.model} ({here})")
-    click.echo(f"settings  {result['settings']}\ngate      {calibrations.describe(judged)}")
-    click.echo(f"counts    {counts_path}\n")
-    Console(highlight=False).print(feedback.table(counts))
+    say(f"midfill {__version__}\nmodel     {settings.model} ({here})")
+    say(f"settings  {result['settings']}\ngate      {calibrations.describe(judged)}")
+    say(f"counts    {counts_path}\n")
+    terminal().print(feedback.table(counts))
 
 
 @cli.command()
@@ -289,7 +289,7 @@ def replay(recording: Path, command: str | None, speed: float, as_json: bool) ->
     from midfill import recording as sessions
 
     result = asyncio.run(sessions.replay(recording, command, speed))
-    click.echo(json.dumps(result) if as_json else sessions.describe(result))
+    say(json.dumps(result) if as_json else sessions.describe(result))
     if result["different"]:
         raise click.exceptions.Exit(1)
 
@@ -367,7 +367,7 @@ def _set_up_logging(log_file: Path | None, log_level: str) -> None:
             handler = logging.FileHandler(log_file, encoding="utf-8")
         except OSError as error:
             raise SettingsError(f"Cannot write the log file {log_file}: {error.strerror}.") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("midfill")
     logger.addHandler(handler)
     logger.setLevel(log_level.upper())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from midfill.cli.shared import JSON, MODEL, read_settings, show, with_progress
+from midfill.cli.terminal import say
 from midfill.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -91,9 +92,9 @@ def adapter_use(
         entry = registry.force(entry.digest)
     check_usable(entry)
     Bindings().bind(entry.digest, **place)
-    click.echo(f"{entry.name} is used {_where(place)}.")
+    say(f"{entry.name} is used {_where(place)}.")
     if read_settings().adapter is not None:
-        click.echo("Your setting `adapter` goes before it; unset that to use this one.", err=True)
+        say("Your setting `adapter` goes before it; unset that to use this one.", err=True)
 
 
 @adapter.command("off")
@@ -114,7 +115,7 @@ def adapter_off(workspace: Path | None, language: str | None, everywhere: bool) 
 
     place = _place(workspace, language, everywhere)
     Bindings().bind(OFF if "workspace" in place else None, **place)
-    click.echo(f"No adapter is used {_where(place)}.")
+    say(f"No adapter is used {_where(place)}.")
 
 
 @adapter.command("rollback")
@@ -170,8 +171,8 @@ def adapter_import(source: str, name: str | None, model: str | None, as_json: bo
     if as_json:
         show(entry.as_dict(), str, as_json=True)
         return
-    click.echo(f"{entry.name} is here ({entry.digest[:12]}, rank {entry.rank}, for {entry.base}).")
-    click.echo(f"It was not judged. Use it with: midfill adapter use {entry.name}")
+    say(f"{entry.name} is here ({entry.digest[:12]}, rank {entry.rank}, for {entry.base}).")
+    say(f"It was not judged. Use it with: midfill adapter use {entry.name}")
 
 
 @adapter.command("export")
@@ -199,7 +200,7 @@ def adapter_export(name: str, folder: Path) -> None:
         raise AdapterError(f"{folder} exists already; name a new folder.") from error
     except OSError as error:
         raise AdapterError(f"{folder} cannot be written: {error.strerror}.") from error
-    click.echo(f"{entry.name} is in {folder}.")
+    say(f"{entry.name} is in {folder}.")
 
 
 @adapter.command("rm")
@@ -228,7 +229,7 @@ def adapter_rm(name: str, force: bool) -> None:
     registry.remove(entry.digest)
     if (found := store.find(entry.base)) is not None:
         forget_merged(found.path)
-    click.echo(f"{entry.name} is deleted.")
+    say(f"{entry.name} is deleted.")
 
 
 @adapter.command("doctor")

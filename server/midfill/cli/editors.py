@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from midfill.cli.shared import JSON
+from midfill.cli.terminal import say
 
 if TYPE_CHECKING:
     from midfill.editors import Editor, Home
@@ -43,9 +44,9 @@ def setup(names: tuple[str, ...], writes: bool, as_json: bool) -> None:
         click.echo(json.dumps({"command": list(home.command), "editors": reports}))
     elif not chosen:
         known = ", ".join(editor.name for editor in editors.EDITORS)
-        click.echo(f"No editor that midfill knows is on your PATH. Name one of: {known}")
+        say(f"No editor that midfill knows is on your PATH. Name one of: {known}")
     elif not writes and any(report["status"] == "to do" for report in reports):
-        click.echo("Nothing has been written. To write it: midfill setup " + " ".join((*names, "--write")))
+        say("Nothing has been written. To write it: midfill setup " + " ".join((*names, "--write")))
 
 
 def _set_up(editor: Editor, home: Home, *, writes: bool, shows: bool) -> dict[str, Any]:
@@ -63,10 +64,10 @@ def _set_up(editor: Editor, home: Home, *, writes: bool, shows: bool) -> dict[st
         "steps": plan.steps,
     }
     if shows:
-        click.secho(editor.title + ("" if editor.found else " (not on your PATH)"), bold=True)
+        say(editor.title + ("" if editor.found else " (not on your PATH)"), bold=True)
         for text in (diff, plan.shown):
             if text:
-                click.echo(text.rstrip("\n"))
+                say(text.rstrip("\n"))
     if edit is None:
         report["configuration"] = plan.shown
     else:
@@ -76,11 +77,11 @@ def _set_up(editor: Editor, home: Home, *, writes: bool, shows: bool) -> dict[st
         report |= {"status": "written", "backup": None if backup is None else str(backup)}
     if shows:
         if report["status"] == "ready":
-            click.echo("It is already set up.")
+            say("It is already set up.")
         elif report["status"] == "written":
             kept = f" What was there is in {report['backup']}." if report["backup"] else ""
-            click.echo(f"Written to {report['file']}.{kept}")
+            say(f"Written to {report['file']}.{kept}")
         for step in plan.steps:
-            click.echo(step)
-        click.echo()
+            say(step)
+        say()
     return report

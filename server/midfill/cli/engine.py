@@ -22,6 +22,7 @@ from midfill.cli.shared import (
     read_settings,
     remote_engine,
 )
+from midfill.cli.terminal import terminal
 from midfill.errors import AdapterError, SettingsError
 
 if TYPE_CHECKING:
@@ -59,9 +60,7 @@ def engine_check(url: str, key: str | None, name: str | None, as_json: bool) -> 
     if as_json:
         click.echo(json.dumps(findings.as_dict()))
     else:
-        from rich.console import Console
-
-        Console(highlight=False).print(table(findings))
+        terminal().print(table(findings))
     if not findings.passed:
         raise click.exceptions.Exit(1)
 
@@ -122,8 +121,11 @@ def engine_serve(
     from midfill.engine.served.host import Host
     from midfill.engine.served.hosting import Listen, read_tokens, run
     from midfill.settings import Settings, parse
+    from midfill.shown import LogFormatter
 
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     if given is not None:
         settings = parse(json.loads(given), base=Settings(), where="--settings")
     else:

@@ -10,6 +10,7 @@ import click
 
 from midfill.cli.adapter import adapter
 from midfill.cli.shared import JSON, MODEL, read_settings, show, with_progress
+from midfill.cli.terminal import say
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
@@ -182,9 +183,9 @@ def adapter_train(
         base_weights=base_weights,
     )
     if job_file is not None:
-        job_file.write_text(
-            json.dumps(request_of("train", job, _base(settings.model), settings)), encoding="utf-8"
-        )
+        from midfill.private import write_private
+
+        write_private(job_file, json.dumps(request_of("train", job, _base(settings.model), settings)))
         return
     result = _run("train", job, settings, processes=processes)
     show(result, _describe, as_json=as_json)
@@ -383,9 +384,7 @@ def _run(
 
     with_progress(kind, work)
     if "stopped" in last:
-        click.echo(
-            f"{last['stopped']} Go on with: midfill adapter train --resume --name {job.name}", err=True
-        )
+        say(f"{last['stopped']} Go on with: midfill adapter train --resume --name {job.name}", err=True)
         raise click.Abort
     if "error" in last:
         raise MidfillError(last["error"])

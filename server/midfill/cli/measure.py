@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from midfill.cli.shared import JSON, MODEL, SCRIPT, engine_maker, read_settings, show, with_progress
+from midfill.cli.terminal import say
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def bench_lsp(keys: int, busy: bool, model: str | None, as_json: bool) -> None:
 
     result = asyncio.run(measure(keys, busy_model=read_settings(model=model).model if busy else None))
     rows = (f"{key:12} {value}" for key, value in result.items())
-    click.echo(json.dumps(result) if as_json else "\n".join(rows))
+    say(json.dumps(result) if as_json else "\n".join(rows))
 
 
 @bench.command("index")
@@ -93,7 +94,7 @@ def bench_index(folder: Path, lookups: int, seed: int, as_json: bool) -> None:
         lambda report: measure(folder.resolve(), settings, report, lookups=lookups, seed=seed),
     )
     rows = (f"{key:12} {value}" for key, value in result.items())
-    click.echo(json.dumps(result) if as_json else "\n".join(rows))
+    say(json.dumps(result) if as_json else "\n".join(rows))
 
 
 @bench.command("engine")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from midfill.cli.shared import ADAPTER, JSON, engine_maker, read_settings, with_progress
+from midfill.cli.terminal import say, terminal
 from midfill.errors import MidfillError
 
 
@@ -46,7 +47,6 @@ def model_list(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"models": rows, "used": used}))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -58,8 +58,8 @@ def model_list(as_json: bool) -> None:
         chosen = "*" if row["name"] == used else ""
         here_mark = "yes" if row["installed"] else ""
         table.add_row(chosen, row["name"], parameters, memory, row.get("license", ""), here_mark)
-    Console(highlight=False).print(table)
-    click.echo(
+    terminal().print(table)
+    say(
         "\n* the one in use. Fetch one with `midfill model pull NAME`, "
         "choose it with `midfill model use NAME`."
     )
@@ -84,10 +84,10 @@ def model_pull(name: str, gguf: bool) -> None:
 
     if gguf:
         file = with_progress(f"fetching {name}", lambda report: fetch.pull_gguf(name, report))
-        click.echo(f"The GGUF file of {name} is ready: {file}")
+        say(f"The GGUF file of {name} is ready: {file}")
         return
     found = with_progress(f"fetching {name}", lambda report: fetch.pull(name, report))
-    click.echo(f"{found.name} is ready: {found.path}")
+    say(f"{found.name} is ready: {found.path}")
 
 
 @model.command("check")
@@ -115,10 +115,10 @@ def model_check(name: str, adapter: str | None, as_json: bool) -> None:
     else:
         for key, value in result.items():
             if key != "holes":
-                click.echo(f"{key:12} {value}")
+                say(f"{key:12} {value}")
         for hole in result["holes"]:
             mark = click.style("pass", fg="green") if hole["passed"] else click.style("fail", fg="red")
-            click.echo(f"{mark}  {hole['hole']}  ->  {hole['text']!r}")
+            say(f"{mark}  {hole['hole']}  ->  {hole['text']!r}")
     if not result["passed"]:
         raise MidfillError(f"{name} does not fill the holes: is it a base model with FIM training?")
 
@@ -138,7 +138,7 @@ def model_use(name: str) -> None:
     path_given = None if catalogue.lookup(name) else store.as_path(name)
     value = str(path_given or name)
     path = settings.store("model", value)
-    click.echo(f"midfill uses {value} from the next start on ({path}).")
+    say(f"midfill uses {value} from the next start on ({path}).")
 
 
 @model.command("path")
@@ -154,12 +154,12 @@ def model_path(name: str | None, gguf: bool) -> None:
                 f"The GGUF file of {name!r} is not on this machine. "
                 f"Fetch it: midfill model pull {name} --gguf"
             )
-        click.echo(file)
+        say(str(file))
         return
     if name is None:
-        click.echo(store.models_dir())
+        say(str(store.models_dir()))
         return
     found = store.find(name)
     if found is None:
         raise MidfillError(f"{name!r} is not on this machine. Fetch it: midfill model pull {name}")
-    click.echo(found.path)
+    say(str(found.path))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from midfill.cli.terminal import say, terminal
+
 if TYPE_CHECKING:
     from midfill.engine import Engine, LocalModel, Progress
     from midfill.engine.served.remote import RemoteEngine
@@ -165,22 +167,19 @@ def show(result: dict[str, Any], table: Callable[[dict[str, Any]], Any], *, as_j
     """Print a result as one JSON object, or as what `table` makes of it."""
     shown = json.dumps(result) if as_json else table(result)
     if isinstance(shown, str):
-        click.echo(shown)
+        say(shown)
         return
-    from rich.console import Console
-
-    Console(highlight=False).print(shown)
+    terminal().print(shown)
 
 
 def with_progress(title: str, work: Callable[[Progress], T]) -> T:
     """Run `work` with a progress bar on stderr."""
-    from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     with Bar(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),

@@ -9,7 +9,6 @@ Knows tensors and shapes; nothing of slots, requests or text. Imports neither to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from midfill.engine.rounded import Floats, Rounded, Tensors
 from midfill.engine.vino import op, opset15, ov
 from midfill.errors import AdapterError, ModelError
+from midfill.jsonfiles import read_json
 
 _SEQUENCES = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
 
@@ -119,6 +119,13 @@ class Shape:
     window: int
 
 
+# More than any model has, and little enough that no memory runs out before the weights are looked at.
+_MAX_SIZE = 1 << 20
+_MAX_CONTEXT = 1 << 31
+_MAX_LAYERS = 1000
+_MAX_NUMBER = 1e30
+
+
 class UnsupportedError(Exception):
     """The model is none that a graph can be made of; the message says why."""
 
@@ -126,14 +133,27 @@ class UnsupportedError(Exception):
 def read_shape(path: Path) -> Shape:
     """The shape of the model in a folder. Raises `UnsupportedError` if no graph can be made of it."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        shape = _shape(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedError(f"config.json is not as expected ({error!r})") from error
+        shape = _shape(read_json(path / "config.json"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UnsupportedError(f"config.json is not as expected ({str(error)[:200]!r})") from error
     for name, value in asdict(shape).items():
-        if not isinstance(value, str) and (not isinstance(value, int | float) or value < 0):
-            raise UnsupportedError(f"config.json is not as expected ({name} is {value!r})")
+        if not _is_sound(name, value):
+            raise UnsupportedError(f"config.json is not as expected ({name} is {str(value)[:80]})")
     return shape
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    """Whether a field of `Shape` has a value that a model can have."""
+    if name in {"architecture", "activation"}:
+        return isinstance(value, str)
+    if name in {"epsilon", "rope_theta", "rope_factor"}:
+        return type(value) in {int, float} and 0 <= value <= _MAX_NUMBER
+    least, most = {
+        "context": (0, _MAX_CONTEXT),
+        "window": (0, _MAX_CONTEXT),
+        "num_layers": (1, _MAX_LAYERS),
+    }.get(name, (1, _MAX_SIZE))
+    return type(value) is int and least <= value <= most
 
 
 def _shape(config: Mapping[str, Any]) -> Shape:

@@ -31,9 +31,10 @@ import numpy as np
 import numpy.typing as npt
 
 from midfill.adapters.format import Adapter
-from midfill.engine.files import find_tensors, read_blocks, shape_of
+from midfill.engine.files import find_tensors, read_blocks, shapes_of
 from midfill.errors import AdapterError, MidfillError, ModelError
 from midfill.models import store
+from midfill.private import private, private_folder
 
 Floats = npt.NDArray[np.float32]
 
@@ -110,7 +111,7 @@ def read_weights(
         ModelError: a file is missing, damaged, or holds what is no finite float.
     """
     files = find_tensors(path)
-    shapes = {name: shape_of(file, name) for name, file in files.items()}
+    shapes = shapes_of(files)
     places = _places(shapes, exact)
     reader = _Reader(files, places, num_threads, report)
     if sum(map(math.prod, shapes.values())) < _WORTH_KEEPING:
@@ -139,7 +140,7 @@ def read_merged(path: Path, base: Weights, adapter: Adapter, *, num_threads: int
     names = {f"{layer}.weight" for layer in adapter.branches}
     files = {name: file for name, file in find_tensors(path).items() if name in names}
     places = _places(
-        {name: shape_of(file, name) for name, file in files.items()},
+        shapes_of(files),
         lambda name: not isinstance(base.tensors[name], Rounded),
     )
     reader = _Reader(files, places, num_threads, lambda _: None, adapter)
@@ -280,7 +281,7 @@ def _kept(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[npt.NDAr
     if (found := _open(place, reader.places)) is not None:
         return found
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(store.make_cache_root() / folder.name)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".building-", ignore_cleanup_errors=True) as new:
             _make(Path(new), reader)
             for old in folder.glob(f"{glob.escape(owner)}-{'?' * len(state)}"):
@@ -330,6 +331,7 @@ def _make(folder: Path, reader: _Reader) -> None:
     )
     reader.read(integers, floats)
     for name, array in (("integers.npy", integers), ("floats.npy", floats)):
+        private(folder / name)
         if sys.platform == "win32":
             array.flush()
         else:

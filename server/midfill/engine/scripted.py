@@ -18,6 +18,7 @@ from typing import Any
 
 from midfill.engine import AdapterSource, ModelInfo, Progress, Request, Token
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
+from midfill.jsonfiles import read_json
 
 _SENTINELS = {
     "<|fim_prefix|>": 0x110000,
@@ -123,7 +124,7 @@ class Script:
     def read(path: Path) -> Script:
         """Read a JSON file with the fields of `Script`. Raises `ModelError`."""
         try:
-            values: dict[str, Any] = json.loads(path.read_bytes())
+            values: dict[str, Any] = read_json(path)
             values["rules"] = [Rule(**rule) for rule in values.get("rules", [])]
             return Script(**values)
         except (OSError, ValueError, TypeError) as error:

@@ -19,7 +19,7 @@ import torch
 
 from midfill.engine import quantize
 from midfill.engine.cores import FreeCores, num_cores
-from midfill.engine.files import find_tensors, read_blocks, shape_of
+from midfill.engine.files import find_tensors, read_blocks, shape_of, shapes_of
 from midfill.engine.quantize import Int8Weight
 from midfill.engine.slots import NUM_SLOTS
 from midfill.errors import EngineError
@@ -92,7 +92,7 @@ def load_runner(  # noqa: PLR0913 - the fields of EngineSpec, by name
 
 def _largest(files: dict[str, Path]) -> str | None:
     """The tensor that takes longest: the head's. Its own, if it shares none with the embedding."""
-    shapes = {name: shape_of(file, name) for name, file in files.items()}
+    shapes = shapes_of(files)
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     return max(matrices, key=lambda name: (math.prod(shapes[name]), "head" in name), default=None)
 

@@ -25,10 +25,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from midfill.engine.files import read_blocks
 from midfill.engine.quantize import Int8Embedding, Int8Linear, Int8Weight
 from midfill.errors import ModelError
+from midfill.models.store import read_config
 
 _HARMLESS = re.compile(r"(\.attn\.(masked_)?bias|\.masked_bias|\.rotary_emb\.inv_freq)$")
 """Buffers that old checkpoints carry and the modules compute themselves."""
 
+# More than any model has: each layer is made before its weights are looked for.
+_LARGEST = {"num_hidden_layers": 1000, "hidden_size": 1 << 20, "vocab_size": 1 << 20}
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 """Layers whose past can be cut at any token, which reuse needs. Recurrent states cannot."""
 
@@ -72,12 +75,17 @@ def build_model(  # noqa: PLR0913 - what to load, how, and what is there already
 
 
 def _empty_model(path: Path, dtype: torch.dtype) -> Any:
+    read_config(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its config classes raise
         raise ModelError(
             f"{path / 'config.json'} is not the configuration of a known model: {error}"
         ) from error
+    for size, most in _LARGEST.items():
+        value = getattr(config, size, 1)
+        if type(value) is not int or not 0 < value <= most:
+            raise ModelError(f"{path / 'config.json'} says {size} is {str(value)[:40]}; the most is {most}.")
     foreign = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if foreign:
         raise ModelError(

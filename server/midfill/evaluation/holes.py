@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from midfill.context.files import Sieve
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Hole
+from midfill.git import Git, GitError
 from midfill.languages import is_among
 from midfill.settings import Settings
 
@@ -128,16 +128,18 @@ def _sample(source: _Source, kind: str, start: int, end: int) -> Sample:
 
 def _history(root: Path) -> dict[str, float]:
     """How much recent commits have to do with each file; empty where there is no git or no repository."""
-    # Configuration of a repository must not start programs.
-    command = ["git", "-C", str(root), "-c", "core.fsmonitor=false", "-c", "log.showSignature=false", "log"]
-    command += ["-z", "--format=%x01", "--name-only", "--no-renames", "--relative", f"-n{_NUM_COMMITS}"]
     try:
-        done = subprocess.run(command, capture_output=True, check=True)  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
+        git = Git(root)
+        out = git.run(
+            *("log", "-z", "--format=%x01", "--name-only", "--no-renames", f"-n{_NUM_COMMITS}"),
+            *([f"--relative={git.prefix}"] if git.prefix else []),
+            "HEAD",
+        )
+    except GitError:
         return {}
     weights: dict[str, float] = defaultdict(float)
     age = -1
-    for field in done.stdout.decode("utf-8", "surrogateescape").split("\0"):
+    for field in out.decode("utf-8", "surrogateescape").split("\0"):
         age += field.count("\x01")
         if name := field.rpartition("\x01")[2].strip("\n"):
             weights[name] += 0.5 ** (age / _HALF_LIFE_COMMITS)

@@ -1,8 +1,8 @@
-"""A repository's history: commits, trees, and what each commit has added. Asks git, and lets it run nothing.
+"""A repository's history: commits, trees, and what each commit has added.
 
-A cloned repository's configuration can name programs: an external diff, a text conversion, a file system
-monitor, hooks, a remote helper for missing objects. Every command here leaves those out, reads objects only
-and never the working tree. Knows files as bytes and texts, nothing of models. Any thread.
+Asks git by `midfill.git`, which lets it run nothing, and reads objects only, never the working copy. What a
+repository says is not believed: paths that lead out of it, dates and authors that are none, objects that are
+missing. Knows files as bytes and texts, nothing of models. Any thread.
 """
 
 from __future__ import annotations
@@ -10,26 +10,17 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from midfill.errors import MidfillError
+from midfill.git import Git, NoRepositoryError, is_plain
 
 _MAX_BLOB_BYTES = 400_000
-_SAFE = (
-    "--no-optional-locks",
-    "--no-pager",
-    "--no-replace-objects",
-    *("-c", "core.fsmonitor=false"),
-    *("-c", "core.hooksPath=/dev/null"),
-    *("-c", "core.attributesFile=/dev/null"),
-    *("-c", "diff.external="),
-    *("-c", "log.showSignature=false"),
-    # Objects that a partial clone lacks would be fetched, by a program that the repository names.
-    *("-c", "protocol.allow=never"),
-)
+# Texts are asked for in portions of this size, and not more than so much of them is kept.
+_PORTION_BYTES = 64 << 20
+_MAX_TEXTS_BYTES = 1 << 30
 _PATCH = ("--no-ext-diff", "--no-textconv", "--no-color", "--unified=0", "--diff-algorithm=histogram")
 _HUNK = re.compile(rb"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@", re.MULTILINE)
 _BOT = re.compile(
@@ -99,10 +90,15 @@ class Repository:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
         if not folder.is_dir():
             raise MidfillError(f"{folder} is not a folder. Give the folder of a git repository.")
-        self.root = Path(os.fsdecode(self._run("rev-parse", "--show-toplevel").rstrip(b"\n")))
+        try:
+            self._git = Git(folder)
+        except NoRepositoryError as error:
+            raise MidfillError(
+                f"{error} Adapters are learnt from a repository's history: open one, or name it by --repo."
+            ) from error
+        self.root = self._git.root
 
     @property
     def name(self) -> str:
@@ -114,33 +110,41 @@ class Repository:
 
         Raises `MidfillError` if there are none.
         """
-        out = self._run(
-            *("log", "-z", "--date-order", f"-n{limit}", "--format=%H%x1f%P%x1f%ct%x1f%an <%ae>", "HEAD"),
-            failing=f"{self.root} has no commits yet, so there is nothing to learn from.",
+        if self._git.head is None:
+            raise MidfillError(f"{self.root} has no commits yet, so there is nothing to learn from.")
+        out = self._git.run(
+            *("log", "-z", "--date-order", f"-n{limit}", "--format=%H%x1f%P%x1f%ct%x1f%an <%ae>", "HEAD")
         )
         found = []
         for record in out.decode("utf-8", "replace").split("\0"):
-            if record:
-                id_, parents, time_s, author = record.split("\x1f")
-                found.append(Commit(id_, tuple(parents.split()), int(time_s), author))
+            # A commit that was made by hand may have no date.
+            id_, parents, time_s, author = (*record.split("\x1f", 3), "", "", "")[:4]
+            if id_:
+                seconds = int(time_s) if time_s.isascii() and time_s.isdigit() else 0
+                found.append(Commit(id_, tuple(parents.split()), seconds, author))
         found.reverse()
         return found
 
     def tree(self, commit: str) -> dict[str, str]:
-        """The regular files of a commit, no links and submodules: path to the hash of the content."""
+        """The regular files of a commit, no links and submodules: path to the hash of the content.
+
+        Entries that lead out of the repository or into git's own folder are left out.
+        """
         files = {}
-        for record in self._run("ls-tree", "-r", "-z", "--full-tree", commit).split(b"\0"):
-            meta, _, path = record.partition(b"\t")
-            if path:
+        for record in self._git.run("ls-tree", "-r", "-z", "--full-tree", commit).split(b"\0"):
+            meta, _, name = record.partition(b"\t")
+            if name:
                 mode, _, blob = meta.decode().split()
-                if mode in _REGULAR:
-                    files[os.fsdecode(path)] = blob
-        return files
+                if mode in _REGULAR and is_plain(path := os.fsdecode(name)):
+                    files[path] = blob
+        # A path cannot be a file and a folder.
+        folders = {parent for path in files for parent in _parents(path)}
+        return {path: blob for path, blob in files.items() if path not in folders}
 
     def changes(self, commits: Iterable[Commit]) -> Iterator[tuple[Commit, list[Change]]]:
         """What each commit, none of them a merge, did to regular files."""
         for commit in commits:
-            out = self._run("diff-tree", "-r", "-M", "-z", "--raw", "--no-commit-id", "--root", commit.id)
+            out = self._git.run("diff-tree", "-r", "-M", "-z", "--raw", "--no-commit-id", "--root", commit.id)
             yield commit, list(_changes(out.split(b"\0")))
 
     def hunks(self, change: Change) -> list[Hunk]:
@@ -150,7 +154,7 @@ class Repository:
             return [] if text is None else [Hunk(0, text.count("\n") + 1, 0, 0)]
         if change.old == change.new:
             return []
-        out = self._run("diff", *_PATCH, change.old, change.new)
+        out = self._git.run("diff", *_PATCH, change.old, change.new)
         found = []
         for match in _HUNK.finditer(out):
             old_start, old_count, start, count = (1 if one is None else int(one) for one in match.groups())
@@ -160,48 +164,55 @@ class Repository:
         return found
 
     def texts(self, blobs: Iterable[str]) -> dict[str, str | None]:
-        """The contents of these hashes; None for one that is large, binary or not in UTF-8."""
+        """The contents of these hashes; None for one that is missing, large, binary or not in UTF-8.
+
+        Raises `MidfillError` if they are more than fit in memory.
+        """
         wanted = sorted(set(blobs))
-        asked = "\n".join(wanted).encode()
-        sizes = self._run("cat-file", "--batch-check=%(objectname) %(objectsize)", given=asked).split(b"\n")
-        small = [line.split()[0] for line in sizes if line and int(line.split()[1]) <= _MAX_BLOB_BYTES]
-        out = self._run("cat-file", "--batch=%(objectname) %(objectsize)", given=b"\n".join(small))
         found: dict[str, str | None] = dict.fromkeys(wanted)
-        at = 0
-        while at < len(out):
-            end = out.index(b"\n", at)
-            blob, size = out[at:end].decode().split()
-            data = out[end + 1 : end + 1 + int(size)]
-            at = end + int(size) + 2
-            if b"\0" not in data:
-                with contextlib.suppress(UnicodeDecodeError):
-                    found[blob] = data.decode("utf-8-sig")
+        for portion in self._portions(wanted):
+            out = self._git.run(
+                "cat-file", "--batch=%(objectname) %(objectsize)", given="\n".join(portion).encode()
+            )
+            at = 0
+            while at < len(out):
+                end = out.index(b"\n", at)
+                blob, size = out[at:end].decode().split()
+                data = out[end + 1 : end + 1 + int(size)]
+                at = end + int(size) + 2
+                if b"\0" not in data:
+                    with contextlib.suppress(UnicodeDecodeError):
+                        found[blob] = data.decode("utf-8-sig")
         return found
 
-    def _run(self, *arguments: str, failing: str = "", given: bytes = b"") -> bytes:
-        command = ["git", *_SAFE, "-C", str(self._folder), *arguments]
-        try:
-            done = subprocess.run(  # noqa: S603 - git, with what it may not do spelled out above
-                command, capture_output=True, check=False, input=given, env=_environment()
-            )
-        except OSError as error:
-            raise MidfillError(f"git cannot be started ({error.strerror}). Install git.") from error
-        if done.returncode == 0:
-            return done.stdout
-        said = done.stderr.decode("utf-8", "replace").strip()
-        if "dubious ownership" in said:
-            raise MidfillError(
-                f"git does not trust {self._folder}, because another user owns it. If you do: "
-                f"git config --global --add safe.directory {self._folder}"
-            )
-        if "not a git repository" in said:
-            raise MidfillError(
-                f"{self._folder} is in no git repository. Adapters are learnt from a repository's history: "
-                "open one, or name it by --repo."
-            )
-        if failing:
-            raise MidfillError(failing)
-        raise MidfillError(f"git {arguments[0]} failed in {self._folder}: {said.partition(chr(10))[0]}")
+    def _portions(self, wanted: list[str]) -> Iterator[list[str]]:
+        """Those that are contents of a moderate size, in portions that git is asked for at once."""
+        if not wanted:
+            return
+        asked = "\n".join(wanted).encode()
+        lines = self._git.run(
+            "cat-file", "--batch-check=%(objectname) %(objecttype) %(objectsize)", given=asked
+        ).split(b"\n")
+        portion: list[str] = []
+        portion_bytes = total_bytes = 0
+        for line in lines:
+            # A clone without all objects answers "<hash> missing".
+            blob, kind, size = (*line.decode().split(), "", "", "")[:3]
+            if kind != "blob" or int(size) > _MAX_BLOB_BYTES:
+                continue
+            total_bytes += int(size)
+            if total_bytes > _MAX_TEXTS_BYTES:
+                raise MidfillError(
+                    f"{self.root} has more than {_MAX_TEXTS_BYTES >> 20} MB of source text to look at. "
+                    "Exclude files by a .midfillignore."
+                )
+            if portion_bytes + int(size) > _PORTION_BYTES:
+                yield portion
+                portion, portion_bytes = [], 0
+            portion.append(blob)
+            portion_bytes += int(size)
+        if portion:
+            yield portion
 
 
 def _changes(fields: list[bytes]) -> Iterator[Change]:
@@ -212,11 +223,13 @@ def _changes(fields: list[bytes]) -> Iterator[Change]:
         renamed = status[0] in "RC"
         path = os.fsdecode(fields[at + 1 + renamed])
         at += 2 + renamed
-        if (mode if new.strip("0") else old_mode) in _REGULAR:
+        if (mode if new.strip("0") else old_mode) in _REGULAR and is_plain(path):
             yield Change(path, old if old.strip("0") else "", new if new.strip("0") else "", renamed)
 
 
-def _environment() -> Mapping[str, str]:
-    """The user's, without what points git at another repository or program."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    return kept | {"GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1", "LC_ALL": "C"}
+def _parents(path: str) -> Iterator[str]:
+    """The folders that a path leads through."""
+    at = path.find("/")
+    while at >= 0:
+        yield path[:at]
+        at = path.find("/", at + 1)

@@ -27,6 +27,7 @@ from midfill.adapters.registry import Registry, data_dir, locked, replace_file
 from midfill.bench.figures import peak_rss_mb
 from midfill.errors import AdapterError, MidfillError
 from midfill.evaluation.records import Records
+from midfill.jsonfiles import read_json
 from midfill.learning import data, judge, memory, report
 from midfill.learning.data import Example, Examples
 from midfill.learning.history import Repository
@@ -36,6 +37,7 @@ from midfill.learning.selection import Selection, select
 from midfill.learning.train import Trained, Trainer, kept_base_weights, smaller_of_all
 from midfill.learning.worker import Job, run_folder
 from midfill.models.store import LocalModel
+from midfill.private import private_folder
 from midfill.settings import Settings
 
 Tell = Callable[[str, float | None, str], None]
@@ -296,7 +298,7 @@ def _header(run: _Run, adapter: Path) -> dict[str, str]:
         "base_weights": run.base_weights,
     }
     file = run.folder / "judged.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(file.parent)
     try:
         with file.open(encoding="utf-8") as lines:
             known = json.loads(lines.readline())
@@ -342,7 +344,7 @@ def note_opening(test: Sequence[Example], digest: str) -> int:
     commits = {hashlib.sha256(example.commit.encode()).hexdigest()[:16] for example in test}
     with locked(file.parent):
         try:
-            known = json.loads(file.read_bytes())["opened"]
+            known = read_json(file)["opened"]
         except (OSError, ValueError, KeyError, TypeError):
             known = []
         others = {

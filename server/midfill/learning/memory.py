@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from midfill.adapters.format import layers_of
-from midfill.engine.files import find_tensors, shape_of
+from midfill.engine.files import find_tensors, shapes_of
 from midfill.errors import AdapterError
 from midfill.learning.data import MAX_TARGET_TOKENS
 from midfill.models.store import read_config
@@ -69,7 +69,7 @@ def needed(model: Path, form: str, settings: Settings, *, learns: bool = True) -
     Raises:
         ModelError: the folder holds no model.
     """
-    shapes = [shape_of(file, name) for name, file in find_tensors(model).items()]
+    shapes = list(shapes_of(find_tensors(model)).values())
     matrices = sum(math.prod(shape) for shape in shapes if len(shape) == 2)
     others = sum(math.prod(shape) for shape in shapes if len(shape) != 2)
     layers = layers_of(model)

@@ -33,6 +33,7 @@ from midfill.errors import AdapterError
 from midfill.learning.data import Example
 from midfill.learning.frozen import FrozenLinear, keep_less, layers_of, share_embedding
 from midfill.models.store import LocalModel
+from midfill.private import private
 
 _ADAPTER = "default"
 _LIVE_S = 1.5
@@ -218,6 +219,8 @@ class Adapted:
             with _quiet():
                 self.peft.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)
+            for written in (folder, *folder.iterdir()):
+                private(written)
         finally:
             config.lora_alpha, config.lora_dropout = before
 

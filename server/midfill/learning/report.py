@@ -16,6 +16,7 @@ from typing import Any
 
 from midfill.errors import AdapterError
 from midfill.learning.judge import Measured
+from midfill.private import private_folder
 
 _MAX_PAIRS = 24
 _COLOURS = {"enabled": "#1a7f37", "rejected": "#b42318", "inconclusive": "#9a6700"}
@@ -55,7 +56,7 @@ def write(  # noqa: PLR0913 - what it is of, and what it says
         f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent, tighten=False)
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="utf-8") as out:  # noqa: PTH123 - it is a descriptor

@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 
 from midfill.errors import AdapterError
+from midfill.jsonfiles import read_json
 from midfill.learning.data import Example
 from midfill.learning.model import Adapted, Recipe
+from midfill.private import private, private_folder
 
 _WEIGHTS, _MOMENTS, _STATE = "weights.safetensors", "moments.safetensors", "state.json"
 _SAVE_EVERY_S = 120.0
@@ -258,7 +260,7 @@ class Trainer:
             return
         new = self._folder.with_name(self._folder.name + ".new")
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
+        private_folder(new)
         save_file(
             {name: one.detach().contiguous() for name, one in self._adapted.parameters.items()},
             new / _WEIGHTS,
@@ -270,6 +272,7 @@ class Trainer:
         save_file(moments, new / _MOMENTS)
         (new / _STATE).write_text(json.dumps(asdict(self._state)), encoding="utf-8")
         for file in new.iterdir():
+            private(file)
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         old = self._folder.with_name(self._folder.name + ".old")
@@ -282,7 +285,7 @@ class Trainer:
     def _load(self) -> None:
         folder = self._folder if self._folder.exists() else self._folder.with_name(self._folder.name + ".old")
         try:
-            content = json.loads((folder / _STATE).read_bytes())
+            content = read_json(folder / _STATE)
             found = _State(**content)
             wanted = json.loads(json.dumps(self._state.identity))
             if found.identity != wanted:
@@ -320,7 +323,7 @@ def kept_base_weights(folder: Path) -> str | None:
     """How the base was held in the training that has left a checkpoint here; None if that is not known."""
     for place in (folder, folder.with_name(folder.name + ".old")):
         try:
-            found = json.loads((place / _STATE).read_bytes())["identity"]["base_weights"]
+            found = read_json(place / _STATE)["identity"]["base_weights"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         return str(found)

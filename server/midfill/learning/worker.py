@@ -28,8 +28,10 @@ from filelock import FileLock, Timeout
 
 from midfill.adapters.registry import check_name, data_dir, is_name
 from midfill.errors import AdapterError, MidfillError
+from midfill.jsonfiles import read_json
 from midfill.learning.judge import Limits
 from midfill.models.store import LocalModel
+from midfill.private import private_folder
 from midfill.settings import Settings
 
 _MODULE = "midfill.learning.worker"
@@ -220,7 +222,7 @@ def main() -> None:
 
 
 def _serve(say: Callable[[dict[str, Any]], None]) -> None:
-    request = json.loads(Path(sys.argv[1]).read_bytes())
+    request = read_json(Path(sys.argv[1]))
     _be_nice()
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -267,8 +269,9 @@ def _work(request: Mapping[str, Any], tell: Any, stop: Callable[[], bool]) -> di
 def _alone(name: str) -> Iterator[None]:
     """Keep others from the folder of a run. Raises `AdapterError` if one is at work there."""
     folder = run_folder(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    private_folder(folder.parent)
+    private_folder(folder)
+    lock = FileLock(folder / ".lock", mode=0o600)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

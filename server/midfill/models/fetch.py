@@ -237,7 +237,7 @@ def _locked(key: str, name: str, progress: Progress) -> Iterator[None]:
     """One process at a time per model. The lock goes with its process, so a kill leaves none."""
     from filelock import FileLock, Timeout  # noqa: PLC0415 - only for downloads
 
-    folder = store.cache_root() / "locks"
+    folder = store.make_cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{key}.lock")
     try:

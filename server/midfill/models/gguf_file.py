@@ -31,6 +31,11 @@ _STRING = 8
 _ARRAY = 9
 _MAX_DIMENSIONS = 4
 _MAX_KEY_BYTES = 65_535
+# Far more than any model has; as Python objects values take up to a hundred times their bytes in the file.
+_MAX_KEYS = 1 << 16
+_MAX_TENSORS = 1 << 17
+_MAX_ENTRIES = 1 << 22
+_MAX_TEXT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,8 @@ class _Reader:
         self._data = data
         self._size = len(data)
         self._at = 0
+        self._num_entries = 0
+        self._text_bytes = 0
 
     def read(self) -> GGUFFile:
         if self._data[:4] != b"GGUF":
@@ -131,6 +138,11 @@ class _Reader:
         if num_keys * 13 + num_tensors * 32 > self._size - self._at:
             raise self._damaged(
                 f"its header promises {num_keys} keys and {num_tensors} tensors, more than fit in the file"
+            )
+        if num_keys > _MAX_KEYS or num_tensors > _MAX_TENSORS:
+            raise self._damaged(
+                f"its header promises {num_keys} keys and {num_tensors} tensors; models have at most "
+                f"{_MAX_KEYS} and {_MAX_TENSORS}"
             )
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
@@ -157,6 +169,9 @@ class _Reader:
         (length,) = self._unpack("Q")
         if length > self._size - self._at or (limit is not None and length > limit):
             raise self._damaged(f"a text of {length} bytes at byte {self._at} does not fit")
+        self._text_bytes += length
+        if self._text_bytes > _MAX_TEXT_BYTES:
+            raise self._damaged(f"its header has more than {_MAX_TEXT_BYTES >> 20} MB of text")
         raw = self._data[self._at : self._at + length]
         self._at += length
         # Vocabularies hold the byte alphabet of BPE, which is valid UTF-8; anything else is damage that
@@ -175,6 +190,9 @@ class _Reader:
         smallest = 8 if item == _STRING else struct.calcsize(_SCALARS.get(item, "B"))
         if count * smallest > self._size - self._at:
             raise self._damaged(f"the list {key!r} of {count} entries does not fit")
+        self._num_entries += count
+        if self._num_entries > _MAX_ENTRIES:
+            raise self._damaged(f"the list {key!r} and those before it have {self._num_entries} entries")
         if item == _STRING:
             return [self._string() for _ in range(count)]
         if item in _SCALARS:

@@ -15,6 +15,10 @@ from midfill.errors import ModelError
 # Token types of `tokenizer.ggml.token_type`: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
+_MAX_TOKENS = 1 << 20
+# The sum of the squares of the tokens' lengths: what looking for their merges takes.
+_MAX_MERGE_WORK = 1 << 27
+
 _SPACE_MARK = "\u2581"
 
 _QWEN2 = (
@@ -68,6 +72,8 @@ def tokenizer_json(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(text, str) for text in tokens):
         raise ModelError(f"{source} holds no vocabulary, so it cannot be used as a model.")
+    if len(tokens) > _MAX_TOKENS:
+        raise ModelError(f"The vocabulary of {source} has {len(tokens)} tokens; {_MAX_TOKENS} are read.")
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise ModelError(f"The vocabulary of {source} is damaged: tokens and their types differ in number.")
@@ -91,13 +97,14 @@ def _byte_level_bpe(
     metadata: Mapping[str, Any], kinds: Mapping[str, tuple[int, int]], source: str
 ) -> dict[str, Any]:
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    steps = _PRE_TOKENIZERS.get(pre)
+    steps = _PRE_TOKENIZERS.get(pre) if isinstance(pre, str) else None
     if steps is None:
         raise ModelError(
             f"{source} splits text by the rule {pre!r}, which midfill does not know; known are "
             f"{', '.join(sorted(_PRE_TOKENIZERS))}. Use the model's safetensors version."
         )
-    merges = [str(merge).split(" ") for merge in metadata.get("tokenizer.ggml.merges", ())]
+    listed = metadata.get("tokenizer.ggml.merges")
+    merges = [str(merge).split(" ") for merge in listed] if isinstance(listed, list) else []
     if not merges or any(len(pair) != 2 for pair in merges):
         raise ModelError(f"The vocabulary of {source} is damaged: its list of merges is missing or broken.")
     # A single character of user-defined type (DeepSeek-Coder has 13) is a byte, not a mark.
@@ -116,7 +123,11 @@ def _sentencepiece_bpe(
     metadata: Mapping[str, Any], kinds: Mapping[str, tuple[int, int]], source: str
 ) -> dict[str, Any]:
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(metadata["tokenizer.ggml.tokens"]):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(metadata["tokenizer.ggml.tokens"])
+        or not all(isinstance(score, int | float) for score in scores)
+    ):
         raise ModelError(f"The vocabulary of {source} is damaged: it has no score for each token.")
     normalizers: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_MARK}
@@ -135,19 +146,26 @@ def _sentencepiece_bpe(
         kinds,
         normalizer={"type": "Sequence", "normalizers": normalizers},
         decoder={"type": "Sequence", "decoders": decoders},
-        merges=_merges_by_score(kinds, scores),
+        merges=_merges_by_score(kinds, scores, source),
         unk_token=unknown,
         fuse_unk=True,
         byte_fallback=True,
     )
 
 
-def _merges_by_score(kinds: Mapping[str, tuple[int, int]], scores: list[float]) -> list[list[str]]:
+def _merges_by_score(
+    kinds: Mapping[str, tuple[int, int]], scores: list[float], source: str
+) -> list[list[str]]:
     """SentencePiece's BPE as a list of merges: any two pieces that make a piece, best score first.
+
+    Raises `ModelError` if that would take too long.
 
     The order within one piece follows `transformers.tokenization_utils_sentencepiece`: left part's id,
     then right part's id.
     """
+    if sum(len(text) ** 2 for text in kinds) > _MAX_MERGE_WORK:
+        longest = max(map(len, kinds))
+        raise ModelError(f"The vocabulary of {source} is damaged: a token has {longest} characters.")
     text_ids = {text: i for text, (i, kind) in kinds.items() if kind in (_NORMAL, _USER_DEFINED)}
     ranked: list[tuple[float, int, int, int, str, str]] = []
     for whole, i in text_ids.items():

@@ -7,6 +7,7 @@ interrupted run left. Knows nothing of midfill's cache but the folder it is give
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from midfill.errors import ModelError
+from midfill.jsonfiles import MAX_BYTES
 
 Report = Callable[[int], None]
 """Called with the number of bytes that are here."""
@@ -39,6 +41,8 @@ _SMALL_FILES = (
     "tokenizer.model",
     "model.safetensors.index.json",
 )
+
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 class HubUnreachableError(ModelError):
@@ -76,14 +80,22 @@ def look_up(repository: str) -> Listing:
     """
     info = _ask(repository)
     names = {item.rfilename: item for item in info.siblings or ()}
-    weights = [name for name in names if fnmatch(name, "model*.safetensors")]
-    weights = weights or [name for name in names if fnmatch(name, "*.safetensors") and "/" not in name]
+    # `*` fits slashes and "..", and the names are patterns again for the hub's library.
+    plain = [name for name in names if _PLAIN.fullmatch(name)]
+    weights = [name for name in plain if fnmatch(name, "model*.safetensors")]
+    weights = weights or [name for name in plain if name.endswith(".safetensors")]
     if not weights:
         raise ModelError(
             f"The hub repository {repository} has no safetensors weights, only other formats; midfill "
             "refuses pickled weights. Choose another model, or convert this one where you trust it."
         )
     wanted = {name: names[name] for name in (*_SMALL_FILES, *weights) if name in names}
+    for name in set(_SMALL_FILES) & set(wanted):
+        if (names[name].size or 0) > MAX_BYTES:
+            raise ModelError(
+                f"{name} of {repository} has {names[name].size >> 20} MB; files of {MAX_BYTES >> 20} MB are "
+                "read at most. Choose another model."
+            )
     return Listing(
         repository,
         info.sha or "main",

@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from midfill.errors import ModelError
+from midfill.jsonfiles import read_json
 from midfill.models import catalogue
 from midfill.models.catalogue import Entry
+from midfill.private import private_folder
 
 _MANIFEST = "midfill.json"
 _FORMAT = 1
@@ -50,6 +52,14 @@ def cache_root() -> Path:
     import platformdirs  # noqa: PLC0415 - not needed where the variable is set
 
     return platformdirs.user_cache_path("midfill")
+
+
+def make_cache_root() -> Path:
+    """Make that folder for its owner alone; one that the user has named and made stays as it is.
+
+    Raises `OSError`.
+    """
+    return private_folder(cache_root(), tighten="MIDFILL_CACHE" not in os.environ)
 
 
 def models_dir() -> Path:
@@ -144,11 +154,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     file = path / "config.json"
     try:
-        config = json.loads(file.read_bytes())
+        config = read_json(file)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ModelError(f"{file} is no valid JSON: {error}.") from error
+        raise ModelError(f"{file} cannot be used: {error}. Fetch the model again.") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} holds no JSON object.")
     return config
@@ -157,13 +167,15 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_folder(folder: Path, name: str | None = None) -> LocalModel | None:
     """The model in a folder of midfill's cache, or None if it is not there or not complete."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        manifest = read_json(folder / _MANIFEST)
         if manifest["format"] != _FORMAT:
             return None
         for file, facts in manifest["files"].items():
-            if (folder / file).stat().st_size != facts["bytes"]:
+            if not _is_inside(file) or (folder / file).stat().st_size != facts["bytes"]:
                 return None
-        return LocalModel(name or manifest["name"], folder, manifest["family"], manifest["source"])
+        found = LocalModel(name or manifest["name"], folder, manifest["family"], manifest["source"])
+        texts = (found.name, found.source, "" if found.family is None else found.family)
+        return found if all(isinstance(text, str) for text in texts) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -177,10 +189,14 @@ def verify(folder: Path) -> None:
         ModelError: a file is not what was pulled or converted.
     """
     try:
-        files = json.loads((folder / _MANIFEST).read_bytes())["files"]
+        files = read_json(folder / _MANIFEST)["files"]
         for file, facts in files.items():
-            if (folder / file).stat().st_mtime_ns == facts.get("mtime_ns"):
+            inside = _is_inside(file)
+            if inside and (folder / file).stat().st_mtime_ns == facts.get("mtime_ns"):
                 continue
+            # A pipe or a device would never be read to its end.
+            if not inside or not (folder / file).is_file():
+                raise ModelError(f"The manifest of {folder} names {file!r}, which is no file in it.")
             with (folder / file).open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
                     raise ModelError(
@@ -199,6 +215,7 @@ def new_folder(key: str) -> Iterator[Path]:
     """
     building = models_dir() / f".building-{key}"
     shutil.rmtree(building, ignore_errors=True)
+    make_cache_root()
     building.mkdir(parents=True)
     try:
         yield building
@@ -287,15 +304,20 @@ def _from_folder(name: str, folder: Path) -> LocalModel:
 def _weight_files(folder: Path) -> list[str]:
     """The names of all safetensors files that the folder should have."""
     try:
-        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
-        names = sorted(set(index["weight_map"].values()))
+        index = read_json(folder / "model.safetensors.index.json")
+        names = sorted(map(str, set(index["weight_map"].values())))
     except OSError:
         return sorted(path.name for path in folder.glob("*.safetensors"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"The index of the weights in {folder} is damaged. Fetch it again.") from error
-    if any(Path(name).name != name for name in names):
+    if not all(map(_is_inside, names)):
         raise ModelError(f"The index of the weights in {folder} names files outside of it.")
     return names
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file, and of none in another folder."""
+    return Path(name).name == name and "\0" not in name and "\\" not in name
 
 
 def _hub_snapshot(hub: str) -> Path | None:

@@ -22,6 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from midfill.errors import ModelError
+from midfill.jsonfiles import read_json
+
+_MAX_ID = 1 << 20
+"""The largest vocabularies have a quarter of that. Every id below the highest takes memory."""
+_MAX_REPLACEMENT_CHARS = 100
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -43,17 +48,20 @@ def load_tokenizer(folder: Path) -> FastTokenizer:
     """
     path = folder / "tokenizer.json"
     try:
-        description = json.loads(path.read_bytes())
+        description = read_json(path)
     except OSError as error:
         raise ModelError(f"The tokenizer {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ModelError(f"The tokenizer {path} is no valid JSON: {error}. Fetch the model again.") from error
+        raise ModelError(f"The tokenizer {path} cannot be used: {error}. Fetch the model again.") from error
     try:
         return FastTokenizer(description)
     except ModelError as error:
         raise ModelError(f"The tokenizer {path} cannot be used. {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"The tokenizer {path} has not the form of a tokenizer.json: {error!r}.") from error
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"The tokenizer {path} has not the form of a tokenizer.json ({type(error).__name__}). "
+            "Fetch the model again."
+        ) from error
 
 
 class FastTokenizer:
@@ -71,6 +79,10 @@ class FastTokenizer:
         )
         vocab = _vocab(description["model"])
         added = {token["content"]: token for token in description.get("added_tokens") or ()}
+        _check_ids(vocab)
+        _check_ids({text: token["id"] for text, token in added.items()})
+        _check_steps(description.get("normalizer"))
+        _check_steps(description.get("pre_tokenizer"))
         stray = {text for text in added if self._byte_level and len(text) == 1 and text in _BYTE_OF}
         control = {
             text: token["id"]
@@ -89,8 +101,10 @@ class FastTokenizer:
         encoder = _text_only(description, vocab, control, {text: added[text]["id"] for text in stray})
         try:
             self._encoder = Tokenizer.from_str(json.dumps(encoder))
-        except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"The tokenizers library refuses it: {error}.") from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and panics, which are none
+            raise ModelError(f"The tokenizers library refuses it: {str(error)[:200]}.") from error
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; what looks like a control token is encoded as ordinary characters."""
@@ -231,6 +245,27 @@ def _vocab(model: Mapping[str, Any]) -> dict[str, int]:
     if model.get("type") == "WordPiece":
         raise ModelError("It is a WordPiece vocabulary, which cannot spell source code.")
     return dict(vocab)
+
+
+def _check_ids(ids: Mapping[Any, Any]) -> None:
+    """Raise `ModelError` if a token is no text, or an id none of a vocabulary."""
+    for text, token in ids.items():
+        if type(text) is not str or type(token) is not int or not 0 <= token < _MAX_ID:
+            raise ModelError(
+                f"It gives the token {str(text)[:40]!r} the id {str(token)[:40]}; ids are whole numbers "
+                f"from 0 to {_MAX_ID - 1}."
+            )
+
+
+def _check_steps(step: Any) -> None:
+    """Raise `ModelError` if a step would make a text many times longer."""
+    if isinstance(step, Mapping):
+        content = step.get("content")
+        if isinstance(content, str) and len(content) > _MAX_REPLACEMENT_CHARS:
+            raise ModelError(f"It replaces characters by a text of {len(content)} others.")
+        for inner in step.values():
+            for one in inner if isinstance(inner, list) else [inner]:
+                _check_steps(one)
 
 
 def _text_only(

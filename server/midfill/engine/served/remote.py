@@ -43,6 +43,7 @@ from midfill.errors import (
     EngineUnavailableError,
     MidfillError,
 )
+from midfill.shown import shown
 
 _LOG = logging.getLogger(__name__)
 
@@ -114,14 +115,15 @@ class RemoteEngine:
                 )
         self._tokenizer = first.tokenizer or RenderedTokenizer()
         return ModelInfo(
-            name=first.catalogue_name or first.model,
+            # What a server calls things is shown in many places.
+            name=first.catalogue_name or shown(first.model),
             family=first.family,
-            architecture=first.architecture,
+            architecture=shown(first.architecture),
             context=first.context,
             tokenizer=self._tokenizer,
-            device=first.device,
-            dtype=first.dtype,
-            adapter=first.adapter,
+            device=shown(first.device),
+            dtype=shown(first.dtype),
+            adapter=shown(first.adapter) if first.adapter is not None else None,
             served_by="" if first.dialect == "midfill" else first.kind.title,
             proven=first.proven,
         )

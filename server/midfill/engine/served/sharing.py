@@ -35,6 +35,7 @@ from midfill.engine import AdapterSource, LocalModel, ModelInfo, Progress, Reque
 from midfill.engine.served.endpoint import RemoteSpec
 from midfill.engine.served.remote import RemoteEngine
 from midfill.errors import AdapterError, EngineError, EngineUnavailableError, ModelError
+from midfill.private import create_private
 
 _LOG = logging.getLogger(__name__)
 
@@ -244,7 +245,7 @@ class SharedEngine:
     async def _launch(self) -> None:
         """Start the process; returns when it listens. It outlives this one."""
         command = (sys.executable, "-P", "-m", "midfill", "engine", "serve", "--socket", str(self.socket))
-        with self._log.open("wb") as log:
+        with create_private(self._log) as log:
             # asyncio kills its children when it ends, so this one has a child in its turn (--detach).
             process = await asyncio.create_subprocess_exec(
                 *(*command, "--detach", *self._spec.arguments),

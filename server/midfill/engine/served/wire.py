@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from midfill.shown import shown
+
 
 class WireError(Exception):
     """An answer that is none. The message never quotes it, since it may hold source text."""
@@ -191,7 +193,7 @@ def _midfill(question: Question) -> dict[str, Any]:
 
 def _read_midfill(answer: Mapping[str, Any]) -> Piece:
     if "error" in answer:
-        return Piece(error=typed(typed(answer, "error", Mapping, {}), "message", str, "It failed."))
+        return Piece(error=shown(typed(typed(answer, "error", Mapping, {}), "message", str, "It failed.")))
     return _read_openai(answer)
 
 
