@@ -19,6 +19,7 @@ LAYERS = [
         "heap",
         "messages",
         "notebooks",
+        "programs",
         "settings",
         "languages",
         "secrecy",
