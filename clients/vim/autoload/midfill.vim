@@ -236,6 +236,18 @@ def Changed()
   endif
 enddef
 
+# Vim waits for a key, or its mode is another one: what must not stand on the screen any more goes.
+#
+# Not every way out of insert mode has an InsertLeave: CTRL-C, <Insert>, CTRL-R =, 'pastetoggle' have none.
+def Settled()
+  if !CanShow() && (!empty(shown) || !empty(pending) || !empty(seen))
+    seen = {}
+    Clear()
+    # Vim may have drawn already.
+    redraw
+  endif
+enddef
+
 # Ask though nothing has changed.
 def Again()
   seen = {}
@@ -504,6 +516,10 @@ export def Start()
     autocmd!
     autocmd TextChangedI,TextChangedP,CursorMovedI,CompleteChanged * Changed()
     autocmd InsertEnter * timer_start(0, (_) => Again())
+    # Back from another mode within insert mode.
+    autocmd ModeChanged [^i]*:i* timer_start(0, (_) => Again())
+    autocmd ModeChanged i*:[^i]* Settled()
+    autocmd SafeState,OptionSet * Settled()
     autocmd CompleteDone * Completed()
     autocmd InsertLeave,BufLeave,WinLeave * seen = {} | Clear()
     autocmd FileType,BufFilePost * server.Renew(str2nr(expand('<abuf>')))
