@@ -62,8 +62,8 @@ after it."
 
 (defcustom midfill-command '("midfill" "serve")
   "The program that starts the server, and its arguments.
-A name is looked for on `exec-path', but not in relative folders.  The
-server is started in the package's own folder."
+A name is looked for on the variable `exec-path', but not in its relative
+folders.  The server is started in the package's own folder."
   :type '(repeat string)
   :risky t)
 
