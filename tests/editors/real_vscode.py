@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import site
 import socket
 import subprocess
 import sys
@@ -221,7 +220,7 @@ class VSCode:
             # A midfill that the machine may have must not be found; a test that wants one puts it there.
             "PATH": os.pathsep.join([str(self.programs), str(Path(shutil.which("node")).parent), "/bin"]),
             # An environment that the extension makes gets the real packages, but does not fetch them.
-            "PYTHONPATH": os.pathsep.join(site.getsitepackages()),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if Path(path).name == "site-packages"),
             "PIP_NO_DEPS": "1",
             # Among them may be midfill itself, which pip would find installed already.
             "PIP_IGNORE_INSTALLED": "1",

@@ -422,16 +422,6 @@ def test_whoever_comes_back_to_insert_mode_sees_the_suggestion_again(neovim, out
     editor.reads(VALUES + "\ntotal = sum(values)")
 
 
-def test_ctrl_c_takes_the_request_back(neovim):
-    slow = {"after": "first = ", "text": "1" * 100, "token_delay_s": 0.3}
-    editor = neovim(slow, text="# here")
-    editor.press("ofirst = ")
-    editor.until(lambda: editor.lua("return require('midfill.ghost').is_waiting()"), "a request")
-    editor.press("<C-c>")
-    editor.until(lambda: "cancelled" in editor.model_calls, "the end of the model's work")
-    assert editor.ghost == ""
-
-
 @pytest.mark.parametrize(
     ("before", "after"),
     [
