@@ -169,16 +169,19 @@ def test_whoever_comes_back_to_insert_mode_sees_the_suggestion_again(vim, out, b
     editor.reads(VALUES + "\ntotal = sum(values)")
 
 
-def test_a_macro_that_ends_in_insert_mode_leaves_no_suggestion(vim):
+@pytest.mark.parametrize("end", [r"\<Esc>", r"\<C-c>", r"\<C-\>\<C-n>"])
+def test_a_macro_leaves_no_suggestion(vim, end):
     editor = vim(SUM, text=VALUES).ready()
-    editor.run("call setreg('q', 'ototal = ')")
+    editor.run(f'call setreg("q", "ototal = {end}")')
     type_total(editor)
     editor.press("Escape")
     editor.type("@q")
     editor.reads(VALUES + "\ntotal = \ntotal = ")
+    editor.until(lambda: editor.eval("mode() .. reg_executing()") == "n", "the end of the macro")
     assert editor.ghost == ""
     assert all("sum(" not in line for line in editor.screen)
-    # The next key is asked for as any other.
+    # What is typed after it is asked for as ever.
+    editor.type("A")
     editor.press("BSpace")
     editor.type(" ")
     editor.shows("sum(values)")

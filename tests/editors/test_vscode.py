@@ -406,6 +406,8 @@ def test_nothing_of_the_folder_that_is_open_is_run(another_window, vscode, engin
     What has been run by the other tests of this module counts, too: the installation among them.
     """
     hostile = vscode.hostile
+    # Another test may have put one on the PATH.
+    (vscode.programs / "midfill").unlink(missing_ok=True)
     # As documented, where the server is a module.
     vscode.program("environment-python", sys.executable)
     vscode.configure(
