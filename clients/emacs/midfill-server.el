@@ -61,7 +61,9 @@ after it."
                  (const :tag "lsp-mode, as an add-on server" lsp-mode)))
 
 (defcustom midfill-command '("midfill" "serve")
-  "The program that starts the server, and its arguments."
+  "The program that starts the server, and its arguments.
+A name is looked for on the variable `exec-path', but not in its relative
+folders.  The server is started in the package's own folder."
   :type '(repeat string)
   :risky t)
 
@@ -361,11 +363,40 @@ No text before it has changed since it was found.")
                    :inlineCompletion (:dynamicRegistration :json-false)))
   "What our own client can do.")
 
+(defconst midfill-server--here
+  (file-name-directory (expand-file-name (or load-file-name buffer-file-name default-directory)))
+  "The folder of this package.")
+
+(defun midfill-server--program (name)
+  "The absolute path of the program NAME; nil if there is none.
+The folder of the current buffer may be a stranger's repository, so
+relative folders of the variable `exec-path' do not count."
+  (let ((default-directory midfill-server--here)
+        (exec-path (cl-remove-if-not (lambda (folder) (and folder (file-name-absolute-p folder)))
+                                     exec-path)))
+    (when (or (file-name-absolute-p name) (not (file-name-directory name)))
+      (executable-find name))))
+
+(defun midfill-server--environment ()
+  "The environment of the server.
+Python imports nothing from the current folder."
+  (cons "PYTHONSAFEPATH=1" process-environment))
+
+(defun midfill-server--install ()
+  "The way to get the server, for messages.
+What is beside this package can be installed."
+  (let ((checkout (expand-file-name "../../" midfill-server--here)))
+    (if (file-exists-p (expand-file-name "pyproject.toml" checkout))
+        (concat "pip install " (shell-quote-argument (directory-file-name checkout)))
+      "pip install . in a checkout of its repository")))
+
 (defun midfill-server--process ()
   "Start the program `midfill-command'."
-  ;; The process holds no folder of the user's, and is a local one.
-  (let ((default-directory (expand-file-name "~/")))
-    (make-process :name "midfill" :command midfill-command :connection-type 'pipe
+  ;; In a folder of ours: the process holds none of the user's, is a local one, and imports nothing by chance.
+  (let ((default-directory midfill-server--here)
+        (process-environment (midfill-server--environment))
+        (command (cons (midfill-server--program (car midfill-command)) (cdr midfill-command))))
+    (make-process :name "midfill" :command command :connection-type 'pipe
                   :coding 'utf-8-emacs-unix :noquery t
                   ;; jsonrpc looks for the buffer by this name.
                   :stderr (get-buffer-create "*midfill stderr*"))))
@@ -421,10 +452,11 @@ No text before it has changed since it was found.")
       (unless (eq midfill-server--opened midfill-server--own)
         (midfill-server--open)))
      (midfill-server--own)
-     ((executable-find program) (midfill-server--start))
+     ((and program (midfill-server--program program)) (midfill-server--start))
      ((not (eq midfill-server-state 'missing))
       (setq midfill-server-state 'missing)
-      (message "midfill: cannot run %S; install the server (pip install midfill), or name it in `midfill-command'" program)))))
+      (message "midfill: cannot run %S; install the server (%s), or name it in `midfill-command'"
+               program (midfill-server--install))))))
 
 ;;; lsp-mode
 
@@ -447,6 +479,7 @@ No text before it has changed since it was found.")
                  handlers)
         handlers)
       :new-connection (lsp-stdio-connection (lambda () midfill-command))
+      :environment-fn (lambda () '(("PYTHONSAFEPATH" . "1")))
       :activation-fn (lambda (&rest _) (bound-and-true-p midfill-mode))
       :initialization-options (lambda () (or midfill-settings (make-hash-table)))
       :add-on? t :multi-root t :priority -9 :server-id 'midfill))

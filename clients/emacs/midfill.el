@@ -197,6 +197,14 @@ PART is `word', `line' or nil.  An empty first line goes with the next."
       (match-string 0 text)
     text))
 
+(defun midfill--is-inserting ()
+  "Whether keys are text: not in the normal state of Evil, for example."
+  (cond
+   ((bound-and-true-p evil-local-mode) (memq (bound-and-true-p evil-state) '(insert emacs)))
+   ((bound-and-true-p viper-mode)
+    (memq (bound-and-true-p viper-current-state) '(insert-state emacs-state)))
+   (t t)))
+
 (defun midfill--can-show ()
   "Whether ghost text may stand at point now."
   (and midfill--enabled
@@ -205,11 +213,12 @@ PART is `word', `line' or nil.  An empty first line goes with the next."
        (not (use-region-p))
        (not buffer-read-only)
        (not executing-kbd-macro)
+       (not (bound-and-true-p isearch-mode))
        (not (and midfill-hide-during-completion
                  (or (bound-and-true-p completion-in-region-mode)
+                     (bound-and-true-p completion-preview-active-mode)
                      (bound-and-true-p company-candidates))))
-       (memq (if (bound-and-true-p evil-local-mode) (bound-and-true-p evil-state) 'insert)
-             '(insert emacs))
+       (midfill--is-inserting)
        (not (run-hook-with-args-until-success 'midfill-inhibit-functions))))
 
 ;;; Showing
@@ -243,12 +252,13 @@ PART is `word', `line' or nil.  An empty first line goes with the next."
 
 (defun midfill--clear ()
   "Take the suggestion off the screen and the request back."
-  (midfill--cancel)
   (setq midfill--shown nil)
   (when (and (overlayp midfill--overlay) (overlay-buffer midfill--overlay))
     (with-current-buffer (overlay-buffer midfill--overlay)
       (setq midfill--is-visible nil))
-    (delete-overlay midfill--overlay)))
+    (delete-overlay midfill--overlay))
+  ;; Last: the connection may just be lost.
+  (midfill--cancel))
 
 ;;; Asking
 
@@ -324,6 +334,16 @@ KIND is 1 if the user wants it explicitly, 2 if not."
 
 (defun midfill--after-command ()
   "Go on with what is shown, or ask anew."
+  ;; Emacs takes a function that fails off the hook, and the suggestion would stay on the screen for good.
+  (condition-case err
+      (midfill--follow)
+    (error
+     (message "midfill: %s" (error-message-string err))
+     (setq midfill--seen nil)
+     (midfill--clear))))
+
+(defun midfill--follow ()
+  "Draw the rest of the suggestion at point, or ask anew."
   (let* ((tick (buffer-chars-modified-tick))
          (is-edited (not (eql tick midfill--tick)))
          (rest (midfill--rest midfill--shown)))
@@ -340,6 +360,15 @@ KIND is 1 if the user wants it explicitly, 2 if not."
         (midfill--clear)
         (when (and is-edited midfill-auto (not (memq this-command midfill-silent-commands)))
           (midfill--ask-soon)))))))
+
+(defun midfill--before-redisplay (&rest _)
+  "Take the suggestion away if it must not be drawn: much happens by no command."
+  (when (and (overlayp midfill--overlay) (overlay-buffer midfill--overlay))
+    (with-current-buffer (overlay-buffer midfill--overlay)
+      (unless (and (eq (overlay-get midfill--overlay 'window) (selected-window))
+                   (ignore-errors (midfill--can-show)))
+        (setq midfill--seen nil)
+        (midfill--clear)))))
 
 (defun midfill--became-ready ()
   "Ask for whoever waits behind what was typed before the server was ready."
@@ -427,31 +456,45 @@ KIND is 1 if the user wants it explicitly, 2 if not."
     (funcall done (list (format "midfill does not serve this buffer (the server is %s)."
                                 midfill-server-state)))))
 
+(defun midfill--text (object key)
+  "The member KEY of the JSON OBJECT if it is a text, else nil.
+A newer server may say what is not known here."
+  (let ((value (midfill-server-get object key)))
+    (and (stringp value) value)))
+
+(defun midfill--number (object key)
+  "The member KEY of the JSON OBJECT if it is a number, else 0."
+  (let ((value (midfill-server-get object key)))
+    (if (numberp value) value 0)))
+
+(defun midfill--rows (object key format name number)
+  "Lines for the list that is the member KEY of the JSON OBJECT.
+FORMAT is given the members NAME and NUMBER of each of its items."
+  (let ((rows (midfill-server-get object key)))
+    (and (sequencep rows)
+         (mapcar (lambda (row)
+                   (format format (or (midfill--text row name) "?") (midfill--number row number)))
+                 rows))))
+
 (defun midfill--explanation (result)
   "RESULT, an answer to `midfill/explain', as lines for people."
-  (cl-flet ((get (&rest keys) (apply #'midfill-server-get result keys)))
+  (let ((source (or (midfill--text result :source) "none")))
     (append
      (list (cond ((null result) "The server does not say.")
-                 ((get :message))
-                 ((equal (get :source) "none") "Nothing has been asked for here yet.")
-                 (t (format "The last suggestion came from: %s." (get :source)))))
-     (when (numberp (get :latencyMs))
-       (cons (format "%.0f ms in all" (get :latencyMs))
-             (mapcar (lambda (stage)
-                       (format "  %-16s%8.1f ms" (midfill-server-get stage :stage)
-                               (midfill-server-get stage :ms)))
-                     (get :stages))))
-     (when (and (numberp (get :promptTokens)) (> (get :promptTokens) 0))
+                 ((midfill--text result :message))
+                 ((midfill--text result :reason)
+                  (format "Nothing was suggested: %s." (midfill--text result :reason)))
+                 ((equal source "none") "Nothing has been asked for here yet.")
+                 (t (format "The last suggestion came from: %s." source))))
+     (when (numberp (midfill-server-get result :latencyMs))
+       (cons (format "%.0f ms in all" (midfill-server-get result :latencyMs))
+             (midfill--rows result :stages "  %-16s%8.1f ms" :stage :ms)))
+     (when (> (midfill--number result :promptTokens) 0)
        (cons (format "prompt: %d tokens, %d of them computed before; %d tokens written"
-                     (get :promptTokens) (get :reusedTokens) (get :generatedTokens))
-             (mapcar (lambda (segment)
-                       (format "  %-16s%8d tokens" (midfill-server-get segment :source)
-                               (midfill-server-get segment :tokens)))
-                     (get :segments))))
-     (mapcar (lambda (filter)
-               (format "filter: %s (%+d characters)" (midfill-server-get filter :filter)
-                       (midfill-server-get filter :characters)))
-             (get :filters)))))
+                     (midfill--number result :promptTokens) (midfill--number result :reusedTokens)
+                     (midfill--number result :generatedTokens))
+             (midfill--rows result :segments "  %-16s%8d tokens" :source :tokens)))
+     (midfill--rows result :filters "filter: %s (%+d characters)" :filter :characters))))
 
 (defun midfill-explain ()
   "Say why the last answer for this buffer was as it was."
@@ -566,6 +609,7 @@ while one is shown.  \\<midfill-mode-map>\\[midfill-suggest] asks explicitly."
    (midfill-mode
     (add-to-list 'emulation-mode-map-alists 'midfill--keys)
     (add-hook 'post-command-hook #'midfill--after-command)
+    (add-hook 'pre-redisplay-functions #'midfill--before-redisplay)
     (add-hook 'midfill-server-ready-hook #'midfill--became-ready)
     (add-hook 'midfill-server-gone-hook #'midfill--clear)
     (when midfill-popup
@@ -577,7 +621,8 @@ while one is shown.  \\<midfill-mode-map>\\[midfill-suggest] asks explicitly."
     (remove-hook 'completion-at-point-functions #'midfill-completion-at-point t)
     (midfill-server-detach)
     (unless (cl-some (lambda (buffer) (buffer-local-value 'midfill-mode buffer)) (buffer-list))
-      (remove-hook 'post-command-hook #'midfill--after-command)))))
+      (remove-hook 'post-command-hook #'midfill--after-command)
+      (remove-hook 'pre-redisplay-functions #'midfill--before-redisplay)))))
 
 (defun midfill--turn-on ()
   "Switch `midfill-mode' on, where one can write."

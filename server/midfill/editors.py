@@ -22,6 +22,7 @@ from typing import Any
 
 from midfill import textfiles
 from midfill.errors import MidfillError
+from midfill.programs import find_program
 
 _BEGIN, _END = ">>> midfill >>>", "<<< midfill <<<"
 
@@ -122,13 +123,13 @@ class Editor:
     @property
     def found(self) -> str | None:
         """The path of its program; None if it is not installed."""
-        return next((path for program in self.programs if (path := shutil.which(program))), None)
+        return next((path for program in self.programs if (path := find_program(program))), None)
 
 
 def here() -> Home:
     """What is installed here, for the user who runs it."""
     script = Path(sysconfig.get_path("scripts")) / ("midfill.exe" if sys.platform == "win32" else "midfill")
-    command = (str(script),) if script.exists() else (sys.executable, "-m", "midfill")
+    command = (str(script),) if script.exists() else (sys.executable, "-P", "-m", "midfill")
     package = Path(__file__).parent
     # In a wheel they lie in the package; in a working copy, where they are edited.
     clients = next(

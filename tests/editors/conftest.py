@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import real_vscode
+from hostile import Hostile
 from real_emacs import Emacs
 from real_neovim import Neovim, find_nvim
 from real_vim import Vim
@@ -107,7 +108,10 @@ def vscode(tmp_path_factory):
     installed("vscode", "chromium", "node", "npm")
     if not real_vscode.SERVER_MAIN.exists():
         pytest.skip("VS Code is not installed here: tests/editors/install.sh vscode")
-    code = real_vscode.VSCode(tmp_path_factory.mktemp("vscode"), real_vscode.package())
+    hostile = Hostile(tmp_path_factory.mktemp("hostile"), tmp_path_factory.mktemp("marks") / "marks")
+    folder = tmp_path_factory.mktemp("vscode")
+    extensions = [real_vscode.package(), real_vscode.package_memory(folder)]
+    code = real_vscode.VSCode(folder, *extensions, hostile=hostile)
     yield code
     code.close()
 

@@ -33,8 +33,8 @@ debian() {
 
 install_tmux() { debian tmux; }
 
-# Debian 12 has Emacs 28.2, eglot 1.9, lsp-mode 8.0 and package-lint 0.16.
-install_emacs() { debian tmux emacs-nox elpa-eglot elpa-lsp-mode elpa-package-lint; }
+# Debian 12 has Emacs 28.2, eglot 1.9, lsp-mode 8.0, package-lint 0.16 and evil 1.14.
+install_emacs() { debian tmux emacs-nox elpa-eglot elpa-evil elpa-lsp-mode elpa-package-lint; }
 
 # Debian 12 has Vim 9.0.1378.
 install_vim() { debian tmux vim-nox; }

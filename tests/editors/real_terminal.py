@@ -18,6 +18,32 @@ POLL_S = 0.02
 COLUMNS, LINES = 80, 24
 
 
+FUTURE_SERVER = Path(__file__).with_name("future_server.py")
+# Explanations of a later server, and what has to be said of them.
+FUTURE = [
+    (
+        {
+            "source": "telepathy",
+            "reason": "unheard-of",
+            "message": "Nobody has heard of this.",
+            "latencyMs": 3,
+            "promptTokens": 4,
+            "reusedTokens": None,
+            "segments": [{"source": "elsewhere", "tokens": "many"}, {}],
+            "stages": [{"stage": "guessing", "ms": 1}, {"stage": 7}],
+            "filters": [{"filter": "new-filter", "characters": -3}, {"characters": None}],
+            "more": {"of": ["it"]},
+        },
+        "Nobody has heard of this.",
+    ),
+    (
+        {"source": "none", "reason": "unheard-of", "message": None, "latencyMs": None, "stages": None},
+        "unheard-of",
+    ),
+    ({"source": "telepathy", "filters": None, "segments": None, "promptTokens": None}, "telepathy"),
+]
+
+
 def serve_command(folder, rules, log):
     """What starts the server with these rules of the scripted engine; `(None,)` is the real default model."""
     command = [sys.executable, "-P", "-m", "midfill", "serve"]

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import site
 import socket
 import subprocess
 import sys
@@ -84,6 +83,59 @@ def package():
     return EXTENSION / "midfill.vsix"
 
 
+# Files that are on no disk, in a folder of a scheme of their own, as those of a repository on the web are.
+MEMORY = """
+const vscode = require("vscode");
+const FILES = new Map([["/main.py", new TextEncoder().encode("values = [1, 2]\\n")]]);
+const stat = (uri) => {
+  if (uri.path === "/") return { type: vscode.FileType.Directory, ctime: 0, mtime: 0, size: 0 };
+  if (!FILES.has(uri.path)) throw vscode.FileSystemError.FileNotFound(uri);
+  return { type: vscode.FileType.File, ctime: 0, mtime: 0, size: FILES.get(uri.path).length };
+};
+exports.activate = (context) => {
+  const provider = {
+    onDidChangeFile: new vscode.EventEmitter().event,
+    watch: () => new vscode.Disposable(() => {}),
+    stat,
+    readDirectory: () => [...FILES.keys()].map((name) => [name.slice(1), vscode.FileType.File]),
+    readFile: (uri) => (stat(uri), FILES.get(uri.path)),
+    writeFile: (uri, content) => FILES.set(uri.path, content),
+    createDirectory: () => {}, delete: () => {}, rename: () => {},
+  };
+  context.subscriptions.push(
+    vscode.workspace.registerFileSystemProvider("memory", provider),
+    vscode.commands.registerCommand("memory.folder", () =>
+      vscode.workspace.updateWorkspaceFolders(0, 0, { uri: vscode.Uri.parse("memory:/"), name: "memory" })),
+    vscode.commands.registerCommand("memory.file", () =>
+      vscode.window.showTextDocument(vscode.Uri.parse("memory:/main.py"))),
+  );
+};
+"""
+
+
+def package_memory(folder):
+    """An extension whose files are in memory only: a virtual workspace."""
+    source = folder / "memory"
+    source.mkdir()
+    commands = [{"command": f"memory.{what}", "title": f"Memory: {what}"} for what in ("folder", "file")]
+    manifest = {
+        "name": "memory",
+        "publisher": "midfill-tests",
+        "version": "0.0.1",
+        "engines": {"vscode": "^1.91.0"},
+        "main": "./main.js",
+        "activationEvents": ["onFileSystem:memory", "onStartupFinished"],
+        "extensionKind": ["workspace"],
+        "contributes": {"commands": commands},
+    }
+    (source / "package.json").write_text(json.dumps(manifest))
+    (source / "main.js").write_text(MEMORY)
+    vsce = EXTENSION / "node_modules" / ".bin" / "vsce"
+    options = ["--skip-license", "--allow-missing-repository", "--no-dependencies", "--out", "memory.vsix"]
+    subprocess.run([vsce, "package", *options], cwd=source, check=True, capture_output=True)
+    return source / "memory.vsix"
+
+
 def npm(*arguments):
     done = subprocess.run(
         ["npm", *arguments],
@@ -103,20 +155,22 @@ class VSCode:
 
     Args:
         folder: everything is written below it; it is the home of the programs that run.
-        vsix: the packaged extension.
+        vsix: packaged extensions.
+        hostile: a `Hostile` folder that the extension host runs in, as after `code .` there.
     """
 
-    def __init__(self, folder, vsix):
+    def __init__(self, folder, *vsix, hostile=None):
         from playwright.sync_api import sync_playwright  # noqa: PLC0415 - only where there is a browser
 
         self.folder = folder
+        self.hostile = hostile
         self.data = folder / "data"
         # What the extension finds on its PATH: Python, and whatever else a test puts there.
         self.programs = folder / "bin"
         self.programs.mkdir()
         self.program("python3", getattr(sys, "_base_executable", sys.executable))
         self._command = [
-            "node",
+            shutil.which("node"),
             str(SERVER_MAIN),
             "--accept-server-license-terms",
             f"--user-data-dir={self.data}",
@@ -126,7 +180,7 @@ class VSCode:
         self.log = folder / "server.log"
         self.configure()
         subprocess.run(
-            [*self._command, "--install-extension", str(vsix)],
+            [*self._command, *(f"--install-extension={file}" for file in vsix)],
             check=True,
             capture_output=True,
             env=self._environment(),
@@ -139,6 +193,7 @@ class VSCode:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*self._command, *arguments, "--telemetry-level=off"],
+                cwd=hostile and hostile.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -165,7 +220,7 @@ class VSCode:
             # A midfill that the machine may have must not be found; a test that wants one puts it there.
             "PATH": os.pathsep.join([str(self.programs), str(Path(shutil.which("node")).parent), "/bin"]),
             # An environment that the extension makes gets the real packages, but does not fetch them.
-            "PYTHONPATH": os.pathsep.join(site.getsitepackages()),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if Path(path).name == "site-packages"),
             "PIP_NO_DEPS": "1",
             # Among them may be midfill itself, which pip would find installed already.
             "PIP_IGNORE_INSTALLED": "1",
@@ -174,7 +229,7 @@ class VSCode:
             "MIDFILL_CONFIG": str(self.folder / "config.toml"),
             "MIDFILL_DATA": str(self.folder / "midfill-data"),
         }
-        return os.environ | homes
+        return os.environ | homes | (self.hostile.environment(homes) if self.hostile else {})
 
     def _is_up(self):
         assert self.process.poll() is None, self.log.read_text()
@@ -217,15 +272,17 @@ class Window:
 
     Args:
         code: the server and the browser.
-        folder: what is opened.
+        folder: for files.
+        is_empty: the folder is not opened.
     """
 
-    def __init__(self, code, folder):
+    def __init__(self, code, folder, *, is_empty=False):
         self.code = code
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self.page = code.browser.new_page()
-        self.page.goto(f"http://127.0.0.1:{code.port}/?folder={folder}")
+        what = "ew=true" if is_empty else f"folder={folder}"
+        self.page.goto(f"http://127.0.0.1:{code.port}/?{what}")
         self.file = None
         self._warm = False
         self.until(lambda: self.page.locator(STATUS).count(), "the status bar item")

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 from real_emacs import PACKAGE, batch
 
 SUM = {"after": "total = ", "text": "sum(values)"}
@@ -77,6 +78,100 @@ def test_moving_on_takes_the_request_back(emacs):
     editor.press("Enter")
     editor.type("second = ")
     editor.sees("first = 1", "second = 2")
+
+
+def test_every_way_out_of_writing_takes_the_suggestion_away(emacs):
+    other = '(get-buffer-create "other")'
+    editor = emacs(SUM, text=VALUES).ready()
+    # Keys, or what happens by no key at all.
+    ways = [
+        "C-g",
+        "C-s",
+        "C-r",
+        "M-x",
+        "M-:",
+        "C-x o",
+        "C-x b",
+        "C-x 2 C-x o",
+        "C-Space Left",
+        "C-x h",
+        "C-x C-q",
+    ]
+    happenings = [
+        f"(switch-to-buffer {other})",
+        f"(pop-to-buffer {other})",
+        f"(select-window (split-window)) (switch-to-buffer {other})",
+        "(read-only-mode)",
+        "(midfill-mode -1)",
+        # As a completion that opens by itself, from a timer.
+        '(setq company-candidates (list "summer")) (force-mode-line-update)',
+        "(fundamental-mode)",
+    ]
+    for way in [*ways, *happenings]:
+        editor.press("C-g", "C-g", "Escape", "Escape", "Escape")
+        editor.lisp(
+            '(progn (switch-to-buffer "main.py") (delete-other-windows) (split-window-below)'
+            ' (set-window-buffer (next-window) "*scratch*") (read-only-mode -1) (python-mode) (midfill-mode)'
+            f' (setq company-candidates nil) (erase-buffer) (insert "{VALUES}") t)'
+        )
+        type_total(editor)
+        editor.sees(VALUES, "total = sum(values)")
+        if way.startswith("("):
+            editor.lisp(f"(progn (run-with-timer 0 nil (lambda () {way})) t)")
+        else:
+            editor.press(*way.split())
+        editor.until(lambda: all("sum(" not in line for line in editor.screen), f"the end of it by {way}")
+
+
+@pytest.mark.parametrize("mode", ["evil", "viper"])
+def test_editing_with_modes(emacs, mode):
+    before = {
+        "evil": "(setq evil-want-C-i-jump nil) (require 'evil) (evil-mode)",
+        "viper": "(setq viper-mode t viper-inhibit-startup-message t viper-expert-level 5) (require 'viper)",
+    }
+    editor = emacs(SUM, text=VALUES, before=before[mode]).ready()
+    editor.press("Escape")
+    editor.type("ototal = ")
+    editor.shows("sum(values)")
+    editor.press("Escape")
+    editor.shows("")
+    # Text is changed, but not written.
+    asked = editor.asked
+    editor.type("yyp")
+    editor.until(lambda: editor.text.count("total") == 2, "the changed text")
+    assert editor.asked == asked
+    assert editor.ghost == ""
+    editor.type("A")
+    editor.press("BSpace")
+    editor.type(" ")
+    editor.shows("sum(values)")
+
+
+def test_a_keyboard_macro_leaves_no_suggestion(emacs):
+    editor = emacs(SUM, text=VALUES).ready()
+    editor.press("C-x", "(")
+    editor.press("End", "Enter")
+    editor.type("total = ")
+    editor.press("C-x", ")")
+    editor.press("C-x", "e")
+    editor.reads(VALUES + "\ntotal = \ntotal = ")
+    editor.shows("")
+    editor.press("BSpace")
+    editor.type(" ")
+    editor.shows("sum(values)")
+
+
+def test_a_function_of_the_user_s_that_fails_leaves_no_suggestion(emacs):
+    editor = emacs(SUM, text=VALUES).ready()
+    type_total(editor)
+    editor.lisp('(progn (setq midfill-inhibit-functions (list (lambda () (error "No!")))) t)')
+    editor.press("Left")
+    editor.shows("")
+    editor.until(lambda: "midfill: No!" in editor.messages, "the message")
+    editor.lisp("(progn (setq midfill-inhibit-functions nil) t)")
+    editor.press("End", "BSpace")
+    editor.type(" ")
+    editor.shows("sum(values)")
 
 
 def test_the_server_has_the_buffer_s_text_whatever_changes_it(emacs):

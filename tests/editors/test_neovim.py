@@ -4,12 +4,17 @@ MIDFILL_TEST_NVIM names another Neovim: the scenes have passed in 0.10 and 0.12 
 """
 
 import functools
+import json
 import os
 import re
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from hostile import Hostile
+from real_terminal import FUTURE, FUTURE_SERVER, serve_command
 
 SUM = {"after": "total = ", "text": "sum(values)"}
 BODY = {"after": "def area(self):\n", "text": "    width = self.w\n    return width"}
@@ -314,7 +319,44 @@ def test_a_server_that_is_not_there_is_said_once(neovim):
     assert editor.state == "missing"
     [note] = editor.notes
     assert "midfill-that-is-not-there" in note
-    assert "pip install" in note
+    # What is named can be installed as it stands.
+    assert f"pip install '{Path(__file__).parents[2]}'" in note
+
+
+# Neovim looks for a Python of its own.
+NO_PROVIDER = "vim.g.loaded_python3_provider = 0"
+
+
+def test_nothing_of_the_folder_that_is_open_is_run(neovim, tmp_path, monkeypatch):
+    hostile = Hostile(tmp_path, tmp_path.with_name(f"{tmp_path.name}-marks"))
+    python = Path(sys.executable)
+    found = {"PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]])}
+    for name, value in hostile.environment(found).items():
+        monkeypatch.setenv(name, value)
+    _, _, *arguments = serve_command(tmp_path, (SUM,), tmp_path / "engine.log")
+    editor = neovim(text=VALUES, command=[python.name, *arguments], before=NO_PROVIDER)
+    editor.until(lambda: editor.state == "ready", "the server is ready")
+    editor.press("ototal = ")
+    editor.sees("sum(values)")
+    editor.press("<Esc>")
+    # The other programs that are started.
+    editor.lua(SELECT + "end")
+    editor.api.command("Midfill model")
+    editor.until(lambda: editor.lua("return CHOICES ~= nil"), "the list of models")
+    editor.api.command("checkhealth midfill")
+    assert hostile.ran == []
+
+
+@pytest.mark.parametrize("command", ["midfill", "./midfill", "bin/midfill"])
+def test_a_server_that_is_in_the_folder_that_is_open_is_none(neovim, tmp_path, monkeypatch, command):
+    hostile = Hostile(tmp_path, tmp_path.with_name(f"{tmp_path.name}-marks"))
+    for name, value in hostile.environment({"PATH": "/usr/bin:/bin"}).items():
+        monkeypatch.setenv(name, value)
+    editor = neovim(text=VALUES, command=[command, "serve"], before=NO_PROVIDER)
+    assert editor.state == "missing"
+    editor.api.command("checkhealth midfill")
+    assert "cannot be run" in editor.text
+    assert hostile.ran == []
 
 
 def test_a_suggestion_is_dismissed(neovim):
@@ -327,13 +369,57 @@ def test_a_suggestion_is_dismissed(neovim):
     editor.reads(VALUES + "\ntotal = \t")
 
 
-def test_leaving_insert_mode_takes_the_suggestion_away(neovim):
+# Of a user's own, in insert mode.
+WAYS = """
+vim.o.keymodel, vim.o.selectmode = 'startsel', 'key'
+for key, command in pairs {
+  ['<F2>'] = 'stopinsert', ['<F3>'] = 'wincmd w', ['<F4>'] = 'set paste', ['<F5>'] = 'botright terminal',
+  ['<F7>'] = 'tabnew', ['<F8>'] = 'lua vim.schedule(function() vim.cmd.stopinsert() end)', ['<F10>'] = 'new',
+} do
+  vim.keymap.set('i', key, '<Cmd>' .. command .. '<CR>')
+end
+"""
+RESET = "silent! tabonly! | silent! only! | set nopaste | buffer! main.py | silent 2,$delete | new | wincmd p"
+
+
+def test_every_way_out_of_insert_mode_takes_the_suggestion_away(neovim):
+    editor = neovim(SUM, text=VALUES, before=WAYS)
+    editor.api.command("new | wincmd p")
+    keyed = [
+        "<Esc>",
+        "<C-[>",
+        "<C-c>",
+        "<C-o>",
+        "<C-o>:",
+        "<C-o>v",
+        "<C-r>=",
+        "<C-Bslash><C-n>",
+        "<C-Bslash><C-o>",
+    ]
+    for way in [*keyed, "<Insert>", "<S-Left>", *(f"<F{number}>" for number in (2, 3, 4, 5, 7, 8, 10))]:
+        editor.press("ototal = ")
+        editor.sees("sum(values)")
+        editor.press(way)
+        drawn = "total = sum(values)"
+        editor.until(lambda drawn=drawn: drawn not in editor.screen, f"the end of it by {way}")
+        # Twice: out of a command line it leads back to insert mode.
+        editor.press("<C-Bslash><C-n><C-Bslash><C-n>")
+        editor.until(lambda: editor.lua("return vim.fn.mode(1)") in {"n", "nt"}, "normal mode")
+        editor.api.command(RESET)
+        editor.reads(VALUES)
+
+
+@pytest.mark.parametrize(("out", "back"), [("<C-c>", "a"), ("<C-r>=", "<Esc>"), ("<Insert>", "<Insert>")])
+def test_whoever_comes_back_to_insert_mode_sees_the_suggestion_again(neovim, out, back):
     editor = neovim(SUM, text=VALUES)
     editor.press("ototal = ")
     editor.sees("sum(values)")
-    editor.press("<Esc>")
+    editor.press(out)
     editor.sees("")
-    assert "total =" in editor.screen
+    editor.press(back)
+    editor.sees("sum(values)")
+    editor.press("<Tab>")
+    editor.reads(VALUES + "\ntotal = sum(values)")
 
 
 @pytest.mark.parametrize(
@@ -414,6 +500,14 @@ def test_commands(neovim):
     assert 'no command "nonsense"' in editor.notes[-1]
     editor.api.command("Midfill log")
     assert editor.lua("return vim.api.nvim_buf_get_name(0)").endswith("lsp.log")
+
+
+@pytest.mark.parametrize(("explanation", "said"), FUTURE)
+def test_a_reason_that_is_not_known_here_is_told(neovim, explanation, said):
+    editor = neovim(text=VALUES, command=[sys.executable, str(FUTURE_SERVER), json.dumps(explanation)])
+    editor.lua("vim.o.cmdheight = 20")
+    editor.api.command("Midfill explain")
+    editor.until(lambda: said in messages(editor), "the explanation")
 
 
 SELECT = "vim.ui.select = function(items, options, choose) CHOICES = vim.tbl_map(options.format_item, items) "

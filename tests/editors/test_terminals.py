@@ -1,9 +1,14 @@
 """What a person sees alike in every editor on a terminal, with the real server; keys are the editor's own."""
 
+import json
 import os
 import signal
+import sys
+from pathlib import Path
 
 import pytest
+from hostile import Hostile
+from real_terminal import FUTURE, FUTURE_SERVER, serve_command
 
 SUM = {"after": "total = ", "text": "sum(values)"}
 BODY = {"after": "def area(self):\n", "text": "    width = self.w\n    return width"}
@@ -148,7 +153,43 @@ def test_a_server_that_is_not_there_is_said_once(terminal):
     editor.until(lambda: editor.state == "missing", "that it is missing")
     editor.edit("other.py")
     assert editor.messages.count("midfill-that-is-not-there") == 1
-    assert "pip install" in editor.messages
+    # What is named can be installed as it stands.
+    said = editor.messages.replace("\n", "").replace("'", "")
+    assert f"pip install {Path(__file__).parents[2]}" in said
+
+
+def test_nothing_of_the_folder_that_is_open_is_run(terminal, tmp_path, monkeypatch):
+    hostile = Hostile(tmp_path, tmp_path.with_name(f"{tmp_path.name}-marks"))
+    python = Path(sys.executable)
+    found = {"PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]])}
+    for name, value in hostile.environment(found).items():
+        monkeypatch.setenv(name, value)
+    _, _, *arguments = serve_command(tmp_path, (SUM,), tmp_path / "engine.log")
+    editor = terminal(text=VALUES, command=[python.name, *arguments]).ready()
+    editor.open_line("total = ")
+    editor.shows("sum(values)")
+    assert hostile.ran == []
+
+
+def test_a_server_that_is_in_the_folder_that_is_open_is_none(terminal, tmp_path, monkeypatch):
+    hostile = Hostile(tmp_path, tmp_path.with_name(f"{tmp_path.name}-marks"))
+    for name, value in hostile.environment({"PATH": "/usr/bin:/bin"}).items():
+        monkeypatch.setenv(name, value)
+    editor = terminal(text=VALUES, command=["midfill", "serve"])
+    editor.until(lambda: editor.state == "missing", "that it is missing")
+    assert hostile.ran == []
+
+
+EXPLAIN = {"emacs": "(progn (midfill-explain) t)", "vim": "execute('Midfill explain')"}
+
+
+@pytest.mark.parametrize(("explanation", "said"), FUTURE)
+def test_a_reason_that_is_not_known_here_is_told(terminal, name, explanation, said):
+    command = [sys.executable, str(FUTURE_SERVER), json.dumps(explanation)]
+    editor = terminal(text=VALUES, command=command).ready()
+    ask = editor.lisp if name == "emacs" else editor.eval
+    ask(EXPLAIN[name])
+    editor.until(lambda: said in editor.messages, "the explanation")
 
 
 @pytest.mark.real

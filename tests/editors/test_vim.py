@@ -84,6 +84,109 @@ def test_moving_on_takes_the_request_back(vim):
     editor.sees("first = 1", "second = 2")
 
 
+# What the user has mapped in insert mode, for ways out that have no key, and the way back.
+WAYS = r"""
+set keymodel=startsel selectmode=key pastetoggle=<F6>
+def g:Reset()
+  set nopaste
+  silent! tabonly!
+  silent! only!
+  execute 'buffer!' bufnr('main.py')
+  silent :2,$delete
+  new
+  wincmd p
+  g:Pause(false)
+enddef
+def g:Pause(paused: bool)
+  for timer in timer_info()
+    timer_pause(timer.id, paused)
+  endfor
+enddef
+inoremap <F2> <Cmd>stopinsert<CR>
+inoremap <F3> <Cmd>wincmd w<CR>
+inoremap <F4> <Cmd>set paste<CR>
+inoremap <F5> <Cmd>botright terminal<CR>
+inoremap <F7> <Cmd>tabnew<CR>
+inoremap <F8> <Cmd>call feedkeys("\<C-c>", "nt")<CR>
+inoremap <F9> <Cmd>call feedkeys("\<C-\>\<C-n>", "nt")<CR>
+inoremap <F10> <Cmd>new<CR>
+"""
+
+
+def test_every_way_out_of_insert_mode_takes_the_suggestion_away(vim):
+    editor = vim(SUM, text=VALUES, before=WAYS).ready()
+    keyed = [
+        "Escape",
+        "C-[",
+        "C-c",
+        "C-c C-c",
+        "C-o",
+        "C-o :",
+        "C-o v",
+        "C-r =",
+        "C-\\ C-n",
+        "C-\\ C-o",
+        "IC",
+    ]
+    for way in [*keyed, "S-Left", *(f"F{number}" for number in range(2, 11))]:
+        # Twice: out of a command line it leads back to insert mode.
+        editor.press("C-\\", "C-n", "C-\\", "C-n")
+        editor.type(":call g:Reset()")
+        editor.press("Enter")
+        editor.reads(VALUES)
+        type_total(editor)
+        editor.sees(VALUES, "total = sum(values)")
+        # What comes by itself must do: the timer by which tests look into Vim would have it draw.
+        editor.eval("execute('call g:Pause(true)')")
+        editor.press(*way.split())
+        editor.until(lambda: all("sum(" not in line for line in editor.screen), f"the end of it by {way}")
+
+
+def test_ctrl_c_takes_the_request_back(vim):
+    slow = {"after": "first = ", "text": "1" * 100, "token_delay_s": 0.3}
+    editor = vim(slow, text="# here").ready()
+    editor.type("ofirst = ")
+    editor.until(lambda: editor.asked, "the server's having read it")
+    editor.press("C-c")
+    editor.until(lambda: editor.sent("$/cancelRequest"), "the request taken back")
+    editor.until(lambda: "cancelled" in editor.model_calls, "the end of the model's work")
+    assert editor.ghost == ""
+
+
+@pytest.mark.parametrize(
+    ("out", "back"),
+    [(["C-c"], ["a"]), (["C-r", "="], ["Escape"]), (["C-o", ":"], ["Escape"]), (["IC"], ["IC"])],
+    ids=["a", "expression", "command line", "Replace"],
+)
+def test_whoever_comes_back_to_insert_mode_sees_the_suggestion_again(vim, out, back):
+    editor = vim(SUM, text=VALUES).ready()
+    type_total(editor)
+    editor.press(*out)
+    editor.shows("")
+    editor.press(*back)
+    editor.sees(VALUES, "total = sum(values)")
+    editor.press("Tab")
+    editor.reads(VALUES + "\ntotal = sum(values)")
+
+
+@pytest.mark.parametrize("end", [r"\<Esc>", r"\<C-c>", r"\<C-\>\<C-n>"])
+def test_a_macro_leaves_no_suggestion(vim, end):
+    editor = vim(SUM, text=VALUES).ready()
+    editor.run(f'call setreg("q", "ototal = {end}")')
+    type_total(editor)
+    editor.press("Escape")
+    editor.type("@q")
+    editor.reads(VALUES + "\ntotal = \ntotal = ")
+    editor.until(lambda: editor.eval("mode() .. reg_executing()") == "n", "the end of the macro")
+    assert editor.ghost == ""
+    assert all("sum(" not in line for line in editor.screen)
+    # What is typed after it is asked for as ever.
+    editor.type("A")
+    editor.press("BSpace")
+    editor.type(" ")
+    editor.shows("sum(values)")
+
+
 def test_the_server_has_the_buffer_s_text_whatever_changes_it(vim):
     editor = vim(text="🙂 ab\ncd é\n\nlast\n").ready()
 

@@ -90,8 +90,8 @@ def another_window(vscode, picture):
     """Opens a window of its own: `another_window(name)`."""
     windows = []
 
-    def start(name):
-        window = Window(vscode, vscode.folder / name)
+    def start(name, **options):
+        window = Window(vscode, vscode.folder / name, **options)
         windows.append(window)
         return window
 
@@ -398,6 +398,57 @@ def test_the_server_is_installed_into_an_environment_of_its_own(another_window, 
     window.run("midfill: Restart the Server")
     window.until(lambda: window.serves(Path(sys.executable).parent / "midfill"), "the server on the PATH")
     window.shows("scripted")
+
+
+def test_nothing_of_the_folder_that_is_open_is_run(another_window, vscode, engine):
+    """The extension host runs in the folder, and whoever starts it has relative folders on the PATH.
+
+    What has been run by the other tests of this module counts, too: the installation among them.
+    """
+    hostile = vscode.hostile
+    # Another test may have put one on the PATH.
+    (vscode.programs / "midfill").unlink(missing_ok=True)
+    # As documented, where the server is a module.
+    vscode.program("environment-python", sys.executable)
+    vscode.configure(
+        **engine.settings | {"midfill__server__command": ["environment-python", "-m", "midfill"]}
+    )
+    window = another_window(hostile.folder)
+    window.shows("scripted")
+    window.open("main.py", VALUES)
+    window.type("total = ")
+    window.gets("sum(values)")
+    window.run("midfill: Choose Model")
+    window.until(lambda: any("qwen2.5-coder-1.5b" in one for one in window.choices), "the models")
+    window.press("Escape")
+    window.run("midfill: Choose Adapter")
+    window.until(lambda: any("Choose a folder" in one for one in window.choices), "the adapters")
+    window.press("Escape")
+    # A program of the folder is not found, whatever the PATH and the setting say.
+    for name in ("midfill", "./midfill", "bin/midfill"):
+        vscode.configure(**engine.settings | {"midfill__server__command": [name]})
+        window.until(lambda name=name: f'Cannot run "{name}"' in window.tooltip, f"that {name} is none")
+    vscode.configure(**engine.settings | {"midfill__server__command": []})
+    window.run("midfill: Install the Server in an Environment of Its Own")
+    window.shows("scripted")
+    assert window.serves(vscode.data / "User/globalStorage/midfill.midfill/server/bin/midfill")
+    assert hostile.ran == []
+
+
+def test_files_of_a_virtual_workspace(another_window, vscode, engine):
+    vscode.configure(**engine.settings)
+    window = another_window("virtual", is_empty=True)
+    window.shows("scripted")
+    window.run("Memory: folder")
+    window.until(
+        lambda: window.page.locator(".explorer-folders-view", has_text="main.py").count(), "the folder"
+    )
+    window.run("Memory: file")
+    window.page.locator(".tab.active", has_text="main.py").wait_for()
+    window.shows("scripted")
+    window.press("Control+End", "Alt+Backslash")
+    window.type("total = ")
+    window.gets("sum(values)")
 
 
 @pytest.mark.real

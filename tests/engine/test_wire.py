@@ -1,8 +1,10 @@
 """What each kind of server is sent, and how it is made to go on with half a word."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from faulty import STREAM, Faulty, chunk, event, listing, page, tokenize, word
@@ -254,6 +256,24 @@ def test_where_a_key_comes_from(monkeypatch):
     monkeypatch.setenv("TEAM_KEY", "two\nlines")
     with pytest.raises(SettingsError):
         find_key("env:TEAM_KEY")
+
+
+def test_the_command_of_a_key_runs_nothing_of_the_current_folder(monkeypatch, tmp_path):
+    marker = tmp_path / "was-run"
+    for name in ("keys.py", "json.py"):
+        (tmp_path / name).write_text(f"open({str(marker)!r}, 'w')\n")
+    program = tmp_path / "key"
+    program.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([".", str(Path(sys.executable).parent), os.environ["PATH"]]))
+    python = Path(sys.executable).name
+    # What -c imports is looked for in the current folder first.
+    assert find_key(f"command:{python} -c \"import json; print('key')\"") == "key"
+    for wrong in (f"command:{python} -m keys", "command:key", "command:./key", "command: "):
+        with pytest.raises(SettingsError):
+            find_key(wrong)
+    assert not marker.exists()
 
 
 def test_a_breaker_opens_and_lets_one_through_to_see():

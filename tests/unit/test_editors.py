@@ -230,6 +230,16 @@ def test_a_file_that_changed_meanwhile_is_not_written(home):
     assert (home / ".vimrc").read_text() == "set number\n"
 
 
+def test_programs_of_the_current_folder_are_no_editors(home, tmp_path, monkeypatch):
+    (tmp_path / "code").write_text("#!/bin/sh\n")
+    (tmp_path / "code").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", ".:")
+    assert report() == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [one["program"] for one in report()] == [str(tmp_path / "code")]
+
+
 def test_editors_on_the_path_are_found(home):
     (home / "bin").mkdir()
     assert "No editor that midfill knows" in run()

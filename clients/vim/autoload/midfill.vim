@@ -236,6 +236,18 @@ def Changed()
   endif
 enddef
 
+# Vim waits for a key, or its mode is another one: what must not stand on the screen any more goes.
+#
+# Not every way out of insert mode has an InsertLeave: CTRL-C, <Insert>, CTRL-R =, 'pastetoggle' have none.
+def Settled()
+  if !CanShow() && (!empty(shown) || !empty(pending) || !empty(seen))
+    seen = {}
+    Clear()
+    # Vim may have drawn already.
+    redraw
+  endif
+enddef
+
 # Ask though nothing has changed.
 def Again()
   seen = {}
@@ -391,31 +403,44 @@ def Explain(Done: func(list<string>))
     (result) => Done(type(result) == v:t_dict ? Explanation(result) : ['The server does not say.']))
 enddef
 
+# A value of an answer if it is of this type, else another one: a newer server may say what is not known here.
+def Typed(values: any, name: string, otherwise: any): any
+  const value = type(values) == v:t_dict ? values->get(name, otherwise) : otherwise
+  if type(otherwise) == v:t_float && type(value) == v:t_number
+    return 1.0 * value
+  endif
+  return type(value) == type(otherwise) ? value : otherwise
+enddef
+
 def Explanation(result: dict<any>): list<string>
   final lines: list<string> = []
-  const message: any = result->get('message', v:null)
-  if type(message) == v:t_string
+  const message: string = Typed(result, 'message', '')
+  const reason: string = Typed(result, 'reason', '')
+  const source: string = Typed(result, 'source', 'none')
+  if message != ''
     add(lines, message)
-  elseif result.source == 'none'
+  elseif reason != ''
+    add(lines, printf('Nothing was suggested: %s.', reason))
+  elseif source == 'none'
     add(lines, 'Nothing has been asked for here yet.')
   else
-    add(lines, printf('The last suggestion came from: %s.', result.source))
+    add(lines, printf('The last suggestion came from: %s.', source))
   endif
-  if type(result->get('latencyMs', v:null)) == v:t_float
-    add(lines, printf('%.0f ms in all', result.latencyMs))
-    for stage in result.stages
-      add(lines, printf('  %-16s%8.1f ms', stage.stage, stage.ms))
+  if has_key(result, 'latencyMs') && result.latencyMs != v:null
+    add(lines, printf('%.0f ms in all', Typed(result, 'latencyMs', 0.0)))
+    for stage in Typed(result, 'stages', [])
+      add(lines, printf('  %-16s%8.1f ms', Typed(stage, 'stage', '?'), Typed(stage, 'ms', 0.0)))
     endfor
   endif
-  if result->get('promptTokens', 0) > 0
+  if Typed(result, 'promptTokens', 0) > 0
     add(lines, printf('prompt: %d tokens, %d of them computed before; %d tokens written',
-      result.promptTokens, result.reusedTokens, result.generatedTokens))
-    for segment in result.segments
-      add(lines, printf('  %-16s%8d tokens', segment.source, segment.tokens))
+      result.promptTokens, Typed(result, 'reusedTokens', 0), Typed(result, 'generatedTokens', 0)))
+    for segment in Typed(result, 'segments', [])
+      add(lines, printf('  %-16s%8d tokens', Typed(segment, 'source', '?'), Typed(segment, 'tokens', 0)))
     endfor
   endif
-  for filter in result->get('filters', [])
-    add(lines, printf('filter: %s (%+d characters)', filter.filter, filter.characters))
+  for filter in Typed(result, 'filters', [])
+    add(lines, printf('filter: %s (%+d characters)', Typed(filter, 'filter', '?'), Typed(filter, 'characters', 0)))
   endfor
   return lines
 enddef
@@ -504,6 +529,10 @@ export def Start()
     autocmd!
     autocmd TextChangedI,TextChangedP,CursorMovedI,CompleteChanged * Changed()
     autocmd InsertEnter * timer_start(0, (_) => Again())
+    # Back from another mode within insert mode.
+    autocmd ModeChanged [^i]*:i* timer_start(0, (_) => Again())
+    autocmd ModeChanged i*:[^i]* Settled()
+    autocmd SafeState,OptionSet * Settled()
     autocmd CompleteDone * Completed()
     autocmd InsertLeave,BufLeave,WinLeave * seen = {} | Clear()
     autocmd FileType,BufFilePost * server.Renew(str2nr(expand('<abuf>')))

@@ -3,7 +3,7 @@
 import * as vscode from "vscode";
 
 import { type Configuration } from "./configuration.js";
-import { run } from "./installation.js";
+import { type Programs } from "./programs.js";
 import { type Session } from "./session.js";
 
 /** A row of `midfill model list --json`. */
@@ -22,7 +22,12 @@ interface Adapter {
   path: string;
 }
 
-export type CommandLine = () => Promise<string[] | undefined>;
+/** Midfill's command line, as the server that is used has it. */
+export interface CommandLine {
+  /** Program and arguments; undefined if there is none. */
+  command: () => Promise<string[] | undefined>;
+  programs: Programs;
+}
 
 export async function menu(session: Session): Promise<void> {
   const { state, snoozeEnd } = session;
@@ -84,15 +89,15 @@ export async function snooze(session: Session): Promise<void> {
 }
 
 export async function chooseModel(
-  commandLine: CommandLine,
+  { command: find, programs }: CommandLine,
   configuration: Configuration,
   log: vscode.LogOutputChannel,
 ): Promise<void> {
-  const command = await commandLine();
+  const command = await find();
   if (command === undefined) {
     return;
   }
-  const { models } = await ask<{ models: Model[] }>(command, ["model", "list", "--json"]);
+  const { models } = await ask<{ models: Model[] }>(programs, command, ["model", "list", "--json"]);
   const used = configuration.get("model", "");
   const items = models.map((model) => ({ ...describe(model, used), model }));
   const chosen = await vscode.window.showQuickPick(items, {
@@ -103,18 +108,19 @@ export async function chooseModel(
   if (chosen === undefined) {
     return;
   }
-  if (chosen.model.installed || (await pull(command, chosen.model.name, log))) {
+  if (chosen.model.installed || (await pull(programs, command, chosen.model.name, log))) {
     await configuration.set("model", chosen.model.name);
   }
 }
 
 /** Where the chosen model is not on this machine, offers to fetch it. True if it is here now. */
 export async function offerModel(
+  programs: Programs,
   command: string[],
   name: string,
   log: vscode.LogOutputChannel,
 ): Promise<boolean> {
-  const { models } = await ask<{ models: Model[] }>(command, ["model", "list", "--json"]);
+  const { models } = await ask<{ models: Model[] }>(programs, command, ["model", "list", "--json"]);
   if (!models.some((model) => model.name === name && !model.installed)) {
     return false;
   }
@@ -123,10 +129,15 @@ export async function offerModel(
   if (chosen === "Choose Another Model") {
     await vscode.commands.executeCommand("midfill.chooseModel");
   }
-  return chosen === "Download" && (await pull(command, name, log));
+  return chosen === "Download" && (await pull(programs, command, name, log));
 }
 
-async function pull(command: string[], name: string, log: vscode.LogOutputChannel): Promise<boolean> {
+async function pull(
+  programs: Programs,
+  command: string[],
+  name: string,
+  log: vscode.LogOutputChannel,
+): Promise<boolean> {
   const options = {
     location: vscode.ProgressLocation.Notification,
     title: `Downloading ${name}`,
@@ -139,7 +150,7 @@ async function pull(command: string[], name: string, log: vscode.LogOutputChanne
       log.info(line);
       progress.report({ message: line });
     };
-    const { status } = await run([...command, "model", "pull", name], told, token);
+    const { status } = await programs.run([...command, "model", "pull", name], told, token);
     if (token.isCancellationRequested) {
       return false;
     }
@@ -150,12 +161,15 @@ async function pull(command: string[], name: string, log: vscode.LogOutputChanne
   });
 }
 
-export async function chooseAdapter(commandLine: CommandLine, configuration: Configuration): Promise<void> {
-  const command = await commandLine();
+export async function chooseAdapter(
+  { command: find, programs }: CommandLine,
+  configuration: Configuration,
+): Promise<void> {
+  const command = await find();
   if (command === undefined) {
     return;
   }
-  const { adapters } = await ask<{ adapters: Adapter[] }>(command, ["adapter", "list", "--json"]);
+  const { adapters } = await ask<{ adapters: Adapter[] }>(programs, command, ["adapter", "list", "--json"]);
   const chosen = await vscode.window.showQuickPick(
     [
       { label: "$(circle-slash) None", path: null },
@@ -183,9 +197,9 @@ export async function chooseAdapter(commandLine: CommandLine, configuration: Con
 }
 
 /** What the command line answers, as JSON. */
-async function ask<T>(command: string[], args: string[]): Promise<T> {
+async function ask<T>(programs: Programs, command: string[], args: string[]): Promise<T> {
   let last = "";
-  const { status, output } = await run([...command, ...args], (line) => {
+  const { status, output } = await programs.run([...command, ...args], (line) => {
     last = line;
   });
   if (status !== 0) {

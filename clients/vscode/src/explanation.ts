@@ -37,10 +37,12 @@ export async function explainLast(session: Session, pages: Pages): Promise<void>
     void vscode.window.showInformationMessage("midfill: The server does not run.");
     return;
   }
-  const nothing = explanation.source === "none" && explanation.message === null;
+  const { source, reason, message } = explanation;
+  const nothing = source === "none" && !reason && !message;
   const what = nothing
     ? "Nothing has been asked for in this file yet."
-    : (explanation.message ?? `The last suggestion came from: ${explanation.source}.`);
+    : // A newer server may have reasons that it has no sentence for.
+      message || (reason ? `Nothing was suggested: ${reason}.` : `The last suggestion came from: ${source}.`);
   const offered = nothing ? [] : ["Details"];
   const chosen = await vscode.window.showInformationMessage(`midfill: ${what}`, ...offered);
   if (chosen === "Details") {

@@ -6,11 +6,13 @@ import * as choices from "./choices.js";
 import { Configuration, SECTION } from "./configuration.js";
 import { explainLast, Pages, SCHEME } from "./explanation.js";
 import { Installation, type Server } from "./installation.js";
+import { Programs } from "./programs.js";
 import { Session } from "./session.js";
 import { StatusBar } from "./statusbar.js";
 
 class Extension {
   private readonly configuration: Configuration;
+  private readonly programs: Programs;
   private readonly installation: Installation;
   private readonly session: Session;
   private readonly log = vscode.window.createOutputChannel("midfill", { log: true });
@@ -18,10 +20,11 @@ class Extension {
   private server: Server | undefined;
   private offered: string | undefined;
 
-  constructor(private readonly context: vscode.ExtensionContext) {
+  constructor(context: vscode.ExtensionContext) {
     this.configuration = new Configuration(context.extension.packageJSON);
-    this.installation = new Installation(context, this.log);
-    this.session = new Session(this.configuration, this.log, context.globalStorageUri);
+    this.programs = new Programs(context.globalStorageUri.fsPath);
+    this.installation = new Installation(context, this.programs, this.log);
+    this.session = new Session(this.configuration, this.log, this.programs);
     context.subscriptions.push(
       this.log,
       this.session,
@@ -30,6 +33,9 @@ class Extension {
       vscode.workspace.onDidChangeConfiguration((event) => {
         void this.guard(() => this.configured(event));
       }),
+      vscode.workspace.onDidChangeWorkspaceFolders(() => {
+        void this.guard(() => this.session.foldersChanged());
+      }),
       this.session.onDidChange(() => {
         void this.guard(() => this.changed());
       }),
@@ -37,7 +43,7 @@ class Extension {
         () => void vscode.commands.executeCommand("setContext", "midfill.suggested", true),
       ),
     );
-    const commandLine = () => this.commandLine();
+    const commandLine = { command: () => this.commandLine(), programs: this.programs };
     const commands: Record<string, () => Promise<void>> = {
       menu: () => choices.menu(this.session),
       toggle: () => choices.toggle(this.session, this.configuration),
@@ -64,7 +70,6 @@ class Extension {
 
   /** Finds the server and starts it, or offers to install one. */
   async start(): Promise<void> {
-    await vscode.workspace.fs.createDirectory(this.context.globalStorageUri);
     this.server = await this.installation.find(this.configuration.get<string[]>("server.command", []));
     if (this.server === undefined) {
       await this.session.stop({ kind: "missing" });
@@ -127,7 +132,7 @@ class Extension {
     // Once for each model: whoever does not want it now is left alone.
     if (state.kind === "failed" && this.server !== undefined && this.offered !== state.status.model) {
       this.offered = state.status.model;
-      if (await choices.offerModel(this.server.command, state.status.model, this.log)) {
+      if (await choices.offerModel(this.programs, this.server.command, state.status.model, this.log)) {
         await this.start();
       }
     }

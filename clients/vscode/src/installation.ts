@@ -1,12 +1,12 @@
 /** Where the server is, and how it is installed where it is not: into an environment of the extension's own. */
 
-import { spawn } from "node:child_process";
 import { createHash } from "node:crypto";
-import { constants, promises as fs } from "node:fs";
+import { promises as fs } from "node:fs";
 import * as path from "node:path";
 import * as vscode from "vscode";
 
-const WINDOWS = process.platform === "win32";
+import { find, ISOLATED, type Programs, WINDOWS } from "./programs.js";
+
 const PYTHONS = [
   ...[14, 13, 12, 11].map((minor) => [`python3.${minor}`]),
   ["python3"],
@@ -25,51 +25,6 @@ export interface Server {
   own: boolean;
 }
 
-/** A program's end: its status and what it wrote. */
-interface Ended {
-  status: number | null;
-  output: string;
-}
-
-/**
- * Runs a program to its end.
- *
- * @param told is given each line that it writes.
- */
-export function run(
-  [program, ...args]: string[],
-  told?: (line: string) => void,
-  token?: vscode.CancellationToken,
-): Promise<Ended> {
-  return new Promise((resolve, reject) => {
-    const child = spawn(program ?? "", args, { stdio: ["ignore", "pipe", "pipe"], windowsHide: true });
-    const cancel = token?.onCancellationRequested(() => child.kill());
-    let output = "";
-    let unfinished = "";
-    child.stdout.setEncoding("utf8").on("data", (text: string) => {
-      output += text;
-    });
-    for (const stream of [child.stdout, child.stderr]) {
-      stream.on("data", (data: Buffer | string) => {
-        const lines = (unfinished + data.toString()).split(/\r?\n/);
-        unfinished = lines.pop() ?? "";
-        lines.filter((line) => line.trim()).forEach((line) => told?.(line));
-      });
-    }
-    child.on("error", (error) => {
-      cancel?.dispose();
-      reject(error);
-    });
-    child.on("close", (status) => {
-      cancel?.dispose();
-      if (unfinished.trim()) {
-        told?.(unfinished);
-      }
-      resolve({ status, output });
-    });
-  });
-}
-
 export class Installation {
   private readonly folder: string;
   private readonly program: string;
@@ -77,6 +32,7 @@ export class Installation {
 
   constructor(
     private readonly extension: vscode.ExtensionContext,
+    private readonly programs: Programs,
     private readonly log: vscode.LogOutputChannel,
   ) {
     this.folder = path.join(extension.globalStorageUri.fsPath, "server");
@@ -89,7 +45,7 @@ export class Installation {
     if (named.length > 0) {
       return { command: named, own: false };
     }
-    const onPath = await findOnPath("midfill");
+    const onPath = await find("midfill");
     if (onPath !== undefined) {
       return { command: [onPath], own: false };
     }
@@ -103,7 +59,7 @@ export class Installation {
 
   /** Makes the environment, or brings it up to date. False if the user took it back; throws what went wrong. */
   async install(): Promise<boolean> {
-    const python = await findPython();
+    const python = await this.findPython();
     if (python === undefined) {
       throw new Error(
         `There is no Python ${OLDEST} or newer here that can make environments. Install Python` +
@@ -148,15 +104,17 @@ export class Installation {
           progress.report({ message: what[1]?.startsWith("I") ? "installing packages" : (what[2] ?? "") });
         }
       };
-      const { status } = await run(command, told, token);
+      const { status } = await this.programs.run(command, told, token);
       if (status !== 0 && !isCancelled()) {
         throw new Error(`The installation failed. ${errors.at(-1) ?? "The log says why."}`);
       }
     };
-    await step("making an environment", [...python, "-m", "venv", "--clear", this.folder]);
+    await step("making an environment", [...python, ISOLATED, "-m", "venv", "--clear", this.folder]);
     const pip = path.join(path.dirname(this.program), WINDOWS ? "python.exe" : "python");
     const quietly = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"];
-    await step("fetching packages", [pip, "-m", "pip", "install", ...quietly, bundled.wheel]);
+    // A wheel is only unpacked; a source package would run what its author has put into it.
+    const options = [...quietly, "--only-binary", ":all:"];
+    await step("fetching packages", [pip, ISOLATED, "-m", "pip", "install", ...options, bundled.wheel]);
     if (isCancelled()) {
       return false;
     }
@@ -183,34 +141,16 @@ export class Installation {
         .digest("hex"),
     };
   }
-}
 
-/** A program by its name. Relative folders of PATH do not count: they would be whatever folder is open. */
-async function findOnPath(name: string): Promise<string | undefined> {
-  for (const folder of (process.env["PATH"] ?? "")
-    .split(path.delimiter)
-    .filter((folder) => path.isAbsolute(folder))) {
-    const file = path.join(folder, WINDOWS ? `${name}.exe` : name);
-    const found = await fs.access(file, constants.X_OK).then(
-      () => true,
-      () => false,
-    );
-    if (found) {
-      return file;
-    }
-  }
-  return undefined;
-}
-
-async function findPython(): Promise<string[] | undefined> {
-  for (const [name = "", ...args] of PYTHONS) {
-    const program = await findOnPath(name);
-    if (program !== undefined) {
-      const ended = await run([program, ...args, "-c", PROBE]).catch(() => undefined);
+  private async findPython(): Promise<string[] | undefined> {
+    for (const [name = "", ...args] of PYTHONS) {
+      const python = [name, ...args];
+      // There is none by this name, or it is no Python that will do.
+      const ended = await this.programs.run([...python, ISOLATED, "-c", PROBE]).catch(() => undefined);
       if (ended?.status === 0) {
-        return [program, ...args];
+        return python;
       }
     }
+    return undefined;
   }
-  return undefined;
 }

@@ -1,6 +1,6 @@
 /** The server while it runs: started, told of settings, watched, and started again when it dies. */
 
-import { type ChildProcess, spawn } from "node:child_process";
+import { type ChildProcess } from "node:child_process";
 import * as vscode from "vscode";
 import {
   CloseAction,
@@ -15,6 +15,7 @@ import {
 } from "vscode-languageclient/node";
 
 import { type Configuration, SECTION } from "./configuration.js";
+import { type Programs } from "./programs.js";
 
 // A server that dies is started again after the first and the second time; the third within this is the last.
 const PAUSES_MS = [500, 4_000];
@@ -80,6 +81,7 @@ export class Session implements vscode.Disposable {
   private current: State = { kind: "starting" };
   private run: Run | undefined;
   private command: string[] = [];
+  private served: string[] = [];
   private deaths: number[] = [];
   private restart: NodeJS.Timeout | undefined;
   private refresh: NodeJS.Timeout | undefined;
@@ -90,7 +92,7 @@ export class Session implements vscode.Disposable {
   constructor(
     private readonly configuration: Configuration,
     private readonly log: vscode.LogOutputChannel,
-    private readonly folder: vscode.Uri,
+    private readonly programs: Programs,
   ) {}
 
   get state(): State {
@@ -114,6 +116,13 @@ export class Session implements vscode.Disposable {
     this.turn += 1;
     await this.end();
     this.become(state);
+  }
+
+  /** Starts the server again if there are folders now whose documents it is not told of. */
+  async foldersChanged(): Promise<void> {
+    if (this.run !== undefined && schemes().some((scheme) => !this.served.includes(scheme))) {
+      await this.launch();
+    }
   }
 
   /** Tells the server what is set now. */
@@ -193,29 +202,24 @@ export class Session implements vscode.Disposable {
   }
 
   private prepare(): Run {
-    const [program = "", ...args] = this.command;
-    args.push("serve", ...this.configuration.get<string[]>("server.arguments", []));
+    const command = [...this.command, "serve", ...this.configuration.get<string[]>("server.arguments", [])];
     let tell: (why: string) => void;
     const ended = new Promise<string>((resolve) => {
       tell = resolve;
     });
     const start = async (): Promise<ChildProcess> => {
-      this.log.info([program, ...args].join(" "));
-      // Not in the folder that is open: nothing in there is to be found by chance.
-      const child = spawn(program, args, { cwd: this.folder.fsPath, windowsHide: true });
-      run.child = child;
-      child.on("exit", (status, signal) => {
-        tell(signal === null ? `status ${status ?? "unknown"}` : `signal ${signal}`);
-      });
-      return new Promise((resolve, reject) => {
-        child.once("error", (error) => {
-          tell(error.message);
-          reject(error);
+      this.log.info(command.join(" "));
+      try {
+        const child = await this.programs.start(command);
+        run.child = child;
+        child.on("exit", (status, signal) => {
+          tell(signal === null ? `status ${status ?? "unknown"}` : `signal ${signal}`);
         });
-        child.once("spawn", () => {
-          resolve(child);
-        });
-      });
+        return child;
+      } catch (error) {
+        tell(error instanceof Error ? error.message : String(error));
+        throw error;
+      }
     };
     const options = this.options(() => this.died(run));
     const run: Run = { client: new QuietClient("midfill", "midfill", start, options), ended };
@@ -226,8 +230,9 @@ export class Session implements vscode.Disposable {
   }
 
   private options(closed: () => Promise<void>): LanguageClientOptions {
+    this.served = schemes();
     return {
-      documentSelector: [{ scheme: "file" }, { scheme: "untitled" }, { scheme: "vscode-notebook-cell" }],
+      documentSelector: this.served.map((scheme) => ({ scheme })),
       initializationOptions: this.values(),
       outputChannel: this.log,
       initializationFailedHandler: () => false,
@@ -350,6 +355,16 @@ export class Session implements vscode.Disposable {
       this.log.show();
     }
   }
+}
+
+/**
+ * What the documents are that the server is told of: files, what is not saved yet, cells of notebooks, and the
+ * files of virtual workspaces, which the server cannot read, but need not. Others are the editor's own: diffs,
+ * output, input fields.
+ */
+function schemes(): string[] {
+  const folders = (vscode.workspace.workspaceFolders ?? []).map(({ uri }) => uri.scheme);
+  return [...new Set(["file", "untitled", "vscode-notebook-cell", ...folders])];
 }
 
 /** Ends a server, one too that does not answer or has not come so far. */

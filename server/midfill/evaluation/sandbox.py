@@ -12,11 +12,12 @@ import asyncio
 import functools
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from midfill.programs import find_program
 
 _WALL_S = 10.0
 # A Java program is compiled first.
@@ -32,23 +33,23 @@ def missing(language: str) -> str | None:
     if language == "python":
         return None
     if language == "javascript":
-        return None if shutil.which("node") else "`node` is not on the PATH."
+        return None if find_program("node") else "`node` is not on the PATH."
     if language == "java":
         # `java` alone, without the compiler, cannot run a source file.
-        return None if shutil.which("java") and shutil.which("javac") else "There is no JDK on the PATH."
+        return None if find_program("java") and find_program("javac") else "There is no JDK on the PATH."
     return f"Programs in {language} cannot be run."
 
 
 @functools.cache
 def isolation() -> tuple[str, ...]:
     """The command that takes network and process ids away; () where the system does not allow it."""
-    unshare = shutil.which("unshare")
-    if unshare is None:
+    unshare, true = find_program("unshare"), find_program("true")
+    if unshare is None or true is None:
         return ()
     command = (unshare, *_ISOLATED)
     try:
         # Containers often have the program, and forbid what it does.
-        tried = subprocess.run([*command, "true"], capture_output=True, check=False, timeout=5)  # noqa: S603
+        tried = subprocess.run([*command, true], capture_output=True, check=False, timeout=5)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return command if tried.returncode == 0 else ()
@@ -83,7 +84,7 @@ async def passes(language: str, program: str) -> bool:
 def _runner(language: str) -> list[str]:
     if language == "python":
         return [sys.executable, "-I", "-S"]
-    found = shutil.which({"javascript": "node", "java": "java"}[language]) or language
+    found = find_program({"javascript": "node", "java": "java"}[language]) or language
     if language == "javascript":
         return [found, f"--max-old-space-size={_MEMORY_MB}"]
     return [found, "-ea", f"-Xmx{_MEMORY_MB}m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]

@@ -1,6 +1,7 @@
 --- The command `:Midfill`.
 
 local config = require("midfill.config")
+local programs = require("midfill.programs")
 local server = require("midfill.server")
 
 local M = {}
@@ -10,38 +11,52 @@ local function show(lines)
   vim.api.nvim_echo({ { table.concat(lines, "\n") } }, true, {})
 end
 
+--- A value of an answer if it is of this type, else another one: a newer server may say what is not known here.
+---@generic T
+---@param values any
+---@param name string
+---@param otherwise T
+---@return T
+local function typed(values, name, otherwise)
+  local value = type(values) == "table" and values[name] or nil
+  return type(value) == type(otherwise) and value or otherwise
+end
+
 ---@param explained table the answer to midfill/explain
 ---@return string[]
 local function explanation(explained)
-  local function given(value)
-    return value ~= nil and value ~= vim.NIL
-  end
   local lines = {}
-  if given(explained.message) then
-    lines[1] = explained.message
-  elseif explained.source == "none" then
+  local message, reason = typed(explained, "message", ""), typed(explained, "reason", "")
+  local source = typed(explained, "source", "none")
+  if message ~= "" then
+    lines[1] = message
+  elseif reason ~= "" then
+    lines[1] = ("Nothing was suggested: %s."):format(reason)
+  elseif source == "none" then
     lines[1] = "Nothing has been asked for here yet."
   else
-    lines[1] = ("The last suggestion came from: %s."):format(explained.source)
+    lines[1] = ("The last suggestion came from: %s."):format(source)
   end
-  if given(explained.latencyMs) then
-    table.insert(lines, ("%.0f ms in all"):format(explained.latencyMs))
-    for _, stage in ipairs(explained.stages) do
-      table.insert(lines, ("  %-16s%8.1f ms"):format(stage.stage, stage.ms))
+  local latency_ms = typed(explained, "latencyMs", -1)
+  if latency_ms >= 0 then
+    table.insert(lines, ("%.0f ms in all"):format(latency_ms))
+    for _, stage in ipairs(typed(explained, "stages", {})) do
+      table.insert(lines, ("  %-16s%8.1f ms"):format(typed(stage, "stage", "?"), typed(stage, "ms", 0)))
     end
   end
-  if given(explained.promptTokens) and explained.promptTokens > 0 then
+  local num_prompt = typed(explained, "promptTokens", 0)
+  if num_prompt > 0 then
     local counts = "prompt: %d tokens, %d of them computed before; %d tokens written"
-    table.insert(
-      lines,
-      counts:format(explained.promptTokens, explained.reusedTokens, explained.generatedTokens)
-    )
-    for _, segment in ipairs(explained.segments) do
-      table.insert(lines, ("  %-16s%8d tokens"):format(segment.source, segment.tokens))
+    local reused, generated = typed(explained, "reusedTokens", 0), typed(explained, "generatedTokens", 0)
+    table.insert(lines, counts:format(num_prompt, reused, generated))
+    for _, segment in ipairs(typed(explained, "segments", {})) do
+      local row = "  %-16s%8d tokens"
+      table.insert(lines, row:format(typed(segment, "source", "?"), typed(segment, "tokens", 0)))
     end
   end
-  for _, filter in ipairs(explained.filters or {}) do
-    table.insert(lines, ("filter: %s (%+d characters)"):format(filter.filter, filter.characters))
+  for _, filter in ipairs(typed(explained, "filters", {})) do
+    local row = "filter: %s (%+d characters)"
+    table.insert(lines, row:format(typed(filter, "filter", "?"), typed(filter, "characters", 0)))
   end
   return lines
 end
@@ -128,8 +143,13 @@ function COMMANDS.model(name)
     end
     table.insert(command, word)
   end
-  vim.list_extend(command, { "model", "list", "--json" })
-  vim.system(command, { text = true }, function(done)
+  local resolved = programs.resolve(vim.list_extend(command, { "model", "list", "--json" }))
+  if resolved == nil then
+    vim.notify(("midfill: cannot run %q"):format(command[1]), vim.log.levels.ERROR)
+    return
+  end
+  local options = vim.tbl_extend("error", programs.options(), { text = true })
+  vim.system(resolved, options, function(done)
     local ok, listed = pcall(vim.json.decode, done.stdout)
     vim.schedule(function()
       if done.code ~= 0 or not ok then

@@ -269,6 +269,7 @@ end
 --- Whether ghost text may stand on the screen now.
 function M.can_show()
   return vim.api.nvim_get_mode().mode:sub(1, 1) == "i"
+    and not vim.o.paste
     and not (config.values.hide_during_completion and vim.fn.pumvisible() == 1)
 end
 
@@ -399,15 +400,23 @@ function M.is_waiting()
   return pending ~= nil
 end
 
+--- Nothing may stand on the screen now.
+local function leave()
+  if shown ~= nil or pending ~= nil or seen ~= nil then
+    seen = nil
+    M.clear()
+  end
+end
+
 ---@param group integer an autocommand group
 function M.watch(group)
   vim.api.nvim_set_hl(0, "MidfillSuggestion", { default = true, link = "NonText" })
   local function on(events, callback)
     vim.api.nvim_create_autocmd(events, {
       group = group,
-      callback = function()
+      callback = function(event)
         if enabled then
-          callback()
+          callback(event)
         end
       end,
     })
@@ -416,9 +425,15 @@ function M.watch(group)
   on({ "InsertEnter", "CompleteDone" }, function()
     vim.schedule(again)
   end)
-  on({ "InsertLeave", "BufLeave", "WinLeave" }, function()
-    seen = nil
-    M.clear()
+  -- Not every way out of insert mode has an InsertLeave: CTRL-C, <Insert> and CTRL-R = have none.
+  on({ "InsertLeave", "BufLeave", "WinLeave" }, leave)
+  on({ "ModeChanged", "SafeState", "OptionSet" }, function(event)
+    if not M.can_show() then
+      leave()
+    elseif event.event == "ModeChanged" and seen == nil then
+      -- Back from another mode within insert mode.
+      vim.schedule(again)
+    end
   end)
   server.on_ready = again
 end

@@ -1,22 +1,24 @@
 --- `:checkhealth midfill`.
 
 local config = require("midfill.config")
+local programs = require("midfill.programs")
 local server = require("midfill.server")
 
 local M = {}
 
 local function check_program()
   local program = config.values.cmd[1]
-  local path = vim.fn.exepath(program)
-  if path == "" then
+  local path = programs.find(program)
+  if path == nil then
     vim.health.error(
       ("%q cannot be run"):format(program),
-      { "pip install midfill, or see its README", "name it by the option `cmd` of require('midfill').setup" }
+      { programs.install(), "name it by the option `cmd` of require('midfill').setup" }
     )
     return
   end
   local ok, result = pcall(function()
-    return vim.system({ path, "--version" }, { text = true, timeout = 30000 }):wait()
+    local options = vim.tbl_extend("error", programs.options(), { text = true, timeout = 30000 })
+    return vim.system({ path, "--version" }, options):wait()
   end)
   if ok and result.code == 0 then
     vim.health.ok(("%s: %s"):format(path, vim.trim(result.stdout)))

@@ -1,6 +1,7 @@
 --- The server's process as an LSP client: one for all buffers, so that the model is in memory once.
 
 local config = require("midfill.config")
+local programs = require("midfill.programs")
 
 local M = {}
 
@@ -116,20 +117,24 @@ local function ended(code, signal)
   end, pause)
 end
 
---- Start the process. Neovim is told that it ended well, since we say ourselves how it ended.
-local function spawn(dispatchers)
-  local on_exit = dispatchers.on_exit
-  return vim.lsp.rpc.start(
-    config.values.cmd,
-    vim.tbl_extend("force", dispatchers, {
-      on_exit = function(code, signal)
-        on_exit(0, 0)
-        vim.schedule(function()
-          ended(code, signal)
-        end)
-      end,
-    })
-  )
+--- What starts the process. Neovim is told that it ended well, since we say ourselves how it ended.
+---@param command string[]
+local function spawn(command)
+  return function(dispatchers)
+    local on_exit = dispatchers.on_exit
+    return vim.lsp.rpc.start(
+      command,
+      vim.tbl_extend("force", dispatchers, {
+        on_exit = function(code, signal)
+          on_exit(0, 0)
+          vim.schedule(function()
+            ended(code, signal)
+          end)
+        end,
+      }),
+      programs.options()
+    )
+  end
 end
 
 local function capabilities()
@@ -169,13 +174,14 @@ function M.attach(buf)
     add_folder(running, root)
     return
   end
-  local program = config.values.cmd[1]
-  if vim.fn.executable(program) == 0 then
+  local command = programs.resolve(config.values.cmd)
+  if command == nil then
     if M.state ~= "missing" then
       become("missing")
       say(
-        ("cannot run %q. Install the server (pip install midfill, or see its README), or name it: require('midfill').setup { cmd = { '/path/to/midfill', 'serve' } }"):format(
-          program
+        ("cannot run %q. Install the server (%s), or name it: require('midfill').setup { cmd = { '/path/to/midfill', 'serve' } }"):format(
+          config.values.cmd[1],
+          programs.install()
         ),
         vim.log.levels.ERROR
       )
@@ -186,7 +192,7 @@ function M.attach(buf)
   started_s = vim.uv.hrtime() / 1e9
   client_id = vim.lsp.start({
     name = "midfill",
-    cmd = spawn,
+    cmd = spawn(command),
     root_dir = root,
     capabilities = capabilities(),
     -- An empty table would become a list.

@@ -5,6 +5,7 @@ vim9script
 
 import autoload './config.vim'
 import autoload './documents.vim'
+import autoload './program.vim'
 
 # Pauses before a dead server is started again; after the last one it is given up.
 const BACK_OFF_MS = [250, 1000, 4000]
@@ -123,15 +124,16 @@ export def Attach(buf: number)
     return
   endif
   const command: list<string> = config.Get('command')
-  if empty(command) || !executable(command[0])
+  const found = empty(command) ? '' : program.Find(command[0])
+  if found == ''
     if state != 'missing'
       Become('missing')
-      Say(printf("cannot run %s. Install the server (pip install midfill), or name it: let g:midfill_command = ['/path/to/midfill', 'serve']",
-        string(get(command, 0, ''))), 'ErrorMsg')
+      Say(printf("cannot run %s. Install the server (%s), or name it: let g:midfill_command = ['/path/to/midfill', 'serve']",
+        string(get(command, 0, '')), program.INSTALL), 'ErrorMsg')
     endif
     return
   endif
-  Start(command)
+  Start([found] + command[1 :])
 enddef
 
 # Serve a buffer no more.
@@ -167,7 +169,7 @@ def Start(command: list<string>)
   is_expected = false
   folders = []
   log = []
-  const mine = job_start(command, {
+  const mine = job_start(command, extendnew(program.OPTIONS, {
     in_mode: 'lsp',
     out_mode: 'lsp',
     err_mode: 'nl',
@@ -180,7 +182,7 @@ def Start(command: list<string>)
       endif
     },
     exit_cb: (old, status) => Ended(old, status),
-  })
+  }))
   job = mine
   if job_status(mine) == 'fail'
     Become('failed')

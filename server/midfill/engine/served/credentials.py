@@ -12,6 +12,7 @@ import subprocess
 
 from midfill import textfiles
 from midfill.errors import SettingsError
+from midfill.programs import find_program
 
 _COMMAND_S = 20.0
 
@@ -62,8 +63,16 @@ def _from_keyring(place: str) -> str | None:
 
 def _from_command(line: str) -> str | None:
     try:
+        name, *arguments = shlex.split(line)
+        program = find_program(name)
+        if program is None:
+            raise SettingsError(
+                "The command of `engine_key` cannot be run: it is neither an absolute path nor on the PATH."
+            )
         done = subprocess.run(  # noqa: S603 - the user's own settings file names it
-            shlex.split(line),
+            [program, *arguments],
+            # Not the current folder, which may be a repository: what is run there may load files of it.
+            cwd=os.path.dirname(program),  # noqa: PTH120
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_COMMAND_S,

@@ -1,0 +1,41 @@
+"""A server of a later version: its answers to `midfill/explain` have what no client knows yet.
+
+Started as `python future_server.py EXPLANATION`; EXPLANATION is a JSON object.
+"""
+
+import json
+import sys
+
+CAPABILITIES = {"textDocumentSync": {"openClose": True, "change": 2}, "inlineCompletionProvider": {}}
+
+
+def send(**message):
+    body = json.dumps({"jsonrpc": "2.0", **message}).encode()
+    sys.stdout.buffer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    sys.stdout.buffer.flush()
+
+
+def received():
+    while line := sys.stdin.buffer.readline():
+        length = 0
+        while line.strip():
+            name, _, value = line.partition(b":")
+            length = int(value) if name.lower() == b"content-length" else length
+            line = sys.stdin.buffer.readline()
+        yield json.loads(sys.stdin.buffer.read(length))
+
+
+results = {
+    "initialize": {"capabilities": CAPABILITIES, "serverInfo": {"name": "midfill", "version": "9.0.0"}},
+    "midfill/explain": json.loads(sys.argv[1]),
+    "textDocument/inlineCompletion": {"items": []},
+}
+for message in received():
+    method = message.get("method")
+    if method == "exit":
+        break
+    if method == "initialized":
+        for value in ({"kind": "begin", "title": "midfill: future"}, {"kind": "end", "message": "ready"}):
+            send(method="$/progress", params={"token": "loading", "value": value})
+    if "id" in message and method is not None:
+        send(id=message["id"], result=results.get(method))
