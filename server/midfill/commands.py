@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from lsprotocol import types
 
 from midfill import __version__
-from midfill.completer import REASONS, Reason
 from midfill.errors import AdapterError, MidfillError
 from midfill.explanation import explain
 from midfill.messages import Command, Explain
 from midfill.progress import Progress
 from midfill.protocol import Refusal
+from midfill.reasons import REASONS, Reason
 from midfill.settings import changed
 from midfill.shown import printable
 from midfill.switching import Asked as AskedFor

@@ -28,6 +28,7 @@ from midfill.families import Family
 from midfill.languages import is_among
 from midfill.place import Place
 from midfill.prompt import Prompt, PromptBuilder
+from midfill.reasons import Reason
 from midfill.secrecy import SecretWatch, is_excluded
 from midfill.settings import Settings
 from midfill.suggestions import Computed, Flight, Match, Suggestions, fitted
@@ -49,53 +50,6 @@ class Trigger(StrEnum):
 
     AUTOMATIC = "automatic"
     INVOKED = "invoked"
-
-
-class Reason(StrEnum):
-    """Why an answer is empty. Each has a sentence in `REASONS`."""
-
-    LOADING = "loading"
-    MODEL_FAILED = "model-failed"
-    DISABLED = "disabled"
-    LANGUAGE_OFF = "language-off"
-    FILE_EXCLUDED = "file-excluded"
-    FILE_TOO_LARGE = "file-too-large"
-    SECRET_IN_FILE = "secret-in-file"  # noqa: S105 - the reason's code
-    EMPTY_FILE = "empty-file"
-    MID_WORD = "mid-word"
-    LINE_TAIL = "line-tail"
-    NOT_OPEN = "not-open"
-    MODEL_SILENT = "model-silent"
-    REPEATS_TEXT = "repeats-text"
-    LOW_CONFIDENCE = "low-confidence"
-    COMMENT_ONLY = "comment-only"
-    ENGINE_ERROR = "engine-error"
-    ENGINE_UNAVAILABLE = "engine-unavailable"
-    DEADLINE = "deadline"
-
-
-# A sentence for each reason, for the user.
-REASONS = {
-    Reason.LOADING: "The model is still being loaded.",
-    Reason.MODEL_FAILED: "The model could not be loaded; the log and the first message say why.",
-    Reason.DISABLED: "Suggestions are switched off (`enabled`).",
-    Reason.LANGUAGE_OFF: "Suggestions are switched off for this language (`disabled_languages`).",
-    Reason.FILE_EXCLUDED: "The file's name is on the list of excluded files (`excluded_files`).",
-    Reason.FILE_TOO_LARGE: "The file is larger than `max_file_kb`.",
-    Reason.SECRET_IN_FILE: "The file holds what looks like a password, a token or a private key "
-    "(`detect_secrets`).",
-    Reason.EMPTY_FILE: "The file is empty, so there is nothing to go by.",
-    Reason.MID_WORD: "The cursor is inside a word that goes on behind it.",
-    Reason.LINE_TAIL: "Code stands behind the cursor on its line; ask explicitly to get a suggestion there.",
-    Reason.NOT_OPEN: "The document is not open.",
-    Reason.MODEL_SILENT: "The model had nothing to add.",
-    Reason.REPEATS_TEXT: "The model only repeated what stands behind the cursor.",
-    Reason.LOW_CONFIDENCE: "The model was not sure enough (`eagerness`); ask explicitly to see it anyway.",
-    Reason.COMMENT_ONLY: "The model wrote nothing but a comment; ask explicitly to see it.",
-    Reason.ENGINE_ERROR: "The model failed on this request; the log says how.",
-    Reason.ENGINE_UNAVAILABLE: "The model is being restarted after a fault, or has been given up.",
-    Reason.DEADLINE: "The model took longer than `deadline_s`.",
-}
 
 
 class Source(StrEnum):
@@ -522,7 +476,7 @@ class Completer:
             output.raw or output.text, place, complete=output.complete, forbidden=self._forbidden
         )
         if why is not None:
-            return Answer(reason=Reason(why))
+            return Answer(reason=why)
         return Answer(text, source=Source.MODEL, tokens=output.within(len(text)), finished=output.complete)
 
     def _weigh(self, answer: Answer, place: Place, trigger: Trigger) -> Answer:
@@ -567,10 +521,12 @@ def _beside_closers(answer: Answer, match: Match[_Made]) -> Answer:
     """An answer for the origin of a match, as it is at the cursor, where closers may stand already."""
     if not answer.text or not match.closed:
         return answer
-    text, num_replaced = fitted(answer.text, match.closed) or ("", 0)
+    fit = fitted(answer.text, match.closed)
+    text, num_replaced = fit or ("", 0)
     texts = (*answer.texts, ("auto-closed", text)) if answer.texts and text != answer.text else answer.texts
     if not text.strip():
-        return replace(answer, text="", source=Source.NONE, reason=Reason.REPEATS_TEXT, texts=texts)
+        reason = Reason.OTHER_CLOSERS if fit is None else Reason.REPEATS_TEXT
+        return replace(answer, text="", source=Source.NONE, reason=reason, texts=texts)
     return replace(answer, text=text, num_replaced=num_replaced, texts=texts)
 
 

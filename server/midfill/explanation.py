@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from midfill.completer import REASONS, Answer
+from midfill.completer import Answer
 from midfill.engine import Tokenizer
+from midfill.reasons import REASONS
 
 
 def explain(answer: Answer, tokenizer: Tokenizer | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 _BLANKS = re.compile(r"[ \t]*")
-_OPENING = ("{", "(", "[", ":", "=>", "->")
+OPENING = ("{", "(", "[", ":", "=>", "->")
 _TAB = 8
 _DEFAULT_UNIT = "    "
 # Lines that go on with the statement above, wherever they are indented to.
@@ -33,7 +33,7 @@ def width(line: str) -> int:
 
 def opens_block(line: str) -> bool:
     """Whether a line ends so that the next one belongs deeper."""
-    return line.rstrip().endswith(_OPENING)
+    return line.rstrip().endswith(OPENING)
 
 
 def unit(lines: Iterable[str]) -> str:
@@ -108,6 +108,9 @@ def wanted_width(before: str, text: str, previous: str, following: str, step: st
     size = width(step)
     if opens_block(previous):
         inner = below if below > above else above + size
+        if below == inner < have:
+            # Deeper than the block that stands below.
+            return inner
         return inner if have < inner and (have <= above or have % size) else None
     if have % size and have != above:
         # The user is on the way to the next step.

@@ -12,6 +12,7 @@ from midfill import indentation, syntax
 from midfill.brackets import CLOSERS, Reader, imbalance, scan
 from midfill.indentation import lead, opens_block, width
 from midfill.place import Place
+from midfill.repeats import goes_on_below
 from midfill.syntax import balance
 
 _MOST_ALIKE = 12
@@ -65,13 +66,16 @@ def bridged(text: str, end: int | None, place: Place, *, complete: bool) -> str:
     candidates = [_before_rest(candidate, place.line_after) for candidate in candidates]
     candidates += _on_lines_of_their_own(lines, place)
     candidates += _before_the_like(cut, place)
-    return fewest_errors([text for text in candidates if text.strip() and not _repeats(text, place)], place)
+    return fewest_errors([text for text in candidates if text.strip() and not repeats(text, place)], place)
 
 
-def _repeats(text: str, place: Place) -> bool:
+def repeats(text: str, place: Place) -> bool:
     """Whether one of the text's lines is the next line below."""
-    lines = (place.line_before + text).split("\n")
-    return bool(place.next_line) and place.next_line in [line.rstrip() for line in lines]
+    lines = text.split("\n")
+    whole = place.line_before + lines[0]
+    return goes_on_below(lines[:1], place, whole=whole, nearby=False) or any(
+        goes_on_below(lines[: number + 1], place, nearby=False) for number in range(1, len(lines))
+    )
 
 
 def _before_the_same(text: str, place: Place) -> Iterator[str]:

@@ -24,7 +24,7 @@ from pygls.lsp.server import LanguageServer
 
 from midfill import __version__, activity, calibrations, feedback, heap, secrecy
 from midfill.commands import ACCEPTED, Commands
-from midfill.completer import Answer, Completer, Reason, Trigger
+from midfill.completer import Answer, Completer, Trigger
 from midfill.context import IGNORE_FILES, file_of
 from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine import Engine
@@ -47,6 +47,7 @@ from midfill.notebooks import Notebooks
 from midfill.probing import identify
 from midfill.progress import Progress
 from midfill.protocol import Protocol
+from midfill.reasons import Reason
 from midfill.settings import Settings, keep_start_only, merge
 from midfill.shown import printable
 from midfill.suggestions import may_close

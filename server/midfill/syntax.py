@@ -11,17 +11,22 @@ from __future__ import annotations
 import ast
 import bisect
 import itertools
+import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 
 from tree_sitter import Language, Node, Parser, Tree
 from tree_sitter_language_pack import SupportedLanguage, get_language
 
+from midfill import notation
+
 # Of one reading. It happens on the event loop, while a key may be waiting.
 _BUDGET_S = 0.004
+# So much on both sides of quotes tells which of them is in a string.
+_SIDE = 800
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _CLOSERS = frozenset(_BRACKETS.values())
 _RUBY = dict.fromkeys(
@@ -38,12 +43,14 @@ class _Grammar:
         keywords: words that open a block, and what closes it.
         lead: what the grammar wants to see before it takes anything for code.
         stray: closers that also stand where nothing was opened, as `)` in a shell's `case` does.
+        tokens_only: of its tree only brackets, strings and comments are used, no whole nodes.
     """
 
     name: SupportedLanguage
     keywords: Mapping[str, str] = field(default_factory=dict)
     lead: bytes = b""
     stray: frozenset[str] = frozenset()
+    tokens_only: bool = False
 
 
 # By LSP language identifier. `typescript` does not read JSX, `tsx` does not read `<T>x`.
@@ -55,30 +62,55 @@ _GRAMMARS = {
     "dart": _Grammar("dart"),
     "elixir": _Grammar("elixir", {"do": "end", "fn": "end"}),
     "go": _Grammar("go"),
+    "haskell": _Grammar("haskell", tokens_only=True),
     "java": _Grammar("java"),
     "javascript": _Grammar("javascript"),
     "javascriptreact": _Grammar("javascript"),
     "json": _Grammar("json"),
     "jsonc": _Grammar("json"),
+    "julia": _Grammar("julia", tokens_only=True),
     "kotlin": _Grammar("kotlin"),
     "lua": _Grammar("lua", {"function": "end", "if": "end", "do": "end", "repeat": "until"}),
+    "nix": _Grammar("nix", tokens_only=True),
+    "objc": _Grammar("objc", tokens_only=True),
+    "objective-c": _Grammar("objc", tokens_only=True),
+    "ocaml": _Grammar("ocaml", tokens_only=True),
+    "perl": _Grammar("perl", tokens_only=True),
     "php": _Grammar("php", lead=b"<?php "),
     "python": _Grammar("python"),
+    "r": _Grammar("r", tokens_only=True),
     "ruby": _Grammar("ruby", _RUBY),
     "rust": _Grammar("rust"),
     "scala": _Grammar("scala"),
+    "scss": _Grammar("scss", tokens_only=True),
     "shellscript": _Grammar(
         "bash",
         {"if": "fi", "do": "done", "case": "esac"},
         stray=frozenset({")"}),
     ),
     "swift": _Grammar("swift"),
+    "toml": _Grammar("toml", tokens_only=True),
     "typescript": _Grammar("typescript"),
     "typescriptreact": _Grammar("tsx"),
+    "yaml": _Grammar("yaml", tokens_only=True),
     "zig": _Grammar("zig"),
 }
 # In these words a node's type says that its text is no code.
-_OPAQUE = ("string", "comment", "char", "rune", "regex", "heredoc")
+_OPAQUE = (
+    "string",
+    "comment",
+    "char",
+    "rune",
+    "regex",
+    "heredoc",
+    "nowdoc",
+    "sigil",
+    "pod",
+    "block_scalar",
+    "jsx_text",
+)
+# And in these, that code stands in the middle of a text.
+_EMBEDS = ("interpolation", "substitution", "interpolated_expression", "jsx_expression")
 _LOOPS = frozenset({"while", "until", "for"})
 _MODIFIERS = frozenset({"if", "unless", "while", "until"})
 
@@ -122,6 +154,10 @@ class Outline:
         index = bisect.bisect_left(self.opaque, offset, key=lambda span: span[0])
         return index > 0 and offset < self.opaque[index - 1][1]
 
+    def ends_comment(self, offset: int) -> bool:
+        """Whether a comment ends at a place, or goes on there, that began before it."""
+        return any(start < offset <= end for start, end, comment in self.opaque if comment)
+
     def is_comment(self, start: int, end: int) -> bool:
         """Whether a stretch without blanks at its ends is nothing but comment."""
         return any(first <= start and end <= last for first, last, comment in self.opaque if comment)
@@ -135,13 +171,94 @@ def knows(language_id: str) -> bool:
 def new_parser(language_id: str) -> Parser | None:
     """A parser for questions that go by whole nodes; for one thread. None without a grammar."""
     grammar = _GRAMMARS.get(language_id)
-    return None if grammar is None else Parser(_language(grammar.name))
+    return None if grammar is None or grammar.tokens_only else Parser(_language(grammar.name))
 
 
 def outline(text: str, language_id: str, start: int = 0) -> Outline | None:
     """The outline of a text from `start` on. None without a grammar, or if it takes too long."""
     growing = Growing.of(text[:start], language_id)
     return None if growing is None else growing.outline(text[start:])
+
+
+@dataclass(frozen=True, slots=True)
+class Enclosing:
+    """The string or comment that a cursor is in.
+
+    Attributes:
+        start: where it begins, in the text before the cursor, in code points.
+        rest: what of it stands behind the cursor.
+        comment: it is a comment.
+    """
+
+    start: int
+    rest: str
+    comment: bool
+
+
+def openings(text: str, language_id: str, *, whole: bool) -> list[tuple[int, str, bool]]:
+    """What a text may have begun that goes on behind it; see `notation.openings`.
+
+    Args:
+        text: above a cursor.
+        language_id: its language.
+        whole: the text begins where the file does. If not, it may begin within a string, so that what looks
+            like the beginning of another one is the end of that.
+    """
+    found = notation.openings(text, language_id, whole=whole)
+    if whole:
+        return found
+    return [one for one in found if not _is_end(text, one[0], one[1], language_id)]
+
+
+def _is_end(text: str, at: int, quote: str, language_id: str) -> bool:
+    """Whether quotes end a string rather than begin one, by which side of them is code to the grammar."""
+    if not text.startswith(quote, at):
+        return False
+    # The line that is being written is left out, so that the same is asked again at the next key.
+    after = text[at + len(quote) : text.rfind("\n") + 1][:_SIDE]
+    before = text[max(0, text.rfind(quote, 0, at) + len(quote), at - _SIDE) : at]
+    if at - len(before) > 0:
+        # Cut at whole lines.
+        before = before.partition("\n")[2]
+    return _share_wrong(after, language_id) <= _share_wrong(before, language_id)
+
+
+@lru_cache(maxsize=16)
+def _share_wrong(text: str, language_id: str) -> float:
+    """Places that the grammar cannot make sense of, for each line of a text; the last is not whole."""
+    lines = textwrap.dedent(text).strip("\n").split("\n")
+    if len(lines) > 1:
+        lines.pop()
+    # A line too short to be wrong says nothing.
+    num_told = sum(len(line.split()) > 1 for line in lines)
+    num_wrong = count_errors("\n".join(lines), language_id)
+    return 0.5 if num_wrong is None or not num_told else num_wrong / num_told
+
+
+def enclosing(before: str, after: str, language_id: str) -> Enclosing | None:
+    """The string or comment that a cursor between two texts is in.
+
+    None in code, in what is embedded in a string, without a grammar, or if it takes too long.
+    """
+    grammar = _GRAMMARS.get(language_id)
+    if grammar is None:
+        return None
+    # A word stands for what is put in there, so that there is a token at the cursor.
+    head, tail = _lead(before, grammar) + _encode(before), _encode(after)
+    tree = _parse(head + b"x" + tail, grammar)
+    if tree is None:
+        return None
+    outermost = None
+    node = tree.root_node.descendant_for_byte_range(len(head), len(head) + 1)
+    while node is not None and not (node.is_named and _names(node.type, _EMBEDS)):
+        if _is_opaque(node) and node.start_byte < len(head):
+            outermost = node
+        node = node.parent
+    if outermost is None:
+        return None
+    start = len(head[: outermost.start_byte].decode("utf-8", "replace")) - len(_lead(before, grammar))
+    rest = tail[: max(0, outermost.end_byte - len(head) - 1)].decode("utf-8", "replace")
+    return Enclosing(max(0, start), rest, "comment" in outermost.type)
 
 
 def count_errors(text: str, language_id: str, budget_s: float = _BUDGET_S) -> int | None:
@@ -313,7 +430,13 @@ def _walk(root: Node, begin: int) -> Iterator[Node]:
 
 
 def _is_opaque(node: Node) -> bool:
-    return node.is_named and any(word in node.type for word in _OPAQUE)
+    return node.is_named and _names(node.type, _OPAQUE)
+
+
+@cache
+def _names(kind: str, words: tuple[str, ...]) -> bool:
+    """Whether a node's type has one of the words in its name; of types there are few."""
+    return any(word in kind for word in words)
 
 
 def _closer(node: Node, grammar: _Grammar, data: bytes) -> str | None:

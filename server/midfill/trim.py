@@ -10,29 +10,36 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 
-from midfill import indentation, syntax
-from midfill.brackets import CLOSERS, Reader, closes_outside
+from midfill import indentation, notation, syntax
+from midfill.brackets import (
+    CLOSERS,
+    Reader,
+    closes_outside,
+    code_above,
+    enclosing,
+    opens_block_above,
+)
+from midfill.comments import follows_comment, num_comments
 from midfill.indentation import lead, opens_block, width
-from midfill.midline import bridged, end_of_line, fewest_errors, joint, without_overlap
+from midfill.midline import bridged, end_of_line, fewest_errors, joint, repeats, without_overlap
 from midfill.place import Place
+from midfill.reasons import Reason
+from midfill.repeats import goes_on_below, is_telling, retraced, without_next_line
 from midfill.syntax import Delimiter, Outline, balance
 
 _BLOCK_CLOSER = re.compile(r"\s*(?:[)\]}>]+[;,)\]}>]*|end|done|fi|esac)\s*\Z")
-# A line with a word and some more in it is not there twice by chance, as `else:` or `}` is.
-_TELLING = re.compile(r"\w.*\W.*\w")
 _ENOUGH_REPEATS = 3
-# Where a comment is all there is, it is one of these, should there be no grammar.
 _JUMP = re.compile(r"\s*(?:return|raise|throw|break|continue|goto)\b")
 _STATEMENT = re.compile(r"\s*[\w@$\"'`&*(\[]")
 # Lines that belong to the statement before them, or can be jumped to.
 _GOES_ON = re.compile(
     r"\s*(?:(?:else|elif|elsif|elseif|except|finally|catch|case|default|when|rescue|ensure|then|while)\b|\w+\s*:(?!\S))"
 )
+# What a list in YAML is made of, in the column of its key.
+_ITEM = re.compile(r"\s*-(?:\s|\Z)")
 _DIRECTIVE = re.compile(r"\s*#\s*(?:if|else|elif|endif|define|undef|include|pragma|region|endregion)\b")
 _FUNCTION = re.compile(r"\s*(?:async\s+)?def\b")
-_COMMENT = re.compile(r"\s*(?:#(?!include|define|if|el|end|!|\[)|//|/\*|\*|--|<!--|%|;)")
 
 
 class Stopper:
@@ -40,12 +47,16 @@ class Stopper:
 
     Only complete lines are judged, each once, and only by what stands before it: so more text never
     changes the answer.
+
+    Attributes:
+        why: the rule by which it has come to its end.
     """
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self._reader = Reader(place)
         self._num_judged = 0
+        self.why = Reason.BLANK_LINES
 
     def end(self, text: str) -> int | None:
         """The length of `text` at which the suggestion ends, or None if more may come.
@@ -71,21 +82,35 @@ class Stopper:
         text = "\n".join(lines)
         start = len(text) - len(lines[-1])
         if (end := joint(text, start, place, self._reader)) is not None:
+            self.why = Reason.REPEATS_TEXT
             return end
-        repeats = number > 0 and (lines[-1].rstrip() == place.next_line or not "".join(lines[-2:]).strip())
         found = self._reader.read(text)
-        if repeats or _is_fence(lines[-1], place, found, start) or closes_outside(found, start):
-            return len(text[:start].rstrip()) if number else len(text)
-        return len(text) if number + 1 == place.max_lines else None
+        if number > 0 and goes_on_below(lines, place, nearby=False):
+            self.why = Reason.REPEATS_TEXT
+        elif number > 0 and not "".join(lines[-2:]).strip():
+            self.why = Reason.BLANK_LINES
+        elif _is_fence(lines[-1], place, found, start):
+            self.why = Reason.CODE_FENCE
+        elif closes_outside(found, start):
+            self.why = Reason.CLOSES_BLOCK
+        else:
+            return len(text) if number + 1 == place.max_lines else None
+        return len(text[:start].rstrip()) if number else len(text)
 
     def _end_of_block(self, lines: list[str]) -> int | None:
         """Where the block that the cursor is in ends: at a dedent, at known text, at repetition."""
         text = "\n".join(lines)
         start = len(text) - len(lines[-1])
-        block = _Block.around(self._place, next((line for line in lines if line.strip()), ""), lines[0])
         found = self._reader.read(text)
-        if block.is_over_before(lines, found, start):
-            return len(text[: 0 if block.retraces(lines) else start].rstrip(" \t\n"))
+        if num_retraced := retraced(lines, self._place):
+            self.why = Reason.REPEATS_TEXT
+            return len("\n".join(lines[:-num_retraced]).rstrip(" \t\n"))
+        first = next((line for line in lines if line.strip()), "")
+        is_text = found.within(0) or found.ends_comment(len(lines[0]))
+        block = _Block.around(self._place, first, lines[0], is_text=is_text)
+        if (why := block.is_over_before(lines, found, start)) is not None:
+            self.why = why
+            return len(text[:start].rstrip(" \t\n"))
         if block.is_over_after(lines[-1], found, start) or len(lines) == self._place.max_lines:
             return len(text)
         return None
@@ -98,8 +123,8 @@ def stop(text: str, place: Place) -> int | None:
 
 def clean(
     text: str, place: Place, *, complete: bool, forbidden: Iterable[str] = ()
-) -> tuple[str, str | None]:
-    """The text to insert, or "" and the reason code why there is none.
+) -> tuple[str, Reason | None]:
+    """The text to insert, or "" and the filter that left nothing of it.
 
     Args:
         text: what the model wrote.
@@ -108,29 +133,49 @@ def clean(
             and half a last line is dropped when there are lines before it.
         forbidden: strings (sentinels) at which the text is cut, however the model spelled them.
     """
-    for string in forbidden:
-        text = text.partition(string)[0]
     if not text.strip():
-        return "", "model-silent"
-    if not complete and "\n" in text.strip("\n"):
-        text = text[: text.rindex("\n")]
-    end = stop(text + "\n", place)
-    if place.tail and place.invoked:
-        text = _indented(bridged(text, end, place, complete=complete), place)
-    else:
-        text = text if end is None else text[:end]
-        if place.tail:
-            text = without_overlap(text, place)
-        else:
-            limited = (end is None and not complete) or text.count("\n") + 1 >= place.max_lines
-            text = _fitted(text.removeprefix(place.line_after), place, limited=limited)
+        # Did it end by itself?
+        return "", Reason.MODEL_SILENT if stop(text, place) is None else Reason.BLANK_LINES
+    whole, why = _written(text, complete=complete, forbidden=forbidden)
+    if why is not None:
+        return "", why
+    text, why = _worth_inserting(whole, place, complete=complete)
+    if not (place.tail and place.invoked):
         text = text.rstrip()
     text = "\n".join(_without_blanks(text.split("\n")))
     if not text.strip():
-        return "", "repeats-text"
+        return "", why
     if not place.invoked and _is_comment_only(text, place):
-        return "", "comment-only"
+        return "", Reason.COMMENT_ONLY
     return text, None
+
+
+def _written(text: str, *, complete: bool, forbidden: Iterable[str]) -> tuple[str, Reason | None]:
+    """What the model wrote in whole lines and before any sentinel; why it is nothing."""
+    for string in forbidden:
+        text = text.partition(string)[0]
+    if not text.strip():
+        return "", Reason.SPECIAL_TOKEN
+    if not complete and "\n" in text.strip("\n"):
+        text = text[: text.rindex("\n")]
+    return text, None if text.strip() else Reason.TOKEN_LIMIT
+
+
+def _worth_inserting(text: str, place: Place, *, complete: bool) -> tuple[str, Reason]:
+    """What of a text is the suggestion, as the file needs it; should it be blank, what left it so."""
+    stopper = Stopper(place)
+    end = stopper.end(text + "\n")
+    if not text[:end].strip():
+        return "", _why_at_once(text, end, place, stopper.why)
+    if place.tail and place.invoked:
+        bridge, why = _indented(bridged(text, end, place, complete=complete), place)
+        if not bridge.strip() and not text.partition("\n")[0].strip() and not repeats(text[:end], place):
+            return bridge, Reason.OTHER_LINE
+        return bridge, why or Reason.REPEATS_TEXT
+    if place.tail:
+        return without_overlap(text[:end], place), Reason.REPEATS_TEXT
+    limited = (end is None and not complete) or text[:end].count("\n") + 1 >= place.max_lines
+    return _fitted(text[:end].removeprefix(place.line_after), place, limited=limited)
 
 
 def _without_blanks(lines: list[str]) -> list[str]:
@@ -138,20 +183,18 @@ def _without_blanks(lines: list[str]) -> list[str]:
     return [line.rstrip(" \t") for line in lines[:-1]] + lines[-1:]
 
 
+def _why_at_once(text: str, end: int | None, place: Place, why: Reason) -> Reason:
+    """By which rule a text ends before its first word."""
+    if place.tail and not place.invoked:
+        return Reason.BLANK_LINES if text[end:].startswith("\n") else Reason.REPEATS_TEXT
+    return why
+
+
 def _is_comment_only(text: str, place: Place) -> bool:
     """Whether a suggestion is nothing but comment, where the user is not writing one."""
-    if _COMMENT.match(place.line_before or place.previous_line) or _COMMENT.match(place.line_before):
+    if place.line_before.strip() or num_comments(text, place) != text.count("\n") + 1:
         return False
-    found = Reader(place).read(text)
-    start = 0
-    for line in text.split("\n"):
-        stripped = line.strip()
-        first = start + len(lead(line))
-        by_grammar = found.is_comment(first, first + len(stripped))
-        if stripped and not by_grammar and not (not syntax.knows(place.language_id) and _COMMENT.match(line)):
-            return False
-        start += len(line) + 1
-    return not found.within(0) and not place.line_before.strip()
+    return not follows_comment(place)
 
 
 # Blocks
@@ -168,6 +211,7 @@ class _Block:
         headless: whether the lines below are the body of a block that nothing above opens.
         step: width of one step of indentation.
         floor: width of the indentation of the least indented line that the suggestion may have.
+        is_text: the cursor is where nothing is code: in a string, a comment, a file of prose.
     """
 
     place: Place
@@ -176,83 +220,101 @@ class _Block:
     headless: bool
     step: int
     floor: int
+    is_text: bool
 
     @staticmethod
-    def around(place: Place, first: str, rest: str) -> _Block:
+    def around(place: Place, first: str, rest: str, *, is_text: bool) -> _Block:
         """The block at a place, given the first line of code that came, and the rest of the cursor's line."""
         whole = place.line_before + (rest if place.line_before.strip() else first)
-        opened = bool(place.line_before.strip()) and opens_block(whole)
+        is_text = is_text or not place.is_code
+        opened = not is_text and bool(place.line_before.strip()) and opens_block(whole)
         base = width(whole if whole.strip() else place.line_before)
+        if is_text and (begun := enclosing(place)) is not None:
+            # What comes after a string belongs where the string begins.
+            base = begun.column
         below = place.next_line
         headless = (
-            not place.line_before.strip()
+            not is_text
+            and not place.line_before.strip()
             and width(below) > base
             and _STATEMENT.match(below) is not None
-            and not opens_block(place.previous_line)
+            and not opens_block_above(place)
         )
         step = indentation.unit(place.around)
-        return _Block(place, base, opened, headless, width(step), _floor(place, base))
+        return _Block(place, base, opened, headless, width(step), _floor(place, base), is_text)
 
-    def is_over_before(self, lines: list[str], found: Outline, start: int) -> bool:
-        """Whether the last line, which begins at `start`, does not belong to the suggestion any more."""
+    def is_over_before(self, lines: list[str], found: Outline, start: int) -> Reason | None:
+        """Why the last line, which begins at `start`, does not belong to the suggestion; None if it does."""
         line, number, place = lines[-1], len(lines) - 1, self.place
+        is_text = place.is_prose or found.within(start)
         whole = line
         if number == 0:
-            whole = (_lead_of_closer(line, place) or place.line_before + lead(line)) + line.lstrip(" \t")
-        if self.retraces(lines) or (line.strip() and _stands_below(whole, place, telling=number > 0)):
-            return True
+            column = None if is_text else _lead_of_closer(line, place)
+            whole = (column or place.line_before + lead(line)) + line.lstrip(" \t")
+        if goes_on_below(lines, place, whole=whole, is_text=is_text):
+            return Reason.REPEATS_TEXT
         if _is_fence(line, place, found, start):
-            return True
+            return Reason.CODE_FENCE
         if number and (self.headless or opens_block(line)) and line.strip() == place.next_line.strip():
             # The next line once more, at another indentation.
-            return _TELLING.search(line) is not None
-        if closes_outside(found, start):
+            return Reason.REPEATS_TEXT if is_telling(line) else None
+        if number and not is_text and self._closes_as_below(line, found):
+            return Reason.CLOSES_BLOCK
+        if not place.is_prose and closes_outside(found, start):
             # The file has that closer already, if one as deep stands below.
             below = place.next_line
-            return below.lstrip()[:1] in CLOSERS and width(below) >= width(whole)
+            stands = below.lstrip()[:1] in CLOSERS and width(below) >= width(whole)
+            return Reason.CLOSES_BLOCK if stands else None
         if number == 0:
-            return False
+            return None
         if not line.strip():
-            return number > 1 and not lines[-2].strip()
+            return Reason.BLANK_LINES if number > 1 and not lines[-2].strip() else None
         earlier = lines[max(0, number - _ENOUGH_REPEATS + 1) : number]
         if len(earlier) == _ENOUGH_REPEATS - 1 and all(one.strip() == line.strip() for one in earlier):
-            return True
-        return self._leaves(lines, found, start)
+            return Reason.REPEATS_TEXT
+        return None if is_text else self._leaves(lines, found)
 
-    def _leaves(self, lines: list[str], found: Outline, start: int) -> bool:
-        """Whether the last line is indented as nothing in the block is, or can never be reached."""
+    def _closes_as_below(self, line: str, found: Outline) -> bool:
+        """Whether a line closes what the cursor's line opened, and the next one does so in its own column."""
+        below = self.place.next_line
+        is_same = line.strip() == below.strip() and width(below) == self.base
+        closes = is_same and bool(found.open) and _BLOCK_CLOSER.fullmatch(line) is not None
+        return closes and not balance(found.delimiters, found.open)[0]
+
+    def _leaves(self, lines: list[str], found: Outline) -> Reason | None:
+        """Why the last line ends the block: it is indented as nothing in it is, or can never be reached."""
         line, place = lines[-1], self.place
         column = width(line)
-        if found.within(start) or column > self.base or _DIRECTIVE.match(line):
-            return False
+        if column > self.base or (_DIRECTIVE.match(line) and "#" not in notation.of(place.language_id).line):
+            return None
         if column < self.base:
-            return column < self.floor
-        if _BLOCK_CLOSER.fullmatch(line) or _GOES_ON.match(line):
-            return False
-        earlier = [one for one in lines[:-1] if one.strip()]
+            return Reason.OUTSIDE_BLOCK if column < self.floor else None
+        if not place.is_code or _BLOCK_CLOSER.fullmatch(line) or _GOES_ON.match(line):
+            return None
+        # Where statements have no headers, a colon opens a block only if something deeper follows.
+        opened = self.opened and (place.has_jumps or any(width(one) > self.base for one in lines[1:] if one))
+        if opened and self.floor == self.base and not _ITEM.match(line):
+            return Reason.OUTSIDE_BLOCK
+        if not place.has_jumps:
+            return None
+        earlier = [at for at, one in enumerate(lines[:-1]) if one.strip()]
         jumped = (
-            bool(earlier)
-            and width(earlier[-1]) == self.base
-            and len(earlier) > 1
-            and _JUMP.match(earlier[-1])
+            len(earlier) > 1
+            and width(lines[earlier[-1]]) == self.base
+            and _JUMP.match(lines[earlier[-1]])
+            and not found.within(sum(len(one) + 1 for one in lines[: earlier[-1]]))
         )
-        if (self.opened and self.floor == self.base) or (
-            jumped and not balance(found.delimiters, found.open)[0]
-        ):
-            return True
-        return bool(_JUMP.match(line)) and _reaches_below(place, self.base)
-
-    def retraces(self, lines: list[str]) -> bool:
-        """Whether the model begins with two lines that stand below one after the other."""
-        if len(lines) != 2 or not lines[1].strip() or not _TELLING.search(lines[0]):
-            return False
-        pair = [(self.place.line_before + lines[0]).rstrip(), lines[1].rstrip()]
-        below = self.place.nearby
-        return any(list(two) == pair for two in pairwise(below))
+        if jumped and not balance(found.delimiters, found.open)[0]:
+            return Reason.UNREACHABLE
+        return Reason.UNREACHABLE if _JUMP.match(line) and _reaches_below(place, self.base) else None
 
     def is_over_after(self, line: str, found: Outline, start: int) -> bool:
         """Whether the line, which begins at `start`, is the end of the block."""
+        if self.place.is_prose:
+            return False
         column = width(line)
+        if found.within(start):
+            return closes_outside(found, start)
         if self.headless and opens_block(line) and self.base <= column:
             # Its body stands below, if that is one step deeper.
             return width(self.place.next_line) == column + self.step
@@ -270,7 +332,7 @@ def _floor(place: Place, base: int) -> int:
     if not place.invoked or place.language_id not in indentation.SIGNIFICANT:
         return base
     outer = base + 1
-    for line in reversed([*place.above.split("\n"), place.line_before]):
+    for line in reversed((*code_above(place), place.line_before)):
         if line.strip() and width(line) < outer:
             outer = width(line)
             if _FUNCTION.match(line):
@@ -289,43 +351,52 @@ def _reaches_below(place: Place, column: int) -> bool:
     return width(below) == column and bool(_STATEMENT.match(below)) and not _GOES_ON.match(below)
 
 
-def _stands_below(line: str, place: Place, *, telling: bool) -> bool:
-    """Whether the model goes on with text of the file: with the next line, or a telling one soon after."""
-    line = line.rstrip()
-    if line == place.next_line:
-        return bool(line)
-    return telling and _TELLING.search(line) is not None and line in place.nearby
-
-
 # Fitting it in
 
 
-def _fitted(text: str, place: Place, *, limited: bool) -> str:
-    """A text at the end of a line, or on a line of its own: indented and closed as the file needs it."""
+def _fitted(text: str, place: Place, *, limited: bool) -> tuple[str, Reason]:
+    """A text at the end of a line, or on a line of its own: indented and closed as the file needs it.
+
+    Should it be blank, also the filter that left it so.
+    """
     text = indentation.in_style(text, place.around)
-    text = _indented(text, place).rstrip()
-    text = _without_last_jump(text, place)
-    if limited:
-        text = _without_last_comments(text)
-    return _settled(text, place, limited=limited)
+    text, why = _indented(text, place)
+    text = text.rstrip()
+    if not text.strip() or place.is_prose:
+        return text, why or Reason.BLANK_LINES
+    if not (text := _without_last_jump(text, place)).strip():
+        return "", Reason.UNREACHABLE
+    if limited and not (text := _without_last_comments(text, place)).strip():
+        return "", Reason.COMMENT_ONLY
+    return _settled(text, place, limited=limited), Reason.BLANK_LINES
 
 
-def _indented(text: str, place: Place) -> str:
-    """A text that begins a line, moved to the column where it belongs; "" if it belongs elsewhere."""
-    if place.line_before.strip() or text[:1] in {"", "\n"}:
-        return text
+def _indented(text: str, place: Place) -> tuple[str, Reason | None]:
+    """A text that begins a line, moved to the column where it belongs.
+
+    "" if it belongs elsewhere, or stands there already; then also which of them.
+    """
+    if place.line_before.strip() or text[:1] in {"", "\n"} or place.is_prose:
+        return text, None
+    if Reader(place).read("").within(0):
+        return text, None
     blanks = _lead_of_closer(text, place)
     if blanks is not None and blanks.startswith(place.line_before):
-        return blanks[len(place.line_before) :] + text.lstrip(" \t")
-    if place.language_id not in indentation.SIGNIFICANT or Reader(place).read("").within(0):
-        return text
+        return blanks[len(place.line_before) :] + text.lstrip(" \t"), None
+    if place.language_id not in indentation.SIGNIFICANT:
+        return text, None
     step = indentation.unit(place.around)
-    wanted = indentation.wanted_width(place.line_before, text, place.previous_line, place.next_line, step)
+    previous = place.previous_line
+    if opens_block(previous) and not opens_block_above(place):
+        # What it ends with is the end of a comment.
+        previous = previous.rstrip("".join(indentation.OPENING))
+    wanted = indentation.wanted_width(place.line_before, text, previous, place.next_line, step)
     if wanted is None:
-        return text
+        return text, None
     if indentation.starts_anew(place.line_before + text):
-        return ""
-    return indentation.moved(text, place.line_before, wanted, step) or text
+        return "", Reason.TOP_LEVEL
+    moved = indentation.moved(text, place.line_before, wanted, step)
+    return (text if moved is None else without_next_line(moved, place)), Reason.REPEATS_TEXT
 
 
 def _lead_of_closer(text: str, place: Place) -> str | None:
@@ -349,15 +420,21 @@ def _without_last_jump(text: str, place: Place) -> str:
     head, newline, last = text.rpartition("\n")
     base = width(place.line_before + text) if not place.line_before.strip() else width(place.line_before)
     jumps = bool(newline) and width(last) == base and _JUMP.match(last) and _reaches_below(place, base)
-    return head.rstrip() if jumps else text
+    if not jumps or not place.has_jumps or Reader(place).read(text).within(len(head) + 1):
+        return text
+    return head.rstrip()
 
 
-def _without_last_comments(text: str) -> str:
-    """The text without comments at its end, whose code did not come any more."""
+def _without_last_comments(text: str, place: Place) -> str:
+    """The text without comments at its end, whose code did not come any more.
+
+    Not where the user writes a comment, or asked and got nothing else.
+    """
     lines = text.split("\n")
-    while len(lines) > 1 and (_COMMENT.match(lines[-1]) or not lines[-1].strip()):
-        lines.pop()
-    return "\n".join(lines)
+    number = num_comments(text, place)
+    if not number or follows_comment(place) or (place.invoked and number == len(lines)):
+        return text
+    return "\n".join(lines[: len(lines) - number])
 
 
 def _settled(text: str, place: Place, *, limited: bool) -> str:

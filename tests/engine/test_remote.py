@@ -12,7 +12,7 @@ import pytest
 from clock import in_its_own_time
 from faulty import GOOD, RESET, SILENCE, STREAM, WORDS, Faulty, chunk, event, page, word
 
-from midfill.completer import Completer, Reason, Trigger
+from midfill.completer import Completer, Trigger
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine import Request
 from midfill.engine.served import recognition
@@ -20,6 +20,7 @@ from midfill.engine.served.endpoint import RemoteSpec
 from midfill.engine.served.remote import RemoteEngine
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.families import FAMILIES
+from midfill.reasons import Reason
 from midfill.settings import Settings
 
 FAMILY = ("qwen2.5-coder", FAMILIES["qwen2.5-coder"])

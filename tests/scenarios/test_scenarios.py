@@ -2,10 +2,10 @@
 
 Sections: `-- NAME --` is the document; `-- model --` what the model writes at the cursor;
 `-- expect --` what is inserted, or `-- nothing --` with the reason code. `-- invoked --` (empty) means
-that the user asked explicitly; `-- settings --` holds settings in TOML. `-- then --` is what the document
+that the user asked explicitly; `-- language --` is the editor's name of the language, where the document's
+name does not tell; `-- settings --` holds settings in TOML. `-- then --` is what the document
 has become after a first answer: it is the answer there that is expected, from `-- source --`. What
-the answer takes the place of, behind the cursor, is in `-- replaces --`. `-- language --` is the
-language as the editor calls it, where that is not to follow from NAME.
+the answer takes the place of, behind the cursor, is in `-- replaces --`.
 """
 
 import re

@@ -5,10 +5,11 @@ import pytest
 import virtual_time
 from planted import certain
 
-from midfill.completer import REASONS, Completer, Reason, Trigger
+from midfill.completer import Completer, Trigger
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import EngineUnavailableError, ModelError
+from midfill.reasons import REASONS, Reason
 from midfill.settings import Settings
 
 

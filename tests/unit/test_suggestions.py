@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import virtual_time
 
-from midfill.completer import Completer, Reason, Source, Trigger
+from midfill.completer import Completer, Source, Trigger
 from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
+from midfill.reasons import Reason
 from midfill.settings import Settings
 from midfill.suggestions import Computed, Match, Suggestion, may_close
 

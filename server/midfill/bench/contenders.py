@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from midfill.bench.figures import peak_rss_mb
 from midfill.bench.rivals import GENERATE, Rival
 from midfill.client import SERVE_COMMAND, Client, ServerError
-from midfill.completer import Answer, Completer, Reason, Trigger
+from midfill.completer import Answer, Completer, Trigger
 from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine import Engine, Progress
 from midfill.errors import MidfillError
@@ -26,6 +26,7 @@ from midfill.families import FAMILIES, Family
 from midfill.metrics import REQUEST, Costs, Metered
 from midfill.models.store import LocalModel
 from midfill.models.tokenizer import load_tokenizer
+from midfill.reasons import Reason
 from midfill.settings import Settings
 from midfill.suggestions import may_close
 

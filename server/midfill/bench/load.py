@@ -25,9 +25,9 @@ from midfill.bench.figures import awaited, percentile, percentiles, share
 from midfill.bench.replay import Pace, Session, Typing
 from midfill.bench.report import cell
 from midfill.bench.trace import Episode
-from midfill.completer import Reason
 from midfill.engine import Engine, Progress
 from midfill.families import Family
+from midfill.reasons import Reason
 from midfill.settings import Settings
 
 BY_MODEL = frozenset({"model", "joined"})

@@ -299,9 +299,10 @@ for _group in (model, engine, adapter, bench, evaluate, setup):
 
 
 async def _complete_once(settings: Settings, make: Callable[[Settings], Engine], snapshot: Any) -> Any:
-    from midfill.completer import REASONS, Completer, Trigger
+    from midfill.completer import Completer, Trigger
     from midfill.explanation import explain
     from midfill.probing import identify
+    from midfill.reasons import REASONS
 
     engine = make(settings)
     try:

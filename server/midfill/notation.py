@@ -1,0 +1,354 @@
+r"""How languages write comments and strings of several lines, and which are prose. A table.
+
+For what the grammar does not tell: a language without one, and a text that ends before its string does. A
+language that is not in the table has neither comments nor jumps. Pure; knows nothing of editors but their
+language identifiers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Notation:
+    r"""How a language writes what is not code.
+
+    Attributes:
+        line: what a comment begins with that goes to the end of its line.
+        block: what other comments begin and end with.
+        strings: how strings of several lines begin (a regular expression), and what its match expands to at
+            their end.
+        jumps: whether `return`, `raise`, `break` and the like at the beginning of a line leave a block.
+        quoted: whether double quotes make a string.
+    """
+
+    line: tuple[str, ...] = ()
+    block: Pairs = ()
+    strings: Pairs = ()
+    jumps: bool = False
+    quoted: bool = True
+
+
+# Here every line is text for people, and nothing is code.
+_PROSE = frozenset(
+    {
+        "asciidoc",
+        "context",
+        "creole",
+        "csv",
+        "diff",
+        "djot",
+        "email",
+        "fountain",
+        "git-commit",
+        "git-rebase",
+        "gitcommit",
+        "gitrebase",
+        "hgcommit",
+        "jjdescription",
+        "scminput",
+        "vcs-commit",
+        "help",
+        "latex",
+        "log",
+        "mail",
+        "markdown",
+        "mdx",
+        "mediawiki",
+        "norg",
+        "org",
+        "pandoc",
+        "plaintext",
+        "plaintex",
+        "po",
+        "quarto",
+        "rdoc",
+        "restructuredtext",
+        "rmarkdown",
+        "rmd",
+        "rnoweb",
+        "rst",
+        "rtf",
+        "tex",
+        "texinfo",
+        "text",
+        "textile",
+        "tsv",
+        "txt",
+        "typst",
+        "vimwiki",
+        "wiki",
+    }
+)
+# In these, what a line says depends on the element that it is in.
+_MARKUP = frozenset({"handlebars", "html", "htmldjango", "svelte", "svg", "vue", "xhtml", "xml", "xsl"})
+
+_SLASHES: Pairs = (("/*", "*/"),)
+_TRIPLE: Pairs = ((r'"""', '"""'),)
+_TRIPLES: Pairs = ((r'"""', '"""'), (r"'''", "'''"))
+_ANY_QUOTES: Pairs = ((r'"', '"'), (r"'", "'"))
+_BACKTICK: Pairs = ((r"`", "`"),)
+_QUOTES = ("'", '"')
+# What follows is on lines of its own, up to one that is the word.
+_HEREDOC: Pairs = ((r"<<[-~]?\s*\\?[\"'`]?(\w+)[\"'`]?", "\n\\1\n"),)
+
+_C = Notation(("//",), _SLASHES, jumps=True)
+_SHELL = Notation(("#",), strings=(*_HEREDOC, *_ANY_QUOTES), jumps=True)
+_HASH = Notation(("#",))
+_MARKUP_NOTATION = Notation(block=(("<!--", "-->"),), jumps=True, quoted=False)
+_LISP = Notation((";",), (("#|", "|#"),), ((r'"', '"'),))
+_JAVASCRIPT = Notation(("//",), _SLASHES, _BACKTICK, jumps=True)
+_HASKELL = Notation(("--",), (("{-", "-}"),))
+_BASIC = Notation(("'",), jumps=True)
+_SQL = Notation(("--",), _SLASHES, ((r"'", "'"),))
+
+_TABLE: dict[str, Notation] = {
+    # With a grammar.
+    "c": _C,
+    "cpp": Notation(("//",), _SLASHES, ((r'R"([^\s()\\]{0,16})\(', ')\\1"'),), jumps=True),
+    "csharp": Notation(("//",), _SLASHES, (*_TRIPLE, (r'@\$?"|\$@"', '"')), jumps=True),
+    "css": Notation(block=_SLASHES),
+    "dart": Notation(("//",), _SLASHES, _TRIPLES, jumps=True),
+    "elixir": Notation(("#",), strings=(*_TRIPLES, (r'"', '"')), jumps=True),
+    "go": Notation(("//",), _SLASHES, _BACKTICK, jumps=True),
+    "haskell": _HASKELL,
+    "java": Notation(("//",), _SLASHES, _TRIPLE, jumps=True),
+    "javascript": _JAVASCRIPT,
+    "javascriptreact": _JAVASCRIPT,
+    "json": Notation(),
+    "jsonc": Notation(("//",), _SLASHES),
+    "julia": Notation(("#",), (("#=", "=#"),), (*_TRIPLE, (r'"', '"')), jumps=True),
+    "kotlin": Notation(("//",), _SLASHES, _TRIPLE, jumps=True),
+    "lua": Notation(("--",), (("--[[", "]]"),), ((r"\[(=*)\[", "]\\1]"),), jumps=True),
+    "nix": Notation(("#",), _SLASHES, ((r"''", "''"), (r'"', '"'))),
+    "objective-c": _C,
+    "objective-cpp": _C,
+    "ocaml": Notation(block=(("(*", "*)"),), strings=((r'"', '"'), (r"\{(\w*)\|", "|\\1}"))),
+    "perl": Notation(("#",), (("=pod", "\n=cut\n"),), (*_HEREDOC, *_ANY_QUOTES), jumps=True),
+    "php": Notation(
+        ("//", "#"), _SLASHES, ((r"<<<\s*[\"']?(\w+)[\"']?", "\n\\1;\n"), *_ANY_QUOTES), jumps=True
+    ),
+    "powershell": Notation(("#",), (("<#", "#>"),), ((r'@"', '\n"@'), (r"@'", "\n'@")), jumps=True),
+    "python": Notation(("#",), strings=_TRIPLES, jumps=True),
+    "r": Notation(("#",), strings=_ANY_QUOTES),
+    "ruby": Notation(("#",), (("=begin", "\n=end\n"),), (*_HEREDOC, *_ANY_QUOTES), jumps=True),
+    "rust": Notation(("//",), _SLASHES, ((r'r(#+)"', '"\\1'), (r'"', '"')), jumps=True),
+    "scala": Notation(("//",), _SLASHES, _TRIPLE, jumps=True),
+    "scss": Notation(("//",), _SLASHES),
+    "shellscript": _SHELL,
+    "swift": Notation(("//",), _SLASHES, ((r'(#*)"""', '"""\\1'),), jumps=True),
+    "toml": Notation(("#",), strings=_TRIPLES),
+    "typescript": _JAVASCRIPT,
+    "typescriptreact": _JAVASCRIPT,
+    "yaml": _HASH,
+    "zig": Notation(("//",), jumps=True),
+    # Without one.
+    "ada": Notation(("--",), jumps=True),
+    "asm": Notation((";", "//"), _SLASHES, quoted=False),
+    "awk": Notation(("#",), jumps=True),
+    "bat": Notation(("rem ", "REM ", "::"), quoted=False),
+    "bibtex": Notation(("%",), quoted=False),
+    "clojure": Notation((";",), strings=((r'"', '"'),)),
+    "cmake": Notation(("#",), (("#[[", "]]"),)),
+    "coffeescript": Notation(("#",), (("###", "###"),), _TRIPLES, jumps=True),
+    "crystal": Notation(("#",), strings=_HEREDOC, jumps=True),
+    "cuda-cpp": _C,
+    "d": Notation(("//",), (*_SLASHES, ("/+", "+/")), _BACKTICK, jumps=True),
+    "dockerfile": _HASH,
+    "editorconfig": Notation(("#", ";"), quoted=False),
+    "elm": _HASKELL,
+    "erlang": Notation(("%",)),
+    "fish": Notation(("#",), jumps=True),
+    "fortran": Notation(("!",), jumps=True),
+    "fsharp": Notation(("//",), (("(*", "*)"),), _TRIPLE),
+    "gdscript": Notation(("#",), strings=_TRIPLES, jumps=True),
+    "gitconfig": Notation(("#", ";"), quoted=False),
+    "glsl": _C,
+    "graphql": Notation(("#",), strings=_TRIPLE),
+    "groovy": Notation(("//",), _SLASHES, _TRIPLES, jumps=True),
+    "haxe": _C,
+    "hcl": Notation(("#", "//"), _SLASHES, _HEREDOC),
+    "hlsl": _C,
+    "ignore": Notation(("#",), quoted=False),
+    "ini": Notation((";", "#"), quoted=False),
+    "jinja": Notation(block=(("{#", "#}"),), quoted=False),
+    "less": Notation(("//",), _SLASHES),
+    "makefile": Notation(("#",), quoted=False),
+    "matlab": Notation(("%",), (("%{", "%}"),), jumps=True),
+    "nim": Notation(("#",), (("#[", "]#"),), _TRIPLE, jumps=True),
+    "pascal": Notation(("//",), (("{", "}"), ("(*", "*)")), jumps=True),
+    "prisma": Notation(("//",)),
+    "prolog": Notation(("%",), _SLASHES),
+    "properties": Notation(("#", "!"), quoted=False),
+    "proto": Notation(("//",), _SLASHES),
+    "pug": Notation(("//",), quoted=False),
+    "sass": Notation(("//",), _SLASHES),
+    "scheme": _LISP,
+    "solidity": _C,
+    "sql": _SQL,
+    "starlark": Notation(("#",), strings=_TRIPLES, jumps=True),
+    "stylus": Notation(("//",), _SLASHES),
+    "systemverilog": _C,
+    "tcl": Notation(("#",), jumps=True),
+    "vala": Notation(("//",), _SLASHES, _TRIPLE, jumps=True),
+    "vb": _BASIC,
+    "verilog": _C,
+    "vhdl": Notation(("--",), jumps=True),
+    "vim": Notation(('"',), strings=(), jumps=True, quoted=False),
+    "wgsl": _C,
+}
+# Other names of the same.
+_ALIASES = {
+    "bazel": "starlark",
+    "commonlisp": "scheme",
+    "conf": "ini",
+    "containerfile": "dockerfile",
+    "cuda": "cuda-cpp",
+    "dockercompose": "yaml",
+    "dosbatch": "bat",
+    "dosini": "ini",
+    "dotenv": "properties",
+    "elisp": "scheme",
+    "emacs-lisp": "scheme",
+    "git_config": "gitconfig",
+    "gitignore": "ignore",
+    "jproperties": "properties",
+    "lisp": "scheme",
+    "make": "makefile",
+    "objc": "objective-c",
+    "objcpp": "objective-cpp",
+    "plsql": "sql",
+    "postgres": "sql",
+    "mysql": "sql",
+    "proto3": "proto",
+    "purescript": "haskell",
+    "racket": "scheme",
+    "terraform": "hcl",
+    "terraform-vars": "hcl",
+    "verse": "starlark",
+    "viml": "vim",
+    "yaml.ansible": "yaml",
+    "yaml.docker-compose": "yaml",
+    "yml": "yaml",
+}
+_UNKNOWN = Notation()
+
+
+def of(language_id: str) -> Notation:
+    """Return how a language is written; one without comments for a language that is not known."""
+    if language_id in _MARKUP:
+        return _MARKUP_NOTATION
+    return _TABLE.get(_ALIASES.get(language_id, language_id), _UNKNOWN)
+
+
+def is_prose(language_id: str) -> bool:
+    """Whether every line of a language is text for people."""
+    return language_id in _PROSE
+
+
+def is_markup(language_id: str) -> bool:
+    """Whether a language mixes text for people with code, by its elements."""
+    return language_id in _MARKUP
+
+
+def openings(text: str, language_id: str, *, whole: bool = True) -> list[tuple[int, str, bool]]:
+    """What a text may have begun that goes on behind it, by count: the last first.
+
+    Of each: where it begins, what would end it, and whether it is a comment. A guess that a grammar has
+    to confirm, as it counts what stands in comments and strings; but what is not among them is not open.
+    A text that is not `whole` may begin within a string, so that counting quotes says nothing.
+    """
+    found = []
+    notation = of(language_id)
+    for begin, end in notation.block:
+        at = text.rfind(begin)
+        if at >= 0 and end.strip() not in text[at + len(begin) :]:
+            found.append((at, end, True))
+    for begin, end in notation.strings:
+        *_, last = (None, *_starts(text, begin, end, whole=whole))
+        if last is not None:
+            found.append((*last, False))
+    return sorted(found, reverse=True)
+
+
+def _starts(text: str, begin: str, end: str, *, whole: bool) -> Iterator[tuple[int, str]]:
+    """The strings of a kind that a text does not end."""
+    if begin == end:
+        escaped = text.replace("\\\\", "  ").replace("\\" + begin, "  ") if len(begin) == 1 else text
+        if escaped.count(begin) % 2 or (begin in escaped and not whole and begin not in _QUOTES):
+            yield escaped.rfind(begin), end
+        return
+    for match in _compiled(begin).finditer(text):
+        closer = match.expand(end)
+        rest = text[match.end() :]
+        if closer.startswith("\n"):
+            word = re.escape(closer.strip())
+            if "\n" in rest and not re.search(rf"\n[ \t]*{word}(?!\w)", rest):
+                yield match.start(), closer
+        elif closer not in (rest.replace(2 * closer, "") if len(closer) == 1 else rest):
+            # A quote that is doubled is one of the text.
+            yield match.start(), closer
+
+
+def comments(text: str, language_id: str) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, is a comment) of the comments and the strings of several lines, for want of a grammar.
+
+    One that is not ended goes to the end.
+    """
+    notation = of(language_id)
+    pattern = _scanner(language_id)
+    at = 0
+    while pattern is not None and (match := pattern.search(text, at)):
+        at = match.end()
+        if match.lastgroup == "line":
+            yield match.start("line"), at, True
+        elif match.lastgroup == "block":
+            closer = dict(notation.block)[match["block"]]
+            end = text.find(closer, at)
+            at = len(text) if end < 0 else end + len(closer)
+            yield match.start(), at, True
+        elif match.lastgroup == "open":
+            at = _end_of_string(text, match.start(), at, notation)
+            yield match.start(), at, False
+
+
+def _end_of_string(text: str, start: int, at: int, notation: Notation) -> int:
+    for begin, end in notation.strings:
+        if match := _compiled(begin).match(text, start):
+            closer = match.expand(end)
+            if closer.startswith("\n"):
+                found = re.compile(rf"\n[ \t]*{re.escape(closer.strip())}(?!\w)").search(text, match.end())
+                return len(text) if found is None else found.end()
+            found_at = text.find(closer, match.end())
+            return len(text) if found_at < 0 else found_at + len(closer)
+    return at
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+@cache
+def _scanner(language_id: str) -> re.Pattern[str] | None:
+    notation = of(language_id)
+    parts = []
+    if notation.block:
+        parts.append("(?P<block>" + "|".join(re.escape(begin) for begin, _ in notation.block) + ")")
+    if notation.line:
+        # Not the first line of a script; and what stands within a word is no comment.
+        marks = "|".join(re.escape(mark) for mark in notation.line)
+        parts.append(rf"(?:(?<=\s)|\A)(?P<line>(?:{marks})(?!!/)[^\n]*)")
+    if notation.strings:
+        # Groups within are for the end of the string, which is looked for again.
+        bare = (re.sub(r"(?<!\\)\((?!\?)", "(?:", begin) for begin, _ in notation.strings)
+        parts.append("(?P<open>" + "|".join(bare) + ")")
+    if notation.quoted and not any(begin == '"' for begin, _ in notation.strings):
+        parts.append(r'"(?:\\.|[^"\\\n])*"')
+    return re.compile("|".join(parts)) if notation.line or notation.block else None
