@@ -2,7 +2,8 @@
 
 Sections: `-- NAME --` is the document; `-- model --` what the model writes at the cursor;
 `-- expect --` what is inserted, or `-- nothing --` with the reason code. `-- invoked --` (empty) means
-that the user asked explicitly; `-- settings --` holds settings in TOML. `-- then --` is what the document
+that the user asked explicitly; `-- language --` is the editor's name of the language, where the document's
+name does not tell; `-- settings --` holds settings in TOML. `-- then --` is what the document
 has become after a first answer: it is the answer there that is expected, from `-- source --`. What
 the answer takes the place of, behind the cursor, is in `-- replaces --`.
 """
@@ -27,14 +28,14 @@ def read(path):
     why, *rest = SECTION.split(path.read_text(encoding="utf-8"))
     assert why.strip(), f"{path.name} does not say why"
     sections = {name: text.removesuffix("\n") for name, text in zip(rest[::2], rest[1::2], strict=True)}
-    known = {"model", "expect", "nothing", "invoked", "settings", "then", "source", "replaces"}
+    known = {"model", "expect", "nothing", "invoked", "language", "settings", "then", "source", "replaces"}
     (name,) = set(sections) - known
     return name, sections
 
 
-def snapshot(name, marked):
+def snapshot(name, marked, language=None):
     before, after = marked.split("▮")
-    document = Document.open(f"file:///w/{name}", language_id(name), 1, before + after)
+    document = Document.open(f"file:///w/{name}", language or language_id(name), 1, before + after)
     return Snapshot(document, Point(before.count("\n"), len(before) - before.rfind("\n") - 1))
 
 
@@ -48,10 +49,10 @@ async def test_scenario(path):
     completer.use(engine)
 
     trigger = Trigger.INVOKED if "invoked" in sections else Trigger.AUTOMATIC
-    here = snapshot(name, sections[name])
+    here = snapshot(name, sections[name], sections.get("language"))
     answer = await completer.complete(here, trigger)
     if "then" in sections:
-        here = snapshot(name, sections["then"])
+        here = snapshot(name, sections["then"], sections.get("language"))
         answer = await completer.complete(here, trigger)
         assert answer.source == sections["source"]
 

@@ -1,4 +1,4 @@
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from midfill.brackets import scan
@@ -7,11 +7,43 @@ from midfill.syntax import balance
 from midfill.trim import Stopper, clean, stop
 
 CODE = """if x: ( ) [ ] { } " ' ` # // \\ foo(a, b) return raise else: end do def f(): class A: x = 1 , é 𝄞"""
-SPACE = ["\t", " ", "    ", "\n    ", "\n        ", "\n", "\n\n", "}\n", "{\n", "/*", "*/"]
+SPACE = [
+    "\t",
+    " ",
+    "    ",
+    "\n    ",
+    "\n        ",
+    "\n",
+    "\n\n",
+    "}\n",
+    "{\n",
+    "/*",
+    "*/",
+    '\n"""\n',
+    "`",
+    "<<EOF\n",
+    "EOF\n",
+    "# ",
+]
 WORDS = st.sampled_from([*CODE.split(), *SPACE])
 TEXT = st.lists(WORDS, max_size=24).map("".join)
 LINE = TEXT.map(lambda text: text.replace("\n", " "))
-LANGUAGES = st.sampled_from(["python", "javascript", "go", "ruby", "shellscript", "plaintext", ""])
+LANGUAGES = st.sampled_from(
+    [
+        "python",
+        "javascript",
+        "go",
+        "ruby",
+        "shellscript",
+        "markdown",
+        "sql",
+        "vue",
+        "yaml",
+        "rust",
+        "plaintext",
+        "",
+    ]
+)
 
 
 @st.composite
@@ -32,6 +64,7 @@ def cleaned(text, place, *, complete=True):
     return clean(text, place, complete=complete, forbidden=("<|sentinel|>",))[0]
 
 
+@settings(deadline=None)
 @given(places(), TEXT, TEXT)
 def test_more_text_never_changes_where_a_suggestion_ends(place, text, more):
     end = stop(text, place)
@@ -40,6 +73,7 @@ def test_more_text_never_changes_where_a_suggestion_ends(place, text, more):
         assert stop(text + more, place) == end
 
 
+@settings(deadline=None)
 @given(places(), TEXT)
 def test_a_stopper_that_is_asked_for_each_character_says_what_one_says_that_is_asked_once(place, text):
     stopper = Stopper(place)
@@ -50,6 +84,7 @@ def test_a_stopper_that_is_asked_for_each_character_says_what_one_says_that_is_a
             break
 
 
+@settings(deadline=None)
 @given(places(tail=st.just("")), TEXT)
 def test_cleaning_twice_is_cleaning_once(place, text):
     once = cleaned(text, place)
@@ -58,6 +93,7 @@ def test_cleaning_twice_is_cleaning_once(place, text):
     assert not once or cleaned(once, place) == once
 
 
+@settings(deadline=None)
 @given(places(), TEXT, st.booleans())
 def test_a_suggestion_has_neither_too_many_lines_nor_blanks_at_the_ends_of_lines(place, text, complete):
     lines = cleaned(text, place, complete=complete).split("\n")
@@ -67,18 +103,21 @@ def test_a_suggestion_has_neither_too_many_lines_nor_blanks_at_the_ends_of_lines
         assert len(lines) == 1
 
 
+@settings(deadline=None)
 @given(places(tail=st.just("")), TEXT, st.booleans())
 def test_a_suggestion_does_not_repeat_the_next_line(place, text, complete):
     lines = cleaned(text, place, complete=complete).split("\n")
     assert place.next_line not in lines[1:] or not place.next_line
 
 
+@settings(deadline=None)
 @given(places(), TEXT)
 def test_sentinels_never_come_back(place, text):
     for middle in (text, text + "<|sentinel|>" + text, "<|sentinel|>" + text):
         assert "<|sentinel|>" not in cleaned(middle, place)
 
 
+@settings(deadline=None)
 @given(
     st.text(alphabet="ab(), ", max_size=12),
     st.text(alphabet="), ;", max_size=5),

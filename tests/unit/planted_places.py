@@ -1,0 +1,22 @@
+"""A cursor in a text, and what is left there of what a model writes."""
+
+from midfill.documents import Document, Point, Snapshot
+from midfill.place import Place
+from midfill.trim import Stopper, clean
+
+
+def place_of(language, marked, *, invoked=False):
+    """The place of the cursor `▮` in a text."""
+    before, after = marked.split("▮")
+    document = Document.open("file:///x", language, 1, before + after)
+    here = Point(before.count("\n"), len(before) - before.rfind("\n") - 1)
+    return Place.of(Snapshot(document, here), invoked=invoked)
+
+
+def suggested(place, model, *, complete=True, forbidden=()):
+    """What is left of a text that comes character by character, and why nothing is."""
+    stopper = Stopper(place)
+    for size in range(1, len(model) + 1):
+        if stopper.end(model[:size]) is not None:
+            return clean(model[:size], place, complete=True, forbidden=forbidden)
+    return clean(model, place, complete=complete, forbidden=forbidden)
