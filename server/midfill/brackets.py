@@ -97,6 +97,7 @@ class Reader:
         self._above = place.above if self._around is None else self._around.above
         self._growing = syntax.Growing.of(self._above, place.language_id)
         self._is_new = True
+        self._awaited: frozenset[str] | None = None
 
     def read(self, text: str) -> Outline:
         """The outline of `text`; its `open` are the closers that the cursor's line still awaits."""
@@ -107,14 +108,14 @@ class Reader:
             spans = notation.comments(self._above + whole, self._language_id)
             begin = len(self._above)
             opaque = tuple((start - begin, end - begin, kind) for start, end, kind in spans if end > begin)
-            found: Outline | None = Outline((), tuple(scan(whole)), opaque)
+            found: Outline | None = Outline((), tuple(self._scanned(whole, opaque)), opaque)
         elif self._is_new:
             found = _outline(self._above, whole, self._language_id)
         else:
             found = self._growing.outline(whole)
         self._is_new = False
         if found is None:
-            found = Outline((), tuple(scan(whole)), ())
+            found = Outline((), tuple(self._scanned(whole, ())), ())
         size = len(self._before)
         earlier = tuple(one for one in found.delimiters if one.start < size)
         return Outline(
@@ -122,6 +123,22 @@ class Reader:
             tuple(one.shifted(-size) for one in found.delimiters if one.start >= size),
             tuple((start - size, end - size, comment) for start, end, comment in found.opaque),
         )
+
+    def _scanned(self, text: str, opaque: tuple[tuple[int, int, bool], ...]) -> Iterator[Delimiter]:
+        """The brackets of a text that no grammar reads, without those that are none.
+
+        None are those in comments, and a closer that nothing opened, as in `1)` or `:)`; but where a line
+        begins with a closer, what it closes may be further up than anybody has looked.
+        """
+        spans = Outline((), (), opaque)
+        found = tuple(one for one in scan(text) if not spans.within(one.start))
+        unmatched = {one.start for one in balance(found)[1]}
+        if unmatched and self._awaited is None:
+            self._awaited = frozenset(balance(tuple(scan(self._above)))[0])
+        for one in found:
+            line = text[text.rfind("\n", 0, one.start) + 1 : one.start]
+            if one.start not in unmatched or one.text in (self._awaited or ()) or not line.strip(" \t)]};,"):
+                yield one
 
     def _goes_on(self, text: str, around: _Text) -> bool:
         """Whether what the cursor is in has not been ended by the text."""

@@ -13,7 +13,6 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -25,14 +24,16 @@ from midfill.documents import Document, Snapshot
 from midfill.engine import Engine, Request, Stats
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.families import Family
+from midfill.generation import Output, stream
 from midfill.languages import is_among
 from midfill.place import Place
 from midfill.prompt import Prompt, PromptBuilder
 from midfill.reasons import Reason
+from midfill.received import received
 from midfill.secrecy import SecretWatch, is_excluded
 from midfill.settings import Settings
 from midfill.suggestions import Computed, Flight, Match, Suggestions, fitted
-from midfill.trim import Stopper, clean, stop
+from midfill.trim import before_unsafe, clean, stop
 
 _LOG = logging.getLogger(__name__)
 
@@ -119,49 +120,12 @@ _NO_MODEL: dict[str, Any] = {
 }
 
 
-@dataclass(slots=True)
-class _Output:
-    """What came from the engine.
-
-    Attributes:
-        text: what the model wrote at the cursor, up to where the suggestion ends.
-        raw: all that it wrote there.
-        complete: whether it came to the suggestion's end, not to its token limit.
-        ended: whether the model itself came to an end.
-        failure: why it is of no use; None if it is.
-        detail: what the engine said about that, a sentence.
-        tokens: for each, where it ends in `text` (0 and less: before the cursor) and its log-probability.
-    """
-
-    text: str = ""
-    raw: str = ""
-    complete: bool = False
-    ended: bool = False
-    failure: Reason | None = None
-    detail: str = ""
-    tokens: list[tuple[int, float]] = field(default_factory=list)
-
-    def within(self, num_chars: int) -> tuple[tuple[int, float], ...]:
-        """The tokens that the first `num_chars` characters are made of."""
-        begins = [0, *(end for end, _ in self.tokens)]
-        return tuple(
-            token
-            for begin, token in zip(begins, self.tokens, strict=False)
-            if token[0] > 0 and begin < num_chars
-        )
-
-    def beyond(self, start: int, end: int | None) -> _Output:
-        """The part of `raw` from one character to another, as if the model had come to its end there."""
-        tokens = [(at - start, logprob) for at, logprob in self.tokens]
-        return _Output(self.raw[start:end], complete=True, tokens=tokens)
-
-
 @dataclass(frozen=True, slots=True)
 class _Made:
     """What is remembered of an answer: itself, and what it was made from."""
 
     answer: Answer
-    output: _Output
+    output: Output
     context: Collected
 
 
@@ -271,7 +235,7 @@ class Completer:
         while answer is None:
             answer = await self._ask(snapshot, trigger) or self._reuse(snapshot, trigger)
         self._look_ahead(snapshot, answer)
-        text = answer.text.replace("\n", snapshot.document.line_ending)
+        text = answer.text.replace("\n", snapshot.line_ending)
         return replace(answer, text=text, latency_ms=_since(begun), stages=stages + answer.stages)
 
     def gate(self, snapshot: Snapshot, trigger: Trigger) -> Reason | None:
@@ -326,6 +290,9 @@ class Completer:
         if not (beyond := match.beyond):
             return None
         place = Place.of(snapshot, invoked=trigger is Trigger.INVOKED)
+        if made.output.is_altered or received(beyond, place) != beyond:
+            # What the model would write after the text as it is now is not known.
+            return None
         end = stop(beyond, place)
         if end is None and not made.output.ended:
             # Where this suggestion would end is not known.
@@ -362,7 +329,7 @@ class Completer:
         self.rest(snapshot)
         if not self.looks_ahead or not self.settings.prefetch or not answer.text:
             return
-        text = answer.text.replace("\n", snapshot.document.line_ending)
+        text = answer.text.replace("\n", snapshot.line_ending)
         accepted = snapshot.insert(text, answer.num_replaced)
         self._rest = asyncio.get_running_loop().call_later(REST_S, self._prefetch, snapshot, accepted)
 
@@ -429,7 +396,9 @@ class Completer:
         written = time.monotonic()
         trimmed = self._trim(output, place)
         answer = self._weigh(trimmed, place, trigger)
-        texts = [("model", output.raw), ("stop rules", output.text)]
+        # What is not safe to show is not shown here either.
+        texts = [("model", output.raw + "\ufffd" * output.is_cut), ("unsafe characters", output.raw)]
+        texts += [("stop rules", output.text)]
         texts += [("clean-up", trimmed.text), ("confidence", answer.text)]
         answer = replace(
             answer,
@@ -447,12 +416,12 @@ class Completer:
 
     async def _generate(
         self, engine: Engine, request: Request, place: Place, flight: Flight[_Made]
-    ) -> _Output:
+    ) -> Output:
         """What the model writes, up to where a suggestion ends, or how it failed."""
-        output = _Output()
+        output = Output()
         try:
             async with asyncio.timeout(self.settings.deadline_s):
-                await _stream(engine, request, place, flight, output)
+                await stream(engine, request, place, flight, output)
         except TimeoutError:
             _LOG.warning("no answer within %.1f s", self.settings.deadline_s)
             output.failure = Reason.DEADLINE
@@ -467,14 +436,18 @@ class Completer:
             output.failure = Reason.ENGINE_ERROR
         return output
 
-    def _trim(self, output: _Output, place: Place) -> Answer:
+    def _trim(self, output: Output, place: Place) -> Answer:
         """What of the model's text is worth inserting."""
         if output.failure is not None:
             return Answer(reason=output.failure, detail=output.detail)
         # All of it: what the model went on with says how the suggestion ends.
-        text, why = clean(
-            output.raw or output.text, place, complete=output.complete, forbidden=self._forbidden
-        )
+        text = output.raw or output.text
+        if output.is_cut:
+            if not text.strip():
+                return Answer(reason=Reason.UNSAFE_CHARACTERS)
+            text = before_unsafe(text, place)
+        complete = output.complete or output.is_cut
+        text, why = clean(text, place, complete=complete, forbidden=self._forbidden)
         if why is not None:
             return Answer(reason=why)
         return Answer(text, source=Source.MODEL, tokens=output.within(len(text)), finished=output.complete)
@@ -495,26 +468,6 @@ class Completer:
             f"At best {likely:.0%} likely to be right{whose}; `eagerness` = {eagerness} asks for {asked:.0%}."
         )
         return Answer(reason=Reason.LOW_CONFIDENCE, detail=detail)
-
-
-async def _stream(
-    engine: Engine, request: Request, place: Place, flight: Flight[_Made], output: _Output
-) -> None:
-    """Collect the model's text after `starts_with`; stop it where the suggestion has come to its end."""
-    num_held = len(request.starts_with)
-    text = ""
-    stopper = Stopper(place)
-    async with aclosing(engine.generate(request)) as tokens:
-        async for token in tokens:
-            text += token.text
-            output.text = output.raw = text[num_held:]
-            if token.logprob is not None:
-                output.tokens.append((len(text) - num_held, token.logprob))
-            flight.push(output.raw)
-            if output.text and (end := stopper.end(output.text)) is not None:
-                output.text, output.complete = output.text[:end], True
-                return
-    output.complete = output.ended = request.stats.num_generated < request.max_new_tokens
 
 
 def _beside_closers(answer: Answer, match: Match[_Made]) -> Answer:

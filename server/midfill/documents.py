@@ -23,6 +23,7 @@ _SPLIT_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _BLOCK = 256
 # As much of it as may say what runs the file.
 _FIRST_LINE_CHARS = 200
+_NEAR = 20
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
@@ -149,6 +150,16 @@ class Snapshot:
         """The rest of the current line, without its terminator."""
         line = self.document.lines[self.cursor.line]
         return line[self.cursor.column : content_length(line)]
+
+    @property
+    def line_ending(self) -> str:
+        r"""What ends the cursor's line, or else the nearest line that ends: "\n", "\r\n" or "\r"."""
+        lines, at = self.document.lines, self.cursor.line
+        near = [lines[at], *reversed(lines[max(0, at - _NEAR) : at]), *lines[at + 1 : at + 1 + _NEAR]]
+        ends = [line[content_length(line) :] for line in near]
+        # Where others end their lines otherwise, a carriage return alone is a fault.
+        usual = (end for end in ends if "\n" in end)
+        return next(usual, None) or next(filter(None, ends), "\n")
 
     def lines_after(self, max_lines: int) -> list[str]:
         """The lines below the cursor's line, without terminators."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from midfill.characters import escaped
 from midfill.completer import Answer
 from midfill.engine import Tokenizer
 from midfill.reasons import REASONS
@@ -68,4 +69,4 @@ def describe(explained: dict[str, Any]) -> str:
     for one in explained.get("texts", ()):
         lines.append(f"text after {one['after']}:")
         lines += [f"    | {line}" for line in one["text"].split("\n")]
-    return "\n".join(lines)
+    return escaped("\n".join(lines))

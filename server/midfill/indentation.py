@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 
 _BLANKS = re.compile(r"[ \t]*")
 OPENING = ("{", "(", "[", ":", "=>", "->")
 _TAB = 8
 _DEFAULT_UNIT = "    "
+# One line of the other kind among so many is one that was aligned.
+_MAJORITY = 2
+_ASTERISK = re.compile(r" *\*")
 # Lines that go on with the statement above, wherever they are indented to.
 _CONTINUES = re.compile(r"[.?&|+*/,:)\]}=<>-]")
 # What starts anew at the top of a file, and never inside of a function.
@@ -36,12 +38,24 @@ def opens_block(line: str) -> bool:
     return line.rstrip().endswith(OPENING)
 
 
+def kind(lines: Iterable[str]) -> str:
+    r"""Return what the lines are indented by, "\t" or " ", if nearly all agree; else ""."""
+    # The asterisks of a comment stand one blank behind its indentation.
+    leads = [lead(line) for line in lines if line.strip() and not _ASTERISK.match(line)]
+    tabs = sum(each.startswith("\t") for each in leads)
+    blanks = sum(each.startswith(" ") for each in leads)
+    if tabs > _MAJORITY * blanks:
+        return "\t"
+    return " " if blanks > _MAJORITY * tabs else ""
+
+
 def unit(lines: Iterable[str]) -> str:
     r"""One step of indentation as the lines have it: "\t", or some blanks."""
-    leads = [lead(line) for line in lines if line.strip()]
-    if any(each.startswith("\t") for each in leads):
+    lines = [line for line in lines if line.strip()]
+    leads = [lead(line) for line in lines]
+    if any(each.startswith("\t") for each in leads) and kind(lines) != " ":
         return "\t"
-    widths = [len(each) for each in leads]
+    widths = [len(each) for each in leads if not each.startswith("\t")]
     steps = Counter(two - one for one, two in pairwise(widths) if two - one > 1)
     if not steps:
         # Only outwards, where one line may end several blocks.
@@ -52,21 +66,6 @@ def unit(lines: Iterable[str]) -> str:
         return steps[step], sum(each % step == 0 for each in widths), -step
 
     return " " * max(steps, key=fits) if steps else _DEFAULT_UNIT
-
-
-def in_style(text: str, lines: Sequence[str]) -> str:
-    """The text with its lines indented by tabs or by blanks, as all `lines` around it are."""
-    kinds = {lead(line)[0] for line in lines if line.strip() and lead(line)}
-    first, *rest = text.split("\n")
-    if len(kinds) != 1:
-        return text
-    if kinds == {" "}:
-        step = unit(lines)
-        rest = [lead(line).replace("\t", step) + line[len(lead(line)) :] for line in rest]
-    else:
-        step = " " * (math.gcd(*(len(lead(line)) for line in rest if lead(line).strip("\t"))) or 4)
-        rest = [lead(line).replace(step, "\t") + line[len(lead(line)) :] for line in rest]
-    return "\n".join([first, *rest])
 
 
 def moved(text: str, before: str, wanted: int, step: str) -> str | None:
@@ -106,7 +105,10 @@ def wanted_width(before: str, text: str, previous: str, following: str, step: st
     first, *rest = text.split("\n")
     have, above, below = width(before + first), width(previous), width(following)
     size = width(step)
-    if opens_block(previous):
+    if previous.endswith((",", "\\")) and have > above:
+        # It goes on where something above is.
+        return None
+    if opens_block(previous) and not previous.lstrip().startswith("#"):
         inner = below if below > above else above + size
         if below == inner < have:
             # Deeper than the block that stands below.

@@ -12,12 +12,14 @@ from typing import Any
 from lsprotocol import types
 
 from midfill.completer import Answer
-from midfill.documents import Change, Encoding, Point, Snapshot, split_lines
+from midfill.documents import Change, Encoding, Point, Snapshot, content_length, split_lines
 from midfill.suggestions import up_to_closers
 
 _LABEL_CHARS = 60
 _LONG_LINE = 2_000
 
+_BACKTICKS = re.compile(r"`+")
+_INFO = re.compile(r"[\w+#.-]*")
 _WORD = re.compile(r"\w*\Z")
 # What editors take for a word in languages where it may hold more than letters and digits.
 _WORDS = {
@@ -103,7 +105,8 @@ def popup_item(
             return None
     pattern = _WORDS.get(snapshot.document.language_id, _WORD)
     word = found.group() if (found := pattern.search(before[-_LONG_LINE:])) else ""
-    first = next(line for line in (word + text).splitlines() if line.strip())
+    lines = [line[: content_length(line)] for line in split_lines(word + text)]
+    first = next(line for line in lines if line.strip())
     label = first.strip()
     area = _range(snapshot, encoding, len(before) - len(word), num_replaced)
     # Of a line that no popup can show, nothing is repeated.
@@ -135,9 +138,14 @@ def with_selected(snapshot: Snapshot, selected: Change, encoding: Encoding) -> S
 
 
 def _documentation(language_id: str, code: str, *, markdown: bool) -> types.MarkupContent | str:
-    if markdown:
-        return types.MarkupContent(types.MarkupKind.Markdown, f"```{language_id}\n{code}\n```")
-    return code
+    code = "\n".join(line[: content_length(line)] for line in split_lines(code))
+    if not markdown:
+        return code
+    # Longer than any in the code, which would end it.
+    longest = max(map(len, _BACKTICKS.findall(code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    info = language_id if _INFO.fullmatch(language_id) else ""
+    return types.MarkupContent(types.MarkupKind.Markdown, f"{fence}{info}\n{code}\n{fence}")
 
 
 def _range(snapshot: Snapshot, encoding: Encoding, from_column: int, num_replaced: int) -> types.Range:

@@ -38,14 +38,22 @@ class Notation:
 # Here every line is text for people, and nothing is code.
 _PROSE = frozenset(
     {
+        "adoc",
         "asciidoc",
+        "asciidoctor",
+        "chatagent",
+        "chatmode",
         "context",
         "creole",
         "csv",
         "diff",
         "djot",
+        "dokuwiki",
         "email",
         "fountain",
+        "fundamental",
+        "gemtext",
+        "gfm",
         "git-commit",
         "git-rebase",
         "gitcommit",
@@ -55,18 +63,29 @@ _PROSE = frozenset(
         "scminput",
         "vcs-commit",
         "help",
+        "instructions",
         "latex",
+        "livebook",
+        "livemd",
         "log",
         "mail",
+        "markdoc",
         "markdown",
+        "mdc",
         "mdx",
         "mediawiki",
+        "message",
+        "myst",
         "norg",
         "org",
         "pandoc",
-        "plaintext",
+        "patch",
         "plaintex",
+        "plaintext",
         "po",
+        "pod",
+        "prompt",
+        "qmd",
         "quarto",
         "rdoc",
         "restructuredtext",
@@ -75,6 +94,9 @@ _PROSE = frozenset(
         "rnoweb",
         "rst",
         "rtf",
+        "skill",
+        "svncommit",
+        "telekasten",
         "tex",
         "texinfo",
         "text",
@@ -82,8 +104,10 @@ _PROSE = frozenset(
         "tsv",
         "txt",
         "typst",
+        "vimdoc",
         "vimwiki",
         "wiki",
+        "wikitext",
     }
 )
 # In these, what a line says depends on the element that it is in.
@@ -249,7 +273,8 @@ def of(language_id: str) -> Notation:
 
 def is_prose(language_id: str) -> bool:
     """Whether every line of a language is text for people."""
-    return language_id in _PROSE
+    language = language_id.lower()
+    return "markdown" in language or not _PROSE.isdisjoint({language, *language.split(".")})
 
 
 def is_markup(language_id: str) -> bool:

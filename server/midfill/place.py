@@ -11,7 +11,7 @@ from midfill.documents import Snapshot, content_length
 from midfill.syntax import openings
 
 _LINES_BELOW = 100
-_AROUND = 20
+NUM_AROUND = 20
 # So many of them are searched for what the model repeats.
 _NEARBY = 16
 # Parsing takes about half a millisecond for so much, several times for each answer.
@@ -19,6 +19,8 @@ _CHARS_ABOVE = 2_500
 # What began a long string is looked for as far up; most of it is searched and not parsed.
 _CHARS_FARTHER = 12_000
 _QUOTES = ("'", '"')
+# The key, or dash, and the sign of a block of text in YAML.
+_SCALAR = re.compile(r"(?:.*[:\-?]\s+|\s*)(?:[!&]\S+\s+)*[|>][-+\d]*\s*(?:#.*)?\Z")
 _SCRIPT = re.compile(r"</?(?:script|style)\b")
 _BEGINNING = re.compile(
     r"(?:(?:export|default|pub|public|private|protected|static|abstract|final|async|unsafe)\s+)*"
@@ -60,7 +62,9 @@ class Place:
 
     @property
     def is_prose(self) -> bool:
-        """Whether every line of the file is text for people."""
+        """Whether every line of the file is text for people, or of the block in a YAML file."""
+        if "yaml" in self.language_id.lower():
+            return _is_in_scalar(self)
         return notation.is_prose(self.language_id)
 
     @property
@@ -86,8 +90,9 @@ class Place:
 
     @property
     def around(self) -> tuple[str, ...]:
-        """The lines above and below, as many as tell how the file is indented."""
-        return (*self.above.split("\n")[-_AROUND:], *self.following[:_AROUND])
+        """The lines above, at and below the cursor, as many as tell how the file is indented."""
+        here = self.line_before + self.line_after if self.line_before.strip() else ""
+        return (*self.above.split("\n")[-NUM_AROUND:-1], here, *self.following[:NUM_AROUND])
 
     @property
     def nearby(self) -> list[str]:
@@ -122,6 +127,24 @@ class Place:
             farther=farther,
             whole=whole,
         )
+
+
+def _is_in_scalar(place: Place) -> bool:
+    """Whether one of the lines that the cursor's is indented below begins a block of text in YAML."""
+    column = _width(place.line_before)
+    if not place.line_before.strip():
+        column = max(column, _width(place.next_line), 1)
+    for line in reversed((place.farther + place.above).split("\n")):
+        if line.strip() and _width(line) < column:
+            if _SCALAR.fullmatch(line):
+                return True
+            column = _width(line)
+    return False
+
+
+def _width(line: str) -> int:
+    """How many blanks a line begins with."""
+    return len(line) - len(line.lstrip(" "))
 
 
 def _above(snapshot: Snapshot) -> tuple[str, str, bool]:

@@ -23,6 +23,8 @@ class Reason(StrEnum):
     SPECIAL_TOKEN = "special-token"  # noqa: S105 - the reason's code
     TOKEN_LIMIT = "token-limit"  # noqa: S105 - the reason's code
     REPEATS_TEXT = "repeats-text"
+    REPEATS_ITSELF = "repeats-itself"
+    UNSAFE_CHARACTERS = "unsafe-characters"
     BLANK_LINES = "blank-lines"
     CODE_FENCE = "code-fence"
     CLOSES_BLOCK = "closes-block"
@@ -56,6 +58,9 @@ REASONS = {
     Reason.SPECIAL_TOKEN: "The model began with one of its special tokens, which is never inserted.",
     Reason.TOKEN_LIMIT: "The token limit (`max_new_tokens`) cut the only line with text in it.",
     Reason.REPEATS_TEXT: "The model only repeated what stands behind the cursor or below it.",
+    Reason.REPEATS_ITSELF: "The model wrote the same again and again without end.",
+    Reason.UNSAFE_CHARACTERS: "The model began with a control, bidirectional or invisible character, "
+    "which the file does not have near the cursor.",
     Reason.BLANK_LINES: "The model began with line breaks, where a suggestion ends.",
     Reason.CODE_FENCE: "The model began with a fence of Markdown, where a suggestion of code ends.",
     Reason.CLOSES_BLOCK: "The model only closed a block that is closed below already.",

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from midfill import __version__, textfiles
+from midfill.characters import escaped
 from midfill.client import SERVE_COMMAND, read_message, to_frame
 from midfill.errors import MidfillError
 from midfill.messages import OWN_CLIENT
@@ -335,7 +336,7 @@ def describe(result: dict[str, Any]) -> str:
         f"{result['equal']} of {result['compared']} answers are equal; "
         f"ghost text took {median_ms['recorded']} ms then, {median_ms['replayed']} ms now (median)."
     )
-    return "\n".join(lines)
+    return escaped("\n".join(lines))
 
 
 def _stable(value: Any) -> Any:

@@ -1,8 +1,8 @@
 r"""Where a suggestion ends, and what of the model's text is worth inserting. Pure: text in, text out.
 
-The model's text uses \n. `Place` says where it would go; a `Stopper` is asked after every token whether
-enough has come; `clean` makes the final text or says why there is none. What stands in the middle of a
-line is left to `midline`.
+The model's text is as `received` gives it. `Place` says where it would go; a `Stopper` is asked after every
+token whether enough has come; `clean` makes the final text or says why there is none. What stands in the
+middle of a line is left to `midline`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from midfill import indentation, notation, syntax
+from midfill import indentation, notation, repetition, syntax
 from midfill.brackets import (
     CLOSERS,
     Reader,
@@ -36,9 +36,13 @@ _STATEMENT = re.compile(r"\s*[\w@$\"'`&*(\[]")
 _GOES_ON = re.compile(
     r"\s*(?:(?:else|elif|elsif|elseif|except|finally|catch|case|default|when|rescue|ensure|then|while)\b|\w+\s*:(?!\S))"
 )
+_DANGLING = re.compile(r"(?:[=+\-*/%<>&|^~!?,.(\[{]|[\"\']\s*:)\s*\Z")
+_QUOTED = re.compile(r"""\\.|"[^"]*"|'[^']*'|`[^`]*`""")
+_QUOTE = re.compile(r"[\"'`]")
 # What a list in YAML is made of, in the column of its key.
 _ITEM = re.compile(r"\s*-(?:\s|\Z)")
 _DIRECTIVE = re.compile(r"\s*#\s*(?:if|else|elif|endif|define|undef|include|pragma|region|endregion)\b")
+_FENCE = re.compile(r"\W*(?:```|~~~)")
 _FUNCTION = re.compile(r"\s*(?:async\s+)?def\b")
 
 
@@ -46,7 +50,7 @@ class Stopper:
     """Says where a text that grows comes to its end.
 
     Only complete lines are judged, each once, and only by what stands before it: so more text never
-    changes the answer.
+    changes the answer. A line that repeats itself is judged before it is complete, up to fixed columns.
 
     Attributes:
         why: the rule by which it has come to its end.
@@ -55,7 +59,9 @@ class Stopper:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._reader = Reader(place)
-        self._num_judged = 0
+        self._lines: list[str] = []
+        self._start = 0
+        self._growing = repetition.Line(place.around, place.line_before)
         self.why = Reason.BLANK_LINES
 
     def end(self, text: str) -> int | None:
@@ -65,16 +71,28 @@ class Stopper:
         """
         place = self._place
         if place.tail and not place.invoked:
-            return end_of_line(text, place)
-        lines = text.split("\n")
+            end = end_of_line(text, place)
+            cut = self._end_of_repetition(text[:end])
+            return end if cut is None else cut
         # The last piece is still being written.
-        for number in range(self._num_judged, len(lines) - 1):
-            judged = lines[: number + 1]
-            end = self._end_at_rest(judged) if place.tail else self._end_of_block(judged)
+        while (newline := text.find("\n", self._start)) >= 0:
+            if (end := self._end_of_repetition(text[self._start : newline])) is not None:
+                return end
+            self._lines.append(text[self._start : newline])
+            end = self._end_at_rest(self._lines) if place.tail else self._end_of_block(self._lines)
             if end is not None:
                 return end
-            self._num_judged = number + 1
-        return None
+            self._start = newline + 1
+            self._growing = repetition.Line(place.around)
+        return self._end_of_repetition(text[self._start :])
+
+    def _end_of_repetition(self, line: str) -> int | None:
+        """Where what is worth keeping of the newest line ends, if that repeats itself without end."""
+        cut = self._growing.cut(line)
+        if cut is None:
+            return None
+        self.why = Reason.REPEATS_ITSELF
+        return self._start + cut
 
     def _end_at_rest(self, lines: list[str]) -> int | None:
         """Where a text of several lines leads to the rest of the cursor's line, or goes too far."""
@@ -91,7 +109,7 @@ class Stopper:
             self.why = Reason.BLANK_LINES
         elif _is_fence(lines[-1], place, found, start):
             self.why = Reason.CODE_FENCE
-        elif closes_outside(found, start):
+        elif not place.is_prose and closes_outside(found, start):
             self.why = Reason.CLOSES_BLOCK
         else:
             return len(text) if number + 1 == place.max_lines else None
@@ -136,10 +154,13 @@ def clean(
     if not text.strip():
         # Did it end by itself?
         return "", Reason.MODEL_SILENT if stop(text, place) is None else Reason.BLANK_LINES
-    whole, why = _written(text, complete=complete, forbidden=forbidden)
+    cut = None if complete else _cut_at_limit(text, place)
+    if cut is not None and not text[:cut].strip():
+        return "", Reason.REPEATS_ITSELF
+    whole, why = _written(text[:cut], complete=complete, forbidden=forbidden)
     if why is not None:
         return "", why
-    text, why = _worth_inserting(whole, place, complete=complete)
+    text, why = _worth_inserting(whole, place, complete=complete, ran_away=cut is not None)
     if not (place.tail and place.invoked):
         text = text.rstrip()
     text = "\n".join(_without_blanks(text.split("\n")))
@@ -148,6 +169,23 @@ def clean(
     if not place.invoked and _is_comment_only(text, place):
         return "", Reason.COMMENT_ONLY
     return text, None
+
+
+def _cut_at_limit(text: str, place: Place) -> int | None:
+    """Where to cut a text of one line in which the model repeated itself until its token limit."""
+    if "\n" in text.strip("\n"):
+        # Its last line goes anyway.
+        return None
+    start = text.rfind("\n") + 1
+    cut = repetition.cut_at_limit(text[start:], place.around)
+    return None if cut is None else start + cut
+
+
+def before_unsafe(text: str, place: Place) -> str:
+    """A text that was cut at an unsafe character, without the half of a line at its end if that is better."""
+    if "\n" not in text.strip("\n"):
+        return text
+    return fewest_errors([text, text[: text.rindex("\n")]], place)
 
 
 def _written(text: str, *, complete: bool, forbidden: Iterable[str]) -> tuple[str, Reason | None]:
@@ -161,10 +199,11 @@ def _written(text: str, *, complete: bool, forbidden: Iterable[str]) -> tuple[st
     return text, None if text.strip() else Reason.TOKEN_LIMIT
 
 
-def _worth_inserting(text: str, place: Place, *, complete: bool) -> tuple[str, Reason]:
+def _worth_inserting(text: str, place: Place, *, complete: bool, ran_away: bool) -> tuple[str, Reason]:
     """What of a text is the suggestion, as the file needs it; should it be blank, what left it so."""
     stopper = Stopper(place)
     end = stopper.end(text + "\n")
+    ran_away = ran_away or stopper.why is Reason.REPEATS_ITSELF
     if not text[:end].strip():
         return "", _why_at_once(text, end, place, stopper.why)
     if place.tail and place.invoked:
@@ -174,8 +213,20 @@ def _worth_inserting(text: str, place: Place, *, complete: bool) -> tuple[str, R
         return bridge, why or Reason.REPEATS_TEXT
     if place.tail:
         return without_overlap(text[:end], place), Reason.REPEATS_TEXT
-    limited = (end is None and not complete) or text[:end].count("\n") + 1 >= place.max_lines
-    return _fitted(text[:end].removeprefix(place.line_after), place, limited=limited)
+    limited = (end is None and not complete) or text[:end].count("\n") + 1 >= place.max_lines or ran_away
+    text, why = _fitted(text[:end].removeprefix(place.line_after), place, limited=limited)
+    return (_without_useless_line(text, place), Reason.REPEATS_ITSELF) if ran_away else (text, why)
+
+
+def _without_useless_line(text: str, place: Place) -> str:
+    """The text without its last line, if that leads to nothing without the end that was cut."""
+    shorter, _, last = text.rpartition("\n")
+    if not place.is_code:
+        return text
+    is_open = _QUOTE.search(_QUOTED.sub("", last)) is not None
+    # A ruler ends with what may also be an operator.
+    is_ruler = last.endswith(3 * last[-1:])
+    return shorter if is_open or (_DANGLING.search(last) and not is_ruler) else text
 
 
 def _without_blanks(lines: list[str]) -> list[str]:
@@ -342,7 +393,10 @@ def _floor(place: Place, base: int) -> int:
 
 def _is_fence(line: str, place: Place, found: Outline, start: int) -> bool:
     """Whether a line ends a block of Markdown, which models learnt to write code in."""
-    return place.language_id != "markdown" and line.lstrip().startswith("```") and not found.within(start)
+    if not line.lstrip().startswith("```") or not place.is_code or found.within(start):
+        return False
+    # Where the file has them, in its comments or whatever it is, they are part of it.
+    return not any(_FENCE.match(one) for one in place.around)
 
 
 def _reaches_below(place: Place, column: int) -> bool:
@@ -359,7 +413,6 @@ def _fitted(text: str, place: Place, *, limited: bool) -> tuple[str, Reason]:
 
     Should it be blank, also the filter that left it so.
     """
-    text = indentation.in_style(text, place.around)
     text, why = _indented(text, place)
     text = text.rstrip()
     if not text.strip() or place.is_prose:

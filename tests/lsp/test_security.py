@@ -196,6 +196,35 @@ async def test_sentinels_never_come_back_in_a_suggestion(scripted, sentinel):
     assert sentinel not in json.dumps(await ask(server, 0, 4, uri))
 
 
+async def asked_when_loaded(server, method, place):
+    async with asyncio.timeout(10):
+        while not any(m == "$/progress" and p["value"]["kind"] == "end" for m, p in server.heard):
+            await server.request("midfill/explain", {"textDocument": place["textDocument"]})
+    return await server.request(method, place | {"context": {"triggerKind": 1}})
+
+
+@pytest.mark.parametrize(
+    "unsafe", ["\x1b[31m", "\x08\x08", "\x9b2J", "\u202e", "\u2066", "\u200b", "\U000e0041"]
+)
+async def test_characters_that_hide_or_command_reach_no_editor_and_no_log(client, tmp_path, unsafe):
+    log = tmp_path / "midfill.log"
+    text = f"return a + b{unsafe}  # x\n    return a\n"
+    server = await client({"text": text}, arguments=["--log-file", str(log), "--log-level", "debug"])
+    uri = "file:///work/main.py"
+    item = {"uri": uri, "languageId": "python", "version": 1, "text": "def add(a, b):\n    \n"}
+    server.notify("textDocument/didOpen", {"textDocument": item})
+    place = {"textDocument": {"uri": uri}, "position": {"line": 1, "character": 4}}
+    answers = [
+        await asked_when_loaded(server, "textDocument/inlineCompletion", place),
+        await server.request("textDocument/completion", place | {"context": {"triggerKind": 1}}),
+        await server.request("midfill/explain", {"textDocument": {"uri": uri}, "text": True}),
+    ]
+    assert answers[0]["items"][0]["insertText"] == "return a + b"
+    shown = json.dumps(answers, ensure_ascii=False) + log.read_text()
+    assert not set(unsafe) - set("[31m2J") & set(shown)
+    assert json.dumps(unsafe[0])[1:-1] not in shown
+
+
 async def test_files_of_the_workspace_choose_nothing(script, tmp_path):
     """Settings, models and adapters that lie in a cloned folder have no effect."""
     root = tmp_path / "cloned"

@@ -80,6 +80,32 @@ def test_a_completion_is_printed(midfill, script, tmp_path):
     assert (done.returncode, done.stdout) == (0, "1 + 1\n")
 
 
+def test_line_ends_are_those_of_the_file_where_stdout_would_change_them(tmp_path):
+    """Standard output of a program on Windows writes a carriage return before each line feed."""
+    (tmp_path / "a.py").write_bytes(b"def f():\r\n    x = 1\r\n    \r\n")
+    (tmp_path / "script.json").write_text('{"rules": [{"text": "y = 2\\r\\n    return x + y\\r\\n"}]}')
+    program = (
+        "import io, sys; sys.stdout = io.TextIOWrapper(sys.stdout.buffer, newline='\\r\\n');"
+        "sys.argv = ['midfill', 'complete', 'a.py:3:5', '--engine', 'scripted:script.json'];"
+        "from midfill.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True)
+    assert done.stdout.rstrip() == b"y = 2\r\n    return x + y"
+
+
+def test_a_terminal_is_sent_no_commands(midfill, tmp_path):
+    (tmp_path / "script.json").write_text('{"rules": [{"text": "1 + \\u001b]0;PWNED\\u00072\\n"}]}')
+    text = "# \x1b[31m\u202e\na = \n"
+    for option in ([], ["--explain"], ["--json"]):
+        done = midfill(
+            "complete", "-:2:5", "--language", "python", *option, "--engine", "scripted:script.json",
+            text=text, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0
+        assert not set("\x1b\x07\u202e") & set(done.stdout + done.stderr)
+        assert "1 +" in done.stdout
+
+
 def test_a_completion_from_stdin_as_json(midfill, script):
     done = midfill(
         "complete", "-:1:5", "--language", "python", "--json", "--engine", script, text="a = \nb = 2\n"

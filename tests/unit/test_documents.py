@@ -66,6 +66,24 @@ def test_the_first_line_decides_the_line_ending(text, ending):
     assert Document.open("file:///a", "python", 1, text).line_ending == ending
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "ending"),
+    [
+        ("a\r\nb\r\nc", 1, "\r\n"),
+        ("a\r\nb\r\nc", 2, "\r\n"),
+        ("a\r\nb\nc\n", 1, "\n"),
+        ("a\nb\r\nc\r\n", 1, "\r\n"),
+        ("a\nb\r\nc", 2, "\r\n"),
+        ("a\rb\rc", 1, "\r"),
+        ("a\r\r\nb\r\r\n", 0, "\r\n"),
+        ("a", 0, "\n"),
+    ],
+)
+def test_a_line_is_inserted_with_the_line_ends_around_it(text, line, ending):
+    document = Document.open("file:///a", "python", 1, text)
+    assert Snapshot(document, Point(line, 0)).line_ending == ending
+
+
 @pytest.mark.parametrize("size", [0, 3, 255, 256, 600, 2_000])
 def test_the_changed_lines_are_all_that_differs(size):
     rng = random.Random(size)  # noqa: S311

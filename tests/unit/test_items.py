@@ -1,5 +1,7 @@
 """The items that editors show, as each kind of client needs them."""
 
+import re
+
 import pytest
 from lsprotocol import types
 
@@ -85,6 +87,32 @@ def test_lines_are_not_indented_again_by_clients_that_would():
 def test_documentation_is_code_where_the_client_shows_it():
     found = item("  a▮", "b\n  c", client(documentation_format=[types.MarkupKind.Markdown]))
     assert found.documentation.value == "```python\nab\n  c\n```"
+
+
+@pytest.mark.parametrize(
+    ("marked", "text"),
+    [
+        ("▮", "```sh\nmake\n```\n![](https://example.org/x.png)"),
+        ("▮", "a\n````\n```\n`````\nb"),
+        ("```` ▮", "b"),
+        ("▮", "a\r```\r![](x)"),
+        ("▮", "a`b"),
+    ],
+)
+@pytest.mark.parametrize("language", ["markdown", "python", "a`\n![](x)", ""])
+def test_documentation_cannot_be_broken_out_of(marked, text, language):
+    found = item(marked, text, client(documentation_format=[types.MarkupKind.Markdown]), language)
+    first, *lines, last = found.documentation.value.splitlines()
+    fence = re.match("`{3,}", first).group()
+    assert first.removeprefix(fence) in {language, ""}
+    assert last == fence
+    assert not any(fence in line for line in lines)
+
+
+def test_the_line_ends_of_the_file_are_inserted_and_not_shown():
+    found = item("a▮", "b\r\nc")
+    assert found.text_edit.new_text == "ab\r\nc"
+    assert (found.documentation, found.label, found.filter_text) == ("ab\nc", "ab", "ab")
 
 
 @pytest.mark.parametrize("version", ["0.11.4", "0.11.0-dev"])

@@ -250,16 +250,17 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
 
     def fill(asked: dict[str, Any]) -> dict[str, Any]:
         from midfill.place import Place  # noqa: PLC0415 - not for the comparison of speeds
+        from midfill.received import received  # noqa: PLC0415 - the same
         from midfill.trim import clean, stop  # noqa: PLC0415 - the same
 
         before, after, following = asked["place"]
         place = Place(before, after, tuple(following))
 
         def stopped(ids: list[int]) -> bool:
-            return inbox.cancelled(asked) or stop(tokenizer.decode(ids), place) is not None
+            return inbox.cancelled(asked) or stop(received(tokenizer.decode(ids), place), place) is not None
 
         done = run(asked | {"stop_ids": sorted(tokenizer.control_ids)}, stopped)
-        raw = tokenizer.decode(done.ids)
+        raw = received(tokenizer.decode(done.ids), place)
         end = stop(raw, place)
         text, _ = clean(
             raw[:end], place, complete=end is not None or len(done.ids) < asked["num_new"], forbidden=()

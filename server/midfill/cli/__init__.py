@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import json
 import logging
 import os
@@ -162,6 +163,9 @@ def complete(
 
         say(describe(explanation))
     elif answer:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Its line ends are those of the file, and no others.
+            sys.stdout.reconfigure(newline="")
         click.echo(answer)
     else:
         raise MidfillError(f"No suggestion: {info['message']}")

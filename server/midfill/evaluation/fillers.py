@@ -99,10 +99,11 @@ class PipelineFiller:
     async def fill(self, hole: Hole, trigger: Trigger) -> Filled:
         """See `Filler.fill`."""
         document = Document.open(hole.uri, hole.language, 0, hole.before + hole.after)
-        answer = await self._completer.complete(Snapshot(document, hole.cursor), trigger)
+        snapshot = Snapshot(document, hole.cursor)
+        answer = await self._completer.complete(snapshot, trigger)
         self._completer.forget(hole.uri)
         return Filled(
-            answer.text.replace(document.line_ending, "\n"),
+            answer.text.replace(snapshot.line_ending, "\n"),
             answer.reason,
             answer.latency_ms,
             answer.tokens,

@@ -1,0 +1,93 @@
+"""What a model writes becomes text of the file: line ends, indentation, and nothing unsafe to show."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from midfill.place import Place
+from midfill.received import Received, received
+from midfill.trim import stop
+
+TABS = Place("", "", ("}",), above="func f() {\n\tg()\n}\n\nfunc h() {\n", language_id="go")
+PIECES = st.lists(
+    st.sampled_from([
+        *("\r", "\n", "\r\n", "\t", " ", "  ", "    ", "        "),
+        *("* ", "a", "return x", "if a {", "}", "else:", "#"),
+        *("\x1b[31m", "\u200d", "\u202e", "é", "\ufe0f"),
+    ]),
+    max_size=12,
+)  # fmt: skip
+LANGUAGES = st.sampled_from(["python", "go", "makefile", "yaml", "javascript", "markdown", ""])
+ABOVE = st.sampled_from(
+    ["", "a:\n", "def f():\n\tif x:\n", "if x:\n    y\n", "all: a\n", "/**\n", "\t/**\n", "'''\n"]
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("a\r\nb\r\n", "a\nb\n"),
+        ("a\rb\r", "a\nb\n"),
+        ("a\r\r\nb", "a\nb"),
+        ("a\r\rb", "a\n\nb"),
+        ("a\nb\r\nc\rd", "a\nb\nc\nd"),
+        ("\r\n\r\na", "\n\na"),
+    ],
+)
+def test_every_line_ends_once(written, expected):
+    place = Place("x = ", "")
+    assert received(written, place) == expected
+    whole = Received(place)
+    for char in written:
+        whole.push(char)
+    whole.finish()
+    assert whole.text == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("    if x {\n        y()\n    }\n", "\tif x {\n\t\ty()\n\t}\n"),
+        ("  if x {\n    y()\n  }\n", "\tif x {\n\t\ty()\n\t}\n"),
+        ("        if x {\n                y()\n        }\n", "\tif x {\n\t\ty()\n\t}\n"),
+        ("\tif x {\n\t\ty()\n\t}\n", "\tif x {\n\t\ty()\n\t}\n"),
+        ("    /*\n     * y\n     */\n    y()\n", "\t/*\n\t * y\n\t */\n\ty()\n"),
+        ("\tfoo(a,\n\t    b)\n", "\tfoo(a,\n\t    b)\n"),
+    ],
+)
+def test_blanks_become_the_tabs_of_the_file(written, expected):
+    assert received(written, TABS) == expected
+
+
+@given(PIECES, LANGUAGES, ABOVE, st.sampled_from(["", "\t", "    ", "x = ", "\tx = "]))
+@example(["        ", "else", ":", "\n", "    ", "a"], "python", "def f():\n\tif x:\n", "")
+def test_it_does_not_matter_in_which_pieces_a_text_comes(pieces, language, above, before):
+    place = Place(before, "", above=above, language_id=language)
+    whole = Received(place)
+    for piece in pieces:
+        known = whole.text
+        whole.push(piece)
+        assert whole.text.startswith(known)
+    whole.finish()
+    assert whole.text == received("".join(pieces), place)
+    assert "\r" not in whole.text
+    assert whole.is_altered or "".join(pieces).startswith(whole.text)
+
+
+@given(PIECES, LANGUAGES, ABOVE)
+def test_where_it_ends_is_judged_on_what_came_through(pieces, language, above):
+    place = Place("", "", above=above, language_id=language)
+    whole = Received(place)
+    for piece in pieces:
+        whole.push(piece)
+        if (end := stop(whole.text, place)) is not None:
+            assert stop(received("".join(pieces), place), place) == end
+            break
+
+
+def test_text_after_an_unsafe_character_never_comes_through():
+    whole = Received(Place("x = ", ""))
+    for piece in ("1 + ", "2\x1b", "[31m", "\nprint()\n"):
+        whole.push(piece)
+    whole.finish()
+    assert (whole.text, whole.is_cut) == ("1 + 2", True)
