@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import bisect
 import itertools
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -81,6 +82,21 @@ _GRAMMARS = {
 _OPAQUE = ("string", "comment", "char", "rune", "regex", "heredoc")
 _LOOPS = frozenset({"while", "until", "for"})
 _MODIFIERS = frozenset({"if", "unless", "while", "until"})
+
+
+class _Source(threading.local):
+    """What the parser reads from, one for each thread.
+
+    py-tree-sitter never frees the object that a read callback returns (0.25 and 0.26; and only with such a
+    callback does it look at the time), so that every text would be kept. It gets the same object each time,
+    with other contents.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+
+
+_source = _Source()
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +249,11 @@ def _parse(
     string. What counts is our own time, not that of other programs, so that answers do not depend on them.
     """
     deadline = time.thread_time() + budget_s
+    buffer = _source.buffer
 
-    def read(byte: int, _: object) -> bytes:
-        return data[byte:]
+    def read(byte: int, _: object) -> bytearray:
+        buffer[:] = memoryview(data)[byte:]
+        return buffer
 
     def late(*_: object) -> bool:
         return time.thread_time() > deadline
@@ -247,6 +265,8 @@ def _parse(
         return parser.parse(read, old, progress_callback=late)
     except ValueError:  # the budget is spent
         return None
+    finally:
+        buffer.clear()
 
 
 def _read(tree: Tree, data: bytes, begin: int, grammar: _Grammar) -> Outline:
