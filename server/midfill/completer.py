@@ -277,8 +277,12 @@ class Completer:
         self._stop_resting()
         self._suggestions.edited(document)
 
+    def computes(self, uri: str) -> bool:
+        """Whether something is being computed for a document, so that `edited` matters."""
+        return self._suggestions.computes(uri)
+
     def closing(self, snapshot: Snapshot) -> None:
-        """A change is about to be made here that may close what it opens (`suggestions.may_close`)."""
+        """A change is about to be made here that may close what it opens (`suggestions.closing_changes`)."""
         self._suggestions.closing(snapshot)
 
     def rest(self, snapshot: Snapshot) -> None:
