@@ -158,7 +158,7 @@ class MidfillServer(LanguageServer):
         # What our own demo and measurements accept is no one's opinion.
         self.state.journal.counts = params.client_info is None or params.client_info.name != OWN_CLIENT
         if isinstance(params.process_id, int) and params.process_id > 0:
-            self.spawn(self.protocol.watch_parent(params.process_id))
+            self.spawn(self.protocol.watch_editor(params.process_id))
 
     def initialized(self, _: types.InitializedParams) -> None:
         """Start to load the model and to index the workspace, once."""
@@ -563,6 +563,7 @@ def serve(
     stdin = os.dup(0)
     stdout = os.dup(1)
     os.dup2(2, 1)
+    sys.stdout = sys.stderr
     os.set_inheritable(stdin, False)
     os.set_inheritable(stdout, False)
     # Not `asyncio.run`: it waits for every thread at the end, one that imports torch or loads too.

@@ -239,7 +239,6 @@ def test_of_a_thousand_changes_a_few_are_looked_at():
     assert closing_changes(typed) == closing_changes([]) == []
 
 
-
 METHOD = "(self, width):\n    self.width = width"
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,19 +99,19 @@ def serve(
     """
     # lsprotocol makes hundreds of classes; collecting garbage meanwhile takes a fifth of the start.
     gc.disable()
+    from midfill.outlet import unblocked
     from midfill.recording import Recorder
     from midfill.server import serve as serve_stdio
 
     gc.freeze()
     gc.enable()
-    _set_up_logging(log_file, log_level)
-    settings = read_settings(model=model, adapter=adapter)
-    if script is not None and not script.startswith(TEST_ENGINES):
-        # The server wants to know who runs the model, not only to ask it.
-        settings, script = read_engine(settings, script), None
-    tap = Recorder(record).note if record is not None else None
-    status = serve_stdio(settings, engine_maker(script), tap)
-    logging.shutdown()
+    with unblocked(), _logging(log_file, log_level):
+        settings = read_settings(model=model, adapter=adapter)
+        if script is not None and not script.startswith(TEST_ENGINES):
+            # The server wants to know who runs the model, not only to ask it.
+            settings, script = read_engine(settings, script), None
+        tap = Recorder(record).note if record is not None else None
+        status = serve_stdio(settings, engine_maker(script), tap)
     # A forward pass that still runs on the engine's thread must not hold the process.
     os._exit(status)
 
@@ -356,15 +357,28 @@ def _split_place(where: str) -> tuple[str, str, str]:
     return (parts[0], ":", ":".join(parts[1:])) if len(parts) == 3 else (where, "", "?")
 
 
-def _set_up_logging(log_file: Path | None, log_level: str) -> None:
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+@contextlib.contextmanager
+def _logging(log_file: Path | None, log_level: str) -> Iterator[None]:
+    """While this lasts, log to a file or to stderr. Raises `SettingsError` if the file cannot be written."""
+    from midfill.outlet import Outlet, as_text
+
+    outlet = None
     if log_file is not None:
         try:
             log_file.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(log_file, encoding="utf-8")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            # A named pipe that nobody reads is an error then, and not waited for.
+            outlet = Outlet(os.open(log_file, flags | getattr(os, "O_NONBLOCK", 0), 0o666))
         except OSError as error:
             raise SettingsError(f"Cannot write the log file {log_file}: {error.strerror}.") from error
+    handler = logging.StreamHandler(sys.stderr if outlet is None else as_text(outlet))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("midfill")
     logger.addHandler(handler)
     logger.setLevel(log_level.upper())
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        if outlet is not None:
+            outlet.end()
