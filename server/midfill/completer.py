@@ -22,9 +22,10 @@ from typing import Any
 from midfill.confidence import THRESHOLDS, Eagerness, Evidence, best, worth_showing
 from midfill.context import Collected, Context
 from midfill.documents import Document, Snapshot
-from midfill.engine import Engine, Request, Stats
+from midfill.engine import Engine, Request
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.families import Family
+from midfill.metrics import stages
 from midfill.place import Place
 from midfill.prompt import Prompt, PromptBuilder
 from midfill.secrecy import SecretWatch, is_excluded
@@ -124,7 +125,7 @@ class Answer:
             put there, and that the text has too.
         source: where it comes from.
         reason: why there is nothing; None if there is something.
-        detail: what the engine said about it, a sentence; "" if nothing.
+        detail: what there is to say about the reason, or about where the text ends: a sentence, or "".
         latency_ms: from the snapshot to here.
         num_prompt, num_reused, num_generated: tokens.
         segments: the parts of the prompt and their sizes in tokens.
@@ -174,7 +175,8 @@ class _Output:
         complete: whether it came to the suggestion's end, not to its token limit.
         ended: whether the model itself came to an end.
         failure: why it is of no use; None if it is.
-        detail: what the engine said about that, a sentence.
+        detail: what there is to say about that, or about its end: a sentence.
+        late: the half of a line that was written when the time was over; it is in neither text.
         tokens: for each, where it ends in `text` (0 and less: before the cursor) and its log-probability.
     """
 
@@ -184,7 +186,15 @@ class _Output:
     ended: bool = False
     failure: Reason | None = None
     detail: str = ""
+    late: str = ""
     tokens: list[tuple[int, float]] = field(default_factory=list)
+
+    def keep_whole_lines(self) -> bool:
+        """The time is over: drop the half of a line at the end. Returns whether something is left."""
+        end = self.raw.rfind("\n") + 1
+        self.late = self.raw[end:]
+        self.text = self.raw = self.raw[:end]
+        return bool(self.text.strip())
 
     def within(self, num_chars: int) -> tuple[tuple[int, float], ...]:
         """The tokens that the first `num_chars` characters are made of."""
@@ -476,7 +486,7 @@ class Completer:
         written = time.monotonic()
         trimmed = self._trim(output, place)
         answer = self._weigh(trimmed, place, trigger)
-        texts = [("model", output.raw), ("stop rules", output.text)]
+        texts = [("model", output.raw + output.late), ("deadline", output.raw), ("stop rules", output.text)]
         texts += [("clean-up", trimmed.text), ("confidence", answer.text)]
         answer = replace(
             answer,
@@ -485,7 +495,7 @@ class Completer:
             num_generated=request.stats.num_generated,
             segments=prompt.segments,
             prompt=prompt,
-            stages=_stages(begun, built, request.stats, written),
+            stages=stages(begun, built, request.stats, written),
             texts=tuple(step for at, step in enumerate(texts) if not at or step[1] != texts[at - 1][1]),
         )
         return Computed(
@@ -502,7 +512,13 @@ class Completer:
                 await _stream(engine, request, place, flight, output)
         except TimeoutError:
             _LOG.warning("no answer within %.1f s", self.settings.deadline_s)
-            output.failure = Reason.DEADLINE
+            if output.keep_whole_lines():
+                output.detail = (
+                    f"These are the lines that the model had written when `deadline_s` "
+                    f"({self.settings.deadline_s:g} s) was over."
+                )
+            else:
+                output.failure = Reason.DEADLINE
         except EngineError as error:
             _LOG.warning("the engine failed: %s", error)
             unavailable = isinstance(error, EngineUnavailableError)
@@ -524,7 +540,8 @@ class Completer:
         )
         if why is not None:
             return Answer(reason=Reason(why))
-        return Answer(text, source=Source.MODEL, tokens=output.within(len(text)), finished=output.complete)
+        answer = Answer(text, source=Source.MODEL, tokens=output.within(len(text)), finished=output.complete)
+        return replace(answer, detail=output.detail)
 
     def _weigh(self, answer: Answer, place: Place, trigger: Trigger) -> Answer:
         """Of an answer that nobody asked for explicitly, the lines that are likely enough right."""
@@ -569,20 +586,6 @@ def _beside_closers(answer: Answer, match: Match[_Made]) -> Answer:
     if not text.strip():
         return replace(answer, text="", source=Source.NONE, reason=Reason.REPEATS_TEXT, texts=texts)
     return replace(answer, text=text, num_replaced=num_replaced, texts=texts)
-
-
-def _stages(begun: float, built: float, stats: Stats, written: float) -> tuple[tuple[str, float], ...]:
-    """Milliseconds of each stage that asked the model; those that it did not come to are left out."""
-    begins = (
-        ("prompt", begun),
-        ("queue", built),
-        ("prefill", stats.started_s),
-        ("decode", stats.first_token_s),
-        ("clean-up", written),
-    )
-    come_to = [(name, at) for name, at in begins if at]
-    ends = [at for _, at in come_to[1:]] + [time.monotonic()]
-    return tuple((name, (end - at) * 1000) for (name, at), end in zip(come_to, ends, strict=True))
 
 
 def _since(begun: float) -> float:

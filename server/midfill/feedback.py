@@ -227,6 +227,12 @@ class Feedback:
         table, self._table = self._table, {}
         return table
 
+    def restore(self, table: Table) -> None:
+        """Take back what `collect` gave, which could not be written."""
+        for model, languages in table.items():
+            for language, counts in languages.items():
+                self._counts((model, language)).add(counts)
+
     def _counts(self, key: tuple[str, str]) -> Counts:
         model, language = key
         return self._table.setdefault(model, {}).setdefault(language, Counts())
@@ -288,6 +294,7 @@ class Journal:
         self._feedback = Feedback()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._writing: asyncio.Task[None] | None = None
+        self._failed = False
 
     def offer(
         self, document: Document, start: Point, text: str, model: str, num_replaced: int = 0
@@ -346,15 +353,27 @@ class Journal:
             self._timers[what] = asyncio.get_running_loop().call_later(in_s, run)
 
     def _write_soon(self) -> None:
-        self._writing = asyncio.create_task(asyncio.to_thread(self._write, self._feedback.collect()))
+        self._writing = asyncio.create_task(self._write_in_thread())
 
-    def _write(self, table: Table) -> None:
-        if not table:
-            return
+    async def _write_in_thread(self) -> None:
+        table = self._feedback.collect()
+        if not await asyncio.to_thread(self._write, table):
+            # The disk may have room the next time.
+            self._feedback.restore(table)
+            self._later("write", _WRITE_S, self._write_soon)
+
+    def _write(self, table: Table) -> bool:
+        """Add counts to the file. Returns whether they are there; if not, that is logged, once."""
         try:
-            add(state_path(), table, self.session)
+            if table:
+                add(state_path(), table, self.session)
         except MidfillError as error:
-            _LOG.warning("%s", error)
+            if not self._failed:
+                _LOG.warning("%s", error)
+            self._failed = True
+            return False
+        self._failed = False
+        return True
 
 
 def difference(before: Document, after: Document) -> tuple[Point, Point, str]:

@@ -19,6 +19,7 @@ import click
 from midfill import __version__
 from midfill.cli import learn as _learn  # noqa: F401 - registers commands of `midfill adapter`
 from midfill.cli import load as _load  # noqa: F401 - registers `midfill bench load`
+from midfill.cli import output
 from midfill.cli.adapter import adapter
 from midfill.cli.editors import setup
 from midfill.cli.engine import engine
@@ -55,19 +56,23 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line: errors of ours are one sentence and status 1, never a traceback."""
+    """Run the command line: what goes wrong is one sentence and a status, never a traceback."""
+    sys.exit(output.guard(_run))
+
+
+def _run() -> int:
     try:
         # Without the standalone mode, click returns the status of `Exit` instead of raising it.
-        sys.exit(cli(standalone_mode=False) or 0)
+        return cli(standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("Stopped.", err=True)
-        sys.exit(130)
+        return 130
     except MidfillError as error:
         click.echo(f"midfill: {error}", err=True)
-        sys.exit(1)
+        return 1
 
 
 @cli.command()
