@@ -16,7 +16,7 @@ URI = "file:///work/main.py"
 
 # Writes more than a pipe takes, in every way, from the event loop and from a thread, when it is initialized.
 NOISY = """
-import faulthandler, logging, os, subprocess, sys, threading, warnings
+import faulthandler, logging, os, sys, threading, warnings
 import midfill.cli as cli, midfill.server as server
 
 MUCH = "x" * 200_000
@@ -35,7 +35,7 @@ def initialized(self, params):
     thread = threading.Thread(target=fails)
     thread.start()
     thread.join()
-    subprocess.run([sys.executable, "-c", "import os; os.write(2, b'x' * 200_000); os.write(1, b'x')"])
+    os.system("head -c 200000 /dev/zero >&2; echo x")
     for number in (1, 2):
         try:
             os.write(number, MUCH.encode())
@@ -110,20 +110,32 @@ async def test_a_log_that_nobody_reads_stops_nothing(script):
         assert b"serving" in ours.read(1 << 16)
 
 
-async def test_what_is_said_last_before_the_end_is_written(script):
-    async with await Raw.start("--log-level", "info", *script()) as server:
-        server.notify("exit")
-        assert await server.status() == 1
-        await server.process.stderr.read()
-    async with await Raw.start(
-        "--model", "x", "--log-level", "info", "--engine", "scripted:/no/such/file"
-    ) as server:
+async def ended(server):
+    """The exit status, and what was written to stderr. On a slow machine the start alone takes seconds."""
+    async with asyncio.timeout(60):
+        said = await server.process.stderr.read()
+        return await server.process.wait(), said
+
+
+async def test_what_is_said_last_before_the_end_is_written():
+    async with await Raw.start("--log-level", "info", "--engine", "scripted:/no/such/file") as server:
         await server.initialize()
         while (await server.receive()).get("method") != "window/showMessage":
             pass
         server.process.stdin.close()
-        assert await server.status() == 1
-        assert b"Cannot read the engine script" in await server.process.stderr.read()
+        status, said = await ended(server)
+        assert status == 1
+        assert b"Cannot read the engine script" in said
+
+
+async def test_an_error_at_the_start_is_written(tmp_path):
+    (tmp_path / "config.toml").write_text("no_such_setting = 1\n")
+    env = {"MIDFILL_CONFIG": str(tmp_path / "config.toml")}
+    async with await Raw.start(env=env) as server:
+        status, said = await ended(server)
+        assert status == 1
+        assert said.startswith(b"midfill: ")
+        assert b"no_such_setting" in said
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is Linux's")
@@ -132,15 +144,17 @@ async def test_a_log_file_on_a_full_disk_stops_nothing(scripted):
     await server.loaded()
     await server.serves()
     server.process.stdin.close()
-    assert await server.status() == 1
-    assert b"Traceback" not in await server.process.stderr.read()
+    status, said = await ended(server)
+    assert status == 1
+    assert b"Traceback" not in said
 
 
 async def test_a_log_file_that_is_a_pipe_without_a_reader_is_an_error(tmp_path):
     os.mkfifo(tmp_path / "log")
     async with await Raw.start("--log-file", str(tmp_path / "log")) as server:
-        assert await server.status() == 1
-        assert b"Cannot write the log file" in await server.process.stderr.read()
+        status, said = await ended(server)
+        assert status == 1
+        assert b"Cannot write the log file" in said
 
 
 async def test_a_closed_stderr_takes_nothing_away(script):

@@ -20,6 +20,7 @@ from midfill import __version__
 from midfill.cli import learn as _learn  # noqa: F401 - registers commands of `midfill adapter`
 from midfill.cli import load as _load  # noqa: F401 - registers `midfill bench load`
 from midfill.cli import output
+from midfill.cli import soak as _soak  # noqa: F401 - registers `midfill bench soak`
 from midfill.cli.adapter import adapter
 from midfill.cli.editors import setup
 from midfill.cli.engine import engine
