@@ -56,10 +56,10 @@ _WORDS = (
     "漢",
 )
 _RULES = [
-    {"after": "\n", "text": "for item in items:\n    total += item\n", "logprob": -0.05},
-    {"after": " = ", "text": "compute(values, key)\nprint(values)\n", "logprob": -0.05},
-    {"after": "(", "text": "item, values)\n", "logprob": -0.05},
-    {"text": "value + 1\nreturn value\n", "logprob": -0.05},
+    {"after": "\n", "text": "for item in items:\n    use(item)\n", "logprob": -0.05},
+    {"after": " = ", "text": "compute(values)\n", "logprob": -0.05},
+    {"after": "(", "text": "item)\n", "logprob": -0.05},
+    {"text": "value + 1\n", "logprob": -0.05},
 ]
 
 
