@@ -353,9 +353,10 @@ class Journal:
             self._timers[what] = asyncio.get_running_loop().call_later(in_s, run)
 
     def _write_soon(self) -> None:
-        self._writing = asyncio.create_task(self._write_in_thread())
+        self._writing = asyncio.create_task(self.write())
 
-    async def _write_in_thread(self) -> None:
+    async def write(self) -> None:
+        """Add the counts to the file. Those that cannot be written are kept, and tried again later."""
         table = self._feedback.collect()
         if not await asyncio.to_thread(self._write, table):
             # The disk may have room the next time.
