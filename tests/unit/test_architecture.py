@@ -19,6 +19,7 @@ LAYERS = [
         "heap",
         "messages",
         "notebooks",
+        "outlet",
         "settings",
         "languages",
         "secrecy",
