@@ -114,6 +114,7 @@ class Client:
         report: Callable[[str], None] = lambda _message: None,
         timeout_s: float = 300.0,
         folder: Path | None = None,
+        name: str = OWN_CLIENT,
     ) -> None:
         """Shake hands and wait until the server has loaded its model; `report` hears how it goes.
 
@@ -132,7 +133,7 @@ class Client:
                 report(params["value"]["message"])
 
         self.on_notification = hear
-        await self.initialize(options, folder=folder)
+        await self.initialize(options, name, folder)
         try:
             await asyncio.wait_for(loaded, timeout_s)
         except TimeoutError:

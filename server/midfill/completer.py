@@ -21,11 +21,12 @@ from typing import Any
 from midfill.confidence import BUILT_IN, Calibration, Eagerness, Evidence, best, worth_showing
 from midfill.context import Collected, Context
 from midfill.documents import Document, Snapshot
-from midfill.engine import Engine, Request, Stats
+from midfill.engine import Engine, Request
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.families import Family
 from midfill.generation import Output, stream
 from midfill.languages import is_among
+from midfill.metrics import stages
 from midfill.place import Place
 from midfill.prompt import Prompt, PromptBuilder
 from midfill.reasons import Reason
@@ -80,7 +81,7 @@ class Answer:
             put there, and that the text has too.
         source: where it comes from.
         reason: why there is nothing; None if there is something.
-        detail: what the engine said about it, a sentence; "" if nothing.
+        detail: what there is to say about the reason, or about where the text ends: a sentence, or "".
         latency_ms: from the snapshot to here.
         num_prompt, num_reused, num_generated: tokens.
         segments: the parts of the prompt and their sizes in tokens.
@@ -198,8 +199,12 @@ class Completer:
         self._stop_resting()
         self._suggestions.edited(document)
 
+    def computes(self, uri: str) -> bool:
+        """Whether something is being computed for a document, so that `edited` matters."""
+        return self._suggestions.computes(uri)
+
     def closing(self, snapshot: Snapshot) -> None:
-        """A change is about to be made here that may close what it opens (`suggestions.may_close`)."""
+        """A change is about to be made here that may close what it opens (`suggestions.closing_changes`)."""
         self._suggestions.closing(snapshot)
 
     def rest(self, snapshot: Snapshot) -> None:
@@ -397,7 +402,8 @@ class Completer:
         trimmed = self._trim(output, place)
         answer = self._weigh(trimmed, place, trigger)
         # What is not safe to show is not shown here either.
-        texts = [("model", output.raw + "\ufffd" * output.is_cut), ("unsafe characters", output.raw)]
+        texts = [("model", output.raw + output.late + "\ufffd" * output.is_cut)]
+        texts += [("unsafe characters", output.raw + output.late), ("deadline", output.raw)]
         texts += [("stop rules", output.text)]
         texts += [("clean-up", trimmed.text), ("confidence", answer.text)]
         answer = replace(
@@ -407,7 +413,7 @@ class Completer:
             num_generated=request.stats.num_generated,
             segments=prompt.segments,
             prompt=prompt,
-            stages=_stages(begun, built, request.stats, written),
+            stages=stages(begun, built, request.stats, written),
             texts=tuple(step for at, step in enumerate(texts) if not at or step[1] != texts[at - 1][1]),
         )
         return Computed(
@@ -424,7 +430,13 @@ class Completer:
                 await stream(engine, request, place, flight, output)
         except TimeoutError:
             _LOG.warning("no answer within %.1f s", self.settings.deadline_s)
-            output.failure = Reason.DEADLINE
+            if output.keep_whole_lines():
+                output.detail = (
+                    f"These are the lines that the model had written when `deadline_s` "
+                    f"({self.settings.deadline_s:g} s) was over."
+                )
+            else:
+                output.failure = Reason.DEADLINE
         except EngineError as error:
             _LOG.warning("the engine failed: %s", error)
             unavailable = isinstance(error, EngineUnavailableError)
@@ -450,7 +462,8 @@ class Completer:
         text, why = clean(text, place, complete=complete, forbidden=self._forbidden)
         if why is not None:
             return Answer(reason=why)
-        return Answer(text, source=Source.MODEL, tokens=output.within(len(text)), finished=output.complete)
+        answer = Answer(text, source=Source.MODEL, tokens=output.within(len(text)), finished=output.complete)
+        return replace(answer, detail=output.detail)
 
     def _weigh(self, answer: Answer, place: Place, trigger: Trigger) -> Answer:
         """Of an answer that nobody asked for explicitly, the lines that are likely enough right."""
@@ -481,20 +494,6 @@ def _beside_closers(answer: Answer, match: Match[_Made]) -> Answer:
         reason = Reason.OTHER_CLOSERS if fit is None else Reason.REPEATS_TEXT
         return replace(answer, text="", source=Source.NONE, reason=reason, texts=texts)
     return replace(answer, text=text, num_replaced=num_replaced, texts=texts)
-
-
-def _stages(begun: float, built: float, stats: Stats, written: float) -> tuple[tuple[str, float], ...]:
-    """Milliseconds of each stage that asked the model; those that it did not come to are left out."""
-    begins = (
-        ("prompt", begun),
-        ("queue", built),
-        ("prefill", stats.started_s),
-        ("decode", stats.first_token_s),
-        ("clean-up", written),
-    )
-    come_to = [(name, at) for name, at in begins if at]
-    ends = [at for _, at in come_to[1:]] + [time.monotonic()]
-    return tuple((name, (end - at) * 1000) for (name, at), end in zip(come_to, ends, strict=True))
 
 
 def _since(begun: float) -> float:

@@ -19,11 +19,16 @@ from functools import cached_property
 from midfill.languages import identify
 
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPLIT_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _BLOCK = 256
 # As much of it as may say what runs the file.
 _FIRST_LINE_CHARS = 200
 _NEAR = 20
+# From so many changes at once on, lines of so many characters are cut into pieces of so many.
+_MANY = 8
+_LONG = 16_384
+_PIECE = 4_096
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
@@ -99,18 +104,11 @@ class Document:
 
         Versions are recorded, not checked: clients repeat them and go back, and the last text wins.
         """
-        lines, num_chars = self.lines.copy(), self.num_chars
+        changes = list(changes)
+        draft = _Draft(self.lines.copy(), self.num_chars, encoding, cuts=len(changes) >= _MANY)
         for change in changes:
-            if change.start is None or change.end is None:
-                lines = split_lines(change.text)
-                num_chars = _count(lines)
-            else:
-                start = locate(lines, change.start, encoding)
-                end = locate(lines, change.end, encoding)
-                first, last, middle = _splice(lines, start, end, change.text)
-                num_chars += _count(middle) - _count(lines[first:last])
-                lines[first:last] = middle
-        return replace(self, lines=lines, num_chars=num_chars, version=version)
+            draft.apply(change)
+        return replace(self, lines=draft.finish(), num_chars=draft.num_chars, version=version)
 
     def point(self, position: tuple[int, int], encoding: Encoding) -> Point:
         """The place of a client's (line, character), clamped into the document."""
@@ -262,6 +260,179 @@ def changed_lines(old: Sequence[str], new: Sequence[str]) -> tuple[int, int, int
     while old_end > first < new_end and old[old_end - 1] == new[new_end - 1]:
         old_end, new_end = old_end - 1, new_end - 1
     return first, old_end, new_end
+
+
+class _Draft:
+    """The lines of a document while changes are applied to it.
+
+    Editors send a change for each of a thousand cursors at once. With `cuts`, a long line is cut into pieces
+    when it is first changed, so that a further change of it costs a piece and not the line.
+    """
+
+    def __init__(self, lines: list[str], num_chars: int, encoding: Encoding, *, cuts: bool) -> None:
+        self._lines = lines
+        self.num_chars = num_chars
+        self._encoding = encoding
+        self._cuts = cuts
+        # By row. The item of `_lines` is out of date for these.
+        self._long: dict[int, _LongLine] = {}
+
+    def apply(self, change: Change) -> None:
+        """Make one change."""
+        if change.start is None or change.end is None:
+            self._long.clear()
+            self._lines = split_lines(change.text)
+            self.num_chars = _count(self._lines)
+        elif not self._apply_within(change.text, change.start, change.end):
+            self._apply_to_lines(change.text, change.start, change.end)
+
+    def finish(self) -> list[str]:
+        """Return the lines as they are now."""
+        for row in list(self._long):
+            self._mend(row)
+        return self._lines
+
+    def _mend(self, row: int) -> None:
+        if (line := self._long.pop(row, None)) is not None:
+            self._lines[row] = line.text
+
+    def _apply_to_lines(self, text: str, start: tuple[int, int], end: tuple[int, int]) -> None:
+        last_row = len(self._lines) - 1
+        rows = [max(0, min(row, last_row)) for row, _ in (start, end)]
+        for row in [row for row in self._long if min(rows) - 1 <= row <= max(rows)]:
+            self._mend(row)
+        lines = self._lines
+        places = locate(lines, start, self._encoding), locate(lines, end, self._encoding)
+        first, last, middle = _splice(lines, *places, text)
+        self.num_chars += _count(middle) - _count(lines[first:last])
+        lines[first:last] = middle
+        self._shift(last, len(middle) - (last - first))
+
+    def _shift(self, row: int, distance: int) -> None:
+        """Note that the lines from `row` on have moved."""
+        if distance and self._long:
+            self._long = {old + distance * (old >= row): line for old, line in self._long.items()}
+
+    def _apply_within(self, text: str, start: tuple[int, int], end: tuple[int, int]) -> bool:
+        """Make a change within one long line. Returns False if it is not that simple."""
+        row = start[0]
+        if not self._cuts or row != end[0] or not 0 <= row < len(self._lines):
+            return False
+        line = self._long.get(row)
+        if line is None:
+            if len(self._lines[row]) < _LONG:
+                return False
+            line = self._long[row] = _LongLine.of(self._lines[row], self._encoding)
+        span = line.span(*sorted((start[1], end[1])))
+        # Where halves of a line end or of a character may meet, it is not.
+        meets = text.endswith("\r") or _SURROGATE.search(text or line.char_before(span))
+        if meets or (not span.start and (text[:1] == "\n" or (not text and span.end == line.num_chars))):
+            return False
+        self.num_chars += len(text) - (span.end - span.start)
+        *above, last = split_lines(text)
+        if not above:
+            line.replace(span, last)
+            return True
+        left, right = line.split(span, above[0], last)
+        del self._long[row]
+        self._lines[row : row + 1] = [*above, ""]
+        self._shift(row + 1, len(above))
+        for number, part in ((row, left), (row + len(above), right)):
+            if part.num_chars < _LONG:
+                self._lines[number] = part.text
+            else:
+                self._long[number] = part
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A range of a long line: in characters, and as (number of the piece, characters within it)."""
+
+    start: int
+    end: int
+    first: tuple[int, int]
+    last: tuple[int, int]
+
+
+class _LongLine:
+    """A line in pieces, none of them empty unless it is the only one.
+
+    Attributes:
+        num_chars: without the line's end.
+    """
+
+    def __init__(self, pieces: list[str], units: list[int], ending: str, encoding: Encoding) -> None:
+        self._pieces = pieces
+        self._units = units
+        self._ending = ending
+        self._encoding = encoding
+        self.num_chars = sum(map(len, pieces))
+
+    @staticmethod
+    def of(line: str, encoding: Encoding) -> _LongLine:
+        """Cut a line."""
+        length = content_length(line)
+        pieces = _cut(line[:length])
+        return _LongLine(pieces, [count_units(one, encoding) for one in pieces], line[length:], encoding)
+
+    @property
+    def text(self) -> str:
+        """The whole line."""
+        return "".join(self._pieces) + self._ending
+
+    def span(self, start: int, end: int) -> _Span:
+        """Return the range between two places in the client's units."""
+        (begin, first), (after, last) = self._find(start), self._find(end)
+        return _Span(begin, after, first, last)
+
+    def _find(self, units: int) -> tuple[int, tuple[int, int]]:
+        units, chars = max(0, units), 0
+        for number, size in enumerate(self._units):
+            piece = self._pieces[number]
+            if units <= size or number == len(self._units) - 1:
+                within = count_code_points(piece, units, self._encoding)
+                return chars + within, (number, within)
+            units -= size
+            chars += len(piece)
+        raise AssertionError("a line has a piece")
+
+    def char_before(self, span: _Span) -> str:
+        """Return the character before a range; "" at the beginning of the line."""
+        number, within = span.first
+        return self._pieces[number][:within][-1:] or (self._pieces[number - 1][-1:] if number else "")
+
+    def replace(self, span: _Span, text: str) -> None:
+        """Put a text without line ends in the place of a range."""
+        (first, start), (last, end) = span.first, span.last
+        changed = self._pieces[first][:start] + text + self._pieces[last][end:]
+        self.num_chars -= sum(map(len, self._pieces[first : last + 1]))
+        del self._pieces[first : last + 1], self._units[first : last + 1]
+        self._insert(first, changed)
+
+    def split(self, span: _Span, before: str, after: str) -> tuple[_LongLine, _LongLine]:
+        """Return the two lines that it becomes: up to a range, with `before` added; `after` and the rest."""
+        (first, start), (last, end) = span.first, span.last
+        length = content_length(before)
+        left = _LongLine(self._pieces[:first], self._units[:first], before[length:], self._encoding)
+        left._insert(len(left._pieces), self._pieces[first][:start] + before[:length])
+        right = _LongLine(self._pieces[last + 1 :], self._units[last + 1 :], self._ending, self._encoding)
+        right._insert(0, after + self._pieces[last][end:])
+        return left, right
+
+    def _insert(self, number: int, text: str) -> None:
+        """Put pieces of a text before one of the others; an empty one only where there is no other."""
+        new = _cut(text) if text or not self._pieces else []
+        self._pieces[number:number] = new
+        self._units[number:number] = [count_units(one, self._encoding) for one in new]
+        self.num_chars += len(text)
+
+
+def _cut(text: str) -> list[str]:
+    """Cut a text into pieces, at least one."""
+    if len(text) <= 2 * _PIECE:
+        return [text]
+    return [text[at : at + _PIECE] for at in range(0, len(text), _PIECE)]
 
 
 def _count(lines: list[str]) -> int:

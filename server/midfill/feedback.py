@@ -229,6 +229,12 @@ class Feedback:
         table, self._table = self._table, {}
         return table
 
+    def restore(self, table: Table) -> None:
+        """Take back what `collect` gave, which could not be written."""
+        for model, languages in table.items():
+            for language, counts in languages.items():
+                self._counts((model, language)).add(counts)
+
     def _counts(self, key: tuple[str, str]) -> Counts:
         model, language = key
         return self._table.setdefault(model, {}).setdefault(language, Counts())
@@ -290,6 +296,7 @@ class Journal:
         self._feedback = Feedback()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._writing: asyncio.Task[None] | None = None
+        self._failed = False
 
     def offer(
         self, document: Document, start: Point, text: str, model: str, num_replaced: int = 0
@@ -348,15 +355,28 @@ class Journal:
             self._timers[what] = asyncio.get_running_loop().call_later(in_s, run)
 
     def _write_soon(self) -> None:
-        self._writing = asyncio.create_task(asyncio.to_thread(self._write, self._feedback.collect()))
+        self._writing = asyncio.create_task(self.write())
 
-    def _write(self, table: Table) -> None:
-        if not table:
-            return
+    async def write(self) -> None:
+        """Add the counts to the file. Those that cannot be written are kept, and tried again later."""
+        table = self._feedback.collect()
+        if not await asyncio.to_thread(self._write, table):
+            # The disk may have room the next time.
+            self._feedback.restore(table)
+            self._later("write", _WRITE_S, self._write_soon)
+
+    def _write(self, table: Table) -> bool:
+        """Add counts to the file. Returns whether they are there; if not, that is logged, once."""
         try:
-            add(state_path(), table, self.session)
+            if table:
+                add(state_path(), table, self.session)
         except MidfillError as error:
-            _LOG.warning("%s", error)
+            if not self._failed:
+                _LOG.warning("%s", error)
+            self._failed = True
+            return False
+        self._failed = False
+        return True
 
 
 def difference(before: Document, after: Document) -> tuple[Point, Point, str]:
@@ -378,11 +398,14 @@ def difference(before: Document, after: Document) -> tuple[Point, Point, str]:
     return start, _after(start, old[head : len(old) - tail]), new[head : len(new) - tail]
 
 
-def _num_shared(one: str, two: str) -> int:
+def _num_shared(one: str, other: str) -> int:
     """How many characters two texts have in common at the beginning."""
-    return next(
-        (at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
-    )
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        # Comparing halves is much faster than comparing characters.
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def _plain(text: str) -> str:

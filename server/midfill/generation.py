@@ -29,7 +29,8 @@ class Output:
         is_cut: whether it was cut at a character that is not safe to show.
         is_altered: whether line ends or indentation are not as the model wrote them.
         failure: why it is of no use; None if it is.
-        detail: what the engine said about that, a sentence.
+        detail: what there is to say about that, or about its end: a sentence.
+        late: the half of a line that was written when the time was over; it is in neither text.
         tokens: for each, where it ends in `text` (0 and less: before the cursor) and its log-probability.
     """
 
@@ -41,7 +42,15 @@ class Output:
     is_altered: bool = False
     failure: Reason | None = None
     detail: str = ""
+    late: str = ""
     tokens: list[tuple[int, float]] = field(default_factory=list)
+
+    def keep_whole_lines(self) -> bool:
+        """The time is over: drop the half of a line at the end. Returns whether something is left."""
+        end = self.raw.rfind("\n") + 1
+        self.late = self.raw[end:]
+        self.text = self.raw = self.raw[:end]
+        return bool(self.text.strip())
 
     def within(self, num_chars: int) -> tuple[tuple[int, float], ...]:
         """The tokens that the first `num_chars` characters are made of."""

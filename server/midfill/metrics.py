@@ -179,3 +179,17 @@ class Metered:
     async def close(self) -> None:
         """See `Engine.close`."""
         await self._engine.close()
+
+
+def stages(begun: float, built: float, stats: Stats, written: float) -> tuple[tuple[str, float], ...]:
+    """Milliseconds of each stage that asked the model; those that it did not come to are left out."""
+    begins = (
+        ("prompt", begun),
+        ("queue", built),
+        ("prefill", stats.started_s),
+        ("decode", stats.first_token_s),
+        ("clean-up", written),
+    )
+    come_to = [(name, at) for name, at in begins if at]
+    ends = [at for _, at in come_to[1:]] + [time.monotonic()]
+    return tuple((name, (end - at) * 1000) for (name, at), end in zip(come_to, ends, strict=True))

@@ -44,6 +44,7 @@ from pygls.protocol import LanguageServerProtocol, lsp_method
 
 from midfill.messages import READERS, MalformedError
 from midfill.metrics import REQUEST
+from midfill.outlet import read_some, write_all
 
 _LOG = logging.getLogger(__name__)
 
@@ -144,10 +145,8 @@ class Writer:
 
     def _run(self) -> None:
         while (data := self._queue.get()) is not None:
-            view = memoryview(data)
             try:
-                while view:
-                    view = view[os.write(self._descriptor, view) :]
+                write_all(self._descriptor, data)
             except OSError:
                 self._on_broken()
                 return
@@ -451,30 +450,55 @@ class Protocol(LanguageServerProtocol):
         with contextlib.suppress(OSError):  # a regular file cannot be watched, and has no other end
             loop.add_reader(stdout, woken)
 
-    async def watch_parent(self, process_id: int) -> None:
-        """Stop when the process that started the server is gone, even if it left our input open."""
-        loop = asyncio.get_running_loop()
+    async def watch_editor(self, process_id: int) -> None:
+        """Stop when the editor is gone, even if it left our input open.
+
+        `process_id` is what the editor says of itself, and says nothing here if the two run in different
+        containers. It is believed if it is the process that started this one, or one further up.
+        """
+        process = _ancestor(process_id)
+        if process is None:
+            _LOG.info(
+                "the editor's process %d is not watched, since it did not start this one; "
+                "the server ends when its input does",
+                process_id,
+            )
+            return
         if hasattr(os, "pidfd_open"):
-            try:
-                descriptor = os.pidfd_open(process_id)
-            except ProcessLookupError:
-                self.stop(1)
-                return
-            except OSError:
-                pass
-            else:
-                gone = loop.create_future()
-                loop.add_reader(descriptor, partial(_settle, gone))
-                try:
-                    await gone
-                finally:
-                    loop.remove_reader(descriptor)
-                    os.close(descriptor)
-                self.stop(1)
-                return
-        while psutil.pid_exists(process_id):  # noqa: ASYNC110 - no event exists for this elsewhere
+            with contextlib.suppress(OSError):  # an old kernel, or it has just ended
+                await _end_of(os.pidfd_open(process_id), process)
+        # By its time of birth: another process may get the number.
+        while _is_alive(process):  # noqa: ASYNC110 - no event exists for this elsewhere
             await asyncio.sleep(_PARENT_CHECK_S)
         self.stop(1)
+
+
+def _ancestor(process_id: int) -> psutil.Process | None:
+    """The process of this number among those that started this one, directly or not."""
+    try:
+        return next((one for one in psutil.Process().parents() if one.pid == process_id), None)
+    except psutil.Error:
+        return None
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+async def _end_of(descriptor: int, process: psutil.Process) -> None:
+    """Wait until the process of a pidfd has ended; no longer if it is not `process`, whose number it was."""
+    loop = asyncio.get_running_loop()
+    gone = loop.create_future()
+    loop.add_reader(descriptor, partial(_settle, gone))
+    try:
+        if _is_alive(process):
+            await gone
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
 
 
 def _malformed(method: str) -> Refusal:
@@ -490,7 +514,7 @@ def _read(
     """The reader thread: bytes to frames, frames to the event loop."""
     frames = FrameReader()
     with contextlib.suppress(OSError, RuntimeError):  # closed under us; the loop has ended
-        while data := os.read(descriptor, _READ_BYTES):
+        while data := read_some(descriptor, _READ_BYTES):
             for body in frames.feed(data):
                 # An empty body is not JSON either: the client hears of both in the same way.
                 loop.call_soon_threadsafe(receive, body or b"")

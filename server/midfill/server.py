@@ -50,12 +50,14 @@ from midfill.protocol import Protocol
 from midfill.reasons import Reason
 from midfill.settings import Settings, keep_start_only, merge
 from midfill.shown import printable
-from midfill.suggestions import may_close
+from midfill.suggestions import closing_changes
 from midfill.switching import Switch
 
 _LOG = logging.getLogger(__name__)
 
 _TRIM_CHARS = 16_000_000
+# Of cells that are edited at once, the last so many may have brackets that were closed by the editor.
+_CELLS_CLOSING = 4
 
 # A served engine that is away at the start is asked again after such pauses.
 _FIRST_PAUSE_S = 1.0
@@ -158,7 +160,7 @@ class MidfillServer(LanguageServer):
         # What our own demo and measurements accept is no one's opinion.
         self.state.journal.counts = params.client_info is None or params.client_info.name != OWN_CLIENT
         if isinstance(params.process_id, int) and params.process_id > 0:
-            self.spawn(self.protocol.watch_parent(params.process_id))
+            self.spawn(self.protocol.watch_editor(params.process_id))
 
     def initialized(self, _: types.InitializedParams) -> None:
         """Start to load the model and to index the workspace, once."""
@@ -359,23 +361,31 @@ class MidfillServer(LanguageServer):
 
     def did_change(self, edited: Edited) -> None:
         """Apply edits. Changes of a document that is not open are dropped: there is nothing to change."""
+        self._change(edited)
+        self._rest(edited.uri)
+
+    def _change(self, edited: Edited, *, closes: bool = True) -> None:
+        """Apply edits; with `closes`, look for what the editor has closed by itself among them."""
         document = self.state.documents.get(edited.uri)
         if document is None:
             _LOG.warning("dropped a change of a document that is not open")
             return
         version = document.version if edited.version is None else edited.version
-        for count, change in enumerate(edited.changes):
-            if may_close(change):
-                self._closing(document.edit(edited.changes[:count], version, self.state.encoding), change)
-        after = document.edit(edited.changes, version, self.state.encoding)
+        after, done = document, 0
+        for at in closing_changes(edited.changes) if closes else ():
+            after = after.edit(edited.changes[done:at], version, self.state.encoding)
+            self._closing(after, edited.changes[at])
+            done = at
+        after = after.edit(edited.changes[done:], version, self.state.encoding)
         self.state.documents[edited.uri] = after
         self.state.completer.context.edited(document, after)
-        whole = self.state.notebooks.whole(Snapshot(after, Point(0, 0)), self.state.documents)
-        self.state.completer.edited(whole.document)
+        if self.state.completer.computes(edited.uri):
+            # Joining all cells of a notebook takes a moment, and all its cells may be edited at once.
+            whole = self.state.notebooks.whole(Snapshot(after, Point(0, 0)), self.state.documents)
+            self.state.completer.edited(whole.document)
         self.state.journal.edit(document, after, edited.changes, self.state.encoding)
         if edited.changes and edited.changes[-1].start is not None:
             self.state.places[edited.uri] = after.end_of(edited.changes[-1], self.state.encoding)
-        self._rest(edited.uri)
 
     def _closing(self, document: Document, change: Change) -> None:
         """What a change puts in may in part come from the editor."""
@@ -415,8 +425,12 @@ class MidfillServer(LanguageServer):
             self._close(uri)
         for text in changed.opened:
             self._open(text)
-        for edited in changed.edits:
-            self.did_change(edited)
+        # The user is in one cell; the others were edited along with it.
+        first_closing = len(changed.edits) - _CELLS_CLOSING
+        for at, edited in enumerate(changed.edits):
+            self._change(edited, closes=at >= first_closing)
+        if changed.edits:
+            self._rest(changed.edits[-1].uri)
 
     def did_close_notebook(self, closed: NotebookClosed) -> None:
         """Forget a notebook and its cells, those too that the client does not name."""
@@ -564,6 +578,7 @@ def serve(
     stdin = os.dup(0)
     stdout = os.dup(1)
     os.dup2(2, 1)
+    sys.stdout = sys.stderr
     os.set_inheritable(stdin, False)
     os.set_inheritable(stdout, False)
     # Not `asyncio.run`: it waits for every thread at the end, one that imports torch or loads too.

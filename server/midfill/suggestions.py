@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Iterator
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
@@ -36,6 +36,8 @@ LINGER_S = 0.25
 _MAX_DOCUMENTS = 64
 _MAX_PER_DOCUMENT = 32
 _MAX_INSERTED_CHARS = 4_000
+# Brackets within brackets that editors close in one go.
+_MAX_NESTED = 8
 
 # What editors insert behind the cursor when an opening bracket or quote is typed.
 _AUTOMATIC = re.compile(r"""[)\]}>"'`]+\Z""")
@@ -259,6 +261,15 @@ def may_close(change: Change) -> bool:
     """Whether a change may put something behind the cursor that the editor closes by itself."""
     inserts = change.start is not None and change.start == change.end
     return inserts and _AUTOMATIC.match(change.text.rstrip("\r\n")[-1:]) is not None
+
+
+def closing_changes(changes: Sequence[Change]) -> list[int]:
+    """The numbers of those changes, made at once, that have to be told by `Suggestions.closing`, in order.
+
+    A later one takes the place of the earlier ones, unless it is within what they have put in. So the last
+    few are enough; to look at each of a thousand cursors would take seconds.
+    """
+    return [at for at, change in enumerate(changes) if may_close(change)][-_MAX_NESTED:]
 
 
 def agrees(inserted: str, expected: str) -> bool:
@@ -486,6 +497,10 @@ class Suggestions(Generic[A]):
         """A document has changed: end the flights that it contradicts."""
         for flight in self._of(document.uri):
             flight.follow(document)
+
+    def computes(self, uri: str) -> bool:
+        """Whether something is being computed for a document."""
+        return bool(self._of(uri))
 
     def moved(self, snapshot: Snapshot) -> None:
         """The user is here now: end the flights that are of no use here and that nobody waits for."""

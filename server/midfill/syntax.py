@@ -12,6 +12,7 @@ import ast
 import bisect
 import itertools
 import textwrap
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -113,6 +114,21 @@ _OPAQUE = (
 _EMBEDS = ("interpolation", "substitution", "interpolated_expression", "jsx_expression")
 _LOOPS = frozenset({"while", "until", "for"})
 _MODIFIERS = frozenset({"if", "unless", "while", "until"})
+
+
+class _Source(threading.local):
+    """What the parser reads from, one for each thread.
+
+    py-tree-sitter never frees the object that a read callback returns (0.25 and 0.26; and only with such a
+    callback does it look at the time), so that every text would be kept. It gets the same object each time,
+    with other contents.
+    """
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+
+
+_source = _Source()
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,9 +366,11 @@ def _parse(
     string. What counts is our own time, not that of other programs, so that answers do not depend on them.
     """
     deadline = time.thread_time() + budget_s
+    buffer = _source.buffer
 
-    def read(byte: int, _: object) -> bytes:
-        return data[byte:]
+    def read(byte: int, _: object) -> bytearray:
+        buffer[:] = memoryview(data)[byte:]
+        return buffer
 
     def late(*_: object) -> bool:
         return time.thread_time() > deadline
@@ -364,6 +382,8 @@ def _parse(
         return parser.parse(read, old, progress_callback=late)
     except ValueError:  # the budget is spent
         return None
+    finally:
+        buffer.clear()
 
 
 def _read(tree: Tree, data: bytes, begin: int, grammar: _Grammar) -> Outline:

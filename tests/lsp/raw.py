@@ -136,6 +136,11 @@ class Raw:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
+    def loop_s(self):
+        """Seconds that the event loop's thread has computed: what else runs on the machine is not in it."""
+        pid = self.process.pid
+        return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
+
     def close_output(self):
         """Close our end of the server's stdout, as an editor that crashed in part does."""
         self.process._transport.get_pipe_transport(1).close()

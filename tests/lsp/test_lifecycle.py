@@ -9,7 +9,7 @@ import sys
 
 import psutil
 import pytest
-from raw import COMMAND, frame
+from raw import COMMAND, Raw, descendants, frame
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -160,23 +160,48 @@ async def test_a_whole_session_in_one_write_is_served_in_order(scripted):
     assert answers[2]["result"]["text"] == "a = \n"
 
 
-async def test_the_death_of_the_editor_ends_it_though_its_input_stays_open(scripted):
-    editor = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    server = await scripted(initialize=False)
-    await server.initialize(processId=editor.pid)
-    await server.serves()
-    editor.communicate(b"\n")
-    async with asyncio.timeout(30):
-        assert await server.process.wait() == 1
+# Starts the rest of its arguments, and stays until it is killed.
+EDITOR = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
 
 
-async def test_an_editor_that_is_dead_already_ends_it(scripted):
-    editor = subprocess.Popen([sys.executable, "-c", ""])
-    editor.wait()
-    server = await scripted(initialize=False)
-    await server.initialize(processId=editor.pid)
-    async with asyncio.timeout(30):
-        assert await server.process.wait() == 1
+@pytest.mark.parametrize("levels", [1, 2], ids=["its parent", "further up"])
+async def test_the_death_of_the_editor_ends_it_though_its_input_stays_open(script, levels):
+    command = [sys.executable, "-c", EDITOR] * levels + COMMAND
+    async with await Raw.start(*script(), command=command) as editor:
+        await editor.initialize(processId=editor.process.pid)
+        await editor.loaded()
+        servers = descendants(editor.process.pid)
+        assert len(servers) == levels
+        editor.process.kill()
+        async with asyncio.timeout(30):
+            await editor.rest()
+            for server in servers:
+                # With a wrapper between them, that one is not the server's to end.
+                if "serve" in servers[server]:
+                    await asyncio.to_thread(server.wait)
+
+
+async def test_an_editor_that_is_not_visible_here_is_not_watched(scripted):
+    """In a container or a sandbox the editor has a number that is nobody's here, or somebody else's."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    numbers = {ended.pid: "nobody", other.pid: "somebody else", 4_194_303: "beyond", 2**31 - 1: "absurd"}
+    servers = []
+    for number in numbers:
+        server = await scripted(initialize=False, arguments=["--log-level", "info"])
+        await server.initialize(processId=number)
+        await server.loaded()
+        servers.append((number, server))
+    other.communicate(b"\n")
+    for number, server in servers:
+        # What ends the server would have been done by the time that it has answered.
+        await server.serves()
+        await server.serves()
+        server.process.stdin.close()
+        assert await server.status() == 1
+        logged = (await server.process.stderr.read()).decode()
+        assert logged.count(f"the editor's process {number} is not watched") == 1
 
 
 @pytest.mark.parametrize("process_id", ["12", -1, 0, None, 1.5, {}, 2**40])

@@ -187,3 +187,88 @@ async def test_a_client_that_stops_reading_for_three_seconds(scripted, tmp_path)
     found = await answers(server, 21)
     assert all(found[number]["result"]["text"] == text for number in range(20))
     assert found["while deaf"]["result"]["items"]
+
+
+def at(line, character, *, until=0, text=""):
+    start, end = {"line": line, "character": character}, {"line": line, "character": character + until}
+    return {"range": {"start": start, "end": end}, "text": text}
+
+
+def two_changes(line):
+    """A bracket and what the editor closes it with, as two changes."""
+    return [at(line, 3, text="("), at(line, 4, text=")")]
+
+
+# What is done at each of the cursors, from the last line up as most editors send it, or from the first down.
+CURSORS = {
+    "brackets": lambda num: [at(line, 3, text="()") for line in range(num)],
+    "brackets, one by one": lambda num: [change for line in range(num) for change in two_changes(line)],
+    "braces on lines of their own": lambda num: [at(line, 3, text="{\n}") for line in reversed(range(num))],
+    "lines ends": lambda num: [at(line, 3, text="\n") for line in reversed(range(num))],
+    "deletions": lambda num: [at(line, 3, until=2) for line in range(num)],
+    "replacements": lambda num: [at(line, 0, until=3, text="é)") for line in range(num)],
+    "one long line": lambda num: [at(num, 20 * place, text="()") for place in reversed(range(num))],
+}
+
+
+@pytest.mark.parametrize("what", CURSORS)
+async def test_a_change_at_each_of_many_cursors_takes_time_in_proportion(scripted, what):
+    server = await scripted({"text": "1"})
+    await server.loaded()
+
+    async def seconds(num, version):
+        uri = f"file:///work/{num}.py"
+        open_document(server, "".join(f"foo{line} = bar\n" for line in range(num)) + "é" * 20 * num, uri)
+        # There is a suggestion, so that edits are followed.
+        ask(server, version, 0, 0, uri=uri)
+        await server.answer(version)
+        taken = []
+        for turn in range(3):
+            document = {"uri": uri, "version": version + turn}
+            changes = {"textDocument": document, "contentChanges": CURSORS[what](num)}
+            begun = server.loop_s()
+            server.notify("textDocument/didChange", changes)
+            await server.serves()
+            taken.append(server.loop_s() - begun)
+        return min(taken)
+
+    few, many = await seconds(500, 10), await seconds(2_000, 20)
+    print(f"{what}: {few * 1000:.0f} ms for 500 cursors, {many * 1000:.0f} ms for 2,000")
+    # Sixteen times as long when each cursor costs the whole document.
+    assert many < 10 * few
+
+
+async def test_edits_of_many_cells_at_once_take_time_in_proportion(scripted):
+    server = await scripted({"text": "1"})
+    await server.loaded()
+
+    async def seconds(num):
+        notebook = f"file:///work/{num}.ipynb"
+        cells = [f"cell://{num}/{cell}" for cell in range(num)]
+        texts = [
+            {"uri": cell, "languageId": "python", "version": 1, "text": "a = b\n" * 20} for cell in cells
+        ]
+        kinds = [{"kind": 2, "document": cell} for cell in cells]
+        opened = {"uri": notebook, "notebookType": "jupyter-notebook", "version": 1, "cells": kinds}
+        server.notify("notebookDocument/didOpen", {"notebookDocument": opened, "cellTextDocuments": texts})
+        ask(server, num, 0, 4, uri=cells[0])
+        await server.answer(num)
+        taken = []
+        for version in range(2, 5):
+            edits = [
+                {"document": {"uri": cell, "version": version}, "changes": [at(3, 2, text="()")]}
+                for cell in cells
+            ]
+            change = {"cells": {"textContent": edits}}
+            begun = server.loop_s()
+            server.notify(
+                "notebookDocument/didChange",
+                {"notebookDocument": {"uri": notebook, "version": version}, "change": change},
+            )
+            await server.serves()
+            taken.append(server.loop_s() - begun)
+        return min(taken)
+
+    few, many = await seconds(250), await seconds(1_000)
+    print(f"cells: {few * 1000:.0f} ms for 250, {many * 1000:.0f} ms for 1,000")
+    assert many < 10 * few

@@ -24,6 +24,7 @@ LAYERS = [
         "jsonfiles",
         "messages",
         "notebooks",
+        "outlet",
         "private",
         "programs",
         "settings",

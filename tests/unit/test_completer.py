@@ -9,6 +9,7 @@ from midfill.completer import Completer, Trigger
 from midfill.documents import Document, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import EngineUnavailableError, ModelError
+from midfill.explanation import explain
 from midfill.reasons import REASONS, Reason
 from midfill.settings import Settings
 
@@ -97,6 +98,36 @@ async def test_a_hanging_engine_ends_at_the_deadline_and_the_next_request_works(
     it = await completer(Rule(after="slow = ", hang=True), Rule("1"), deadline_s=0.1)
     assert (await ask(it, "slow = ▮")).reason == Reason.DEADLINE
     assert (await ask(it)).text == "1"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown", "late"),
+    [
+        (
+            "first = call(one)\nsecond = call(two)\nthird = ca",
+            "first = call(one)\nsecond = call(two)",
+            "third = ca",
+        ),
+        ("first = call(one)\nsecond = call(two)\n", "first = call(one)\nsecond = call(two)", ""),
+        ("first = call(one)\n", "first = call(one)", ""),
+        # Half a line is none, nor is one that is empty.
+        ("first = ca", "", "first = ca"),
+        ("\n\nfirst = ca", "", "first = ca"),
+    ],
+)
+async def test_whole_lines_that_were_written_by_the_deadline_are_shown(written, shown, late):
+    it = await completer(Rule(written, hang=True), deadline_s=0.3, max_new_tokens=400)
+    answer = await ask(it, "a = 1\n▮\n", trigger=Trigger.INVOKED)
+    assert answer.text == shown
+    assert answer.reason == (None if shown else Reason.DEADLINE)
+    assert ("`deadline_s` (0.3 s) was over" in answer.detail) == bool(shown)
+    # What it says of the filters is true: half a line was dropped, nothing else.
+    assert dict(answer.texts)["model"] == written
+    if late:
+        assert explain(answer)["filters"][0] == {"filter": "deadline", "characters": -len(late)}
+    if shown:
+        typed = await ask(it, f"a = 1\n{shown[:5]}▮\n", trigger=Trigger.INVOKED)
+        assert (typed.text, typed.source) == (shown[5:], "typed-through")
 
 
 async def test_a_closed_engine_is_a_reason():

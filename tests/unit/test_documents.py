@@ -1,6 +1,7 @@
 """Documents against a naive model (see `tests/lsp/naive.py`), and the rules of their positions."""
 
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,83 @@ def test_edits_equal_a_naive_model(text, edits, encoding):
         assert document.lines == split_lines(naive)
         assert document.num_chars == len(naive)
         assert document.version == version
+
+
+def lines_of_all_lengths(rng):
+    """Lines of which some are long, with characters of every width and halves of characters."""
+    alphabet = ["a", "b", " ", "é", "漢", "😀", "\ud83d", "\ude00"]
+    widths = [(60, 0), (1, 1), (20, 20)]
+    for _ in range(rng.randint(1, 4)):
+        plain, special = rng.choice(widths)
+        weights = [max(plain, 1)] * 3 + [special] * 5
+        yield "".join(rng.choices(alphabet, weights, k=rng.choice([0, 3, 16_384, 20_000, 40_000])))
+        yield rng.choice(["\n", "\r\n", "\r"])
+
+
+def many_changes(rng, lines):
+    """Changes near the ends of lines and of the pieces that long ones are cut into, and anywhere."""
+    inserted = [
+        "",
+        "",
+        "x",
+        "()",
+        "é",
+        "😀",
+        "\ud83d",
+        "\ude00",
+        "\n",
+        "\r",
+        "\r\n",
+        "x\r\ny",
+        "a\n\nb",
+        "z" * 9_000,
+    ]
+    for _ in range(rng.randint(8, 40)):
+        row = rng.randint(0, len(lines))
+        column = rng.choice([0, 1, 4_095, 4_096, 4_097, 8_192, rng.randint(0, 40_000), 99_999])
+        length = rng.choice([0, 0, 1, 2, 4_096, rng.randint(0, 40_000), 99_999])
+        end = (row, column + length) if rng.random() < 0.9 else (row + rng.randint(0, 2), rng.randint(0, 9))
+        places = [(row, column), end]
+        if rng.random() < 0.1:
+            places.reverse()
+        yield Change(rng.choice(inserted), *places)
+    if rng.random() < 0.1:
+        yield Change("".join(lines_of_all_lengths(rng)))
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+@pytest.mark.parametrize("seed", range(60))
+def test_many_changes_at_once_are_those_changes_one_by_one(seed, encoding):
+    rng = random.Random(seed)  # noqa: S311
+    document = Document.open("file:///a", "python", 1, "".join(lines_of_all_lengths(rng)))
+    edits = list(many_changes(rng, document.lines))
+    by_one = document
+    for change in edits:
+        by_one = by_one.edit([change], 2, encoding)
+    at_once = document.edit(edits, 2, encoding)
+    assert at_once.lines == by_one.lines
+    assert at_once.num_chars == by_one.num_chars == len(at_once.text)
+
+
+@pytest.mark.parametrize("inserted", ["()", "\n"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_many_changes_of_one_long_line_take_time_in_proportion(inserted, backwards):
+    def seconds(num):
+        document = Document.open("file:///a", "python", 1, "é" * 50 * num)
+        step = (0, 50 + len(inserted)) if inserted != "\n" else (1, 50)
+        places = [(at * step[0], at * step[1] if step[0] == 0 else step[1]) for at in range(num)]
+        if backwards:
+            places = [(0, at * 50) for at in reversed(range(num))]
+        changes = [Change(inserted, place, place) for place in places]
+        taken = []
+        for _ in range(3):
+            begun = time.thread_time()
+            document.edit(changes, 2, Encoding.UTF16)
+            taken.append(time.thread_time() - begun)
+        return min(taken)
+
+    # Four times as many, in a line four times as long, took sixteen times as long when each cost the line.
+    assert seconds(4_000) < 9 * seconds(1_000)
 
 
 @settings(max_examples=500, deadline=None)

@@ -272,3 +272,24 @@ def test_counts_of_adapters_are_kept_by_session_too(tmp_path, monkeypatch):
     assert list(read_sessions(path)) == ["second", "third"]
     assert feedback.with_and_without(held) == (mine, True)
     assert feedback.with_and_without(mine) == (mine, False)
+
+
+async def test_counts_that_cannot_be_written_are_kept_for_the_next_time(tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "state"
+    # A file where the folder should be: nothing can be written, whoever one is.
+    folder.write_text("")
+    monkeypatch.setenv("MIDFILL_STATE", str(folder))
+    document = Document.open("file:///a.py", "python", 1, "x = ")
+    journal = feedback.Journal({document.uri: document})
+    journal.counts = True
+    for count in (1, 2):
+        journal.offer(document, Point(0, count), "1 + 1", "model")
+        await journal.write()
+    assert caplog.text.count("Cannot write the counts") == 1
+    folder.unlink()
+    await journal.write()
+    written = feedback.read(folder / "feedback.json")
+    assert written["model"]["python"].offered == 2
+    # They are not written twice.
+    journal.end()
+    assert feedback.read(folder / "feedback.json") == written

@@ -12,7 +12,7 @@ from midfill.documents import Change, Document, Encoding, Point, Snapshot
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.reasons import Reason
 from midfill.settings import Settings
-from midfill.suggestions import Computed, Match, Suggestion, may_close
+from midfill.suggestions import Computed, Match, Suggestion, closing_changes, may_close
 
 SUM = "total = sum(values)"
 
@@ -229,6 +229,15 @@ def test_changes_that_close_nothing(text):
 def test_what_replaces_text_or_all_of_it_closes_nothing():
     assert not may_close(Change("()", (2, 4), (2, 5)))
     assert not may_close(Change("()", None, None))
+
+
+def test_of_a_thousand_changes_a_few_are_looked_at():
+    changes = [Change("()", (line, 4), (line, 4)) for line in range(1_000)]
+    assert closing_changes(changes) == list(range(992, 1_000))
+    # What closes nothing does not count.
+    typed = [Change("x", (line, 4), (line, 4)) for line in range(1_000)]
+    assert closing_changes([changes[0], *typed, changes[1], *typed]) == [0, 1_001]
+    assert closing_changes(typed) == closing_changes([]) == []
 
 
 METHOD = "(self, width):\n    self.width = width"

@@ -1,4 +1,7 @@
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -155,3 +158,52 @@ def test_pythons_own_parser_says_where_it_gives_up():
 def test_what_is_too_deep_for_a_parser_is_an_error_and_nothing_worse():
     for text in ("-" * 100_000 + "1", "(" * 5_000, "not " * 5_900 + "1", "a\0b"):
         assert first_error(text, "python") == 0
+
+
+MEMORY = """
+import gc
+import psutil
+from midfill import syntax
+
+TEXT = "def f(x):\\n    return x + 1  # text of its own\\n" * 50
+
+def from_nothing(number):
+    syntax.outline(f"{TEXT}x = {number}", "python")
+
+def cut_off(number):
+    # Without a budget the parser gives up at the first look at the clock.
+    syntax.count_errors(f"{TEXT * 10}x = {number}", "python", budget_s=0)
+
+def growing(number):
+    if number % 50 == 0:
+        growing.text, growing.typed = syntax.Growing.of(TEXT, "python"), ""
+    growing.typed += f"x = {number}\\n"
+    growing.text.outline(growing.typed)
+
+def resident():
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+for number in range(500):
+    WHAT(number)
+before = resident()
+for number in range(3_000):
+    WHAT(number)
+print((resident() - before) / 1e6)
+"""
+
+
+@pytest.mark.parametrize("what", ["from_nothing", "cut_off", "growing"])
+def test_three_thousand_parses_leave_nothing(what):
+    """In a process of its own, whose memory is this alone."""
+    command = [sys.executable, "-c", MEMORY.replace("WHAT", what)]
+    grown_mb = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown_mb < 1
+
+
+def test_threads_parse_beside_each_other():
+    texts = [f"def f_{number}(\n    " + "x = [(\n" * number for number in range(40)]
+    alone = [outline(text, "python") for text in texts]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(5):
+            assert list(threads.map(lambda text: outline(text, "python"), texts)) == alone

@@ -7,6 +7,7 @@
   others (`contenders`, `llama_vim`); `report` has the figures, `plot` draws them.
 - `load`: many people who type, against one engine; `service` measures what that takes, and `simulation` and
   `sizing` compute from it what many more and several engines would do.
+- `soak`: a long session in fast motion; what grows, and what is not answered.
 """
 
 SERVED = 0.8

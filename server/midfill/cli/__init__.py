@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import io
 import json
@@ -10,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ import click
 from midfill import __version__
 from midfill.cli import learn as _learn  # noqa: F401 - registers commands of `midfill adapter`
 from midfill.cli import load as _load  # noqa: F401 - registers `midfill bench load`
+from midfill.cli import output
+from midfill.cli import soak as _soak  # noqa: F401 - registers `midfill bench soak`
 from midfill.cli.adapter import adapter
 from midfill.cli.editors import setup
 from midfill.cli.engine import engine
@@ -57,19 +60,23 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line: errors of ours are one sentence and status 1, never a traceback."""
+    """Run the command line: what goes wrong is one sentence and a status, never a traceback."""
+    sys.exit(output.guard(_run))
+
+
+def _run() -> int:
     try:
         # Without the standalone mode, click returns the status of `Exit` instead of raising it.
-        sys.exit(cli(standalone_mode=False) or 0)
+        return cli(standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("Stopped.", err=True)
-        sys.exit(130)
+        return 130
     except MidfillError as error:
         say(f"midfill: {error}", err=True)
-        sys.exit(1)
+        return 1
 
 
 @cli.command()
@@ -101,19 +108,19 @@ def serve(
     """
     # lsprotocol makes hundreds of classes; collecting garbage meanwhile takes a fifth of the start.
     gc.disable()
+    from midfill.outlet import unblocked
     from midfill.recording import Recorder
     from midfill.server import serve as serve_stdio
 
     gc.freeze()
     gc.enable()
-    _set_up_logging(log_file, log_level)
-    settings = read_settings(model=model, adapter=adapter)
-    if script is not None and not script.startswith(TEST_ENGINES):
-        # The server wants to know who runs the model, not only to ask it.
-        settings, script = read_engine(settings, script), None
-    tap = Recorder(record).note if record is not None else None
-    status = serve_stdio(settings, engine_maker(script), tap)
-    logging.shutdown()
+    with unblocked(), _logging(log_file, log_level):
+        settings = read_settings(model=model, adapter=adapter)
+        if script is not None and not script.startswith(TEST_ENGINES):
+            # The server wants to know who runs the model, not only to ask it.
+            settings, script = read_engine(settings, script), None
+        tap = Recorder(record).note if record is not None else None
+        status = serve_stdio(settings, engine_maker(script), tap)
     # A forward pass that still runs on the engine's thread must not hold the process.
     os._exit(status)
 
@@ -364,15 +371,28 @@ def _split_place(where: str) -> tuple[str, str, str]:
     return (parts[0], ":", ":".join(parts[1:])) if len(parts) == 3 else (where, "", "?")
 
 
-def _set_up_logging(log_file: Path | None, log_level: str) -> None:
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+@contextlib.contextmanager
+def _logging(log_file: Path | None, log_level: str) -> Iterator[None]:
+    """While this lasts, log to a file or to stderr. Raises `SettingsError` if the file cannot be written."""
+    from midfill.outlet import Outlet, as_text
+
+    outlet = None
     if log_file is not None:
         try:
             log_file.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(log_file, encoding="utf-8")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            # A named pipe that nobody reads is an error then, and not waited for.
+            outlet = Outlet(os.open(log_file, flags | getattr(os, "O_NONBLOCK", 0), 0o600))
         except OSError as error:
             raise SettingsError(f"Cannot write the log file {log_file}: {error.strerror}.") from error
+    handler = logging.StreamHandler(sys.stderr if outlet is None else as_text(outlet))
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("midfill")
     logger.addHandler(handler)
     logger.setLevel(log_level.upper())
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        if outlet is not None:
+            outlet.end()

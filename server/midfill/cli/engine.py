@@ -120,12 +120,10 @@ def engine_serve(
         os.setsid()
     from midfill.engine.served.host import Host
     from midfill.engine.served.hosting import Listen, read_tokens, run
+    from midfill.outlet import unblocked
     from midfill.settings import Settings, parse
     from midfill.shown import LogFormatter
 
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(handlers=[handler])
     if given is not None:
         settings = parse(json.loads(given), base=Settings(), where="--settings")
     else:
@@ -148,7 +146,11 @@ def engine_serve(
     make = engine_maker(script)
     exits_s = settings.engine_exit_min * 60 if socket is not None else 0.0
     unloads_s = settings.engine_unload_min * 60
-    run(Host(lambda: make(settings), unloads_s, exits_s, adapters=_sources(adapters)), listen)
+    with unblocked():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.basicConfig(handlers=[handler])
+        run(Host(lambda: make(settings), unloads_s, exits_s, adapters=_sources(adapters)), listen)
 
 
 def _sources(names: tuple[str, ...]) -> tuple[AdapterSource, ...]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from midfill.cli.shared import ADAPTER, JSON, MODEL, SCRIPT, engine_maker, read_settings, show, with_progress
+from midfill.cli.terminal import say
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
@@ -316,9 +317,9 @@ def eval_calibrate(
         result["file"] = str(calibrations.write(calibration.to_saved(result, name, today)))
     show(result, calibration.describe, as_json=as_json)
     if writes and not as_json:
-        click.echo(f"Written to {result['file']}: {name} is judged by it from the next start on.")
+        say(f"Written to {result['file']}: {name} is judged by it from the next start on.")
     elif not as_json:
-        click.echo(why or "--write uses it.")
+        say(why or "--write uses it.")
 
 
 def _settings(given: tuple[str, ...], **overrides: Any) -> Settings:

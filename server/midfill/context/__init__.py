@@ -332,8 +332,7 @@ class Context:
         """
         if self.indexer is None:
             return 0, 0, False
-        texts = self.indexer.texts
-        others = sum(texts.values()) - texts.get(self._path(uri), 0)
+        others = self.indexer.num_texts - self.indexer.texts.get(self._path(uri), 0)
         return others, self._num_edits, self.indexer.scanned.is_set()
 
     def _choose(self, snapshot: Snapshot) -> list[Snippet]:

@@ -89,7 +89,8 @@ def terms(text: str) -> list[str]:
     return [term for word in _TERM.findall(text) for term in _with_parts(word)]
 
 
-@lru_cache(maxsize=50_000)
+# 50,000 would take 19 MB in a server whose user types ever new words, and save a sixth of the time.
+@lru_cache(maxsize=10_000)
 def _with_parts(word: str) -> tuple[str, ...]:
     parts = _PART.findall(word)
     more = [part.lower() for part in parts if len(part) > 2] if len(parts) > 1 else []

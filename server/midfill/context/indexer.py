@@ -53,8 +53,10 @@ class Indexer:
         # Paths whose text is the editor's, not the disk's. Touched by the thread only.
         self._open: set[str] = set()
         self._taken: list[str] = []
-        # How many texts of each open document the index has taken; replaced, never changed.
+        # How many texts of each open document the index has taken; replaced, never changed. And how many in
+        # all, those of documents that were closed since among them.
         self.texts: Mapping[str, int] = {}
+        self.num_texts = 0
         self.scanned = threading.Event()
         threading.Thread(target=self._run, name="midfill-index", daemon=True).start()
         if folders:
@@ -127,8 +129,11 @@ class Indexer:
 
     def _commit(self) -> None:
         self.index.commit()
+        texts = dict(self.texts)
         for path in self._taken:
-            self.texts = {**self.texts, path: self.texts.get(path, 0) + 1}
+            texts[path] = texts.get(path, 0) + 1
+        self.texts = {path: count for path, count in texts.items() if path in self._open}
+        self.num_texts += len(self._taken)
         self._taken.clear()
 
     def _update(self, kind: str, path: str, text: str | None = None) -> None:

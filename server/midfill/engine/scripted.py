@@ -78,7 +78,7 @@ class Rule:
         crash: raise what no engine should, a bare `RuntimeError` that quotes the prompt.
         token_delay_s: time that each token takes.
         prefill_delay_s: time before the first token.
-        hang: never answer.
+        hang: never come to an end after `text`; without one, never answer.
         logprob: log-probability of each token; None as from an engine that does not tell.
     """
 
@@ -232,13 +232,12 @@ class ScriptedEngine:
             self._note("begun", 0, idle=request.idle)
         try:
             await asyncio.sleep(rule.prefill_delay_s)
-            if rule.hang:
-                await asyncio.get_running_loop().create_future()
             if self._closed:
                 raise EngineUnavailableError("The engine was closed.")
             if rule.crash:
                 raise RuntimeError(self.model.tokenizer.decode(request.tokens))
-            for char in (held + rule.text)[: request.max_new_tokens]:
+            written = "" if rule.hang and not rule.text else held + rule.text
+            for char in written[: request.max_new_tokens]:
                 if rule.error and steps >= rule.error_after:
                     break
                 await turn.take()
@@ -246,6 +245,8 @@ class ScriptedEngine:
                     await asyncio.sleep(rule.token_delay_s)
                 steps += 1
                 yield Token(ord(char), char, rule.logprob)
+            if rule.hang:
+                await asyncio.get_running_loop().create_future()
             if rule.error:
                 failure = EngineUnavailableError if rule.lost else EngineError
                 raise failure(rule.error)
