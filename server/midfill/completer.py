@@ -27,7 +27,8 @@ from midfill.errors import EngineError, EngineUnavailableError
 from midfill.families import Family
 from midfill.place import Place
 from midfill.prompt import Prompt, PromptBuilder
-from midfill.secrecy import SecretWatch, is_excluded
+from midfill.secrecy import is_excluded
+from midfill.secret_watch import SecretWatch, Verdict
 from midfill.settings import Settings
 from midfill.suggestions import Computed, Flight, Match, Suggestions, fitted
 from midfill.trim import Stopper, clean, stop
@@ -41,6 +42,8 @@ _HARMLESS_TAIL = re.compile(r"""\s*[)>}\]"'`]*\s*[:{;,]?\s*\Z""")
 REST_S = 0.1
 # New context makes the whole prompt new, which is worth nothing if the typist goes on meanwhile.
 RENEW_S = 1.0
+# How long a request waits for a document to be searched for secrets.
+SEARCH_S = 1.0
 
 
 class Trigger(StrEnum):
@@ -60,6 +63,7 @@ class Reason(StrEnum):
     FILE_EXCLUDED = "file-excluded"
     FILE_TOO_LARGE = "file-too-large"
     SECRET_IN_FILE = "secret-in-file"  # noqa: S105 - the reason's code
+    SECRET_SEARCH = "secret-search"  # noqa: S105 - the reason's code
     EMPTY_FILE = "empty-file"
     MID_WORD = "mid-word"
     LINE_TAIL = "line-tail"
@@ -83,6 +87,8 @@ REASONS = {
     Reason.FILE_TOO_LARGE: "The file is larger than `max_file_kb`.",
     Reason.SECRET_IN_FILE: "The file holds what looks like a password, a token or a private key "
     "(`detect_secrets`).",
+    Reason.SECRET_SEARCH: "The file is still being searched for passwords, tokens and private keys "
+    "(`detect_secrets`); ask again in a moment.",
     Reason.EMPTY_FILE: "The file is empty, so there is nothing to go by.",
     Reason.MID_WORD: "The cursor is inside a word that goes on behind it.",
     Reason.LINE_TAIL: "Code stands behind the cursor on its line; ask explicitly to get a suggestion there.",
@@ -237,7 +243,7 @@ class Completer:
     _renewal: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
-        self.context = Context(self.settings)
+        self.context = Context(self.settings, self._secrets)
 
     @property
     def is_ready(self) -> bool:
@@ -304,7 +310,10 @@ class Completer:
         """Answer for one cursor. Never raises for a fault of the model: that is a reason."""
         begun = time.monotonic()
         self._stop_resting()
-        if (reason := self.gate(snapshot, trigger)) is not None:
+        reason = self.gate(snapshot, trigger)
+        if reason is Reason.SECRET_SEARCH and await self._secrets.settled(snapshot.document, SEARCH_S):
+            reason = self.gate(snapshot, trigger)
+        if reason is not None:
             return Answer(reason=reason, latency_ms=_since(begun))
         if self._engine is None or self._prompts is None:
             reason = Reason.LOADING if self.failure is None else Reason.MODEL_FAILED
@@ -330,8 +339,8 @@ class Completer:
             return Reason.FILE_TOO_LARGE
         if all(not line or line.isspace() for line in document.lines):
             return Reason.EMPTY_FILE
-        if self.settings.detect_secrets and self._secrets.finds_secret(snapshot):
-            return Reason.SECRET_IN_FILE
+        if self.settings.detect_secrets and (found := self._secrets.verdict(document)) is not Verdict.CLEAN:
+            return Reason.SECRET_IN_FILE if found is Verdict.SECRET else Reason.SECRET_SEARCH
         if trigger is Trigger.INVOKED:
             return None
         if _CONTINUES_WORD.match(snapshot.line_after):

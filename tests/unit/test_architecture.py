@@ -22,6 +22,8 @@ LAYERS = [
         "settings",
         "languages",
         "secrecy",
+        "secret_shapes",
+        "secret_watch",
         "syntax",
     },
     {"indentation", "place"},
