@@ -15,10 +15,11 @@ from midfill.place import Place
 from midfill.syntax import balance
 
 _MOST_ALIKE = 12
+_LONGEST_LIKENESS = 100
 _WORD = re.compile(r"\w")
 # What an editor inserts by itself behind the cursor, and what may stand behind it.
 # Nobody writes more closers in a row; for each of them the line is read.
-_MOST_SHARED = 60
+_MOST_SHARED = 16
 _CLOSING_TAIL = re.compile(r"[\s)\]}>\"'`,;:]+")
 
 
@@ -85,7 +86,7 @@ def _before_the_same(text: str, place: Place) -> Iterator[str]:
 
 def _before_the_like(text: str, place: Place) -> Iterator[str]:
     """What comes before the places that begin like the rest of the line, the longest likeness first."""
-    tail = place.tail
+    tail = place.tail[:_LONGEST_LIKENESS]
 
     def likeness(at: int) -> int:
         return next(

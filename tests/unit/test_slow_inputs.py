@@ -1,8 +1,8 @@
 """No text takes longer than its length allows: a search for slow inputs, by growth and not by the clock.
 
 Each thing that takes a text is given hostile ones of three sizes, each four times as long as the one before.
-Four times the text may take eight times as long; a quadratic thing takes sixteen times. By default a few texts
-are drawn for each; MIDFILL_SLOW_INPUTS=200 draws more.
+Four times the text may take eight times as long; a quadratic thing takes sixteen times. By default a few
+texts are drawn for each; MIDFILL_SLOW_INPUTS=200 draws more.
 """
 
 import contextlib
