@@ -42,8 +42,6 @@ _HARMLESS_TAIL = re.compile(r"""\s*[)>}\]"'`]*\s*[:{;,]?\s*\Z""")
 REST_S = 0.1
 # New context makes the whole prompt new, which is worth nothing if the typist goes on meanwhile.
 RENEW_S = 1.0
-# How long a request waits for a document to be searched for secrets.
-SEARCH_S = 1.0
 
 
 class Trigger(StrEnum):
@@ -223,6 +221,7 @@ class Completer:
     Attributes:
         settings: the ones in force; change them by `configure`.
         failure: why there is no engine, once that is known.
+        search_s: how long a request waits for its document to be searched for secrets.
         looks_ahead: whether to compute, while the user rests, what comes next if a suggestion is accepted.
         context: what other files contribute.
         adapter_of: tells the adapter that a document is completed with; see `Request.adapter`. When it would
@@ -231,6 +230,7 @@ class Completer:
 
     settings: Settings
     failure: str | None = None
+    search_s: float = 1.0
     looks_ahead: bool = False
     adapter_of: Callable[[Document], str | None] = lambda _: None
     context: Context = field(init=False)
@@ -311,7 +311,7 @@ class Completer:
         begun = time.monotonic()
         self._stop_resting()
         reason = self.gate(snapshot, trigger)
-        if reason is Reason.SECRET_SEARCH and await self._secrets.settled(snapshot.document, SEARCH_S):
+        if reason is Reason.SECRET_SEARCH and await self._secrets.settled(snapshot.document, self.search_s):
             reason = self.gate(snapshot, trigger)
         if reason is not None:
             return Answer(reason=reason, latency_ms=_since(begun))

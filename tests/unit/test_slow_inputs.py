@@ -256,7 +256,8 @@ def too_slow(function, hostile, largest):
     for size in (largest // 16, largest // 4, largest):
         text = hostile.of(size)
         took = seconds(function, text)
-        if times and took > max(MEASURABLE_S, MAX_GROWTH * times[-1]):
+        # A step up from nothing, to a limit or to another way, is no growth; the next size would show it.
+        if times and times[-1] > MEASURABLE_S / 20 and took > max(MEASURABLE_S, MAX_GROWTH * times[-1]):
             # Something else may have happened meanwhile.
             took = min(took, *(seconds(function, text) for _ in range(2)))
             before = max(seconds(function, hostile.of(size // 4)) for _ in range(3))
