@@ -31,7 +31,7 @@ from midfill.prompt import PromptBuilder
 from midfill.settings import Settings, parse
 from midfill.suggestions import closing_places, fitted
 
-NUM_DRAWN = int(os.environ.get("MIDFILL_SLOW_INPUTS", "5"))
+NUM_DRAWN = int(os.environ.get("MIDFILL_SLOW_INPUTS", "3"))
 MAX_GROWTH = 8
 # Less cannot be told from the noise of a busy machine, and nobody notices it.
 MEASURABLE_S = 0.1
