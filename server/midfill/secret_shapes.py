@@ -260,9 +260,9 @@ _MADE = rf"token|secret|credentials?|(?:{_KEY_OF})[_-]?key|key[_-]?pass"
 # What must stand in a line for an assignment; quicker than the pattern.
 NAME_WORDS = ("passw", "passphrase", "pwd", "contrase", "pass", "token", "secret", "credential", "key")
 _NOUN = re.compile(f"(?P<chosen>{_CHOSEN})|{_MADE}", re.IGNORECASE)
-# A name and what comes between it and its value; each name is looked at once.
+# A name and what comes between it and its value; each name is looked at once. What follows `::` is a type.
 _ASSIGNMENT = re.compile(
-    r"""(?<![A-Za-z0-9_-]) (?P<name>[A-Za-z0-9_-]{3,100}+) ["'`\]\\]{0,4}+ [ \t]{0,20}+
+    r"""(?<![A-Za-z0-9_-]) (?<!::) (?P<name>[A-Za-z0-9_-]{3,100}+) ["'`\]\\]{0,4}+ [ \t]{0,20}+
         (?: :[ \t]{0,4}+ [A-Za-z][\w.\[\]]{0,40}+ [ \t]{0,4}+ (?==) )?+
         (?: :=|=>|\?=|={1,3}|:{1,2} ) [ \t]{0,20}+""",
     re.VERBOSE,

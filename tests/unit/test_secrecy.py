@@ -60,6 +60,7 @@ NO_SECRETS = [
     'private_key = "/etc/ssl/private/server2.key"',
     'client_key: "./certs/client1.pem"',
     "PWD=/home/user1/project2",
+    '"AWS::ApiGateway::ApiKey": "48205d4ffd7feba3",',
     "credentialsId: 'jenkins-deploy-2'",
     'password = "Passw0rd123"',
     "password: 'p4ssw0rd'",
