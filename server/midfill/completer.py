@@ -31,7 +31,8 @@ from midfill.place import Place
 from midfill.prompt import Prompt, PromptBuilder
 from midfill.reasons import Reason
 from midfill.received import received
-from midfill.secrecy import SecretWatch, is_excluded
+from midfill.secrecy import is_excluded
+from midfill.secret_watch import SecretWatch, Verdict
 from midfill.settings import Settings
 from midfill.suggestions import Computed, Flight, Match, Suggestions, fitted
 from midfill.trim import before_unsafe, clean, stop
@@ -137,6 +138,7 @@ class Completer:
     Attributes:
         settings: the ones in force; change them by `configure`.
         failure: why there is no engine, once that is known.
+        search_s: how long a request waits for its document to be searched for secrets.
         looks_ahead: whether to compute, while the user rests, what comes next if a suggestion is accepted.
         context: what other files contribute.
         adapter_of: tells the adapter that a document is completed with; see `Request.adapter`. When it would
@@ -146,6 +148,7 @@ class Completer:
 
     settings: Settings
     failure: str | None = None
+    search_s: float = 1.0
     looks_ahead: bool = False
     adapter_of: Callable[[Document], str | None] = lambda _: None
     calibration: Calibration = BUILT_IN
@@ -159,7 +162,7 @@ class Completer:
     _renewal: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
-        self.context = Context(self.settings)
+        self.context = Context(self.settings, self._secrets)
 
     @property
     def is_ready(self) -> bool:
@@ -230,7 +233,10 @@ class Completer:
         """Answer for one cursor. Never raises for a fault of the model: that is a reason."""
         begun = time.monotonic()
         self._stop_resting()
-        if (reason := self.gate(snapshot, trigger)) is not None:
+        reason = self.gate(snapshot, trigger)
+        if reason is Reason.SECRET_SEARCH and await self._secrets.settled(snapshot.document, self.search_s):
+            reason = self.gate(snapshot, trigger)
+        if reason is not None:
             return Answer(reason=reason, latency_ms=_since(begun))
         if self._engine is None or self._prompts is None:
             reason = Reason.LOADING if self.failure is None else Reason.MODEL_FAILED
@@ -256,8 +262,8 @@ class Completer:
             return Reason.FILE_TOO_LARGE
         if all(not line or line.isspace() for line in document.lines):
             return Reason.EMPTY_FILE
-        if self.settings.detect_secrets and self._secrets.finds_secret(snapshot):
-            return Reason.SECRET_IN_FILE
+        if self.settings.detect_secrets and (found := self._secrets.verdict(document)) is not Verdict.CLEAN:
+            return Reason.SECRET_IN_FILE if found is Verdict.SECRET else Reason.SECRET_SEARCH
         if trigger is Trigger.INVOKED:
             return None
         if _CONTINUES_WORD.match(snapshot.line_after):

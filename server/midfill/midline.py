@@ -16,8 +16,11 @@ from midfill.repeats import goes_on_below
 from midfill.syntax import balance
 
 _MOST_ALIKE = 12
+_LONGEST_LIKENESS = 100
 _WORD = re.compile(r"\w")
 # What an editor inserts by itself behind the cursor, and what may stand behind it.
+# Nobody writes more closers in a row; for each of them the line is read.
+_MOST_SHARED = 16
 _CLOSING_TAIL = re.compile(r"[\s)\]}>\"'`,;:]+")
 
 
@@ -87,7 +90,7 @@ def _before_the_same(text: str, place: Place) -> Iterator[str]:
 
 def _before_the_like(text: str, place: Place) -> Iterator[str]:
     """What comes before the places that begin like the rest of the line, the longest likeness first."""
-    tail = place.tail
+    tail = place.tail[:_LONGEST_LIKENESS]
 
     def likeness(at: int) -> int:
         return next(
@@ -121,7 +124,8 @@ def _on_lines_of_their_own(lines: list[str], place: Place) -> Iterator[str]:
     column = width(below) - (width(step) if opens_block(place.tail) else 0)
     if not below or column < width(blanks):
         return
-    for number, line in enumerate(lines):
+    # A suggestion has no more; each is parsed.
+    for number, line in enumerate(lines[: place.max_lines]):
         whole = line if number else place.line_before + line
         if line.strip() and (not opens_block(line) or column > width(whole)):
             text = "\n".join(lines[: number + 1]).rstrip()
@@ -161,6 +165,8 @@ def without_overlap(text: str, place: Place) -> str:
 
     best, least = text, left_open(text)
     for length in range(min(len(text), len(tail)), 0, -1):
+        if length > _MOST_SHARED and length < len(tail):
+            continue
         shared = tail[:length]
         whole = length == len(tail) and length > 1
         if text.endswith(shared) and (whole or _CLOSING_TAIL.fullmatch(shared)):

@@ -15,6 +15,7 @@ class Reason(StrEnum):
     FILE_EXCLUDED = "file-excluded"
     FILE_TOO_LARGE = "file-too-large"
     SECRET_IN_FILE = "secret-in-file"  # noqa: S105 - the reason's code
+    SECRET_SEARCH = "secret-search"  # noqa: S105 - the reason's code
     EMPTY_FILE = "empty-file"
     MID_WORD = "mid-word"
     LINE_TAIL = "line-tail"
@@ -50,6 +51,8 @@ REASONS = {
     Reason.FILE_TOO_LARGE: "The file is larger than `max_file_kb`.",
     Reason.SECRET_IN_FILE: "The file holds what looks like a password, a token or a private key "
     "(`detect_secrets`).",
+    Reason.SECRET_SEARCH: "The file is still being searched for passwords, tokens and private keys "
+    "(`detect_secrets`); ask again in a moment.",
     Reason.EMPTY_FILE: "The file is empty, so there is nothing to go by.",
     Reason.MID_WORD: "The cursor is inside a word that goes on behind it.",
     Reason.LINE_TAIL: "Code stands behind the cursor on its line; ask explicitly to get a suggestion there.",

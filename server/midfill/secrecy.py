@@ -1,36 +1,53 @@
 """What must not be shown to a model: files by name, lines by what stands in them.
 
 A file is secret by its name (the setting `excluded_files`) or by a line in it. Lines are judged by the
-detectors of detect-secrets, by the shapes of newer tokens, and by assignments to names like
-`api_token`. No secret is tried out with the service that it is for: that would need the network.
+shapes of tokens and by assignments to names like `api_token` (both in `secret_shapes`). No secret is tried
+out with the service that it is for: that would need the network.
 
 There are two grades, because a wrong guess costs differently. A POSSIBLE secret (any quoted text that
 looks random) is kept out of the context of other files. A CERTAIN one (a token of a known shape, a
 private key, a password that is no placeholder) makes its whole file a secret.
 
-All but `SecretWatch` is pure and runs in any thread. detect-secrets takes 0.3 s to import, so it is
-imported by the first line that needs it.
+The time for a text grows no faster than its length. Pure; runs in any thread. Open documents are judged by
+`secret_watch`.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
 from enum import IntEnum
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
 from urllib.parse import unquote
 
-from midfill.documents import Snapshot, changed_lines
+from midfill.secret_shapes import (
+    LONG_RUN,
+    NAME_WORDS,
+    Assigned,
+    assigned,
+    carried,
+    has_private_key,
+    has_token,
+    names_private_key,
+)
 
 # Where tools keep passwords, tokens and private keys.
 SECRET_FILES = (
     *(".env", ".env.*", "*.env", ".envrc", "*.pem", "*.key", "*.pfx", "*.p12", "*.p8", "*.jks"),
     *("*.keystore", "*.kdbx", "*.ppk", "*.ovpn", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
     *(".netrc", "_netrc", ".npmrc", ".yarnrc.yml", ".pypirc", ".pgpass", ".my.cnf", ".htpasswd"),
-    *(".git-credentials", ".dockercfg", ".docker/config.json", ".kube/config", "*kubeconfig*"),
+    *(".git-credentials", ".dockercfg", ".docker/config.json", ".kube/config"),
+    *(
+        "kubeconfig",
+        "kubeconfig.y*ml",
+        "kubeconfig.json",
+        "kubeconfig.conf",
+        "*.kubeconfig",
+        "*[-_]kubeconfig",
+    ),
+    *("*[-_]kubeconfig.y*ml", "kubeconfig[-_.]*.y*ml"),
     *(".aws/credentials", "credentials", "credentials.json", "credentials.toml", "credentials.yml"),
     *("credentials.yaml", "service-account*.json", "secrets.json", "secrets.toml", "secrets.yml"),
     *("secrets.yaml", ".vault*", "*.tfstate", "*.tfstate.backup", "*.tfvars"),
@@ -40,86 +57,51 @@ SECRET_FILES = (
 _SEPARATOR = re.compile(r"[/\\:]+")
 _QUERY = re.compile(r"[?#]")
 
-# A longer line is a line of data. Its ends are looked at, and it is a possible secret in any case.
-_MAX_LINE = 2_000
+# A longer line is a line of data: it is a possible secret in any case, and judged in pieces that overlap.
+MAX_LINE = 2_000
+_OVERLAP = 400
 
-# A line that has none of these is no secret to any detector; `test_secrecy.py` holds them to that. The
-# detectors take 60 us a line, finding these in a whole text takes less than one.
-_PASSWORD_WORDS = (
-    *("password", "passwd", "pwd", "secret", "contrase", "apikey", "api_key", "authkey", "auth_key"),
-    *("servicekey", "service_key", "accountkey", "account_key", "dbkey", "db_key", "databasekey"),
-    *("database_key", "privkey", "priv_key", "privatekey", "private_key", "clientkey", "client_key"),
-    *("dbpass", "db_pass", "databasepass", "database_pass", "keypass", "key_pass"),
-)
-_TOKEN_WORDS = ("token", "credential", "bearer", "passphrase", "accesskey", "access_key")
-_SHAPE_WORDS = ("private key", "putty-user-key-file", "cloudant", "softlayer", "akc", "xox", "://")
-_LONG_RUN = re.compile(r"[A-Za-z0-9+/=_\\-]{20,}")
-_ARTIFACTORY = re.compile(r"AP[\dA-F][A-Za-z0-9]{8}")
-# The alphabet's size bounds the entropy: 4.5 bits a character need 23 different ones.
-_MIN_ALPHABET = 23
-
-# Shapes that are younger than the last release of detect-secrets, from the services' own documentation.
-_YOUNGER_SHAPES = re.compile(
-    r"""\b(?:
-      github_pat_[A-Za-z0-9_]{22,} | npm_[A-Za-z0-9]{36} | hf_[A-Za-z0-9]{30,} | AIza[A-Za-z0-9_-]{35}
-    | sk-(?:ant|proj|svcacct|or-v1)-[A-Za-z0-9_-]{20,} | sk-[A-Za-z0-9]{40,} | dop_v1_[a-f0-9]{64}
-    | shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32} | [rs]k_test_[A-Za-z0-9]{24,} | xapp-\d-[A-Z0-9]+-\d+-[a-z0-9]+
-    | ya29\.[A-Za-z0-9_-]{20,} | glpat-[A-Za-z0-9_-]{20,} | AGE-SECRET-KEY-1[A-Z0-9]{58}
-    )""",
-    re.VERBOSE,
-)
-_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY|PuTTY-User-Key-File|-----BEGIN PGP PRIVATE")
-# `api_token = "..."`, `"credential": "..."`, `Authorization: Bearer ...`, TOKEN=... in a shell.
-_ASSIGNED = re.compile(
-    r"""(?:token|credentials?|passphrase|access_?key|passw(?:or)?d|(?<![a-z])pass|pwd|secret|api_?key|auth_?key)\w*["'\])]*
-        \s*(?::=|=>|[:=]{1,3})\s* (?: [brf]{0,2}["'`]([^"'`]+)["'`] | ([^\s"'`,;(){}\[\]]+)(?!\S) )
-      | \bbearer\s+([A-Za-z0-9._~+/-]{16,}=*)""",
-    re.VERBOSE | re.IGNORECASE,
-)
 _PLACEHOLDER = re.compile(
     r"[<{$%\[(]|\.\.\.|(?-i:x{4}|X{4})|\*{3}|example|placeholder|change.?me|your|dummy|fake|redacted|^test"
     r"|^(?:my|the|some|old|new)?_?(?:secret|pass|passwd|password|pwd|token|none|null|key)[_-]?\d{0,3}$",
     re.IGNORECASE,
 )
+# What is chosen where any password would do: a word for it, also with digits for letters, or what keys lie
+# side by side.
+_LIKE_LETTERS = str.maketrans("0134578$@!", "oieastbsai")
+_LIKE_PASSWORD = re.compile(r"passw|pasw|secret|^pass|pass$|userpass|changeit|letmein|qwerty|admin")
+_COUNTED = re.compile(
+    r"abc123|123abc|(?<!\d)(?:0?12345|1234\D{0,3}\Z|[a-z]123\D{0,3}\Z)|abcdef|aaaaaa", re.IGNORECASE
+)
+# One of these stands in every line that may hold a secret, or a long run of letters with digits among them.
+_LITERALS = (
+    *NAME_WORDS,
+    "bearer",
+    "basic",
+    "://",
+    "sig=",
+    "private key",
+    "putty-user-key-file",
+    "begin ssh2",
+)
 _UUID = re.compile(r"[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}\Z", re.IGNORECASE)
-# Random text and password words only: everything else has a shape of its own.
-_VAGUE = {"Base64 High Entropy String", "Hex High Entropy String", "Secret Keyword", "Basic Auth Credentials"}
-# An address is no secret. IBM's shape is "any word of 44 characters after any `key`".
-_LEFT_OUT = {"Public IP (ipv4)", "IBM Cloud IAM Key"}
 # Of shorter text too little can be said: `"deadbeef"`, a colour, an abbreviated commit.
 _MIN_HEX = 20
 _MIN_VALUE = 6
-# Judging a text takes 0.1 us a character; a large one would keep the event loop too long.
-_LARGE = 200_000
-_NEAR_LINES = 256
-
-
-@dataclass(slots=True)
-class SecretWatch:
-    """Whether the open documents hold a CERTAIN secret, from version to version. One thread only.
-
-    Of each version only what has changed since the last is judged.
-    """
-
-    _seen: dict[str, tuple[list[str], int]] = field(default_factory=dict)
-
-    def finds_secret(self, snapshot: Snapshot) -> bool:
-        """Whether there is one in the document; in a large one, whether there is one near the cursor."""
-        document = snapshot.document
-        lines = document.lines
-        if document.num_chars > _LARGE:
-            block = snapshot.cursor.line // _NEAR_LINES * _NEAR_LINES
-            lines = lines[max(0, block - _NEAR_LINES) : block + 2 * _NEAR_LINES]
-        old, num_secrets = self._seen.get(document.uri, ([], 0))
-        first, old_end, new_end = changed_lines(old, lines)
-        if old_end > first or new_end > first:
-            num_secrets += _num_certain(lines[first:new_end]) - _num_certain(old[first:old_end])
-            self._seen[document.uri] = lines, num_secrets
-        return num_secrets > 0
-
-    def forget(self, uri: str) -> None:
-        """Drop what is remembered of a document that was closed."""
-        self._seen.pop(uri, None)
+_RANDOM_CHARS = re.compile(r"""(["'])([A-Za-z0-9+/=_\\-]{20,2000}+)\1""")
+_HEX = re.compile(r"[0-9a-fA-F]+\Z")
+# The alphabet's size bounds the entropy: 4.5 bits a character need 23 different ones.
+_MIN_ALPHABET = 23
+# A place: a URL without a password, a path, a name with dots.
+_PLACE = re.compile(
+    r"[a-z][a-z0-9+.-]{1,20}://|\.{0,2}/|~|\d{4}-\d\d-\d\d|[A-Za-z]:\\|[A-Za-z_][\w-]*(?:\.[A-Za-z_][\w-]*)+\Z"
+)
+_CHUNK = re.compile(r"[A-Za-z0-9]+")
+_WORD_LIKE = re.compile(
+    r"\d{1,8}\Z|\d{0,2}(?:[a-z]+|[A-Z]+|[A-Z][a-z]+|[A-Z]?[a-z]{2,}(?:[A-Z][a-z]{2,})+)\d{0,4}\Z"
+    r"|(?=.{1,9}\Z)(?:[a-z]+|[A-Z]+)\d{1,2}(?:[a-z]+|[A-Z]+)\d{0,2}\Z"
+)
+_CONSONANTS = re.compile(r"[b-df-hj-np-tv-xz]{6}", re.IGNORECASE)
 
 
 class Grade(IntEnum):
@@ -150,11 +132,6 @@ def _segments(uri: str) -> list[str]:
     return _SEPARATOR.split(unquote(uri).lower())
 
 
-def _num_certain(lines: Sequence[str]) -> int:
-    text = "\n".join([line.rstrip("\r\n") for line in lines])
-    return sum(found is Grade.CERTAIN for found in find_secrets(text).values())
-
-
 def find_secrets(text: str) -> dict[int, Grade]:
     """The lines of a text that hold a secret, by number from 0."""
     found: dict[int, Grade] = {}
@@ -173,61 +150,97 @@ def find_secrets(text: str) -> dict[int, Grade]:
 
 
 def _suspicious(text: str) -> list[int]:
-    """Where something stands that a detector might take for a secret, in order."""
-    lower = text.lower()
-    if len(lower) != len(text):
-        # A few letters become two when they are made small; those places would be wrong.
-        lower = "".join(char.lower() if char.isascii() else "?" for char in text)
-    places = [match.start() for match in _ARTIFACTORY.finditer(text)]
-    for word in (*_PASSWORD_WORDS, *_TOKEN_WORDS, *_SHAPE_WORDS):
+    """Where something stands that may be a secret, in order; at least once in each such line."""
+    lower = _lowered(text)
+    places = []
+    for word in _LITERALS:
         at = lower.find(word)
         while at >= 0:
             places.append(at)
             # The rest of the line is judged with it.
             at = lower.find("\n", at)
             at = lower.find(word, at) if at >= 0 else -1
-    for match in _LONG_RUN.finditer(text):
-        run = match.group()
-        if len(set(run)) >= _MIN_ALPHABET or any(map(str.isdigit, run)):
-            places.append(match.start())
+    places += [run.start() for run in LONG_RUN.finditer(text) if _is_varied(run[0])]
     return sorted(places)
 
 
+def _is_varied(run: str) -> bool:
+    return any(map(str.isdigit, run)) or len(set(run)) >= _MIN_ALPHABET
+
+
+def _lowered(text: str) -> str:
+    """A text in lower case, as long as it was: a few letters become two."""
+    lower = text.lower()
+    if len(lower) == len(text):
+        return lower
+    return "".join(char.lower() if char.isascii() else "?" for char in text)
+
+
 def grade(line: str) -> Grade:
-    """The grade of one line. Of a very long one the ends are judged, and it is a possible secret anyway."""
-    if len(line) > _MAX_LINE:
-        return max(Grade.POSSIBLE, _grade(line[:_MAX_LINE]), _grade(line[-_MAX_LINE:]))
-    return _grade(line.strip())
-
-
-@lru_cache(maxsize=8192)
-def _grade(line: str) -> Grade:
-    if _PRIVATE_KEY.search(line) or _YOUNGER_SHAPES.search(line):
-        return Grade.CERTAIN
-    worst = Grade.NONE
-    for match in _ASSIGNED.finditer(line):
-        quoted, bare, bearer = match.groups()
-        worst = max(worst, _grade_value(quoted or bearer) if bare is None else _grade_bare(bare))
-    for plugin in _detectors():
-        for secret in plugin.analyze_line(filename="", line=line):
-            if plugin.secret_type not in _VAGUE:
-                return Grade.CERTAIN
-            worst = max(worst, _grade_vague(plugin.secret_type, secret.secret_value or ""))
+    """The grade of one line."""
+    if len(line) <= MAX_LINE:
+        return _grade(line.strip())
+    worst = Grade.POSSIBLE
+    for begin in range(0, len(line) - _OVERLAP, MAX_LINE - _OVERLAP):
+        worst = max(worst, _grade(line[begin : begin + MAX_LINE]))
+        if worst is Grade.CERTAIN:
+            break
     return worst
 
 
-def _grade_vague(secret_type: str, value: str) -> Grade:
-    if secret_type == "Hex High Entropy String":  # noqa: S105 - the detector's name
-        return Grade.POSSIBLE if len(value) >= _MIN_HEX else Grade.NONE
-    if secret_type == "Base64 High Entropy String":  # noqa: S105 - the detector's name
+def _grade(line: str) -> Grade:
+    lower = _lowered(line)
+    long_run = "sig=" in lower or any(map(_is_varied, LONG_RUN.findall(line)))
+    if (long_run and has_token(line, lower)) or has_private_key(line, lower):
+        return Grade.CERTAIN
+    worst = Grade.NONE
+    if any(word in lower for word in NAME_WORDS):
+        for one in assigned(line):
+            worst = max(worst, _grade_assigned(one))
+    for value in carried(line, lower):
+        worst = max(worst, _grade_value(value))
+    if worst is Grade.NONE and (_has_random_text(line) or names_private_key(line)):
         return Grade.POSSIBLE
-    return _grade_value(value)
+    return worst
+
+
+def _has_random_text(line: str) -> bool:
+    """Whether quoted text looks random: a digest, a key, data in base64."""
+    for found in _RANDOM_CHARS.finditer(line):
+        run = found[2]
+        if _HEX.match(run):
+            if len(run) >= _MIN_HEX and not run.isdigit() and _entropy(run) > 3.0:
+                return True
+        elif len(set(run)) >= _MIN_ALPHABET and _entropy(run) > 4.5:
+            return True
+    return False
+
+
+def _entropy(text: str) -> float:
+    return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
+
+
+def _grade_assigned(one: Assigned) -> Grade:
+    found = _grade_value(one.value)
+    if found is not Grade.CERTAIN:
+        return found if one.quoted else Grade.NONE
+    if _PLACE.match(one.value) or (not one.quoted and sum(map(str.isdigit, one.value)) < 3):
+        return Grade.NONE
+    if one.password and one.exact:
+        read = one.value.lower().translate(_LIKE_LETTERS)
+        return Grade.POSSIBLE if _LIKE_PASSWORD.search(read) else found
+    # Of tokens and keys, that machines make, `gpt2-medium` is none.
+    if not _looks_random(one.value) or (not one.exact and len(one.value) < 16):
+        return Grade.POSSIBLE
+    return found
 
 
 def _grade_value(value: str) -> Grade:
     """Tell a placeholder, a word and a real secret apart, of what a name like `password` is given."""
     if len(value) < _MIN_VALUE or _PLACEHOLDER.search(value) or _UUID.match(value) or " " in value:
         return Grade.NONE
+    if _COUNTED.search(value):
+        return Grade.POSSIBLE
     digits = sum(map(str.isdigit, value))
     letters = sum(map(str.isalpha, value))
     if len(value) >= 8 and digits and letters and len(set(value)) >= 6:
@@ -235,21 +248,10 @@ def _grade_value(value: str) -> Grade:
     return Grade.POSSIBLE
 
 
-def _grade_bare(value: str) -> Grade:
-    """The same of a value without quotes, which in code is mostly an expression."""
-    return _grade_value(value) if sum(map(str.isdigit, value)) >= 3 else Grade.NONE
+def _looks_random(value: str) -> bool:
+    """Whether a value is not put together from words and numbers, as names of things are."""
+    return not all(map(_is_word, _CHUNK.findall(value)))
 
 
-def prepare() -> None:
-    """Import the detectors, so that the first line does not wait for that."""
-    _detectors()
-
-
-@cache
-def _detectors() -> tuple[Any, ...]:
-    from detect_secrets.core.plugins.util import (  # noqa: PLC0415 - see the module
-        get_mapping_from_secret_type_to_class,
-    )
-
-    plugins = (plugin() for plugin in get_mapping_from_secret_type_to_class().values())
-    return tuple(plugin for plugin in plugins if plugin.secret_type not in _LEFT_OUT)
+def _is_word(chunk: str) -> bool:
+    return _WORD_LIKE.match(chunk) is not None and _CONSONANTS.search(chunk) is None

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from lsprotocol import types
 from pygls.lsp.server import LanguageServer
 
-from midfill import __version__, activity, calibrations, feedback, heap, secrecy
+from midfill import __version__, activity, calibrations, feedback, heap, secret_shapes
 from midfill.commands import ACCEPTED, Commands
 from midfill.completer import Answer, Completer, Trigger
 from midfill.context import IGNORE_FILES, file_of
@@ -205,7 +205,7 @@ class MidfillServer(LanguageServer):
             try:
                 engine = await asyncio.to_thread(self._make_engine, settings)
                 self.state.engine = engine
-                await asyncio.gather(engine.start(report), asyncio.to_thread(secrecy.prepare))
+                await asyncio.gather(engine.start(report), asyncio.to_thread(secret_shapes.prepare))
                 family = await identify(engine, settings.family)
                 await self._calibrate(engine.model.name)
                 self.state.completer.use(Metered(engine, self.state.costs), family)

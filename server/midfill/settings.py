@@ -220,7 +220,7 @@ class Settings(BaseModel):
     detect_secrets: Annotated[bool, _ANY_TIME] = Field(
         default=True,
         description="Whether a file in which a password, a token or a private key is found gets no "
-        "suggestions either; of more than 200,000 characters those near the cursor are looked at.",
+        "suggestions either.",
     )
     count_feedback: Annotated[bool, _ANY_TIME] = Field(
         default=True,

@@ -190,6 +190,12 @@ def new_parser(language_id: str) -> Parser | None:
     return None if grammar is None or grammar.tokens_only else Parser(_language(grammar.name))
 
 
+def parsed(data: bytes, language_id: str, budget_s: float) -> Tree | None:
+    """The tree of a whole text. None without a grammar, or if it takes longer of our own time."""
+    grammar = _GRAMMARS.get(language_id)
+    return None if grammar is None else _parse(data, grammar, budget_s=budget_s)
+
+
 def outline(text: str, language_id: str, start: int = 0) -> Outline | None:
     """The outline of a text from `start` on. None without a grammar, or if it takes too long."""
     growing = Growing.of(text[:start], language_id)

@@ -33,6 +33,8 @@ LAYERS = [
         "reasons",
         "repetition",
         "secrecy",
+        "secret_shapes",
+        "secret_watch",
         "syntax",
         "textfiles",
     },

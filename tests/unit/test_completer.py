@@ -165,6 +165,27 @@ async def test_the_engine_is_stopped_where_the_suggestion_ends(tmp_path):
     assert json.loads(line)["steps"] <= 4
 
 
+async def test_while_a_file_is_searched_for_secrets_it_gets_nothing_and_others_do():
+    it = await completer(Rule("1"), prefetch=False)
+    it.search_s = 0
+    large = "a = ▮\n" + "# password = 1\n" * 2_000
+    assert (await ask(it, large)).reason == Reason.SECRET_SEARCH
+    other = snapshot("b = ▮", uri="file:///b.py")
+    assert (await it.complete(other, Trigger.AUTOMATIC)).text
+    # It goes on by itself, and a request that waits for it is answered.
+    it.search_s = 60
+    assert (await ask(it, large)).text
+    it.search_s = 0
+    assert (await ask(it, large.replace("a =", "b ="))).text
+
+
+async def test_a_secret_anywhere_in_a_large_file_is_found():
+    it = await completer(Rule("1"), prefetch=False)
+    it.search_s = 60
+    line, _ = certain()["AWS key"]
+    assert (await ask(it, f"{line}\n" + "x = 1\n" * 60_000 + "a = ▮")).reason == Reason.SECRET_IN_FILE
+
+
 @pytest.mark.parametrize("where", ["above ▮\n{}\n", "{}\nbelow ▮\n"])
 async def test_a_file_with_a_secret_gets_nothing_until_the_secret_is_gone(where, tmp_path):
     log = tmp_path / "log"

@@ -1,5 +1,6 @@
 """Secrets are found by name and by line, and ordinary code is not taken for one."""
 
+import asyncio
 import random
 import sysconfig
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 from planted import certain, possible
 
-from midfill.documents import Document, Point, Snapshot
-from midfill.secrecy import Grade, SecretWatch, find_secrets, grade, is_excluded
+from midfill.documents import Change, Document, Encoding
+from midfill.secrecy import Grade, find_secrets, grade, is_excluded
+from midfill.secret_watch import SecretWatch, Verdict
 from midfill.settings import Settings
 
 ORDINARY = [
@@ -34,6 +36,46 @@ ORDINARY = [
     "test_files_that_hold_secrets_never_reach_the_model_2()",
     "        pass",
     "",
+]
+# Names of a secret's place, kind, reader or holder, and values that are names.
+NO_SECRETS = [
+    'TOKENIZER = "gpt2-medium"',
+    'tokenizer_name: "meta-llama/Llama-3.2-1B"',
+    'GOOGLE_TOKENINFO_URL = "https://oauth2.googleapis.com/tokeninfo"',
+    'TOKEN_ENDPOINT = "https://login.example.org/oauth2/v2.0/token"',
+    'API_KEY_HEADER = "X-Api-Key-V2"',
+    'const apiKeyHeaderName = "x-amz-security-token2";',
+    "    secretName: web-tls-2024",
+    "    secretRef: {name: db-credentials-v2}",
+    "  secret: web-tls-2024",
+    "  passwordSecretKey: db-password-2",
+    'PASSWORD_FIELD = "password_field_1"',
+    'PASSWORD_HASHER = "django.contrib.auth.hashers.BCryptSHA256PasswordHasher"',
+    'token_type = "urn:ietf:params:oauth:token-type:id_token2"',
+    'pad_token = "<|pad_151643|>"',
+    'eos_token: "endoftext2"',
+    'token: "keyword.operator.arithmetic2",',
+    'nextPageToken: "CAUQAA2xYz91Kd0pQ7",',
+    'publicKeyToken="b77a5c561934e089"',
+    'private_key = "/etc/ssl/private/server2.key"',
+    'client_key: "./certs/client1.pem"',
+    "PWD=/home/user1/project2",
+    '"AWS::ApiGateway::ApiKey": "48205d4ffd7feba3",',
+    "credentialsId: 'jenkins-deploy-2'",
+    'password = "Passw0rd123"',
+    "password: 'p4ssw0rd'",
+    'token = "abc123def"',
+    'api_key = "1234567890abcdef"',
+    'last_password_change: "2022-11-23T00:00:00.000Z"',
+    'if line.startswith("-----BEGIN RSA PRIVATE KEY-----"):',
+    '_HEADER = b"-----BEGIN OPENSSH PRIVATE KEY-----"',
+    "var ppk = 'PuTTY-User-Key-File-2: ' + algorithm",
+    'key = "AKIAIOSFODNN7EXAMPLE"',
+    'token = "ghp_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"',
+    "Authorization: Basic dXNlcjpwYXNzd29yZA==",
+    'url = "postgres://user:password@localhost/db1"',
+    'MultiHostUrl("https://foo.com:123,foo:bar@bar.com/path1")',
+    'compute("", "test_secret") => "f7f9bd47fb987337b5796fdc1fdb9ba221d0d5396814bfcaf9521f43fd8927fd"',
 ]
 
 
@@ -64,8 +106,28 @@ def test_ordinary_code_is_no_secret(line):
     assert grade(line) is Grade.NONE
 
 
-def test_a_very_long_line_is_judged_by_its_ends():
+@pytest.mark.parametrize("line", NO_SECRETS)
+def test_what_is_about_secrets_does_not_silence_its_file(line):
+    assert grade(line) is not Grade.CERTAIN
+
+
+def test_a_password_that_somebody_chose_is_one():
+    for line in (
+        'password = "Tr0ub4dor&3"',
+        "DB_PASSWORD=winter2024x",
+        'passphrase: "k9-lunchbox-77"',
+        '  "apiToken": "q8Zt3LmX02bVn7",',
+        'const clientSecret: string = "Vb7xQ2m9Tz4Lw8Rk";',
+        '{\\"password\\": \\"Kx82mmQ1z\\"}',
+        "config['secret_key'] = 'n3B0xq7Lr2Vt'",
+        'TOKEN_GITHUB_PROD = "a8f5f167f44f4964e6c998dee827110c"',
+    ):
+        assert grade(line) is Grade.CERTAIN, line
+
+
+def test_a_very_long_line_is_judged_by_its_whole():
     line, _ = certain()["GitHub token"]
+    assert grade("x " * 10_000 + line + " x" * 10_000) is Grade.CERTAIN
     assert grade("x" * 3_000) is Grade.POSSIBLE
     assert grade(line + "x " * 50_000) is Grade.CERTAIN
     assert grade("x " * 50_000 + line) is Grade.CERTAIN
@@ -96,7 +158,7 @@ def test_the_quick_search_finds_what_judging_every_line_finds():
 def test_watching_edits_finds_what_judging_the_whole_text_finds():
     rng = random.Random(11)  # noqa: S311
     secrets = [line for line, _ in certain(rng).values()]
-    watch, lines = SecretWatch(), []
+    watch, lines = SecretWatch(in_background=False), []
     verdicts = set()
     for version in range(400):
         at = rng.randint(0, len(lines))
@@ -104,21 +166,63 @@ def test_watching_edits_finds_what_judging_the_whole_text_finds():
         lines[at : at + rng.randint(0, 4)] = new
         text = rng.choice(["\n", "\r\n", "\r"]).join(lines)
         document = Document.open("file:///a.py", "python", version, text)
-        found = watch.finds_secret(Snapshot(document, Point(0, 0)))
-        assert found is (Grade.CERTAIN in map(grade, lines))
+        found = watch.verdict(document)
+        assert (found is Verdict.SECRET) is (Grade.CERTAIN in map(grade, lines))
         verdicts.add(found)
-    assert verdicts == {True, False}
+    assert verdicts == {Verdict.SECRET, Verdict.CLEAN}
 
 
-def test_in_a_large_document_secrets_are_looked_for_near_the_cursor():
+@pytest.mark.parametrize("at", [0, 50_000, 99_999])
+async def test_the_whole_of_a_large_document_is_searched_in_the_background(at):
     line, _ = certain()["AWS key"]
-    text = "x = 1\n" * 50_000 + line + "\n" + "x = 1\n" * 50_000
-    document = Document.open("file:///a.py", "python", 0, text)
+    lines = ["x = 1\n"] * 100_000
+    clean = Document.open("file:///a.py", "python", 0, "".join(lines))
+    lines[at] = line + "\n"
+    document = Document.open("file:///a.py", "python", 0, "".join(lines))
     watch = SecretWatch()
-    assert not watch.finds_secret(Snapshot(document, Point(10, 0)))
-    assert watch.finds_secret(Snapshot(document, Point(50_100, 0)))
-    assert watch.finds_secret(Snapshot(document, Point(49_800, 0)))
-    assert not watch.finds_secret(Snapshot(document, Point(90_000, 0)))
+    assert watch.verdict(document) is Verdict.PENDING
+    assert await watch.settled(document, 60)
+    assert watch.verdict(document) is Verdict.SECRET
+    # The change back is small, and known at once.
+    assert watch.verdict(clean) is Verdict.CLEAN
+
+
+async def test_a_document_that_takes_long_is_pending_and_keeps_no_other_waiting():
+    watch = SecretWatch()
+    # Each line costs as much as any can.
+    slow_lines = [f"# {'password' * 240}{number}\n" for number in range(1_000)]
+    slow = Document.open("file:///slow.py", "python", 0, "".join(slow_lines))
+    quick = Document.open("file:///quick.py", "python", 0, "x = 1\n" * 2_000)
+    assert not await watch.settled(slow, 0)
+    assert await watch.settled(quick, 60)
+    assert watch.verdict(quick) is Verdict.CLEAN
+    # It had one turn of many.
+    assert watch.verdict(slow) is Verdict.PENDING
+    assert await watch.settled(slow, 120)
+    assert watch.verdict(slow) is Verdict.CLEAN
+
+
+async def test_a_document_that_is_closed_meanwhile_is_forgotten():
+    watch = SecretWatch()
+    document = Document.open("file:///a.py", "python", 0, "x = 1\n" * 200_000)
+    assert watch.verdict(document) is Verdict.PENDING
+    watch.forget(document.uri)
+    await asyncio.sleep(0)
+    assert not watch._judged
+    assert not watch._tasks
+    assert await watch.settled(document, 60)
+
+
+async def test_edits_while_a_document_is_searched_are_seen():
+    line, _ = certain()["GitHub token"]
+    watch = SecretWatch()
+    old = Document.open("file:///a.py", "python", 0, "x = 1\n" * 20_000)
+    new = old.edit([Change(line + "\n", (5, 0), (5, 0))], 1, Encoding.UTF16)
+    assert watch.verdict(old) is Verdict.PENDING
+    assert watch.verdict(new) is Verdict.PENDING
+    assert await watch.settled(new, 60)
+    assert watch.verdict(new) is Verdict.SECRET
+    assert watch.verdict(old) is Verdict.CLEAN
 
 
 @pytest.mark.parametrize(
@@ -136,6 +240,10 @@ def test_in_a_large_document_secrets_are_looked_for_near_the_cursor():
         ("file:///home/u/.aws/credentials", True),
         ("file:///home/u/.kube/config", True),
         ("file:///w/kubeconfig.yaml", True),
+        ("file:///w/kubeconfig", True),
+        ("file:///w/prod.kubeconfig", True),
+        ("file:///w/admin-kubeconfig.yml", True),
+        ("file:///w/kubeconfig-prod.yaml", True),
         ("file:///w/secrets.yaml", True),
         ("file:///w/credentials.json", True),
         ("file:///w/terraform.tfstate", True),
@@ -147,6 +255,10 @@ def test_in_a_large_document_secrets_are_looked_for_near_the_cursor():
         ("file:///w/config.json", False),
         ("file:///w/secrets.py", False),
         ("file:///w/credentials.py", False),
+        ("file:///w/kubeconfig.go", False),
+        ("file:///w/kubeconfig_test.go", False),
+        ("file:///w/KubeConfigLoader.java", False),
+        ("file:///w/read-kubeconfig.ts", False),
         ("file:///w/environment.py", False),
         ("file:///w/env.py", False),
         ("file:///w/keyboard.py", False),

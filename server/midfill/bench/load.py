@@ -38,6 +38,7 @@ _NOT_ASKED = frozenset(
         Reason.EMPTY_FILE,
         Reason.FILE_EXCLUDED,
         Reason.SECRET_IN_FILE,
+        Reason.SECRET_SEARCH,
         Reason.FILE_TOO_LARGE,
     }
 )

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
-from midfill.documents import Document, Point, Snapshot, changed_lines
-from midfill.secrecy import SecretWatch, grade, is_excluded
+from midfill.documents import Document, Snapshot, changed_lines
+from midfill.secrecy import MAX_LINE, grade, is_excluded
+from midfill.secret_watch import SecretWatch, Verdict
 from midfill.settings import Settings
 
 if TYPE_CHECKING:
@@ -133,9 +134,11 @@ class Context:
 
     Attributes:
         settings: the ones in force; change them by `configure`.
+        secrets: what is known of the secrets in open documents.
     """
 
     settings: Settings
+    secrets: SecretWatch = field(default_factory=lambda: SecretWatch(in_background=False))
     indexer: Indexer | None = None
     _folders: tuple[Folder, ...] = ()
     _open: dict[str, Document] = field(default_factory=dict)
@@ -143,7 +146,6 @@ class Context:
     _paths: set[str] = field(default_factory=set)
     _dirty: set[str] = field(default_factory=set)
     _frozen: OrderedDict[str, _Frozen] = field(default_factory=OrderedDict)
-    _secrets: SecretWatch = field(default_factory=SecretWatch)
     _burst: _Burst | None = None
     _edits: deque[tuple[str, Snippet]] = field(default_factory=lambda: deque(maxlen=_MAX_EDITS))
     _num_edits: int = 0
@@ -223,7 +225,7 @@ class Context:
         """A document was closed."""
         document = self._open.pop(uri, None)
         self._frozen.pop(uri, None)
-        self._secrets.forget(uri)
+        self.secrets.forget(uri)
         self._dirty.discard(uri)
         if document is not None and self.indexer is not None:
             self._paths.discard(self._path(uri))
@@ -276,9 +278,10 @@ class Context:
         added = [line.rstrip("\r\n") for line in document.lines[first:new_end]]
         if not 0 < len(removed) + len(added) <= _MAX_EDIT_LINES or not "".join(removed + added).strip():
             return None
-        if any(map(grade, removed + added)) or self._secrets.finds_secret(
-            Snapshot(document, Point(first, 0))
-        ):
+        # A very long line is a possible secret, whatever is in it.
+        if any(len(line) > MAX_LINE or grade(line) for line in removed + added):
+            return None
+        if self.secrets.verdict(document) is not Verdict.CLEAN:
             return None
         lines = [f"-{line}" for line in removed] + [f"+{line}" for line in added]
         return Snippet(Source.EDITS, self._path(document.uri) + ".diff", "\n".join(lines))

@@ -16,7 +16,7 @@ from tree_sitter import Node
 
 from midfill.context import MAX_CHUNK_LINES
 from midfill.context.files import SourceFile
-from midfill.syntax import new_parser
+from midfill.syntax import parsed
 
 _MAX_CHUNK_CHARS = 640
 _MIN_CHUNK_CHARS = 20
@@ -38,6 +38,13 @@ _MAY_IMPORT = re.compile(r"\b(?:import|include|use|using|require|package)")
 _IMPORT_LINE = re.compile(
     r"^\s*(?:from\s+[\w.]+\s+import\b|import\b|use\b|using\b|#\s*include\b|require\b|(?:const|let|var)\b.*\brequire\()"
 )
+
+
+# A file that is no code to its grammar may take a hundred times as long as one that is.
+_FILE_BUDGET_S = 0.5
+_IMPORTS_BUDGET_S = 0.02
+_MAX_IMPORT_CHARS = 2_000
+_MAX_HEAD_BYTES = 2_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +82,12 @@ def parse(file: SourceFile) -> Parsed:
     """Take a file apart; what may hold a secret is left out."""
     lines = file.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     source = "\n".join(lines)
-    root = None
-    if (parser := new_parser(file.language_id)) is not None:
-        root = parser.parse(source.encode("utf-8", "replace")).root_node
+    data = source.encode("utf-8", "replace")
+    tree = parsed(data, file.language_id, _FILE_BUDGET_S)
+    root = None if tree is None else tree.root_node
     ranges = _by_tree(root) if root is not None else _by_blank_lines(lines)
     chunks = tuple(_chunks(_joined(ranges, lines), lines, file.secret_lines))
-    definitions = tuple(_definitions(root, file.secret_lines)) if root is not None else ()
+    definitions = tuple(_definitions(root, data, file.secret_lines)) if root is not None else ()
     return Parsed(chunks, definitions)
 
 
@@ -99,9 +106,8 @@ def _with_parts(word: str) -> tuple[str, ...]:
 
 def imported_names(lines: list[str], language_id: str) -> set[str]:
     """The names that the import statements among some lines mention: modules, and what is taken from them."""
-    parser = new_parser(language_id)
-    if parser is None:
-        return {word for line in lines if _IMPORT_LINE.match(line) for word in _WORD.findall(line)}
+    # A longer line is data.
+    lines = [line for line in lines if len(line) <= _MAX_IMPORT_CHARS]
     names: set[str] = set()
     begins = [row for row, line in enumerate(lines) if _MAY_IMPORT.search(line)]
     if not begins:
@@ -113,8 +119,11 @@ def imported_names(lines: list[str], language_id: str) -> set[str]:
         depth += sum(line.count(opener) for opener in "([{") - sum(line.count(closer) for closer in ")]}")
         if depth <= 0:
             break
-    for node in parser.parse("".join(lines[:end]).encode("utf-8", "replace")).root_node.children:
-        text = (node.text or b"").decode("utf-8", "replace")
+    data = "".join(lines[:end]).encode("utf-8", "replace")
+    if (tree := parsed(data, language_id, _IMPORTS_BUDGET_S)) is None:
+        return {word for line in lines if _IMPORT_LINE.match(line) for word in _WORD.findall(line)}
+    for node in tree.root_node.children:
+        text = _text(node, data)
         if _IMPORTS.search(node.type) or (node.type.endswith("declaration") and "require(" in text):
             names.update(_WORD.findall(text))
     return names
@@ -175,52 +184,54 @@ def _chunks(
             yield Chunk(first + len(text) - len(text.lstrip("\n")), body, " ".join(terms(body)))
 
 
-def _definitions(root: Node, secret_lines: frozenset[int]) -> Iterator[Definition]:
+def _definitions(root: Node, data: bytes, secret_lines: frozenset[int]) -> Iterator[Definition]:
     """What others can import: definitions that are not inside of functions, classes with their members."""
     nodes, found = list(reversed(root.children)), 0
     while nodes and found < _MAX_DEFINITIONS:
         node = nodes.pop()
         if not _DEFINES.search(node.type):
             nodes += reversed(node.children)
-        elif name := _name(node):
+        elif name := _name(node, data):
             rows = range(node.start_point.row, node.end_point.row + 1)
             if not secret_lines.intersection(rows):
                 found += 1
-                yield Definition(name, _signature(node))
+                yield Definition(name, _signature(node, data))
 
 
-def _name(node: Node) -> str:
+def _text(node: Node, data: bytes) -> str:
+    return data[node.start_byte : node.end_byte].decode("utf-8", "replace")
+
+
+def _name(node: Node, data: bytes) -> str:
     name = node.child_by_field_name("name")
     while name is None and (inner := node.child_by_field_name("declarator")) is not None:
         node = inner
         name = inner if inner.type.endswith("identifier") else None
-    text = name.text if name is not None else None
-    return text.decode("utf-8", "replace") if text else ""
+    return "" if name is None else _text(name, data)
 
 
-def _signature(node: Node) -> str:
+def _signature(node: Node, data: bytes) -> str:
     """A definition down to its body; of what has members, their signatures too."""
     body = node.child_by_field_name("body")
-    text = _head(node, body)
+    text = _head(node, body, data)
     if body is None or "function" in node.type or "method" in node.type:
         return text[:_MAX_SIGNATURE_CHARS]
     for child in body.children:
         member = child.child_by_field_name("definition") or child
-        if _DEFINES.search(member.type) and (name := _name(member)):
+        if _DEFINES.search(member.type) and (name := _name(member, data)):
             # Private ones and most of Python's special ones are not called from elsewhere.
             if name.startswith("_") and name not in {"__init__", "__call__"}:
                 continue
-            more = "\n    " + _head(member, member.child_by_field_name("body"))
+            more = "\n    " + _head(member, member.child_by_field_name("body"), data)
             if len(text) + len(more) > _MAX_SIGNATURE_CHARS:
                 break
             text += more
     return text[:_MAX_SIGNATURE_CHARS]
 
 
-def _head(node: Node, body: Node | None) -> str:
+def _head(node: Node, body: Node | None, data: bytes) -> str:
     """What stands before the body, in one line."""
-    data = node.text or b""
-    if body is not None:
-        data = data[: body.start_byte - node.start_byte]
-    text = re.sub(r"[ \t]*(?:#|//)[^\n]*\n", "\n", data.decode("utf-8", "replace"))
+    end = min(node.end_byte if body is None else body.start_byte, node.start_byte + _MAX_HEAD_BYTES)
+    head = data[node.start_byte : end].decode("utf-8", "replace")
+    text = re.sub(r"(?<![ \t])[ \t]*+(?:#|//)[^\n]*\n", "\n", head)
     return re.sub(r"([(\[{]) |,? (?=[)\]}])", r"\1", " ".join(text.split()))

@@ -15,9 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from pathspec import GitIgnoreSpec
-
 from midfill.context import IGNORE_FILES
+from midfill.context.ignore import IgnoreRules
 from midfill.languages import NOT_CODE, language_id
 from midfill.secrecy import Grade, find_secrets, is_excluded
 
@@ -69,7 +68,7 @@ class Sieve:
     def __init__(self, root: Path, excluded_files: Sequence[str]) -> None:
         self.root = root
         self._excluded = tuple(excluded_files)
-        self._ignored: dict[Path, GitIgnoreSpec | None] = {}
+        self._ignored: dict[Path, IgnoreRules] = {}
 
     def walk(self) -> Iterator[str]:
         """Relative paths of all files that may be read, folder by folder."""
@@ -127,42 +126,35 @@ class Sieve:
             not path.name.startswith(".")
             and path.name not in _FOREIGN_FOLDERS
             and not (path / "pyvenv.cfg").exists()
-            and not self._is_ignored(path, "/")
+            and not self._is_ignored(path, is_folder=True)
         )
 
     def _admits_file(self, path: Path) -> bool:
-        return why_no_source(path, self._excluded) is None and not self._is_ignored(path, "")
+        return why_no_source(path, self._excluded) is None and not self._is_ignored(path, is_folder=False)
 
     def ignores(self, relative: str) -> bool:
         """Whether an ignore file names this path or a folder above it."""
         path = self.root / relative
         folders = list(path.relative_to(self.root).parents)[:-1]
-        return self._is_ignored(path, "") or any(self._is_ignored(self.root / one, "/") for one in folders)
+        return self._is_ignored(path, is_folder=False) or any(
+            self._is_ignored(self.root / one, is_folder=True) for one in folders
+        )
 
-    def _is_ignored(self, path: Path, slash: str) -> bool:
+    def _is_ignored(self, path: Path, *, is_folder: bool) -> bool:
         """As git decides: the last pattern that fits, of the ignore file that is nearest."""
         folder = path.parent
         while True:
-            spec = self._spec(folder)
-            if spec is not None:
-                verdict = spec.check_file(path.relative_to(folder).as_posix() + slash).include
-                if verdict is not None:
-                    return verdict
+            verdict = self._rules(folder).verdict(path.relative_to(folder).as_posix(), is_folder=is_folder)
+            if verdict is not None:
+                return verdict
             if folder == self.root:
                 return False
             folder = folder.parent
 
-    def _spec(self, folder: Path) -> GitIgnoreSpec | None:
+    def _rules(self, folder: Path) -> IgnoreRules:
         if folder not in self._ignored:
-            lines: list[str] = []
-            for name in IGNORE_FILES:
-                data = read_bytes(folder / name, _MAX_IGNORE_BYTES)
-                lines += (data or b"").decode("utf-8-sig", "replace").splitlines()
-            spec = None
-            # A pattern that cannot be read leaves the whole folder's patterns without effect.
-            with suppress(ValueError):
-                spec = GitIgnoreSpec.from_lines(lines) if lines else None
-            self._ignored[folder] = spec
+            files = [read_bytes(folder / name, _MAX_IGNORE_BYTES) or b"" for name in IGNORE_FILES]
+            self._ignored[folder] = IgnoreRules(files)
         return self._ignored[folder]
 
     def _relative(self, path: Path) -> str:
