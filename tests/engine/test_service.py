@@ -18,8 +18,9 @@ from prometheus_client import generate_latest
 from midfill.engine import AdapterSource, Request
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.engine.served.endpoint import RemoteSpec
+from midfill.engine.served.guard import _Bucket
 from midfill.engine.served.host import Host
-from midfill.engine.served.hosting import Listen, _Bucket, read_tokens, serve
+from midfill.engine.served.hosting import Listen, read_tokens, serve
 from midfill.engine.served.remote import RemoteEngine
 from midfill.engine.served.rendered import RenderedTokenizer
 from midfill.errors import (
@@ -522,6 +523,7 @@ async def test_a_team_is_served_with_tls_and_an_authority_of_its_own(tmp_path, m
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     issued = authority.issue_cert("localhost")
     issued.private_key_pem.write_to_path(tmp_path / "box.key")
+    (tmp_path / "box.key").chmod(0o600)
     with (tmp_path / "box.pem").open("wb") as file:
         file.writelines(part.bytes() for part in issued.cert_chain_pems)
     monkeypatch.setenv("TEAM_TOKEN", TOKEN)

@@ -162,10 +162,10 @@ class SharedEngine:
             async for token in tokens:
                 yield token
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
         """See `Engine.prewarm`."""
         if self._remote is not None:
-            self._remote.prewarm(tokens, adapter)
+            self._remote.prewarm(tokens, adapter, user=user)
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
         """See `Adaptable.set_adapters`. Other windows have theirs beside them."""
