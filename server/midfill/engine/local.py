@@ -38,7 +38,6 @@ MAX_WAITING = 64
 _PAUSE_S = 0.5
 """Without a message for so long, nobody types: most keys come within 0.2 s of the one before."""
 
-
 Load = Callable[[EngineSpec, Progress], Loaded]
 
 
@@ -389,8 +388,7 @@ class _Steps:
         for sequence in dropped:
             other = flight if sequence is flight.sequence else self._flights.get(sequence)
             if other is not None:
-                what = "idle work" if other.request.idle else "so many requests of yours"
-                self._leave(other, EngineOverloadedError(f"There was no room for {what}."))
+                self._leave(other, EngineOverloadedError("There was no room for it among those that wait."))
         if flight.sequence in dropped:
             return
         request.stats.num_prompt = len(request.tokens)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from fractions import Fraction
 
 from midfill.engine.slots import Slots
 from midfill.errors import EngineOverloadedError
@@ -24,13 +25,12 @@ _OLDEST_AT = 2
 with eight who type without end it is answered within 7 s (3: 10 s, 4: 11 s) instead of never."""
 
 
-_PASS_TOKENS = 28
-"""What taking part in a pass costs, counted in tokens of a prompt: on two cores a pass over one token takes
-25 ms and each further one 0.9 ms."""
+_PASS = 3 / 8
+"""What taking part in a pass costs, in chunks: on two cores one token takes 25 ms, a chunk of 64 takes 80."""
 
-_TURN_TOKENS = 1024
-"""How far, in the same measure, a user who runs may get ahead of one who waits (about a second of decoding on
-two cores): each change may cost a prompt that must be computed again. Nobody saves up more by being away."""
+_TURN = 64
+"""How far, in chunks, a user who runs may get ahead of one who waits (four seconds of decoding on two cores):
+each change may cost a prompt that must be computed again. Nobody saves up more by being away."""
 
 _RECENT_STEPS = 2000
 """A user keeps a share of the slots, and so the computed prompt in it, for so many steps after a request."""
@@ -160,6 +160,8 @@ class Scheduler:
         self._step_tokens = step_tokens
         self._step_sequences = step_sequences
         self._max_waiting = max_waiting
+        self._pass_tokens = int(_PASS * chunk_tokens)
+        self._turn_tokens = _TURN * chunk_tokens
         self._sequences: list[Sequence] = []  # oldest first
         self._arrivals = 0
         self._contended = 0  # steps in which not all had a place
@@ -214,7 +216,7 @@ class Scheduler:
             account = self._accounts.setdefault(user, _Account())
             others = [self._accounts[name].served for name in present]
             if others:
-                account.served = max(account.served, min(others) - _TURN_TOKENS)
+                account.served = max(account.served, min(others) - self._turn_tokens)
         # Who has not been here for long is forgotten, so that there are never more accounts than that.
         recent = {name for name, one in self._accounts.items() if self._is_recent(one)}
         for name in set(self._accounts) - present - recent - {user}:
@@ -258,14 +260,25 @@ class Scheduler:
         return min(self._step_sequences, len(self._slots))
 
     def _split(self, chosen: list[Sequence], ranked: list[Sequence], share: int) -> list[Chunk]:
-        """Chunks of several users: equal parts of the budget; who needs less leaves the rest to others."""
+        """Chunks of several users: equal parts of the budget; who needs less leaves the rest to others.
+
+        A pass takes no longer than those of its users would take one after the other, if each had what the
+        one with the least to compute has: who decodes is not slowed down by somebody's long prompt.
+        """
         chosen = chosen[: self._step_tokens]
         copies = {one: self._admit(one, ranked, share=share) if one.slot is None else None for one in chosen}
-        chunks: list[Chunk] = []
+        by_need = sorted(chosen, key=_need)
+        counts = Counter(one.user for one in chosen)
         budget = self._step_tokens
-        by_need = sorted(chosen, key=lambda one: len(one.tokens) - one.num_computed)
+        if len(counts) > 1:
+            most = len(counts) * (self._pass_tokens + _need(by_need[0])) - self._pass_tokens
+            budget = min(budget, max(most, len(chosen)))
+        chunks: list[Chunk] = []
         for num_before, sequence in enumerate(by_need):
-            room = min(self._chunk_tokens, budget // (len(by_need) - num_before))
+            others = by_need[num_before + 1 :]
+            part = Fraction(1, counts[sequence.user])
+            part /= part + sum(Fraction(1, counts[one.user]) for one in others)
+            room = min(self._chunk_tokens, max(1, int(budget * part)), budget - len(others))
             chunks.append(_chunk(sequence, room, copies[sequence]))
             budget -= len(chunks[-1].tokens)
         return chunks
@@ -316,13 +329,13 @@ class Scheduler:
     def _standing(self, user: str, queue: list[Sequence]) -> tuple[int, int]:
         """The least goes first. Of equal ones, who has asked last."""
         has_slot = any(sequence.slot is not None for sequence in queue)
-        return self._accounts[user].served - has_slot * _TURN_TOKENS, -queue[0].order
+        return self._accounts[user].served - has_slot * self._turn_tokens, -queue[0].order
 
     def computed(self, chunk: Chunk, num_right: int = 0) -> None:
         """Note that a forward pass has computed this chunk, `num_right` of whose guesses came true."""
         kept = chunk.tokens[: len(chunk.tokens) - chunk.num_guesses + num_right]
         if (account := self._accounts.get(chunk.sequence.user)) is not None:
-            account.served += len(chunk.tokens) + _PASS_TOKENS
+            account.served += len(chunk.tokens) + self._pass_tokens
         chunk.sequence.num_computed += len(kept)
         self._slots.extend(chunk.slot, kept)
 
@@ -368,6 +381,11 @@ def _at_most(sequences: list[Sequence], share: int) -> list[Sequence]:
         if counts[sequence.user] <= share:
             kept.append(sequence)
     return kept
+
+
+def _need(sequence: Sequence) -> int:
+    """How many known tokens are not computed."""
+    return len(sequence.tokens) - sequence.num_computed
 
 
 def _chunk(sequence: Sequence, room: int, copy_from: int | None) -> Chunk:

@@ -108,7 +108,7 @@ class Slots:
         reused = 0 if best is None else min(lengths[best], len(tokens) - 1)
         victim = min(self._of(owner, free, share), key=lambda number: self._slots[number].last_used)
         if best is None or reused == 0:
-            return self._take(victim, key, owner, tokens)
+            return self._take(victim, key, owner, [])
         held = self._slots[best]
         if not held.leased and (best == victim or 2 * lengths[best] >= len(held.tokens)):
             return self._take(best, key, owner, tokens[:reused])
