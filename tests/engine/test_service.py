@@ -14,9 +14,10 @@ import pytest
 import trustme
 from clock import in_its_own_time
 from prometheus_client import generate_latest
+from serving import TOKEN, hosted, team, until
 
 from midfill.engine import AdapterSource, Request
-from midfill.engine.scripted import Rule, Script, ScriptedEngine
+from midfill.engine.scripted import Script, ScriptedEngine
 from midfill.engine.served.endpoint import RemoteSpec
 from midfill.engine.served.guard import _Bucket
 from midfill.engine.served.host import Host
@@ -30,32 +31,6 @@ from midfill.errors import (
     EngineUnavailableError,
     SettingsError,
 )
-
-TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test
-RULES = [
-    Rule(after="slow", text="x" * 500, token_delay_s=0.01),
-    Rule(after="long", text="x" * 500, token_delay_s=0.1),
-    Rule(after="bad", text="12", error="out of memory", error_after=2),
-    Rule(text="hello", logprob=-0.25),
-]
-
-
-@asynccontextmanager
-async def hosted(listen, *, rules=RULES, log="", **options):
-    """A service; gives its host and address. It has ended afterwards."""
-    # Its vocabulary is all of Unicode, of which a digest would take seconds.
-    options = {"vocabulary": "characters"} | options
-    host = Host(lambda: ScriptedEngine(Script(rules=list(rules), log=log)), **options)
-    address = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(serve(host, listen, address.set_result))
-    await asyncio.wait([task, address], return_when="FIRST_COMPLETED")
-    if task.done():
-        await task
-    try:
-        yield host, await address
-    finally:
-        host.on_exit()
-        await task
 
 
 @asynccontextmanager
@@ -79,14 +54,6 @@ def request(engine, text, num=100, **options):
 
 def log_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-async def until(condition):
-    async with asyncio.timeout(5):
-        for _ in range(10_000):
-            if condition():
-                return
-            await asyncio.sleep(0.002)
 
 
 async def test_a_socket_is_its_owners_alone_and_goes_with_the_service(tmp_path):
@@ -477,10 +444,6 @@ class Held(ScriptedEngine):
         await self.may_close.wait()
         await super().close()
         self.closed.set()
-
-
-def team(**options):
-    return Listen(**({"tokens": {TOKEN: "ada", TOKEN + "2": "bob"}} | options))
 
 
 async def test_a_team_is_asked_for_tokens_and_browsers_are_refused():

@@ -127,6 +127,11 @@ class Connection(H11Protocol):
         self._unwanted = 0
 
     @property
+    def gone(self) -> bool:
+        """Whether nothing that is sent arrives."""
+        return self.transport.is_closing()
+
+    @property
     def rests(self) -> bool:
         """Whether no request is under way."""
         return self.cycle is None or self.cycle.response_complete

@@ -11,6 +11,7 @@ import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,10 @@ class Guard:
         if refused is not None:
             await _refuse(send, *refused)
             return
+        with suppress(_GoneError):
+            await self._ask(user, scope, receive, _sender(scope, send))
+
+    async def _ask(self, user: str | None, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         if user is None:
             await self._app(scope, _Limited(receive, None), send)
             return
@@ -159,6 +164,27 @@ class _Limited:
         if self._num_bytes > _MOST_BYTES:
             raise HTTPException(413, f"The request is too large: at most {_MOST_BYTES} bytes are taken.")
         return message
+
+
+class _GoneError(Exception):
+    """Nobody reads what is answered any more."""
+
+
+def _sender(scope: Mapping[str, Any], send: Send) -> Send:
+    """`send` that ends an answer which nobody reads, and lets others in between the parts of a long one.
+
+    uvicorn drops what is sent to a connection that is lost, so that a long answer would go on to its end.
+    """
+    connection = connection_of(scope)
+
+    async def send_on(message: Any) -> None:
+        if connection.gone:
+            raise _GoneError
+        await send(message)
+        if message.get("more_body"):
+            await asyncio.sleep(0)
+
+    return send_on
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:

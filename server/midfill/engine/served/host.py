@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,7 +186,7 @@ class Host:
         self._news.set()
         self._news = asyncio.Event()
 
-    async def progress(self) -> AsyncIterator[Report]:
+    async def progress(self) -> AsyncGenerator[Report, None]:
         """How loading goes, ending with {"ready": true} or {"error": sentence}."""
         loading = asyncio.ensure_future(self.load())
         self.enter()

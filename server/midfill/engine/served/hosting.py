@@ -36,6 +36,8 @@ except ImportError:  # Windows
 _ACCEPTED_AT_ONCE = 16
 """Connections that are accepted before anything else is done: so that many do not stop what is under way."""
 _BACKLOG = 1024
+_SEND_BUFFER = 131_072
+"""Of each connection: the system would take megabytes, and it would not be seen that nobody reads."""
 _OTHER_FILES = 128
 """Descriptors for everything but connections: the model's files, libraries, logs."""
 _MOST_FILES = 16_384
@@ -221,7 +223,9 @@ def _open(listen: Listen) -> socket.socket:
     """A socket that listens."""
     try:
         if listen.socket is None:
-            return socket.create_server((listen.host, listen.port))
+            sock = socket.create_server((listen.host, listen.port))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            return sock
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Nobody else may connect, from the first moment on.
         before = os.umask(0o177)

@@ -15,7 +15,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -127,11 +127,12 @@ class Service:
     async def ready(self, _: HttpRequest) -> Response:
         """One JSON object a line: how loading goes, until it has ended."""
 
-        async def lines() -> AsyncIterator[bytes]:
-            async for report in self.host.progress():
-                yield json.dumps(report).encode() + b"\n"
+        async def lines() -> AsyncGenerator[bytes, None]:
+            async with aclosing(self.host.progress()) as reports:
+                async for report in reports:
+                    yield json.dumps(report).encode() + b"\n"
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        return _Stream(lines(), "application/x-ndjson")
 
     async def set_idle(self, http: HttpRequest) -> Response:
         """Somebody waits for a request now, or nobody does any more."""
@@ -195,7 +196,7 @@ class Service:
         )
         run = _Run(self.host, engine, request, asked, self._flights, asked.model or engine.model.name)
         if asked.stream:
-            return _Events(run.events(), media_type="text/event-stream")
+            return _Events(run.events(), "text/event-stream")
         return await run.whole()
 
     async def _tokens(
@@ -219,7 +220,20 @@ class Service:
                 raise AskedError("suffix", str(error)) from error
 
 
-class _Events(StreamingResponse):
+class _Stream(StreamingResponse):
+    """Parts as they come. However it ends, the source of the parts has ended then as well."""
+
+    def __init__(self, parts: AsyncGenerator[bytes, None], media_type: str) -> None:
+        super().__init__(parts, media_type=media_type)
+        self._parts = parts
+
+    async def stream_response(self, send: Send) -> None:
+        """See `StreamingResponse`."""
+        async with aclosing(self._parts):
+            await super().stream_response(send)
+
+
+class _Events(_Stream):
     """Server-sent events, with comments while there are none; see `_PULSE_S`."""
 
     async def stream_response(self, send: Send) -> None:
@@ -313,7 +327,7 @@ class _Run:
             yield replace(token, text=token.text[:num_held])
             num_held -= len(token.text)
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """As server-sent events."""
         options = self.asked.stream_options
         form = self._form() | ({"usage": None} if options is not None and options.include_usage else {})
