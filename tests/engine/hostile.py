@@ -108,12 +108,8 @@ async def flood_of_requests(victim):
 
 
 async def flood_without_a_token(victim):
-    await many(
-        32,
-        lambda _: victim.again_and_again(
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-        ),
-    )
+    one = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    await many(32, lambda _: victim.again_and_again(one))
 
 
 async def ready_streams(victim):

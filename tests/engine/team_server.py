@@ -36,11 +36,12 @@ async def main(tokens, step_s):
         runner.num_parts = 1
         return paced_engine(runner)
 
+    def end():
+        host.on_exit()  # which is `serve`'s by then
+
     loop = asyncio.get_running_loop()
     host = Host(make, vocabulary="bytes")
-    threading.Thread(
-        target=lambda: (sys.stdin.read(), loop.call_soon_threadsafe(lambda: host.on_exit())), daemon=True
-    ).start()
+    threading.Thread(target=lambda: (sys.stdin.read(), loop.call_soon_threadsafe(end)), daemon=True).start()
     raise_file_limit()
     await serve(host, Listen(tokens=tokens), lambda address: print(address, flush=True))
 
