@@ -129,7 +129,7 @@ def with_server(test, caplog, limits=None):
     asyncio.run(run())
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
 @given(st.lists(RAW, min_size=1, max_size=8))
 def test_raw_bytes(caplog, many):
     async def send(url):
@@ -146,7 +146,7 @@ def test_raw_bytes(caplog, many):
     with_server(send, caplog, SHORT)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
 @given(st.lists(RAW, min_size=1, max_size=4))
 def test_raw_bytes_of_who_stays(caplog, many):
     """Without an end; the deadlines are short."""
@@ -161,7 +161,7 @@ def test_raw_bytes_of_who_stays(caplog, many):
     with_server(send, caplog, SHORT)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
 @given(st.lists(st.tuples(st.booleans(), FIELDS | JSON | st.binary(max_size=40)), min_size=1, max_size=10))
 def test_bodies(caplog, many):
     async def send(url):
@@ -273,7 +273,7 @@ def test_bytes_of_a_stream_are_objects_or_no_answer(parts):
             assert all(isinstance(one, dict) for one in lines.take(part))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
 @given(
     st.lists(
         st.lists(PIECES, max_size=8).map(lambda parts: [STREAM, *parts]) | st.lists(PIECES, max_size=5),
@@ -305,7 +305,7 @@ def test_an_answer_costs_its_request_and_the_next_is_served(caplog, scripts):
     asyncio.run(run())
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
 @given(OBJECTS | st.dictionaries(st.sampled_from(["data", "object", "models"]), OBJECTS, max_size=3))
 def test_any_list_of_models_is_used_or_is_a_sentence(caplog, models):
     async def run():
