@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 ADA = "0123456789abcdef-ada"
 NAMES = [one.__name__ for one in KINDS]
 STEP_S = 0.02
-NUM_ROUNDS, NUM_REQUESTS, NUM_TOKENS = 3, 14, 8
+NUM_ROUNDS, NUM_REQUESTS, NUM_TOKENS = 3, 12, 12
 
 
 @contextlib.asynccontextmanager

@@ -65,7 +65,7 @@ def test_a_pass_is_split_evenly_and_what_one_does_not_need_is_the_others():
     scheduler.add(sequence("bob", 1000, first=5000))
     scheduler.add(sequence("eve", 1000, first=9000))
     sizes = {chunk.sequence.user: len(chunk.tokens) for chunk in step(scheduler)}
-    assert sizes == {"ada": 1, "bob": 25, "eve": 25}  # 3 * (24 + 1) - 24
+    assert sizes == {"ada": 1, "bob": 13, "eve": 12}  # 1 + 2 * (24 + 1) // 2
 
 
 def test_what_was_computed_for_one_user_is_kept_while_another_sends_all_kinds_of_prompts():

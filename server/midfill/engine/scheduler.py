@@ -262,8 +262,8 @@ class Scheduler:
     def _split(self, chosen: list[Sequence], ranked: list[Sequence], share: int) -> list[Chunk]:
         """Chunks of several users: equal parts of the budget; who needs less leaves the rest to others.
 
-        A pass takes no longer than those of its users would take one after the other, if each had what the
-        one with the least to compute has: who decodes is not slowed down by somebody's long prompt.
+        Each further user makes a pass longer by at most half of what it takes for the one with the least to
+        compute: who decodes is not slowed down by somebody's long prompt.
         """
         chosen = chosen[: self._step_tokens]
         copies = {one: self._admit(one, ranked, share=share) if one.slot is None else None for one in chosen}
@@ -271,7 +271,8 @@ class Scheduler:
         counts = Counter(one.user for one in chosen)
         budget = self._step_tokens
         if len(counts) > 1:
-            most = len(counts) * (self._pass_tokens + _need(by_need[0])) - self._pass_tokens
+            least = _need(by_need[0])
+            most = least + (len(counts) - 1) * (self._pass_tokens + least) // 2
             budget = min(budget, max(most, len(chosen)))
         chunks: list[Chunk] = []
         for num_before, sequence in enumerate(by_need):
