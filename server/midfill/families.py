@@ -297,6 +297,31 @@ def recognise_family(model: ModelInfo, named: str | None = None) -> tuple[str, F
     return fitting[0], FAMILIES[fitting[0]]
 
 
+def infill(
+    model: ModelInfo, named: str | None, before: str, after: str
+) -> tuple[tuple[int, ...], frozenset[int]]:
+    """A prompt with a hole between two texts, in the order that the family was trained on.
+
+    The whole texts stand in it: no window, no token healing. Returns the ids, and those that end the middle.
+    Raises `ModelError` if the model's family is not known.
+    """
+    _, family = recognise_family(model, named)
+    tokenizer = model.tokenizer
+    layout = Layout.PSM if Layout.PSM in family.layouts else family.layouts[0]
+    texts = {"head": family.prefix_lead + before, "typed": "", "tail": after}
+    parts = list(family.parts(layout))
+    if family.needs_suffix and not after:
+        parts = [part for part in parts if part[1] in (family.bos, "head", "typed")]
+    ids: list[int] = []
+    for kind, name in parts:
+        if kind == "text":
+            ids += tokenizer.encode(texts[name]) if texts[name] else []
+        elif (token := tokenizer.token_id(name)) is not None:
+            ids.append(token)
+    stops = (tokenizer.token_id(name) for name in family.stops)
+    return tuple(ids), frozenset(token for token in stops if token is not None)
+
+
 def family_in_name(name: str) -> str | None:
     """The family that a model's name holds, as names of served models do: "Qwen/Qwen2.5-Coder-7B"."""
     known = [family for family in FAMILIES if family in name.casefold()]

@@ -172,9 +172,9 @@ class Metered:
             work.left_s = time.monotonic()
             work.end = end
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
         """See `Engine.prewarm`."""
-        self._engine.prewarm(tokens, adapter)
+        self._engine.prewarm(tokens, adapter, user=user)
 
     async def close(self) -> None:
         """See `Engine.close`."""

@@ -98,12 +98,18 @@ class PacedRunner:
 
 def engine(step_s=0.003, sequence_s=0.0006, token_s=0.0001, chunk_tokens=64):
     """A `LocalEngine` around it, as `midfill serve` would have one; for a test in `clock.in_its_own_time`."""
-    tokenizer = Bytes()
     clock = asyncio.get_running_loop().clock
-    runner = PacedRunner(clock, step_s, sequence_s, token_s, chunk_tokens)
+    found = paced_engine(PacedRunner(clock, step_s, sequence_s, token_s, chunk_tokens))
+    found.mailbox = clock.mailbox
+    return found
+
+
+def paced_engine(runner):
+    """A `LocalEngine` around a runner."""
+    tokenizer = Bytes()
 
     def load(spec, progress):
-        clock.takes_part()
+        runner.clock.takes_part()
         info = ModelInfo("paced", "qwen2.5-coder", "qwen2", runner.context, tokenizer, "cpu", "paced")
         index = TokenIndex(tokenizer.vocab_bytes(), tokenizer.control_ids)
         return Loaded(info, runner, index, Residents(runner, lambda: None, None), slow_turn_s=1.0)
@@ -111,6 +117,4 @@ def engine(step_s=0.003, sequence_s=0.0006, token_s=0.0001, chunk_tokens=64):
     class Model:
         name, path, family = "paced", Path("/nowhere"), "qwen2.5-coder"
 
-    found = LocalEngine(EngineSpec(Model()), load=load)
-    found.mailbox = clock.mailbox
-    return found
+    return LocalEngine(EngineSpec(Model()), load=load)

@@ -14,12 +14,14 @@ import pytest
 import trustme
 from clock import in_its_own_time
 from prometheus_client import generate_latest
+from serving import TOKEN, hosted, team, until
 
 from midfill.engine import AdapterSource, Request
-from midfill.engine.scripted import Rule, Script, ScriptedEngine
+from midfill.engine.scripted import Script, ScriptedEngine
 from midfill.engine.served.endpoint import RemoteSpec
+from midfill.engine.served.guard import _Bucket
 from midfill.engine.served.host import Host
-from midfill.engine.served.hosting import Listen, _Bucket, read_tokens, serve
+from midfill.engine.served.hosting import Listen, read_tokens, serve
 from midfill.engine.served.remote import RemoteEngine
 from midfill.engine.served.rendered import RenderedTokenizer
 from midfill.errors import (
@@ -29,32 +31,6 @@ from midfill.errors import (
     EngineUnavailableError,
     SettingsError,
 )
-
-TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test
-RULES = [
-    Rule(after="slow", text="x" * 500, token_delay_s=0.01),
-    Rule(after="long", text="x" * 500, token_delay_s=0.1),
-    Rule(after="bad", text="12", error="out of memory", error_after=2),
-    Rule(text="hello", logprob=-0.25),
-]
-
-
-@asynccontextmanager
-async def hosted(listen, *, rules=RULES, log="", **options):
-    """A service; gives its host and address. It has ended afterwards."""
-    # Its vocabulary is all of Unicode, of which a digest would take seconds.
-    options = {"vocabulary": "characters"} | options
-    host = Host(lambda: ScriptedEngine(Script(rules=list(rules), log=log)), **options)
-    address = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(serve(host, listen, address.set_result))
-    await asyncio.wait([task, address], return_when="FIRST_COMPLETED")
-    if task.done():
-        await task
-    try:
-        yield host, await address
-    finally:
-        host.on_exit()
-        await task
 
 
 @asynccontextmanager
@@ -78,14 +54,6 @@ def request(engine, text, num=100, **options):
 
 def log_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-async def until(condition):
-    async with asyncio.timeout(5):
-        for _ in range(10_000):
-            if condition():
-                return
-            await asyncio.sleep(0.002)
 
 
 async def test_a_socket_is_its_owners_alone_and_goes_with_the_service(tmp_path):
@@ -478,10 +446,6 @@ class Held(ScriptedEngine):
         self.closed.set()
 
 
-def team(**options):
-    return Listen(**({"tokens": {TOKEN: "ada", TOKEN + "2": "bob"}} | options))
-
-
 async def test_a_team_is_asked_for_tokens_and_browsers_are_refused():
     async with hosted(team(names=("gpu-box",))) as (_, url), httpx2.AsyncClient(base_url=url) as client:
         good = {"Authorization": f"Bearer {TOKEN}"}
@@ -522,6 +486,7 @@ async def test_a_team_is_served_with_tls_and_an_authority_of_its_own(tmp_path, m
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     issued = authority.issue_cert("localhost")
     issued.private_key_pem.write_to_path(tmp_path / "box.key")
+    (tmp_path / "box.key").chmod(0o600)
     with (tmp_path / "box.pem").open("wb") as file:
         file.writelines(part.bytes() for part in issued.cert_chain_pems)
     monkeypatch.setenv("TEAM_TOKEN", TOKEN)

@@ -129,7 +129,7 @@ class BusyEngine:
         """See `Engine.generate`."""
         return self._scripted.generate(request)
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
         """See `Engine.prewarm`."""
 
     async def close(self) -> None:

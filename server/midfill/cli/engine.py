@@ -71,7 +71,7 @@ def engine_check(url: str, key: str | None, name: str | None, as_json: bool) -> 
 @click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True)
 @click.option("--tokens", type=_FILE, help="Who may ask: lines of `user token`, in a file of mode 600.")
 @click.option("--tls-cert", type=_FILE, help="Certificate (PEM).")
-@click.option("--tls-key", type=_FILE, help="Its key (PEM).")
+@click.option("--tls-key", type=_FILE, help="Its key (PEM), in a file of mode 600.")
 @click.option("--behind-proxy", is_flag=True, help="Something before it encrypts; it does not.")
 @click.option("--name", "names", multiple=True, help="A host name that it is called by; may be repeated.")
 @click.option(
@@ -80,6 +80,11 @@ def engine_check(url: str, key: str | None, name: str | None, as_json: bool) -> 
     multiple=True,
     metavar="NAME",
     help="An adapter (its folder, or a name of `adapter list`) to offer as a model of its own as well.",
+)
+@click.option(
+    "--any-temperature",
+    is_flag=True,
+    help="Take requests with a temperature above 0 too, and answer as for 0; without this they are refused.",
 )
 @click.option("--settings", "given", hidden=True, help="For the shared engine: settings as JSON.")
 @click.option("--detach", is_flag=True, hidden=True, help="Go on in a child process.")
@@ -96,16 +101,27 @@ def engine_serve(
     behind_proxy: bool,
     names: tuple[str, ...],
     adapters: tuple[str, ...],
+    any_temperature: bool,
     given: str | None,
     detach: bool,
     model: str | None,
     adapter: str | None,
     script: str | None,
 ) -> None:
-    """Serve the model of this machine to several editors or people, as OpenAI's /v1/completions.
+    """Serve the model of this machine to several editors or people, in the form of OpenAI's /v1/completions.
 
     With `engine = "shared"` in your settings file this is started for you. For a team it needs tokens, and
     beyond this machine TLS. What is asked and answered is never logged; /metrics is for Prometheus.
+
+    Of OpenAI's parameters these work: prompt (one text, or one list of token ids), suffix (the text after the
+    hole, for models that fill in the middle), max_tokens, stop (8 texts of 100 characters), stream,
+    stream_options, logprobs (0 or 1), and model. The engine always takes the likeliest token: temperature 0
+    (the default here), any top_p and any seed give the same answer; a higher temperature is refused unless
+    --any-temperature is given. n and best_of must be 1, echo false, logit_bias empty, the penalties 0. user
+    is taken and not used. Whatever else is sent is refused with status 400 and its name.
+
+    Each user has an equal share of the model, however many requests they send: at most 16 at once, 20 a
+    second, each for at most 10 minutes.
 
     \b
     Examples:
@@ -120,6 +136,7 @@ def engine_serve(
         os.setsid()
     from midfill.engine.served.host import Host
     from midfill.engine.served.hosting import Listen, read_tokens, run
+    from midfill.families import infill
     from midfill.outlet import unblocked
     from midfill.settings import Settings, parse
     from midfill.shown import LogFormatter
@@ -139,6 +156,7 @@ def engine_serve(
         tls_key=tls_key,
         names=names,
         behind_proxy=behind_proxy,
+        any_temperature=any_temperature,
     )
     if socket is not None and tokens is not None:
         raise SettingsError("--socket is for yourself alone and needs no --tokens.")
@@ -146,11 +164,18 @@ def engine_serve(
     make = engine_maker(script)
     exits_s = settings.engine_exit_min * 60 if socket is not None else 0.0
     unloads_s = settings.engine_unload_min * 60
+    served = Host(
+        lambda: make(settings),
+        unloads_s,
+        exits_s,
+        adapters=_sources(adapters),
+        infill=lambda info, before, after: infill(info, settings.family, before, after),
+    )
     with unblocked():
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(handlers=[handler])
-        run(Host(lambda: make(settings), unloads_s, exits_s, adapters=_sources(adapters)), listen)
+        run(served, listen)
 
 
 def _sources(names: tuple[str, ...]) -> tuple[AdapterSource, ...]:

@@ -199,6 +199,7 @@ class Request:
             that is not idle. The event loop may change this by `set_idle` while the request runs.
         adapter: the key of an adapter that is in the model (see `Adaptable`), or `BASE`; None for what the
             engine was started with.
+        user: who asks, where several people share the engine: each gets an equal share of it.
         stats: see `Stats`.
         on_idle: an engine in another process wants to hear of that.
     """
@@ -209,6 +210,7 @@ class Request:
     starts_with: str = ""
     idle: bool = False
     adapter: str | None = None
+    user: str = ""
     stats: Stats = field(default_factory=Stats)
     on_idle: Callable[[bool], None] | None = None
 
@@ -260,10 +262,10 @@ class Engine(Protocol):
         """
         ...
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
         """Compute the KV of a prompt when nothing else is to be done. Never waits, never fails.
 
-        `adapter`: see `Request.adapter`.
+        `adapter`, `user`: see `Request`.
         """
         ...
 

@@ -38,7 +38,6 @@ MAX_WAITING = 64
 _PAUSE_S = 0.5
 """Without a message for so long, nobody types: most keys come within 0.2 s of the one before."""
 
-
 Load = Callable[[EngineSpec, Progress], Loaded]
 
 
@@ -86,6 +85,7 @@ class _Prewarm:
 
     tokens: list[int]
     adapter: str | None
+    user: str
 
 
 class _ClosedError(Exception):
@@ -179,10 +179,10 @@ class LocalEngine:
             flight.cancelled = True
             self.mailbox.put(None)  # wakes the thread, which then looks at the flags
 
-    def prewarm(self, tokens: Ids[int], adapter: str | None = None) -> None:
+    def prewarm(self, tokens: Ids[int], adapter: str | None = None, *, user: str = "") -> None:
         """Compute a prompt when idle; a newer call replaces an older one. See `Engine.prewarm`."""
         if self._unavailable is None:
-            self.mailbox.put(_Prewarm(list(tokens), adapter))
+            self.mailbox.put(_Prewarm(list(tokens), adapter, user))
 
     async def set_adapters(self, adapters: Ids[AdapterSource]) -> None:
         """Have these adapters in the model; see `Adaptable.set_adapters`."""
@@ -380,15 +380,15 @@ class _Steps:
         try:
             self._check(request.tokens)
             key = self._residents.key_of(request.adapter)
-            flight.sequence = Sequence(key, list(request.tokens), _priority(request))
+            flight.sequence = Sequence(key, list(request.tokens), _priority(request), user=request.user)
             dropped = self._scheduler.add(flight.sequence)
         except EngineError as error:
             flight.send(error)
             return
         for sequence in dropped:
-            idle = flight if sequence is flight.sequence else self._flights.get(sequence)
-            if idle is not None:
-                self._leave(idle, EngineOverloadedError("There was no room for idle work."))
+            other = flight if sequence is flight.sequence else self._flights.get(sequence)
+            if other is not None:
+                self._leave(other, EngineOverloadedError("There was no room for it among those that wait."))
         if flight.sequence in dropped:
             return
         request.stats.num_prompt = len(request.tokens)
@@ -419,7 +419,7 @@ class _Steps:
             key = self._residents.key_of(prewarm.adapter)
         except EngineError:
             return
-        sequence = Sequence(key, prewarm.tokens, Priority.IDLE, samples=False)
+        sequence = Sequence(key, prewarm.tokens, Priority.IDLE, samples=False, user=prewarm.user)
         if sequence not in self._scheduler.add(sequence):
             self._prewarm = sequence
 

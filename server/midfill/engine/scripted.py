@@ -263,7 +263,13 @@ class ScriptedEngine:
             with Path(self._script.log).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:  # noqa: ARG002 - it has none
+    def prewarm(
+        self,
+        tokens: Sequence[int],
+        adapter: str | None = None,  # noqa: ARG002 - it has none
+        *,
+        user: str = "",  # noqa: ARG002
+    ) -> None:
         """See `Engine.prewarm`: there is nothing to warm, but the log says that it was asked for."""
         self._note("prewarmed", len(tokens), idle=True)
 

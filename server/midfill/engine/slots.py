@@ -8,7 +8,7 @@ models or editors. Runs on the engine thread only.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 NUM_SLOTS = 4
 """Documents whose keys and values are kept at the same time."""
@@ -31,9 +31,10 @@ class Lease:
 
 @dataclass(slots=True)
 class _Slot:
-    """What one slot holds. `last_used` is a logical clock; 0 is never."""
+    """What one slot holds, and for whom. `last_used` is a logical clock; 0 is never."""
 
     key: Hashable = None
+    owner: str = ""
     tokens: list[int] = field(default_factory=list)
     leased: bool = False
     retired: bool = False
@@ -59,7 +60,7 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 class Slots:
     """A fixed number of slots, handed out by longest common prefix.
 
-    A key says whose keys and values they are (model and adapter): slots of another key are never reused.
+    A key says whose keys and values they are (user and adapter): slots of another key are never reused.
     """
 
     def __init__(self, count: int) -> None:
@@ -78,12 +79,15 @@ class Slots:
         """How many slots nobody has leased."""
         return len(self._free())
 
-    def acquire(self, key: Hashable, tokens: list[int]) -> Lease:
+    def acquire(
+        self, key: Hashable, tokens: list[int], *, owner: str = "", share: int | None = None
+    ) -> Lease:
         """Lease the slot in which the fewest tokens of `tokens` must be computed. One must be free.
 
         At least the last token is always left to compute: its logits are needed. A free slot is cut to the
         common prefix and taken in place if that keeps most of it. Otherwise another document
         lives there, so the prefix is copied to an empty slot or, if none is, to the one unused the longest.
+        An `owner` who fills `share` slots already overwrites one of these, as long as one of them is free.
         """
         free = self._free()
         lengths = {
@@ -102,21 +106,30 @@ class Slots:
             default=None,
         )
         reused = 0 if best is None else min(lengths[best], len(tokens) - 1)
-        victim = min(free, key=lambda number: self._slots[number].last_used)
+        victim = min(self._of(owner, free, share), key=lambda number: self._slots[number].last_used)
         if best is None or reused == 0:
-            return self._take(victim, key, tokens, 0, None)
+            return self._take(victim, key, owner, [])
         held = self._slots[best]
         if not held.leased and (best == victim or 2 * lengths[best] >= len(held.tokens)):
-            return self._take(best, key, tokens, reused, None)
-        return self._take(victim, key, tokens, reused, best if best != victim else None)
+            return self._take(best, key, owner, tokens[:reused])
+        lease = self._take(victim, key, owner, tokens[:reused])
+        return lease if best == victim else replace(lease, copy_from=best)
 
-    def _take(self, number: int, key: Hashable, tokens: list[int], reused: int, source: int | None) -> Lease:
+    def _of(self, owner: str, free: list[int], share: int | None) -> list[int]:
+        """The free slots that an owner may overwrite."""
+        if share is None:
+            return free
+        filled = sum(slot.owner == owner and (slot.leased or bool(slot.tokens)) for slot in self._slots)
+        own = [number for number in free if self._slots[number].owner == owner and self._slots[number].tokens]
+        return own if own and filled >= share else free
+
+    def _take(self, number: int, key: Hashable, owner: str, tokens: list[int]) -> Lease:
+        """Lease a slot that holds these tokens, or will once they have been copied."""
         slot = self._slots[number]
-        slot.key = key
-        slot.tokens = tokens[:reused]
+        slot.key, slot.owner, slot.tokens = key, owner, tokens
         slot.leased = True
         self._touch(slot)
-        return Lease(number, reused, source)
+        return Lease(number, len(tokens))
 
     def extend(self, slot: int, tokens: Sequence[int]) -> None:
         """Note that the keys and values of these tokens now follow in the slot."""
@@ -132,7 +145,7 @@ class Slots:
         """Mark what the slot holds as unusable; the lease, if any, stays."""
         forgotten = self._slots[slot]
         forgotten.tokens = []
-        forgotten.key = None
+        forgotten.key, forgotten.owner = None, ""
         forgotten.last_used = 0
 
     def shrink(self) -> list[int]:

@@ -79,9 +79,9 @@ class Supervisor:
             if engine.lost is not None:
                 self._recover(engine)
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
         """Compute a prompt when idle. See `Engine.prewarm`."""
-        self._engine.prewarm(tokens, adapter)
+        self._engine.prewarm(tokens, adapter, user=user)
         self._watch()
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:

@@ -90,11 +90,11 @@ class FallbackEngine:
             async for token in tokens:
                 yield token
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
         """See `Engine.prewarm`."""
         engine = self._first if self._reached else self._second
         if engine is not None:
-            engine.prewarm(tokens, adapter)
+            engine.prewarm(tokens, adapter, user=user)
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
         """See `Adaptable.set_adapters`: both have them, the second as soon as it is loaded."""

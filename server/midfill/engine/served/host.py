@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from midfill.engine import MAX_ADAPTERS, Adaptable, AdapterSource, Engine, Stats
+from midfill.engine import MAX_ADAPTERS, Adaptable, AdapterSource, Engine, ModelInfo, Stats
 from midfill.engine.served.recognition import vocabulary_of
 from midfill.errors import AdapterError, MidfillError
 
@@ -23,6 +23,12 @@ _LOG = logging.getLogger(__name__)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 Report = dict[str, Any]
+
+Infill = Callable[[ModelInfo, str, str], tuple[Sequence[int], frozenset[int]]]
+"""A prompt with a hole between two texts: its ids, and ids that end what fills the hole.
+
+Raises `ModelError` if the model was not trained for that. Called in threads.
+"""
 
 
 class Meters:
@@ -64,6 +70,7 @@ class Host:
         exit_s: after so long the process may end; 0 for never.
         on_exit: called then.
         adapters: those that are in the model whoever asks, each a model of its own to those who do.
+        infill: see `Infill`; None where nobody may ask for that.
         vocabulary: what tells the model's vocabulary from others; made when it is loaded for the first time.
         num_ids: size of that.
         report: how loading goes.
@@ -74,6 +81,7 @@ class Host:
     exit_s: float = 0.0
     on_exit: Callable[[], None] = lambda: None
     adapters: tuple[AdapterSource, ...] = ()
+    infill: Infill | None = None
     meters: Meters = field(default_factory=Meters)
     engine: Engine | None = None
     vocabulary: str = ""
@@ -178,9 +186,10 @@ class Host:
         self._news.set()
         self._news = asyncio.Event()
 
-    async def progress(self) -> AsyncIterator[Report]:
+    async def progress(self) -> AsyncGenerator[Report, None]:
         """How loading goes, ending with {"ready": true} or {"error": sentence}."""
         loading = asyncio.ensure_future(self.load())
+        self.enter()
         try:
             while not loading.done():
                 # First the event, then the report: so none that comes while this one is sent is missed.
@@ -198,6 +207,7 @@ class Host:
         finally:
             # Who asked may have gone; the model is loaded all the same.
             loading.cancel()
+            self.leave()
 
     def enter(self) -> None:
         """A request begins."""

@@ -1,45 +1,47 @@
-"""Where a `Service` listens, and who may ask it: one user's own socket, or a network with tokens and TLS.
+"""Where a `Service` listens: at one user's own socket, or in a network, with tokens and TLS.
 
-Beyond this machine nothing is served without both. Browsers are refused by their `Origin`, and names that
-are not ours by their `Host`, so that no web page can make a browser ask. Bodies are limited, and rates and
-queues by user. One process each.
+Beyond this machine nothing is served without both. Who may ask is `guard`'s, how long a connection may take
+`connections`'. One process each.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
 import logging
 import os
 import signal
 import socket
+import ssl
 import stat
 import sys
-import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import uvicorn
-from starlette.exceptions import HTTPException
 
 from midfill import textfiles
+from midfill.engine.served.connections import Limits, Registry, protocol_of
+from midfill.engine.served.guard import Guard
 from midfill.engine.served.host import Host
 from midfill.engine.served.service import Service
 from midfill.errors import SettingsError
 
-_LOG = logging.getLogger(__name__)
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
-_MOST_BYTES = 2_000_000
-_PER_SECOND = 20.0
-_BURST = 60.0
-_MOST_AT_ONCE = 16
-
-Receive = Callable[[], Awaitable[Any]]
-Send = Callable[[Any], Awaitable[None]]
+_ACCEPTED_AT_ONCE = 16
+"""Connections that are accepted before anything else is done: so that many do not stop what is under way."""
+_BACKLOG = 1024
+_SEND_BUFFER = 131_072
+"""Of each connection: the system would take megabytes, and it would not be seen that nobody reads."""
+_OTHER_FILES = 128
+"""Descriptors for everything but connections: the model's files, libraries, logs."""
+_MOST_FILES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,9 @@ class Listen:
         socket: a Unix socket of this user's; None to listen on `host` and `port`.
         tokens: names of users by the token that each sends; none are asked for where it is empty.
         names: host names that clients may call it by, beside `host` and the loopback's.
-        behind_proxy: something before it encrypts, so that it may do without TLS beyond the loopback.
+        behind_proxy: something before it encrypts, so that it may do without TLS beyond the loopback. All
+            connections come from there then, whoever asks.
+        any_temperature: see `asked.read`.
     """
 
     socket: Path | None = None
@@ -61,6 +65,7 @@ class Listen:
     tls_key: Path | None = None
     names: tuple[str, ...] = ()
     behind_proxy: bool = False
+    any_temperature: bool = False
 
     @property
     def is_local(self) -> bool:
@@ -88,12 +93,18 @@ class Listen:
                 "and --tls-key, or --behind-proxy if something before it encrypts."
             )
 
+    def limits(self) -> Limits:
+        """What connections may take; a socket of one's own has no strangers."""
+        limits = Limits(total=_max_connections())
+        if self.socket is not None:
+            return replace(limits, strangers=0, strangers_of_address=0)
+        return replace(limits, strangers_of_address=0) if self.behind_proxy else limits
+
 
 def read_tokens(path: Path) -> dict[str, str]:
     """Users by token, from lines of `user token`. Raises `SettingsError`; so if others may read it."""
     try:
-        if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise SettingsError(f"Others may read {path}: chmod 600 {path}")
+        check_private(path)
         rows = [line.split() for line in textfiles.read(path).splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
         raise SettingsError(f"Cannot read the tokens in {path}: {str(error).rstrip('.')}.") from error
@@ -102,103 +113,29 @@ def read_tokens(path: Path) -> dict[str, str]:
     return {token: user for user, token in rows}
 
 
-@dataclass(slots=True)
-class _Bucket:
-    """A user's requests: how many more may come at once, and how many are under way."""
-
-    left: float = _BURST
-    at: float = field(default_factory=time.monotonic)
-    running: int = 0
-
-    def take(self, now: float) -> bool:
-        """Whether one more may come now."""
-        self.left, self.at = min(_BURST, self.left + (now - self.at) * _PER_SECOND), now
-        if self.left < 1 or self.running >= _MOST_AT_ONCE:
-            return False
-        self.left -= 1
-        return True
+def check_private(path: Path) -> None:
+    """Raise `SettingsError` if others may read a file with a secret, `OSError` if there is none."""
+    if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise SettingsError(f"Others may read {path}: chmod 600 {path}")
 
 
-class Guard:
-    """ASGI middleware: who may ask, how much and how often."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]], listen: Listen) -> None:
-        self._app = app
-        self._listen = listen
-        self._names = {listen.host, "localhost", "127.0.0.1", "[::1]", "::1", *listen.names}
-        self._buckets: dict[str, _Bucket] = {}
-
-    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-        """See ASGI."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        refused, bucket = self._judge(headers)
-        if refused is not None:
-            await _refuse(send, *refused)
-            return
-        counted = scope["method"] == "POST" and bucket is not None
-        if counted and bucket is not None:
-            bucket.running += 1
-        try:
-            await self._app(scope, _Limited(receive), send)
-        finally:
-            if counted and bucket is not None:
-                bucket.running -= 1
-
-    def _judge(self, headers: Mapping[bytes, str]) -> tuple[tuple[int, str] | None, _Bucket | None]:
-        if b"origin" in headers:
-            return (403, "No web page may ask."), None
-        if int(headers.get(b"content-length") or 0) > _MOST_BYTES:
-            return (413, "The request is too large."), None
-        if self._listen.socket is not None:
-            return None, None
-        host = headers.get(b"host", "").rpartition(":")[0] or headers.get(b"host", "")
-        if host not in self._names:
-            return (421, "That is not a name of this server (--name)."), None
-        user = self._user(headers.get(b"authorization", ""))
-        if user is None:
-            return (401, "A token is wanted: Authorization: Bearer TOKEN."), None
-        bucket = self._buckets.setdefault(user, _Bucket())
-        return (
-            (None, bucket)
-            if bucket.take(time.monotonic())
-            else ((429, "Too many requests of yours."), bucket)
-        )
-
-    def _user(self, authorization: str) -> str | None:
-        given = authorization.removeprefix("Bearer ").encode()
-        found = None
-        # All are compared, so that the time tells nothing.
-        for token, user in self._listen.tokens.items():
-            if hmac.compare_digest(token.encode(), given):
-                found = user
-        return found
+def raise_file_limit() -> None:
+    """Have as many descriptors as this process may: each connection takes one."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-class _Limited:
-    """What is received, up to the limit."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._num_bytes = 0
-
-    async def __call__(self) -> Any:
-        message = await self._receive()
-        self._num_bytes += len(message.get("body", b""))
-        if self._num_bytes > _MOST_BYTES:
-            raise HTTPException(413, "The request is too large.")
-        return message
-
-
-async def _refuse(send: Send, status: int, why: str) -> None:
-    body = f'{{"error": {{"message": "{why}"}}}}'.encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 429:
-        headers.append((b"retry-after", b"1"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _max_connections() -> int:
+    """As many as there are descriptors for; 0 where that is not known."""
+    if resource is None:
+        return 0
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(64, min(soft, _MOST_FILES) - _OTHER_FILES) if soft != resource.RLIM_INFINITY else 0
 
 
 class _Server(uvicorn.Server):
@@ -209,30 +146,44 @@ class _Server(uvicorn.Server):
         """See `run` for who listens to them."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See `uvicorn.Server`."""
+        await super().startup(sockets)
+        for sock in sockets or []:
+            sock.listen(_BACKLOG)  # who waits to be accepted waits in the kernel
 
-async def serve(host: Host, listen: Listen, announce: Callable[[str], None]) -> None:
+
+async def serve(
+    host: Host, listen: Listen, announce: Callable[[str], None], *, limits: Limits | None = None
+) -> None:
     """Serve until the process is told to end, or has been idle for long.
 
     Args:
         host: what is served.
         listen: where.
         announce: called with the address when it listens.
+        limits: of connections; None for `Listen.limits`.
 
     Raises `SettingsError` if it would be open to others, or the place is taken.
     """
     listen.check()
+    registry = Registry(limits or listen.limits(), _tls(listen))
+    service = Service(host, own=listen.socket is not None, any_temperature=listen.any_temperature)
+    names = frozenset({listen.host, "localhost", "127.0.0.1", "[::1]", "::1", *listen.names})
     sock = _open(listen)
     config = uvicorn.Config(
-        Guard(Service(host, own=listen.socket is not None).app, listen),
+        Guard(service.app, None if listen.socket is not None else listen.tokens, names),
+        http=protocol_of(registry),
         log_config=None,
+        # It would have a line for each request that is none.
+        log_level=logging.ERROR,
         access_log=False,
         server_header=False,
         lifespan="off",
         ws="none",
+        backlog=_ACCEPTED_AT_ONCE,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=1,
-        ssl_certfile=listen.tls_cert,
-        ssl_keyfile=listen.tls_key,
     )
     server = _Server(config)
 
@@ -252,11 +203,30 @@ async def serve(host: Host, listen: Listen, announce: Callable[[str], None]) -> 
         sock.close()
 
 
+def _tls(listen: Listen) -> ssl.SSLContext | None:
+    """The certificate that is shown, with its key. Raises `SettingsError`."""
+    if listen.tls_cert is None and listen.tls_key is None:
+        return None
+    if listen.tls_cert is None or listen.tls_key is None:
+        raise SettingsError("--tls-cert and --tls-key go together: one of them is missing.")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        check_private(listen.tls_key)
+        # An encrypted key would make OpenSSL ask on the terminal.
+        context.load_cert_chain(listen.tls_cert, listen.tls_key, password=lambda: b"")
+    except OSError as error:  # `SSLError` is one
+        why = error.strerror or "it is no PEM file, or the key is another certificate's or encrypted"
+        raise SettingsError(f"Cannot use {listen.tls_cert} with {listen.tls_key}: {why}.") from error
+    return context
+
+
 def _open(listen: Listen) -> socket.socket:
     """A socket that listens."""
     try:
         if listen.socket is None:
-            return socket.create_server((listen.host, listen.port))
+            sock = socket.create_server((listen.host, listen.port))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            return sock
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Nobody else may connect, from the first moment on.
         before = os.umask(0o177)
@@ -265,7 +235,7 @@ def _open(listen: Listen) -> socket.socket:
             sock.bind(str(listen.socket))
         finally:
             os.umask(before)
-        sock.listen(128)
+        sock.listen(_BACKLOG)
     except OSError as error:
         place = listen.socket or f"{listen.host}:{listen.port}"
         raise SettingsError(f"Cannot listen on {place}: {error.strerror}.") from error
@@ -307,4 +277,5 @@ def run(host: Host, listen: Listen) -> None:
                 asyncio.get_running_loop().add_signal_handler(signum, end)
         await serve(host, listen, announce)
 
+    raise_file_limit()
     asyncio.run(until_told())

@@ -160,7 +160,13 @@ class RemoteEngine:
         finally:
             stats.ended_s = time.monotonic()
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
+    def prewarm(
+        self,
+        tokens: Sequence[int],
+        adapter: str | None = None,
+        *,
+        user: str = "",  # noqa: ARG002 - the server knows its users
+    ) -> None:
         """Let the server compute a prompt, unless it has work of ours or each request costs money."""
         endpoint = self._current or next(iter(self._endpoints), None)
         if endpoint is None or endpoint.served is None or not endpoint.verified or endpoint.num_running:

@@ -1,25 +1,30 @@
 """An engine for several processes: OpenAI's completions over HTTP, for one user's editors or for a team.
 
-Greedy only, one model. What OpenAI's form lacks stands in a field `midfill`: the text to begin with, idle
-priority, tokens reused. Closing the connection cancels, which frees the device within one step.
-No text is logged. Knows no sockets: see `hosting` for those and for who may ask. Runs on the event loop.
+Greedy only, one model; see `asked` for the parameters. What OpenAI's form lacks stands in a field `midfill`:
+the text to begin with, idle priority, tokens reused. Closing the connection cancels, which frees the device
+within one step. No text is logged. Knows no sockets: see `hosting` for those and `guard` for who may ask.
+Runs on the event loop; what takes long for a long text runs in threads, one at a time for each user.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+import uuid
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prometheus_client import generate_latest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -35,29 +40,21 @@ from midfill.engine import (
     Token,
     Tokenizer,
 )
+from midfill.engine.served.asked import CHARS_PER_TOKEN, Asked, AskedError, Extra, read, refusal
 from midfill.engine.served.host import Host, Report
+from midfill.engine.served.stops import Stops
 from midfill.errors import (
     EngineError,
     EngineOverloadedError,
     EngineUnavailableError,
     MidfillError,
+    ModelError,
 )
 
-_MAX_PROMPT = 65_536
+_LOG = logging.getLogger(__name__)
 
 _PULSE_S = 1.0
 """A stream on which nothing is sent for so long gets a comment: the service lives, the request waits."""
-
-
-class Extra(BaseModel):
-    """What OpenAI's form has no field for."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    id: str = Field(default="", max_length=64)
-    starts_with: str = Field(default="", max_length=10_000)
-    idle: bool = False
-    adapter: str | None = Field(default=None, max_length=200)
 
 
 class Adapter(BaseModel):
@@ -80,33 +77,20 @@ class Wanted(BaseModel):
     adapters: list[Adapter] = Field(max_length=MAX_ADAPTERS)
 
 
-class Asked(BaseModel):
-    """The body of a completion. Fields that a greedy engine has no use for are ignored."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    model: str = Field(default="", max_length=1000)
-    prompt: str | list[int] = Field(max_length=_MAX_PROMPT * 8)
-    max_tokens: int = Field(default=16, ge=0, le=_MAX_PROMPT)
-    temperature: float = Field(default=0.0, ge=0.0, le=0.0)
-    stream: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=1)
-    stop: str | list[str] | None = Field(default=None, max_length=1000)
-    stop_token_ids: list[int] = Field(default=[], max_length=1000)
-    midfill: Extra = Extra()
-
-
 class Service:
     """The HTTP side of a `Host`; `app` is the ASGI application.
 
     Args:
         host: what is served.
         own: only the user who owns the process can ask.
+        any_temperature: see `asked.read`.
     """
 
-    def __init__(self, host: Host, *, own: bool) -> None:
+    def __init__(self, host: Host, *, own: bool, any_temperature: bool = False) -> None:
         self.host = host
-        self._flights: dict[str, Request] = {}
+        self._any_temperature = any_temperature
+        self._flights: dict[tuple[str, str], Request] = {}  # by user and by the user's own name for it
+        self._encoding: dict[str, asyncio.Lock] = {}  # by user
         self.app = Starlette(
             routes=[
                 Route("/v1/completions", self.complete, methods=["POST"]),
@@ -117,7 +101,8 @@ class Service:
                 Route("/midfill/idle", self.set_idle, methods=["POST"]),
                 # They are folders of this machine, so that it is no business of others.
                 *([Route("/midfill/adapters", self.set_adapters, methods=["POST"])] if own else []),
-            ]
+            ],
+            exception_handlers={HTTPException: _refused, ClientDisconnect: _gone},
         )
 
     async def models(self, _: HttpRequest) -> Response:
@@ -142,19 +127,20 @@ class Service:
     async def ready(self, _: HttpRequest) -> Response:
         """One JSON object a line: how loading goes, until it has ended."""
 
-        async def lines() -> AsyncIterator[bytes]:
-            async for report in self.host.progress():
-                yield json.dumps(report).encode() + b"\n"
+        async def lines() -> AsyncGenerator[bytes, None]:
+            async with aclosing(self.host.progress()) as reports:
+                async for report in reports:
+                    yield json.dumps(report).encode() + b"\n"
 
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        return _Stream(lines(), "application/x-ndjson")
 
     async def set_idle(self, http: HttpRequest) -> Response:
         """Somebody waits for a request now, or nobody does any more."""
         try:
             asked = Extra.model_validate_json(await http.body())
         except ValidationError as error:
-            return _invalid(error)
-        if (request := self._flights.get(asked.id)) is not None:
+            return _invalid(refusal(error))
+        if (request := self._flights.get((_user(http), asked.id))) is not None:
             request.set_idle(asked.idle)
         return Response(status_code=204)
 
@@ -165,7 +151,7 @@ class Service:
             sources = [AdapterSource(one.key, one.name, Path(one.path)) for one in wanted.adapters]
             await self.host.want(wanted.client, sources, pid=wanted.pid)
         except ValidationError as error:
-            return _invalid(error)
+            return _invalid(refusal(error))
         except MidfillError as error:
             return _error(409, error)
         return Response(status_code=204)
@@ -173,8 +159,8 @@ class Service:
     async def complete(self, http: HttpRequest) -> Response:
         """`/v1/completions`."""
         try:
-            asked = Asked.model_validate_json(await http.body())
-        except ValidationError as error:
+            asked = read(await http.body(), any_temperature=self._any_temperature)
+        except AskedError as error:
             return _invalid(error)
         try:
             engine = await self.host.load()
@@ -186,35 +172,68 @@ class Service:
             by_name = {one.name: one.key for one in self.host.known_adapters}
             if asked.model not in by_name:
                 known = ", ".join([engine.model.name, *by_name])
-                return _error(404, EngineError(f"There is no model {asked.model!r:.80} here, but {known}."))
+                return _error(404, EngineError(f"There is no model {asked.model!a:.80} here, but {known}."))
             adapter = by_name[asked.model]
-        tokens = (
-            asked.prompt if isinstance(asked.prompt, list) else _encode(engine.model.tokenizer, asked.prompt)
-        )
-        if (
-            problem := _problem(tokens, asked.max_tokens, engine.model.context, self.host.num_ids)
-        ) is not None:
-            return _error(400, EngineError(problem))
+        user = _user(http)
+        try:
+            tokens, stop_ids = await self._tokens(asked, engine.model, user)
+            _check(tokens, asked.max_tokens, engine.model.context, self.host.num_ids)
+        except AskedError as error:
+            return _invalid(error)
         if not asked.max_tokens:
-            engine.prewarm(tokens, adapter)
+            engine.prewarm(tokens, adapter, user=user)
             self.host.touch()
             return JSONResponse({"choices": [{"text": "", "index": 0, "finish_reason": "length"}]})
         extra = asked.midfill
         request = Request(
             tuple(tokens),
             asked.max_tokens,
-            frozenset(asked.stop_token_ids),
+            stop_ids.union(asked.stop_token_ids),
             starts_with=extra.starts_with,
             idle=extra.idle,
             adapter=adapter,
+            user=user,
         )
-        run = _Run(self.host, engine, request, asked, self._flights)
+        run = _Run(self.host, engine, request, asked, self._flights, asked.model or engine.model.name)
         if asked.stream:
-            return _Events(run.events(), media_type="text/event-stream")
+            return _Events(run.events(), "text/event-stream")
         return await run.whole()
 
+    async def _tokens(
+        self, asked: Asked, model: ModelInfo, user: str
+    ) -> tuple[Sequence[int], frozenset[int]]:
+        """Ids of the prompt, and ids that end what fills its hole. Raises `AskedError`."""
+        if not isinstance(asked.prompt, str):
+            return asked.prompt, frozenset()
+        num_chars = len(asked.prompt) + len(asked.suffix or "")
+        if num_chars > (most := model.context * CHARS_PER_TOKEN):
+            raise AskedError("prompt", f"it has {num_chars} characters; the model takes at most {most}.")
+        lock = self._encoding.setdefault(user, asyncio.Lock())
+        async with lock:
+            if asked.suffix is None:
+                return await asyncio.to_thread(_encode, model.tokenizer, asked.prompt), frozenset()
+            if self.host.infill is None:
+                raise AskedError("suffix", "this engine does not fill in the middle.")
+            try:
+                return await asyncio.to_thread(self.host.infill, model, asked.prompt, asked.suffix)
+            except ModelError as error:
+                raise AskedError("suffix", str(error)) from error
 
-class _Events(StreamingResponse):
+
+class _Stream(StreamingResponse):
+    """Parts as they come. However it ends, the source of the parts has ended then as well."""
+
+    def __init__(self, parts: AsyncGenerator[bytes, None], media_type: str) -> None:
+        super().__init__(parts, media_type=media_type)
+        self._parts = parts
+
+    async def stream_response(self, send: Send) -> None:
+        """See `StreamingResponse`."""
+        async with aclosing(self._parts):
+            await super().stream_response(send)
+
+
+class _Events(_Stream):
     """Server-sent events, with comments while there are none; see `_PULSE_S`."""
 
     async def stream_response(self, send: Send) -> None:
@@ -252,15 +271,19 @@ class _Run:
     engine: Engine
     request: Request
     asked: Asked
-    flights: dict[str, Request]
+    flights: dict[tuple[str, str], Request]
+    model: str
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
     stopped: bool = False  # by a text of `Asked.stop`
 
     async def tokens(self) -> AsyncGenerator[Token, None]:
-        """Its tokens, accounted for however it ends."""
+        """Its tokens, accounted for however it ends. Raises `EngineError` alone."""
         end = "cancelled"
+        key = self.request.user, self.asked.midfill.id
         self.host.enter()
         if self.asked.midfill.id:
-            self.flights[self.asked.midfill.id] = self.request
+            self.flights[key] = self.request
         try:
             async with aclosing(self._up_to_stop(self.engine.generate(self.request))) as tokens:
                 async for token in tokens:
@@ -269,44 +292,50 @@ class _Run:
         except EngineError:
             end = "failed"
             raise
+        except Exception as error:  # noqa: BLE001 - a model may raise anything
+            end = "failed"
+            # Its words may quote the prompt.
+            _LOG.error("a request failed: %s", type(error).__name__)
+            raise EngineError(f"The engine failed on this request ({type(error).__name__}).") from None
         finally:
-            self.flights.pop(self.asked.midfill.id, None)
+            if self.flights.get(key) is self.request:
+                del self.flights[key]
             self.host.leave()
             self.host.meters.account(self.request.stats, end)
 
     async def _up_to_stop(self, source: AsyncGenerator[Token, None]) -> AsyncGenerator[Token, None]:
         """The tokens before the first text of `Asked.stop`; what may be its beginning is held back."""
-        asked = self.asked.stop or []
-        stops = [stop for stop in ([asked] if isinstance(asked, str) else asked) if stop]
+        stops = Stops(self.asked.stop)
         held: list[Token] = []
-        text = ""
+        num_held = num_given = 0  # characters
         async with aclosing(source) as tokens:
             async for token in tokens:
                 held.append(token)
-                text += token.text
-                ends = [at for stop in stops if (at := text.find(stop)) >= 0]
-                if ends:
+                num_held += len(token.text)
+                stops.push(token.text)
+                if stops.end is not None:
                     self.stopped = True
-                    text = text[: min(ends)]
+                    num_held = stops.end - num_given
                     break
-                begun = max((_overlap(text, stop) for stop in stops), default=0)
-                while held and len(text) - len(held[0].text) >= begun:
-                    text = text[len(held[0].text) :]
+                while held and num_held - len(held[0].text) >= stops.num_held:
+                    num_held -= len(held[0].text)
+                    num_given += len(held[0].text)
                     yield held.pop(0)
         for token in held:
-            if not text:
+            if num_held <= 0:
                 break
-            yield replace(token, text=text[: len(token.text)])
-            text = text[len(token.text) :]
+            yield replace(token, text=token.text[:num_held])
+            num_held -= len(token.text)
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """As server-sent events."""
+        options = self.asked.stream_options
+        form = self._form() | ({"usage": None} if options is not None and options.include_usage else {})
         first = True
         try:
             async with aclosing(self.tokens()) as tokens:
                 async for token in tokens:
-                    choice = self._choice([token])
-                    event: Report = {"choices": [choice]}
+                    event = form | {"choices": [self._choice([token])]}
                     if first:
                         event["midfill"] = self._own()
                         first = False
@@ -315,8 +344,10 @@ class _Run:
             yield _event({"error": _as_dict(error)})
             return
         yield _event(
-            {"choices": [self._choice([]) | {"finish_reason": self._finish()}], "midfill": self._own()}
+            form | {"choices": [self._choice([]) | {"finish_reason": self._finish()}], "midfill": self._own()}
         )
+        if "usage" in form:
+            yield _event(form | {"choices": [], "usage": self._usage()})
         yield b"data: [DONE]\n\n"
 
     async def whole(self) -> Response:
@@ -326,15 +357,20 @@ class _Run:
                 found = [token async for token in tokens]
         except EngineError as error:
             return _error(429 if isinstance(error, EngineOverloadedError) else 503, error)
+        choice = self._choice(found) | {"finish_reason": self._finish()}
+        return JSONResponse(self._form() | {"choices": [choice], "usage": self._usage()})
+
+    def _form(self) -> Report:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+
+    def _usage(self) -> Report:
         stats = self.request.stats
-        usage = {
+        return {
             "prompt_tokens": stats.num_prompt,
             "completion_tokens": stats.num_generated,
             "total_tokens": stats.num_prompt + stats.num_generated,
             "prompt_tokens_details": {"cached_tokens": stats.num_reused},
         }
-        choice = self._choice(found) | {"finish_reason": self._finish()}
-        return JSONResponse({"object": "text_completion", "choices": [choice], "usage": usage})
 
     def _choice(self, tokens: list[Token]) -> Report:
         choice: Report = {"index": 0, "text": "".join(token.text for token in tokens), "finish_reason": None}
@@ -367,11 +403,6 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of the text may be the beginning of the stop."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
 def _describe(model: ModelInfo, vocabulary: str) -> Report:
     own = {
         "version": __version__,
@@ -398,14 +429,22 @@ def _describe_adapter(base: Report, adapter: AdapterSource) -> Report:
     return base | {"id": adapter.name, "parent": base["id"], "midfill": own}
 
 
-def _problem(tokens: list[int], max_tokens: int, context: int, num_ids: int) -> str | None:
+def _check(tokens: Sequence[int], max_tokens: int, context: int, num_ids: int) -> None:
+    """Raise `AskedError` for a prompt that the model cannot read."""
     if not tokens:
-        return "The prompt is empty."
+        raise AskedError("prompt", "it is empty.")
     if len(tokens) + max_tokens > context:
-        return f"Prompt and output ({len(tokens)} + {max_tokens} tokens) are longer than {context}."
+        raise AskedError(
+            "max_tokens",
+            f"prompt and output ({len(tokens)} + {max_tokens} tokens) are longer than the model's {context}.",
+        )
     if min(tokens) < 0 or max(tokens) >= num_ids:
-        return "The prompt has ids that the vocabulary has not."
-    return None
+        raise AskedError("prompt", "it has ids that the vocabulary has not.")
+
+
+def _user(http: HttpRequest) -> str:
+    """Who asks, as `guard` has found out; "" for the one user of an engine of one's own."""
+    return str(http.scope.get("midfill.user", ""))
 
 
 def _event(value: Report) -> bytes:
@@ -421,8 +460,21 @@ def _error(status: int, error: MidfillError) -> Response:
     return JSONResponse({"error": _as_dict(error)}, status_code=status)
 
 
-def _invalid(error: ValidationError) -> Response:
-    """What is wrong, without quoting it."""
-    first = error.errors(include_input=False, include_url=False)[0]
-    where = ".".join(map(str, first["loc"][:2]))
-    return _error(400, EngineError(f"The request is not understood: {where}: {first['msg']}."))
+def _invalid(error: AskedError) -> Response:
+    """What is wrong, in OpenAI's form."""
+    what = {"message": str(error), "type": "invalid_request_error", "param": error.name or None, "code": None}
+    return JSONResponse({"error": what}, status_code=400)
+
+
+async def _refused(_: HttpRequest, error: Exception) -> Response:
+    """A page that there is not, or a method that it has not."""
+    if not isinstance(error, HTTPException):
+        raise error
+    kind = "invalid_request_error"
+    what = {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
+    return JSONResponse(what, status_code=error.status_code, headers=error.headers)
+
+
+async def _gone(_request: HttpRequest, _error: Exception) -> Response:
+    """The client hung up in the middle of its request; nobody reads this."""
+    return Response(status_code=400)

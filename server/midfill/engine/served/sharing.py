@@ -43,6 +43,7 @@ _URL = "http://midfill"
 _LISTENS_S = 60.0
 _MAX_SOCKET_CHARS = 100
 """What fits into a socket's address everywhere (108 on Linux, 104 on macOS)."""
+_MAX_NAMES = 10
 _MAX_STARTS = 3
 _WINDOW_S = 600.0
 
@@ -71,19 +72,44 @@ def runtime_dir() -> Path:
     elif private:
         folder = platformdirs.user_runtime_path("midfill")
     else:
-        folder = Path(tempfile.gettempdir()) / f"midfill-{os.getuid()}"
+        folder = _in_the_temporary_folder()
     if len(str(folder)) > _MAX_SOCKET_CHARS - 24:
-        folder = Path(tempfile.gettempdir()) / f"midfill-{os.getuid()}"
+        folder = _in_the_temporary_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
+        is_private = _is_private(folder)
     except OSError as error:
-        raise EngineError(f"Cannot make {folder} for the shared engine: {error.strerror}.") from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise EngineError(
+            f"Cannot make {folder} for the shared engine: {error.strerror}. "
+            "Set MIDFILL_RUNTIME to a folder of yours."
+        ) from error
+    if not is_private:
         raise EngineError(
             f"{folder} is not yours alone; remove it, or set MIDFILL_RUNTIME to a folder that is."
         )
     return folder
+
+
+def _in_the_temporary_folder() -> Path:
+    """A folder there that is this user's, or can be.
+
+    Anybody may have taken the first name, so that a user's processes must all find the next one. Who takes
+    all of them keeps the user from sharing, and gets nothing.
+    """
+    names = [f"midfill-{os.getuid()}", *(f"midfill-{os.getuid()}-{n}" for n in range(2, _MAX_NAMES + 1))]
+    folders = [Path(tempfile.gettempdir()) / name for name in names]
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if _is_private(folder):
+                return folder
+    return folders[0]
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether it is a folder, no link, that this user owns and nobody else may enter."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 class SharedEngine:
@@ -163,10 +189,10 @@ class SharedEngine:
             async for token in tokens:
                 yield token
 
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None) -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
         """See `Engine.prewarm`."""
         if self._remote is not None:
-            self._remote.prewarm(tokens, adapter)
+            self._remote.prewarm(tokens, adapter, user=user)
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
         """See `Adaptable.set_adapters`. Other windows have theirs beside them."""

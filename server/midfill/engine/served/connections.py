@@ -1,0 +1,292 @@
+"""Connections to a `Service`: how long a request may take to arrive, and how many there may be.
+
+uvicorn limits neither, so that whoever sends half a request keeps a descriptor for ever. Here a connection is
+closed when a request's head or body, a TLS handshake, or what the client should read has not made it in
+time. A stranger, who has sent no good token yet, makes room for the next one: half a request is worth less
+than a new one. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from dataclasses import dataclass, field
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+_KEY = "midfill.connection"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What connections may take.
+
+    Attributes:
+        head_s: time from the first byte of a request (on a new connection: from its beginning, the
+            handshake of TLS included) to the end of its head.
+        body_s: time from there to the end of its body.
+        unread_s: time in which a client must read what is ready for it.
+        strangers_of_address: connections from one address that have sent no good token; 0 for any number.
+        strangers: those from all addresses; 0 for any number.
+        of_user: connections of one user.
+        total: all; 0 for any number.
+        unwanted_bytes: what is read of a body that was refused, so that the refusal can be read.
+    """
+
+    head_s: float = 10.0
+    body_s: float = 10.0
+    unread_s: float = 10.0
+    strangers_of_address: int = 32
+    strangers: int = 128
+    of_user: int = 64
+    total: int = 0
+    unwanted_bytes: int = 8_000_000
+
+
+@dataclass(slots=True)
+class Registry:
+    """The open connections, each oldest first."""
+
+    limits: Limits
+    tls: ssl.SSLContext | None = None
+    _strangers: dict[str, dict[Connection, None]] = field(default_factory=dict)  # by address
+    _users: dict[str, dict[Connection, None]] = field(default_factory=dict)
+    _all: dict[Connection, None] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def enter(self, one: Connection) -> None:
+        """A connection has come; others may have to leave for it."""
+        limits = self.limits
+        self._all[one] = None
+        mine = self._strangers.setdefault(one.address, {})
+        mine[one] = None
+        if one.address and limits.strangers_of_address and len(mine) > limits.strangers_of_address:
+            next(iter(mine)).drop()
+        if limits.strangers and sum(map(len, self._strangers.values())) > limits.strangers:
+            # Of the address that has the most: it is not for others to make room for it.
+            crowd = max(self._strangers, key=lambda address: len(self._strangers[address]))
+            next(iter(self._strangers[crowd])).drop()
+        if limits.total and len(self._all) > limits.total:
+            (self._first_that_rests() or one).drop()
+
+    def welcome(self, one: Connection, user: str) -> bool:
+        """A connection has sent a good token. Whether this user may have one more."""
+        if one.user != user:
+            self._forget(one)
+            one.user = user
+        mine = self._users.setdefault(user, {})
+        if one not in mine:
+            if len(mine) >= self.limits.of_user:
+                resting = next((other for other in mine if other.rests), None)
+                if resting is None:
+                    one.user = ""
+                    self._strangers.setdefault(one.address, {})[one] = None
+                    return False
+                resting.drop()
+            mine[one] = None
+        return True
+
+    def leave(self, one: Connection) -> None:
+        """A connection has ended, or is about to."""
+        self._all.pop(one, None)
+        self._forget(one)
+
+    def _first_that_rests(self) -> Connection | None:
+        strangers = (one for one in self._all if not one.user)
+        return next(strangers, None) or next((one for one in self._all if one.rests), None)
+
+    def _forget(self, one: Connection) -> None:
+        for groups, name in ((self._strangers, one.address), (self._users, one.user)):
+            group = groups.get(name, {})
+            group.pop(one, None)
+            if not group:
+                groups.pop(name, None)
+
+
+class Connection(H11Protocol):
+    """uvicorn's protocol for one connection, with deadlines."""
+
+    registry: Registry  # of a class of its own for each server; see `protocol_of`
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Requests find it there; see `connection_of`.
+        self.app_state = {**self.app_state, _KEY: self}
+        self.address = ""
+        self.user = ""
+        self._raw: asyncio.Transport | None = None
+        self._early: list[bytes] = []
+        self._handshake: asyncio.Task[None] | None = None
+        self._arriving = ""  # which part of a request is awaited
+        self._timer: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
+        self._unwanted = 0
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing that is sent arrives."""
+        return self.transport.is_closing()
+
+    @property
+    def rests(self) -> bool:
+        """Whether no request is under way."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See `asyncio.Protocol`. With TLS, HTTP begins when the handshake has ended."""
+        self._raw = transport
+        peer = transport.get_extra_info("peername")
+        self.address = str(peer[0]) if isinstance(peer, tuple) and peer else ""
+        self._await("head", self.registry.limits.head_s)
+        self.registry.enter(self)
+        if transport.is_closing():
+            return
+        if self.registry.tls is None:
+            super().connection_made(transport)
+        else:
+            # What comes is for the handshake.
+            transport.pause_reading()
+            self._handshake = self.loop.create_task(self._encrypt(transport, self.registry.tls))
+
+    async def _encrypt(self, raw: asyncio.Transport, context: ssl.SSLContext) -> None:
+        seconds = self.registry.limits.head_s
+        try:
+            transport = await self.loop.start_tls(
+                raw, self, context, server_side=True, ssl_handshake_timeout=seconds
+            )
+        except (OSError, asyncio.CancelledError):  # `SSLError` is one
+            raw.abort()
+            self._end()
+            return
+        if transport is None or transport.is_closing():
+            raw.abort()
+            self._end()
+            return
+        super().connection_made(transport)
+        early, self._early = self._early, []
+        for data in early:
+            self.data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self._end()
+        if self.transport is not None:
+            super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        if self.transport is None:
+            self._early.append(data)
+            return
+        if self.conn.our_state is h11.DONE:
+            # It was answered before its body had come to its end.
+            self._unwanted += len(data)
+            if self._unwanted > self.registry.limits.unwanted_bytes:
+                self.drop()
+                return
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        """See `H11Protocol`."""
+        super().on_response_complete()
+        self._look()
+
+    def send_400_response(self, msg: str) -> None:
+        """See `H11Protocol`, which takes no account of an answer that has begun."""
+        if self.conn.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
+            self.drop()
+            return
+        super().send_400_response(msg)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """See `H11Protocol`."""
+        super().timeout_keep_alive_handler()
+        self._look()
+
+    def pause_writing(self) -> None:
+        """See `asyncio.Protocol`: what is ready is not read."""
+        if self.flow is not None:
+            super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        if self._unread is not None and self.transport is not None and not self.transport.is_closing():
+            self._unread.cancel()
+            self._unread = None
+        if self.flow is not None:
+            super().resume_writing()
+
+    def drop(self) -> None:
+        """Close it at once, whatever is under way."""
+        self.registry.leave(self)
+        if self._handshake is not None:
+            self._handshake.cancel()
+        if (transport := self.transport or self._raw) is not None:
+            transport.abort()
+
+    def _look(self) -> None:
+        """Which part of a request is awaited now, and until when."""
+        limits = self.registry.limits
+        state = self.conn.their_state
+        if self.transport.is_closing():
+            # What it still has to send may never be read.
+            self._await("", 0)
+            self._watch_reader()
+        elif state is h11.SEND_BODY:
+            self._await("body", limits.body_s)
+        elif state is h11.IDLE and self.conn.trailing_data[0]:
+            self._await("head", limits.head_s)
+        elif state is not h11.IDLE or self.cycle is not None:
+            self._await("", 0)
+            self._unwanted = 0
+
+    def _await(self, part: str, seconds: float) -> None:
+        if part == self._arriving:
+            return
+        self._arriving = part
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(seconds, self._too_late) if part else None
+
+    def _watch_reader(self) -> None:
+        if self._unread is None:
+            self._unread = self.loop.call_later(self.registry.limits.unread_s, self.drop)
+
+    def _too_late(self) -> None:
+        """The part that is awaited has not come."""
+        if self._arriving == "head" and self.transport is not None and self.conn.trailing_data[0]:
+            with_reason = h11.Response(
+                status_code=408, headers=[(b"connection", b"close"), (b"content-length", b"0")]
+            )
+            for event in (with_reason, h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
+            self._look()
+        else:
+            self.drop()
+
+    def _end(self) -> None:
+        self.registry.leave(self)
+        for timer in (self._timer, self._unread):
+            if timer is not None:
+                timer.cancel()
+
+
+def protocol_of(registry: Registry) -> type[Connection]:
+    """The class of a server's connections."""
+    return type("Connection", (Connection,), {"registry": registry})
+
+
+def connection_of(scope: Any) -> Connection:
+    """The connection of an ASGI request."""
+    connection: Connection = scope["state"][_KEY]
+    return connection

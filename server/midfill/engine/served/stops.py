@@ -1,0 +1,67 @@
+"""Texts that end an answer, looked for while it is written: in time that grows with the answer only.
+
+One automaton for each text, that of Knuth, Morris and Pratt (1977). Pure; no HTTP, no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class _Pattern:
+    """One text, and how much of it the end of what was read may be the beginning of."""
+
+    text: str
+    matched: int = 0
+    borders: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # borders[n]: the longest proper beginning of text[: n + 1] that is also its end.
+        self.borders = [0] * len(self.text)
+        length = 0
+        for at in range(1, len(self.text)):
+            while length and self.text[at] != self.text[length]:
+                length = self.borders[length - 1]
+            length += self.text[at] == self.text[length]
+            self.borders[at] = length
+
+    def push(self, char: str) -> bool:
+        """Read one character; return whether the text ends with it."""
+        while self.matched and self.text[self.matched] != char:
+            self.matched = self.borders[self.matched - 1]
+        self.matched += self.text[self.matched] == char
+        return self.matched == len(self.text)
+
+
+class Stops:
+    """Reads an answer piece by piece.
+
+    Args:
+        texts: what ends it; empty ones count for nothing.
+
+    Attributes:
+        end: where the first of them begins, in characters from the answer's beginning; None while there is
+            none. Nothing may be read after that.
+        num_held: how many characters at the end may be the beginning of one.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.end: int | None = None
+        self.num_held = 0
+        self._patterns = [_Pattern(text) for text in texts if text]
+        self._num_read = 0
+
+    def push(self, piece: str) -> None:
+        """Read a piece. Of several texts that come to their end in it, the one that begins first counts."""
+        starts = []
+        for pattern in self._patterns:
+            for at, char in enumerate(piece, start=self._num_read + 1):
+                if pattern.push(char):
+                    starts.append(at - len(pattern.text))
+                    break
+        self._num_read += len(piece)
+        if starts:
+            self.end = min(starts)
+        self.num_held = max((pattern.matched for pattern in self._patterns), default=0)
