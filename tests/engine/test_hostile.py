@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import pytest_asyncio
-from hostile import KINDS
+from hostile_clients import KINDS
 
 HERE = Path(__file__).parent
 ADA = "0123456789abcdef-ada"
@@ -86,7 +86,7 @@ async def test_the_others_wait_no_more_than_twice_as_long(kind, url):
         await typist.waits_s(3)
         for _ in range(NUM_ROUNDS):
             alone += await typist.waits_s(NUM_REQUESTS)
-            async with process("hostile.py", kind, url, enemy(kind)):
+            async with process("hostile_clients.py", kind, url, enemy(kind)):
                 beside += await typist.waits_s(NUM_REQUESTS)
     ratio = p95(beside) / p95(alone)
     before, now = (f"{p95(waits) * 1000:.0f} ms" for waits in (alone, beside))

@@ -1,6 +1,7 @@
 """Training: exact to resume, in PEFT's format, the same arithmetic as transformers'."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -310,6 +311,11 @@ def command_line(repository, model, folder, *options, launch=()):
     return found, done.stdout
 
 
+def distance(left, right):
+    """The root of the squared differences of all tensors."""
+    return math.sqrt(sum(float((left[name] - one).square().sum()) for name, one in right.items()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["our own", "torchrun"])
 def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path, launcher):
@@ -330,7 +336,7 @@ def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path,
     expected = alone[form]
     assert found.keys() == expected.keys()
     assert any(one.abs().max() > 0 for name, one in expected.items() if "lora_B" in name)
-    # Sums in another order, so not to the last bit.
-    assert all(torch.allclose(found[name], one, atol=1e-4) for name, one in expected.items())
+    # Sums in another order, so not to the last bit: how far apart steps of Adam make that depends on the CPU. It
+    # is little beside what rounding the base to int8 changes.
     other = alone["float32" if form == "int8" else "int8"]
-    assert not all(torch.allclose(found[name], one, atol=1e-4) for name, one in other.items())
+    assert distance(found, expected) < distance(found, other) / 5

@@ -6,7 +6,8 @@ from dataclasses import replace
 import httpx2
 import pytest
 from faulty import GOOD, Faulty, page
-from test_service import RULES, TOKEN, hosted, request
+from serving import RULES, TOKEN, hosted
+from test_service import request
 
 from midfill.engine import BASE, AdapterSource, Request
 from midfill.engine.scripted import Rule, Script, ScriptedEngine

@@ -1,4 +1,4 @@
-"""One hostile client of a team's engine, in a process of its own: `hostile.py KIND ADDRESS TOKEN`.
+"""One hostile client of a team's engine, in a process of its own: `hostile_clients.py KIND ADDRESS TOKEN`.
 
 It says a line when it has begun, and goes on until its stdin ends. Each kind is a function here.
 """
