@@ -5,9 +5,10 @@ from hypothesis import settings
 
 from midfill.models import catalogue, fetch
 
-# HYPOTHESIS_PROFILE=nightly searches for longer. How long one example takes is the machine's affair.
+# HYPOTHESIS_PROFILE=nightly draws more, and .ci/fuzz goes on with others for ten minutes.
+# How long one example takes is the machine's affair.
 settings.register_profile("default", deadline=None)
-settings.register_profile("nightly", deadline=None, max_examples=5000)
+settings.register_profile("nightly", deadline=None, max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -336,7 +336,7 @@ def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path,
     expected = alone[form]
     assert found.keys() == expected.keys()
     assert any(one.abs().max() > 0 for name, one in expected.items() if "lora_B" in name)
-    # Sums in another order, so not to the last bit: how far apart steps of Adam make that depends on the CPU. It
-    # is little beside what rounding the base to int8 changes.
+    # Sums in another order, so not to the last bit. How far apart Adam's steps bring them depends on the CPU;
+    # it is little beside what rounding the base to int8 changes.
     other = alone["float32" if form == "int8" else "int8"]
     assert distance(found, expected) < distance(found, other) / 5

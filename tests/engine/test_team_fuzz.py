@@ -129,6 +129,7 @@ def with_server(test, caplog, limits=None):
     asyncio.run(run())
 
 
+@pytest.mark.fuzz
 @settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
 @given(st.lists(RAW, min_size=1, max_size=8))
 def test_raw_bytes(caplog, many):
@@ -146,6 +147,7 @@ def test_raw_bytes(caplog, many):
     with_server(send, caplog, SHORT)
 
 
+@pytest.mark.fuzz
 @settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
 @given(st.lists(RAW, min_size=1, max_size=4))
 def test_raw_bytes_of_who_stays(caplog, many):
@@ -161,6 +163,7 @@ def test_raw_bytes_of_who_stays(caplog, many):
     with_server(send, caplog, SHORT)
 
 
+@pytest.mark.fuzz
 @settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
 @given(st.lists(st.tuples(st.booleans(), FIELDS | JSON | st.binary(max_size=40)), min_size=1, max_size=10))
 def test_bodies(caplog, many):
@@ -252,6 +255,7 @@ PIECES = st.one_of(
 )
 
 
+@pytest.mark.fuzz
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(DIALECTS)), st.dictionaries(WORDS, OBJECTS, max_size=6))
 def test_an_object_of_a_stream_is_a_piece_or_no_answer(kind, value):
@@ -264,6 +268,7 @@ def test_an_object_of_a_stream_is_a_piece_or_no_answer(kind, value):
         assert type(piece.done) is bool
 
 
+@pytest.mark.fuzz
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.binary(max_size=30) | OBJECTS.map(event), max_size=10))
 def test_bytes_of_a_stream_are_objects_or_no_answer(parts):
@@ -273,6 +278,7 @@ def test_bytes_of_a_stream_are_objects_or_no_answer(parts):
             assert all(isinstance(one, dict) for one in lines.take(part))
 
 
+@pytest.mark.fuzz
 @settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
 @given(
     st.lists(
@@ -305,6 +311,7 @@ def test_an_answer_costs_its_request_and_the_next_is_served(caplog, scripts):
     asyncio.run(run())
 
 
+@pytest.mark.fuzz
 @settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
 @given(OBJECTS | st.dictionaries(st.sampled_from(["data", "object", "models"]), OBJECTS, max_size=3))
 def test_any_list_of_models_is_used_or_is_a_sentence(caplog, models):

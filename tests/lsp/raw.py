@@ -166,16 +166,20 @@ class Blocking:
         )
         self._ids = itertools.count()
 
-    def notify(self, method, params):
-        self.process.stdin.write(frame({"jsonrpc": "2.0", "method": method, "params": params}))
+    def send(self, message):
+        self.process.stdin.write(frame(message))
 
-    def request(self, method, params):
-        """The result of a request."""
+    def notify(self, method, params):
+        self.send({"jsonrpc": "2.0", "method": method, "params": params})
+
+    def request(self, method, params, passed_over=None):
+        """The result of a request; what comes before it is added to `passed_over`."""
         id_ = next(self._ids)
-        self.process.stdin.write(frame({"jsonrpc": "2.0", "id": id_, "method": method, "params": params}))
+        self.send({"jsonrpc": "2.0", "id": id_, "method": method, "params": params})
         self.process.stdin.flush()
-        while (message := self._read()).get("id") != id_:
-            pass
+        while (message := self._read()).get("id") != id_ or "method" in message:
+            if passed_over is not None:
+                passed_over.append(message)
         return message["result"]
 
     def _read(self):

@@ -39,6 +39,7 @@ def as_json(change):
 
 
 @pytest.mark.slow
+@pytest.mark.fuzz
 @settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=texts, edits=st.lists(st.lists(changes, max_size=3), max_size=4), encoding=st.sampled_from(ENCODINGS)

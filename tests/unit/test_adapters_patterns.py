@@ -80,6 +80,7 @@ def test_an_expression_means_what_re_says(pattern, name):
     assert ours == theirs
 
 
+@pytest.mark.fuzz
 @given(pattern=st.one_of(st.text(max_size=40), st.text("ab.*+?()[]{}|^$\\,1d", max_size=40)))
 def test_what_is_no_expression_is_refused(pattern):
     try:

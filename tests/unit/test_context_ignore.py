@@ -84,6 +84,7 @@ def ours(rules, path):
     return rules.verdict("/".join(parts), is_folder=path in FOLDERS)
 
 
+@pytest.mark.fuzz
 @settings(
     max_examples=NUM_EXAMPLES,
     deadline=None,

@@ -11,6 +11,7 @@ from naive import changes, joined, naive_edit, naive_offset, positions, texts
 from midfill.documents import Change, Document, Encoding, Point, Snapshot, changed_lines, split_lines
 
 
+@pytest.mark.fuzz
 @settings(max_examples=2000, deadline=None)
 @given(texts, st.lists(changes, max_size=6), st.sampled_from(Encoding))
 def test_edits_equal_a_naive_model(text, edits, encoding):
@@ -102,6 +103,7 @@ def test_many_changes_of_one_long_line_take_time_in_proportion(inserted, backwar
     assert seconds(4_000) < 9 * seconds(1_000)
 
 
+@pytest.mark.fuzz
 @settings(max_examples=500, deadline=None)
 @given(texts, positions, st.sampled_from(Encoding))
 def test_places_go_there_and_back(text, position, encoding):
@@ -177,6 +179,7 @@ def test_the_changed_lines_are_all_that_differs(size):
         assert changed_lines(new, old) == (first, new_end, old_end)
 
 
+@pytest.mark.fuzz
 @settings(max_examples=500, deadline=None)
 @given(texts, changes, st.sampled_from(Encoding))
 def test_the_end_of_a_change_is_behind_its_text(text, change, encoding):

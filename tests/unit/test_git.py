@@ -357,6 +357,7 @@ def fuzzed(tmp_path_factory):
     return planted
 
 
+@pytest.mark.fuzz
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=LINES, head=st.one_of(st.just(b""), st.binary(max_size=60)), shallow=st.binary(max_size=60))
 def test_any_configuration_is_read_or_refused_with_a_sentence(fuzzed, config, head, shallow):
@@ -377,6 +378,7 @@ def test_any_configuration_is_read_or_refused_with_a_sentence(fuzzed, config, he
         (folder / "shallow").unlink(missing_ok=True)
 
 
+@pytest.mark.fuzz
 @given(
     data=st.lists(
         st.tuples(st.sampled_from(["100644", "40000", "120000"]), st.binary(min_size=1, max_size=9))

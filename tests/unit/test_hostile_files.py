@@ -130,6 +130,7 @@ def test_a_pipe_is_not_read(tmp_path):
         store.read_config(tmp_path)
 
 
+@pytest.mark.fuzz
 @given(st.binary(max_size=200))
 def test_any_bytes_are_json_or_refused(data):
     try:
@@ -218,6 +219,7 @@ WHOLE = SOUND | {
 PLACE = st.lists(st.integers(0, 9), min_size=1, max_size=5)
 
 
+@pytest.mark.fuzz
 @given(path=PLACE, value=ANY_JSON)
 def test_any_change_of_a_tokenizer_is_read_or_refused(path, value):
     try:
@@ -231,6 +233,7 @@ def test_any_change_of_a_tokenizer_is_read_or_refused(path, value):
 # --- adapters ---
 
 
+@pytest.mark.fuzz
 @given(path=PLACE, value=ANY_JSON)
 def test_any_change_of_an_adapters_configuration_is_read_or_refused(tmp_path_factory, path, value):
     folder = tmp_path_factory.getbasetemp() / "fuzzed-adapter"
@@ -274,6 +277,7 @@ def test_a_size_that_no_model_has_is_refused(tmp_path, key, value):
             read_shape(tmp_path)
 
 
+@pytest.mark.fuzz
 @given(path=PLACE, value=ANY_JSON)
 def test_any_change_of_a_configuration_is_read_or_refused(tmp_path_factory, path, value):
     folder = tmp_path_factory.getbasetemp() / "fuzzed-config"
@@ -301,6 +305,7 @@ def test_a_tensor_with_an_endless_name_is_refused(tmp_path):
         find_tensors(tmp_path)
 
 
+@pytest.mark.fuzz
 @given(
     header=st.one_of(st.binary(max_size=80), ANY_JSON.map(lambda value: json.dumps(value).encode())),
     rest=st.binary(max_size=40),
@@ -384,6 +389,7 @@ def test_long_tokens_do_not_take_long(tokens):
         tokenizer_json(sentencepiece(unique), "a.gguf")
 
 
+@pytest.mark.fuzz
 @given(
     pairs=st.lists(st.tuples(st.text(max_size=6), st.integers(0, 13), st.binary(max_size=30)), max_size=4),
     num_keys=st.integers(0, 5),
@@ -399,6 +405,7 @@ def test_any_header_of_gguf_is_read_or_refused(tmp_path_factory, pairs, num_keys
         assert str(path) in str(error)  # noqa: PT017 - either way is right
 
 
+@pytest.mark.fuzz
 @given(
     values=st.dictionaries(
         st.sampled_from(

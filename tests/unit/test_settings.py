@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from planted_settings import EDITOR, FILE, KEYS, PROJECT, RESTART, changed
 from pydantic.alias_generators import to_camel
 
@@ -243,6 +245,24 @@ def test_several_servers_may_have_the_model():
 def test_an_engine_is_a_place(wrong):
     with pytest.raises(SettingsError, match="engine"):
         parse({"engine": wrong})
+
+
+any_json = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@pytest.mark.fuzz
+@given(values=st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=9)), any_json, max_size=5))
+def test_whatever_an_editor_sends_the_settings_are_valid_and_the_files_own_are_kept(values):
+    settings, problems = merge(values, Settings())
+    assert Settings.model_validate(settings.model_dump()) == settings
+    assert all(getattr(settings, key) == getattr(Settings(), key) for key in FILE)
+    assert all(isinstance(problem, str) and problem for problem in problems)
 
 
 @pytest.mark.parametrize("values", [None, {}, []])
