@@ -73,7 +73,6 @@ _GRAMMARS = {
     "kotlin": _Grammar("kotlin"),
     "lua": _Grammar("lua", {"function": "end", "if": "end", "do": "end", "repeat": "until"}),
     "nix": _Grammar("nix", tokens_only=True),
-    "objc": _Grammar("objc", tokens_only=True),
     "objective-c": _Grammar("objc", tokens_only=True),
     "ocaml": _Grammar("ocaml", tokens_only=True),
     "perl": _Grammar("perl", tokens_only=True),

@@ -11,7 +11,7 @@ import pytest
 from planted_places import place_of, suggested
 
 import midfill
-from midfill import brackets, notation, syntax
+from midfill import brackets, languages, notation, syntax
 from midfill.reasons import Reason
 
 # The token limit cuts the last line. What is left then.
@@ -218,6 +218,7 @@ def test_a_comment_alone_is_no_suggestion_unless_it_was_asked_for(language, mark
 
 def test_other_names_are_names_of_languages_in_the_table():
     assert set(notation._ALIASES.values()) <= set(notation._TABLE)
+    assert all(languages.normalise(name) == name for name in {*notation._TABLE, *notation._ALIASES})
     assert not set(notation._ALIASES) & set(notation._TABLE)
     assert not notation._PROSE & (set(notation._TABLE) | set(notation._ALIASES) | notation._MARKUP)
 

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 
-import click
+from midfill.cli.terminal import say
 
 
 class OutputError(OSError):
@@ -71,7 +71,7 @@ def _explain(error: OSError) -> None:
     else:
         what = f"Cannot use {error.filename}" if error.filename else "The operating system refused"
     with contextlib.suppress(OSError):
-        click.echo(f"midfill: {what}: {error.strerror or type(error).__name__}.", err=True)
+        say(f"midfill: {what}: {error.strerror or type(error).__name__}.", err=True)
 
 
 def _give_back(output: _Output) -> None:
