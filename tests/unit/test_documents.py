@@ -18,9 +18,12 @@ def test_edits_equal_a_naive_model(text, edits, encoding):
     naive = joined(text)
     document = Document.open("file:///a", "python", 1, naive)
     for version, change in enumerate(edits, start=2):
-        document = document.edit([change], version, encoding)
+        before, document = document, document.edit([change], version, encoding)
         naive = naive_edit(naive, change, encoding)
         assert document.text == naive
+        first, old_end, new_end = document.changes_since(before.lines)
+        assert before.lines[:first] == document.lines[:first]
+        assert before.lines[old_end:] == document.lines[new_end:]
         assert document.lines == split_lines(naive)
         assert document.num_chars == len(naive)
         assert document.version == version

@@ -18,7 +18,18 @@ from dataclasses import dataclass
 
 import pytest
 
-from midfill import brackets, indentation, items, languages, messages, midline, secrecy, syntax, trim
+from midfill import (
+    brackets,
+    indentation,
+    items,
+    languages,
+    messages,
+    midline,
+    received,
+    secrecy,
+    syntax,
+    trim,
+)
 from midfill.confidence import Eagerness, Evidence, worth_showing
 from midfill.context import chunks, files, index
 from midfill.context.ignore import IgnoreRules
@@ -131,7 +142,15 @@ def hostile_place(text):
 def stopped(text):
     stopper = trim.Stopper(PLACE)
     for end in range(0, len(text), 8):
-        stopper.end(text[:end])
+        if stopper.end(text[:end]) is not None:
+            break
+
+
+def received_in_pieces(text):
+    whole = received.Received(PLACE)
+    for at in range(0, len(text), 8):
+        whole.push(text[at : at + 8])
+    whole.finish()
 
 
 def searched(text):
@@ -221,7 +240,7 @@ OF_SUGGESTIONS = {
     "trim.Stopper": stopped,
     "brackets.scan": lambda text: list(brackets.scan(text)),
     "brackets.imbalance": brackets.imbalance,
-    "indentation.in_style": lambda text: indentation.in_style(text, ["def f():", "    x = 1"]),
+    "received": received_in_pieces,
     "indentation.moved": lambda text: indentation.moved(text, "    ", 8, "    "),
     "midline": lambda text: midline.bridged(text, None, PLACE, complete=True),
     "midline.without_overlap": lambda text: midline.without_overlap(text, PLACE),
