@@ -64,8 +64,9 @@ async def test_the_prediction_is_within_a_fifth_of_what_is_measured(tmp_path):
         assert service.step_ms == ((1, 3.0), (2, 3.6), (4, 4.8))
         assert service.prefill_ms_per_token == pytest.approx(0.1, abs=0.001)
         assert (service.overhead_ms, service.reuse_ms) == (0.0, 0.0)
-        for users, most in ((1, 0.05), (2, 0.05), (4, 0.05), (8, 0.2)):
-            assert await off(stage, service, users) <= most, users
+        # With eight it is saturated, and so long are the tails that half a minute has too few of them.
+        for users, seconds, most in ((1, 35.0, 0.05), (2, 35.0, 0.05), (4, 35.0, 0.05), (8, 120.0, 0.2)):
+            assert await off(stage, service, users, seconds) <= most, users
 
 
 @in_its_own_time
