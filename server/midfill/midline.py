@@ -159,9 +159,11 @@ def without_overlap(text: str, place: Place) -> str:
     then dropping it would leave the line with more open than before, and it stays.
     """
     tail = place.line_after.rstrip()
+    # What the rest of the line closes may have been opened further up.
+    as_it_is = imbalance(place.line_before + tail)
 
     def left_open(kept: str) -> int:
-        return imbalance(place.line_before + kept + tail)
+        return abs(imbalance(place.line_before + kept + tail) - as_it_is)
 
     best, least = text, left_open(text)
     for length in range(min(len(text), len(tail)), 0, -1):

@@ -422,8 +422,10 @@ def _comment_ended(place: Place) -> str | None:
 def _floor(place: Place, base: int) -> int:
     """The least indented line that belongs to what the user asked for, where the block begins at `base`.
 
-    The block; or all of the function that it is in, if nothing of that stands below yet.
+    The block; or all of the function that it is in, if nothing of that stands below yet; or all of a recipe.
     """
+    if place.language_id == "makefile" and place.previous_line.startswith("\t"):
+        return min(base, width("\t"))
     if not place.invoked or place.language_id not in indentation.SIGNIFICANT:
         return base
     outer = base + 1

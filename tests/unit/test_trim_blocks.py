@@ -98,6 +98,26 @@ CYCLES = [
         None,
     ),
 ]
+# A recipe has no blocks.
+RECIPES = [
+    (
+        "makefile",
+        "a:\n\tif b; then \\\n▮\n",
+        "\t    c; \\\n\tfi\n\nd:\n\te\n",
+        "\t    c; \\\n\tfi",
+    ),
+]
+# What closes behind the cursor what was opened on another line, or on its own.
+BEHIND = [
+    ("clojure", "(defn f []\n  (a)\n▮)\n", "  (b)\n", None),
+    ("javascript", "foo(() => {\n  a();\n  ▮})\n", "b({c: 1})\n", None),
+    ("javascript", "foo(() => {\n  a();\n  ▮})\n", "b(1)})\n", "b(1)"),
+    ("c", "foo(a,\n    ▮);\n", "b(1)\n", None),
+    ("c", "foo(a,\n    ▮);\n", "b(1));\n", "b(1)"),
+    ("python", "x = f(▮)\n", "len(a)\n", None),
+    ("python", "x = f(▮)\n", "len(a))\n", "len(a)"),
+    ("python", "x = f(a[▮])\n", "0])\n", "0"),
+]
 # What ran away leads to nothing, and is not closed.
 RUN_AWAY = [
     ("python", "x = ▮\n", "f(" * 300, Reason.REPEATS_ITSELF),
@@ -119,6 +139,7 @@ FENCES = [
         *REPEATS,
         *CYCLES,
         *RUN_AWAY,
+        *RECIPES,
         *FENCES,
     ],
 )
@@ -128,3 +149,8 @@ def test_a_suggestion_ends_with_its_block(language, marked, model, expected, inv
         assert found == ("", expected)
     else:
         assert found == (expected or model.rstrip(), None)
+
+
+@pytest.mark.parametrize(("language", "marked", "model", "expected"), BEHIND)
+def test_what_is_closed_behind_the_cursor_is_not_closed_twice(language, marked, model, expected):
+    assert suggested(place_of(language, marked), model) == (expected or model.rstrip(), None)
