@@ -160,10 +160,10 @@ def without_overlap(text: str, place: Place) -> str:
     """
     tail = place.line_after.rstrip()
     # What the rest of the line closes may have been opened further up.
-    as_it_is = imbalance(place.line_before + tail)
+    num_above = len(balance(tuple(scan(place.line_before + tail)))[1])
 
     def left_open(kept: str) -> int:
-        return abs(imbalance(place.line_before + kept + tail) - as_it_is)
+        return abs(imbalance(place.line_before + kept + tail) - num_above)
 
     best, least = text, left_open(text)
     for length in range(min(len(text), len(tail)), 0, -1):

@@ -55,7 +55,7 @@ def goes_on_below(
         return False
     if whole == below:
         return True
-    soon = place.nearby if is_text or not place.is_code else _block_below(place)
+    soon = _block_below(place) if place.is_code else place.nearby
     if nearby and number > 0 and is_telling(whole) and whole in soon:
         return True
     if not is_telling(whole):

@@ -78,7 +78,13 @@ REPEATS = [
         "if b then\n    return g(a, 1)\n  end\n",
         "if b then\n    return g(a, 1)\n  end",
     ),
-    # The same line in another block below is no repeat.
+    # The same line in another block, or of another comment, below is no repeat.
+    (
+        "typescript",
+        "/**\n * F.\n * @param a - The one.▮\n */\nf(a, b);\n/**\n * G.\n * @param b - The other.\n */\n",
+        "\n * @param b - The other.\n",
+        None,
+    ),
     (
         "python",
         "def f(a):\n    if a:\n        return 1\n    ▮\n\n\ndef g(a):\n    if a:\n        return h(a, 2)\n",
