@@ -59,7 +59,7 @@ def goes_on_below(
     if nearby and number > 0 and is_telling(whole) and whole in soon:
         return True
     if not is_telling(whole):
-        return False
+        return number > 0 and not is_text and whole.strip() == below.strip() and _is_too_deep(lines, place)
     if number == 0:
         is_next = whole.strip() == below.strip() and not place.line_before.strip()
         return is_next and (is_text or _begins_as_deep(whole, place))
@@ -134,9 +134,9 @@ def _is_as_deep(lines: Sequence[str], below: Sequence[str], place: Place) -> boo
     written = [line for line in lines if line.strip()]
     if place.line_before.strip():
         written = written[1:]
-    if len(written) > 1 and width(written[-1]) > width(written[-2]) and _is_over(*written[-2:]):
-        # After a statement nothing is deeper: the first line is where the user began it, and not this one.
-        return any(width(line) == width(written[-2]) for line in below)
+    if (sibling := _too_deep_after(written)) is not None:
+        # The first line is where the user began it, and not this one.
+        return any(width(line) == width(sibling) for line in below)
     around = [*place.above.split("\n"), place.line_before, *place.following]
     from_base, have, step = width(base), width(lines[-1]), width(indentation.unit(around))
     steps = {width(indentation.unit([base, *written]))}
@@ -147,6 +147,20 @@ def _is_as_deep(lines: Sequence[str], below: Sequence[str], place: Place) -> boo
         for one in steps
         for line in below
     )
+
+
+def _is_too_deep(lines: Sequence[str], place: Place) -> bool:
+    """Whether the last line is deeper than can be, and the next one below is where it belongs."""
+    written = [line for line in (place.line_before + lines[0], *lines[1:]) if line.strip()]
+    sibling = _too_deep_after(written)
+    return sibling is not None and width(sibling) == width(place.next_line)
+
+
+def _too_deep_after(written: Sequence[str]) -> str | None:
+    """The line before the last one, if that is deeper though it begins no block; else None."""
+    if len(written) > 1 and width(written[-1]) > width(written[-2]) and _is_over(*written[-2:]):
+        return written[-2]
+    return None
 
 
 def _is_over(line: str, following: str) -> bool:

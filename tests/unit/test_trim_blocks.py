@@ -78,6 +78,11 @@ REPEATS = [
         "if b then\n    return g(a, 1)\n  end\n",
         "if b then\n    return g(a, 1)\n  end",
     ),
+    # After a statement nothing is deeper, so that a short line is no other one either.
+    ("javascript", "f(() => {\n  ▮\n  return;\n});\n", "a();\n    return;\n", "a();"),
+    ("python", "def f():\n  ▮\n  foo()\n", "a()\n    foo()\n", "a()"),
+    ("lua", "while a do\n  ▮\n  break\nend\n", "b()\n    break\nend\n", "b()"),
+    ("lua", "while a do\n  ▮\n  break\nend\n", "if b then\n    break\n  end\n", None),
     # The same line in another block, or of another comment, below is no repeat.
     (
         "typescript",
