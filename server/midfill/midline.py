@@ -64,7 +64,8 @@ def bridged(text: str, end: int | None, place: Place, *, complete: bool) -> str:
     lines = cut.split("\n")
     candidates = list(_before_the_same(cut, place))
     if end is None and complete:
-        candidates.append(cut)
+        # A line end behind a single line is that of the cursor's line.
+        candidates.append(cut if "\n" in cut.rstrip("\n") else cut.rstrip("\n"))
     candidates.append(without_overlap(lines[0], place))
     candidates = [_before_rest(candidate, place.line_after) for candidate in candidates]
     candidates += _on_lines_of_their_own(lines, place)

@@ -343,7 +343,7 @@ class _Block:
     def _closes_as_below(self, line: str, found: Outline) -> bool:
         """Whether a line closes what the cursor's line opened, and the next one does so in its own column."""
         below = self.place.next_line
-        is_same = line.strip() == below.strip() and width(below) == self.base
+        is_same = line.strip().rstrip(",;") == below.strip().rstrip(",;") and width(below) == self.base
         closes = is_same and bool(found.open) and _BLOCK_CLOSER.fullmatch(line) is not None
         return closes and not balance(found.delimiters, found.open)[0]
 

@@ -47,6 +47,13 @@ AFTER_COMMENTS = [
 # The closer of a block, in a column where none begins, stands below already.
 CLOSED_BELOW = [
     ("javascript", "function f() {\n  a();\n  ▮\n}\n", "}\n", Reason.REPEATS_TEXT),
+    # With a comma that the file does not have.
+    (
+        "json",
+        '{\n  "a": {▮\n  }\n}\n',
+        '\n    "b": 1\n  },\n  "c": 2\n',
+        '\n    "b": 1',
+    ),
     ("ruby", "def f\n  a\n  ▮\nend\n", "end\n", Reason.CLOSES_BLOCK),
     ("ruby", "def f\n  a\n  ▮\nend\n", "b\n  end\n", "b"),
     ("lua", "function f()\n  a()\n  ▮\nend\n", "end\n", Reason.CLOSES_BLOCK),
@@ -129,6 +136,13 @@ BEHIND = [
     ("python", "x = f(▮)\n", "len(a))\n", "len(a)"),
     ("python", "x = f(a[▮])\n", "0])\n", "0"),
 ]
+# Who asks there gets one line without its end.
+BEHIND_INVOKED = [
+    ("clojure", "(defn f []\n  (a)\n▮)\n", "  (b)\n", None),
+    ("python", 'def f():\n    """Do ▮."""\n', "it (now)\n", None),
+    ("markdown", "See (the ▮).\n", "manual\n", None),
+    ("python", "f(▮)\n", "\n    a,\n", "\n    a,\n"),
+]
 # What ran away leads to nothing, and is not closed.
 RUN_AWAY = [
     ("python", "x = ▮\n", "f(" * 300, Reason.REPEATS_ITSELF),
@@ -160,6 +174,12 @@ def test_a_suggestion_ends_with_its_block(language, marked, model, expected, inv
         assert found == ("", expected)
     else:
         assert found == (expected or model.rstrip(), None)
+
+
+@pytest.mark.parametrize(("language", "marked", "model", "expected"), BEHIND_INVOKED)
+def test_what_stands_behind_the_cursor_stays_on_its_line(language, marked, model, expected):
+    found = suggested(place_of(language, marked, invoked=True), model)
+    assert found == (expected or model.rstrip(), None)
 
 
 @pytest.mark.parametrize(("language", "marked", "model", "expected"), BEHIND)
