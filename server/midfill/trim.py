@@ -32,7 +32,7 @@ from midfill.tabs import may_open
 _BLOCK_CLOSER = re.compile(r"\s*(?:[)\]}>]+[;,)\]}>]*|end|done|fi|esac)\s*\Z")
 _WORD_CLOSER = re.compile(r"\s*(?:(?:end|fi|done|esac|endif|endfor|endwhile)\b\W*|</[\w.:-]+>)\s*\Z")
 _HEAD = re.compile(
-    r"\b(?:if|unless|case|when|while|until|for|do|begin|then|else|try|def|class|module|function|fn)\b|<(\w[\w.:-]*)(?!.*</\1)"
+    r"\b(?:if|unless|case|when|while|until|for|do|begin|then|else|try|def|class|module|function|fn)\b|<(\w+)\b(?!.*</\1)"
 )
 _ENOUGH_REPEATS = 3
 _JUMP = re.compile(r"\s*(?:return|raise|throw|break|continue|goto)\b")
@@ -68,6 +68,7 @@ class Stopper:
         self._lines: list[str] = []
         self._start = 0
         self._growing = repetition.Line(place.around, place.line_before)
+        self._found: int | None = None
         self.why = Reason.BLANK_LINES
 
     def end(self, text: str) -> int | None:
@@ -75,6 +76,11 @@ class Stopper:
 
         `text` begins with what was given before.
         """
+        if self._found is None:
+            self._found = self._end(text)
+        return self._found
+
+    def _end(self, text: str) -> int | None:
         place = self._place
         if place.tail and not place.invoked:
             end = end_of_line(text, place)

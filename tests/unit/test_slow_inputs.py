@@ -28,6 +28,7 @@ from midfill.engine.scripted import CharTokenizer
 from midfill.errors import SettingsError
 from midfill.place import Place
 from midfill.prompt import PromptBuilder
+from midfill.received import received
 from midfill.settings import Settings, parse
 from midfill.suggestions import closing_places, fitted
 
@@ -221,7 +222,7 @@ OF_SUGGESTIONS = {
     "trim.Stopper": stopped,
     "brackets.scan": lambda text: list(brackets.scan(text)),
     "brackets.imbalance": brackets.imbalance,
-    "indentation.in_style": lambda text: indentation.in_style(text, ["def f():", "    x = 1"]),
+    "received": lambda text: received(text, PLACE),
     "indentation.moved": lambda text: indentation.moved(text, "    ", 8, "    "),
     "midline": lambda text: midline.bridged(text, None, PLACE, complete=True),
     "midline.without_overlap": lambda text: midline.without_overlap(text, PLACE),
