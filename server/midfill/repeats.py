@@ -17,7 +17,7 @@ from midfill.place import Place
 from midfill.tabs import may_open
 
 # A line with a word and some more in it is not there twice by chance, as `else:` or `}` is.
-_TELLING = re.compile(r"\w.*\W.*\w")
+_TELLING = re.compile(r"\w\W+\w")
 # The end of a statement, or of an element.
 _ENDED = re.compile(r"(?:[;,)\]}]|</[\w-]+>|/>)\s*\Z")
 # The end of a line whose statement goes on below.
