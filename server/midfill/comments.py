@@ -23,8 +23,15 @@ def num_comments(text: str, place: Place) -> int:
             first <= start and start + len(line.strip()) <= last for first, last in comments
         ):
             return number
+        if number == len(lines) - 1 and _is_first_line(line, place):
+            return number
         end -= len(line) + 1
     return len(lines)
+
+
+def _is_first_line(line: str, place: Place) -> bool:
+    """Whether a line says what runs the file, which only its first one can."""
+    return line.startswith("#!") and not (place.farther + place.above + place.line_before)
 
 
 def follows_comment(place: Place) -> bool:

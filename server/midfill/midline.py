@@ -64,7 +64,8 @@ def bridged(text: str, end: int | None, place: Place, *, complete: bool) -> str:
     lines = cut.split("\n")
     candidates = list(_before_the_same(cut, place))
     if end is None and complete:
-        candidates.append(cut)
+        # A line end behind a single line is that of the cursor's line.
+        candidates.append(cut if "\n" in cut.rstrip("\n") else cut.rstrip("\n"))
     candidates.append(without_overlap(lines[0], place))
     candidates = [_before_rest(candidate, place.line_after) for candidate in candidates]
     candidates += _on_lines_of_their_own(lines, place)
@@ -159,9 +160,11 @@ def without_overlap(text: str, place: Place) -> str:
     then dropping it would leave the line with more open than before, and it stays.
     """
     tail = place.line_after.rstrip()
+    # What the rest of the line closes may have been opened further up.
+    num_above = len(balance(tuple(scan(place.line_before + tail)))[1])
 
     def left_open(kept: str) -> int:
-        return imbalance(place.line_before + kept + tail)
+        return abs(imbalance(place.line_before + kept + tail) - num_above)
 
     best, least = text, left_open(text)
     for length in range(min(len(text), len(tail)), 0, -1):

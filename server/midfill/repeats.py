@@ -14,13 +14,21 @@ from midfill import indentation
 from midfill.brackets import opens_block_above
 from midfill.indentation import width
 from midfill.place import Place
+from midfill.tabs import may_open
 
 # A line with a word and some more in it is not there twice by chance, as `else:` or `}` is.
 _TELLING = re.compile(r"\w\W++\w")
 # The end of a statement, or of an element.
 _ENDED = re.compile(r"(?:[;,)\]}]|</[\w-]+>|/>)\s*\Z")
+# The end of a line whose statement goes on below.
+_GOES_ON = re.compile(r"(?:[=+\-*/%<>&|^~!?,.\\(\[{:]|\b(?:and|or|not|in|is))\s*\Z")
+# What a statement above may go on with.
+_CONTINUES = re.compile(r"\s*[.?&|+*/,:)\]}=<>-]")
 # Of a model that has written one line, nobody can say what a step is to it.
 _COMMON_STEPS = (2, 4)
+# A model that writes the same few lines so many times writes them for ever.
+_LONGEST_CYCLE = 4
+_ENOUGH_CYCLES = 3
 
 
 def is_telling(line: str) -> bool:
@@ -47,14 +55,15 @@ def goes_on_below(
         return False
     if whole == below:
         return True
-    if nearby and number > 0 and is_telling(whole) and whole in place.nearby:
+    soon = _block_below(place) if place.is_code else place.nearby
+    if nearby and number > 0 and is_telling(whole) and whole in soon:
         return True
     if not is_telling(whole):
-        return False
+        return number > 0 and not is_text and whole.strip() == below.strip() and _is_too_deep(lines, place)
     if number == 0:
         is_next = whole.strip() == below.strip() and not place.line_before.strip()
         return is_next and (is_text or _begins_as_deep(whole, place))
-    candidates = [line for line in place.nearby if line.strip() == whole.strip()]
+    candidates = [line for line in soon if line.strip() == whole.strip()]
     if not candidates or not (nearby or below in candidates):
         return False
     if is_text and below in candidates:
@@ -98,6 +107,18 @@ def without_next_line(text: str, place: Place) -> str:
     return text if at is None else "\n".join(text.split("\n")[:at])
 
 
+def _block_below(place: Place) -> list[str]:
+    """The lines just below that are in the block of the next one, or in one around it.
+
+    What is deeper is in a block of its own, and another block may well have the same line.
+    """
+    lines: list[str] = []
+    for line in place.nearby:
+        if not lines or width(line) <= width(lines[-1]):
+            lines.append(line)
+    return lines
+
+
 def _begins_as_deep(whole: str, place: Place) -> bool:
     """Whether a first line belongs where the next one below stands, whatever its indentation."""
     above, have = width(place.previous_line), width(whole)
@@ -113,9 +134,9 @@ def _is_as_deep(lines: Sequence[str], below: Sequence[str], place: Place) -> boo
     written = [line for line in lines if line.strip()]
     if place.line_before.strip():
         written = written[1:]
-    if len(written) > 1 and _ENDED.search(written[-2]) and width(written[-1]) > width(written[-2]):
-        # After a statement nothing is deeper: the first line is where the user began it, and not this one.
-        return any(width(line) == width(written[-2]) for line in below)
+    if (sibling := _too_deep_after(written)) is not None:
+        # The first line is where the user began it, and not this one.
+        return any(width(line) == width(sibling) for line in below)
     around = [*place.above.split("\n"), place.line_before, *place.following]
     from_base, have, step = width(base), width(lines[-1]), width(indentation.unit(around))
     steps = {width(indentation.unit([base, *written]))}
@@ -126,6 +147,36 @@ def _is_as_deep(lines: Sequence[str], below: Sequence[str], place: Place) -> boo
         for one in steps
         for line in below
     )
+
+
+def _is_too_deep(lines: Sequence[str], place: Place) -> bool:
+    """Whether the last line is deeper than can be, and the next one below is where it belongs."""
+    written = [line for line in (place.line_before + lines[0], *lines[1:]) if line.strip()]
+    sibling = _too_deep_after(written)
+    return sibling is not None and width(sibling) == width(place.next_line)
+
+
+def _too_deep_after(written: Sequence[str]) -> str | None:
+    """The line before the last one, if that is deeper though it begins no block; else None."""
+    if len(written) > 1 and width(written[-1]) > width(written[-2]) and _is_over(*written[-2:]):
+        return written[-2]
+    return None
+
+
+def _is_over(line: str, following: str) -> bool:
+    """Whether a line is the end of a statement, so that the following one is not deeper."""
+    if _ENDED.search(line):
+        return True
+    return not (may_open(line) or _GOES_ON.search(line) or _CONTINUES.match(following))
+
+
+def repeated(lines: Sequence[str]) -> int:
+    """How many lines at the end repeat as many before them, which repeat as many again; 0 if they do not."""
+    for size in range(2, min(_LONGEST_CYCLE, len(lines) // _ENOUGH_CYCLES) + 1):
+        last = list(lines[-size:])
+        if list(lines[-_ENOUGH_CYCLES * size :]) == _ENOUGH_CYCLES * last and any(map(is_telling, last)):
+            return size * (_ENOUGH_CYCLES - 1)
+    return 0
 
 
 def _sign(number: int) -> int:

@@ -55,9 +55,8 @@ class Line:
             alike = _alike(line[: self._column], period, self._around)
             self._allowed = int(_WIDER * max(alike, default=0))
             if self._column >= self._allowed:
-                return _cut(
-                    line[: self._column], period, max(alike, default=_RULER_WIDTH) - len(self._before)
-                )
+                width = max(alike, default=_RULER_WIDTH) - len(self._before)
+                return _cut(line[: self._column], period, width, self._before)
         return None
 
 
@@ -90,13 +89,16 @@ def _alike(line: str, period: int, around: Sequence[str]) -> list[int]:
     return [len(one) for one in around if piece in one] if piece.strip() else []
 
 
-def _cut(line: str, period: int, ruler_width: int) -> int:
+def _cut(line: str, period: int, ruler_width: int, before: str = "") -> int:
     """Return how much of a line that ends in a repetition is worth keeping."""
     start = len(line) - period
     while start and line[start - 1] == line[start - 1 + period]:
         start -= 1
     piece = line[start : start + period]
     if piece.strip() and _RULER.fullmatch(piece):
+        if _WORD.match((before + line[:start])[-1:]):
+            # Dots behind a word are no ruler.
+            return start
         # As wide as the others are.
         return start + max(1, (ruler_width - start) // period) * period
     if _WORD.search(piece) and not re.fullmatch(r"\w+", piece):

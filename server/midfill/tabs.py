@@ -9,6 +9,8 @@ from midfill.brackets import enclosing
 from midfill.indentation import kind, lead, opens_block
 from midfill.place import NUM_AROUND, Place
 
+# Their formatter leaves no choice.
+_ALWAYS_TABS = frozenset({"go", "go.mod"})
 # How many blanks a step has.
 _STEPS = frozenset({2, 3, 4, 8})
 # In these languages it is often two.
@@ -23,9 +25,15 @@ _OPENING_WORD = re.compile(
     r"|(?:local\s+)?function|def|class|module|sub|proc)\b"
 )
 _LAST_OPENING_WORD = re.compile(r"\b(?:then|do|else|begin|try|repeat|of|in|where)(?:\s*\|[^|]*\|)?\s*\Z")
+# An element, or a block of a template, whose end is to follow on a line of its own.
+_OPENING_TAG = re.compile(
+    r"\s*<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr)\b)(?:\w[^<>]*|.*<\w[^<>]*)?"
+    r"(?<![/=-])>\s*\Z|\s*>\s*\Z|\s*\{\{?[#:]\w[^{}]*\}\}?\s*\Z"
+    r"|\s*\{%-?\s*(?:if|for|block|macro|with|call|filter|else|elif)\b[^%]*%\}\s*\Z"
+)
 _LAST_WORD_OF_ONE_LINE = re.compile(r"(?:[;}]|\b(?:end|fi|done|esac))\s*\Z")
 _OUTWARDS = re.compile(
-    r"[)\]}]|(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensure|end|fi|done|esac|until)\b"
+    r"[)\]}]|</|\{\{?[/:]|\{%-?\s*(?:end|else|elif)|(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensure|end|fi|done|esac|until)\b"
 )
 # Some write these in the column of the line that opens the block.
 _LABEL = re.compile(r"(?:case|default)\b|(?:public|private|protected)\s*:")
@@ -33,8 +41,17 @@ _JUMP = re.compile(r"\s*(?:return|raise|throw|break|continue|goto)\b")
 
 
 def opens(line: str) -> bool:
-    """Return whether a line ends with a bracket, a colon or a word that opens a block."""
-    return opens_block(line) or _LAST_OPENING_WORD.search(line) is not None
+    """Return whether a line ends with a bracket, a colon, a word or a tag that opens a block."""
+    if opens_block(line) or _LAST_OPENING_WORD.search(line) is not None:
+        return True
+    return _OPENING_TAG.match(line) is not None
+
+
+def may_open(line: str) -> bool:
+    """Return whether a line opens a block, or begins with a word that does unless the line ends it."""
+    if opens(line):
+        return True
+    return not _LAST_WORD_OF_ONE_LINE.search(line) and _OPENING_WORD.match(line) is not None
 
 
 def _kind(place: Place) -> str:
@@ -52,6 +69,9 @@ def _kind(place: Place) -> str:
         return ""
     if not found and "yaml" in place.language_id.lower():
         return " "
+    if not found and place.language_id in _ALWAYS_TABS:
+        # Nothing is indented yet.
+        return "\t"
     return found
 
 
@@ -148,8 +168,6 @@ def _usual_step(size: int) -> int:
 def _depth(rest: str, previous: str) -> int:
     """How many tabs the line after `previous` is likely to begin with."""
     depth = len(previous) - len(previous.lstrip("\t"))
-    opened = opens(previous)
-    if not opened and not _LAST_WORD_OF_ONE_LINE.search(previous):
-        opened = _OPENING_WORD.match(previous) is not None
+    opened = may_open(previous)
     outwards = _OUTWARDS.match(rest) is not None or (not opened and _JUMP.match(previous) is not None)
     return max(0, depth + opened - outwards)

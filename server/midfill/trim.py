@@ -25,16 +25,22 @@ from midfill.indentation import lead, opens_block, width
 from midfill.midline import bridged, end_of_line, fewest_errors, joint, repeats, without_overlap
 from midfill.place import Place
 from midfill.reasons import Reason
-from midfill.repeats import goes_on_below, is_telling, retraced, without_next_line
+from midfill.repeats import goes_on_below, is_telling, repeated, retraced, without_next_line
 from midfill.syntax import Delimiter, Outline, balance
+from midfill.tabs import may_open
 
 _BLOCK_CLOSER = re.compile(r"\s*(?:[)\]}>]+[;,)\]}>]*|end|done|fi|esac)\s*\Z")
+_WORD_CLOSER = re.compile(r"\s*(?:(?:end|fi|done|esac|endif|endfor|endwhile)\b\W*|</[\w.:-]+>)\s*\Z")
+_HEAD = re.compile(
+    r"\b(?:if|unless|case|when|while|until|for|do|begin|then|else|try|def|class|module|function|fn)\b|<(\w+)\b(?!.*</\1)"
+)
 _ENOUGH_REPEATS = 3
 _JUMP = re.compile(r"\s*(?:return|raise|throw|break|continue|goto)\b")
 _STATEMENT = re.compile(r"\s*[\w@$\"'`&*(\[]")
 # Lines that belong to the statement before them, or can be jumped to.
 _GOES_ON = re.compile(
-    r"\s*(?:(?:else|elif|elsif|elseif|except|finally|catch|case|default|when|rescue|ensure|then|while)\b|\w+\s*:(?!\S))"
+    r"\s*(?:[)\]}]*\s*(?:else|elif|elsif|elseif|except|finally|catch|while)\b"
+    r"|(?:case|default|when|rescue|ensure|then)\b|\w+\s*:(?!\S))"
 )
 _DANGLING = re.compile(r"(?:[=+\-*/%<>&|^~!?,.(\[{]|[\"\']\s*:)\s*\Z")
 _QUOTED = re.compile(r"""\\.|"[^"]*"|'[^']*'|`[^`]*`""")
@@ -62,6 +68,7 @@ class Stopper:
         self._lines: list[str] = []
         self._start = 0
         self._growing = repetition.Line(place.around, place.line_before)
+        self._found: int | None = None
         self.why = Reason.BLANK_LINES
 
     def end(self, text: str) -> int | None:
@@ -69,6 +76,11 @@ class Stopper:
 
         `text` begins with what was given before.
         """
+        if self._found is None:
+            self._found = self._end(text)
+        return self._found
+
+    def _end(self, text: str) -> int | None:
         place = self._place
         if place.tail and not place.invoked:
             end = end_of_line(text, place)
@@ -120,6 +132,9 @@ class Stopper:
         text = "\n".join(lines)
         start = len(text) - len(lines[-1])
         found = self._reader.read(text)
+        if num_repeated := repeated([self._place.line_before + lines[0], *lines[1:]]):
+            self.why = Reason.REPEATS_ITSELF
+            return len("\n".join(lines[:-num_repeated]).rstrip(" \t\n"))
         if num_retraced := retraced(lines, self._place):
             self.why = Reason.REPEATS_TEXT
             return len("\n".join(lines[:-num_retraced]).rstrip(" \t\n"))
@@ -214,8 +229,11 @@ def _worth_inserting(text: str, place: Place, *, complete: bool, ran_away: bool)
     if place.tail:
         return without_overlap(text[:end], place), Reason.REPEATS_TEXT
     limited = (end is None and not complete) or text[:end].count("\n") + 1 >= place.max_lines or ran_away
-    text, why = _fitted(text[:end].removeprefix(place.line_after), place, limited=limited)
-    return (_without_useless_line(text, place), Reason.REPEATS_ITSELF) if ran_away else (text, why)
+    text = text[:end].removeprefix(place.line_after)
+    if ran_away and not (text := _without_useless_line(text, place)).strip():
+        return "", Reason.REPEATS_ITSELF
+    text, why = _fitted(text, place, limited=limited)
+    return text, Reason.REPEATS_ITSELF if ran_away else why
 
 
 def _without_useless_line(text: str, place: Place) -> str:
@@ -283,6 +301,8 @@ class _Block:
         if is_text and (begun := enclosing(place)) is not None:
             # What comes after a string belongs where the string begins.
             base = begun.column
+        elif (begun_above := _comment_ended(place)) is not None:
+            base = width(begun_above)
         below = place.next_line
         headless = (
             not is_text
@@ -301,16 +321,17 @@ class _Block:
         whole = line
         if number == 0:
             column = None if is_text else _lead_of_closer(line, place)
-            whole = (column or place.line_before + lead(line)) + line.lstrip(" \t")
+            whole = (place.line_before + lead(line) if column is None else column) + line.lstrip(" \t")
         if goes_on_below(lines, place, whole=whole, is_text=is_text):
             return Reason.REPEATS_TEXT
         if _is_fence(line, place, found, start):
             return Reason.CODE_FENCE
+        closes_as_below = number and not is_text and self._closes_as_below(line, found)
+        if closes_as_below or _closes_nothing(lines, place, whole):
+            return Reason.CLOSES_BLOCK
         if number and (self.headless or opens_block(line)) and line.strip() == place.next_line.strip():
             # The next line once more, at another indentation.
             return Reason.REPEATS_TEXT if is_telling(line) else None
-        if number and not is_text and self._closes_as_below(line, found):
-            return Reason.CLOSES_BLOCK
         if not place.is_prose and closes_outside(found, start):
             # The file has that closer already, if one as deep stands below.
             below = place.next_line
@@ -328,7 +349,7 @@ class _Block:
     def _closes_as_below(self, line: str, found: Outline) -> bool:
         """Whether a line closes what the cursor's line opened, and the next one does so in its own column."""
         below = self.place.next_line
-        is_same = line.strip() == below.strip() and width(below) == self.base
+        is_same = line.strip().rstrip(",;") == below.strip().rstrip(",;") and width(below) == self.base
         closes = is_same and bool(found.open) and _BLOCK_CLOSER.fullmatch(line) is not None
         return closes and not balance(found.delimiters, found.open)[0]
 
@@ -372,14 +393,45 @@ class _Block:
         # What the cursor's line opened is closed: a block by its own closer, or by a word such as `done`.
         closed = start > 0 and found.open and not balance(found.delimiters, found.open)[0]
         closes_own = (closed or self.opened) and column == self.base and _BLOCK_CLOSER.fullmatch(line)
-        return bool(closes_own) or closes_outside(found, start)
+        if closes_own:
+            return True
+        # As in `} else {`, where one block ends and the next begins.
+        return closes_outside(found, start) and not (opens_block(line) and _GOES_ON.match(line))
+
+
+def _closes_nothing(lines: list[str], place: Place, whole: str) -> bool:
+    """Whether the last line closes a block in a column where none begins, and the next one closes that block.
+
+    For words and tags; brackets are matched.
+    """
+    below, column = place.next_line, width(whole)
+    if not _WORD_CLOSER.fullmatch(whole) or whole.strip() != below.strip() or width(below) >= column:
+        return False
+    if place.is_prose or (place.line_before.strip() and len(lines) == 1):
+        return False
+    above = [*place.above.split("\n"), *([place.line_before + lines[0], *lines[1:-1]] if lines[1:] else [])]
+    outer = next((line for line in reversed(above) if line.strip() and width(line) <= column), "")
+    # What goes on, and what has such a word anywhere, may have begun one.
+    return width(outer) < column or not (
+        may_open(outer) or _HEAD.search(outer) or _DANGLING.search(outer.rstrip(">"))
+    )
+
+
+def _comment_ended(place: Place) -> str | None:
+    """The line that begins the comment which the cursor stands behind the end of; None if that is its own."""
+    before = place.line_before.strip()
+    if not before.endswith("*/") or "/*" in before:
+        return None
+    return next((line for line in reversed(place.above.split("\n")) if "/*" in line), None)
 
 
 def _floor(place: Place, base: int) -> int:
     """The least indented line that belongs to what the user asked for, where the block begins at `base`.
 
-    The block; or all of the function that it is in, if nothing of that stands below yet.
+    The block; or all of the function that it is in, if nothing of that stands below yet; or all of a recipe.
     """
+    if place.language_id == "makefile" and place.previous_line.startswith("\t"):
+        return min(base, width("\t"))
     if not place.invoked or place.language_id not in indentation.SIGNIFICANT:
         return base
     outer = base + 1
@@ -393,7 +445,7 @@ def _floor(place: Place, base: int) -> int:
 
 def _is_fence(line: str, place: Place, found: Outline, start: int) -> bool:
     """Whether a line ends a block of Markdown, which models learnt to write code in."""
-    if not line.lstrip().startswith("```") or not place.is_code or found.within(start):
+    if not line.lstrip().startswith(("```", "~~~")) or not place.is_code or found.within(start):
         return False
     # Where the file has them, in its comments or whatever it is, they are part of it.
     return not any(_FENCE.match(one) for one in place.around)

@@ -128,6 +128,9 @@ NO_COMMENT = [
     ("vim", "let x = 1\n▮\n", "%s/a/b/\n"),
     ("tex", "a\n▮\n", "%b\n"),
     ("ignore", "*.o\n▮\n", "*.a\n"),
+    # What runs the file.
+    ("shellscript", "▮\necho a\n", "#!/bin/sh\n"),
+    ("python", "▮\nprint(1)\n", "#!/usr/bin/env python3\n"),
     ("ignore", "*.o\n▮\n", "!b\n"),
     ("diff", "-a\n▮\n", "--- b\n"),
     ("sql", "select a\n▮\n", "*\n"),

@@ -45,6 +45,40 @@ def test_every_line_ends_once(written, expected):
 
 
 @pytest.mark.parametrize(
+    ("language", "above", "written", "expected"),
+    [
+        # Elements and blocks of templates.
+        ("html", "<div>\n\t<ul>", "\n    <li>b</li>\n", "\n\t\t<li>b</li>\n"),
+        ("html", "<div>\n\t<br>", "\n    <p>b</p>\n", "\n\t<p>b</p>\n"),
+        ("xml", '<a>\n\t<b x="1">', "\n        <c/>\n", "\n\t\t<c/>\n"),
+        (
+            "typescriptreact",
+            "\treturn (\n\t\t<div>",
+            "\n      <p>a</p>\n    </div>\n",
+            "\n\t\t\t<p>a</p>\n\t\t</div>\n",
+        ),
+        ("typescriptreact", '\t\t<div\n\t\t\ta="b"\n\t\t>', "\n      <p>a</p>\n", "\n\t\t\t<p>a</p>\n"),
+        (
+            "svelte",
+            "<ul>\n\t{#each a as b}",
+            "\n    <li>{b}</li>\n  {/each}\n",
+            "\n\t\t<li>{b}</li>\n\t{/each}\n",
+        ),
+        ("jinja", "<ul>\n\t{% for a in b %}", "\n    <li>a</li>\n", "\n\t\t<li>a</li>\n"),
+        ("cpp", "class A {\n\ttemplate <typename T>", "\n  T f();\n", "\n\tT f();\n"),
+        # Where nothing is indented yet.
+        ("go", "package a\n\nfunc f() {", "\n    if a {\n        b()\n    }\n", "\n\tif a {\n\t\tb()\n\t}\n"),
+        ("go", "package a\n\nfunc f() {", "\n\tb()\n", "\n\tb()\n"),
+        ("rust", "fn f() {", "\n    b()\n", "\n    b()\n"),
+    ],
+)
+def test_a_step_is_what_the_line_above_opens(language, above, written, expected):
+    head, _, line = above.rpartition("\n")
+    place = Place(line, "", above=head + "\n", language_id=language)
+    assert received(written, place) == expected
+
+
+@pytest.mark.parametrize(
     ("written", "expected"),
     [
         ("    if x {\n        y()\n    }\n", "\tif x {\n\t\ty()\n\t}\n"),

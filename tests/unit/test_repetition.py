@@ -26,10 +26,17 @@ def kept(line, around=(), before=""):
         ("print('" + "very " * 60, "print('very"),
         ("# " + "-" * 200, "# " + "-" * 77),
         ("=" * 200, "=" * 79),
+        # Dots behind a word are no ruler.
+        ("Wait" + "." * 200, "Wait"),
+        ("# Foo " + "-" * 200, "# Foo " + "-" * 73),
     ],
 )
 def test_of_a_line_that_runs_away_the_beginning_is_kept(line, expected):
     assert kept(line) == expected
+
+
+def test_dots_behind_a_word_that_stands_there_already_are_no_ruler():
+    assert kept("." * 200, before="Wait") == ""
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from midfill import (
     languages,
     messages,
     midline,
-    received,
     secrecy,
     syntax,
     trim,
@@ -39,6 +38,7 @@ from midfill.engine.scripted import CharTokenizer
 from midfill.errors import SettingsError
 from midfill.place import Place
 from midfill.prompt import PromptBuilder
+from midfill.received import Received
 from midfill.settings import Settings, parse
 from midfill.suggestions import closing_places, fitted
 
@@ -147,7 +147,7 @@ def stopped(text):
 
 
 def received_in_pieces(text):
-    whole = received.Received(PLACE)
+    whole = Received(PLACE)
     for at in range(0, len(text), 8):
         whole.push(text[at : at + 8])
     whole.finish()
