@@ -14,7 +14,9 @@ The time for a text grows no faster than its length. Pure; runs in any thread. O
 
 from __future__ import annotations
 
+import base64
 import fnmatch
+import json
 import math
 import re
 from collections import Counter
@@ -250,7 +252,18 @@ def _grade_value(value: str) -> Grade:
 
 def _looks_random(value: str) -> bool:
     """Whether a value is not put together from words and numbers, as names of things are."""
-    return not all(map(_is_word, _CHUNK.findall(value)))
+    return not all(map(_is_word, _CHUNK.findall(_json_of(value) or value)))
+
+
+def _json_of(value: str) -> str | None:
+    """The JSON that a value encodes, as the first part of a JWT does; None if it encodes none."""
+    if not value.startswith("eyJ"):
+        return None
+    try:
+        text = base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode("utf-8")
+        return text if isinstance(json.loads(text), dict) else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _is_word(chunk: str) -> bool:

@@ -1,6 +1,8 @@
 """Secrets are found by name and by line, and ordinary code is not taken for one."""
 
 import asyncio
+import base64
+import json
 import random
 import sysconfig
 from pathlib import Path
@@ -56,6 +58,7 @@ NO_SECRETS = [
     'eos_token: "endoftext2"',
     'token: "keyword.operator.arithmetic2",',
     'nextPageToken: "CAUQAA2xYz91Kd0pQ7",',
+    'export const DEFAULT_TOKEN = "eyJzZXNzaW9uX2lkIjogImRlZmF1bHQifQ";',  # {"session_id": "default"}
     'publicKeyToken="b77a5c561934e089"',
     'private_key = "/etc/ssl/private/server2.key"',
     'client_key: "./certs/client1.pem"',
@@ -109,6 +112,11 @@ def test_ordinary_code_is_no_secret(line):
 @pytest.mark.parametrize("line", NO_SECRETS)
 def test_what_is_about_secrets_does_not_silence_its_file(line):
     assert grade(line) is not Grade.CERTAIN
+
+
+def test_a_random_value_within_encoded_json_is_one():
+    value = json.dumps({"session": "default", "key": "q8Zr2LmV0xTn5Kb7Wd3H"}).encode()
+    assert grade(f'token = "{base64.b64encode(value).decode()}"') is Grade.CERTAIN
 
 
 def test_a_password_that_somebody_chose_is_one():
