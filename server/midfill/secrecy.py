@@ -32,6 +32,7 @@ from midfill.secret_shapes import (
     carried,
     has_private_key,
     has_token,
+    is_published,
     names_private_key,
 )
 
@@ -241,7 +242,7 @@ def _grade_value(value: str) -> Grade:
     """Tell a placeholder, a word and a real secret apart, of what a name like `password` is given."""
     if len(value) < _MIN_VALUE or _PLACEHOLDER.search(value) or _UUID.match(value) or " " in value:
         return Grade.NONE
-    if _COUNTED.search(value):
+    if _COUNTED.search(value) or is_published(value):
         return Grade.POSSIBLE
     digits = sum(map(str.isdigit, value))
     letters = sum(map(str.isalpha, value))
