@@ -102,6 +102,8 @@ _PLACE = re.compile(
 _CHUNK = re.compile(r"[A-Za-z0-9]+")
 _WORD_LIKE = re.compile(
     r"\d{1,8}\Z|\d{0,2}(?:[a-z]+|[A-Z]+|[A-Z][a-z]+|[A-Z]?[a-z]{2,}(?:[A-Z][a-z]{2,})+)\d{0,4}\Z"
+    # Names of types of a version, such as `V1beta1EndpointSlice`.
+    r"|[A-Z]{1,2}\d{1,2}(?:(?:alpha|beta)\d{1,2})?(?:[A-Z][a-z]{2,}){2,}\Z"
     r"|(?=.{1,9}\Z)(?:[a-z]+|[A-Z]+)\d{1,2}(?:[a-z]+|[A-Z]+)\d{0,2}\Z"
 )
 _CONSONANTS = re.compile(r"[b-df-hj-np-tv-xz]{6}", re.IGNORECASE)

@@ -57,6 +57,8 @@ NO_SECRETS = [
     'pad_token = "<|pad_151643|>"',
     'eos_token: "endoftext2"',
     'token: "keyword.operator.arithmetic2",',
+    '"secret_ref": "V1SecretReference",',
+    "secretRef: V1beta1ExternalSecretRef",
     'nextPageToken: "CAUQAA2xYz91Kd0pQ7",',
     'export const DEFAULT_TOKEN = "eyJzZXNzaW9uX2lkIjogImRlZmF1bHQifQ";',  # {"session_id": "default"}
     'publicKeyToken="b77a5c561934e089"',
