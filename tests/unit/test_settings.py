@@ -240,7 +240,19 @@ def test_several_servers_may_have_the_model():
 
 
 @pytest.mark.parametrize(
-    "wrong", ["box:8000", "ftp://box", "http://", "http://me:pw@box", "http://b?x=1", []]
+    "wrong",
+    [
+        *("box:8000", "ftp://box", "http://", "http://me:pw@box", "http://b?x=1", []),
+        *(
+            "http://b/\x1b[2J",
+            "http://b\n/",
+            "http://b/\u202ea",
+            "http://a b/",
+            "http://b:x",
+            "http://b:99999",
+            "http://[",
+        ),
+    ],
 )
 def test_an_engine_is_a_place(wrong):
     with pytest.raises(SettingsError, match="engine"):
