@@ -10,11 +10,13 @@ import re
 # Never: C0 and C1 controls but tab and line feed, halves of surrogate pairs, tags.
 _CONTROL = "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\U000e0000-\U000e007f"
 # Only where the file has the same one near the cursor: bidirectional controls; what has no width or
-# is an invisible letter; ends of lines that editors do not show; variation selectors.
+# is an invisible letter; ends of lines that editors do not show; variation selectors; blanks that are no
+# spaces; private use, which fonts show as they like, many as nothing.
 _BIDIRECTIONAL = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _INVISIBLE = (
-    "\xad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200d\u2028\u2029\u2060-\u2065\u206a-\u206f\u3164"
-    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001d173-\U0001d17a\U000e0080-\U000e0fff"
+    "\xad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200d\u2028\u2029\u2060-\u2065\u206a-\u206f\u2800\u3164"
+    "\ue000-\uf8ff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U00013430-\U0001343f\U0001bca0-\U0001bca3"
+    "\U0001d159\U0001d173-\U0001d17a\U000e0080-\U000e0fff\U000f0000-\U0010ffff"
 )
 _UNSAFE = re.compile(f"[{_CONTROL}{_BIDIRECTIONAL}{_INVISIBLE}]")
 _NEVER = re.compile(f"[{_CONTROL}]")

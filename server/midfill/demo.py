@@ -20,6 +20,7 @@ from rich.text import Text
 
 from midfill.client import Client, ServerError
 from midfill.languages import language_id
+from midfill.shown import shown as as_shown
 
 _OPEN, _CLOSE = "⟦", "⟧"
 # A quick typist; the seed makes every run type alike.
@@ -82,7 +83,9 @@ async def run(console: Console | None, options: dict[str, Any]) -> list[Suggesti
 
             def report(message: str) -> None:
                 if status is not None:
-                    status.update(f"midfill serve: {message}")
+                    status.update(
+                        Text(as_shown(f"midfill serve: {message}"))
+                    )  # of a bare text it reads markup
 
             await client.load(options, report)
         shown = []

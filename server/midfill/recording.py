@@ -20,6 +20,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,6 +29,7 @@ from midfill import __version__, textfiles
 from midfill.characters import escaped
 from midfill.client import SERVE_COMMAND, read_message, to_frame
 from midfill.errors import MidfillError
+from midfill.jsonfiles import parse_json
 from midfill.messages import OWN_CLIENT
 
 _LOG = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 _FORMAT = 1
 _WARNING = "This file contains the source text of your editor session. Look it through before you share it."
 _MAX_FILES = 1000
+_MAX_DEPTH = 100
 # A model may take long to be loaded; past this, the replay goes on and reports what is missing.
 _PATIENCE_S = 120.0
 _END_S = 5.0
@@ -113,7 +116,28 @@ class Line:
     @property
     def method(self) -> str | None:
         """The method of a request or notification."""
-        return self.message.get("method") if isinstance(self.message, dict) else None
+        method = self.message.get("method") if isinstance(self.message, dict) else None
+        return method if isinstance(method, str) else None
+
+    @property
+    def ends_progress(self) -> bool:
+        """Whether it says that something which takes long has ended."""
+        params = self.message.get("params") if self.method == "$/progress" else None
+        value = params.get("value") if isinstance(params, dict) else None
+        return isinstance(value, dict) and value.get("kind") == "end"
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether a replay does not send it.
+
+        That is an answer to the recorded server, as the new one gets its own; and a wish to train an adapter
+        or to choose one, which would count for whoever replays it.
+        """
+        if self.method is None:
+            return self.key is not None
+        params = self.message.get("params") if self.method == "workspace/executeCommand" else None
+        command = str(params.get("command")) if isinstance(params, dict) else ""
+        return command.startswith("midfill.adapter.") and command != "midfill.adapter.list"
 
     @property
     def key(self) -> str | None:
@@ -132,19 +156,41 @@ def read(path: Path) -> list[Line]:
     complete, lines = rows[:-1], []
     for number, row in enumerate(complete, start=1):
         try:
-            value = json.loads(row)
+            value = parse_json(row.encode())
+            _check_depth(value)
             if number == 1:
                 if value["midfillRecording"] != _FORMAT:
                     raise MidfillError(f"{path} was made by another version of midfill.")
                 continue
             message = value.get("message")
-            raw = value["bytes"].encode("latin-1") if "bytes" in value else json.dumps(message).encode()
-            lines.append(Line(float(value["t"]), value["from"] == "client", message, raw))
-        except (ValueError, TypeError, KeyError) as error:
+            if "bytes" in value:
+                raw = value["bytes"].encode("latin-1")
+                # Who wrote the file may call a message no message.
+                with suppress(ValueError, RecursionError):
+                    message = json.loads(raw)
+            else:
+                raw = json.dumps(message).encode()
+            at_s = round(float(value["t"]), 6)
+            _ = int(at_s)  # of what is no time it is an error
+            lines.append(Line(at_s, value["from"] == "client", message, raw))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise MidfillError(f"{path}:{number}: not a line of a midfill recording.") from error
     if not lines:
         raise MidfillError(f"{path} holds no recorded session.")
     return lines
+
+
+def _check_depth(value: Any) -> None:
+    """Raise `ValueError` for lists and objects that are nested deeper than in any message."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inside = [
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
+        ]
+        level = [one for values in inside for one in values]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
 
 
 @dataclass(slots=True)
@@ -174,7 +220,7 @@ class _Session:
             self.order.append((line.key, len(self.answers[line.key])))
             if (asked_s := self._asked_s.pop(line.key, None)) is not None:
                 self.latencies_ms.append((line.at_s - asked_s) * 1000)
-        elif line.method == "$/progress" and line.message["params"]["value"].get("kind") == "end":
+        elif line.ends_progress:
             self.num_loads += 1
 
 
@@ -183,6 +229,7 @@ async def replay(path: Path, command: str | None = None, speed: float = 1.0) -> 
 
     Each message is sent when its time has come (`speed` times as fast; 0 for no waiting) and when every
     answer that the editor had before it, and the end of loading if it had seen that, has come too.
+    What the editor asked to train or to choose an adapter is left out: it would count for whoever replays it.
     Returns counts, latencies and the answers that differ. Raises `MidfillError`.
     """
     lines = read(path)
@@ -204,11 +251,13 @@ async def replay(path: Path, command: str | None = None, speed: float = 1.0) -> 
     try:
         for line in lines:
             if not line.from_client:
-                recorded.heard(line)
+                # An answer to nothing that was asked will not come again; what was no message has null's.
+                if line.method is not None or line.key in asked or line.key == "null":
+                    recorded.heard(line)
+                continue
+            if line.is_left_out:
                 continue
             recorded.asked(line.key, line.method, line.at_s)
-            if line.method is None and line.key is not None:
-                continue  # an answer to a request of the recorded server; this one gets its own
             if speed > 0:
                 await asyncio.sleep(max(0.0, line.at_s / speed - (time.monotonic() - begun)))
             await player.caught_up(recorded)

@@ -14,7 +14,9 @@ The time for a text grows no faster than its length. Pure; runs in any thread. O
 
 from __future__ import annotations
 
+import base64
 import fnmatch
+import json
 import math
 import re
 from collections import Counter
@@ -30,6 +32,7 @@ from midfill.secret_shapes import (
     carried,
     has_private_key,
     has_token,
+    is_published,
     names_private_key,
 )
 
@@ -99,6 +102,8 @@ _PLACE = re.compile(
 _CHUNK = re.compile(r"[A-Za-z0-9]+")
 _WORD_LIKE = re.compile(
     r"\d{1,8}\Z|\d{0,2}(?:[a-z]+|[A-Z]+|[A-Z][a-z]+|[A-Z]?[a-z]{2,}(?:[A-Z][a-z]{2,})+)\d{0,4}\Z"
+    # Names of types of a version, such as `V1beta1EndpointSlice`.
+    r"|[A-Z]{1,2}\d{1,2}(?:(?:alpha|beta)\d{1,2})?(?:[A-Z][a-z]{2,}){2,}\Z"
     r"|(?=.{1,9}\Z)(?:[a-z]+|[A-Z]+)\d{1,2}(?:[a-z]+|[A-Z]+)\d{0,2}\Z"
 )
 _CONSONANTS = re.compile(r"[b-df-hj-np-tv-xz]{6}", re.IGNORECASE)
@@ -239,7 +244,7 @@ def _grade_value(value: str) -> Grade:
     """Tell a placeholder, a word and a real secret apart, of what a name like `password` is given."""
     if len(value) < _MIN_VALUE or _PLACEHOLDER.search(value) or _UUID.match(value) or " " in value:
         return Grade.NONE
-    if _COUNTED.search(value):
+    if _COUNTED.search(value) or is_published(value):
         return Grade.POSSIBLE
     digits = sum(map(str.isdigit, value))
     letters = sum(map(str.isalpha, value))
@@ -250,7 +255,18 @@ def _grade_value(value: str) -> Grade:
 
 def _looks_random(value: str) -> bool:
     """Whether a value is not put together from words and numbers, as names of things are."""
-    return not all(map(_is_word, _CHUNK.findall(value)))
+    return not all(map(_is_word, _CHUNK.findall(_json_of(value) or value)))
+
+
+def _json_of(value: str) -> str | None:
+    """The JSON that a value encodes, as the first part of a JWT does; None if it encodes none."""
+    if not value.startswith("eyJ"):
+        return None
+    try:
+        text = base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode("utf-8")
+        return text if isinstance(json.loads(text), dict) else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _is_word(chunk: str) -> bool:

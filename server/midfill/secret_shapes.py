@@ -171,10 +171,30 @@ _KEY_BODY = re.compile(r"(?:\\r|\\n|\s|[\"'`+,.;]){0,12}+[A-Za-z0-9+/]{24}")
 _JWT = re.compile(rf"(?<!{_W})eyJ({_W}{{6,2000}}+)={{0,2}}\.eyJ({_W}{{4,4000}}+)={{0,2}}(?:\.{_W}{{10}})")
 
 LONG_RUN = re.compile(r"[A-Za-z0-9+/=_\\-]{20,2000}+")
-# Who makes up a token counts, repeats, or says so. The last is the key of every Azure Storage emulator.
+# Who makes up a token counts, repeats, or says so.
 _MADE_UP = re.compile(
-    r"example|placeholder|x{5}|\*{3}|0{7}|1{7}|1234567|7654321|abcdefg|deadbeef|\.\.\.|Eby8vdM02xNO",
+    r"example|placeholder|x{5}|\*{3}|0{7}|1{7}|1234567|7654321|abcdefg|deadbeef|\.\.\.",
     re.IGNORECASE,
+)
+# What standards and manuals have printed, and programs quote: nobody's secret. By where it is from.
+_PUBLISHED = re.compile(
+    "|".join(
+        [
+            *("dpf43f3p2l4k3l03", "kd94hf93k423kf44", "pfkkdhi9sl3r4s00", "nnch734d00sl2jdk"),  # OAuth 1.0
+            *("hh5s93j4hdidpola", "hdhd0244k9j7ao03", "kkk9d7dh3k39sjv7", "j49sk3j29djd"),  # RFC 5849
+            *("dh893hdasih9", "ad180jjd733klru7", "jjd999tj88uiths3", "h480djs93hd8"),  # the same
+            *("2YotnFZFEjr1zCsicMWpAA", "tGzv3JOkF0XG5Qx2TlKWIA", "7Fjfp0ZBr1KtDRbnfVdmIw"),  # RFC 6749
+            *("gX1fBat3bV", "SplxlOBeZQQYbYS6WxSbIA", "czZCaGRSa3F0MzpnWDFmQmF0M2JW"),  # the same
+            *(r"mF_9\.B5f-4\.1JqM", "vF9dft4qmT", "45ghiukldjahdnhzdauz"),  # RFC 6750, drafts, 7009
+            *("SlAV32hkKG", "8xLOxBtZp8", "ZJYCqe3GGRvdrudKyZS0XhGv_Z45DuKhCR0gK"),  # OpenID Connect
+            "cf136dc3c1fc93f31185e5885805d",  # RFC 7591
+            *(
+                "dBjftJeZ4C",
+                "SflKxwRJSM",
+            ),  # how the signatures of RFC 7515 and jwt.io begin, as `_JWT` takes them
+            "Eby8vdM02xNO",  # every Azure Storage emulator
+        ]
+    )
 )
 
 
@@ -228,7 +248,12 @@ def names_private_key(line: str) -> bool:
 
 def is_made_up(token: str) -> bool:
     """Whether a text of a token's shape is an example: it says so, counts, or is all the same."""
-    return len(set(token)) < 8 or _MADE_UP.search(token) is not None
+    return len(set(token)) < 8 or _MADE_UP.search(token) is not None or is_published(token)
+
+
+def is_published(value: str) -> bool:
+    """Whether a value is an example of a standard or a manual."""
+    return _PUBLISHED.search(value) is not None
 
 
 def _has_jwt(line: str) -> bool:

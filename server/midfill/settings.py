@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -239,7 +239,9 @@ class Settings(BaseModel):
         urls = (value,) if isinstance(value, str) else value
         for url in urls:
             parts = urlsplit(url)
-            if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username or parts.query:
+            plain = url.isprintable() and " " not in url
+            whole = parts.scheme in {"http", "https"} and parts.hostname and _is_port(parts)
+            if not plain or not whole or parts.username or parts.query:
                 raise ValueError(
                     f"{url!r} is none of {', '.join(ENGINES_HERE)} and no URL like http://host:8000"
                 )
@@ -253,6 +255,13 @@ class Settings(BaseModel):
         if self.engine in ENGINES_HERE:
             return ()
         return (self.engine,) if isinstance(self.engine, str) else self.engine
+
+
+def _is_port(parts: SplitResult) -> bool:
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False
 
 
 def policy(name: str) -> Policy:

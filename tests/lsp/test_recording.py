@@ -16,6 +16,7 @@ from midfill.client import SERVE_COMMAND
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 URI = "file:///work/main.py"
+HEADER = '{"midfillRecording": 1}\n'
 MIDFILL = [sys.executable, "-P", "-m", "midfill"]
 
 
@@ -152,7 +153,21 @@ async def test_a_session_that_was_cut_off_is_replayed_as_far_as_it_goes(script, 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "junk\n", "{}\n{}\n", '{"midfillRecording": 99}\n{}\n', "[]\n"], ids=repr
+    "text",
+    [
+        *("", "junk\n", "{}\n{}\n", '{"midfillRecording": 99}\n{}\n', "[]\n", "[" * 100_000 + "\n"),
+        *(
+            HEADER + line + "\n"
+            for line in (
+                *("[]", "7", "null", '{"t": NaN, "from": "client"}', '{"t": 1e999, "from": "client"}'),
+                '{"t": 0, "from": "client", "bytes": 7}',
+                '{"t": 0, "from": "client", "message": ' + "[" * 100_000,
+                '{"t": 0, "from": "client", "message": ' + "[" * 500 + "]" * 500 + "}",
+                '{"t": ' + "9" * 1000 + ', "from": "client"}',
+            )
+        ),
+    ],
+    ids=lambda text: repr(text[-50:]),
 )
 async def test_what_is_no_recording_is_refused_in_a_sentence(tmp_path, text):
     path = tmp_path / "session.jsonl"
@@ -161,6 +176,59 @@ async def test_what_is_no_recording_is_refused_in_a_sentence(tmp_path, text):
     assert done.returncode == 1
     assert done.stderr.startswith("midfill: ")
     assert "Traceback" not in done.stderr
+
+
+async def test_messages_of_no_form_are_played_and_break_nothing(script, tmp_path, rules):
+    path = tmp_path / "session.jsonl"
+    messages = [
+        *(
+            {"method": "$/progress"},
+            {"method": "$/progress", "params": {"value": 7}},
+            {"method": ["x"], "id": 1},
+        ),
+        *([], [{"id": 1}], 7, "x", {"method": "workspace/executeCommand", "id": 2, "params": []}),
+        {"method": "\x1b[2J\u202e", "id": {"a": 1}},
+    ]
+    lines = [
+        json.dumps({"t": 0, "from": sender, "message": message})
+        for message in messages
+        for sender in ("server", "client")
+    ]
+    path.write_text(HEADER + "\n".join(lines) + "\n")
+    done = replay(path, script(*rules), "--speed", "0")
+    assert "Traceback" not in done.stderr
+    assert all(mark.isprintable() or mark == "\n" for mark in done.stdout)
+
+
+async def test_a_strangers_recording_trains_and_chooses_no_adapter(script, tmp_path, rules):
+    """What it asks for stands in the log of a server that has been started for it."""
+    path, log = tmp_path / "session.jsonl", tmp_path / "sent"
+    await record(script, rules, path)
+    lines = path.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if '"initialized"' in line)
+    added = []
+    for number, command in enumerate(("use", "off", "train", "stop", "list")):
+        params = {"command": f"midfill.adapter.{command}", "arguments": ["mine"]}
+        asked = {
+            "jsonrpc": "2.0",
+            "id": f"adapter{number}",
+            "method": "workspace/executeCommand",
+            "params": params,
+        }
+        answer = {"jsonrpc": "2.0", "id": f"adapter{number}", "result": None}
+        added += [
+            json.dumps({"t": 0, "from": sender, "message": message})
+            for sender, message in (("client", asked), ("server", answer))
+        ]
+        added.append(json.dumps({"t": 0, "from": "client", "bytes": json.dumps(asked)}))
+    lines[first + 1 : first + 1] = added
+    path.write_text("\n".join(lines) + "\n")
+    replay(path, [*script(*rules), "--record", str(log)], "--speed", "0")
+    sent = log.read_text()
+    assert '"midfill.adapter.list"' in sent
+    assert not [
+        one for one in ("use", "off", "train", "stop") if f'"command":"midfill.adapter.{one}"' in sent
+    ]
 
 
 async def test_a_recording_that_cannot_be_written_is_said_at_once(script, tmp_path):

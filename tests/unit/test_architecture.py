@@ -208,6 +208,8 @@ def test_what_is_printed_commands_no_terminal():
                 word.arg == "markup" and ast.unparse(word.value) == "False" for word in node.keywords
             ):
                 wrong.append(f"{place}:{node.lineno} reads markup")
+            if called.endswith("status.update") and not first.startswith("Text("):
+                wrong.append(f"{place}:{node.lineno} reads markup out of {first}")
             if called.endswith(("Text.from_markup", "render_markup", "logging.Formatter")):
                 wrong.append(f"{place}:{node.lineno} calls {called}")
     assert not wrong

@@ -75,6 +75,7 @@ def test_a_compressed_trace_is_read(tmp_path):
         (json.dumps({"t": -1, "send": {"method": "textDocument/didChange", "params": {}}}), "before that of"),
         (json.dumps({"t": 1, "send": {"method": "textDocument/didChange", "params": {}}}), "not a row"),
         (json.dumps({"t": 1, "send": {"method": "textDocument/didChange", "params": None}}), "not a row"),
+        ("[" * 100_000, "recursion"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, row, why):

@@ -158,11 +158,23 @@ def test_ids_that_no_vocabulary_has_are_refused(tmp_path, where, token):
         load_tokenizer(tmp_path)
 
 
+def replacing(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "x" * 1000}},
         {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Replace", "content": "x" * 1000}]}},
+        {"normalizer": {"type": "Sequence", "normalizers": [replacing({"String": "a"}, "a" * 10)] * 6}},
+        {"normalizer": {"type": "Sequence", "normalizers": [replacing({"Regex": ""}, "ab")] * 9}},
+        {"normalizer": {"type": "Sequence", "normalizers": [replacing({"String": ""}, "ab")] * 9}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 20}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 10_000}},
         {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}},
         {"pre_tokenizer": {"type": "Nothing"}},
         {"pre_tokenizer": 7},
@@ -177,12 +189,20 @@ def test_ids_that_no_vocabulary_has_are_refused(tmp_path, where, token):
         {"model": {"type": "BPE", "vocab": 7}},
         {"model": []},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:120],
 )
 def test_a_tokenizer_of_another_form_is_one_sentence(tmp_path, change):
     write(tmp_path / "tokenizer.json", json.dumps(SOUND | change).encode())
     with pytest.raises(ModelError, match="tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_the_steps_that_tokenizers_in_use_have_are_taken(tmp_path):
+    steps = [{"type": "Prepend", "prepend": "▁"}, replacing({"String": " "}, "▁")]
+    steps += [replacing({"Regex": "\\s+"}, " "), replacing({"String": "``"}, '"'), {"type": "NFC"}]
+    change = {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": BYTES}
+    write(tmp_path / "tokenizer.json", json.dumps(SOUND | change).encode())
+    assert load_tokenizer(tmp_path).num_ids
 
 
 ANY_JSON = st.recursive(

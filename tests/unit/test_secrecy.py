@@ -1,6 +1,8 @@
 """Secrets are found by name and by line, and ordinary code is not taken for one."""
 
 import asyncio
+import base64
+import json
 import random
 import sysconfig
 from pathlib import Path
@@ -55,7 +57,10 @@ NO_SECRETS = [
     'pad_token = "<|pad_151643|>"',
     'eos_token: "endoftext2"',
     'token: "keyword.operator.arithmetic2",',
+    '"secret_ref": "V1SecretReference",',
+    "secretRef: V1beta1ExternalSecretRef",
     'nextPageToken: "CAUQAA2xYz91Kd0pQ7",',
+    'export const DEFAULT_TOKEN = "eyJzZXNzaW9uX2lkIjogImRlZmF1bHQifQ";',  # {"session_id": "default"}
     'publicKeyToken="b77a5c561934e089"',
     'private_key = "/etc/ssl/private/server2.key"',
     'client_key: "./certs/client1.pem"',
@@ -109,6 +114,31 @@ def test_ordinary_code_is_no_secret(line):
 @pytest.mark.parametrize("line", NO_SECRETS)
 def test_what_is_about_secrets_does_not_silence_its_file(line):
     assert grade(line) is not Grade.CERTAIN
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'oauth_token="kkk9d7dh3k39sjv7",',
+        "&oauth_timestamp=137131201&oauth_token=kkk9d7dh3k39sjv7",
+        '"access_token":"2YotnFZFEjr1zCsicMWpAA",',
+        '"access_token":"mF_9.B5f-4.1JqM",',
+        "http://www.example.com/path?access_token=h480djs93hd8",
+        "Authorization: Basic czZCaGRSa3F0MzpnWDFmQmF0M2JW",
+        "token=45ghiukldjahdnhzdauz&token_type_hint=refresh_token",
+        "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIiwibmFtZSI6IkpvaG4gRG9lIiwiaWF0IjoxNTE2Mj"
+        "M5MDIyfQ.SflKxwRJSMeKKF2QT4fwpMeJf36POk6yJV_adQssw5c",
+    ],
+)
+def test_the_examples_of_standards_do_not_silence_who_quotes_them(line):
+    assert grade(line) is not Grade.CERTAIN
+    # A secret beside one is a secret all the same.
+    assert grade(f'{line} api_key = "q8Zr2LmV0xTn5Kb7Wd3H"') is Grade.CERTAIN
+
+
+def test_a_random_value_within_encoded_json_is_one():
+    value = json.dumps({"session": "default", "key": "q8Zr2LmV0xTn5Kb7Wd3H"}).encode()
+    assert grade(f'token = "{base64.b64encode(value).decode()}"') is Grade.CERTAIN
 
 
 def test_a_password_that_somebody_chose_is_one():

@@ -240,7 +240,19 @@ def test_several_servers_may_have_the_model():
 
 
 @pytest.mark.parametrize(
-    "wrong", ["box:8000", "ftp://box", "http://", "http://me:pw@box", "http://b?x=1", []]
+    "wrong",
+    [
+        *("box:8000", "ftp://box", "http://", "http://me:pw@box", "http://b?x=1", []),
+        *(
+            "http://b/\x1b[2J",
+            "http://b\n/",
+            "http://b/\u202ea",
+            "http://a b/",
+            "http://b:x",
+            "http://b:99999",
+            "http://[",
+        ),
+    ],
 )
 def test_an_engine_is_a_place(wrong):
     with pytest.raises(SettingsError, match="engine"):
@@ -259,9 +271,10 @@ any_json = st.recursive(
 @pytest.mark.fuzz
 @given(values=st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=9)), any_json, max_size=5))
 def test_whatever_an_editor_sends_the_settings_are_valid_and_the_files_own_are_kept(values):
-    settings, problems = merge(values, Settings())
+    own = Settings(engine="shared", engine_model="m", engine_key="env:KEY", engine_fallback=True)
+    settings, problems = merge(values, own, own)
     assert Settings.model_validate(settings.model_dump()) == settings
-    assert all(getattr(settings, key) == getattr(Settings(), key) for key in FILE)
+    assert all(getattr(settings, key) == getattr(own, key) for key in FILE)
     assert all(isinstance(problem, str) and problem for problem in problems)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -124,6 +125,17 @@ def test_a_message_in_the_editor_is_printable(text, monkeypatch):
     server.window_show_message(types.ShowMessageParams(types.MessageType.Error, f"midfill: {text}"))
     (message,) = sent
     assert all(mark.isprintable() or mark in "\n\t" for mark in message.message)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_what_is_under_way_is_printable(text, capsys, monkeypatch):
+    from midfill.cli.shared import with_progress  # noqa: PLC0415
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with_progress(f"fetching {text}", lambda report: report(f"file {text}", 0.5))
+    drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]|\r", "", capsys.readouterr().err.replace(shown(text), ""))
+    assert all(mark.isprintable() or mark == "\n" for mark in drawn)
+    assert "PWNED" not in drawn
 
 
 def test_progress_takes_no_markup_from_a_title():

@@ -80,7 +80,7 @@ def read_trace(path: Path) -> list[Episode]:
         raise MidfillError(f"{path}, line {number + 1}: not text in UTF-8.") from error
     except (OSError, EOFError) as error:
         raise MidfillError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error) or "not a message"
         raise MidfillError(f"{path}, line {number}: not a row of a typing trace ({why}).") from error
     if not episodes:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from midfill.cli.terminal import say, terminal
+from midfill.shown import shown
 
 if TYPE_CHECKING:
     from midfill.engine import Engine, LocalModel, Progress
@@ -165,11 +166,11 @@ def remote_engine(settings: Settings) -> RemoteEngine:
 
 def show(result: dict[str, Any], table: Callable[[dict[str, Any]], Any], *, as_json: bool) -> None:
     """Print a result as one JSON object, or as what `table` makes of it."""
-    shown = json.dumps(result) if as_json else table(result)
-    if isinstance(shown, str):
-        say(shown)
+    found = json.dumps(result) if as_json else table(result)
+    if isinstance(found, str):
+        say(found)
         return
-    terminal().print(shown)
+    terminal().print(found)
 
 
 def with_progress(title: str, work: Callable[[Progress], T]) -> T:
@@ -186,10 +187,11 @@ def with_progress(title: str, work: Callable[[Progress], T]) -> T:
         console=console,
         transient=True,
     ) as bar:
-        task = bar.add_task(title, total=None)
+        # A column takes a text as it is, past what `terminal` does with others.
+        task = bar.add_task(shown(title), total=None)
 
         def report(message: str, share: float | None) -> None:
             total = None if share is None else 1.0
-            bar.update(task, description=message or title, total=total, completed=share or 0.0)
+            bar.update(task, description=shown(message or title), total=total, completed=share or 0.0)
 
         return work(report)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -26,7 +27,9 @@ from midfill.jsonfiles import read_json
 
 _MAX_ID = 1 << 20
 """The largest vocabularies have a quarter of that. Every id below the highest takes memory."""
-_MAX_REPLACEMENT_CHARS = 100
+_MAX_STEPS = 100
+"""What is done with a text before it is cut into tokens; those in use have less than ten."""
+_MAX_GROWTH = 100
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -258,14 +261,29 @@ def _check_ids(ids: Mapping[Any, Any]) -> None:
 
 
 def _check_steps(step: Any) -> None:
-    """Raise `ModelError` if a step would make a text many times longer."""
-    if isinstance(step, Mapping):
-        content = step.get("content")
-        if isinstance(content, str) and len(content) > _MAX_REPLACEMENT_CHARS:
-            raise ModelError(f"It replaces characters by a text of {len(content)} others.")
-        for inner in step.values():
-            for one in inner if isinstance(inner, list) else [inner]:
-                _check_steps(one)
+    """Raise `ModelError` if a step, with those inside it, takes long or makes a text many times longer."""
+    num_steps = sum(1 for _ in _types(step))
+    if num_steps > _MAX_STEPS:
+        raise ModelError(f"It changes a text in {num_steps} steps.")
+    if (growth := math.prod(_growths(step))) > _MAX_GROWTH:
+        raise ModelError(f"It makes a text up to {growth} times as long.")
+
+
+def _growths(step: Any) -> Iterator[int]:
+    """How many times as long each step, one after the other, makes a text."""
+    if not isinstance(step, Mapping):
+        return
+    if step.get("type") == "ByteLevel":
+        yield 2  # a letter beyond ASCII becomes a character for each of its bytes, at least
+    if isinstance(content := step.get("content"), str):
+        pattern = step.get("pattern")
+        replaced = pattern.get("String") if isinstance(pattern, Mapping) else None
+        # An expression may fit what is empty, between all letters.
+        length = len(replaced) if isinstance(replaced, str) and replaced else 0
+        yield -(-len(content) // length) if length else len(content) + 1
+    for inner in step.values():
+        for one in inner if isinstance(inner, list) else [inner]:
+            yield from (growth for growth in _growths(one) if growth > 1)
 
 
 def _text_only(
