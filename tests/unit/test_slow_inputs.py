@@ -280,7 +280,9 @@ def too_slow(function, hostile, largest):
             # Something else may have happened meanwhile.
             took = min(took, *(seconds(function, text) for _ in range(2)))
             before = max(seconds(function, hostile.of(size // 4)) for _ in range(3))
-            if took > max(MEASURABLE_S, MAX_GROWTH * before):
+            grows = took > max(MEASURABLE_S, MAX_GROWTH * before)
+            # To a limit it is a step as well: then four times as much again takes little more.
+            if grows and seconds(function, hostile.of(4 * size)) > MAX_GROWTH * took:
                 return f"{size // 4} characters: {before:.3f} s, {size}: {took:.3f} s"
         if took > HOPELESS_S:
             return f"{size} characters: {took:.1f} s"
