@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import adapters
 import pytest
@@ -171,7 +172,16 @@ def test_an_adapter_on_an_int8_base_stays_close(tmp_path, runner):
     assert difference.norm() / expected.norm() < 0.2
 
 
-@pytest.mark.parametrize("kind", list(adapters.TARGETS))
+# OpenVINO plans for the CPU that is there, and its oneDNN obeys the variable: where that asks for AVX2 on a
+# CPU with AVX-512, they disagree about a layer of this size. A real CPU of AVX2 is no such mix.
+PRETENDS = pytest.mark.xfail(
+    "ONEDNN_MAX_CPU_ISA" in os.environ, raises=RuntimeError, reason="OpenVINO does not pretend"
+)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("gpt_bigcode", marks=PRETENDS), "qwen2", "llama", "starcoder2"]
+)
 def test_a_merged_adapter_is_as_exact_in_int8_as_the_base_is(tmp_path, kind):
     """Its distance from PEFT in float32 is that which rounding makes anyway, at most a third more."""
     model = tiny.write_model(kind, tmp_path / "model")
