@@ -64,7 +64,7 @@ async def ask(server, uri, text):
 
 async def until(server, uri, text, expected):
     """Ask until the answer is as expected: the index is built in the background."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while await ask(server, uri, text) != expected:  # noqa: ASYNC110 - another process has no event
             await asyncio.sleep(0.05)
 
@@ -123,7 +123,7 @@ async def test_when_the_user_rests_new_context_is_read_ahead(scripted, root, tmp
     text = "from other import brand_new\n\nvalue = brand_new("
     open_document(server, main, text)
     open_document(server, other, "")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         number = 0
         while "prewarmed" not in log.read_text():
             number += 1
