@@ -1,5 +1,5 @@
 """`python -m midfill`: the same as the `midfill` command."""
 
-from midfill.cli import main
+from midfill.cli.main import main
 
 main()

@@ -3,7 +3,7 @@
 Cancellation is not an error and has no class here: a cancelled task raises `asyncio.CancelledError`.
 """
 
-from midfill.shown import shown
+from midfill.system.printable import shown
 
 # The longest sentences of ours list the names that can be chosen from.
 _MAX_CHARS = 2000

@@ -24,9 +24,9 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
-from midfill import textfiles
 from midfill.errors import SettingsError
-from midfill.secrecy import SECRET_FILES
+from midfill.system import text_files as textfiles
+from midfill.text.secret_filter import SECRET_FILES
 
 _RESTART = "It takes effect when the server starts."
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from midfill.adapters.format import digest_of
-from midfill.engine import AdapterSource
+from midfill.engine.api import AdapterSource
 
 if TYPE_CHECKING:
     from pathlib import Path

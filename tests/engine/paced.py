@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from midfill.engine import EngineSpec, ModelInfo
-from midfill.engine.healing import TokenIndex
+from midfill.engine.adapters.loaded import Residents
+from midfill.engine.api import EngineSpec, ModelInfo
+from midfill.engine.kv_slots import NUM_SLOTS
 from midfill.engine.loading import Loaded
 from midfill.engine.local import LocalEngine
-from midfill.engine.residents import Residents
 from midfill.engine.scheduler import Choice
-from midfill.engine.slots import NUM_SLOTS
+from midfill.engine.token_healing import TokenIndex
 
 SENTINELS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|endoftext|>")
 SENTINELS += ("<|repo_name|>", "<|file_sep|>", "<|fim_pad|>", "<|cursor|>")

@@ -3,9 +3,9 @@
 import asyncio
 from contextlib import asynccontextmanager
 
+from midfill.engine.remote.server.listen import Listen, serve
+from midfill.engine.remote.server.model_host import Host
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
-from midfill.engine.served.host import Host
-from midfill.engine.served.hosting import Listen, serve
 
 TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test
 RULES = [

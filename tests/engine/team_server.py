@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from paced import PacedRunner, paced_engine
 
-from midfill.engine.served.host import Host
-from midfill.engine.served.hosting import Listen, raise_file_limit, serve
+from midfill.engine.remote.server.listen import Listen, raise_file_limit, serve
+from midfill.engine.remote.server.model_host import Host
 
 
 class RealTime:

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import TOKEN, hosted, team
 
-from midfill.engine import ModelInfo
+from midfill.engine.api import ModelInfo
+from midfill.engine.remote.server import guard
+from midfill.engine.remote.server import request_params as asked
+from midfill.engine.remote.server.stop_strings import Stops
 from midfill.engine.scripted import CharTokenizer, Rule, Script
-from midfill.engine.served import asked, guard
-from midfill.engine.served.stops import Stops
 from midfill.errors import ModelError
-from midfill.families import FAMILIES, infill
+from midfill.fim.templates import FAMILIES, infill
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 FIM = "<|fim_prefix|>{}<|fim_suffix|>{}<|fim_middle|>"

@@ -7,9 +7,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
-from midfill.engine.attention import packed, packed_mask
-from midfill.engine.graphs import Shape
-from midfill.engine.memory import FixedMemory, GrowingMemory, Rows, Span, Spans, flash_rows, packed_rows
+from midfill.engine.torch.attention import packed, packed_mask
+from midfill.engine.torch.graph_shapes import Shape
+from midfill.engine.torch.kv_cache import (
+    FixedMemory,
+    GrowingMemory,
+    Rows,
+    Span,
+    Spans,
+    flash_rows,
+    packed_rows,
+)
 
 WIDTH = 16
 HEADS = {"multi-query": (8, 1), "grouped": (6, 2), "one key head each": (4, 4)}

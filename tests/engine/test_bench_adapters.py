@@ -3,7 +3,7 @@
 import tiny
 
 from midfill.bench.adapters import Plan, bench_adapters, table
-from midfill.engine import EngineSpec
+from midfill.engine.api import EngineSpec
 from midfill.engine.local import LocalEngine
 from midfill.settings import Settings
 

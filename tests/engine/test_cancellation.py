@@ -10,7 +10,7 @@ from random import Random
 import pytest
 import tiny
 
-from midfill.engine import Request
+from midfill.engine.api import Request
 from midfill.engine.loading import load
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError
 

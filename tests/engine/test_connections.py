@@ -13,10 +13,10 @@ import pytest
 import trustme
 from serving import TOKEN, hosted, team, until
 
+from midfill.engine.remote.server import guard
+from midfill.engine.remote.server.connections import Limits
+from midfill.engine.remote.server.listen import Listen, raise_file_limit
 from midfill.engine.scripted import Rule, Script
-from midfill.engine.served import guard
-from midfill.engine.served.connections import Limits
-from midfill.engine.served.hosting import Listen, raise_file_limit
 from midfill.errors import SettingsError
 
 SHORT_S = 0.2

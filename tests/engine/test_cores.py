@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from midfill.engine.cores import FreeCores, Usage, read_usage
+from midfill.engine.torch.threads import FreeCores, Usage, read_usage
 
 
 def threads_after(most, *intervals):

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from midfill.engine.drafts import Drafts
 from midfill.engine.loading import load
+from midfill.engine.speculation import Drafts
 
 TEXT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
 

@@ -16,8 +16,8 @@ from statistics import mean
 import pytest
 
 from midfill.bench.typist import gap_s
+from midfill.engine.kv_slots import Slots
 from midfill.engine.scheduler import Scheduler, Sequence
-from midfill.engine.slots import Slots
 
 PASS_S, TOKEN_S = 0.030, 0.0012
 PROMPT_TOKENS, OUTPUT_TOKENS = 300, 12

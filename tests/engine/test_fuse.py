@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from stepping import Sequences, expected, prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from midfill.engine.fuse import fuse
-from midfill.engine.runner import Runner
+from midfill.engine.torch.fuse import fuse
+from midfill.engine.torch.runner import Runner
 
 VIEWS = (
     "view",

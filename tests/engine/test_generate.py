@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from midfill.engine.openvino_graph import LAYOUTS
+from midfill.engine.openvino.graph import LAYOUTS
 
 KINDS = list(tiny.CONFIGS)
 ALL = [("torch", kind) for kind in KINDS] + [("openvino", kind) for kind in LAYOUTS]

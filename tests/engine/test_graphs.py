@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from midfill.engine import graphs
-from midfill.engine.graphs import Graphs, Shape
+from midfill.engine.torch import graph_shapes as graphs
+from midfill.engine.torch.graph_shapes import Graphs, Shape
 
 LONGEST = 8192 + 512
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from midfill.engine.healing import TokenIndex
+from midfill.engine.token_healing import TokenIndex
 
 VOCAB = [b"", b"a", b"ab", b"abc", b"b", b"\xff", b"\xff\xff", b"<eot>", b"ab"]
 

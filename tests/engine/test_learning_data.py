@@ -7,18 +7,18 @@ import pytest
 import tiny
 from planted_history import Planted, grow, stage
 
-from midfill.context.files import SourceFile
-from midfill.documents import Document, Point, Snapshot
+from midfill.completion.context.files import SourceFile
+from midfill.completion.prompt import PromptBuilder
 from midfill.errors import ModelError
-from midfill.learning import data, memory
-from midfill.learning.history import Repository
-from midfill.learning.plan import describe, estimate_speed, summarise
-from midfill.learning.selection import select
-from midfill.learning.spans import MAX_CHARS, SHARES, Source, Span
 from midfill.models.store import LocalModel
-from midfill.prompt import PromptBuilder
 from midfill.settings import Settings
-from midfill.syntax import new_parser
+from midfill.text.documents import Document, Point, Snapshot
+from midfill.text.syntax import new_parser
+from midfill.training import data, memory
+from midfill.training.history import Repository
+from midfill.training.plan import describe, estimate_speed, summarise
+from midfill.training.selection import select
+from midfill.training.spans import MAX_CHARS, SHARES, Source, Span
 
 SETTINGS = Settings(family="stable-code", prefix_tokens=96, suffix_tokens=48, max_new_tokens=16)
 

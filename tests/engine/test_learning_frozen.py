@@ -8,11 +8,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from midfill.learning import data, frozen
-from midfill.learning.model import Adapted, Recipe
-from midfill.learning.train import Trainer
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
+from midfill.training import data
+from midfill.training import int8_base as frozen
+from midfill.training.model import Adapted, Recipe
+from midfill.training.trainer import Trainer
 
 KINDS = ("gpt_bigcode", "qwen2", "llama", "starcoder2")
 SETTINGS = Settings(family="stable-code", prefix_tokens=64, suffix_tokens=32, dtype="float32")
@@ -102,7 +103,7 @@ def test_gradients_are_those_of_the_rounded_weights(kind, examples, tmp_path, mo
 def test_what_is_computed_again_is_what_was_computed(kind, examples, tmp_path, monkeypatch):
     model = base(kind, tmp_path)
     found = gradients(adapted(model), examples[0])
-    monkeypatch.setattr("midfill.learning.model.keep_less", lambda _: None)
+    monkeypatch.setattr("midfill.training.model.keep_less", lambda _: None)
     expected = gradients(adapted(model), examples[0])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
@@ -125,7 +126,7 @@ def test_less_is_kept_for_the_way_back(model, examples, monkeypatch):
         return sum(storages.values())
 
     less = kept(adapted(model))
-    monkeypatch.setattr("midfill.learning.model.keep_less", lambda _: None)
+    monkeypatch.setattr("midfill.training.model.keep_less", lambda _: None)
     everything = kept(adapted(model))
     assert less < 0.6 * everything
 

@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from midfill.adapters.format import fingerprint_of, layers_of
 from midfill.adapters.registry import Registry
-from midfill.learning import data, judge, learn
-from midfill.learning.history import Repository
-from midfill.learning.model import Adapted, Recipe
-from midfill.learning.selection import select
-from midfill.learning.train import Trainer
-from midfill.learning.worker import Job
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
+from midfill.training import data, judge
+from midfill.training import pipeline as learn
+from midfill.training.history import Repository
+from midfill.training.model import Adapted, Recipe
+from midfill.training.selection import select
+from midfill.training.trainer import Trainer
+from midfill.training.worker import Job
 
 SETTINGS = Settings(
     family="stable-code",

@@ -17,15 +17,16 @@ from planted_history import Planted, grow
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from midfill import activity
 from midfill.errors import AdapterError
-from midfill.learning import data, learn, worker
-from midfill.learning.history import Repository
-from midfill.learning.model import Adapted, Recipe, recipe_for, wait_for_quiet
-from midfill.learning.selection import select
-from midfill.learning.train import InterruptedTrainingError, Trainer, rate_at
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
+from midfill.system import last_used as activity
+from midfill.training import data, worker
+from midfill.training import pipeline as learn
+from midfill.training.history import Repository
+from midfill.training.model import Adapted, Recipe, recipe_for, wait_for_quiet
+from midfill.training.selection import select
+from midfill.training.trainer import InterruptedTrainingError, Trainer, rate_at
 
 KINDS = ("gpt_bigcode", "qwen2", "llama", "starcoder2")
 SETTINGS = Settings(
@@ -248,7 +249,7 @@ def environment(folder):
 @pytest.mark.slow
 def test_an_interrupt_keeps_a_checkpoint_and_nobody_else_works_there_meanwhile(repository, model, tmp_path):
     file = job_file(repository, model, tmp_path, max_steps=100_000)
-    command = [sys.executable, "-P", "-m", "midfill.learning.worker", str(file)]
+    command = [sys.executable, "-P", "-m", "midfill.training.worker", str(file)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(tmp_path)) as process:
         for line in process.stdout:
             event = json.loads(line)
@@ -264,7 +265,7 @@ def test_an_interrupt_keeps_a_checkpoint_and_nobody_else_works_there_meanwhile(r
 @pytest.mark.slow
 def test_a_name_that_is_a_path_makes_nothing_there(repository, model, tmp_path):
     file = job_file(repository, model, tmp_path, name="../x")
-    command = [sys.executable, "-P", "-m", "midfill.learning.worker", str(file)]
+    command = [sys.executable, "-P", "-m", "midfill.training.worker", str(file)]
     done = subprocess.run(command, env=environment(tmp_path), check=True, capture_output=True)
     assert "'../x' is no name" in json.loads(done.stdout)["error"]
     assert not (tmp_path / "data").exists()
@@ -324,7 +325,7 @@ def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path,
     if launcher == "torchrun":
         job = str(tmp_path / "job.json")
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-        launch = [*torchrun, "midfill.learning.worker", job]
+        launch = [*torchrun, "midfill.training.worker", job]
         found, _ = command_line(repository, model, tmp_path, "--job", job, *options, launch=launch)
     else:
         found, said = command_line(repository, model, tmp_path, "--processes", 2, *options)

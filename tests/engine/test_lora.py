@@ -12,11 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from midfill.engine import EngineSpec, openvino_runner
+from midfill.engine.adapters.loaded import read
+from midfill.engine.api import EngineSpec
 from midfill.engine.loading import load
-from midfill.engine.quantize import supported
-from midfill.engine.residents import read
+from midfill.engine.openvino import runner as openvino_runner
 from midfill.engine.scheduler import Chunk, Sequence
+from midfill.engine.torch.quantize import supported
 from midfill.errors import AdapterError
 
 # PEFT 0.21 asks transformers 5.23 for a property by its old name; the oracle here is plain PEFT.

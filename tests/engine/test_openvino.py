@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 
-from midfill.engine import openvino_runner
-from midfill.engine.openvino_graph import LAYOUTS, UnsupportedError, read_shape
+from midfill.engine.openvino import runner as openvino_runner
+from midfill.engine.openvino.graph import LAYOUTS, UnsupportedError, read_shape
 from midfill.engine.scheduler import Chunk, Sequence
 from midfill.errors import EngineError, ModelError
 
@@ -219,7 +219,7 @@ events = []
 sys.addaudithook(lambda name, _: events.append(name) if name.startswith(("socket.", "subprocess.")) else None)
 from pathlib import Path
 from midfill.engine import openvino_runner
-from midfill.engine.openvino_graph import read_shape
+from midfill.engine.openvino.graph import read_shape
 path = Path({str(model.path)!r})
 runner = openvino_runner.load(path, read_shape(path), dtype="int8", num_threads=1, report=lambda _: None)
 runner.warm_up(4)

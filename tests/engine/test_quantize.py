@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 
-from midfill.engine.quantize import Int8Linear, Int8Weight, supported
-from midfill.engine.torch_loading import load_runner
+from midfill.engine.torch.loading import load_runner
+from midfill.engine.torch.quantize import Int8Linear, Int8Weight, supported
 
 pytestmark = pytest.mark.skipif(not supported(), reason="the int8 kernels are for x86")
 

@@ -12,16 +12,16 @@ import pytest
 from clock import in_its_own_time
 from faulty import GOOD, RESET, SILENCE, STREAM, WORDS, Faulty, chunk, event, page, word
 
-from midfill.completer import Completer, Trigger
-from midfill.documents import Document, Point, Snapshot
-from midfill.engine import Request
-from midfill.engine.served import recognition
-from midfill.engine.served.endpoint import RemoteSpec
-from midfill.engine.served.remote import RemoteEngine
+from midfill.completion.completer import Completer, Trigger
+from midfill.completion.reasons import Reason
+from midfill.engine.api import Request
+from midfill.engine.remote.client import detection as recognition
+from midfill.engine.remote.client.endpoint import RemoteSpec
+from midfill.engine.remote.client.remote import RemoteEngine
 from midfill.errors import EngineError, EngineUnavailableError
-from midfill.families import FAMILIES
-from midfill.reasons import Reason
+from midfill.fim.templates import FAMILIES
 from midfill.settings import Settings
+from midfill.text.documents import Document, Point, Snapshot
 
 FAMILY = ("qwen2.5-coder", FAMILIES["qwen2.5-coder"])
 DEADLINE_S = 0.8

@@ -15,13 +15,13 @@ import tiny
 import torch
 from stepping import Recorder, Sequences, expected, prompts
 
-from midfill.engine.fuse import fuse
-from midfill.engine.graphs import Shape
 from midfill.engine.local import load
-from midfill.engine.memory import FixedMemory, flash_rows, packed_rows
-from midfill.engine.replay import MARGIN, Replays
-from midfill.engine.runner import Runner
 from midfill.engine.scheduler import Chunk, Sequence
+from midfill.engine.torch.cuda_graphs import MARGIN, Replays
+from midfill.engine.torch.fuse import fuse
+from midfill.engine.torch.graph_shapes import Shape
+from midfill.engine.torch.kv_cache import FixedMemory, flash_rows, packed_rows
+from midfill.engine.torch.runner import Runner
 
 KINDS = list(tiny.CONFIGS)
 GIGABYTE = 1 << 30

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file, save_file
 
-from midfill.engine import AdapterSource, EngineSpec, Request
+from midfill.engine.api import AdapterSource, EngineSpec, Request
 from midfill.engine.local import LocalEngine
 from midfill.engine.supervisor import Supervisor
 from midfill.errors import AdapterError, EngineError, EngineUnavailableError

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from midfill.adapters.format import Adapter, Branch
-from midfill.engine import rounded
-from midfill.engine.rounded import Rounded, forget_merged, read_merged, read_weights
+from midfill.engine.openvino import int8_weights as rounded
+from midfill.engine.openvino.int8_weights import Rounded, forget_merged, read_merged, read_weights
 from midfill.errors import AdapterError, ModelError
 
 MATRIX = "model.layers.0.mlp.gate_proj.weight"

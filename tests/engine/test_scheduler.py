@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from midfill.engine.kv_slots import Slots
 from midfill.engine.scheduler import Choice, Priority, Scheduler, Sequence
-from midfill.engine.slots import Slots
 from midfill.errors import EngineOverloadedError
 
 

@@ -9,12 +9,12 @@ from faulty import GOOD, Faulty, page
 from serving import RULES, TOKEN, hosted
 from test_service import request
 
-from midfill.engine import BASE, AdapterSource, Request
+from midfill.engine.api import BASE, AdapterSource, Request
+from midfill.engine.remote.client.endpoint import RemoteSpec
+from midfill.engine.remote.client.fallback import FallbackEngine
+from midfill.engine.remote.client.remote import RemoteEngine
+from midfill.engine.remote.server.listen import Listen
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
-from midfill.engine.served.endpoint import RemoteSpec
-from midfill.engine.served.fallback import FallbackEngine
-from midfill.engine.served.hosting import Listen
-from midfill.engine.served.remote import RemoteEngine
 from midfill.errors import AdapterError
 
 NAME = "Qwen/Qwen2.5-Coder-0.5B"

@@ -16,14 +16,14 @@ from clock import in_its_own_time
 from prometheus_client import generate_latest
 from serving import TOKEN, hosted, team, until
 
-from midfill.engine import AdapterSource, Request
+from midfill.engine.api import AdapterSource, Request
+from midfill.engine.remote.client.endpoint import RemoteSpec
+from midfill.engine.remote.client.remote import RemoteEngine
+from midfill.engine.remote.client.text_tokenizer import RenderedTokenizer
+from midfill.engine.remote.server.guard import _Bucket
+from midfill.engine.remote.server.listen import Listen, read_tokens, serve
+from midfill.engine.remote.server.model_host import Host
 from midfill.engine.scripted import Script, ScriptedEngine
-from midfill.engine.served.endpoint import RemoteSpec
-from midfill.engine.served.guard import _Bucket
-from midfill.engine.served.host import Host
-from midfill.engine.served.hosting import Listen, read_tokens, serve
-from midfill.engine.served.remote import RemoteEngine
-from midfill.engine.served.rendered import RenderedTokenizer
 from midfill.errors import (
     AdapterError,
     EngineError,

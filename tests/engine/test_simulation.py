@@ -14,11 +14,12 @@ from midfill.bench import load, simulation, sizing, typist
 from midfill.bench.load import Goal, Plan, Stage
 from midfill.bench.service import CAPACITIES, Capacity, Place, Service, Typed, survey
 from midfill.bench.simulation import Fleet
-from midfill.cli import cli
-from midfill.engine import openvino_runner, runner
-from midfill.engine.slots import NUM_SLOTS
+from midfill.cli.main import cli
+from midfill.engine.kv_slots import NUM_SLOTS
+from midfill.engine.openvino import runner as openvino_runner
+from midfill.engine.torch import runner
 from midfill.errors import MidfillError
-from midfill.families import FAMILIES
+from midfill.fim.templates import FAMILIES
 from midfill.settings import Settings
 
 FAMILY = ("qwen2.5-coder", FAMILIES["qwen2.5-coder"])

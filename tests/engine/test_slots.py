@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from midfill.engine.slots import Lease, Slots, common_prefix
+from midfill.engine.kv_slots import Lease, Slots, common_prefix
 
 KEY = ("model", None)
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from midfill.engine import create
+from midfill.engine.factory import create
 from midfill.engine.loading import load
 from midfill.engine.local import LocalEngine
 from midfill.engine.supervisor import Supervisor
-from midfill.engine.torch_loading import memory_errors
+from midfill.engine.torch.loading import memory_errors
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
 
 LONG = list(range(250))

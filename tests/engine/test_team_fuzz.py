@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from serving import TOKEN, hosted, team
 from test_connections import BODY, HEAD, WHOLE, answer, connected
 
-from midfill.engine import Request
+from midfill.engine.api import Request
+from midfill.engine.remote.client.dialects import DIALECTS, Lines, WireError
+from midfill.engine.remote.client.endpoint import RemoteSpec
+from midfill.engine.remote.client.remote import RemoteEngine
+from midfill.engine.remote.server import guard
+from midfill.engine.remote.server.connections import Limits
 from midfill.engine.scripted import Rule, Script
-from midfill.engine.served import guard
-from midfill.engine.served.connections import Limits
-from midfill.engine.served.endpoint import RemoteSpec
-from midfill.engine.served.remote import RemoteEngine
-from midfill.engine.served.wire import DIALECTS, Lines, WireError
 from midfill.errors import MidfillError
-from midfill.families import infill
+from midfill.fim.templates import infill
 
 SHORT = Limits(head_s=0.1, body_s=0.1, unread_s=0.1)
 SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]

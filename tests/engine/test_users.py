@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import collect, random_ids, running, write_model
 
-from midfill.engine import Request
+from midfill.engine.api import Request
+from midfill.engine.kv_slots import Slots
 from midfill.engine.scheduler import Priority, Scheduler, Sequence
-from midfill.engine.slots import Slots
 from midfill.errors import EngineOverloadedError
 
 PASS_S, TOKEN_S = 0.025, 0.0009  # of the default model on two cores

@@ -10,23 +10,23 @@ import pytest
 from faulty import STREAM, Faulty, chunk, event, listing, page, tokenize, word
 from tiny import write_tokenizer
 
-from midfill.completer import Completer, Trigger
-from midfill.documents import Document, Point, Snapshot
-from midfill.engine import Request
+from midfill.completion.completer import Completer, Trigger
+from midfill.engine.api import Request
+from midfill.engine.remote.client.circuit_breaker import Breaker
+from midfill.engine.remote.client.credentials import find_key
+from midfill.engine.remote.client.dialects import DIALECTS, Lines, WireError
+from midfill.engine.remote.client.endpoint import RemoteSpec
+from midfill.engine.remote.client.fallback import FallbackEngine
+from midfill.engine.remote.client.remote import RemoteEngine
+from midfill.engine.remote.client.text_tokenizer import RenderedTokenizer
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
-from midfill.engine.served.breaker import Breaker
-from midfill.engine.served.credentials import find_key
-from midfill.engine.served.endpoint import RemoteSpec
-from midfill.engine.served.fallback import FallbackEngine
-from midfill.engine.served.remote import RemoteEngine
-from midfill.engine.served.rendered import RenderedTokenizer
-from midfill.engine.served.wire import DIALECTS, Lines, WireError
 from midfill.errors import EngineUnavailableError, ModelError, SettingsError
-from midfill.families import FAMILIES
+from midfill.fim.probing import identify
+from midfill.fim.templates import FAMILIES
 from midfill.models.store import LocalModel
 from midfill.models.tokenizer import load_tokenizer
-from midfill.probing import identify
 from midfill.settings import Settings
+from midfill.text.documents import Document, Point, Snapshot
 
 PREFIX, SUFFIX, MIDDLE = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"
 
@@ -323,7 +323,8 @@ async def test_the_model_here_takes_over_where_the_user_wants_that(model):
 
 
 def test_a_served_engine_needs_no_torch():
-    code = "import sys, midfill.server, midfill.engine.served.remote, midfill.engine.served.fallback\n"
+    code = "import sys, midfill.lsp.server\n"
+    code += "import midfill.engine.remote.client.remote, midfill.engine.remote.client.fallback\n"
     code += "print(sorted({'torch', 'transformers', 'peft', 'openvino'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

@@ -13,12 +13,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from midfill.engine import EngineSpec, Request, Token
-from midfill.engine.files import find_tensors
+from midfill.engine.api import EngineSpec, Request, Token
 from midfill.engine.loading import load
 from midfill.engine.local import LocalEngine
 from midfill.engine.scheduler import Choice
-from midfill.engine.weights import build_model
+from midfill.engine.torch.weights import build_model
+from midfill.models.safetensors_io import find_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,11 +17,12 @@ import torch
 from stepping import Recorder, Sequences, expected, prompts
 
 from midfill.bench.shapes import SHAPES, write_shape
-from midfill.engine import EngineSpec, cuda
+from midfill.engine.api import EngineSpec
 from midfill.engine.local import LocalEngine
-from midfill.engine.memory import flash_rows, packed_rows
-from midfill.engine.runner import Runner
-from midfill.engine.torch_loading import load_runner
+from midfill.engine.torch import cuda
+from midfill.engine.torch.kv_cache import flash_rows, packed_rows
+from midfill.engine.torch.loading import load_runner
+from midfill.engine.torch.runner import Runner
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none"),

@@ -4,7 +4,7 @@ import pytest
 import pytest_asyncio
 from raw import Raw
 
-from midfill.client import SERVE_COMMAND, Client
+from midfill.lsp.client import SERVE_COMMAND, Client
 
 WARM = {"after": "warm", "text": "!"}
 

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from midfill.documents import Change
+from midfill.text.documents import Change
 
 ALPHABET = [
     "a",

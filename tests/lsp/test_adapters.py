@@ -9,8 +9,8 @@ from raw import Raw
 
 from midfill.adapters.bindings import OFF, Bindings
 from midfill.adapters.registry import Judgement, Registry
-from midfill.client import SERVE_COMMAND
-from midfill.feedback import is_held_out, key_of, read_sessions
+from midfill.completion.stats.acceptance import is_held_out, key_of, read_sessions
+from midfill.lsp.client import SERVE_COMMAND
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

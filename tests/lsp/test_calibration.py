@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from midfill.client import SERVE_COMMAND
+from midfill.lsp.client import SERVE_COMMAND
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

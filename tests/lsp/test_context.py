@@ -9,9 +9,10 @@ import pytest
 from planted import certain, possible
 from raw import Raw, descendants
 
-from midfill.completer import Trigger
+from midfill.completion.completer import Trigger
 from midfill.engine.scripted import Script, ScriptedEngine
-from midfill.evaluation.fillers import Hole, PipelineFiller, ServerFiller
+from midfill.evaluation.fillers import Hole, PipelineFiller
+from midfill.lsp.server_filler import ServerFiller
 from midfill.settings import Settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -99,7 +100,7 @@ async def test_the_indexing_process_is_our_own_and_ends(scripted, root):
     async with asyncio.timeout(10):
         while process.children(recursive=True):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
-    assert seen <= {("-P", "-X", "utf8", "-m", "midfill.context.worker")}
+    assert seen <= {("-P", "-X", "utf8", "-m", "midfill.completion.context.worker")}
 
 
 async def test_what_is_typed_into_another_document_is_seen(scripted, root):

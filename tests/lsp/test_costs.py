@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from midfill.client import ServerError
+from midfill.lsp.client import ServerError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from midfill.client import SERVE_COMMAND, Client
-from midfill.feedback import Counts, read
+from midfill.completion.stats.acceptance import Counts, read
+from midfill.lsp.client import SERVE_COMMAND, Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

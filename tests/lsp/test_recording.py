@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from raw import Raw
 
-from midfill.client import SERVE_COMMAND
+from midfill.lsp.client import SERVE_COMMAND
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -246,7 +246,7 @@ async def test_a_recording_that_cannot_be_written_is_said_at_once(script, tmp_pa
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 async def test_a_full_disk_ends_the_recording_and_not_the_server(script, tmp_path):
     code = (
-        "import midfill.recording as r, midfill.cli as c, sys\n"
+        "import midfill.lsp.recording as r, midfill.cli.main as c, sys\n"
         "r._create = lambda path: (path, open('/dev/full', 'w'))\n"
         f"sys.argv = ['midfill', 'serve', '--record', 'x', *{script({'text': '1'})!r}]\n"
         "c.main()\n"

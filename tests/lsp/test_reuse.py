@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from midfill.client import ServerError
+from midfill.lsp.client import ServerError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

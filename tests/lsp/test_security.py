@@ -115,7 +115,7 @@ async def test_neither_text_nor_environment_is_ever_logged(script, tmp_path, to_
 async def test_a_message_that_breaks_the_server_is_not_logged(script):
     """Whatever fails outside a handler is reported by kind and place, not with its arguments."""
     code = (
-        "import midfill.protocol as p, midfill.cli as c, sys\n"
+        "import midfill.lsp.protocol as p, midfill.cli.main as c, sys\n"
         "def receive(self, body): raise RuntimeError(body)\n"
         "p.Protocol.receive = receive\n"
         f"sys.argv = ['midfill', 'serve', *{script()!r}]\n"
@@ -286,7 +286,7 @@ async def test_its_files_are_not_handed_to_children(script):
 async def test_standard_output_carries_nothing_but_frames(script, tmp_path):
     """What a library prints goes to stderr."""
     code = (
-        "import sys, os, midfill.server as s, midfill.cli as c\n"
+        "import sys, os, midfill.lsp.server as s, midfill.cli.main as c\n"
         "old = s.MidfillServer.initialized\n"
         "def initialized(self, p):\n"
         "    print('noise'); os.system('echo noise'); os.write(1, b'noise'); old(self, p)\n"

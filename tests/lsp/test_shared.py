@@ -20,7 +20,7 @@ from raw import Raw
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from tiny import write_model
 
-from midfill.client import SERVE_COMMAND
+from midfill.lsp.client import SERVE_COMMAND
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

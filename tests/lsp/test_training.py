@@ -68,7 +68,7 @@ def progress(message, kind):
 
 def workers(server):
     found = raw.descendants(server.process.pid)
-    return [process for process, line in found.items() if "midfill.learning.worker" in line]
+    return [process for process, line in found.items() if "midfill.training.worker" in line]
 
 
 def shown(message):

@@ -1,7 +1,7 @@
 import pytest
 import pytest_asyncio
 
-from midfill.client import SERVE_COMMAND, Client
+from midfill.lsp.client import SERVE_COMMAND, Client
 
 
 def pytest_collection_modifyitems(items):

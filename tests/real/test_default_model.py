@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from midfill.client import ServerError
+from midfill.lsp.client import ServerError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -22,12 +22,12 @@ from through_serve import (
     until_loaded,
 )
 
-from midfill.engine.served.endpoint import RemoteSpec
-from midfill.engine.served.remote import RemoteEngine
+from midfill.engine.remote.client.endpoint import RemoteSpec
+from midfill.engine.remote.client.remote import RemoteEngine
 from midfill.errors import ModelError
-from midfill.families import FAMILIES, Layout
+from midfill.fim.probing import HOLES, _prompt, _score
+from midfill.fim.templates import FAMILIES, Layout
 from midfill.models import catalogue, fetch
-from midfill.probing import HOLES, _prompt, _score
 
 PROGRAM = Path(__file__).with_name("llama_server.py")
 

@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from midfill.cli.shared import engine_maker
-from midfill.confidence import Eagerness
+from midfill.completion.confidence import Eagerness
 from midfill.evaluation import holes, infilling, repository, sandbox
 from midfill.evaluation.fillers import PipelineFiller
 from midfill.evaluation.records import Records

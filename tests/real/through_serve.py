@@ -12,8 +12,8 @@ import httpx2
 import psutil
 import pytest
 
-from midfill.client import Client, ServerError
 from midfill.evaluation import infilling
+from midfill.lsp.client import Client, ServerError
 
 TASKS = Path(__file__).parents[3] / "shared" / "data" / "infilling" / "dev-tasks.jsonl.gz"
 NUM_TASKS = 20

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from midfill.completer import Completer, Trigger
-from midfill.documents import Document, Point, Snapshot
+from midfill.completion.completer import Completer, Trigger
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
-from midfill.languages import language_id
 from midfill.settings import parse
+from midfill.text.documents import Document, Point, Snapshot
+from midfill.text.languages import language_id
 
 SCENARIOS = sorted(Path(__file__).parent.glob("*.txt"))
 SECTION = re.compile(r"^-- (.+) --\n", re.MULTILINE)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from midfill.families import FAMILIES
+from midfill.fim.templates import FAMILIES
 from midfill.models import catalogue, store
 from midfill.models.gguf import tokenizer_from_gguf
 from midfill.models.gguf_file import open_gguf

@@ -1,8 +1,8 @@
 """A cursor in a text, and what is left there of what a model writes."""
 
-from midfill.documents import Document, Point, Snapshot
-from midfill.place import Place
-from midfill.trim import Stopper, clean
+from midfill.completion.postprocess.clean import Stopper, clean
+from midfill.completion.postprocess.cursor_context import Place
+from midfill.text.documents import Document, Point, Snapshot
 
 
 def place_of(language, marked, *, invoked=False):

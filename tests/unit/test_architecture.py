@@ -1,101 +1,62 @@
-"""The layers of ARCHITECTURE.md: imports go down only, and heavy ones stay where they belong."""
+"""The rooms of `server/midfill`: imports go down only, and heavy ones stay where they belong."""
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import midfill
 
 ROOT = Path(midfill.__file__).parent
 
-# Lower number, lower layer. A module may import its own layer and those below.
-LAYERS = [
-    {"shown"},
-    {"errors"},
-    {
-        "activity",
-        "characters",
-        "git",
-        "documents",
-        "feedback",
-        "heap",
-        "jsonfiles",
-        "messages",
-        "notebooks",
-        "outlet",
-        "private",
-        "programs",
-        "settings",
-        "languages",
-        "notation",
-        "reasons",
-        "repetition",
-        "secrecy",
-        "secret_shapes",
-        "secret_watch",
-        "syntax",
-        "textfiles",
-    },
-    {"indentation", "place"},
-    {"brackets"},
-    {"comments", "repeats", "tabs"},
-    {"midline", "received"},
-    {"models"},
-    {"engine", "adapters"},
-    {"metrics"},
-    {"calibrations", "confidence", "context", "families", "probing", "prompt", "suggestions", "trim"},
-    {"generation"},
-    {"completer"},
-    {"explanation"},
-    {
-        "protocol",
-        "items",
-        "commands",
-        "switching",
-        "training",
-        "server",
-        "progress",
-        "client",
-        "recording",
-        "bench",
-        "demo",
-        "doctor",
-        "editors",
-        "enginecheck",
-        "evaluation",
-        "learning",
-    },
-    {"cli"},
-    {"__main__"},
+# From the lowest to the highest: a room imports itself and those before it.
+ORDER = [
+    "system",
+    "errors",
+    "text",
+    "settings",
+    "models",
+    "adapters",
+    "engine",
+    "fim",
+    "completion",
+    "evaluation",
+    "training",
+    "lsp",
+    "bench",
+    "cli",
+    "__main__",
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MAX_ENTRIES = 14
+MAX_MODULE_LINES = 600
 
 TORCH_ALLOWED = {
-    "engine/attention.py",
-    "engine/fuse.py",
-    "engine/memory.py",
-    "engine/replay.py",
-    "engine/cuda.py",
-    "engine/runner.py",
-    "engine/lora.py",
-    "engine/quantize.py",
-    "engine/weights.py",
-    "engine/torch_loading.py",
-    "learning/frozen.py",
-    "learning/model.py",
-    "learning/train.py",
+    *(
+        f"engine/torch/{name}.py"
+        for name in ("attention", "cuda", "cuda_graphs", "fuse", "kv_cache", "loading")
+    ),
+    *(f"engine/torch/{name}.py" for name in ("lora", "quantize", "runner", "weights")),
+    *(f"training/{name}.py" for name in ("int8_base", "model", "trainer")),
 }
-MAX_MODULE_LINES = 600
 
 
 def modules():
     return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
+def name_of(path):
+    return ".".join(("midfill", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in modules()}
+
+
 def imports(path, *, top_level_only=False):
-    """(module, line) of every import; without those under `if TYPE_CHECKING`."""
+    """(module, line) of every import, those inside functions too; without those under `if TYPE_CHECKING`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     body = tree.body if top_level_only else list(ast.walk(tree))
     typing_only = {
@@ -111,27 +72,78 @@ def imports(path, *, top_level_only=False):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            if node.module == "midfill":
-                yield from ((f"midfill.{alias.name}", node.lineno) for alias in node.names)
+            if (node.module or "").split(".")[0] == "midfill":
+                yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
             else:
                 yield node.module, node.lineno
 
 
-def test_every_module_has_a_layer():
-    names = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in modules()} - {"samples"}
-    assert names == set(LEVEL)
+def own_imports(path):
+    """(module of ours, line): the module that holds the imported name."""
+    for name, line in imports(path):
+        found = name
+        while found and found not in MODULES:
+            found = found.rpartition(".")[0]
+        if found:
+            yield found, line
+
+
+def room(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_the_order_has_every_room_and_there_are_few():
+    assert {room(path) for path in modules()} == set(ORDER)
+    assert len(set(ORDER) - {"__main__"}) <= MAX_ENTRIES
 
 
 def test_imports_go_down_only():
-    wrong = []
-    for path in modules():
-        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        for name, line in imports(path):
-            parts = name.split(".")
-            ours = parts[0] == "midfill" and len(parts) > 1 and parts[1] in LEVEL and own in LEVEL
-            if ours and LEVEL[parts[1]] > LEVEL[own]:
-                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
-    assert not wrong
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules()
+        for name, line in own_imports(path)
+        if ORDER.index(name.split(".")[1]) > ORDER.index(room(path))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_imports_go_in_circles():
+    """Those inside functions are counted. Prints the lines of one circle."""
+    edges = {}
+    for name, path in MODULES.items():
+        edges[name] = {
+            found: f"{path.relative_to(ROOT)}:{line} imports {found}"
+            for found, line in own_imports(path)
+            if found != name
+        }
+    done, trail = set(), []
+
+    def visit(name):
+        if name in trail:
+            circle = [*trail[trail.index(name) :], name]
+            pytest.fail("\n".join(edges[a][b] for a, b in itertools.pairwise(circle)), pytrace=False)
+        if name in done:
+            return
+        trail.append(name)
+        for found in sorted(edges[name]):
+            visit(found)
+        trail.pop()
+        done.add(name)
+
+    for name in sorted(edges):
+        visit(name)
+
+
+def test_packages_hold_no_logic():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)[:60]}"
+        for path in ROOT.rglob("__init__.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if not isinstance(node, ast.Import | ast.ImportFrom)
+        and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+        and not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in {"__all__", "__version__"})
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_protocol_library_stays_at_the_edge():
@@ -141,7 +153,7 @@ def test_the_protocol_library_stays_at_the_edge():
         for name, _ in imports(path)
         if name.split(".")[0] in {"pygls", "lsprotocol"}
     }
-    assert users == {"server.py", "commands.py", "items.py", "protocol.py", "progress.py"}
+    assert all(user.startswith("lsp/") for user in users), users
 
 
 def test_torch_stays_in_the_engine():
@@ -156,7 +168,7 @@ def test_torch_stays_in_the_engine():
 
 
 def test_the_schedulers_books_use_the_standard_library_only():
-    for name in ("scheduler.py", "slots.py"):
+    for name in ("scheduler.py", "kv_slots.py"):
         for module, line in imports(ROOT / "engine" / name):
             top = module.split(".")[0]
             assert top in sys.stdlib_module_names or top == "midfill", f"{name}:{line} imports {module}"
@@ -178,11 +190,11 @@ def test_git_is_started_in_one_module_only():
 
 
 def test_json_of_files_is_read_within_bounds():
-    """By `jsonfiles`; what other processes say comes in pieces that are bounded where they arrive."""
+    """By `system.json_files`; what other processes say comes in pieces that are bounded where they arrive."""
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in modules()
-        if path.name not in {"jsonfiles.py", "rivals.py", "llama_vim.py"}
+        if path.name not in {"json_files.py", "rivals.py", "llama_vim.py"}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call)
         and (called := ast.unparse(node.func)) in {"json.load", "json.loads"}
@@ -199,7 +211,7 @@ def test_what_is_printed_commands_no_terminal():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             first = ast.unparse(node.args[0]) if called and node.args else ""
-            plain = first.startswith(("json.dumps(", "'")) or (place, first) == ("cli/__init__.py", "answer")
+            plain = first.startswith(("json.dumps(", "'")) or (place, first) == ("cli/main.py", "answer")
             if called in {"click.echo", "click.secho"} and place != "cli/terminal.py" and not plain:
                 wrong.append(f"{place}:{node.lineno} prints {first}")
             if called.endswith("Console") and place != "cli/terminal.py":
@@ -223,7 +235,7 @@ def test_modules_are_of_a_readable_size():
 
 
 def test_importing_the_server_imports_no_torch():
-    code = "import midfill.server, midfill.engine, sys\n"
+    code = "import midfill.lsp.server, midfill.engine.factory, sys\n"
     code += "print({'torch', 'transformers', 'peft'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"

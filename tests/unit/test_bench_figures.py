@@ -5,10 +5,10 @@ import os
 import pytest
 
 from midfill.bench.contenders import Asked, Job
-from midfill.bench.figures import awaited, peak_rss_mb, percentile, percentiles, share
 from midfill.bench.replay import Session
 from midfill.bench.report import compare, summarise
 from midfill.bench.rivals import Run
+from midfill.system.figures import awaited, peak_rss_mb, percentile, percentiles, share
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 
 from click.testing import CliRunner
 
-from midfill.cli import cli
+from midfill.cli.main import cli
 
 
 def test_a_folder_is_indexed_and_measured(tmp_path):

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from midfill.bench import load, typist
 from midfill.bench.contenders import Asked, Job
 from midfill.bench.load import Goal, Plan, Stage
-from midfill.cli import cli
+from midfill.cli.main import cli
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import EngineUnavailableError
-from midfill.families import FAMILIES
+from midfill.fim.templates import FAMILIES
 from midfill.settings import Settings
 
 FAMILY = ("qwen2.5-coder", FAMILIES["qwen2.5-coder"])

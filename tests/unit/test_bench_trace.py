@@ -7,8 +7,8 @@ import pytest
 
 from midfill.bench.trace import cursor_after, read_trace, total_s
 from midfill.bench.typist import generate
-from midfill.documents import Change
 from midfill.errors import MidfillError
+from midfill.text.documents import Change
 
 URI = "file:///replay/a.py"
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from midfill import calibrations
-from midfill.calibrations import CalibrationError, Saved
-from midfill.confidence import BUILT_IN, WEIGHTS, Eagerness, Evidence, confidence, worth_showing
-from midfill.doctor import _calibration
+from midfill.cli.doctor import _calibration
+from midfill.completion import calibrations
+from midfill.completion.calibrations import CalibrationError, Saved
+from midfill.completion.confidence import BUILT_IN, WEIGHTS, Eagerness, Evidence, confidence, worth_showing
 from midfill.settings import Settings
 
 EVIDENCE = Evidence("compute(value)", ((7, -0.01), (14, -0.02)), True, "    x = ")

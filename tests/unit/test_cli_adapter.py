@@ -13,7 +13,7 @@ from planted_adapters import LAYERS, change_tensors, write_adapter, write_base
 
 from midfill.adapters.bindings import Bindings
 from midfill.adapters.registry import Judgement, Registry
-from midfill.cli import cli
+from midfill.cli.main import cli
 from midfill.errors import MidfillError
 
 

@@ -11,8 +11,9 @@ import pytest
 from planted_places import place_of, suggested
 
 import midfill
-from midfill import brackets, languages, notation, syntax
-from midfill.reasons import Reason
+from midfill.completion.postprocess import brackets
+from midfill.completion.reasons import Reason
+from midfill.text import languages, notation, syntax
 
 # The token limit cuts the last line. What is left then.
 AT_THE_LIMIT = [
@@ -235,7 +236,15 @@ def test_a_language_that_is_not_known_has_neither_comments_nor_jumps():
     assert not list(notation.comments("# a\n// b\n-- c\n/* d */\n", "no such language"))
 
 
-@pytest.mark.parametrize("name", ["trim.py", "engine/local.py", "context/__init__.py", "protocol.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "completion/postprocess/clean.py",
+        "engine/local.py",
+        "completion/context/collector.py",
+        "lsp/protocol.py",
+    ],
+)
 def test_the_cursor_is_known_to_be_in_a_string_wherever_that_begins(name):
     """Of files longer than what is read, too: what begins far above is told from what ends there."""
     text = (ROOT / name).read_text(encoding="utf-8")

@@ -5,13 +5,13 @@ import pytest
 import virtual_time
 from planted import certain
 
-from midfill.completer import Completer, Trigger
-from midfill.documents import Document, Point, Snapshot
+from midfill.completion.completer import Completer, Trigger
+from midfill.completion.explanation import explain
+from midfill.completion.reasons import REASONS, Reason
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import EngineUnavailableError, ModelError
-from midfill.explanation import explain
-from midfill.reasons import REASONS, Reason
 from midfill.settings import Settings
+from midfill.text.documents import Document, Point, Snapshot
 
 
 def snapshot(marked, uri="file:///a.py"):

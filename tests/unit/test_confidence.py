@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from midfill.confidence import (
+from midfill.completion.confidence import (
     THRESHOLDS,
     WEIGHTS,
     Eagerness,

@@ -5,18 +5,19 @@ import random
 import pytest
 from planted import certain, possible
 
-from midfill.context import NOTHING, Collected, Context, Folder, Snippet, Source, file_of
-from midfill.context.chunks import parse
-from midfill.context.files import sift
-from midfill.context.index import RepositoryIndex
-from midfill.context.indexer import Indexer
-from midfill.context.writing import ContextWriter
-from midfill.documents import Change, Document, Encoding, Point, Snapshot
-from midfill.engine import ModelInfo
+from midfill.completion.context.chunks import parse
+from midfill.completion.context.collector import NOTHING, Collected, Context, Folder, Snippet, Source
+from midfill.completion.context.files import sift
+from midfill.completion.context.index import RepositoryIndex
+from midfill.completion.context.indexer import Indexer
+from midfill.completion.context.rendering import ContextWriter
+from midfill.completion.prompt import PromptBuilder
+from midfill.engine.api import ModelInfo
 from midfill.engine.scripted import CharTokenizer
-from midfill.families import FAMILIES
-from midfill.prompt import PromptBuilder
+from midfill.fim.templates import FAMILIES
 from midfill.settings import Settings
+from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
+from midfill.text.uris import file_of
 
 SHAPES = '''"""Shapes."""
 

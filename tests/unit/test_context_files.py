@@ -5,9 +5,9 @@ import os
 import pytest
 from planted import certain, possible
 
-from midfill.context import MAX_CHUNK_LINES
-from midfill.context.chunks import imported_names, parse, terms
-from midfill.context.files import Sieve, read_bytes, sift
+from midfill.completion.context.chunks import imported_names, parse, terms
+from midfill.completion.context.collector import MAX_CHUNK_LINES
+from midfill.completion.context.files import Sieve, read_bytes, sift
 from midfill.settings import Settings
 
 CODE = "def area(width, height):\n    return width * height\n"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from midfill.context.ignore import IgnoreRules
+from midfill.completion.context.ignore import IgnoreRules
 
 NUM_EXAMPLES = int(os.environ.get("MIDFILL_FUZZ_EXAMPLES", "60"))
 PIECES = ["a", "b", "ab", "*", "**", "***", "?", "/", "/**/", "**/", "/**", "\\", " ", "!", "#", "é", "."]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import changes, joined, naive_edit, naive_offset, positions, texts
 
-from midfill.documents import Change, Document, Encoding, Point, Snapshot, changed_lines, split_lines
+from midfill.text.documents import Change, Document, Encoding, Point, Snapshot, changed_lines, split_lines
 
 
 @pytest.mark.fuzz

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from midfill import editors
-from midfill.cli import cli
+from midfill.cli import editor_setup as editors
+from midfill.cli.main import cli
 from midfill.errors import MidfillError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the places of files are those of Linux")

@@ -4,7 +4,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from midfill.confidence import WEIGHTS
+from midfill.completion.confidence import WEIGHTS
 from midfill.errors import MidfillError
 from midfill.evaluation.calibration import (
     calibrate,

@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from midfill.completer import Trigger
-from midfill.confidence import Eagerness
-from midfill.documents import Document, Point, Snapshot
+from midfill.completion.completer import Trigger
+from midfill.completion.confidence import Eagerness
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import MidfillError
 from midfill.evaluation import holes, records
-from midfill.evaluation.fillers import Filled, Hole, PipelineFiller, options_of
+from midfill.evaluation.fillers import Filled, Hole, PipelineFiller
 from midfill.evaluation.repository import (
     compare,
     describe,
@@ -23,7 +22,9 @@ from midfill.evaluation.repository import (
     summarise,
 )
 from midfill.evaluation.statistics import mcnemar, ratio_interval
+from midfill.lsp.server_filler import options_of
 from midfill.settings import Settings
+from midfill.text.documents import Document, Point, Snapshot
 
 CODE = '''"""What it does.
 

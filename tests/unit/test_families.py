@@ -2,12 +2,12 @@ import dataclasses
 
 import pytest
 
-from midfill.engine import ModelInfo
+from midfill.completion.prompt import PromptBuilder
+from midfill.engine.api import ModelInfo
 from midfill.engine.scripted import CharTokenizer
 from midfill.errors import ModelError
-from midfill.families import FAMILIES, Layout, check_family, problems, recognise_family
+from midfill.fim.templates import FAMILIES, Layout, check_family, problems, recognise_family
 from midfill.models import catalogue
-from midfill.prompt import PromptBuilder
 from midfill.settings import Settings
 
 MODEL = ModelInfo("m", "qwen2.5-coder", "qwen2", 4096, CharTokenizer(), "cpu", "float32")

@@ -6,10 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midfill import feedback
-from midfill.documents import Change, Document, Encoding, Point
-from midfill.errors import MidfillError
-from midfill.feedback import (
+from midfill.completion.stats import acceptance as feedback
+from midfill.completion.stats.acceptance import (
     Counts,
     Feedback,
     add,
@@ -20,6 +18,8 @@ from midfill.feedback import (
     read,
     read_sessions,
 )
+from midfill.errors import MidfillError
+from midfill.text.documents import Change, Document, Encoding, Point
 
 URI = "file:///a.py"
 

@@ -13,13 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planted_history import Planted, grow
 
-from midfill import git
 from midfill.errors import MidfillError
-from midfill.evaluation import holes
-from midfill.git import Git, GitError, NoRepositoryError, is_plain
-from midfill.learning.history import Repository
-from midfill.learning.selection import select
+from midfill.evaluation import git, holes
+from midfill.evaluation.git import Git, GitError, NoRepositoryError, is_plain
 from midfill.settings import Settings
+from midfill.training.history import Repository
+from midfill.training.selection import select
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="the programs here are shell scripts")
 

@@ -16,15 +16,15 @@ from safetensors.numpy import save
 from midfill.adapters import format as peft_format
 from midfill.adapters.bindings import Bindings
 from midfill.adapters.registry import Registry
-from midfill.engine.files import find_tensors, shapes_of
-from midfill.engine.openvino_graph import UnsupportedError, read_shape
+from midfill.completion.stats.acceptance import read as read_feedback
+from midfill.engine.openvino.graph import UnsupportedError, read_shape
 from midfill.errors import AdapterError, MidfillError, ModelError
-from midfill.feedback import read as read_feedback
-from midfill.jsonfiles import JSONFileError, parse_json
 from midfill.models import hub, store
 from midfill.models.gguf_file import open_gguf
 from midfill.models.gguf_tokenizer import tokenizer_json
+from midfill.models.safetensors_io import find_tensors, shapes_of
 from midfill.models.tokenizer import FastTokenizer, load_tokenizer
+from midfill.system.json_files import JSONFileError, parse_json
 
 MEMORY_BYTES = 700 << 20
 

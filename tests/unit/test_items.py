@@ -5,9 +5,9 @@ import re
 import pytest
 from lsprotocol import types
 
-from midfill.completer import Answer
-from midfill.documents import Document, Encoding, Point, Snapshot
-from midfill.items import PopupStyle, popup_item
+from midfill.completion.completer import Answer
+from midfill.lsp.items import PopupStyle, popup_item
+from midfill.text.documents import Document, Encoding, Point, Snapshot
 
 HERE = "▮"
 

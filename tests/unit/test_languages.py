@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from midfill import syntax
-from midfill.documents import Document
-from midfill.languages import _LANGUAGES, NOT_CODE, SUFFIXES, identify, is_among, language_id, normalise
+from midfill.text import syntax
+from midfill.text.documents import Document
+from midfill.text.languages import _LANGUAGES, NOT_CODE, SUFFIXES, identify, is_among, language_id, normalise
 
 # What editors send for the languages that midfill treats in a way of their own. From the sources that the
 # module names; the comment says which editors.

@@ -8,13 +8,14 @@ from click.testing import CliRunner
 from planted_adapters import write_adapter, write_base
 from planted_history import Planted, grow
 
-from midfill import feedback
 from midfill.adapters.registry import Judgement, Registry, check_name
-from midfill.cli import cli
+from midfill.cli.main import cli
+from midfill.completion.stats import acceptance as feedback
 from midfill.errors import AdapterError, MidfillError
-from midfill.learning import worker
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
+from midfill.system.state import state_path
+from midfill.training import worker
 
 
 def run(*arguments):
@@ -83,7 +84,7 @@ def test_stats_show_adapters_beside_their_base(monkeypatch, tmp_path):
     counts = feedback.Counts(offered=10, accepted=3, accepted_chars=50)
     better = feedback.Counts(offered=10, accepted=5, accepted_chars=80)
     feedback.add(
-        feedback.state_path(),
+        state_path(),
         {
             feedback.key_of("tiny", None): {"python": counts},
             feedback.key_of("tiny", "mine"): {"python": better},
@@ -96,7 +97,7 @@ def test_stats_show_adapters_beside_their_base(monkeypatch, tmp_path):
 
 def test_stats_compare_sessions_with_those_that_were_held_out(monkeypatch, tmp_path):
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
-    path, mine = feedback.state_path(), feedback.key_of("tiny", "mine")
+    path, mine = state_path(), feedback.key_of("tiny", "mine")
     for number in range(30):
         counts = feedback.Counts(offered=20, accepted=8 + number % 3)
         feedback.add(path, {mine: {"python": counts}}, f"a{number}")
@@ -117,7 +118,7 @@ def test_stats_compare_sessions_with_those_that_were_held_out(monkeypatch, tmp_p
 def test_one_held_out_session_is_too_few(monkeypatch, tmp_path):
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
     counts = {"python": feedback.Counts(offered=2, accepted=1)}
-    feedback.add(feedback.state_path(), {feedback.key_of("tiny", "mine"): counts}, "a")
+    feedback.add(state_path(), {feedback.key_of("tiny", "mine"): counts}, "a")
     [row] = json.loads(run("stats", "--json").output)["holdout"]
     assert row["interval"] is None
     assert row["without"] == {"sessions": 0, "offered": 0, "accepted": 0, "share": None}

@@ -8,9 +8,9 @@ import pytest
 from planted_history import Planted, grow, stage
 
 from midfill.errors import MidfillError
-from midfill.learning.history import Repository
-from midfill.learning.selection import divide, select
 from midfill.settings import Settings
+from midfill.training.history import Repository
+from midfill.training.selection import divide, select
 
 SECRET = 'PASSWORD = "hunter2-x9Kq81"\n'  # noqa: S105 - what is looked for
 

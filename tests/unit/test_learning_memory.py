@@ -7,9 +7,9 @@ import pytest
 from planted_adapters import write_base
 
 from midfill.errors import AdapterError
-from midfill.learning import memory
-from midfill.learning.plan import _memory as sentence
 from midfill.settings import Settings
+from midfill.training import memory
+from midfill.training.plan import _memory as sentence
 
 SETTINGS = Settings()
 

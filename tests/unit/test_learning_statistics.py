@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from midfill.learning.judge import Filling, Limits, Measured, as_dict, decide
-from midfill.learning.statistics import (
+from midfill.training.judge import Filling, Limits, Measured, as_dict, decide
+from midfill.training.statistics import (
     difference,
     effect,
     more_commits,

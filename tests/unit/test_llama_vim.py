@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from midfill.bench.llama_vim import LlamaVim, Options, _worthwhile
-from midfill.documents import Document, Encoding
+from midfill.text.documents import Document, Encoding
 
 LINES = "".join(f"line_{n}\n" for n in range(400))
 

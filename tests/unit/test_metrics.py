@@ -5,10 +5,10 @@ from contextlib import aclosing
 
 import pytest
 
-from midfill.engine import Request
+from midfill.completion.stats.request_log import REQUEST, Costs, Metered
+from midfill.engine.api import Request
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import EngineError
-from midfill.metrics import REQUEST, Costs, Metered
 
 PROMPT = tuple(map(ord, "x = "))
 

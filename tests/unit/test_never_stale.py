@@ -15,12 +15,12 @@ import virtual_time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from midfill.completer import Completer, Source, Trigger
-from midfill.documents import Change, Document, Encoding, Point, Snapshot
-from midfill.engine import ModelInfo, Token
+from midfill.completion.completer import Completer, Source, Trigger
+from midfill.completion.suggestions import closing_places
+from midfill.engine.api import ModelInfo, Token
 from midfill.engine.scripted import CharTokenizer
 from midfill.settings import Settings
-from midfill.suggestions import closing_places
+from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
 
 ALPHABET = "aabc ()'{}\n\n \0"
 CLOSERS = {"(": ")", "'": "'", "{": "}"}

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midfill.documents import Document, Point, Snapshot
-from midfill.notebooks import Notebooks
+from midfill.text.documents import Document, Point, Snapshot
+from midfill.text.notebooks import Notebooks
 
 NOTEBOOK = "file:///a.ipynb"
 

@@ -2,7 +2,7 @@ import os
 import threading
 from pathlib import Path
 
-from midfill.outlet import Outlet, as_text
+from midfill.system.log_stream import Outlet, as_text
 
 
 def read_all(descriptor):

@@ -6,13 +6,16 @@ import sys
 import pytest
 from planted_adapters import write_adapter, write_base
 
-from midfill import activity, feedback
 from midfill.adapters.bindings import Bindings
 from midfill.adapters.registry import Registry, data_dir
-from midfill.feedback import Counts
-from midfill.learning import learn, worker
+from midfill.completion.stats import acceptance as feedback
+from midfill.completion.stats.acceptance import Counts
 from midfill.models import store
-from midfill.private import create_private, private_folder, write_private
+from midfill.system import last_used as activity
+from midfill.system.private import create_private, private_folder, write_private
+from midfill.system.state import state_path
+from midfill.training import pipeline as learn
+from midfill.training import worker
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="modes mean nothing on Windows")
 
@@ -24,7 +27,7 @@ def _lax(tmp_path, monkeypatch):
         monkeypatch.delenv(f"MIDFILL_{name}", raising=False)
         monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name))
     before = os.umask(0)
-    for folder in (data_dir() / "adapters", data_dir() / "training", feedback.state_path().parent):
+    for folder in (data_dir() / "adapters", data_dir() / "training", state_path().parent):
         folder.mkdir(parents=True)
     store.cache_root().mkdir(parents=True)
     yield
@@ -46,7 +49,7 @@ def test_adapters_and_where_they_are_used_are_their_owners_alone(tmp_path):
 
 
 def test_counts_and_activity_are_their_owners_alone():
-    path = feedback.state_path()
+    path = state_path()
     path.write_text('{"counts": {}}')
     feedback.add(path, {"model": {"python": Counts(offered=1)}})
     activity.watch()

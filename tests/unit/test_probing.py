@@ -2,11 +2,11 @@ import math
 
 import pytest
 
-from midfill.engine import ModelInfo, Token
+from midfill.engine.api import ModelInfo, Token
 from midfill.engine.scripted import CharTokenizer
 from midfill.errors import ModelError
-from midfill.families import FAMILIES, Layout
-from midfill.probing import HOLES, examine, identify, probe
+from midfill.fim.probing import HOLES, examine, identify, probe
+from midfill.fim.templates import FAMILIES, Layout
 
 ROW = FAMILIES["qwen2.5-coder"]
 PRE, SUF, MID = ROW.prefix, ROW.suffix, ROW.middle

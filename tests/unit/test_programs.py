@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from midfill.programs import find_program
+from midfill.system.programs import find_program
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="files are made executable by their mode")
 

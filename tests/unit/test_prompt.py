@@ -2,12 +2,12 @@ import dataclasses
 
 import pytest
 
-from midfill.documents import Change, Document, Encoding, Point, Snapshot
-from midfill.engine import ModelInfo
+from midfill.completion.prompt import PromptBuilder
+from midfill.engine.api import ModelInfo
 from midfill.engine.scripted import CharTokenizer
 from midfill.errors import ModelError
-from midfill.prompt import PromptBuilder
 from midfill.settings import Settings
+from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
 
 MODEL = ModelInfo("m", "qwen2.5-coder", "qwen2", 4096, CharTokenizer(), "cpu", "float32")
 PRE, SUF, MID = "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"

@@ -7,11 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from midfill.bench.trace import read_trace
-from midfill.documents import Change, Document, Encoding, Point, Snapshot
-from midfill.engine import ModelInfo
-from midfill.families import FAMILIES, Layout
-from midfill.prompt import PromptBuilder
+from midfill.completion.prompt import PromptBuilder
+from midfill.engine.api import ModelInfo
+from midfill.fim.templates import FAMILIES, Layout
 from midfill.settings import Settings
+from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
 
 # A vocabulary, the family whose sentinels it has, and a `model_type`.
 MODELS = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from midfill.cli import cli
+from midfill.cli.main import cli
 from midfill.settings import markdown_table
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 import pytest
 from planted_places import place_of, suggested
 
-from midfill.reasons import REASONS, Reason
+from midfill.completion.reasons import REASONS, Reason
 
 # A language, a text with a cursor, what the model writes, whether the user asked, and why nothing is left.
 EMPTIED = [

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from midfill.place import Place
-from midfill.received import Received, received
-from midfill.trim import stop
+from midfill.completion.postprocess.clean import stop
+from midfill.completion.postprocess.cursor_context import Place
+from midfill.completion.postprocess.received import Received, received
 
 TABS = Place("", "", ("}",), above="func f() {\n\tg()\n}\n\nfunc h() {\n", language_id="go")
 PIECES = st.lists(

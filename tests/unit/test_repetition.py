@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midfill.repetition import Line, cut_at_limit
+from midfill.completion.postprocess.repetition import Line, cut_at_limit
 
 
 def kept(line, around=(), before=""):

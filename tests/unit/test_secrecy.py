@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from planted import certain, possible
 
-from midfill.documents import Change, Document, Encoding
-from midfill.secrecy import Grade, find_secrets, grade, is_excluded
-from midfill.secret_watch import SecretWatch, Verdict
 from midfill.settings import Settings
+from midfill.text.documents import Change, Document, Encoding
+from midfill.text.secret_filter import Grade, find_secrets, grade, is_excluded
+from midfill.text.secret_watch import SecretWatch, Verdict
 
 ORDINARY = [
     "def set_password(self, raw_password):",

@@ -14,7 +14,7 @@ import pydantic
 import pytest
 from planted import certain
 
-from midfill.secrecy import Grade, find_secrets
+from midfill.text.secret_filter import Grade, find_secrets
 
 FOLDERS = os.environ.get("MIDFILL_CLEAN_FILES") or str(Path(pydantic.__file__).parents[1])
 SAMPLE = int(os.environ.get("MIDFILL_CLEAN_SAMPLE", "2000"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from midfill.engine.served.sharing import runtime_dir
+from midfill.engine.remote.client.shared import runtime_dir
 from midfill.errors import EngineError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="no Unix sockets")

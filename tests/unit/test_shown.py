@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from lsprotocol import types
 
 from midfill import errors
+from midfill.cli.doctor import Check
+from midfill.cli.engine_check import Findings, table
 from midfill.cli.shared import show
 from midfill.cli.terminal import say, terminal
-from midfill.doctor import Check
-from midfill.engine.served import wire
-from midfill.enginecheck import Findings, table
+from midfill.engine.remote.client import dialects as wire
 from midfill.errors import EngineError, MidfillError
-from midfill.server import MidfillServer
-from midfill.shown import LogFormatter, one_line, printable, shown
+from midfill.lsp.server import MidfillServer
+from midfill.system.printable import LogFormatter, one_line, printable, shown
 
 HOSTILE = [
     *(
@@ -149,7 +149,7 @@ def test_progress_takes_no_markup_from_a_title():
 
 
 def test_the_command_line_prints_an_error_as_one_line(tmp_path):
-    from midfill.cli import cli  # noqa: PLC0415
+    from midfill.cli.main import cli  # noqa: PLC0415
 
     result = CliRunner().invoke(cli, ["model", "path", "no\x1b[2Jmodel\nat all"])
     assert isinstance(result.exception, MidfillError)

@@ -18,29 +18,23 @@ from dataclasses import dataclass
 
 import pytest
 
-from midfill import (
-    brackets,
-    indentation,
-    items,
-    languages,
-    messages,
-    midline,
-    secrecy,
-    syntax,
-    trim,
-)
-from midfill.confidence import Eagerness, Evidence, worth_showing
-from midfill.context import chunks, files, index
-from midfill.context.ignore import IgnoreRules
-from midfill.documents import Change, Document, Encoding, Point, Snapshot, changed_lines
-from midfill.engine import ModelInfo
+from midfill.completion.confidence import Eagerness, Evidence, worth_showing
+from midfill.completion.context import chunks, files, index
+from midfill.completion.context.ignore import IgnoreRules
+from midfill.completion.postprocess import brackets, indentation, midline
+from midfill.completion.postprocess import clean as trim
+from midfill.completion.postprocess.cursor_context import Place
+from midfill.completion.postprocess.received import Received
+from midfill.completion.prompt import PromptBuilder
+from midfill.completion.suggestions import closing_places, fitted
+from midfill.engine.api import ModelInfo
 from midfill.engine.scripted import CharTokenizer
 from midfill.errors import SettingsError
-from midfill.place import Place
-from midfill.prompt import PromptBuilder
-from midfill.received import Received
+from midfill.lsp import items, messages
 from midfill.settings import Settings, parse
-from midfill.suggestions import closing_places, fitted
+from midfill.text import languages, syntax
+from midfill.text import secret_filter as secrecy
+from midfill.text.documents import Change, Document, Encoding, Point, Snapshot, changed_lines
 
 NUM_DRAWN = int(os.environ.get("MIDFILL_SLOW_INPUTS", "3"))
 MAX_GROWTH = 8

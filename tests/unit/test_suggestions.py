@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import virtual_time
 
-from midfill.completer import Completer, Source, Trigger
-from midfill.documents import Change, Document, Encoding, Point, Snapshot
+from midfill.completion.completer import Completer, Source, Trigger
+from midfill.completion.reasons import Reason
+from midfill.completion.suggestions import Computed, Match, Suggestion, closing_changes, may_close
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
-from midfill.reasons import Reason
 from midfill.settings import Settings
-from midfill.suggestions import Computed, Match, Suggestion, closing_changes, may_close
+from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
 
 SUM = "total = sum(values)"
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midfill import syntax
-from midfill.syntax import Growing, balance, count_errors, first_error, knows, outline
+from midfill.text import syntax
+from midfill.text.syntax import Growing, balance, count_errors, first_error, knows, outline
 
 # A language, a piece of unfinished code full of traps, and the closers that it still awaits.
 UNFINISHED = [

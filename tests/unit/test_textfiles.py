@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from midfill import textfiles
+from midfill.system import text_files as textfiles
 
 TEXT = 'eagerness = "low"  # ruhig, tranquilo, 静か\n'
 

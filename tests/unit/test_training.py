@@ -3,7 +3,7 @@
 import pytest
 
 from midfill.errors import AdapterError
-from midfill.training import Training
+from midfill.lsp.train_command import Training
 
 RESULT = {"adapter": "mine", "verdict": "enabled", "reasons": [], "commits": 24, "nll_gain": 0.123}
 

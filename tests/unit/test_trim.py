@@ -1,10 +1,10 @@
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from midfill.brackets import scan
-from midfill.place import Place
-from midfill.syntax import balance
-from midfill.trim import Stopper, clean, stop
+from midfill.completion.postprocess.brackets import scan
+from midfill.completion.postprocess.clean import Stopper, clean, stop
+from midfill.completion.postprocess.cursor_context import Place
+from midfill.text.syntax import balance
 
 CODE = """if x: ( ) [ ] { } " ' ` # // \\ foo(a, b) return raise else: end do def f(): class A: x = 1 , é 𝄞"""
 SPACE = [

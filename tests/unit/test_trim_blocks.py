@@ -7,7 +7,7 @@ all of it but the line end, or why nothing is.
 import pytest
 from planted_places import place_of, suggested
 
-from midfill.reasons import Reason
+from midfill.completion.reasons import Reason
 
 # A line that ends one block and begins the next is part of what was begun before the cursor.
 GOES_ON = [

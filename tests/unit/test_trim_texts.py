@@ -6,7 +6,7 @@ Each case is a language, a text with a cursor, what the model writes there, and 
 import pytest
 from planted_places import place_of, suggested
 
-from midfill.reasons import Reason
+from midfill.completion.reasons import Reason
 
 # In strings and comments of several lines a text is kept as it is (None); code after them is code.
 TEXT = [

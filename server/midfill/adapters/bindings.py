@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from midfill import textfiles
 from midfill.adapters.registry import data_dir, locked, replace_file
 from midfill.errors import AdapterError
-from midfill.jsonfiles import read_json
-from midfill.languages import normalise
+from midfill.system import text_files as textfiles
+from midfill.system.json_files import read_json
+from midfill.text.languages import normalise
 
 _LOG = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from midfill.adapters.patterns import PatternError, compile_pattern, ends, fullmatch
-from midfill.engine.files import check_header, find_tensors, shapes_of
 from midfill.errors import AdapterError, ModelError
-from midfill.jsonfiles import parse_json, read_json
+from midfill.models.safetensors_io import check_header, find_tensors, shapes_of
+from midfill.system.json_files import parse_json, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -23,8 +23,8 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from midfill.errors import AdapterError
-from midfill.jsonfiles import read_json
-from midfill.private import open_private, private_folder
+from midfill.system.json_files import read_json
+from midfill.system.private import open_private, private_folder
 
 VERDICTS = ("enabled", "rejected", "inconclusive", "none")
 

@@ -9,9 +9,3 @@
   `sizing` compute from it what many more and several engines would do.
 - `soak`: a long session in fast motion; what grows, and what is not answered.
 """
-
-SERVED = 0.8
-"""Enough of the requests that are answered with a suggestion before the next key, by what one typist alone
-gets. What comes too late is taken back by that key, so that it is missing there and never counts as late.
-It stands here because the command line can read it without importing what measures.
-"""

@@ -19,11 +19,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol, cast
 
-from midfill.bench.figures import peak_rss_mb, percentile
-from midfill.engine import Adaptable, AdapterSource, Engine, Progress, Request
+from midfill.engine.api import Adaptable, AdapterSource, Engine, Progress, Request
 from midfill.errors import EngineError
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
+from midfill.system.figures import peak_rss_mb, percentile
 
 _CODE = "def area(width, height):\n    return width * height\n\n\n"
 _SWAP_TOKENS = 600
@@ -72,7 +72,7 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
     Raises:
         EngineError: this engine has no adapters.
     """
-    from midfill.engine.rounded import forget_merged  # noqa: PLC0415 - this measurement only
+    from midfill.engine.openvino.int8_weights import forget_merged  # noqa: PLC0415 - this measurement only
 
     forget_merged(model.path)
     sources = [

@@ -15,20 +15,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from midfill.bench.figures import peak_rss_mb
 from midfill.bench.rivals import GENERATE, Rival
-from midfill.client import SERVE_COMMAND, Client, ServerError
-from midfill.completer import Answer, Completer, Trigger
-from midfill.documents import Change, Document, Encoding, Point, Snapshot
-from midfill.engine import Engine, Progress
+from midfill.completion.completer import Answer, Completer, Trigger
+from midfill.completion.reasons import Reason
+from midfill.completion.stats.request_log import REQUEST, Costs, Metered
+from midfill.completion.suggestions import may_close
+from midfill.engine.api import Engine, Progress
 from midfill.errors import MidfillError
-from midfill.families import FAMILIES, Family
-from midfill.metrics import REQUEST, Costs, Metered
+from midfill.fim.templates import FAMILIES, Family
+from midfill.lsp.client import SERVE_COMMAND, Client, ServerError
 from midfill.models.store import LocalModel
 from midfill.models.tokenizer import load_tokenizer
-from midfill.reasons import Reason
 from midfill.settings import Settings
-from midfill.suggestions import may_close
+from midfill.system.figures import peak_rss_mb
+from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
 
 CANCELLED = -32800
 FATES = ("accepted", "shown", "empty", "cancelled", "late", "failed")

@@ -19,10 +19,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from midfill.bench.figures import peak_rss_mb, percentiles
 from midfill.bench.rivals import GENERATE, LLAMA_CPP, Rival, RivalError, Run, can_run_llama_cpp
-from midfill.engine import Engine, ModelInfo, Progress, Request
+from midfill.engine.api import Engine, ModelInfo, Progress, Request
 from midfill.settings import Settings
+from midfill.system.figures import peak_rss_mb, percentiles
 
 MakeEngine = Callable[[Settings], Engine]
 

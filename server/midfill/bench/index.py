@@ -12,12 +12,12 @@ from typing import Any
 
 import psutil
 
-from midfill.context import Context
-from midfill.documents import Document, Point, Snapshot
-from midfill.engine import Progress
+from midfill.completion.context.collector import Context
+from midfill.engine.api import Progress
 from midfill.errors import MidfillError
-from midfill.languages import language_id
 from midfill.settings import Settings
+from midfill.text.documents import Document, Point, Snapshot
+from midfill.text.languages import language_id
 
 _SAMPLE_EVERY_S = 0.05
 _SOURCES = ("imports", "open", "repository")

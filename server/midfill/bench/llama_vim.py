@@ -23,11 +23,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from midfill.bench.contenders import CANCELLED, Asked, Job
-from midfill.bench.figures import peak_rss_mb
 from midfill.bench.rivals import LLAMA_CPP, Rival
-from midfill.documents import Change, Document, Encoding, Point
-from midfill.engine import Progress
+from midfill.engine.api import Progress
 from midfill.errors import MidfillError
+from midfill.system.figures import peak_rss_mb
+from midfill.text.documents import Change, Document, Encoding, Point
 
 _PREDICT_TOKENS = 128
 _MAX_PROMPT_MS = 500

@@ -19,16 +19,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from midfill.bench import SERVED
 from midfill.bench.contenders import Asked, InProcess, Job
-from midfill.bench.figures import awaited, percentile, percentiles, share
 from midfill.bench.replay import Pace, Session, Typing
 from midfill.bench.report import cell
+from midfill.bench.target import SERVED
 from midfill.bench.trace import Episode
-from midfill.engine import Engine, Progress
-from midfill.families import Family
-from midfill.reasons import Reason
+from midfill.completion.reasons import Reason
+from midfill.engine.api import Engine, Progress
+from midfill.fim.templates import Family
 from midfill.settings import Settings
+from midfill.system.figures import awaited, percentile, percentiles, share
 
 BY_MODEL = frozenset({"model", "joined"})
 _NOT_ASKED = frozenset(
@@ -121,7 +121,7 @@ class Goal:
 
     Attributes:
         target_ms: the most for the 95th percentile of the time to suggestion.
-        served: see `midfill.bench.SERVED`.
+        served: see `midfill.bench.target.SERVED`.
     """
 
     target_ms: float

@@ -18,9 +18,9 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from midfill.client import SERVE_COMMAND, Client
-from midfill.engine import Engine, ModelInfo, Progress, Request, Token
+from midfill.engine.api import Engine, ModelInfo, Progress, Request, Token
 from midfill.engine.scripted import Script, ScriptedEngine
+from midfill.lsp.client import SERVE_COMMAND, Client
 
 _URI = "file:///bench/main.py"
 _TYPED = "    result = compute(values, key)\n"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from midfill.bench.contenders import Asked, Contender, Job
 from midfill.bench.trace import Episode, Key, total_s
-from midfill.documents import Change, Document, Encoding
+from midfill.text.documents import Change, Document, Encoding
 
 _PROBE = Document.open("file:///replay/probe.py", "python", 1, "def add(a, b):\n    return a ")
 _PROBE_POSITION = (1, 13)

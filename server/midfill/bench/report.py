@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from midfill.bench.contenders import FATES, Asked, Job
-from midfill.bench.figures import awaited, percentiles, share
 from midfill.bench.replay import Session
+from midfill.system.figures import awaited, percentiles, share
 
 _FREE = {"accepted", "shown", "empty"}
 _BY_MODEL = {"model", "joined", ""}

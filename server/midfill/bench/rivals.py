@@ -249,9 +249,9 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
         return Run(ids, first - begun, len(tokens), decode_s)
 
     def fill(asked: dict[str, Any]) -> dict[str, Any]:
-        from midfill.place import Place  # noqa: PLC0415 - not for the comparison of speeds
-        from midfill.received import received  # noqa: PLC0415 - the same
-        from midfill.trim import clean, stop  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.clean import clean, stop  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.cursor_context import Place  # noqa: PLC0415 - not for the comparison of speeds
+        from midfill.completion.postprocess.received import received  # noqa: PLC0415 - the same
 
         before, after, following = asked["place"]
         place = Place(before, after, tuple(following))

@@ -21,15 +21,15 @@ from typing import Any
 from midfill.bench.contenders import Asked, InProcess
 from midfill.bench.load import Stage
 from midfill.bench.trace import Episode
-from midfill.completer import Answer
-from midfill.documents import Document, Encoding, Snapshot
-from midfill.engine import Engine, ModelInfo, Progress, Request, Tokenizer
-from midfill.engine.served.remote import RemoteEngine
-from midfill.engine.served.sharing import SharedEngine
-from midfill.engine.slots import NUM_SLOTS, common_prefix
+from midfill.completion.completer import Answer
+from midfill.completion.suggestions import Origin, Text
+from midfill.engine.api import Engine, ModelInfo, Progress, Request, Tokenizer
+from midfill.engine.kv_slots import NUM_SLOTS, common_prefix
+from midfill.engine.remote.client.remote import RemoteEngine
+from midfill.engine.remote.client.shared import SharedEngine
 from midfill.errors import MidfillError
-from midfill.jsonfiles import read_json
-from midfill.suggestions import Origin, Text
+from midfill.system.json_files import read_json
+from midfill.text.documents import Document, Encoding, Snapshot
 
 _VERSION = 1
 _ROUNDS = 7

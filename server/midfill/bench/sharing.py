@@ -13,9 +13,9 @@ from contextlib import aclosing
 from statistics import median
 from typing import Any
 
-from midfill.bench.figures import percentiles
-from midfill.engine import Engine, Progress, Request
+from midfill.engine.api import Engine, Progress, Request
 from midfill.errors import EngineError
+from midfill.system.figures import percentiles
 
 _CONTEXT_TOKENS = 300
 _DECODED = 32

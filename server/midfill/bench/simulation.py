@@ -22,13 +22,13 @@ from typing import Any
 from midfill.bench.contenders import CANCELLED, Asked, Job
 from midfill.bench.load import Plan, figures
 from midfill.bench.service import Place, Service, Typed
-from midfill.completer import RENEW_S, REST_S
+from midfill.completion.completer import RENEW_S, REST_S
+from midfill.completion.suggestions import LINGER_S
+from midfill.engine.kv_slots import Slots
 from midfill.engine.local import MAX_WAITING
 from midfill.engine.scheduler import Chunk, Priority, Scheduler
 from midfill.engine.scheduler import Sequence as Tokens
-from midfill.engine.slots import Slots
 from midfill.errors import EngineOverloadedError
-from midfill.suggestions import LINGER_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
-from midfill.client import SERVE_COMMAND, Client, ServerError
-from midfill.engine import Progress
+from midfill.engine.api import Progress
+from midfill.lsp.client import SERVE_COMMAND, Client, ServerError
 
 SCRIPTED = "scripted"
 """What `--engine` may be beside the values of the setting: a script in the place of the model."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from midfill.documents import Change, Document, Encoding
 from midfill.errors import MidfillError
-from midfill.messages import MalformedError, read_edited, read_inline_completion, read_opened, read_uri
+from midfill.lsp.messages import MalformedError, read_edited, read_inline_completion, read_opened, read_uri
+from midfill.text.documents import Change, Document, Encoding
 
 
 @dataclass(frozen=True, slots=True)

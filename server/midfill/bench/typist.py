@@ -16,9 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from midfill.bench.trace import Episode, Key, cursor_after
-from midfill.documents import Change
 from midfill.errors import MidfillError
-from midfill.languages import NOT_CODE, language_id
+from midfill.text.documents import Change
+from midfill.text.languages import NOT_CODE, language_id
 
 # (share of the gaps, at most so many ms). The two ends are ours.
 _GAPS_MS = ((0.0, 25), (0.1, 45), (0.25, 68), (0.5, 91), (0.75, 136), (0.9, 203), (0.95, 314), (0.99, 1050))

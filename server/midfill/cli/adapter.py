@@ -215,7 +215,7 @@ def adapter_rm(name: str, force: bool) -> None:
     """
     from midfill.adapters.bindings import Bindings
     from midfill.adapters.registry import Registry
-    from midfill.engine.rounded import forget_merged
+    from midfill.engine.openvino.int8_weights import forget_merged
     from midfill.models import store
 
     registry, bindings = Registry(), Bindings()
@@ -318,7 +318,7 @@ def _place(workspace: Path | None, language: str | None, everywhere: bool) -> di
     if (workspace is not None) + (language is not None) + everywhere > 1:
         raise AdapterError("Choose one of --workspace, --language and --global.")
     if language is not None:
-        from midfill.languages import normalise
+        from midfill.text.languages import normalise
 
         return {"language": normalise(language)}
     if everywhere:

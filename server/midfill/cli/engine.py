@@ -26,7 +26,7 @@ from midfill.cli.terminal import terminal
 from midfill.errors import AdapterError, SettingsError
 
 if TYPE_CHECKING:
-    from midfill.engine import AdapterSource
+    from midfill.engine.api import AdapterSource
 
 _FILE = click.Path(path_type=Path)
 
@@ -53,7 +53,7 @@ def engine_check(url: str, key: str | None, name: str | None, as_json: bool) -> 
       midfill engine check http://127.0.0.1:8080
       midfill engine check https://gpu-box:8000 --key env:TEAM_KEY --json
     """
-    from midfill.enginecheck import check, table
+    from midfill.cli.engine_check import check, table
 
     settings = read_engine(read_settings(engine_key=key, engine_model=name, deadline_s=60.0), url)
     findings = asyncio.run(check(remote_engine(settings), settings))
@@ -134,12 +134,12 @@ def engine_serve(
         os._exit(0)
     if detach:
         os.setsid()
-    from midfill.engine.served.host import Host
-    from midfill.engine.served.hosting import Listen, read_tokens, run
-    from midfill.families import infill
-    from midfill.outlet import unblocked
+    from midfill.engine.remote.server.listen import Listen, read_tokens, run
+    from midfill.engine.remote.server.model_host import Host
+    from midfill.fim.templates import infill
     from midfill.settings import Settings, parse
-    from midfill.shown import LogFormatter
+    from midfill.system.log_stream import unblocked
+    from midfill.system.printable import LogFormatter
 
     if given is not None:
         settings = parse(json.loads(given), base=Settings(), where="--settings")
@@ -182,7 +182,7 @@ def _sources(names: tuple[str, ...]) -> tuple[AdapterSource, ...]:
     """Adapters that users of the engine may ask for. Raises `AdapterError`."""
     from midfill.adapters.format import digest_of
     from midfill.adapters.registry import Registry
-    from midfill.engine import MAX_ADAPTERS, AdapterSource
+    from midfill.engine.api import MAX_ADAPTERS, AdapterSource
 
     if len(names) > MAX_ADAPTERS:
         raise SettingsError(

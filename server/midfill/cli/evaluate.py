@@ -17,7 +17,7 @@ from midfill.cli.terminal import say
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
-    from midfill.engine import Progress
+    from midfill.engine.api import Progress
     from midfill.evaluation.fillers import Filler
     from midfill.settings import Settings
 
@@ -170,8 +170,8 @@ def eval_repo(
       midfill eval repo . --set suffix_tokens=512 --results long.jsonl
       midfill eval repo --compare short.jsonl long.jsonl --json
     """
-    from midfill import calibrations
-    from midfill.confidence import Eagerness
+    from midfill.completion import calibrations
+    from midfill.completion.confidence import Eagerness
     from midfill.evaluation import holes as places
     from midfill.evaluation import records, repository
 
@@ -232,10 +232,10 @@ def eval_families(vocabs: tuple[Path, ...], no_probe: bool, as_json: bool) -> No
       midfill eval families
       midfill eval families --vocab starcoder.gguf --vocab deepseek.gguf --json
     """
+    from midfill.fim.probing import examine, table
     from midfill.models import store
     from midfill.models.gguf import tokenizer_from_gguf
     from midfill.models.tokenizer import load_tokenizer
-    from midfill.probing import examine, table
 
     models = [] if vocabs else store.installed()
     tokenizers = {path.name: tokenizer_from_gguf(path) for path in vocabs}
@@ -291,7 +291,7 @@ def eval_calibrate(
       midfill eval calibrate app.jsonl tool.jsonl --write
       midfill eval calibrate --reset
     """
-    from midfill import calibrations
+    from midfill.completion import calibrations
 
     if reset:
         if training or held_out or writes:
@@ -368,6 +368,7 @@ def _with_filler(
 ) -> None:
     """Run `work` with a filler that is ready, under a progress bar. `folder` is the workspace, if any."""
     from midfill.evaluation import fillers
+    from midfill.lsp import server_filler
     from midfill.settings import load
 
     async def run(report: Progress) -> None:
@@ -375,8 +376,8 @@ def _with_filler(
             report("filling holes", share)
 
         if server:
-            options = fillers.options_of(settings, load())
-            filler = await fillers.ServerFiller.start(options, settings.model, report, script, folder)
+            options = server_filler.options_of(settings, load())
+            filler = await server_filler.ServerFiller.start(options, settings.model, report, script, folder)
             try:
                 await work(filler, tell)
             finally:

@@ -106,7 +106,7 @@ def model_check(name: str, adapter: str | None, as_json: bool) -> None:
       midfill model check qwen2.5-coder-0.5b
       midfill model check ./my-model --json
     """
-    from midfill.doctor import check_model
+    from midfill.cli.doctor import check_model
 
     settings = read_settings(model=name, adapter=adapter)
     result = asyncio.run(check_model(settings, engine_maker(None)))

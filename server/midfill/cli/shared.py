@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from midfill.cli.terminal import say, terminal
-from midfill.shown import shown
+from midfill.system.printable import shown
 
 if TYPE_CHECKING:
-    from midfill.engine import Engine, LocalModel, Progress
-    from midfill.engine.served.remote import RemoteEngine
+    from midfill.engine.api import Engine, LocalModel, Progress
+    from midfill.engine.remote.client.remote import RemoteEngine
     from midfill.settings import Settings
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def _find(settings: Settings) -> LocalModel:
 
 def _shared(settings: Settings) -> Engine:
     """A model in a process that all of the user's editors share."""
-    from midfill.engine.served.sharing import SharedEngine, ShareSpec
+    from midfill.engine.remote.client.shared import SharedEngine, ShareSpec
 
     values = settings.model_dump(include=set(_SHARED))
     return SharedEngine(
@@ -110,7 +110,8 @@ def _shared(settings: Settings) -> Engine:
 
 def local_engine(settings: Settings, *, drafts: bool = True) -> Engine:
     """A model in this process."""
-    from midfill.engine import EngineSpec, create
+    from midfill.engine.api import EngineSpec
+    from midfill.engine.factory import create
 
     return create(
         EngineSpec(
@@ -138,7 +139,7 @@ def adapter_folder(name: str) -> Path:
 
 def _remote(settings: Settings) -> Engine:
     """A model that a server has; with the one here in reserve if the user wants that."""
-    from midfill.engine.served.fallback import FallbackEngine
+    from midfill.engine.remote.client.fallback import FallbackEngine
 
     engine = remote_engine(settings)
     return FallbackEngine(engine, lambda: local_engine(settings)) if settings.engine_fallback else engine
@@ -146,8 +147,8 @@ def _remote(settings: Settings) -> Engine:
 
 def remote_engine(settings: Settings) -> RemoteEngine:
     """A model that a server has."""
-    from midfill.engine.served.endpoint import RemoteSpec
-    from midfill.engine.served.remote import RemoteEngine
+    from midfill.engine.remote.client.endpoint import RemoteSpec
+    from midfill.engine.remote.client.remote import RemoteEngine
     from midfill.models import store
 
     own = store.find(settings.model)

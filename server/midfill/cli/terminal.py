@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from midfill.shown import printable
+from midfill.system.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

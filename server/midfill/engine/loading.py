@@ -19,18 +19,19 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from midfill import heap
 from midfill.adapters.format import Adapter
-from midfill.engine import RUNNERS, EngineSpec, ModelInfo, Progress, Tokenizer, residents
-from midfill.engine.cores import num_cores
-from midfill.engine.healing import TokenIndex
-from midfill.engine.residents import Residents
+from midfill.engine.adapters import loaded as residents
+from midfill.engine.adapters.loaded import Residents
+from midfill.engine.api import RUNNERS, EngineSpec, ModelInfo, Progress, Tokenizer
 from midfill.engine.scheduler import Choice, Chunk
+from midfill.engine.token_healing import TokenIndex
+from midfill.engine.torch.threads import num_cores
 from midfill.errors import EngineError
 from midfill.models.store import verify
+from midfill.system import malloc as heap
 
 if TYPE_CHECKING:
-    from midfill.engine.openvino_graph import Shape
+    from midfill.engine.openvino.graph import Shape
 
 
 _CAPTURE_S = 4.0
@@ -189,10 +190,7 @@ def _openvino_shape(spec: EngineSpec) -> Shape | None:
     # Float32 is the reference, which only whoever asks for OpenVINO wants from it.
     dtypes = {"auto", "int8"} if spec.runner == "auto" else {"auto", "int8", "float32"}
     try:
-        from midfill.engine.openvino_graph import (  # noqa: PLC0415 - imports openvino
-            UnsupportedError,
-            read_shape,
-        )
+        from midfill.engine.openvino.graph import UnsupportedError, read_shape  # noqa: PLC0415 - imports openvino
     except ImportError as error:
         why = f"it cannot be imported ({error})"
     else:
@@ -224,7 +222,7 @@ def _has_cuda() -> bool:
 def _load_openvino(
     spec: EngineSpec, shape: Shape, progress: Progress, adapters: Mapping[str, Adapter]
 ) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
-    from midfill.engine import openvino_runner  # noqa: PLC0415 - imports openvino
+    from midfill.engine.openvino import runner as openvino_runner  # noqa: PLC0415 - imports openvino
 
     with ThreadPoolExecutor(1, thread_name_prefix="midfill-ahead") as pool:
         vocabulary = pool.submit(_load_vocabulary, spec)
@@ -241,7 +239,7 @@ def _load_openvino(
 
 def _load_torch(spec: EngineSpec, progress: Progress) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
     progress("importing torch", None)
-    from midfill.engine.torch_loading import load_runner  # noqa: PLC0415 - this is what imports torch
+    from midfill.engine.torch.loading import load_runner  # noqa: PLC0415 - this is what imports torch
 
     return load_runner(
         spec.model.path,

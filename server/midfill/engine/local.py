@@ -20,12 +20,12 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-from midfill.engine import AdapterSource, EngineSpec, ModelInfo, Progress, Request, TextStream, Token
-from midfill.engine.drafts import Drafts
+from midfill.engine.adapters.loaded import Swap
+from midfill.engine.api import AdapterSource, EngineSpec, ModelInfo, Progress, Request, TextStream, Token
+from midfill.engine.kv_slots import NUM_SLOTS, Slots
 from midfill.engine.loading import Loaded, load
-from midfill.engine.residents import Swap
 from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, Sequence
-from midfill.engine.slots import NUM_SLOTS, Slots
+from midfill.engine.speculation import Drafts
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
 
 _LOG = logging.getLogger(__name__)

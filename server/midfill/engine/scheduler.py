@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from fractions import Fraction
 
-from midfill.engine.slots import Slots
+from midfill.engine.kv_slots import Slots
 from midfill.errors import EngineOverloadedError
 
 _OLDEST_AT = 2

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from midfill.engine import AdapterSource, ModelInfo, Progress, Request, Token
+from midfill.engine.api import AdapterSource, ModelInfo, Progress, Request, Token
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
-from midfill.jsonfiles import read_json
+from midfill.system.json_files import read_json
 
 _SENTINELS = {
     "<|fim_prefix|>": 0x110000,

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
-from midfill.engine import AdapterSource, ModelInfo, Progress, Request, Token
+from midfill.engine.api import AdapterSource, ModelInfo, Progress, Request, Token
 from midfill.engine.local import LocalEngine
 from midfill.errors import EngineUnavailableError
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from midfill.calibrations import Saved
-from midfill.confidence import BUILT_IN, Eagerness, beginnings, features
+from midfill.completion.calibrations import Saved
+from midfill.completion.confidence import BUILT_IN, Eagerness, beginnings, features
 from midfill.errors import MidfillError
 from midfill.evaluation import records
 from midfill.evaluation.repository import Result, Score, read_result, score

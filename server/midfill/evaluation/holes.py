@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from midfill.context.files import Sieve
+from midfill.completion.context.files import Sieve
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Hole
-from midfill.git import Git, GitError
-from midfill.languages import is_among
+from midfill.evaluation.git import Git, GitError
 from midfill.settings import Settings
+from midfill.text.languages import is_among
 
 # Kinds of places and their shares: most requests come from the middle of a line.
 KINDS = {"rest-of-line": 7, "arguments": 2, "new-line": 4, "block": 3, "nothing": 4}

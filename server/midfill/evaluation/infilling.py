@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from midfill.bench.figures import percentiles
-from midfill.completer import Trigger
+from midfill.completion.completer import Trigger
 from midfill.errors import MidfillError
 from midfill.evaluation import sandbox
 from midfill.evaluation.fillers import Filler, Hole
 from midfill.evaluation.records import Records
 from midfill.evaluation.statistics import mcnemar
-from midfill.families import FAMILIES
+from midfill.fim.templates import FAMILIES
+from midfill.system.figures import percentiles
 
 _SHARES = {
     "pass@1": "pass@1",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from midfill.confidence import BUILT_IN, Calibration, beginnings, confidence
+from midfill.completion.confidence import BUILT_IN, Calibration, beginnings, confidence
 from midfill.errors import MidfillError
 from midfill.evaluation.calibration import reliability
 from midfill.evaluation.repository import Result, score

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from midfill import textfiles
 from midfill.errors import MidfillError
+from midfill.system import text_files as textfiles
 
 
 class Records:

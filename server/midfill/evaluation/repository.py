@@ -12,15 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from midfill.bench.figures import percentiles
-from midfill.completer import Trigger
-from midfill.confidence import BUILT_IN, Calibration, Eagerness, Evidence, beginnings, worth_showing
+from midfill.completion.completer import Trigger
+from midfill.completion.confidence import (
+    BUILT_IN,
+    Calibration,
+    Eagerness,
+    Evidence,
+    beginnings,
+    worth_showing,
+)
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Filler
 from midfill.evaluation.holes import KINDS, Sample
 from midfill.evaluation.records import Records
 from midfill.evaluation.statistics import mcnemar, ratio_interval
-from midfill.syntax import count_errors
+from midfill.system.figures import percentiles
+from midfill.text.syntax import count_errors
 
 # Whole files are parsed, and nobody waits.
 _PARSE_S = 2.0

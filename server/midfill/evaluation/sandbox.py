@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from midfill.programs import find_program
+from midfill.system.programs import find_program
 
 _WALL_S = 10.0
 # A Java program is compiled first.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from midfill.errors import ModelError
-from midfill.jsonfiles import MAX_BYTES
+from midfill.system.json_files import MAX_BYTES
 
 Report = Callable[[int], None]
 """Called with the number of bytes that are here."""

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from midfill.errors import ModelError
-from midfill.jsonfiles import read_json
 from midfill.models import catalogue
 from midfill.models.catalogue import Entry
-from midfill.private import private_folder
+from midfill.system.json_files import read_json
+from midfill.system.private import private_folder
 
 _MANIFEST = "midfill.json"
 _FORMAT = 1

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from midfill.errors import ModelError
-from midfill.jsonfiles import read_json
+from midfill.system.json_files import read_json
 
 _MAX_ID = 1 << 20
 """The largest vocabularies have a quarter of that. Every id below the highest takes memory."""

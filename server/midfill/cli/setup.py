@@ -1,0 +1,87 @@
+"""`midfill setup`: midfill in the editors of this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from midfill.cli.shared import JSON
+from midfill.cli.terminal import say
+
+if TYPE_CHECKING:
+    from midfill.cli.editor_setup import Editor, Home
+
+
+@click.command()
+@click.argument("names", metavar="[EDITOR]...", nargs=-1)
+@click.option(
+    "--write", "writes", is_flag=True, help="Write it, after showing it; files that were there are kept."
+)
+@JSON
+def setup(names: tuple[str, ...], writes: bool, as_json: bool) -> None:
+    """Tell your editors to start midfill: shows what would be written, and with --write writes it.
+
+    Without EDITOR it is all those that are installed. Known are vscode, vscode-insiders, vscodium, neovim,
+    vim, emacs, helix, sublime, kate, zed and jetbrains. Your own lines stay as they are.
+
+    \b
+    Examples:
+      midfill setup
+      midfill setup neovim --write
+      midfill setup emacs helix --write
+      midfill setup --json
+    """
+    from midfill.cli import editor_setup as editors
+
+    chosen = [editors.find(name) for name in names]
+    if not names:
+        chosen = [editor for editor in editors.EDITORS if editor.found is not None]
+    home = editors.here()
+    reports = [_set_up(editor, home, writes=writes, shows=not as_json) for editor in chosen]
+    if as_json:
+        click.echo(json.dumps({"command": list(home.command), "editors": reports}))
+    elif not chosen:
+        known = ", ".join(editor.name for editor in editors.EDITORS)
+        say(f"No editor that midfill knows is on your PATH. Name one of: {known}")
+    elif not writes and any(report["status"] == "to do" for report in reports):
+        say("Nothing has been written. To write it: midfill setup " + " ".join((*names, "--write")))
+
+
+def _set_up(editor: Editor, home: Home, *, writes: bool, shows: bool) -> dict[str, Any]:
+    """Show the plan of an editor, and carry it out. Returns what happened, for JSON."""
+    from midfill.cli.editor_setup import write
+
+    plan = editor.plan(home)
+    edit = plan.edit
+    diff = edit.diff if edit is not None else ""
+    status = "by hand" if edit is None else "to do" if diff else "ready"
+    report: dict[str, Any] = {
+        "editor": editor.name,
+        "program": editor.found,
+        "status": status,
+        "steps": plan.steps,
+    }
+    if shows:
+        say(editor.title + ("" if editor.found else " (not on your PATH)"), bold=True)
+        for text in (diff, plan.shown):
+            if text:
+                say(text.rstrip("\n"))
+    if edit is None:
+        report["configuration"] = plan.shown
+    else:
+        report |= {"file": str(edit.path), "diff": diff}
+    if edit is not None and diff and writes:
+        backup = write(edit)
+        report |= {"status": "written", "backup": None if backup is None else str(backup)}
+    if shows:
+        if report["status"] == "ready":
+            say("It is already set up.")
+        elif report["status"] == "written":
+            kept = f" What was there is in {report['backup']}." if report["backup"] else ""
+            say(f"Written to {report['file']}.{kept}")
+        for step in plan.steps:
+            say(step)
+        say()
+    return report

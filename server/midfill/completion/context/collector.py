@@ -1,0 +1,435 @@
+"""Context: pieces of other files that help to write at the cursor.
+
+Open documents, recent edits, the definitions of what is imported, and chunks of the repository that are like
+the text around the cursor. All of it comes from memory: the index is built in the background (`indexer`), and
+nothing here reads a file. What may hold a secret is left out before it gets here (`files`), and recent
+edits are judged here. Runs on the event loop.
+
+The chosen pieces stay the same while the user works at one place, because a change of the context makes the
+whole prompt new for the KV cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+from midfill.settings import Settings
+from midfill.text.documents import Document, Snapshot, changed_lines
+from midfill.text.secret_filter import MAX_LINE, grade, is_excluded
+from midfill.text.secret_watch import SecretWatch, Verdict
+from midfill.text.uris import file_of
+
+if TYPE_CHECKING:
+    from midfill.completion.context.indexer import Indexer
+
+IGNORE_FILES = (".gitignore", ".midfillignore")
+MAX_CHUNK_LINES = 16
+# The context is chosen anew when the cursor is further away from where it was chosen.
+_STAYS_FOR_LINES = 40
+_RENEWED_AFTER_LINES = 12
+_MAX_FROZEN = 64
+# What is looked for: the lines above the cursor and a few below.
+_QUERY_ABOVE = 20
+_QUERY_BELOW = 6
+_NEAR_LINES = 40
+_MAX_CANDIDATES = 16
+_MAX_DEFINITIONS = 4
+# Imports stand at the top.
+_IMPORT_LINES = 200
+# A chunk that has half of its lines near the cursor makes the model repeat what is there; of two that share
+# nine lines in ten, one is enough. The shares are those of llama.vim.
+_MAX_LIKE_CURSOR = 0.5
+_MAX_LIKE_CHOSEN = 0.9
+# Of the best chunk's score; what scores less shares common words only.
+_MIN_SHARE = 0.4
+# What the user has open is more likely to be about the same thing.
+_OPEN_BOOST = 1.25
+# No tokenizer makes more characters of code into a token on average.
+_CHARS_PER_TOKEN = 5
+_LITTLE_ROOM = 100
+_MAX_EDITS = 8
+_MAX_EDIT_LINES = 12
+_BURST_LINES = 8
+# Larger documents are not judged and not indexed while they are edited.
+_MAX_CHARS = 200_000
+
+
+class Source(StrEnum):
+    """Where a piece comes from; the values are those of the setting `context`."""
+
+    IMPORTS = "imports"
+    OPEN = "open"
+    REPOSITORY = "repository"
+    EDITS = "edits"
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A workspace folder. `prefix` comes before the paths of its files: "" for the first folder."""
+
+    prefix: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Snippet:
+    """A piece of another file.
+
+    Attributes:
+        path: relative to the workspace folder, with slashes; for a document outside of it its name.
+        text: whole lines, without the last line's end.
+    """
+
+    source: Source
+    path: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The context for one document.
+
+    Attributes:
+        snippets: the best last.
+        path: of the document itself, as in `Snippet`.
+        repository: the name of the first workspace folder, or "".
+    """
+
+    snippets: tuple[Snippet, ...] = ()
+    path: str = ""
+    repository: str = ""
+
+
+NOTHING = Collected()
+
+
+@dataclass(frozen=True, slots=True)
+class _Frozen:
+    """What was chosen for a document: at which line, and at which state of everything else."""
+
+    line: int
+    state: tuple[int, int, bool]
+    collected: Collected
+
+
+@dataclass(slots=True)
+class _Burst:
+    """Edits near each other, in a document that had these lines before them."""
+
+    document: Document
+    before: list[str]
+    line: int
+
+
+@dataclass(slots=True)
+class Context:
+    """Collects context for the documents of one editor.
+
+    Attributes:
+        settings: the ones in force; change them by `configure`.
+        secrets: what is known of the secrets in open documents.
+    """
+
+    settings: Settings
+    secrets: SecretWatch = field(default_factory=lambda: SecretWatch(in_background=False))
+    indexer: Indexer | None = None
+    _folders: tuple[Folder, ...] = ()
+    _open: dict[str, Document] = field(default_factory=dict)
+    # What the index calls the open documents.
+    _paths: set[str] = field(default_factory=set)
+    _dirty: set[str] = field(default_factory=set)
+    _frozen: OrderedDict[str, _Frozen] = field(default_factory=OrderedDict)
+    _burst: _Burst | None = None
+    _edits: deque[tuple[str, Snippet]] = field(default_factory=lambda: deque(maxlen=_MAX_EDITS))
+    _num_edits: int = 0
+
+    def open_folders(self, folders: Sequence[tuple[str, Path]]) -> None:
+        """Index these workspace folders (name, path) instead of those before; nothing is read without any.
+
+        The file system's root and the user's home are not read: an editor names them where nobody has
+        chosen a folder.
+        """
+        given = [(name, path) for name, path in folders if path not in {Path(path.anchor), Path.home()}]
+        self._folders = tuple(
+            Folder("" if number == 0 else f"{name or path.name}/", path)
+            for number, (name, path) in enumerate(given)
+        )
+        self._restart()
+
+    def configure(self, settings: Settings) -> None:
+        """Take new settings."""
+        old, self.settings = self.settings, settings
+        if settings.context != old.context or settings.excluded_files != old.excluded_files:
+            self._restart()
+
+    async def indexed(self) -> tuple[int, int]:
+        """Wait until the folders have been read. Returns the number of files and of chunks."""
+        indexer = self.indexer
+        if indexer is None:
+            return 0, 0
+        await asyncio.to_thread(indexer.scanned.wait)
+        return indexer.index.num_files, indexer.index.num_chunks
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        if self.indexer is not None:
+            self.indexer.close()
+            self.indexer = None
+
+    def _restart(self) -> None:
+        self.close()
+        self._frozen.clear()
+        sources = self.settings.context
+        if not sources:
+            return
+        folders = self._folders if {Source.REPOSITORY, Source.IMPORTS} & set(sources) else ()
+        # Whoever does without context does not wait for these imports.
+        from midfill.completion.context.indexer import Indexer  # noqa: PLC0415
+
+        self.indexer = Indexer(folders, self.settings.excluded_files)
+        self._dirty = set(self._open)
+        self._paths = {self._path(uri) for uri in self._open}
+        self._flush("")
+
+    # What the editor tells
+
+    def opened(self, document: Document) -> None:
+        """A document was opened."""
+        self._open[document.uri] = document
+        if self.indexer is None:
+            return
+        self._paths.add(self._path(document.uri))
+        self._dirty.add(document.uri)
+        self._flush("")
+
+    def edited(self, old: Document, new: Document) -> None:
+        """A document was changed."""
+        self._open[new.uri] = new
+        if self.indexer is None:
+            return
+        if new.uri not in self._dirty:
+            self._dirty.add(new.uri)
+            # Other documents may find this one changed; it finds itself as it is.
+            self._flush(new.uri)
+        if Source.EDITS in self.settings.context:
+            self._note_edit(old, new)
+
+    def closed(self, uri: str) -> None:
+        """A document was closed."""
+        document = self._open.pop(uri, None)
+        self._frozen.pop(uri, None)
+        self.secrets.forget(uri)
+        self._dirty.discard(uri)
+        if document is not None and self.indexer is not None:
+            self._paths.discard(self._path(uri))
+            self.indexer.close_document(self._path(uri))
+
+    def files_changed(self, uris: Sequence[str]) -> None:
+        """Files of the workspace were written, made or deleted."""
+        if self.indexer is None:
+            return
+        paths = [self.indexer.path_of(file) for uri in uris if (file := file_of(uri)) is not None]
+        self.indexer.changed([path for path in paths if path is not None])
+
+    def _flush(self, but: str) -> None:
+        """Give the index the texts of documents that have changed; not the one that is being typed into."""
+        if self.indexer is None:
+            return
+        for uri in self._dirty - {but}:
+            document = self._open.get(uri)
+            if document is not None and document.num_chars <= _MAX_CHARS and self._may_be_shown(uri):
+                self.indexer.put(self._path(uri), document.text)
+        self._dirty &= {but}
+
+    def _may_be_shown(self, uri: str) -> bool:
+        # Cells are parts of a notebook, which is a text of its own; "git:" and the like are other versions.
+        return uri.partition(":")[0] in {"file", "untitled"} and not is_excluded(
+            uri, self.settings.excluded_files
+        )
+
+    def _note_edit(self, old: Document, new: Document) -> None:
+        first, _, _ = changed_lines(old.lines, new.lines)
+        burst = self._burst
+        if burst is not None and burst.document.uri == new.uri and abs(first - burst.line) <= _BURST_LINES:
+            burst.document, burst.line = new, first
+            return
+        self._end_burst()
+        self._burst = _Burst(new, old.lines, first)
+
+    def _end_burst(self) -> None:
+        burst, self._burst = self._burst, None
+        if burst is not None and (snippet := self._as_snippet(burst)) is not None:
+            self._edits.append((burst.document.uri, snippet))
+            self._num_edits += 1
+
+    def _as_snippet(self, burst: _Burst) -> Snippet | None:
+        document = burst.document
+        if document.num_chars > _MAX_CHARS or not self._may_be_shown(document.uri):
+            return None
+        first, old_end, new_end = changed_lines(burst.before, document.lines)
+        removed = [line.rstrip("\r\n") for line in burst.before[first:old_end]]
+        added = [line.rstrip("\r\n") for line in document.lines[first:new_end]]
+        if not 0 < len(removed) + len(added) <= _MAX_EDIT_LINES or not "".join(removed + added).strip():
+            return None
+        # A very long line is a possible secret, whatever is in it.
+        if any(len(line) > MAX_LINE or grade(line) for line in removed + added):
+            return None
+        if self.secrets.verdict(document) is not Verdict.CLEAN:
+            return None
+        lines = [f"-{line}" for line in removed] + [f"+{line}" for line in added]
+        return Snippet(Source.EDITS, self._path(document.uri) + ".diff", "\n".join(lines))
+
+    # What is asked for
+
+    def collect(self, snapshot: Snapshot) -> Collected:
+        """The context for a cursor; the same object as long as it stays the same."""
+        if self.indexer is None or not self.settings.context_tokens:
+            return NOTHING
+        uri, line = snapshot.document.uri, snapshot.cursor.line
+        self._flush(uri)
+        old = self._frozen.get(uri)
+        state = self._state(uri)
+        if old is not None and old.state == state and abs(line - old.line) <= _STAYS_FOR_LINES:
+            return old.collected
+        # The index takes this text a moment later: what is found of it now is what it was before.
+        self._flush("")
+        before = old.collected.snippets if old else ()
+        repository = self._folders[0].path.name if self._folders else ""
+        new = Collected(tuple(_in_stable_order(self._choose(snapshot), before)), self._path(uri), repository)
+        if old is not None and new == old.collected:
+            new = old.collected
+        self._frozen[uri] = _Frozen(line, state, new)
+        self._frozen.move_to_end(uri)
+        if len(self._frozen) > _MAX_FROZEN:
+            self._frozen.popitem(last=False)
+        return new
+
+    def renew(self, snapshot: Snapshot) -> bool:
+        """Choose the context anew before it has to be, where that is not far. Whether it has changed.
+
+        For a moment when nobody waits: the prompt that follows is new to the KV cache.
+        """
+        uri = snapshot.document.uri
+        old = self._frozen.get(uri)
+        if old is None:
+            return False
+        near = abs(snapshot.cursor.line - old.line) <= _RENEWED_AFTER_LINES
+        if near and old.state == self._state(uri):
+            return False
+        # Beyond any line, so that it is chosen anew.
+        self._frozen[uri] = replace(old, line=-2 * _STAYS_FOR_LINES)
+        return self.collect(snapshot) is not old.collected
+
+    def _state(self, uri: str) -> tuple[int, int, bool]:
+        """What makes the context of a document new: other documents, recent edits, the end of the scan.
+
+        Files that change on disk count when it is chosen again; a build that writes files all the time
+        must not make every prompt new.
+        """
+        if self.indexer is None:
+            return 0, 0, False
+        others = self.indexer.num_texts - self.indexer.texts.get(self._path(uri), 0)
+        return others, self._num_edits, self.indexer.scanned.is_set()
+
+    def _choose(self, snapshot: Snapshot) -> list[Snippet]:
+        """The pieces that fit into the budget, best first."""
+        near = _lines_near(snapshot)
+        chosen: list[Snippet] = []
+        chosen_lines: list[set[str]] = []
+        room = self.settings.context_tokens * _CHARS_PER_TOKEN
+        for snippet in self._candidates(snapshot):
+            lines = _telling_lines(snippet.text)
+            if not lines or len(lines & near) > _MAX_LIKE_CURSOR * len(lines):
+                continue
+            if any(len(lines & other) > _MAX_LIKE_CHOSEN * len(lines) for other in chosen_lines):
+                continue
+            if len(snippet.text) <= room:
+                chosen.append(snippet)
+                chosen_lines.append(lines)
+                room -= len(snippet.text) + len(snippet.path)
+            if room < _LITTLE_ROOM:
+                break
+        return chosen
+
+    def _candidates(self, snapshot: Snapshot) -> Iterator[Snippet]:
+        sources = self.settings.context
+        if Source.EDITS in sources:
+            self._end_burst()
+            for uri, snippet in reversed(self._edits):
+                if uri != snapshot.document.uri:
+                    yield snippet
+        if Source.IMPORTS in sources:
+            yield from self._imported(snapshot)
+        if Source.REPOSITORY in sources or Source.OPEN in sources:
+            yield from self._similar(snapshot)
+
+    def _imported(self, snapshot: Snapshot) -> Iterator[Snippet]:
+        """Definitions of imported names that are used near the cursor, the nearest first."""
+        if self.indexer is None:
+            return
+        from midfill.completion.context.chunks import imported_names  # noqa: PLC0415 - see `_restart`
+
+        document = snapshot.document
+        names = imported_names(document.lines[:_IMPORT_LINES], document.language_id)
+        found = self.indexer.index.define(names, without=self._path(document.uri))
+        cursor = snapshot.cursor.line
+        begin = max(0, cursor - _NEAR_LINES)
+        above = "".join(document.lines[begin:cursor]) + snapshot.line_before
+        places = {name: above.rfind(name) for name, _ in found}
+        used = sorted((pair for pair in found if places[pair[0]] >= 0), key=lambda pair: -places[pair[0]])
+        for _, piece in used[:_MAX_DEFINITIONS]:
+            yield Snippet(Source.IMPORTS, piece.path, piece.text)
+
+    def _similar(self, snapshot: Snapshot) -> Iterator[Snippet]:
+        if self.indexer is None:
+            return
+        cursor = snapshot.cursor.line
+        lines = snapshot.document.lines
+        query = [
+            *reversed(lines[cursor + 1 : cursor + 1 + _QUERY_BELOW]),
+            *lines[max(0, cursor - _QUERY_ABOVE) : cursor],
+            snapshot.line_before,
+        ]
+        own = self._path(snapshot.document.uri)
+        # What is near stands in the prompt. Far parts of the document itself are as good as another file.
+        near = range(cursor - _NEAR_LINES - MAX_CHUNK_LINES, cursor + _NEAR_LINES)
+        found = self.indexer.index.search(query, _MAX_CANDIDATES, but=(own, near))
+        opened = self._paths | {own}
+        if Source.REPOSITORY not in self.settings.context:
+            found = [piece for piece in found if piece.path in opened]
+        found = [piece for piece in found if piece.score >= _MIN_SHARE * found[0].score]
+        found.sort(key=lambda piece: -piece.score * (_OPEN_BOOST if piece.path in opened else 1))
+        for piece in found:
+            source = Source.OPEN if piece.path in opened else Source.REPOSITORY
+            yield Snippet(source, piece.path, piece.text)
+
+    def _path(self, uri: str) -> str:
+        """What the index calls a document: its path in the workspace, else the end of its URI."""
+        file = file_of(uri)
+        path = self.indexer.path_of(file) if file is not None and self.indexer is not None else None
+        return path if path is not None else unquote(uri).rpartition("/")[2]
+
+
+def _in_stable_order(best_first: list[Snippet], before: Sequence[Snippet]) -> list[Snippet]:
+    """Those that were there before first, as they were; then the new ones, the best last."""
+    chosen = set(best_first)
+    stay = [snippet for snippet in before if snippet in chosen]
+    return stay + [snippet for snippet in reversed(best_first) if snippet not in set(stay)]
+
+
+def _lines_near(snapshot: Snapshot) -> set[str]:
+    cursor = snapshot.cursor.line
+    lines = snapshot.document.lines[max(0, cursor - _NEAR_LINES) : cursor + _NEAR_LINES + MAX_CHUNK_LINES]
+    return _telling_lines("".join(lines))
+
+
+def _telling_lines(text: str) -> set[str]:
+    """Lines by which texts can be compared: not the blank ones, nor lone brackets."""
+    return {line.strip() for line in text.splitlines() if len(line.strip()) > 3}

@@ -1,0 +1,210 @@
+"""Keeps the index of the workspace up to date, in the background.
+
+A thread owns the changes of the `RepositoryIndex`. The first reading of the folders is done by a process
+(`worker`); files that change later, and the texts of open documents, are few and are read by the thread.
+The event loop only puts jobs into a queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from midfill.completion.context import worker
+from midfill.completion.context.chunks import parse
+from midfill.completion.context.collector import IGNORE_FILES, Folder
+from midfill.completion.context.files import Sieve, sift
+from midfill.completion.context.index import RepositoryIndex
+from midfill.text.secret_filter import is_excluded
+
+_LOG = logging.getLogger(__name__)
+
+_COMMAND = [sys.executable, "-P", "-X", "utf8", "-m", "midfill.completion.context.worker"]
+_COMMIT_EVERY_S = 2.0
+# With more changes at once (another branch was checked out) a process reads everything again.
+_MANY = 50
+
+
+class Indexer:
+    """See the module.
+
+    Args:
+        folders: what to read; nothing is read without one.
+        excluded_files: patterns of names, as in the settings.
+    """
+
+    def __init__(self, folders: Sequence[Folder], excluded_files: Sequence[str]) -> None:
+        self.index = RepositoryIndex()
+        self.folders = tuple(folders)
+        self._excluded = tuple(excluded_files)
+        self._sieves = [(folder, Sieve(folder.path, excluded_files)) for folder in folders]
+        self._jobs: queue.Queue[tuple[Any, ...]] = queue.Queue(maxsize=10_000)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        # Paths whose text is the editor's, not the disk's. Touched by the thread only.
+        self._open: set[str] = set()
+        self._taken: list[str] = []
+        # How many texts of each open document the index has taken; replaced, never changed. And how many in
+        # all, those of documents that were closed since among them.
+        self.texts: Mapping[str, int] = {}
+        self.num_texts = 0
+        self.scanned = threading.Event()
+        threading.Thread(target=self._run, name="midfill-index", daemon=True).start()
+        if folders:
+            self._jobs.put(("scan",))
+        else:
+            self.scanned.set()
+
+    def path_of(self, file: Path) -> str | None:
+        """What the index calls a file of the workspace; None if it is not in a folder."""
+        for folder in self.folders:
+            with contextlib.suppress(ValueError):
+                return folder.prefix + file.relative_to(folder.path).as_posix()
+        return None
+
+    def put(self, path: str, text: str) -> None:
+        """Take the text of an open document."""
+        self._put("text", path, text)
+
+    def close_document(self, path: str) -> None:
+        """From now on the text of a file is the disk's again."""
+        self._put("closed", path)
+
+    def changed(self, paths: Sequence[str]) -> None:
+        """Files were written, made or deleted."""
+        if len(paths) > _MANY or any(path.rpartition("/")[2] in IGNORE_FILES for path in paths):
+            self._put("scan")
+            return
+        for path in paths:
+            self._put("changed", path)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all that was put before has been done: for evaluations and tests."""
+        done = threading.Event()
+        self._put("call", done.set)
+        return done.wait(timeout_s)
+
+    def close(self) -> None:
+        """End the process and the thread."""
+        self._closed = True
+        # Nobody waits for what will not come.
+        self.scanned.set()
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._process.kill()
+        self._put("close")
+
+    def _put(self, *job: Any) -> None:
+        # Full only if thousands of changes came within seconds; the next scan finds those that are lost.
+        with contextlib.suppress(queue.Full):
+            self._jobs.put_nowait(job)
+
+    def _run(self) -> None:
+        while True:
+            kind, *arguments = self._jobs.get()
+            if kind == "close" or self._closed:
+                return
+            try:
+                if kind == "scan":
+                    self._scan()
+                elif kind == "call":
+                    self._commit()
+                    arguments[0]()
+                else:
+                    self._update(kind, *arguments)
+                if self._jobs.empty():
+                    self._commit()
+            except Exception as error:  # noqa: BLE001 - a file that cannot be indexed costs nothing else
+                # Not its message, which may quote a file.
+                _LOG.error("the index failed: %s", type(error).__name__)
+
+    def _commit(self) -> None:
+        self.index.commit()
+        texts = dict(self.texts)
+        for path in self._taken:
+            texts[path] = texts.get(path, 0) + 1
+        self.texts = {path: count for path, count in texts.items() if path in self._open}
+        self.num_texts += len(self._taken)
+        self._taken.clear()
+
+    def _update(self, kind: str, path: str, text: str | None = None) -> None:
+        if kind == "text":
+            self._open.add(path)
+            self._taken.append(path)
+        elif kind == "closed":
+            self._open.discard(path)
+            self._taken.append(path)
+        elif path in self._open:
+            return
+        file = None
+        if text is not None:
+            if not is_excluded(path, self._excluded):
+                file = sift(path, text)
+        else:
+            file = self._read(path)
+        if file is None:
+            self.index.remove(path)
+        else:
+            self.index.add(path, parse(file))
+
+    def _read(self, path: str) -> Any:
+        # The folder with the longest prefix first: the first folder's is empty and fits everything.
+        for folder, sieve in sorted(self._sieves, key=lambda pair: -len(pair[0].prefix)):
+            if path.startswith(folder.prefix):
+                relative = path.removeprefix(folder.prefix)
+                return sieve.read(relative) if sieve.admits(relative) else None
+        return None
+
+    def _scan(self) -> None:
+        """Read all folders by a process, and take out what is not there any more."""
+        for _, sieve in self._sieves:
+            sieve.forget_ignores()
+        begun = committed = time.monotonic()
+        request = {
+            "folders": [(folder.prefix, os.fspath(folder.path)) for folder in self.folders],
+            "excluded_files": self._excluded,
+        }
+        seen = set()
+        with subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
+            _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            self._process = process
+            assert process.stdin is not None  # noqa: S101 - for the type checker
+            assert process.stdout is not None  # noqa: S101
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            for line in process.stdout:
+                if self._closed:
+                    return
+                path, parsed = worker.decode(line)
+                seen.add(path)
+                if path not in self._open:
+                    self.index.add(path, parsed)
+                if time.monotonic() - committed > _COMMIT_EVERY_S:
+                    self.index.commit()
+                    committed = time.monotonic()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        if process.returncode == 0:
+            for path in set(self.index.paths()) - seen - self._open:
+                self.index.remove(path)
+        self.index.commit()
+        self.scanned.set()
+        _LOG.info(
+            "indexed %d files (%d chunks) in %.1f s, status %s",
+            self.index.num_files,
+            self.index.num_chunks,
+            time.monotonic() - begun,
+            process.returncode,
+        )

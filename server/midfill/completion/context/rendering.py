@@ -1,0 +1,133 @@
+"""Context as tokens: in the form that a family was trained with, else as comments.
+
+Knows families and tokenizers; `prompt` puts the result into its place. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from midfill.completion.context.collector import Collected, Snippet
+from midfill.engine.api import Tokenizer
+from midfill.fim.templates import Family
+from midfill.text.documents import Document
+
+Segment = tuple[str, tuple[int, ...]]
+
+_MAX_REMEMBERED = 64
+# What begins a comment up to the end of the line; "#" for all others.
+_COMMENTS = {
+    **dict.fromkeys(
+        [
+            *("c", "cpp", "csharp", "dart", "go", "java", "javascript", "javascriptreact", "kotlin"),
+            *("php", "rust", "scala", "swift", "typescript", "typescriptreact", "zig"),
+        ],
+        "//",
+    ),
+    **dict.fromkeys(("lua", "sql", "haskell"), "--"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Context as parts of a prompt.
+
+    Attributes:
+        at_start: what stands at the prompt's beginning, behind BOS.
+        in_prefix: comments, which stand where the prefix begins.
+    """
+
+    at_start: tuple[Segment, ...] = ()
+    in_prefix: tuple[Segment, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens all of it takes."""
+        return sum(len(ids) for _, ids in self.at_start + self.in_prefix)
+
+
+@dataclass(slots=True)
+class ContextWriter:
+    """Writes context for one model; the same context of a document is not encoded twice."""
+
+    family: Family
+    tokenizer: Tokenizer
+    _written: OrderedDict[str, tuple[object, int, Written]] = field(default_factory=OrderedDict)
+
+    def write(self, document: Document, context: Collected, budget: int) -> Written:
+        """What of a document's context fits into `budget` tokens, the last pieces first, in their order."""
+        if not context.snippets:
+            return Written()
+        uri = document.uri
+        known = self._written.get(uri)
+        if known is not None and known[0] is context and known[1] == budget:
+            return known[2]
+        if self._has_marks():
+            written = self._as_files(context, budget)
+        else:
+            written = self._as_comments(document.language_id, context.snippets, budget)
+        self._written[uri] = context, budget, written
+        self._written.move_to_end(uri)
+        if len(self._written) > _MAX_REMEMBERED:
+            self._written.popitem(last=False)
+        return written
+
+    def _has_marks(self) -> bool:
+        marks = self.family.file_marks
+        return self.family.cross_file is not None and all(
+            self.tokenizer.token_id(mark) is not None for mark in marks
+        )
+
+    def _as_files(self, context: Collected, budget: int) -> Written:
+        form = self.family.cross_file
+        if form is None:
+            return Written()
+        parts: list[Segment] = []
+        if form.repository:
+            name = self._encode(context.repository + form.after_repository)
+            parts.append(("repository", (*self._mark(form.repository), *name)))
+        own: list[Segment] = []
+        if form.own_path:
+            own.append(("path", (*self._mark(form.file), *self._encode(context.path + form.after_path))))
+        budget -= sum(len(ids) for _, ids in parts + own)
+        pieces = [
+            (
+                f"context: {snippet.source}",
+                (*self._mark(form.file), *self._encode(f"{snippet.path}{form.after_path}{snippet.text}\n")),
+            )
+            for snippet in context.snippets
+        ]
+        fitting = _fitting(pieces, budget)
+        return Written((*parts, *fitting, *own)) if fitting else Written()
+
+    def _as_comments(self, language_id: str, snippets: Sequence[Snippet], budget: int) -> Written:
+        mark = _COMMENTS.get(language_id, "#")
+        pieces = [
+            (
+                f"context: {snippet.source}",
+                self._encode(
+                    "".join(f"{mark} {line}\n" for line in (f"{snippet.path}:", *snippet.text.split("\n")))
+                ),
+            )
+            for snippet in snippets
+        ]
+        return Written(in_prefix=_fitting(pieces, budget))
+
+    def _mark(self, name: str) -> tuple[int, ...]:
+        token = self.tokenizer.token_id(name)
+        return self._encode(name) if token is None or name not in self.family.file_marks else (token,)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text))
+
+
+def _fitting(pieces: Sequence[Segment], budget: int) -> tuple[Segment, ...]:
+    """As many as fit, from the last on, which are the best; in their order."""
+    chosen: list[Segment] = []
+    for piece in reversed(pieces):
+        if len(piece[1]) <= budget:
+            budget -= len(piece[1])
+            chosen.append(piece)
+    return tuple(reversed(chosen))

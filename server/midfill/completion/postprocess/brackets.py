@@ -1,0 +1,217 @@
+"""The brackets, strings and comments of a suggestion, by the grammar or by a scan that knows quotes.
+
+Pure: text in, offsets out. What a grammar knows is asked of `syntax`; without one the scan has to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from midfill.completion.postprocess.cursor_context import Place
+from midfill.completion.postprocess.indentation import opens_block, width
+from midfill.text import notation, syntax
+from midfill.text.syntax import Delimiter, Outline, balance
+
+_OPENERS = {"(": ")", "[": "]", "{": "}"}
+CLOSERS = frozenset(_OPENERS.values())
+_QUOTES = "\"'`"
+# Each is read once, at half a millisecond, should what the cursor is in not be ended in the file.
+_MOST_OPENINGS = 3
+
+
+@lru_cache(maxsize=8)
+def _outline(above: str, text: str, language_id: str) -> Outline | None:
+    """Several questions are asked of one text, each by a reader of its own."""
+    growing = syntax.Growing.of(above, language_id)
+    return None if growing is None else growing.outline(text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """The string or comment, of a kind that may have several lines, that the cursor is in.
+
+    Attributes:
+        above: the lines above the cursor's from about that on which it begins.
+        closer: what ends it, without blanks around.
+        rest: what of it stands behind the cursor, its end included.
+        comment: it is a comment.
+        column: the width of the indentation of the line on which it begins.
+    """
+
+    above: str
+    closer: str
+    rest: str
+    comment: bool
+    column: int
+
+
+def enclosing(place: Place) -> _Text | None:
+    """The string or comment that the cursor is in, if it may have several lines; by the text above and below.
+
+    None in code, and in languages without a grammar.
+    """
+    if not syntax.knows(place.language_id):
+        return None
+    above = place.farther + place.above
+    openings = syntax.openings(above + place.line_before, place.language_id, whole=place.whole)
+    return _enclosing(
+        above,
+        place.line_before,
+        "\n".join((place.line_after, *place.following)),
+        place.language_id,
+        tuple(openings[:_MOST_OPENINGS]),
+    )
+
+
+@lru_cache(maxsize=8)
+def _enclosing(
+    above: str, before: str, below: str, language_id: str, openings: tuple[tuple[int, str, bool], ...]
+) -> _Text | None:
+    if not openings:
+        return None
+    # As far down as the file goes, then as if what was begun ended at the cursor: the file may not end it.
+    for end in ("", *(closer for _, closer, _ in openings)):
+        text = "\n" + end + "\n" if end else below
+        # The nearer the beginning, the less there is to read.
+        begin = above.rfind("\n", 0, openings[-1][0]) + 1
+        found = syntax.enclosing(above[begin:] + before, text, language_id)
+        if found is not None:
+            closers = [closer.strip() for _, closer, _ in openings]
+            closer = next((one for one in closers if found.rest.rstrip().endswith(one)), "")
+            head = above[above.rfind("\n", 0, max(0, begin + found.start - 1)) + 1 :]
+            begins = openings[0][0] if len(openings) == 1 else begin + found.start
+            line = (above + before)[(above + before).rfind("\n", 0, begins) + 1 :]
+            return _Text(head, closer, found.rest, found.comment, width(line))
+    return None
+
+
+class Reader:
+    """What brackets, strings and comments a suggestion has, by the grammar or by a scan."""
+
+    def __init__(self, place: Place) -> None:
+        self._before = place.line_before
+        self._language_id = place.language_id
+        self._around = enclosing(place)
+        self._above = place.above if self._around is None else self._around.above
+        self._growing = syntax.Growing.of(self._above, place.language_id)
+        self._is_new = True
+        self._awaited: frozenset[str] | None = None
+
+    def read(self, text: str) -> Outline:
+        """The outline of `text`; its `open` are the closers that the cursor's line still awaits."""
+        whole = self._before + text
+        if self._around is not None and self._goes_on(text, self._around):
+            return Outline((), (), ((-len(whole) - 1, len(text) + 1, self._around.comment),))
+        if self._growing is None:
+            spans = notation.comments(self._above + whole, self._language_id)
+            begin = len(self._above)
+            opaque = tuple((start - begin, end - begin, kind) for start, end, kind in spans if end > begin)
+            found: Outline | None = Outline((), tuple(self._scanned(whole, opaque)), opaque)
+        elif self._is_new:
+            found = _outline(self._above, whole, self._language_id)
+        else:
+            found = self._growing.outline(whole)
+        self._is_new = False
+        if found is None:
+            found = Outline((), tuple(self._scanned(whole, ())), ())
+        size = len(self._before)
+        earlier = tuple(one for one in found.delimiters if one.start < size)
+        return Outline(
+            balance(earlier)[0],
+            tuple(one.shifted(-size) for one in found.delimiters if one.start >= size),
+            tuple((start - size, end - size, comment) for start, end, comment in found.opaque),
+        )
+
+    def _scanned(self, text: str, opaque: tuple[tuple[int, int, bool], ...]) -> Iterator[Delimiter]:
+        """The brackets of a text that no grammar reads, without those that are none.
+
+        None are those in comments, and a closer that nothing opened, as in `1)` or `:)`; but where a line
+        begins with a closer, what it closes may be further up than anybody has looked.
+        """
+        spans = Outline((), (), opaque)
+        found = tuple(one for one in scan(text) if not spans.within(one.start))
+        unmatched = {one.start for one in balance(found)[1]}
+        if unmatched and self._awaited is None:
+            self._awaited = frozenset(balance(tuple(scan(self._above)))[0])
+        for one in found:
+            line = text[text.rfind("\n", 0, one.start) + 1 : one.start]
+            if one.start not in unmatched or one.text in (self._awaited or ()) or not line.strip(" \t)]};,"):
+                yield one
+
+    def _goes_on(self, text: str, around: _Text) -> bool:
+        """Whether what the cursor is in has not been ended by the text."""
+        before = self._before[max(0, len(self._before) - len(around.closer) + 1) :]
+        if around.closer and around.closer not in before + text:
+            return True
+        head = self._above + self._before
+        found = syntax.enclosing(head + text, around.rest, self._language_id)
+        return found is not None and found.start < len(head)
+
+    def comments(self, text: str) -> list[tuple[int, int]]:
+        """The comments of a text, one that it does not end included."""
+        found = self.read(text)
+        for at, closer, comment in notation.openings(text, self._language_id):
+            if comment and not found.within(at):
+                found = self.read(text + closer)
+                break
+        return [(start, end) for start, end, comment in found.opaque if comment]
+
+
+def code_above(place: Place) -> tuple[str, ...]:
+    """The lines above the cursor's without their comments; "" for those that begin within a string."""
+    return _code(place.above, place.language_id)
+
+
+@lru_cache(maxsize=8)
+def _code(text: str, language_id: str) -> tuple[str, ...]:
+    if syntax.knows(language_id):
+        outline = syntax.outline(text, language_id)
+        spans = outline.opaque if outline is not None else ()
+    else:
+        spans = tuple(notation.comments(text, language_id))
+    lines, start = [], 0
+    for line in text.split("\n"):
+        end = start + len(line)
+        inside = any(first < start < last for first, last, _ in spans)
+        comment = min((first for first, _, kind in spans if kind and start <= first < end), default=end)
+        lines.append("" if inside else line[: comment - start].rstrip())
+        start = end + 1
+    return tuple(lines)
+
+
+def opens_block_above(place: Place) -> bool:
+    """Whether the last line above that is not blank is code that ends so that the next one belongs deeper."""
+    row = len(place.above.rstrip().split("\n")) - 1
+    return opens_block(place.previous_line) and opens_block(code_above(place)[row])
+
+
+def scan(text: str) -> Iterator[Delimiter]:
+    """The brackets of a text outside of quotes, for languages without a grammar."""
+    quote = previous = ""
+    for index, char in enumerate(text):
+        if quote:
+            if char == "\n" or (char == quote and previous != "\\"):
+                quote = ""
+        elif char in _QUOTES:
+            quote = char
+        elif char in _OPENERS or char in CLOSERS:
+            yield Delimiter(index, index + 1, char, _OPENERS.get(char, ""))
+        previous = char
+
+
+def imbalance(line: str) -> int:
+    """Closers without an opener, and openers and quotes without a closer, of one line."""
+    awaited, unmatched = balance(tuple(scan(line)))
+    quote = previous = ""
+    for char in line:
+        if char in _QUOTES and previous != "\\" and quote in {"", char}:
+            quote = "" if quote else char
+        previous = char
+    return len(awaited) + len(unmatched) + bool(quote)
+
+
+def closes_outside(found: Outline, start: int) -> bool:
+    """Whether what follows `start` closes what was opened above the cursor's line."""
+    return any(one.start >= start for one in balance(found.delimiters, found.open)[1])

@@ -1,0 +1,184 @@
+"""The place that a suggestion goes to: as much of the text around it as is looked at when it is trimmed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from midfill.text import notation
+from midfill.text.documents import Snapshot, content_length
+from midfill.text.syntax import openings
+
+_LINES_BELOW = 100
+NUM_AROUND = 20
+# So many of them are searched for what the model repeats.
+_NEARBY = 16
+# Parsing takes about half a millisecond for so much, several times for each answer.
+_CHARS_ABOVE = 2_500
+# What began a long string is looked for as far up; most of it is searched and not parsed.
+_CHARS_FARTHER = 12_000
+_QUOTES = ("'", '"')
+# The key, or dash, and the sign of a block of text in YAML.
+_SCALAR = re.compile(r"(?:.*[:\-?]\s+|\s*)(?:[!&]\S+\s+)*[|>][-+\d]*\s*(?:#.*)?\Z")
+_SCRIPT = re.compile(r"</?(?:script|style)\b")
+_BEGINNING = re.compile(
+    r"(?:(?:export|default|pub|public|private|protected|static|abstract|final|async|unsafe)\s+)*"
+    r"(?:def|class|func|function|fun|fn|impl|struct|enum|interface|trait|module|namespace|type|const|let|var"
+    r"|object|template|import|from|use|using|package)\b|[@#]\w"
+)
+# Of a longer line only the ends matter: its indentation, and what is next to the cursor.
+_LONG_LINE = 2_000
+
+MAX_LINES = 12
+"""The most lines of a suggestion that nobody asked for; who asks gets twice as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    r"""Where the suggestion goes.
+
+    Attributes:
+        line_before: the current line up to the cursor.
+        line_after: the rest of it.
+        following: lines below, without terminators; enough to see what must not be repeated, and what parses.
+        max_lines: the most lines a suggestion may have.
+        above: lines above with their \n, enough to see which block the cursor is in.
+        farther: lines above these, enough to see in which string or comment the cursor is.
+        whole: there are none above these.
+        language_id: the editor's name of the language; "" where it is not known.
+        invoked: the user asked for it. Then a suggestion in the middle of a line may have several lines.
+    """
+
+    line_before: str
+    line_after: str
+    following: tuple[str, ...] = ()
+    max_lines: int = MAX_LINES
+    above: str = ""
+    language_id: str = ""
+    invoked: bool = False
+    farther: str = ""
+    whole: bool = True
+
+    @property
+    def is_prose(self) -> bool:
+        """Whether every line of the file is text for people, or of the block in a YAML file."""
+        if "yaml" in self.language_id.lower():
+            return _is_in_scalar(self)
+        return notation.is_prose(self.language_id)
+
+    @property
+    def is_code(self) -> bool:
+        """Whether lines here are code: not in prose, nor in the text of a document in markup."""
+        if not notation.is_markup(self.language_id):
+            return not self.is_prose
+        above = list(_SCRIPT.finditer(self.farther + self.above + self.line_before))
+        if above:
+            return not above[-1].group().startswith("</")
+        below = _SCRIPT.search("\n".join((self.line_after, *self.following)))
+        return below is not None and below.group().startswith("</")
+
+    @property
+    def has_jumps(self) -> bool:
+        """Whether `return` and the like leave a block here."""
+        return notation.of(self.language_id).jumps and self.is_code
+
+    @property
+    def tail(self) -> str:
+        """What stands behind the cursor, but for blanks."""
+        return self.line_after.strip()
+
+    @property
+    def around(self) -> tuple[str, ...]:
+        """The lines above, at and below the cursor, as many as tell how the file is indented."""
+        here = self.line_before + self.line_after if self.line_before.strip() else ""
+        return (*self.above.split("\n")[-NUM_AROUND:-1], here, *self.following[:NUM_AROUND])
+
+    @property
+    def nearby(self) -> list[str]:
+        """The lines just below that are not blank, without blanks at their ends."""
+        return [line.rstrip() for line in self.following[:_NEARBY] if line.strip()]
+
+    @property
+    def next_line(self) -> str:
+        """The next line below that is not blank; "" if there is none."""
+        return next(iter(self.nearby), "")
+
+    @property
+    def previous_line(self) -> str:
+        """The last line above that is not blank; "" if there is none."""
+        return next((line.rstrip() for line in reversed(self.above.split("\n")) if line.strip()), "")
+
+    @staticmethod
+    def of(snapshot: Snapshot, *, invoked: bool) -> Place:
+        """The place of a cursor."""
+        before, after = snapshot.line_before, snapshot.line_after
+        if len(before) > _LONG_LINE:
+            before = before[: _LONG_LINE // 2] + before[-_LONG_LINE // 2 :]
+        farther, above, whole = _above(snapshot)
+        return Place(
+            before,
+            after[:_LONG_LINE],
+            tuple(snapshot.lines_after(_LINES_BELOW)),
+            above=above,
+            language_id=snapshot.document.language_id,
+            invoked=invoked,
+            max_lines=2 * MAX_LINES if invoked else MAX_LINES,
+            farther=farther,
+            whole=whole,
+        )
+
+
+def _is_in_scalar(place: Place) -> bool:
+    """Whether one of the lines that the cursor's is indented below begins a block of text in YAML."""
+    column = _width(place.line_before)
+    if not place.line_before.strip():
+        column = max(column, _width(place.next_line), 1)
+    for line in reversed((place.farther + place.above).split("\n")):
+        if line.strip() and _width(line) < column:
+            if _SCALAR.fullmatch(line):
+                return True
+            column = _width(line)
+    return False
+
+
+def _width(line: str) -> int:
+    """How many blanks a line begins with."""
+    return len(line) - len(line.lstrip(" "))
+
+
+def _above(snapshot: Snapshot) -> tuple[str, str, bool]:
+    """Lines above the cursor's, as many as are cheap to parse, after those above them; whether that is all.
+
+    They begin with the first that looks like a beginning, and not in the middle of a string.
+    """
+    lines, cursor = snapshot.document.lines, snapshot.cursor.line
+    first = _first(lines, cursor, _CHARS_ABOVE)
+    if first == 0:
+        return "", _joined(lines[:cursor]), True
+    begin = _first(lines, first, _CHARS_FARTHER)
+    farther = _joined(lines[begin:first])
+    start = first
+    for _, closer, _ in openings(farther, snapshot.document.language_id, whole=begin == 0):
+        if closer in _QUOTES:
+            # There are too many of them to tell.
+            continue
+        # Where it is not ended in the window, the cursor is in it, or it is none.
+        ends = (row for row in range(first, cursor) if closer.strip() in lines[row])
+        start = max(start, next(ends, first - 1) + 1)
+    beginnings = (line for line in range(start, cursor) if _BEGINNING.match(lines[line]))
+    start = next(beginnings, start)
+    return farther + _joined(lines[first:start]), _joined(lines[start:cursor]), begin == 0
+
+
+def _first(lines: Sequence[str], end: int, num_chars: int) -> int:
+    """The first of the lines before `end` that have so many characters together."""
+    first, size = end, 0
+    while first > 0 and size + len(lines[first - 1]) <= num_chars:
+        first -= 1
+        size += len(lines[first])
+    return first
+
+
+def _joined(lines: Sequence[str]) -> str:
+    return "".join(line[: content_length(line)] + "\n" for line in lines)

@@ -1,0 +1,204 @@
+r"""What a model writes, piece by piece, as text of the file that it is for.
+
+Line ends become \n; lines are indented by tabs or by blanks as those around the cursor are; a single blank
+that the model puts before its first word goes; and nothing comes through from the first character on that
+is not safe to show. What has come through never changes, so that it can be judged, shown and compared with
+what the user types while it still grows. Linear in the text. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+
+from midfill.completion.postprocess import indentation
+from midfill.completion.postprocess.brackets import enclosing
+from midfill.completion.postprocess.cursor_context import Place
+from midfill.completion.postprocess.indentation import lead, width
+from midfill.completion.postprocess.tabs import Tabs, opens
+from midfill.text.characters import safe_length
+
+_LINE_ENDS = re.compile(r"\r+\n?")
+# What has to be known of a line before its blanks are: all of its first word.
+_FIRST_WORD = re.compile(r"[ \t]*(?:\w+\W|[^\w\s])")
+# Here a line's first character is a column of its own, or lines are aligned with what is in those above.
+_IN_COLUMNS = frozenset(
+    {
+        *("diff", "patch", "git-diff", "cobol", "fortran-fixed", "fortranfixedform", "asm", "tsv", "csv"),
+        *(
+            "lisp",
+            "commonlisp",
+            "emacs-lisp",
+            "elisp",
+            "lisp-interaction",
+            "scheme",
+            "racket",
+            "clojure",
+            "fennel",
+        ),
+        *("haskell", "purescript", "elm", "agda", "idris", "ocaml", "sml", "lean", "lean4"),
+    }
+)
+# A line that begins so, or comes after one that ends so, may be aligned with something.
+_ALIGNED = re.compile(r"[.?&|+*/,:)\]}=<>-]")
+_GOES_ON = (",", "\\", "(", "[", "{", "+", "-", "*", "/", "=", "and", "or", ".", "|", "&", ":")
+
+
+def received(text: str, place: Place) -> str:
+    """Return all of a model's text as text of the file."""
+    whole = Received(place)
+    whole.push(text)
+    whole.finish()
+    return whole.text
+
+
+class Received:
+    """A text that grows.
+
+    Attributes:
+        text: what has come through so far.
+        is_altered: something came through in another way than the model wrote it.
+        is_cut: a character that is not safe to show has come, and nothing comes through any more.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.text = ""
+        self.is_altered = False
+        self.is_cut = False
+        self._place = place
+        self._around = place.around
+        self._step = max(2, width(indentation.unit(self._around)))
+        self._new: list[str] = []
+        self._is_first = True
+        self._line = place.line_before
+        self._previous = place.previous_line
+        # The beginning of a line, as long as it is not known how to indent it.
+        self._begin: str | None = None if place.line_before.strip() else ""
+        self._returns = ""
+        self._near: str | None = None
+        self._tabs: Tabs | None = None
+        self._is_shifted = False
+
+    def push(self, piece: str) -> None:
+        """Take more of the model's text."""
+        if self.is_cut:
+            return
+        piece = self._with_newlines(self._returns + piece)
+        if not (piece.isascii() and piece.isprintable()):
+            size = safe_length(piece, self._nearby(), (self._begin or "") or self.text[-1:])
+            self.is_cut = size < len(piece)
+            piece = piece[:size]
+        first, *lines = piece.split("\n")
+        self._append(first)
+        for line in lines:
+            self._end_line()
+            self._append(line)
+        if self.is_cut:
+            self._returns = ""
+            self.finish()
+        self._flush()
+
+    def finish(self) -> None:
+        """Let through what waited for more text."""
+        returns, self._returns = self._returns, ""
+        for _ in returns:
+            self._end_line()
+        if self._begin and self._begin.strip():
+            self._release()
+        self._flush()
+
+    def _flush(self) -> None:
+        self.text += "".join(self._new)
+        self._new.clear()
+
+    def _with_newlines(self, piece: str) -> str:
+        """The piece with its line ends as newlines; carriage returns at its end wait for what follows."""
+        if "\r" not in piece:
+            return piece
+        self.is_altered = True
+        kept = piece.rstrip("\r")
+        self._returns = piece[len(kept) :]
+        # Of those before a line feed, one is its own and the others are a fault.
+        return _LINE_ENDS.sub(lambda end: "\n" * (1 if "\n" in end.group() else len(end.group())), kept)
+
+    def _nearby(self) -> str:
+        if self._near is None:
+            place = self._place
+            self._near = "\n".join((*self._around, place.line_before, place.line_after))
+        return self._near
+
+    def _append(self, part: str) -> None:
+        if self._begin is None:
+            self._let_through(part)
+            return
+        self._begin += part
+        if not self._begin.strip():
+            return
+        if self._begin[0] not in " \t" or not self._needs_word() or _FIRST_WORD.match(self._begin):
+            self._release()
+
+    def _end_line(self) -> None:
+        if self._begin:
+            if self._begin.strip():
+                self._release()
+            else:
+                self._let_through(self._begin)
+        if self._line.strip():
+            self._previous = self._line
+        self._new.append("\n")
+        self._line, self._begin = "", ""
+        self._is_first = False
+
+    def _let_through(self, part: str) -> None:
+        self._new.append(part)
+        self._line += part
+
+    def _release(self) -> None:
+        """Let the beginning of a line through, indented as the file is."""
+        begin, self._begin = self._begin or "", None
+        blanks = lead(begin)
+        if blanks:
+            rest = begin[len(blanks) :]
+            blanks = self._without_stray(blanks, rest)
+            written = self._converter().indented(blanks, rest, self._previous, self._line) + rest
+            self.is_altered |= written != begin
+            begin = written
+        self._let_through(begin)
+
+    def _converter(self) -> Tabs:
+        if self._tabs is None:
+            self._tabs = Tabs(self._place)
+        return self._tabs
+
+    def _needs_word(self) -> bool:
+        return self._converter().needs_word
+
+    def _without_stray(self, blanks: str, rest: str) -> str:
+        """The blanks before a line, without a single one that leads to a column where nothing else is."""
+        place, column = self._place, width(self._line + blanks)
+        if column % self._step != 1 or rest.startswith("*") or place.language_id in _IN_COLUMNS:
+            return blanks
+        significant = place.language_id in indentation.SIGNIFICANT
+        if self._is_first:
+            if not significant and opens(place.previous_line):
+                # A step may be one blank.
+                return blanks
+            lines = (line for line in self._around if line.strip() and not line.lstrip().startswith("*"))
+            columns = {width(line) for line in lines}
+            previous = place.previous_line
+            expected = width(previous) + self._step * opens(previous)
+            if blanks.endswith(" ") and column not in columns and (blanks == " " or column == expected + 1):
+                self._is_shifted = True
+                return blanks[:-1]
+        elif self._is_shifted or (significant and self._steps_in_by_one(column, rest)):
+            return blanks.removesuffix(" ")
+        return blanks
+
+    def _steps_in_by_one(self, column: int, rest: str) -> bool:
+        """Whether a line of Python is one blank deeper than the one above it for no reason."""
+        previous = self._previous.rstrip()
+        return (
+            column == width(previous) + 1
+            and not previous.endswith(_GOES_ON)
+            and not _ALIGNED.match(rest)
+            and enclosing(self._place) is None
+        )

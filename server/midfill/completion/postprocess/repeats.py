@@ -1,0 +1,183 @@
+"""What of a suggestion stands below the cursor already, also where the model indents in another way.
+
+Pure: text in, answers out. Each question is about the last line of what came so far.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+
+from midfill.completion.postprocess import indentation
+from midfill.completion.postprocess.brackets import opens_block_above
+from midfill.completion.postprocess.cursor_context import Place
+from midfill.completion.postprocess.indentation import width
+from midfill.completion.postprocess.tabs import may_open
+
+# A line with a word and some more in it is not there twice by chance, as `else:` or `}` is.
+_TELLING = re.compile(r"\w\W++\w")
+# The end of a statement, or of an element.
+_ENDED = re.compile(r"(?:[;,)\]}]|</[\w-]+>|/>)\s*\Z")
+# The end of a line whose statement goes on below.
+_GOES_ON = re.compile(r"(?:[=+\-*/%<>&|^~!?,.\\(\[{:]|\b(?:and|or|not|in|is))\s*\Z")
+# What a statement above may go on with.
+_CONTINUES = re.compile(r"\s*[.?&|+*/,:)\]}=<>-]")
+# Of a model that has written one line, nobody can say what a step is to it.
+_COMMON_STEPS = (2, 4)
+# A model that writes the same few lines so many times writes them for ever.
+_LONGEST_CYCLE = 4
+_ENOUGH_CYCLES = 3
+
+
+def is_telling(line: str) -> bool:
+    """Whether a line says enough not to be there twice by chance."""
+    return _TELLING.search(line) is not None
+
+
+def goes_on_below(
+    lines: Sequence[str], place: Place, *, whole: str = "", nearby: bool = True, is_text: bool = False
+) -> bool:
+    """Whether the last of the lines is the next one below, or, if it is telling, one soon after.
+
+    Args:
+        lines: what came.
+        place: where it goes.
+        whole: the last line with what stands before it; by default the line.
+        nearby: also look further than the next line.
+        is_text: the line is no code, so its indentation says nothing.
+    """
+    number = len(lines) - 1
+    whole = (whole or lines[-1]).rstrip()
+    below = place.next_line
+    if not whole.strip():
+        return False
+    if whole == below:
+        return True
+    soon = _block_below(place) if place.is_code else place.nearby
+    if nearby and number > 0 and is_telling(whole) and whole in soon:
+        return True
+    if not is_telling(whole):
+        return number > 0 and not is_text and whole.strip() == below.strip() and _is_too_deep(lines, place)
+    if number == 0:
+        is_next = whole.strip() == below.strip() and not place.line_before.strip()
+        return is_next and (is_text or _begins_as_deep(whole, place))
+    candidates = [line for line in soon if line.strip() == whole.strip()]
+    if not candidates or not (nearby or below in candidates):
+        return False
+    if is_text and below in candidates:
+        return True
+    return _is_as_deep([place.line_before + lines[0], *lines[1:]], candidates, place)
+
+
+def retraced(lines: Sequence[str], place: Place) -> int:
+    """How many lines at the end go over two lines that stand below one after the other; 0 if they do not.
+
+    Where they are the next two they may be indented in another way. Later than at the beginning of a text,
+    both of them have to be telling.
+    """
+    last = len(lines) - 1
+    if last < 1 or not lines[last].strip():
+        return 0
+    first = next((at for at in range(last - 1, -1, -1) if lines[at].strip()), -1)
+    if first < 0 or not is_telling(lines[first]):
+        return 0
+    begins = not any(line.strip() for line in lines[:first]) and first == last - 1
+    if not begins and not is_telling(lines[last]):
+        return 0
+    one, two = (lines[first] if first else place.line_before + lines[first]), lines[last]
+    pairs = list(pairwise(place.nearby))
+    is_next = any(
+        (one.strip(), two.strip()) == (above.strip(), below.strip())
+        and _sign(width(two) - width(one)) == _sign(width(below) - width(above))
+        for above, below in pairs[:1]
+    )
+    if is_next or (begins and (one.rstrip(), two.rstrip()) in pairs):
+        return last - first + 1
+    return 0
+
+
+def without_next_line(text: str, place: Place) -> str:
+    """The text up to where it goes on with the next line below."""
+    lines = (place.line_before + text).split("\n")
+    at = next(
+        (at for at, line in enumerate(lines) if line.strip() and line.rstrip() == place.next_line), None
+    )
+    return text if at is None else "\n".join(text.split("\n")[:at])
+
+
+def _block_below(place: Place) -> list[str]:
+    """The lines just below that are in the block of the next one, or in one around it.
+
+    What is deeper is in a block of its own, and another block may well have the same line.
+    """
+    lines: list[str] = []
+    for line in place.nearby:
+        if not lines or width(line) <= width(lines[-1]):
+            lines.append(line)
+    return lines
+
+
+def _begins_as_deep(whole: str, place: Place) -> bool:
+    """Whether a first line belongs where the next one below stands, whatever its indentation."""
+    above, have = width(place.previous_line), width(whole)
+    if _sign(have - above) == _sign(width(place.next_line) - above):
+        return True
+    is_typed = bool(place.line_before) and have == width(place.line_before)
+    return not is_typed and not opens_block_above(place)
+
+
+def _is_as_deep(lines: Sequence[str], below: Sequence[str], place: Place) -> bool:
+    """Whether the last line is as deep, in the model's steps, as one of those below is in the file's."""
+    base = place.line_before if place.line_before.strip() else place.previous_line
+    written = [line for line in lines if line.strip()]
+    if place.line_before.strip():
+        written = written[1:]
+    if (sibling := _too_deep_after(written)) is not None:
+        # The first line is where the user began it, and not this one.
+        return any(width(line) == width(sibling) for line in below)
+    around = [*place.above.split("\n"), place.line_before, *place.following]
+    from_base, have, step = width(base), width(lines[-1]), width(indentation.unit(around))
+    steps = {width(indentation.unit([base, *written]))}
+    steps |= set(_COMMON_STEPS) if len(written) == 1 else {width(indentation.unit(written))}
+    return any(
+        Fraction(have, one) == Fraction(width(line), step)
+        or Fraction(have - from_base, one) == Fraction(width(line) - from_base, step)
+        for one in steps
+        for line in below
+    )
+
+
+def _is_too_deep(lines: Sequence[str], place: Place) -> bool:
+    """Whether the last line is deeper than can be, and the next one below is where it belongs."""
+    written = [line for line in (place.line_before + lines[0], *lines[1:]) if line.strip()]
+    sibling = _too_deep_after(written)
+    return sibling is not None and width(sibling) == width(place.next_line)
+
+
+def _too_deep_after(written: Sequence[str]) -> str | None:
+    """The line before the last one, if that is deeper though it begins no block; else None."""
+    if len(written) > 1 and width(written[-1]) > width(written[-2]) and _is_over(*written[-2:]):
+        return written[-2]
+    return None
+
+
+def _is_over(line: str, following: str) -> bool:
+    """Whether a line is the end of a statement, so that the following one is not deeper."""
+    if _ENDED.search(line):
+        return True
+    return not (may_open(line) or _GOES_ON.search(line) or _CONTINUES.match(following))
+
+
+def repeated(lines: Sequence[str]) -> int:
+    """How many lines at the end repeat as many before them, which repeat as many again; 0 if they do not."""
+    for size in range(2, min(_LONGEST_CYCLE, len(lines) // _ENOUGH_CYCLES) + 1):
+        last = list(lines[-size:])
+        if list(lines[-_ENOUGH_CYCLES * size :]) == _ENOUGH_CYCLES * last and any(map(is_telling, last)):
+            return size * (_ENOUGH_CYCLES - 1)
+    return 0
+
+
+def _sign(number: int) -> int:
+    return (number > 0) - (number < 0)

@@ -1,0 +1,174 @@
+"""Tabs or blanks: the indentation of a model's lines, written as the lines around the cursor have it."""
+
+from __future__ import annotations
+
+import re
+
+from midfill.completion.postprocess import indentation
+from midfill.completion.postprocess.brackets import enclosing
+from midfill.completion.postprocess.cursor_context import NUM_AROUND, Place
+from midfill.completion.postprocess.indentation import kind, lead, opens_block
+from midfill.text import syntax
+
+# Their formatter leaves no choice.
+_ALWAYS_TABS = frozenset({"go", "go.mod"})
+# How many blanks a step has.
+_STEPS = frozenset({2, 3, 4, 8})
+# In these languages it is often two.
+_NARROW = re.compile(
+    r"(?:java|type)script|[jt]sx?\b|json|ruby|lua|html|vue|svelte|astro|s?css|less|sass|xml|scala|dart|elixir|r\b|yaml"
+)
+_RULE = re.compile(r"[^\s#][^=#]*:(?!=|:=)")
+_DIRECTIVE = re.compile(r"-?(?:if|else|endif|include|sinclude|define|endef|override|export|unexport|vpath)")
+_MAKEFILE = re.compile(r"(?:gnu)?make(?:file)?\b|automake\b")
+_OPENING_WORD = re.compile(
+    r"\s*(?:if|elif|elseif|elsif|else|for|foreach|while|until|repeat|do|case|when|switch|try|begin|rescue|ensure|catch"
+    r"|(?:local\s+)?function|def|class|module|sub|proc)\b"
+)
+_LAST_OPENING_WORD = re.compile(r"\b(?:then|do|else|begin|try|repeat|of|in|where)(?:\s*\|[^|]*\|)?\s*\Z")
+# An element, or a block of a template, whose end is to follow on a line of its own.
+_OPENING_TAG = re.compile(
+    r"\s*<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr)\b)(?:\w[^<>]*|.*<\w[^<>]*)?"
+    r"(?<![/=-])>\s*\Z|\s*>\s*\Z|\s*\{\{?[#:]\w[^{}]*\}\}?\s*\Z"
+    r"|\s*\{%-?\s*(?:if|for|block|macro|with|call|filter|else|elif)\b[^%]*%\}\s*\Z"
+)
+_LAST_WORD_OF_ONE_LINE = re.compile(r"(?:[;}]|\b(?:end|fi|done|esac))\s*\Z")
+_OUTWARDS = re.compile(
+    r"[)\]}]|</|\{\{?[/:]|\{%-?\s*(?:end|else|elif)|(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensure|end|fi|done|esac|until)\b"
+)
+# Some write these in the column of the line that opens the block.
+_LABEL = re.compile(r"(?:case|default)\b|(?:public|private|protected)\s*:")
+_JUMP = re.compile(r"\s*(?:return|raise|throw|break|continue|goto)\b")
+
+
+def opens(line: str) -> bool:
+    """Return whether a line ends with a bracket, a colon, a word or a tag that opens a block."""
+    if opens_block(line) or _LAST_OPENING_WORD.search(line) is not None:
+        return True
+    return _OPENING_TAG.match(line) is not None
+
+
+def may_open(line: str) -> bool:
+    """Return whether a line opens a block, or begins with a word that does unless the line ends it."""
+    if opens(line):
+        return True
+    return not _LAST_WORD_OF_ONE_LINE.search(line) and _OPENING_WORD.match(line) is not None
+
+
+def _kind(place: Place) -> str:
+    r"""Return what lines at a place are indented by: "\t", " ", or "" if they are to stay as they come."""
+    inside = enclosing(place)
+    if inside is not None:
+        opener, *lines = (inside.above + place.line_before).split("\n")
+        lines = [line for line in (*lines[:-1], *inside.rest.split("\n")[1:-1]) if line.strip()]
+        return kind(lines or [opener])
+    found = kind(place.around)
+    if not found and "\t" in {line[:1] for line in place.around}:
+        # Text in strings and comments says nothing of the code.
+        found = kind(_code_around(place))
+    if found == "\t" and place.is_prose and lead(place.line_before or place.previous_line)[:1] != "\t":
+        return ""
+    if not found and "yaml" in place.language_id.lower():
+        return " "
+    if not found and place.language_id in _ALWAYS_TABS:
+        # Nothing is indented yet.
+        return "\t"
+    return found
+
+
+def _code_around(place: Place) -> tuple[str, ...]:
+    """Return those of the lines around a place that do not begin within a string or a comment."""
+    rest = (place.line_before + place.line_after, *place.following)
+    whole = place.above + "\n".join(rest)
+    found = syntax.outline(whole, place.language_id)
+    if found is None:
+        return place.around
+    lines, start = [], 0
+    for line in whole.split("\n"):
+        lines.append("" if found.within(start) else line)
+        start += len(line) + 1
+    at = len(lines) - len(rest)
+    here = lines[at] if place.line_before.strip() else ""
+    return (*lines[max(0, at - NUM_AROUND) : at], here, *lines[at + 1 : at + 1 + NUM_AROUND])
+
+
+class Tabs:
+    r"""Writes the blanks at the beginning of lines, one line after the other.
+
+    What is known of a line is what is above it, so that what was written never has to be taken back.
+    """
+
+    def __init__(self, place: Place) -> None:
+        language = place.language_id.lower()
+        self._kind = _kind(place)
+        self._unit = "  " if "yaml" in language and not kind(place.around) else indentation.unit(place.around)
+        self._is_makefile = _MAKEFILE.match(language) is not None
+        self._is_narrow = _NARROW.match(language) is not None
+        self._step = 0
+
+    @property
+    def needs_word(self) -> bool:
+        """Whether it depends on a line's first word how it is indented."""
+        return self._is_makefile or (self._kind == "\t" and not self._step)
+
+    def indented(self, blanks: str, rest: str, previous: str, before: str) -> str:
+        """Return what to write for the blanks before a line.
+
+        Args:
+            blanks: as the model wrote them.
+            rest: the line behind them, its first word at least.
+            previous: the line above it that is not blank, as it is in the file.
+            before: blanks that stand on the line already.
+        """
+        if self._is_makefile:
+            return self._recipe(blanks, rest, previous, before)
+        if self._kind == " ":
+            return blanks.replace("\t", self._unit)
+        if self._kind != "\t" or " " in before:
+            return blanks
+        tabs = blanks[: len(blanks) - len(blanks.lstrip("\t"))]
+        if "\t" in blanks[len(tabs) :] or (tabs and not opens(previous)):
+            # Blanks behind tabs align, unless a block has been opened.
+            return blanks
+        return tabs + self._by_tabs(blanks[len(tabs) :], rest, previous, len(before + tabs))
+
+    def _recipe(self, blanks: str, rest: str, previous: str, before: str) -> str:
+        in_recipe = previous.startswith("\t") or _RULE.match(previous) is not None
+        if before or "\t" in blanks or not in_recipe or previous.endswith("\\") or _DIRECTIVE.match(rest):
+            return blanks
+        return "\t"
+
+    def _by_tabs(self, blanks: str, rest: str, previous: str, num_tabs: int) -> str:
+        depth = _depth(rest, previous) - num_tabs
+        if len(blanks) < min(_STEPS) or (num_tabs and depth <= 0):
+            return blanks
+        if not self._step:
+            # An asterisk of a comment stands one or two blanks behind its indentation.
+            behind = (1, 0, 2) if rest.startswith("*") else (0,)
+            is_certain = opens(previous) and _LABEL.match(rest) is None
+            steps = (self._guessed(len(blanks) - more, depth, is_certain) for more in behind)
+            self._step = next(filter(None, steps), 0) or _usual_step(len(blanks))
+        if not self._step:
+            return blanks
+        return "\t" * (len(blanks) // self._step) + " " * (len(blanks) % self._step)
+
+    def _guessed(self, size: int, depth: int, is_certain: bool) -> int:
+        """How many blanks the model writes for a tab if `size` of them are `depth` tabs; 0 if unknown."""
+        step = size // depth if depth > 0 and size % depth == 0 else 0
+        if step == 2 and size % 4 == 0 and not self._is_narrow and not is_certain:
+            # Rather one step outwards, which nothing announces.
+            return 4
+        return step if step in _STEPS else 0
+
+
+def _usual_step(size: int) -> int:
+    """The most usual step that so many blanks are made of; 0 if none."""
+    return next((step for step in (4, 2, 3) if size % step == 0), 0)
+
+
+def _depth(rest: str, previous: str) -> int:
+    """How many tabs the line after `previous` is likely to begin with."""
+    depth = len(previous) - len(previous.lstrip("\t"))
+    opened = may_open(previous)
+    outwards = _OUTWARDS.match(rest) is not None or (not opened and _JUMP.match(previous) is not None)
+    return max(0, depth + opened - outwards)

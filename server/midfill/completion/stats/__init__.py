@@ -1,0 +1,1 @@
+"""Statistics of requests and of acceptance: numbers, never text."""

@@ -1,0 +1,1 @@
+"""LoRA adapters in a running engine: which are loaded, and how others take their place."""

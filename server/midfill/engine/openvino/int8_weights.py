@@ -1,0 +1,353 @@
+"""A model's weights for OpenVINO: rounded to int8 once, then kept in the cache and mapped at every start.
+
+Mapped weights need not be in memory twice: once OpenVINO has packed them, which it does in its first pass,
+their pages are given back to the system. A folder in the cache belongs to one state of one model's files, or
+of those with an adapter merged into them; it is built beside its place, renamed into it, and what it
+replaces is deleted.
+
+Knows files and arrays; nothing of graphs. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import logging
+import math
+import mmap
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from midfill.adapters.format import Adapter
+from midfill.errors import AdapterError, MidfillError, ModelError
+from midfill.models import store
+from midfill.models.safetensors_io import find_tensors, read_blocks, shapes_of
+from midfill.system.private import private, private_folder
+
+Floats = npt.NDArray[np.float32]
+
+_LOG = logging.getLogger(__name__)
+
+_BLOCK_ELEMENTS = 1 << 18
+"""Rows are rounded in pieces of about this many elements, so that the scratch memory stays in the cache."""
+
+_WORTH_KEEPING = 1 << 24
+"""A model of fewer weights is rounded anew each time, in less than half a second."""
+
+_FORMAT = 1
+_ADAPTED = "-adapted"
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """An int8 matrix (outputs x inputs) and its scales (outputs x 1): a row is about values * scale."""
+
+    values: npt.NDArray[np.int8]
+    scales: Floats
+
+
+Tensors = dict[str, Floats | Rounded]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The tensors of a model, by name."""
+
+    tensors: Tensors
+    _mapped: tuple[npt.NDArray[np.int8], ...] = ()
+
+    def size_of(self, layers: Iterable[str]) -> int:
+        """The bytes of these layers' matrices."""
+        found = (self.tensors[f"{layer}.weight"] for layer in layers)
+        return sum(one.values.nbytes if isinstance(one, Rounded) else one.nbytes for one in found)
+
+    def give_back(self) -> None:
+        """Let the system take the pages of the files; they come back from them when they are read again."""
+        for mapped in self._mapped:
+            if isinstance(mapped, np.memmap):
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # not on Windows
+                    mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # noqa: SLF001 - numpy has no name for it
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor is: its first element among the integers if it was rounded, and among the floats."""
+
+    shape: tuple[int, ...]
+    rounded: bool
+    integers: int
+    floats: int
+
+
+def read_weights(
+    path: Path,
+    *,
+    exact: Callable[[str], bool],
+    num_threads: int,
+    report: Callable[[float], None],
+) -> Weights:
+    """All tensors of a model's folder.
+
+    Args:
+        path: folder with safetensors files.
+        exact: whether a tensor of that name stays float32; so do all that are no matrices.
+        num_threads: how many tensors are rounded at a time.
+        report: called with the share done, 0..1; an exception of it ends the loading.
+
+    Raises:
+        ModelError: a file is missing, damaged, or holds what is no finite float.
+    """
+    files = find_tensors(path)
+    shapes = shapes_of(files)
+    places = _places(shapes, exact)
+    reader = _Reader(files, places, num_threads, report)
+    if sum(map(math.prod, shapes.values())) < _WORTH_KEEPING:
+        return Weights(reader.read(*_empty(places)))
+    integers, floats = _kept(path, files, reader)
+    return Weights(_views(places, integers, floats), (integers,))
+
+
+def read_merged(path: Path, base: Weights, adapter: Adapter, *, num_threads: int) -> Weights:
+    """The tensors of a model with an adapter merged into its matrices; the others are those of `base`.
+
+    The sum is made of the model's own files and rounded once, so its error is that of any rounded model.
+    Added to weights that are rounded already, most of an adapter would be lost: what it changes of a single
+    weight is less than a step.
+
+    Args:
+        path: folder of the model.
+        base: its tensors without the adapter, which stay as they are.
+        adapter: fits the model.
+        num_threads: how many tensors are computed at a time.
+
+    Raises:
+        AdapterError: the sum is not finite.
+        ModelError: a file is missing or damaged.
+    """
+    names = {f"{layer}.weight" for layer in adapter.branches}
+    files = {name: file for name, file in find_tensors(path).items() if name in names}
+    places = _places(
+        shapes_of(files),
+        lambda name: not isinstance(base.tensors[name], Rounded),
+    )
+    reader = _Reader(files, places, num_threads, lambda _: None, adapter)
+    if sum(math.prod(place.shape) for place in places.values()) < _WORTH_KEEPING:
+        return Weights(base.tensors | reader.read(*_empty(places)), base._mapped)  # noqa: SLF001 - our own class
+    integers, floats = _kept(path, files, reader)
+    merged = base.tensors | _views(places, integers, floats)
+    return Weights(merged, (*base._mapped, integers))  # noqa: SLF001
+
+
+def _places(shapes: dict[str, tuple[int, ...]], exact: Callable[[str], bool]) -> dict[str, _Place]:
+    """A place for each tensor, the largest first."""
+    places: dict[str, _Place] = {}
+    integers = floats = 0
+    for name in sorted(shapes, key=lambda name: (-math.prod(shapes[name]), name)):
+        shape = shapes[name]
+        rounded = len(shape) == 2 and not exact(name)
+        places[name] = _Place(shape, rounded, integers, floats)
+        integers += _aligned(math.prod(shape)) if rounded else 0
+        floats += _aligned(shape[0] if rounded else math.prod(shape))
+    return places
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
+
+
+def _sizes(places: dict[str, _Place]) -> tuple[int, int]:
+    integers = sum(_aligned(math.prod(place.shape)) for place in places.values() if place.rounded)
+    floats = sum(
+        _aligned(place.shape[0] if place.rounded else math.prod(place.shape)) for place in places.values()
+    )
+    return integers, floats
+
+
+def _empty(places: dict[str, _Place]) -> tuple[npt.NDArray[np.int8], Floats]:
+    integers, floats = _sizes(places)
+    return np.empty(integers, np.int8), np.empty(floats, np.float32)
+
+
+def _views(places: dict[str, _Place], integers: npt.NDArray[np.int8], floats: Floats) -> Tensors:
+    weights: Tensors = {}
+    for name, place in places.items():
+        size = math.prod(place.shape)
+        if place.rounded:
+            values = integers[place.integers : place.integers + size].reshape(place.shape)
+            scales = floats[place.floats : place.floats + place.shape[0]].reshape(-1, 1)
+            weights[name] = Rounded(values, scales)
+        else:
+            weights[name] = floats[place.floats : place.floats + size].reshape(place.shape)
+    return weights
+
+
+def forget_merged(path: Path) -> None:
+    """Delete what is kept of a model with an adapter; whoever has mapped it goes on."""
+    for folder in (store.cache_root() / "rounded").glob(f"{glob.escape(_owner(path))}{_ADAPTED}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Reader:
+    """Reads and rounds the tensors of a model, with an adapter added or without, into two arrays."""
+
+    def __init__(
+        self,
+        files: dict[str, Path],
+        places: dict[str, _Place],
+        num_threads: int,
+        report: Callable[[float], None],
+        adapter: Adapter | None = None,
+    ) -> None:
+        self._files = files
+        self.places = places
+        self.adapter = adapter
+        self._num_threads = num_threads
+        self._report = report
+
+    def read(self, integers: npt.NDArray[np.int8], floats: Floats) -> Tensors:
+        """Fill the arrays, the largest tensors first; returns the views of all tensors."""
+        weights = _views(self.places, integers, floats)
+        total = sum(math.prod(place.shape) for place in self.places.values())
+        done = 0
+        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="midfill-load") as pool:
+            tasks = {pool.submit(self._fill, name, target): name for name, target in weights.items()}
+            try:
+                for task in as_completed(tasks):
+                    task.result()
+                    done += math.prod(self.places[tasks[task]].shape)
+                    self._report(done / total)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return weights
+
+    def _fill(self, name: str, target: Floats | Rounded) -> None:
+        start = 0
+        shape = self.places[name].shape
+        for block in read_blocks(self._files[name], name, shape, _BLOCK_ELEMENTS, framework="np"):
+            values = block.astype(np.float32)
+            if self.adapter is not None:
+                self._merge(name, start, values)
+            if not isinstance(target, Rounded):
+                if not np.isfinite(values).all():
+                    raise self._not_finite(name)
+                target[start : start + len(values)] = values
+                start += len(values)
+                continue
+            extremes = np.maximum(values.max(axis=1), -values.min(axis=1))[:, None]
+            if not np.isfinite(extremes).all():
+                raise self._not_finite(name)
+            scales = np.maximum(extremes / 127, np.finfo(np.float32).tiny)
+            np.divide(values, scales, out=values)
+            np.rint(values, out=values)
+            target.values[start : start + len(values)] = values
+            target.scales[start : start + len(values)] = scales
+            start += len(values)
+
+    def _merge(self, name: str, start: int, values: Floats) -> None:
+        """Add to these rows of a matrix what the adapter does."""
+        assert self.adapter is not None  # noqa: S101 - for the type checker
+        branch = self.adapter.branches[name.removesuffix(".weight")]
+        with np.errstate(over="ignore", invalid="ignore"):  # said below, with the name
+            values += np.float32(branch.scale) * branch.up[start : start + len(values)] @ branch.down
+
+    def _not_finite(self, name: str) -> MidfillError:
+        if self.adapter is not None:
+            return AdapterError(
+                f"With the adapter {self.adapter.path} {name} holds values that are not finite. "
+                "It is damaged, or was trained on another model."
+            )
+        return ModelError(f"{name} holds values that are not finite (NaN or infinity). Pull the model again.")
+
+
+def _kept(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[npt.NDArray[np.int8], Floats]:
+    """The two arrays of a model, from the cache if they are there, else made and put there."""
+    owner, state = _names(path, files, reader)
+    folder = store.cache_root() / "rounded"
+    place = folder / f"{owner}-{state}"
+    if (found := _open(place, reader.places)) is not None:
+        return found
+    try:
+        private_folder(store.make_cache_root() / folder.name)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".building-", ignore_cleanup_errors=True) as new:
+            _make(Path(new), reader)
+            for old in folder.glob(f"{glob.escape(owner)}-{'?' * len(state)}"):
+                shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process was quicker
+                Path(new).rename(place)
+            if (found := _open(place, reader.places)) is not None:
+                return found
+    except OSError as error:
+        _LOG.warning("rounded weights cannot be kept in %s: %s", folder, error)
+    arrays = _empty(reader.places)
+    reader.read(*arrays)
+    return arrays
+
+
+def _names(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[str, str]:
+    """What a kept folder is called: whose it is, and for which state of the files.
+
+    Of one model two are kept: without an adapter, and with the latest that was merged.
+    """
+    stats = [(file.name, file.stat()) for file in sorted(set(files.values()))]
+    exact = [name for name, place in reader.places.items() if not place.rounded]
+    state: list[Any] = [_FORMAT, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats], exact]
+    kind = ""
+    if reader.adapter is not None:
+        state += [reader.adapter.digest, sorted(reader.places)]
+        kind = _ADAPTED
+    return f"{_owner(path)}{kind}", _digest(json.dumps(state))
+
+
+def _owner(path: Path) -> str:
+    resolved = path.resolve()
+    return f"{resolved.name}-{_digest(str(resolved))}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _make(folder: Path, reader: _Reader) -> None:
+    num_integers, num_floats = _sizes(reader.places)
+    integers = np.lib.format.open_memmap(
+        folder / "integers.npy", mode="w+", dtype=np.int8, shape=(num_integers,)
+    )
+    floats = np.lib.format.open_memmap(
+        folder / "floats.npy", mode="w+", dtype=np.float32, shape=(num_floats,)
+    )
+    reader.read(integers, floats)
+    for name, array in (("integers.npy", integers), ("floats.npy", floats)):
+        private(folder / name)
+        if sys.platform == "win32":
+            array.flush()
+        else:
+            # Python lets no other thread run while it flushes a mapping, which may take half a second.
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _open(folder: Path, places: dict[str, _Place]) -> tuple[npt.NDArray[np.int8], Floats] | None:
+    """The arrays in a folder, the large one mapped; None if they are not there or not of that size."""
+    try:
+        # Copy on write, because OpenVINO takes no array that is read-only. Nothing is ever written.
+        integers = np.load(folder / "integers.npy", mmap_mode="c", allow_pickle=False)
+        floats = np.load(folder / "floats.npy", allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    sizes = _sizes(places)
+    right = integers.dtype == np.int8 and floats.dtype == np.float32
+    return (integers, floats) if right and (integers.size, floats.size) == sizes else None

@@ -1,0 +1,1 @@
+"""Engines in other processes: `client` asks one, `server` is one (`midfill engine serve`)."""

@@ -1,0 +1,448 @@
+"""What served engines want to be asked and how they answer: one row for each kind, a table of data.
+
+A row turns a `Question` into the JSON of a request and one JSON object of the answer's stream into a
+`Piece`. Pure functions: no socket, no clock, no retries; those are `endpoint`'s and `remote`'s. Answers are
+checked here as far as they are used: a field of another type than it should be raises `WireError`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from midfill.system.printable import shown
+
+
+class WireError(Exception):
+    """An answer that is none. The message never quotes it, since it may hold source text."""
+
+
+class Healing(StrEnum):
+    """How a server is made to begin its output with `Request.starts_with`."""
+
+    FIELD = "field"
+    """It has a field for that: our own."""
+    GRAMMAR = "grammar"
+    """llama.cpp's grammars: a literal, then anything."""
+    REGEX = "regex"
+    """SGLang's regular expressions, the same."""
+    TOKENS = "tokens"
+    """Only the tokens that agree are allowed, one request for each until the text is complete (vLLM)."""
+    NONE = "none"
+    """It cannot be: the text goes to the end of the prompt instead, and the half token is not healed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request, as far as it goes over the wire.
+
+    Attributes:
+        id: our own name for it.
+        model: as the server calls it.
+        prompt: token ids, or text with the sentinels spelled out where the vocabulary is not known.
+        suffix: for endpoints that take the text after the cursor apart; then `prompt` is what is before it.
+        max_tokens: most tokens of the output.
+        stop_ids: ids that end it; stops the same as text.
+        starts_with: what the output must begin with; "" for no demand.
+        allowed_ids: the only tokens that may be chosen; None for all. For `Healing.TOKENS`.
+        idle: nobody waits for it yet.
+        adapter: see `Request.adapter`; our own server's.
+    """
+
+    id: str
+    model: str
+    prompt: Sequence[int] | str
+    max_tokens: int
+    suffix: str = ""
+    stop_ids: Sequence[int] = ()
+    stops: Sequence[str] = ()
+    starts_with: str = ""
+    allowed_ids: Sequence[int] | None = None
+    idle: bool = False
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One object of an answer's stream.
+
+    Attributes:
+        text: what it adds.
+        ids: its tokens, where the server tells them.
+        logprobs: of these tokens, or of the pieces of text that the server takes for tokens.
+        done: the output ends here.
+        reused: tokens of the prompt that the server had computed before; None where it does not say.
+        computed: of these, those that it had to compute; our own server's.
+        error: why there is no more; our own server's, whose sentences hold no text.
+    """
+
+    text: str = ""
+    ids: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    done: bool = False
+    reused: int | None = None
+    computed: int | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """One kind of server.
+
+    Attributes:
+        title: what it is called.
+        path: of a completion, after the URL that the user named.
+        body: a question as JSON.
+        read: one object of the stream.
+        healing: see `Healing`.
+        takes_ids: whether a prompt may be token ids.
+        tokenize: path and body that turn text into ids, for comparing vocabularies; None where there is none.
+        warm_tokens: `max_tokens` of a request that only computes the prompt; None where that costs money.
+        takes_bos: whether a prompt that is text has the beginning-of-text token, where the model wants one;
+            others put it there themselves.
+        takes_suffix: whether the text after the cursor has a field of its own: the server makes the prompt.
+    """
+
+    title: str
+    path: str
+    body: Callable[[Question], dict[str, Any]]
+    read: Callable[[Mapping[str, Any]], Piece]
+    healing: Healing = Healing.NONE
+    takes_ids: bool = True
+    tokenize: tuple[str, Callable[[str, str], dict[str, Any]]] | None = None
+    warm_tokens: int | None = 1
+    takes_bos: bool = False
+    takes_suffix: bool = False
+
+
+def typed(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default: Any) -> Any:
+    """A field of an answer, which must be of this kind if it is there and not null."""
+    value = values.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise WireError(f"its field {key!r} is of the type {type(value).__name__}")
+    return value
+
+
+def _numbers(values: Sequence[Any], kind: type | tuple[type, ...]) -> list[Any]:
+    if any(not isinstance(value, kind) or isinstance(value, bool) for value in values):
+        raise WireError("a list of numbers in it holds something else")
+    return list(values)
+
+
+# OpenAI's completions, as vLLM, SGLang and our own engine extend them.
+
+
+def _openai(question: Question) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": question.model,
+        "prompt": question.prompt if isinstance(question.prompt, str) else list(question.prompt),
+        "max_tokens": question.max_tokens,
+        "temperature": 0,
+        "stream": True,
+    }
+    if question.stops:
+        # Four are the most that OpenAI's own endpoint takes.
+        body["stop"] = list(question.stops)[:4]
+    return body
+
+
+def _openai_logprobs(question: Question) -> dict[str, Any]:
+    return _openai(question) | {"logprobs": 1}
+
+
+def _vllm(question: Question) -> dict[str, Any]:
+    body = _openai_logprobs(question) | {
+        "add_special_tokens": False,
+        "return_tokens_as_token_ids": True,
+        "stop_token_ids": list(question.stop_ids),
+        "stream_options": {"include_usage": True},
+    }
+    if question.allowed_ids is not None:
+        body["allowed_token_ids"] = list(question.allowed_ids)
+    return body
+
+
+def _sglang(question: Question) -> dict[str, Any]:
+    body = _openai_logprobs(question) | {"stop_token_ids": list(question.stop_ids)}
+    if question.starts_with:
+        body["regex"] = f"{_escaped(question.starts_with)}[\\s\\S]*"
+    return body
+
+
+def _escaped(text: str) -> str:
+    """A regular expression for exactly this text; not all engines read the escaped blanks of `re.escape`."""
+    return "".join(f"\\{char}" if char in r".^$*+?{}[]\|()/-" else char for char in text)
+
+
+def _midfill(question: Question) -> dict[str, Any]:
+    return _openai_logprobs(question) | {
+        "stop_token_ids": list(question.stop_ids),
+        "midfill": {
+            "id": question.id,
+            "starts_with": question.starts_with,
+            "idle": question.idle,
+            "adapter": question.adapter,
+        },
+    }
+
+
+def _read_midfill(answer: Mapping[str, Any]) -> Piece:
+    if "error" in answer:
+        return Piece(error=shown(typed(typed(answer, "error", Mapping, {}), "message", str, "It failed.")))
+    return _read_openai(answer)
+
+
+def _read_openai(answer: Mapping[str, Any]) -> Piece:
+    if "error" in answer:
+        raise WireError("it reports an error")
+    usage = typed(answer, "usage", Mapping, {})
+    details = typed(usage, "prompt_tokens_details", Mapping, {})
+    reused = typed(details, "cached_tokens", int, None)
+    choices = typed(answer, "choices", list, [])
+    own = typed(answer, "midfill", Mapping, {})
+    computed = typed(own, "computed", int, None)
+    if computed is not None:
+        reused = typed(own, "reused", int, reused)
+    if not choices:
+        return Piece(reused=reused, computed=computed)
+    choice = choices[0]
+    if not isinstance(choice, Mapping):
+        raise WireError("its first choice is no object")
+    text = typed(choice, "text", str, "")
+    ids = _numbers(typed(choice, "token_ids", list, []), int)
+    logprobs = typed(choice, "logprobs", Mapping, {})
+    told = [number for number in typed(logprobs, "token_logprobs", list, []) if number is not None]
+    numbers = _numbers(told, (int, float))
+    if not ids:
+        ids = _spelled_ids(typed(logprobs, "tokens", list, []))
+    # llama.cpp's form of the same.
+    for token in typed(logprobs, "content", list, []):
+        if isinstance(token, Mapping) and "logprob" in token:
+            numbers += _numbers([token["logprob"]], (int, float))
+            ids += _numbers([token["id"]], int) if "id" in token else []
+    done = typed(choice, "finish_reason", str, None) is not None
+    return Piece(text, ids, numbers, done=done, reused=reused, computed=computed)
+
+
+def _spelled_ids(tokens: Sequence[Any]) -> list[int]:
+    """Ids as vLLM spells them: "token_id:123", if it is asked to."""
+    mark = "token_id:"
+    spelled = [
+        token.removeprefix(mark) for token in tokens if isinstance(token, str) and token.startswith(mark)
+    ]
+    return [int(number) for number in spelled if number.isdecimal()] if len(spelled) == len(tokens) else []
+
+
+# llama.cpp's own completions: they take token ids and grammars.
+
+
+def _llama_cpp(question: Question) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "prompt": question.prompt if isinstance(question.prompt, str) else list(question.prompt),
+        "n_predict": question.max_tokens,
+        "temperature": 0.0,
+        "top_k": 1,
+        "samplers": ["top_k"],
+        "cache_prompt": True,
+        "stream": True,
+        "n_probs": 1,
+        "return_tokens": True,
+    }
+    if question.starts_with:
+        # JSON's escapes are those of its grammars too.
+        body["grammar"] = f"root ::= {json.dumps(question.starts_with, ensure_ascii=False)} [^\\x00]*"
+    return body
+
+
+def _read_llama_cpp(answer: Mapping[str, Any]) -> Piece:
+    if "error" in answer:
+        raise WireError("it reports an error")
+    if "content" not in answer:
+        raise WireError("it is no completion")
+    probabilities = typed(answer, "completion_probabilities", list, [])
+    if not all(isinstance(row, Mapping) for row in probabilities):
+        raise WireError("its probabilities are no objects")
+    numbers = [typed(row, "logprob", (int, float), None) for row in probabilities]
+    timings = typed(answer, "timings", Mapping, {})
+    return Piece(
+        typed(answer, "content", str, ""),
+        _numbers(typed(answer, "tokens", list, []), int),
+        [number for number in numbers if number is not None],
+        done=typed(answer, "stop", bool, False),
+        reused=typed(timings, "cache_n", int, None),
+    )
+
+
+# Ollama: text only, its template switched off.
+
+
+def _ollama(question: Question) -> dict[str, Any]:
+    return {
+        "model": question.model,
+        "prompt": question.prompt,
+        "raw": True,
+        "stream": True,
+        "logprobs": True,
+        "keep_alive": "30m",
+        "options": {
+            "temperature": 0,
+            "top_k": 1,
+            "num_predict": question.max_tokens,
+            "stop": list(question.stops),
+        },
+    }
+
+
+def _read_ollama(answer: Mapping[str, Any]) -> Piece:
+    if "error" in answer:
+        raise WireError("it reports an error")
+    rows = typed(answer, "logprobs", list, [])
+    numbers = [row["logprob"] for row in rows if isinstance(row, Mapping) and "logprob" in row]
+    return Piece(
+        typed(answer, "response", str, ""),
+        logprobs=_numbers(numbers, (int, float)),
+        done=typed(answer, "done", bool, False),
+    )
+
+
+# Mistral's endpoint for filling in the middle: it makes the prompt itself.
+
+
+def _mistral(question: Question) -> dict[str, Any]:
+    return _openai(question) | {"suffix": question.suffix}
+
+
+def _read_mistral(answer: Mapping[str, Any]) -> Piece:
+    if "error" in answer:
+        raise WireError("it reports an error")
+    choices = typed(answer, "choices", list, [])
+    if not choices:
+        return Piece()
+    if not isinstance(choices[0], Mapping):
+        raise WireError("its first choice is no object")
+    delta = typed(choices[0], "delta", Mapping, {})
+    done = typed(choices[0], "finish_reason", str, None) is not None
+    return Piece(typed(delta, "content", str, ""), done=done)
+
+
+# vLLM's, which SGLang has taken over.
+_TOKENIZE: tuple[str, Callable[[str, str], dict[str, Any]]] = (
+    "/tokenize",
+    lambda model, text: {"model": model, "prompt": text, "add_special_tokens": False},
+)
+
+DIALECTS: dict[str, Dialect] = {
+    "midfill": Dialect(
+        "midfill engine serve",
+        "/v1/completions",
+        _midfill,
+        _read_midfill,
+        healing=Healing.FIELD,
+        takes_bos=True,
+        warm_tokens=0,
+    ),
+    "vllm": Dialect(
+        "vLLM",
+        "/v1/completions",
+        _vllm,
+        _read_openai,
+        healing=Healing.TOKENS,
+        takes_bos=True,
+        tokenize=_TOKENIZE,
+    ),
+    "sglang": Dialect(
+        "SGLang",
+        "/v1/completions",
+        _sglang,
+        _read_openai,
+        healing=Healing.REGEX,
+        tokenize=_TOKENIZE,
+    ),
+    "llama.cpp": Dialect(
+        "llama.cpp",
+        "/completion",
+        _llama_cpp,
+        _read_llama_cpp,
+        healing=Healing.GRAMMAR,
+        warm_tokens=0,
+        tokenize=(
+            "/tokenize",
+            lambda _model, text: {"content": text, "add_special": False, "parse_special": True},
+        ),
+    ),
+    "ollama": Dialect("Ollama", "/api/generate", _ollama, _read_ollama, takes_ids=False),
+    "mistral": Dialect(
+        "Mistral's FIM endpoint",
+        "/v1/fim/completions",
+        _mistral,
+        _read_mistral,
+        takes_ids=False,
+        warm_tokens=None,
+        takes_suffix=True,
+    ),
+    "openai": Dialect(
+        "an OpenAI-compatible server",
+        "/v1/completions",
+        _openai_logprobs,
+        _read_openai,
+        takes_ids=False,
+        warm_tokens=None,
+    ),
+}
+
+OWNERS = {
+    "midfill": "midfill",
+    "llamacpp": "llama.cpp",
+    "vllm": "vllm",
+    "sglang": "sglang",
+    "library": "ollama",
+    "mistralai": "mistral",
+}
+"""Dialects by the `owned_by` of a server's models."""
+
+
+@dataclass(slots=True)
+class Lines:
+    """Bytes of a stream to its JSON objects: server-sent events, or one object a line.
+
+    A line is at most `limit` bytes long, so that an endless one takes no memory. `num_comments` counts the
+    lines by which a server says only that it lives.
+    """
+
+    limit: int = 1_000_000
+    num_comments: int = 0
+    _rest: bytes = field(default=b"")
+
+    def take(self, chunk: bytes | None) -> list[dict[str, Any]]:
+        """The objects that are complete now; None is the end. The mark `[DONE]` is an empty object.
+
+        Raises `WireError`.
+        """
+        if chunk is None:
+            chunk = b"\n"
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        if len(self._rest) > self.limit:
+            raise WireError(f"a line of it is longer than {self.limit} bytes")
+        self.num_comments += sum(line.startswith(b":") for line in lines)
+        return [found for line in lines if (found := _object(line.strip())) is not None]
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """One line as an object; None for what means nothing: blank lines, comments, names of events."""
+    if not line or line.startswith((b":", b"event:", b"id:", b"retry:")):
+        return None
+    data = line.removeprefix(b"data:").strip()
+    if data == b"[DONE]":
+        return {}
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        raise WireError("a line of it is no JSON") from None
+    if not isinstance(value, dict):
+        raise WireError("a line of it is no JSON object")
+    return value

@@ -1,0 +1,1 @@
+"""The runner for GPUs, and for every architecture that transformers knows."""

@@ -1,0 +1,263 @@
+"""Weights from safetensors files into a transformers model, tensor by tensor.
+
+The model is built without memory, then each tensor is read, checked and put in its place in the form
+that the dtype plan asks for, so that the peak is the finished model plus a few blocks (see `files`). No
+code that a model's folder may hold is run.
+
+Knows modules; nothing of caches or requests. Runs on the engine thread and, while a model loads,
+on a few threads of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from midfill.engine.torch.quantize import Int8Embedding, Int8Linear, Int8Weight
+from midfill.errors import ModelError
+from midfill.models.safetensors_io import read_blocks
+from midfill.models.store import read_config
+
+_HARMLESS = re.compile(r"(\.attn\.(masked_)?bias|\.masked_bias|\.rotary_emb\.inv_freq)$")
+"""Buffers that old checkpoints carry and the modules compute themselves."""
+
+# More than any model has: each layer is made before its weights are looked for.
+_LARGEST = {"num_hidden_layers": 1000, "hidden_size": 1 << 20, "vocab_size": 1 << 20}
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+"""Layers whose past can be cut at any token, which reuse needs. Recurrent states cannot."""
+
+
+def build_model(  # noqa: PLR0913 - what to load, how, and what is there already
+    path: Path,
+    files: dict[str, Path],
+    dtype: str,
+    device: torch.device,
+    *,
+    num_threads: int,
+    ahead: dict[str, Future[Int8Weight]],
+    report: Callable[[float], None],
+    int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module] = Int8Linear,
+) -> Any:
+    """The model of the folder `path`, ready for inference.
+
+    Args:
+        path: folder with `config.json`.
+        files: the file of each tensor; see `files.find_tensors`.
+        dtype: "int8", "float32" or "bfloat16".
+        device: where the weights go.
+        num_threads: how many layers are read and packed at a time.
+        ahead: int8 weights that are being made already, by the names of their tensors.
+        report: called with the share done, 0..1; an exception of it ends the loading.
+        int8_linear: makes a linear layer of its weight and bias, for "int8".
+
+    Returns:
+        A transformers `PreTrainedModel` in eval mode, without gradients.
+
+    Raises:
+        ModelError: the folder does not hold a model that can be run, with the file or tensor at fault.
+    """
+    model = _empty_model(path, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    loader = _Loader(model, files, dtype, device, ahead=ahead, report=report, int8_linear=int8_linear)
+    loader.run(num_threads)
+    model.to(device)  # The buffers: parameters are there already.
+    model.eval()
+    model.requires_grad_(requires_grad=False)
+    return model
+
+
+def _empty_model(path: Path, dtype: torch.dtype) -> Any:
+    read_config(path)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its config classes raise
+        raise ModelError(
+            f"{path / 'config.json'} is not the configuration of a known model: {error}"
+        ) from error
+    for size, most in _LARGEST.items():
+        value = getattr(config, size, 1)
+        if type(value) is not int or not 0 < value <= most:
+            raise ModelError(f"{path / 'config.json'} says {size} is {str(value)[:40]}; the most is {most}.")
+    foreign = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if foreign:
+        raise ModelError(
+            f"{path} has layers of type {', '.join(sorted(foreign))}, whose past cannot be cut and reused; "
+            "use a model with plain attention."
+        )
+    try:
+        # Buffers are real: rotary frequencies are computed here and are in no file.
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:
+        raise ModelError(f"{path} cannot be run as a causal language model: {error}") from error
+
+
+class _Loader:
+    """Puts the tensors of the files into the modules of one model."""
+
+    def __init__(  # noqa: PLR0913 - the arguments of `build_model`
+        self,
+        model: Any,
+        files: dict[str, Path],
+        dtype: str,
+        device: torch.device,
+        *,
+        ahead: dict[str, Future[Int8Weight]],
+        report: Callable[[float], None],
+        int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module],
+    ) -> None:
+        self._model = model
+        self._files = files
+        self._dtype = dtype
+        self._device = device
+        self._ahead = ahead
+        self._report = report
+        self._int8_linear = int8_linear
+        self._embedding = model.get_input_embeddings()
+        # Names that have no tensor of their own, to the names they share one with.
+        self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+
+    def run(self, num_threads: int) -> None:
+        """Check the names, then load the largest modules first: their scratch memory is then still free.
+
+        Packing int8 weights is single-threaded, so that several layers are loaded at a time.
+        """
+        self._check_names()
+        own = [item for item in self._modules.items() if _parameters(item[1]) or _stored(item[1])]
+        own.sort(key=lambda item: -_num_elements(item[1]))
+        total = sum(_num_elements(module) for _, module in own)
+        done = 0
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="midfill-load") as pool:
+            tasks = {pool.submit(self._load, name, module): _num_elements(module) for name, module in own}
+            try:
+                for task in as_completed(tasks):
+                    task.result()
+                    done += tasks[task]
+                    self._report(done / total)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        if self._dtype != "int8":
+            self._model.tie_weights()
+
+    def _load(self, name: str, module: nn.Module) -> None:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            if self._dtype == "int8" and type(module) is nn.Linear:
+                self._load_int8(name, module)
+            # Some models scale inside a class of their own: theirs stays as it is, in fp32.
+            elif self._dtype == "int8" and type(module) is nn.Embedding and module is self._embedding:
+                self._load_embedding(name, module)
+            else:
+                self._load_plain(name, module)
+
+    def _check_names(self) -> None:
+        expected = {
+            self._tied.get(full, full)
+            for name, module in self._modules.items()
+            for full in (_join(name, key) for key in (*_parameters(module), *_stored(module)))
+        }
+        missing = sorted(expected - self._files.keys())
+        if missing:
+            raise ModelError(
+                f"The weights lack {len(missing)} tensors that the configuration asks for, "
+                f"for example {missing[0]}. Pull the model again."
+            )
+        unknown = sorted(
+            name
+            for name in self._files.keys() - expected
+            if name not in self._tied and not _HARMLESS.search(name)
+        )
+        if unknown:
+            raise ModelError(
+                f"The weights have {len(unknown)} tensors that the configuration does not know, "
+                f"for example {unknown[0]}. Weights and config.json do not belong together."
+            )
+
+    def _blocks(self, name: str, shape: torch.Size) -> Iterator[torch.Tensor]:
+        """See `files.read_blocks`. Whether the values are finite is not checked."""
+        name = self._tied.get(name, name)
+        return read_blocks(self._files[name], name, shape)
+
+    def _read(self, name: str, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor of the file in memory of its own, with the shape and, unless given, the type of `like`."""
+        result = torch.empty(like.shape, dtype=dtype or like.dtype, device=self._device)
+        start = 0
+        for block in self._blocks(name, like.shape):
+            # Extremes carry NaN and infinity, and need no memory of the block's size.
+            if block.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(block)):
+                raise self._not_finite(name)
+            if like.ndim == 0:
+                result.copy_(block)
+            else:
+                result[start : start + len(block)] = block
+                start += len(block)
+        return result
+
+    def _not_finite(self, name: str) -> ModelError:
+        name = self._tied.get(name, name)
+        return ModelError(f"{name} holds values that are not finite (NaN or infinity). Pull the model again.")
+
+    def _load_int8(self, name: str, module: nn.Linear) -> None:
+        bias = None if module.bias is None else self._read(_join(name, "bias"), module.bias)
+        self._replace(name, self._int8_linear(self._int8_weight(name, module), bias))
+
+    def _load_embedding(self, name: str, module: nn.Embedding) -> None:
+        self._replace(name, Int8Embedding(self._int8_weight(name, module), module.padding_idx))
+
+    def _int8_weight(self, name: str, module: nn.Linear | nn.Embedding) -> Int8Weight:
+        full = _join(name, "weight")
+        shape = module.weight.shape
+        ahead = self._ahead.get(self._tied.get(full, full))
+        try:
+            if ahead is not None and ahead.result().values.shape == shape:
+                return ahead.result()
+            # A wrong shape is found out by reading it.
+            return Int8Weight(shape, self._blocks(full, shape))
+        except ValueError as error:
+            raise self._not_finite(full) from error
+
+    def _replace(self, name: str, made: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self._modules[parent], child, made)
+
+    def _load_plain(self, name: str, module: nn.Module) -> None:
+        for key, value in [*_parameters(module).items(), *_stored(module).items()]:
+            full = _join(name, key)
+            if full in self._tied:
+                continue
+            tensor = self._read(full, value)
+            setattr(
+                module,
+                key,
+                nn.Parameter(tensor, requires_grad=False) if key in _parameters(module) else tensor,
+            )
+
+
+def _join(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key
+
+
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own parameters, without those of its children; tied ones included."""
+    return {key: value for key, value in module._parameters.items() if value is not None}  # noqa: SLF001 - no public list keeps tied ones
+
+
+def _stored(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's own buffers that are in a file."""
+    skipped = module._non_persistent_buffers_set  # noqa: SLF001 - there is no public way to tell them apart
+    return {key: value for key, value in module.named_buffers(recurse=False) if key not in skipped}
+
+
+def _num_elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))

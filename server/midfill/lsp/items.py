@@ -1,0 +1,155 @@
+"""Suggestions as the items that an editor shows: ghost text and entries of the popup.
+
+Knows positions and the protocol's types, not where suggestions come from. Runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from lsprotocol import types
+
+from midfill.completion.completer import Answer
+from midfill.completion.suggestions import up_to_closers
+from midfill.text.documents import Change, Encoding, Point, Snapshot, content_length, split_lines
+
+_LABEL_CHARS = 60
+_LONG_LINE = 2_000
+
+_BACKTICKS = re.compile(r"`+")
+_INFO = re.compile(r"[\w+#.-]*")
+_WORD = re.compile(r"\w*\Z")
+# What editors take for a word in languages where it may hold more than letters and digits.
+_WORDS = {
+    **dict.fromkeys(("css", "less", "scss", "sass", "html", "xml"), re.compile(r"[\w-]*\Z")),
+    **dict.fromkeys(
+        ("lisp", "commonlisp", "emacs-lisp", "elisp", "scheme", "racket", "clojure"),
+        re.compile(r"[^\s()\[\]{}\"'`,;]*\Z"),
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PopupStyle:
+    """What a client does with items of the popup.
+
+    Attributes:
+        markdown: it shows documentation as Markdown.
+        insert_text_mode: it asks how lines below the first are to be indented, and would guess if not told.
+        takes_edits: it inserts the text of an edit as it is. Neovim 0.11 keeps it up to its first blank only,
+            but inserts a plain text whole, from the beginning of the word before the cursor on.
+    """
+
+    markdown: bool = False
+    insert_text_mode: bool = False
+    takes_edits: bool = True
+
+    @staticmethod
+    def of(params: types.InitializeParams) -> PopupStyle:
+        """The style of a client that introduces itself."""
+        text_document = params.capabilities.text_document
+        completion = text_document.completion if text_document else None
+        item = completion.completion_item if completion else None
+        formats = (item.documentation_format if item else None) or ()
+        modes = item.insert_text_mode_support.value_set if item and item.insert_text_mode_support else ()
+        info = params.client_info
+        return PopupStyle(
+            types.MarkupKind.Markdown in formats,
+            types.InsertTextMode.AsIs in modes,
+            not (info is not None and info.name == "Neovim" and (info.version or "").startswith("0.11")),
+        )
+
+
+def inline_item(
+    snapshot: Snapshot,
+    answer: Answer,
+    encoding: Encoding,
+    selected: Change | None,
+    command: types.Command | None,
+) -> dict[str, Any]:
+    """An item of `textDocument/inlineCompletion`.
+
+    `selected` is the popup's item that the editor would insert first: the editor shows only what extends
+    it, over the same range.
+    """
+    if selected is not None and selected.start is not None and selected.end is not None:
+        start, end = selected.start, selected.end
+        if answer.num_replaced:
+            # Closers are of one unit in every encoding.
+            end = (end[0], end[1] + answer.num_replaced)
+        area = types.Range(types.Position(*start), types.Position(*end))
+        item: dict[str, Any] = {"insertText": selected.text + answer.text, "range": area}
+    else:
+        area = _range(snapshot, encoding, snapshot.cursor.column, answer.num_replaced)
+        item = {"insertText": answer.text, "range": area}
+    if command is not None:
+        item["command"] = command
+    return item
+
+
+def popup_item(
+    snapshot: Snapshot, answer: Answer, encoding: Encoding, command: types.Command | None, style: PopupStyle
+) -> types.CompletionItem | None:
+    """An item of `textDocument/completion`, with the whole suggestion as its documentation.
+
+    It begins with the word before the cursor: that is what all editors hold an item against.
+    """
+    before = snapshot.line_before
+    text, num_replaced = answer.text, answer.num_replaced
+    if num_replaced and not style.takes_edits:
+        # It could not say what it replaces.
+        text, num_replaced = up_to_closers(text, snapshot.line_after[:num_replaced]), 0
+        if not text:
+            return None
+    pattern = _WORDS.get(snapshot.document.language_id, _WORD)
+    word = found.group() if (found := pattern.search(before[-_LONG_LINE:])) else ""
+    lines = [line[: content_length(line)] for line in split_lines(word + text)]
+    first = next(line for line in lines if line.strip())
+    label = first.strip()
+    area = _range(snapshot, encoding, len(before) - len(word), num_replaced)
+    # Of a line that no popup can show, nothing is repeated.
+    shown = before.lstrip() if len(before) <= _LONG_LINE else word
+    return types.CompletionItem(
+        label=label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…",
+        kind=types.CompletionItemKind.Text,
+        detail="midfill",
+        documentation=_documentation(snapshot.document.sent_language, shown + text, markdown=style.markdown),
+        # Behind the items of the language's own server.
+        sort_text="\U0010ffff",
+        filter_text=first,
+        text_edit=types.TextEdit(area, word + text) if style.takes_edits else None,
+        insert_text=None if style.takes_edits else word + text,
+        insert_text_format=types.InsertTextFormat.PlainText,
+        insert_text_mode=types.InsertTextMode.AsIs if style.insert_text_mode else None,
+        command=command,
+    )
+
+
+def with_selected(snapshot: Snapshot, selected: Change, encoding: Encoding) -> Snapshot:
+    """The document as it would be with the popup's selected item accepted, and the cursor behind that."""
+    document = snapshot.document
+    edited = document.edit([selected], document.version, encoding)
+    start, _ = sorted(document.point(end or (0, 0), encoding) for end in (selected.start, selected.end))
+    *above, last = split_lines(selected.text)
+    column = len(last) + (0 if above else start.column)
+    return Snapshot(edited, Point(start.line + len(above), column))
+
+
+def _documentation(language_id: str, code: str, *, markdown: bool) -> types.MarkupContent | str:
+    code = "\n".join(line[: content_length(line)] for line in split_lines(code))
+    if not markdown:
+        return code
+    # Longer than any in the code, which would end it.
+    longest = max(map(len, _BACKTICKS.findall(code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    info = language_id if _INFO.fullmatch(language_id) else ""
+    return types.MarkupContent(types.MarkupKind.Markdown, f"{fence}{info}\n{code}\n{fence}")
+
+
+def _range(snapshot: Snapshot, encoding: Encoding, from_column: int, num_replaced: int) -> types.Range:
+    """From a column of the cursor's line to the cursor, and some characters further."""
+    line, column = snapshot.cursor.line, snapshot.cursor.column
+    ends = (Point(line, from_column), Point(line, column + num_replaced))
+    return types.Range(*(types.Position(*snapshot.document.position(end, encoding)) for end in ends))

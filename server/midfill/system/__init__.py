@@ -1,0 +1,1 @@
+"""The operating system: files, folders, programs, streams, memory. No models, no editors."""

@@ -1,0 +1,1 @@
+"""An editor's text: documents, languages, syntax trees, secrets. No LSP, no model."""

@@ -1,0 +1,407 @@
+"""The judgement: whether an adapter is better than its base where the repository went next.
+
+All conditions must hold: the adapter is whole and acts as it was saved; on the newest commits, which nothing
+was learnt from or chosen by, its log-loss of middle and end is lower by a bound over commits; it saves no
+fewer characters, with the prompts, context and filters of the server; it does not spoil other code; it does
+not slow the answers. "rejected" and "inconclusive" both mean off. `decide` is pure; the rest measures.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from midfill.adapters.registry import Judgement
+from midfill.completion.completer import Trigger
+from midfill.engine.api import EngineSpec
+from midfill.engine.factory import create
+from midfill.evaluation.fillers import Hole, PipelineFiller
+from midfill.evaluation.records import Records
+from midfill.evaluation.repository import score
+from midfill.models.store import LocalModel
+from midfill.settings import Settings
+from midfill.training.data import Example
+from midfill.training.statistics import ALPHA, Effect, effect, more_commits
+
+if TYPE_CHECKING:
+    from midfill.training.model import Adapted
+
+Verdict = Literal["enabled", "rejected", "inconclusive"]
+SCALES = (1.0, 0.75, 0.5)
+NUM_HOLES = 24
+# Where the rest of the line is free, so that the server answers unasked.
+_HOLE_KINDS = ("line", "block")
+_STEP0_TOLERANCE = 1e-4
+_CANARY_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the conditions ask for.
+
+    Attributes:
+        commits, examples: the fewest to judge by.
+        general: the most that log-loss on other code may become, as a share of the base's.
+        latency: likewise the time of an answer.
+        gain: the least that is worth anything, in nats per token. Even noise has some effect, and with enough
+            examples a tiny one is no chance any more.
+    """
+
+    commits: int = 20
+    examples: int = 150
+    general: float = 1.02
+    latency: float = 1.10
+    gain: float = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """What came for the same holes with and without the adapter.
+
+    Attributes:
+        base, adapter: characters saved; see `evaluation.repository.score`.
+        latency: the median of the ratios of an answer's time.
+        pairs: for people: place, truth, the base's text, the adapter's text.
+    """
+
+    base: int
+    adapter: int
+    latency: float | None
+    pairs: tuple[tuple[str, str, str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All that a verdict is made from; what is None or empty was not measured.
+
+    Attributes:
+        problems: why the adapter is not what it should be, a sentence each.
+        scale: the chosen one; 0 means that the base was best on the dev commits.
+        dev: log-loss per token on the dev commits by scale.
+        effect: on the test commits.
+        nll_base, nll_adapter: log-loss per token there.
+        gain_at_ends: the part of the gain per token that comes of knowing where the middle ends; the rest is
+            of the middle's own text.
+        general: log-loss on other code, as a share of the base's.
+        filling: see `Filling`.
+        openings: how many adapters these test commits have judged, this one included.
+        by_commit: (commit, gain per token, tokens), in order of time.
+    """
+
+    problems: tuple[str, ...] = ()
+    scale: float = 1.0
+    dev: Mapping[str, float] = field(default_factory=dict)
+    effect: Effect | None = None
+    nll_base: float | None = None
+    nll_adapter: float | None = None
+    gain_at_ends: float | None = None
+    general: float | None = None
+    filling: Filling | None = None
+    openings: int = 1
+    by_commit: tuple[tuple[str, float, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """A verdict with its reasons, a sentence each."""
+
+    verdict: Verdict
+    reasons: tuple[str, ...]
+
+
+def decide(measured: Measured, limits: Limits | None = None) -> Verdicts:
+    """The verdict. Nothing but a pass of every condition is "enabled"."""
+    limits = limits or Limits()
+    if measured.problems:
+        return Verdicts("rejected", measured.problems)
+    if measured.scale == 0:
+        return Verdicts(
+            "rejected", ("On the dev commits no strength of the adapter is better than the base.",)
+        )
+    found = measured.effect
+    if found is None:
+        return Verdicts("inconclusive", ("There is nothing to judge by.",))
+    numbers = (found.gain, measured.nll_base, measured.nll_adapter, measured.general)
+    if any(one is not None and not math.isfinite(one) for one in numbers):
+        return Verdicts("rejected", ("A log-loss is no number.",))
+    against = tuple(_against(found, measured, limits))
+    if against:
+        return Verdicts("rejected", against)
+    missing = tuple(_missing(found, measured, limits))
+    if missing:
+        return Verdicts("inconclusive", missing)
+    return Verdicts(
+        "enabled",
+        (
+            f"Log-loss is lower by {found.gain:.3f} nats per token ({found.low:.3f} to {found.high:.3f}) "
+            f"over {found.commits} later commits.",
+        ),
+    )
+
+
+def _against(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]:
+    reasons = []
+    if found.gain <= 0:
+        sure = "" if found.high >= 0 else ", surely"
+        reasons.append(f"Log-loss is not lower but {-found.gain:.3f} nats per token higher{sure}.")
+    elif found.gain < limits.gain and found.low > 0:
+        reasons.append(
+            f"Log-loss is lower by {found.gain:.4f} nats per token only; less than {limits.gain:g} is no use."
+        )
+    filling = measured.filling
+    if filling is not None and filling.adapter < filling.base:
+        reasons.append(f"It saves fewer characters: {filling.adapter} instead of {filling.base}.")
+    if measured.general is not None and measured.general > limits.general:
+        reasons.append(
+            f"On other code log-loss is {measured.general - 1:.1%} higher (at most {limits.general - 1:.0%})."
+        )
+    if filling is not None and filling.latency is not None and filling.latency > limits.latency:
+        reasons.append(
+            f"Answers take {filling.latency - 1:.0%} longer with it (at most {limits.latency - 1:.0%})."
+        )
+    return reasons
+
+
+def _missing(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]:
+    reasons = []
+    if found.commits < limits.commits:
+        reasons.append(
+            f"{limits.commits - found.commits} more commits needed: there are {found.commits} to judge by."
+        )
+    elif found.examples < limits.examples:
+        reasons.append(f"There are {found.examples} examples to judge by; {limits.examples} are needed.")
+    if found.low <= 0:
+        more = more_commits(found, _alpha(measured.openings))
+        needed = f"about {more} more commits needed" if more else "far more commits needed"
+        reasons.append(
+            f"{needed} to tell a gain of {found.gain:.3f} nats per token "
+            f"({found.low:.3f} to {found.high:.3f}) from chance."
+        )
+    if measured.filling is None or measured.filling.latency is None:
+        reasons.append("Characters saved and the time of answers were not measured.")
+    if measured.general is None:
+        reasons.append("Other code was not measured.")
+    return reasons
+
+
+def as_dict(measured: Measured, verdicts: Verdicts) -> dict[str, Any]:
+    """What `--json` prints, and the registry keeps; no source text."""
+    found = measured.effect
+    filling = measured.filling
+    finite = found is not None and math.isfinite(found.low)
+    return {
+        "verdict": verdicts.verdict,
+        "reasons": list(verdicts.reasons),
+        "nll_gain": round(found.gain, 5) if found is not None else None,
+        "interval": [round(found.low, 5), round(found.high, 5)] if found is not None and finite else None,
+        "commits": found.commits if found is not None else 0,
+        "examples": found.examples if found is not None else 0,
+        "nll_base": measured.nll_base,
+        "nll_adapter": measured.nll_adapter,
+        "nll_gain_at_ends": measured.gain_at_ends,
+        "alpha": _alpha(measured.openings),
+        "openings": measured.openings,
+        "scale": measured.scale,
+        "dev": dict(measured.dev),
+        "general": measured.general,
+        "saved_chars": None
+        if filling is None
+        else {"base": filling.base, "adapter": filling.adapter, "holes": len(filling.pairs)},
+        "latency": None if filling is None else filling.latency,
+        "by_commit": [list(one) for one in measured.by_commit],
+    }
+
+
+def _alpha(openings: int) -> float:
+    """Commits that have judged several adapters let one through by luck more easily (Bonferroni)."""
+    return ALPHA / max(1, openings)
+
+
+def step0_problem(adapted: Adapted, examples: Sequence[Example]) -> str | None:
+    """Whether an adapter without strength is its base, which every later comparison rests on."""
+    before, adapted.scale = adapted.scale, 0.0
+    for example in examples[:2]:
+        without = adapted.loss_sum(example)
+        with adapted.as_base():
+            base = adapted.loss_sum(example)
+        if abs(without - base) > _STEP0_TOLERANCE * max(1.0, abs(base)):
+            adapted.scale = before
+            return f"Switched to nothing it differs from the base ({without:.4f}, not {base:.4f})."
+    adapted.scale = before
+    return None
+
+
+def canary_problem(adapted: Adapted, folder: Path, example: Example) -> str | None:
+    """Whether what was saved acts as what was trained: the logits of one prompt, saved and read again."""
+    before = adapted.canary(example)
+    scale = adapted.scale
+    adapted.load(folder)
+    after = adapted.canary(example)
+    difference = float((before - after).abs().max())
+    if not difference <= _CANARY_TOLERANCE * max(1.0, float(before.abs().max())):
+        return f"Read from its file it acts differently: logits by up to {difference:.4g}, strength {scale}."
+    return None
+
+
+def choose_scale(
+    adapted: Adapted, examples: Sequence[Example], base: Sequence[float], tell: Callable[[float], None]
+) -> tuple[float, dict[str, float]]:
+    """The strength with the lowest log-loss on the dev commits, 0 for the base; and all of them."""
+    tokens = sum(len(example.target) for example in examples)
+    table = {"0": sum(base) / tokens}
+    total = len(SCALES) * len(examples)
+    for number, scale in enumerate(SCALES):
+        adapted.scale = scale
+        sums = 0.0
+        for index, example in enumerate(examples):
+            sums += adapted.loss_sum(example)
+            tell((number * len(examples) + index + 1) / total)
+        table[f"{scale:g}"] = sums / tokens
+    finite = {key: value for key, value in table.items() if math.isfinite(value)}
+    best = float(min(finite, key=lambda key: (finite[key], float(key)))) if finite else 0.0
+    adapted.scale = best
+    return best, {key: round(value, 5) for key, value in table.items()}
+
+
+def measure_losses(  # noqa: PLR0913 - each is a different thing
+    adapted: Adapted,
+    test: Sequence[Example],
+    general: Sequence[Example],
+    *,
+    openings: int,
+    records: Records,
+    tell: Callable[[float], None],
+) -> Measured:
+    """Log-losses of base and adapter, example by example, on the test commits and on other code.
+
+    What `records` has already is not computed again. They hold places and numbers, no text.
+    """
+    everything = {example.id: example for example in (*_in_rounds(test), *general)}
+    for number, example in enumerate(everything.values()):
+        if example.id not in records.rows:
+            with adapted.as_base():
+                base = adapted.middle_and_end(example)
+            records.keep({"id": example.id, "base": base, "adapter": adapted.middle_and_end(example)})
+        tell((number + 1) / len(everything))
+    of_test, of_general = (
+        [(sum(records.rows[one.id]["base"]), sum(records.rows[one.id]["adapter"])) for one in part]
+        for part in (test, general)
+    )
+    at_ends = sum(records.rows[one.id]["base"][1] - records.rows[one.id]["adapter"][1] for one in test)
+    tokens = [len(example.target) for example in test]
+    found = effect(
+        [example.commit for example in test],
+        [base - ours for base, ours in of_test],
+        tokens,
+        _alpha(openings),
+    )
+    base_general = sum(base for base, _ in of_general)
+    return Measured(
+        scale=adapted.scale,
+        effect=found,
+        nll_base=round(sum(base for base, _ in of_test) / max(1, sum(tokens)), 5),
+        nll_adapter=round(sum(ours for _, ours in of_test) / max(1, sum(tokens)), 5),
+        gain_at_ends=round(at_ends / max(1, sum(tokens)), 5),
+        general=round(sum(ours for _, ours in of_general) / base_general, 5) if base_general else None,
+        openings=openings,
+        by_commit=tuple(_by_commit(test, of_test)),
+    )
+
+
+def _by_commit(
+    test: Sequence[Example], losses: Sequence[tuple[float, float]]
+) -> Sequence[tuple[str, float, int]]:
+    sums: dict[str, tuple[float, int]] = {}
+    for example, (base, ours) in zip(test, losses, strict=True):
+        gain, tokens = sums.get(example.commit, (0.0, 0))
+        sums[example.commit] = gain + base - ours, tokens + len(example.target)
+    return [(commit, round(gain / tokens, 5), tokens) for commit, (gain, tokens) in sums.items()]
+
+
+def choose_holes(test: Sequence[Example]) -> list[Example]:
+    """Places to compare suggestions at, evenly from all commits."""
+    holes = [example for example in test if example.kind in _HOLE_KINDS and example.truth.strip()]
+    return _in_rounds(holes)[:NUM_HOLES]
+
+
+def _in_rounds(examples: Sequence[Example]) -> list[Example]:
+    """One of each commit, then another one of each, and so on."""
+    by_commit: dict[str, list[Example]] = {}
+    for example in examples:
+        by_commit.setdefault(example.commit, []).append(example)
+    rounds = max(map(len, by_commit.values()), default=0)
+    return [group[number] for number in range(rounds) for group in by_commit.values() if number < len(group)]
+
+
+async def fill(  # noqa: PLR0913, PLR0917 - each is a different thing
+    model: LocalModel,
+    adapter: Path,
+    settings: Settings,
+    holes: Sequence[Example],
+    root: Path,
+    num_threads: int,
+    tell: Callable[[float], None],
+) -> Filling:
+    """Let the server's pipeline answer at each place, with the base and with the adapter in turn.
+
+    Args:
+        model: the base model.
+        adapter: its folder.
+        settings: the user's; what is not shown unasked saves nothing.
+        holes: see `choose_holes`.
+        root: the folder of the tree before the held-out commits, or of the repository.
+        num_threads: of each model.
+        tell: hears the share done.
+    """
+    spec = EngineSpec(
+        model,
+        device=settings.device,
+        dtype=settings.dtype,
+        num_threads=num_threads,
+        runner=settings.runner,
+    )
+    settings = settings.model_copy(update={"adapter": None, "deadline_s": 600.0})
+    engines = [create(spec), create(replace(spec, adapter=adapter))]
+    fillers = []
+    try:
+        for engine in engines:
+            await engine.start(lambda _message, _share: None)
+            filler = PipelineFiller(engine, settings)
+            fillers.append(filler)
+            if settings.context:
+                await filler.open_folder(root)
+            if holes:  # The first answer of a model is slower than the others.
+                await filler.fill(_hole(holes[-1], root), Trigger.AUTOMATIC)
+        saved, ratios, pairs = [0, 0], [], []
+        for number, example in enumerate(holes):
+            hole = _hole(example, root)
+            # Each is first in turn: what else the machine does meets both.
+            order = (0, 1) if number % 2 else (1, 0)
+            filled = {which: await fillers[which].fill(hole, Trigger.AUTOMATIC) for which in order}
+            for which in order:
+                saved[which] += score(filled[which].text, example.truth).saved_chars
+            ratios.append(filled[1].latency_ms / max(0.01, filled[0].latency_ms))
+            pairs.append((example.id, example.truth, filled[0].text, filled[1].text))
+            tell((number + 1) / len(holes))
+        latency = round(statistics.median(ratios), 4) if ratios else None
+        return Filling(saved[0], saved[1], latency, tuple(pairs))
+    finally:
+        for filler in fillers:
+            filler.close()
+        for engine in engines:
+            await engine.close()
+
+
+def _hole(example: Example, root: Path) -> Hole:
+    return Hole((root / example.path).as_uri(), example.language, example.before, example.after)
+
+
+def judgement_of(result: Mapping[str, Any], *, forced: bool) -> Judgement:
+    """A result as the registry keeps it."""
+    kept = {key: value for key, value in result.items() if key not in {"verdict", "reasons", "training"}}
+    training = {key: value for key, value in (result["training"] or {}).items() if key != "losses"}
+    return Judgement(result["verdict"], tuple(result["reasons"]), forced, {**kept, "training": training})

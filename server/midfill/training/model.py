@@ -1,0 +1,302 @@
+"""A base model with a LoRA branch in torch: losses, gradients, strengths, PEFT's format.
+
+Weights are transformers' own modules in float32, or int8 ones that gradients pass through (`frozen`), on CUDA
+in bfloat16; loaded as the engine loads them. A sequence is computed at a time, without padding and packing,
+and the head only where a target is to be predicted: that is a quarter less work on a small model with a
+large vocabulary. One thread owns it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn import functional
+
+from midfill.adapters import format as peft_format
+from midfill.engine.torch.weights import build_model
+from midfill.errors import AdapterError
+from midfill.models.safetensors_io import find_tensors
+from midfill.models.store import LocalModel
+from midfill.system import malloc as heap
+from midfill.system.last_used import seconds_since, watch
+from midfill.system.private import private
+from midfill.training.data import Example
+from midfill.training.int8_base import FrozenLinear, keep_less, layers_of, share_embedding
+
+_ADAPTER = "default"
+_LIVE_S = 1.5
+"""So long after a server asked its model for somebody, a pass waits between two layers."""
+
+_POLL_S = 0.1
+CANARY_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        rank, alpha, dropout: of LoRA, on all linear layers but the head.
+        learning_rate: the highest; a warm-up leads to it, a cosine from it to a tenth.
+        warmup: its share of all steps.
+        clip: the longest gradient.
+        batch: examples for one step.
+        seed: of order, start values and dropout.
+    """
+
+    learning_rate: float
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    warmup: float = 0.05
+    clip: float = 1.0
+    batch: int = 8
+    seed: int = 0
+
+
+def recipe_for(num_parameters: int, **changes: Any) -> Recipe:
+    """The recipe to start from, by the base model's size; larger models want smaller steps."""
+    rates = ((3e8, 1e-3), (1e9, 5e-4), (3e9, 3e-4))
+    rate = next((rate for limit, rate in rates if num_parameters < limit), 2e-4)
+    return Recipe(**{"learning_rate": rate, **changes})
+
+
+class Adapted:
+    """A base model with one adapter.
+
+    Args:
+        model: the folder.
+        recipe: the adapter's form and start values.
+        num_threads: for computing.
+        base_weights: "float32", "int8" (on a CPU only, see `frozen`) or "bfloat16".
+        yields: whether to stand aside while a server on this machine computes for somebody.
+
+    Attributes:
+        parameters: the adapter's, by name, in a fixed order.
+    """
+
+    def __init__(
+        self,
+        model: LocalModel,
+        recipe: Recipe,
+        *,
+        num_threads: int,
+        base_weights: str = "float32",
+        yields: bool = True,
+    ) -> None:
+        self.local = model
+        # Of several processes each has a device of its own.
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", number) if on_cuda() else torch.device("cpu")
+        torch.set_num_threads(num_threads)
+        base = build_model(
+            model.path,
+            find_tensors(model.path),
+            base_weights,
+            self.device,
+            num_threads=num_threads,
+            ahead={},
+            report=lambda _: None,
+            int8_linear=FrozenLinear,
+        )
+        # PEFT writes it into the adapter's configuration; a path of this machine says nothing elsewhere.
+        base.name_or_path = model.name
+        share_embedding(base)
+        _switch_off_dropout(base)
+        if base_weights == "int8":
+            keep_less(base)
+        self.layers = peft_format.layers_of(model.path)
+        self._config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,
+            lora_dropout=recipe.dropout,
+            target_modules=sorted({name.rpartition(".")[2] for name in self.layers}),
+            base_model_name_or_path=model.name,
+        )
+        torch.manual_seed(recipe.seed)
+        with _quiet():
+            # Branches are float32, whatever the base is: the steps are too small for bfloat16.
+            self.peft: Any = get_peft_model(base, self._config)
+        self.parameters: dict[str, nn.Parameter] = {
+            name: one for name, one in self.peft.named_parameters() if one.requires_grad
+        }
+        self._branches = [one for one in self.peft.modules() if isinstance(one, LoraLayer)]
+        self._full = [one.scaling[_ADAPTER] for one in self._branches]
+        self._scale = 1.0
+        if yields:
+            watch()
+            _stand_aside(base)
+
+    def losses(self, example: Example) -> torch.Tensor:
+        """The negative log-likelihood of each token of the target, in nats; float32."""
+        ids = torch.tensor([(*example.prompt, *example.target[:-1])], device=self.device)
+        target = torch.tensor(example.target, device=self.device)
+        logits = self.peft(input_ids=ids, use_cache=False, logits_to_keep=len(target)).logits[0]
+        return functional.cross_entropy(logits.float(), target, reduction="none")
+
+    def loss_sum(self, example: Example) -> float:
+        """The sum of `losses`, as the model is now, without gradients and dropout."""
+        return sum(self.middle_and_end(example))
+
+    def middle_and_end(self, example: Example) -> tuple[float, float]:
+        """The two parts of `loss_sum`: what was written, and that it ends there."""
+        self.peft.eval()
+        with torch.inference_mode():
+            losses = self.losses(example).double()
+            return float(losses[:-1].sum()), float(losses[-1])
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Within, the adapter is off."""
+        with self.peft.disable_adapter():
+            yield
+
+    @property
+    def scale(self) -> float:
+        """How strongly the adapter counts; 0 is the base, 1 as it was trained."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = value
+        for branch, full in zip(self._branches, self._full, strict=True):
+            branch.scaling[_ADAPTER] = full * value
+
+    def train_mode(self) -> None:
+        """Dropout on, in the adapter only."""
+        self.peft.train()
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of an adapter's folder, checked against the base model's layers.
+
+        Raises `AdapterError` if it is none, does not fit, or is not of the form that this was made with.
+        """
+        found = peft_format.read(folder, self.layers)
+        with torch.no_grad():
+            for branch in self._branches:
+                branch.lora_B[_ADAPTER].weight.zero_()
+            modules = {
+                name.removeprefix("base_model.model."): one
+                for name, one in self.peft.named_modules()
+                if isinstance(one, LoraLayer)
+            }
+            for name, values in found.branches.items():
+                branch = modules[name]
+                down, up = branch.lora_A[_ADAPTER].weight, branch.lora_B[_ADAPTER].weight
+                if values.down.shape[0] > down.shape[0]:
+                    raise AdapterError(
+                        f"The adapter {folder} has rank {values.down.shape[0]}; the largest that can be "
+                        f"judged here is {down.shape[0]}."
+                    )
+                down.zero_()
+                rank = values.down.shape[0]
+                down[:rank] = torch.from_numpy(values.down)
+                # The branches may have scales of their own; ours is the one that counts.
+                share = values.scale / self._full[self._branches.index(branch)]
+                up[:, :rank] = torch.from_numpy(values.up) * share
+        self.scale = 1.0
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter, with the present scale in its configuration and dropout off."""
+        config = self.peft.peft_config[_ADAPTER]
+        before = config.lora_alpha, config.lora_dropout
+        config.lora_alpha, config.lora_dropout = self._config_alpha() * self._scale, 0.0
+        config.base_model_name_or_path = self.local.name
+        try:
+            with _quiet():
+                self.peft.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)
+            for written in (folder, *folder.iterdir()):
+                private(written)
+        finally:
+            config.lora_alpha, config.lora_dropout = before
+
+    def canary(self, example: Example) -> torch.Tensor:
+        """The logits behind a prompt, which tell one adapter from another and from the base."""
+        self.peft.eval()
+        ids = torch.tensor([example.prompt], device=self.device)
+        with torch.inference_mode():
+            logits: torch.Tensor = self.peft(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+            return logits[0, -1].float()
+
+    def release(self) -> None:
+        """Give the memory back; nothing can be computed any more."""
+        self.peft = None
+        self.parameters.clear()
+        self._branches.clear()
+        # Modules refer to each other in circles, which stay until somebody has made enough new objects.
+        gc.collect()
+        heap.trim()
+
+    def _config_alpha(self) -> float:
+        # The value given at the start; `save` changes it for the time of writing only.
+        return float(self._config.lora_alpha)
+
+
+def on_cuda() -> bool:
+    """Whether an adapter is learnt on a GPU."""
+    return torch.cuda.is_available()
+
+
+def summed(adapted: Adapted, examples: Sequence[Example], tell: Callable[[float], None]) -> list[float]:
+    """`loss_sum` of each example; `tell` hears the share done."""
+    found = []
+    for number, example in enumerate(examples):
+        found.append(adapted.loss_sum(example))
+        tell((number + 1) / len(examples))
+    return found
+
+
+def _switch_off_dropout(model: Any) -> None:
+    """The trunk's own dropout would blur what is trained; attention modules keep theirs as a number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _stand_aside(model: Any) -> None:
+    """Wait between two layers, on the way forth and back, while somebody waits for a server's model."""
+
+    def back(_gradient: torch.Tensor) -> None:
+        wait_for_quiet()
+
+    def forth(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        wait_for_quiet()
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        if hidden.requires_grad:
+            hidden.register_hook(back)
+
+    for layer in layers_of(model):
+        layer.register_forward_hook(forth)
+
+
+def wait_for_quiet() -> None:
+    """Return when no server has asked its model for somebody for a moment."""
+    while seconds_since() < _LIVE_S:
+        time.sleep(_POLL_S)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 for a property by its old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # It looks a model up on the hub to see whether its vocabulary has grown; ours never does.
+        warnings.filterwarnings("ignore", message="Could not find a config file")
+        yield

@@ -1,0 +1,360 @@
+"""From a repository to an adapter and its verdict: data > train > judge > register.
+
+A run has a folder of its own below the user's data: checkpoints, the adapter, the report. It holds no source
+text but in the report, which only its owner can read. Test commits are written down when they are opened, so
+that trying until something passes is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from midfill.adapters import format as peft_format
+from midfill.adapters.registry import Registry, data_dir, locked, replace_file
+from midfill.errors import AdapterError, MidfillError
+from midfill.evaluation.records import Records
+from midfill.models.store import LocalModel
+from midfill.settings import Settings
+from midfill.system import malloc as heap
+from midfill.system.figures import peak_rss_mb
+from midfill.system.json_files import read_json
+from midfill.system.private import private_folder
+from midfill.training import data, judge, memory, report
+from midfill.training.data import Example, Examples
+from midfill.training.history import Repository
+from midfill.training.judge import Measured
+from midfill.training.model import Adapted, Recipe, on_cuda, recipe_for
+from midfill.training.selection import Selection, select
+from midfill.training.trainer import Trained, Trainer, kept_base_weights, smaller_of_all
+from midfill.training.worker import Job, run_folder
+
+Tell = Callable[[str, float | None, str], None]
+"""Hears the stage, the share of it that is done, and a sentence."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """What the stages share."""
+
+    job: Job
+    model: LocalModel
+    settings: Settings
+    base_weights: str
+    tell: Tell
+    selection: Selection
+    examples: Examples
+
+    @property
+    def folder(self) -> Path:
+        return run_folder(self.job.name)
+
+
+def _prepare(job: Job, model: LocalModel, settings: Settings, tell: Tell, num_train: int) -> _Run:
+    """Read the history and cut the examples.
+
+    Raises `MidfillError` if there is nothing to learn from, or too little memory.
+    """
+    base_weights = _base_weights(job, model, settings, learns=bool(num_train))
+    if base_weights == "int8":
+        # It takes a tenth longer, which is worth it where memory is short.
+        heap.give_large_blocks_back_at_once()
+    tell("data", None, "reading the history")
+    repository = Repository(job.repo)
+    selection = select(repository, settings)
+    tell("data", None, "cutting examples")
+    examples = data.make(repository, selection, model, settings, seed=job.seed, num_train=num_train)
+    if (num_train and not examples.train) or not examples.test:
+        raise MidfillError(f"{repository.root} has no places to learn from: see `midfill adapter plan`.")
+    return _Run(job, model, settings, base_weights, tell, selection, examples)
+
+
+def _base_weights(job: Job, model: LocalModel, settings: Settings, *, learns: bool = True) -> str:
+    """In which form the base is held; a training that is gone on with keeps to its own."""
+    wanted = job.base_weights
+    if on_cuda():
+        if wanted != "auto":
+            raise AdapterError(
+                f"On a GPU the base is held in bfloat16, not in {wanted}: leave --base-weights out."
+            )
+        return "bfloat16"
+    if wanted == "auto" and job.resume:
+        kept = kept_base_weights(run_folder(job.name) / "checkpoint")
+        # One of a GPU is not gone on with here: the checkpoint is refused.
+        wanted = kept if kept in memory.FORMS else wanted
+    count = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    free = psutil.virtual_memory().available
+    room = memory.survey(model.path, wanted, settings, free, count, learns=learns)
+    return smaller_of_all(memory.chosen(room, count))
+
+
+def train(  # noqa: PLR0913 - each is a different thing
+    job: Job,
+    model: LocalModel,
+    settings: Settings,
+    tell: Tell,
+    stop: Callable[[], bool],
+    *,
+    leads: bool = True,
+) -> dict[str, Any]:
+    """Learn an adapter, judge it and register it with its verdict.
+
+    Args:
+        job: what to do.
+        model: the base model.
+        settings: the user's.
+        tell: hears how far it is.
+        stop: asked often; true ends it with a checkpoint.
+        leads: whether this is the process that judges and writes, of several that train.
+
+    Returns:
+        What `--json` prints.
+
+    Raises:
+        MidfillError: there is nothing to learn from, or it has been stopped.
+    """
+    begun_s = time.monotonic()
+    if (taken := Registry().find(job.name)) is not None and not job.resume:
+        raise AdapterError(
+            f"There is an adapter {taken.name!r} already. Train under another --name, or remove that one: "
+            f"midfill adapter rm {taken.name}"
+        )
+    run = _prepare(job, model, settings, tell, data.NUM_TRAIN)
+    tell("model", None, f"loading {model.name}")
+    recipe = recipe_for(_num_parameters(model), **dict(job.changes))
+    adapted = Adapted(model, recipe, num_threads=job.num_threads, base_weights=run.base_weights)
+    problem = judge.step0_problem(adapted, run.examples.dev or run.examples.test)
+    tell("train", 0.0, "the base on the dev commits")
+    base_dev, forward_s = _base_on_dev(adapted, run, leads)
+    budget_s = _training_budget(job.budget_s, time.monotonic() - begun_s, forward_s, run.examples)
+    trained = _train(run, adapted, recipe, budget_s, stop)
+    if not leads:
+        return {}
+    adapter = run.folder / "adapter"
+    measured = _choose_and_save(run, adapted, base_dev, adapter, problem)
+    result = _judge(run, adapted, adapter, measured, trained, time.monotonic() - begun_s)
+    entry = Registry().add(
+        adapter,
+        name=job.name,
+        base=model,
+        judgement=judge.judgement_of(result, forced=job.force),
+        source=f"midfill adapter train on {run.selection.repository} at {run.selection.head[:12]}",
+    )
+    return {"adapter": entry.name, "digest": entry.digest, "forced": job.force, **result}
+
+
+def evaluate(  # noqa: PLR0913, PLR0917 - each is a different thing
+    job: Job, adapter: Path, fingerprint: str | None, model: LocalModel, settings: Settings, tell: Tell
+) -> dict[str, Any]:
+    """Judge an adapter that is there already, as it is, on the newest commits of a repository.
+
+    Args:
+        job: where; `name` is for the report's folder.
+        adapter: its folder.
+        fingerprint: of the base model that it was trained on, if that is known.
+        model: the base model.
+        settings: the user's.
+        tell: hears how far it is.
+
+    Returns:
+        What `--json` prints.
+    """
+    begun_s = time.monotonic()
+    run = _prepare(job, model, settings, tell, 0)
+    measured = _check(adapter, fingerprint, model)
+    adapted = None
+    if not measured.problems:
+        tell("model", None, f"loading {model.name}")
+        rank = peft_format.read(adapter, peft_format.layers_of(model.path)).rank
+        recipe = Recipe(1.0, rank=rank, alpha=rank)
+        adapted = Adapted(model, recipe, num_threads=job.num_threads, base_weights=run.base_weights)
+        adapted.load(adapter)
+        if problem := judge.step0_problem(adapted, run.examples.test):
+            measured = Measured(problems=(problem,))
+    return _judge(run, adapted, adapter, measured, None, time.monotonic() - begun_s)
+
+
+def _check(adapter: Path, fingerprint: str | None, model: LocalModel) -> Measured:
+    if fingerprint is not None and fingerprint != peft_format.fingerprint_of(model.path):
+        return Measured(problems=(f"It was trained on another model than {model.name}.",))
+    try:
+        peft_format.read(adapter, peft_format.layers_of(model.path))
+    except AdapterError as error:
+        return Measured(problems=(str(error),))
+    return Measured()
+
+
+def _base_on_dev(adapted: Adapted, run: _Run, leads: bool) -> tuple[list[float], float]:
+    """The base's losses on the dev commits, and how long an example takes."""
+    examples = run.examples.dev if leads else run.examples.dev[:2]
+    begun_s = time.monotonic()
+    with adapted.as_base():
+        losses = [adapted.loss_sum(example) for example in examples]
+    return losses, (time.monotonic() - begun_s) / max(1, len(examples))
+
+
+def _training_budget(budget_s: float, used_s: float, forward_s: float, examples: Examples) -> float:
+    """What judging leaves of the budget, and at least half of it."""
+    passes = len(judge.SCALES) * len(examples.dev) + 2 * len(examples.test) + 2 * len(examples.general)
+    # An answer is a prompt and some tokens; the engine's int8 makes up for the tokens.
+    judging_s = forward_s * (passes + 2 * judge.NUM_HOLES)
+    return max(budget_s / 2, budget_s - used_s - judging_s)
+
+
+def _train(run: _Run, adapted: Adapted, recipe: Recipe, budget_s: float, stop: Callable[[], bool]) -> Trained:
+    identity = {
+        "data": run.examples.digest,
+        "base": peft_format.fingerprint_of(run.model.path),
+        "base_weights": run.base_weights,
+    }
+    trainer = Trainer(
+        adapted,
+        recipe,
+        run.examples.train,
+        run.folder / "checkpoint",
+        identity,
+        stop,
+        lambda share, message: run.tell("train", share, message),
+    )
+    return trainer.run(budget_s, max_steps=run.job.max_steps, resume=run.job.resume)
+
+
+def _choose_and_save(
+    run: _Run, adapted: Adapted, base_dev: Sequence[float], adapter: Path, problem: str | None
+) -> Measured:
+    scale, table = judge.choose_scale(
+        adapted,
+        run.examples.dev,
+        base_dev,
+        lambda share: run.tell("choose", share, "strength on the dev commits"),
+    )
+    if scale == 0:
+        # It is kept as it was trained, so that there is something to look at.
+        adapted.scale = 1.0
+    shutil.rmtree(adapter, ignore_errors=True)
+    adapted.save(adapter)
+    problems = [problem] if problem else []
+    if damage := judge.canary_problem(adapted, adapter, run.examples.test[0]):
+        problems.append(damage)
+    return Measured(problems=tuple(problems), scale=scale, dev=table)
+
+
+def _judge(  # noqa: PLR0913, PLR0917 - what the stages before it have made
+    run: _Run,
+    adapted: Adapted | None,
+    adapter: Path,
+    measured: Measured,
+    trained: Trained | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Open the test commits, unless the verdict is known without them; write the report."""
+    begun_s = time.monotonic()
+    examples = run.examples
+    if adapted is not None and not measured.problems and measured.scale:
+        openings = note_opening(examples.test, peft_format.digest_of(adapter))
+        scale, dev = measured.scale, measured.dev
+        measured = judge.measure_losses(
+            adapted,
+            examples.test,
+            examples.general,
+            openings=openings,
+            records=Records(run.folder / "judged.jsonl", _header(run, adapter)),
+            tell=lambda share: run.tell("judge", share, "log-loss on later commits"),
+        )
+        measured = replace(measured, scale=scale, dev=dev)
+        # Two engines come next, each with a model of its own.
+        adapted.release()
+        if measured.effect is not None and math.isfinite(measured.effect.gain):
+            measured = replace(measured, filling=_fill(run, adapter))
+    verdicts = judge.decide(measured, run.job.limits)
+    result = judge.as_dict(measured, verdicts)
+    result["base_weights"] = run.base_weights
+    result["training"] = _training(run, trained)
+    result["seconds"] = round(seconds + time.monotonic() - begun_s, 1)
+    result["peak_rss_mb"] = round(peak_rss_mb(os.getpid()))
+    path = run.folder / "report.html"
+    report.write(path, run.job.name, run.selection.repository, result, measured, forced=run.job.force)
+    result["report"] = str(path)
+    return result
+
+
+def _header(run: _Run, adapter: Path) -> dict[str, str]:
+    """What kept log-losses are of; an older file of another adapter or other places is done with."""
+    header = {
+        "eval": "adapter, middle and end",
+        "adapter": peft_format.digest_of(adapter),
+        "data": run.examples.digest,
+        "base_weights": run.base_weights,
+    }
+    file = run.folder / "judged.jsonl"
+    private_folder(file.parent)
+    try:
+        with file.open(encoding="utf-8") as lines:
+            known = json.loads(lines.readline())
+    except (OSError, ValueError):
+        known = None
+    if known != header:
+        file.unlink(missing_ok=True)
+    return header
+
+
+def _fill(run: _Run, adapter: Path) -> judge.Filling:
+    def tell(share: float) -> None:
+        run.tell("judge", share, "suggestions with and without it")
+
+    holes = judge.choose_holes(run.examples.test)
+    with data.written_tree(run.selection, run.settings) as root:
+        place = root or Repository(run.job.repo).root
+        return asyncio.run(
+            judge.fill(run.model, adapter, run.settings, holes, place, run.job.num_threads, tell)
+        )
+
+
+def _training(run: _Run, trained: Trained | None) -> dict[str, Any] | None:
+    if trained is None:
+        return None
+    return {
+        "examples": len(run.examples.train),
+        "digest": run.examples.digest,
+        "layout": run.examples.layout,
+        "steps": trained.steps,
+        "planned_steps": trained.planned,
+        "seconds": trained.seconds,
+        "seconds_per_step": trained.seconds_per_step,
+        "tokens": trained.tokens,
+        "losses": list(trained.losses),
+    }
+
+
+def note_opening(test: Sequence[Example], digest: str) -> int:
+    """Write down that an adapter is judged by these commits; how many others were, and this one."""
+    file = data_dir() / "training" / "opened.json"
+    # Digests of the ids: which commits there are is nobody's business who finds the file.
+    commits = {hashlib.sha256(example.commit.encode()).hexdigest()[:16] for example in test}
+    with locked(file.parent):
+        try:
+            known = read_json(file)["opened"]
+        except (OSError, ValueError, KeyError, TypeError):
+            known = []
+        others = {
+            one["adapter"] for one in known if commits & set(one["commits"]) and one["adapter"] != digest
+        }
+        known = [one for one in known if one["adapter"] != digest]
+        known.append({"adapter": digest, "commits": sorted(commits)})
+        replace_file(file, json.dumps({"opened": known}))
+    return len(others) + 1
+
+
+def _num_parameters(model: LocalModel) -> int:
+    return sum(outputs * inputs for outputs, inputs in peft_format.layers_of(model.path).values())

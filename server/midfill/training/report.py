@@ -1,0 +1,200 @@
+"""The report of a judgement: one HTML file that needs nothing else, with plots where matplotlib is installed.
+
+It shows source text, suggestions side by side, and so only its owner can read it. Loads nothing from
+anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from midfill.errors import AdapterError
+from midfill.system.private import private_folder
+from midfill.training.judge import Measured
+
+_MAX_PAIRS = 24
+_COLOURS = {"enabled": "#1a7f37", "rejected": "#b42318", "inconclusive": "#9a6700"}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse }
+td, th { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top }
+pre { background: #f6f8fa; padding: .4rem .6rem; margin: 0; font-size: 12px }
+pre { white-space: pre-wrap; min-width: 12rem }
+img { max-width: 100% } .verdict { font-weight: 600 } .quiet { color: #59636e }
+"""
+
+
+def write(  # noqa: PLR0913 - what it is of, and what it says
+    path: Path,
+    name: str,
+    repository: str,
+    result: Mapping[str, Any],
+    measured: Measured,
+    *,
+    forced: bool,
+) -> None:
+    """Write the report. Raises `AdapterError` if that cannot be done."""
+    parts = [
+        f"<h1>Adapter {_text(name)}, learnt from {_text(repository)}</h1>",
+        _verdict(result, forced),
+        "<h2>Conditions</h2>",
+        _table(_conditions(result)),
+        *_pictures(result, measured),
+        *_training(result),
+        *_pairs(measured),
+        '<p class="quiet">This file shows source text of the repository. midfill sends it nowhere.</p>',
+    ]
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>midfill adapter {_text(name)}</title>'
+        f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    )
+    try:
+        private_folder(path.parent, tighten=False)
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as out:  # noqa: PTH123 - it is a descriptor
+            out.write(page)
+    except OSError as error:
+        raise AdapterError(f"Cannot write the report {path}: {error.strerror}.") from error
+
+
+def _verdict(result: Mapping[str, Any], forced: bool) -> str:
+    verdict = result["verdict"]
+    reasons = "".join(f"<li>{_text(reason)}</li>" for reason in result["reasons"])
+    said = "It is switched on." if verdict == "enabled" else "It stays off."
+    if forced:
+        said += " Its user has forced it on in spite of the verdict."
+    colour = _COLOURS[verdict]
+    return f'<p class="verdict" style="color:{colour}">{verdict}. {said}</p><ul>{reasons}</ul>'
+
+
+def _conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [("later commits", f"{result['commits']}, with {result['examples']} places")]
+    if result["nll_gain"] is not None:
+        interval = result["interval"]
+        shown = f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "not known"
+        rows.append(
+            (
+                "log-loss, nats per token",
+                f"{result['nll_base']:.4f} base, {result['nll_adapter']:.4f} adapter",
+            )
+        )
+        rows.append(
+            (
+                "gain and its bounds",
+                f"{result['nll_gain']:+.4f} ({shown}, each missed in {result['alpha']:.2%})",
+            )
+        )
+        rows.append(("of that by knowing where to end", f"{result['nll_gain_at_ends']:+.4f}"))
+    if result["openings"] > 1:
+        rows.append(("adapters that these commits have judged", str(result["openings"])))
+    if saved := result["saved_chars"]:
+        rows.append(
+            (
+                "characters saved",
+                f"{saved['base']} base, {saved['adapter']} adapter, at {saved['holes']} places",
+            )
+        )
+    if result["general"] is not None:
+        rows.append(("log-loss on other code", f"{result['general'] - 1:+.1%}"))
+    if result["latency"] is not None:
+        rows.append(("time of an answer", f"{result['latency'] - 1:+.0%} (median)"))
+    rows.append(("strength", f"{result['scale']:g}"))
+    for scale, loss in result["dev"].items():
+        rows.append((f"dev commits, strength {scale}", f"{loss:.4f}"))
+    return rows
+
+
+def _training(result: Mapping[str, Any]) -> list[str]:
+    if not (training := result.get("training")):
+        return []
+    names = ("examples", "steps", "planned_steps", "seconds", "seconds_per_step", "tokens", "layout")
+    return ["<h2>Training</h2>", _table([(name.replace("_", " "), str(training[name])) for name in names])]
+
+
+def _pairs(measured: Measured) -> list[str]:
+    if measured.filling is None or not measured.filling.pairs:
+        return []
+    rows = [
+        f"<tr><td>{_text(place)}</td>"
+        + "".join(f"<td><pre>{_text(text)}</pre></td>" for text in texts)
+        + "</tr>"
+        for place, *texts in measured.filling.pairs[:_MAX_PAIRS]
+    ]
+    head = "<tr><th>place</th><th>written</th><th>base</th><th>adapter</th></tr>"
+    return ["<h2>Suggestions side by side</h2>", f"<table>{head}{''.join(rows)}</table>"]
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in rows)
+    return f"<table>{cells}</table>"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _pictures(result: Mapping[str, Any], measured: Measured) -> list[str]:
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError:
+        return ["<p class='quiet'>Plots need matplotlib: pip install matplotlib.</p>"]
+    pictures = []
+    if measured.by_commit:
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        axes = figure.subplots()
+        gains = [gain for _, gain, _ in measured.by_commit]
+        colours = ["#1a9850" if gain > 0 else "#d6604d" for gain in gains]
+        axes.bar(range(len(gains)), gains, color=colours)
+        axes.axhline(0, color="#333333", linewidth=0.8)
+        if result["interval"]:
+            axes.axhspan(*result["interval"], color="#4393c3", alpha=0.25, label="bounds of the gain")
+            axes.legend(fontsize=8)
+        axes.set_xticks(
+            range(len(gains)), [commit[:7] for commit, _, _ in measured.by_commit], fontsize=6, rotation=90
+        )
+        axes.set_ylabel("gain, nats per token")
+        axes.set_title("log-loss by later commit, above 0 is better", fontsize=10)
+        pictures.append(_picture("Log-loss by commit", figure))
+    if measured.filling is not None and measured.filling.latency is not None:
+        figure = Figure(figsize=(9, 2.2), layout="constrained")
+        saved, latency = figure.subplots(1, 2)
+        bars = saved.barh(
+            ["adapter", "base"],
+            [measured.filling.adapter, measured.filling.base],
+            color=["#1a9850", "#999999"],
+        )
+        saved.bar_label(bars, fontsize=8)
+        saved.set_title("characters saved", fontsize=10)
+        bars = latency.barh(
+            ["adapter", "base"], [measured.filling.latency, 1.0], color=["#4393c3", "#999999"]
+        )
+        latency.bar_label(bars, fmt="{:.2f}", fontsize=8)
+        latency.set_title("time of an answer, base = 1", fontsize=10)
+        for axes in (saved, latency):
+            axes.margins(x=0.12)  # for the numbers
+        pictures.append(_picture("Suggestions", figure))
+    losses = (result.get("training") or {}).get("losses")
+    if losses:
+        figure = Figure(figsize=(9, 2.6), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(range(1, len(losses) + 1), losses, color="#4393c3", linewidth=1.2)
+        axes.set_xlabel("step")
+        axes.set_ylabel("nats per token")
+        axes.set_title("loss while training", fontsize=10)
+        pictures.append(_picture("Training loss", figure))
+    return pictures
+
+
+def _picture(title: str, figure: Any) -> str:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    encoded = base64.b64encode(data.getvalue()).decode()
+    return f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{encoded}">'
