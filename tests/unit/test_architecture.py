@@ -1,4 +1,7 @@
-"""The rooms of `server/midfill`: imports go down only, and heavy ones stay where they belong."""
+"""The rooms of `server/midfill`: imports go down only, and heavy ones stay where they belong.
+
+Started as a program, it writes the map of the architecture page.
+"""
 
 import ast
 import itertools
@@ -12,6 +15,7 @@ import pytest
 import midfill
 
 ROOT = Path(midfill.__file__).parent
+PAGE = Path(__file__).parents[2] / "server" / "ARCHITECTURE.md"
 
 # From the lowest to the highest: a room imports itself and those before it.
 ORDER = [
@@ -90,6 +94,48 @@ def own_imports(path):
 
 def room(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def summary(path):
+    """The first sentence of a module's docstring, as far as it fits onto a line."""
+    text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+    return " ".join(text.split()).removesuffix(".")
+
+
+def render_map():
+    """Every room, highest first, and its modules with their first sentences."""
+    lines = []
+
+    def add(depth, name, text):
+        line = f"{'  ' * depth}{name:<{24 - 2 * depth}} {text}".rstrip()
+        lines.append(line if len(line) <= 120 else f"{line[:119]}…")
+
+    def walk(folder, depth):
+        inside = [path for path in folder.iterdir() if path.name not in {"__init__.py", "__pycache__"}]
+        for path in sorted((path for path in inside if path.suffix == ".py"), key=lambda path: path.name):
+            add(depth, path.name, summary(path))
+        for path in sorted(path for path in inside if (path / "__init__.py").exists()):
+            add(depth, f"{path.name}/", summary(path / "__init__.py"))
+            walk(path, depth + 1)
+
+    for name in reversed(ORDER):
+        if (ROOT / name).is_dir():
+            add(0, f"{name}/", summary(ROOT / name / "__init__.py"))
+            walk(ROOT / name, 1)
+        else:
+            add(0, f"{name}.py", summary(ROOT / f"{name}.py"))
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def with_map(page):
+    """The page with a fresh map between its two marks."""
+    begin, end = "<!-- map -->\n", "<!-- end of map -->\n"
+    return page.partition(begin)[0] + begin + render_map() + end + page.partition(end)[2]
+
+
+def test_the_map_of_the_page_is_that_of_the_modules():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_map(page), f"python {Path(__file__).name} writes it anew"
 
 
 def test_the_order_has_every_room_and_there_are_few():
@@ -239,3 +285,7 @@ def test_importing_the_server_imports_no_torch():
     code += "print({'torch', 'transformers', 'peft'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_map(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_architecture import LAYERS, ROOT, imports, modules
+from test_architecture import modules
 
 TOP = Path(__file__).parents[2]
 README, PAGE = (TOP / "README.md", TOP / "server" / "ARCHITECTURE.md")
@@ -83,39 +83,6 @@ def test_what_is_called_with_brackets_in_the_pages_exists():
         text = page.read_text(encoding="utf-8")
         called = {name.split(".")[-1] for name in re.findall(r"`(?:midfill\.)?([a-z_][\w.]*)\(\)`", text)}
         assert called <= known
-
-
-def test_every_module_is_on_the_map_and_nothing_else():
-    block = PAGE.read_text(encoding="utf-8").split("## The map")[1].split("```")[1]
-    block = block.split("clients/")[0]
-    mapped = set(re.findall(r"\b(\w+)\.py\b", block)) | set(re.findall(r"(?m)^\s*(\w+)/", block))
-    real = {path.stem for path in CODE if path.stem not in {"__init__", "__main__"}}
-    folders = {path.parent.name for path in CODE if path.parent != ROOT} | {"samples"}
-    # Rooms whose files the map leaves to themselves.
-    unlisted = {path.stem for path in CODE if path.parent.name in {"cli", "models"}}
-    top = {path.stem for path in CODE if path.parent == ROOT} - {"__init__", "__main__"}
-    assert top <= mapped
-    assert real - unlisted <= mapped
-    assert mapped <= real | folders | {"server", "midfill", "__init__"}
-
-
-def test_the_layers_of_the_page_are_those_that_are_held():
-    text = PAGE.read_text(encoding="utf-8").split("## Layers")[1].split("```")[1]
-    rows = [set(row.split()) for row in text.strip().splitlines()]
-    assert rows == [layer for layer in reversed(LAYERS) if layer != {"__main__"}]
-
-
-def test_the_page_names_who_knows_the_protocol_library():
-    sentence = re.search(
-        r"- pygls and lsprotocol are known to (.*?) only\.", PAGE.read_text(encoding="utf-8")
-    )
-    users = {
-        path.name
-        for path in CODE
-        for name, _ in imports(path)
-        if name.split(".")[0] in {"pygls", "lsprotocol"}
-    }
-    assert set(re.findall(r"`(\w+\.py)`", sentence[1])) == users
 
 
 def test_nothing_tells_to_install_a_package_that_is_not_released():

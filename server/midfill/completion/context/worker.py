@@ -2,8 +2,8 @@
 
 A process of its own, at the lowest priority, so that reading thousands of files takes neither the interpreter
 lock nor memory from the server that answers keys. It is started as
-`python -P -m midfill.completion.context.worker` with one JSON object on stdin, {"folders": [[prefix, path], ...], "excluded_files": [...]}, and
-ends when stdin does.
+`python -P -m midfill.completion.context.worker` with one JSON object on stdin,
+{"folders": [[prefix, path], ...], "excluded_files": [...]}, and ends when stdin does.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Work:
             "cancelled" or "failed".
         num_delivered: tokens that were read.
         first_s, last_s: when the first and the last of them were.
-        left_s: when the stream was left. The engine is free of it at `stats.ended_s`.
+        left_s: when the stream was left. The engine has freed it at `Stats.ended_s`.
     """
 
     number: int

@@ -35,7 +35,7 @@ class _Copy:
 
 
 class CudaDevice:
-    """`replay.Device` for one CUDA device."""
+    """`cuda_graphs.Device` for one CUDA device."""
 
     def __init__(self, place: torch.device) -> None:
         self._place = place

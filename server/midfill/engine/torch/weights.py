@@ -1,7 +1,7 @@
 """Weights from safetensors files into a transformers model, tensor by tensor.
 
 The model is built without memory, then each tensor is read, checked and put in its place in the form
-that the dtype plan asks for, so that the peak is the finished model plus a few blocks (see `files`). No
+that the dtype plan asks for, so that the peak is the finished model plus a few blocks (see `models/safetensors_io`). No
 code that a model's folder may hold is run.
 
 Knows modules; nothing of caches or requests. Runs on the engine thread and, while a model loads,
@@ -51,7 +51,7 @@ def build_model(  # noqa: PLR0913 - what to load, how, and what is there already
 
     Args:
         path: folder with `config.json`.
-        files: the file of each tensor; see `files.find_tensors`.
+        files: the file of each tensor; see `safetensors_io.find_tensors`.
         dtype: "int8", "float32" or "bfloat16".
         device: where the weights go.
         num_threads: how many layers are read and packed at a time.
@@ -185,7 +185,7 @@ class _Loader:
             )
 
     def _blocks(self, name: str, shape: torch.Size) -> Iterator[torch.Tensor]:
-        """See `files.read_blocks`. Whether the values are finite is not checked."""
+        """See `safetensors_io.read_blocks`. Whether the values are finite is not checked."""
         name = self._tied.get(name, name)
         return read_blocks(self._files[name], name, shape)
 
