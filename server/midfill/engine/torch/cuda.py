@@ -27,7 +27,7 @@ class _Copy:
         self._done.record()
 
     def wait(self) -> list[list[float]]:
-        """See `replay.Fetch`."""
+        """See `cuda_graphs.Fetch`."""
         # Releases the interpreter: the event loop goes on.
         self._done.synchronize()
         values: list[list[float]] = self._host.tolist()
@@ -47,7 +47,7 @@ class CudaDevice:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """See `replay.Device.capture`."""
+        """See `cuda_graphs.Device.capture`."""
         graph = torch.cuda.CUDAGraph()
         with memory_errors():
             here = torch.cuda.current_stream()
@@ -64,11 +64,11 @@ class CudaDevice:
         return graph.replay
 
     def fetch(self, tensor: torch.Tensor) -> _Copy:
-        """See `replay.Device.fetch`."""
+        """See `cuda_graphs.Device.fetch`."""
         return _Copy(tensor)
 
     def has_room(self) -> bool:
-        """See `replay.Device.has_room`."""
+        """See `cuda_graphs.Device.has_room`."""
         return free_bytes(self._place) > _RESERVE_BYTES
 
 

@@ -1,8 +1,8 @@
 """Weights from safetensors files into a transformers model, tensor by tensor.
 
 The model is built without memory, then each tensor is read, checked and put in its place in the form
-that the dtype plan asks for, so that the peak is the finished model plus a few blocks (see `models/safetensors_io`). No
-code that a model's folder may hold is run.
+that the dtype plan asks for, so that the peak is the finished model plus a few blocks
+(`models/safetensors_io`). No code that a model's folder may hold is run.
 
 Knows modules; nothing of caches or requests. Runs on the engine thread and, while a model loads,
 on a few threads of its own.
