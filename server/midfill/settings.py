@@ -385,12 +385,12 @@ def store(key: str, value: str | float | bool, path: Path | None = None) -> Path
     return path
 
 
-# As the README says who may set a setting.
+# How server/docs/settings.md says who may set a setting.
 _MAY_SET = {Scope.FILE: "file", Scope.EDITOR: "file, editor", Scope.PROJECT: "file, editor, project"}
 
 
 def markdown_table() -> str:
-    """The table of settings in the README; a test compares them."""
+    """Return the table of server/docs/settings.md; a test compares the two."""
     rows = ["| setting | default | set in | a change counts | meaning |", "|---|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         own = policy(name)

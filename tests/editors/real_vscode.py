@@ -148,6 +148,7 @@ def npm(*arguments):
         check=False,
     )
     assert done.returncode == 0, f"npm {' '.join(arguments)}:\n{done.stdout}"
+    return done.stdout
 
 
 class VSCode:

@@ -7,10 +7,13 @@ import json
 import os
 import signal
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
-from real_vscode import STATUS, Window, npm
+from real_vscode import EXTENSION, STATUS, Window, npm
+
+from midfill import __version__
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
@@ -103,6 +106,28 @@ def another_window(vscode, picture):
 
 def test_types_lint_and_formatting(vscode):
     npm("run", "check")
+
+
+def test_the_package_has_these_files_and_no_others(vscode):
+    files = {
+        "CHANGELOG.md",
+        "LICENSE",
+        "README.md",
+        "dist/NOTICES.txt",
+        "dist/extension.js",
+        "media/ghost-text.png",
+        "media/icon.png",
+        "package.json",
+        f"server/midfill-{__version__}-py3-none-any.whl",
+        *(f"walkthrough/{page.name}" for page in (EXTENSION / "walkthrough").glob("*.md")),
+    }
+    assert set(npm("run", "--silent", "files").split()) == files
+    # Packaging writes the names of some pages in its own way.
+    packed = zipfile.ZipFile(EXTENSION / "midfill.vsix").namelist()
+    inside = {name.removeprefix("extension/").lower() for name in packed if name.startswith("extension/")}
+    assert {name.removesuffix(".txt") for name in inside} == {
+        name.lower().removesuffix(".txt") for name in files
+    }
 
 
 # Ghost text

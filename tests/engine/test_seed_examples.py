@@ -20,7 +20,9 @@ PREFIX, SUFFIX = "def print_one_two_three():\n    print('one')\n    ", "\n    pr
 FIM = f"<fim_prefix>{PREFIX}<fim_suffix>{SUFFIX}<fim_middle>"
 
 pytestmark = [
-    pytest.mark.skipif(not VOCABULARY.exists(), reason=f"the StarCoder vocabulary is not at {VOCABULARY}"),
+    pytest.mark.skipif(
+        not VOCABULARY.exists(), reason=f"the vocabularies of ../shared are not here: {VOCABULARY}"
+    ),
     # PEFT 0.21 asks transformers 5.23 for a property by its old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]

@@ -1,6 +1,6 @@
 """Small fixed samples of both evaluations with the default model: they fail when quality has dropped.
 
-Where the bounds come from is told in server/LOG.md, "The evaluations in CI".
+The bounds come from server/docs/experiments/019-evaluations-in-ci.md.
 """
 
 from pathlib import Path

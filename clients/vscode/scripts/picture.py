@@ -1,4 +1,4 @@
-"""Takes the README's picture of ghost text: the packaged extension in a real VS Code, with the default model.
+"""Take the picture of ghost text in VS Code: the packaged extension, a real VS Code, the default model.
 
 Run it with a Python that has `midfill[editors]`, where tests/editors/install.sh has installed VS Code.
 """

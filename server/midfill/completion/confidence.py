@@ -88,7 +88,8 @@ def features(evidence: Evidence, end: int) -> dict[str, float]:
 
 
 # Made by `midfill eval calibrate` from 429 suggestions of qwen2.5-coder-0.5b in eleven runs of
-# `midfill eval repo PATH --seed 1 --results FILE` over ten packages; see LOG, "Silence".
+# `midfill eval repo PATH --seed 1 --results FILE` over ten packages; see
+# server/docs/experiments/013-confidence-gate.md.
 WEIGHTS: dict[str, float] = {
     "bias": 1.7525,
     "total": 0.4514,

@@ -146,8 +146,8 @@ def _starcoder_like(*architectures: str, stop: str = "<|endoftext|>", name: str 
 
 
 # Forms from the models' cards, papers and reference code; `check_family` asserts the names against the
-# tokenizer. What is served first for a family is what was measured best for it (server/LOG.md), else
-# the anchored form of what it was trained on.
+# tokenizer. What is served first for a family is what was measured best for it
+# (server/docs/experiments/009-prompt-order.md), else the anchored form of what it was trained on.
 FAMILIES: dict[str, Family] = {
     "starcoder": Family(
         "<fim_prefix>",

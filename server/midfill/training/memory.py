@@ -1,7 +1,7 @@
 """How much memory learning takes, and in which form the base fits.
 
-Runs no model, imports no torch. What is said is for a CPU. It is an estimate; server/LOG.md has what was
-measured.
+Runs no model, imports no torch. The figures are for a CPU, and an estimate; what was measured is in
+server/docs/experiments/044-int8-training.md.
 """
 
 from __future__ import annotations

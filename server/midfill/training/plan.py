@@ -24,7 +24,7 @@ MIN_EXAMPLES = 150
 _GAINS = (0.02, 0.05, 0.10, 0.20)
 _PROBE_ROWS, _PROBE_WIDTH = 384, 1024
 _STEP_EXAMPLES = 8
-# How much longer a step took with the default model; server/LOG.md.
+# How much longer a step took with the default model; server/docs/experiments/044-int8-training.md.
 _INT8_RATIO = 1.22
 
 

@@ -3,7 +3,8 @@
 Weights are symmetric int8 per output channel, packed for fbgemm; activations are quantised on the fly.
 fbgemm knows only one activation scale per call, and one outlier row (the first token of a prompt)
 then spoils all others: 80 % top-1 agreement with fp32. So each row is first scaled to the same maximum
-and its result scaled back, which gives 93 %. Measured alternatives: see server/LOG.md.
+and its result scaled back, which gives 93 %. Measured alternatives:
+server/docs/experiments/006-int8-kernels.md.
 
 Knows weights, not models. Runs on the engine thread only.
 """

@@ -3,7 +3,8 @@
 The threads of a pass meet several times in each layer, and the first to arrive spins. If another
 program keeps one of them from running, each meeting takes a time slice. On two cores a token takes 36 ms
 on two threads and 44 ms on one; beside one busy program 155 and 42, beside four 192 and 117. Spin counts
-and wait policies were tried (server/LOG.md): none is good on a quiet and on a busy machine. So a pass
+and wait policies were tried (experiment server/docs/experiments/001-threads-by-free-cores.md):
+none is good on a quiet and on a busy machine. So a pass
 gets no more threads than there are free cores, measured a few times a second while the model works.
 
 Knows no tensors. Runs on the engine thread only.
