@@ -15,7 +15,7 @@ import pytest
 import midfill
 
 ROOT = Path(midfill.__file__).parent
-PAGE = Path(__file__).parents[2] / "server" / "ARCHITECTURE.md"
+PAGE = Path(__file__).parents[2] / "server" / "docs" / "architecture.md"
 
 # From the lowest to the highest: a room imports itself and those before it.
 ORDER = [
