@@ -173,13 +173,13 @@ async def test_an_engine_that_dies_is_started_anew_by_the_next_request(place):
     assert all(asked_the_model(why) for _, why in answers), answers
     after = await place.pid()
     assert after != before
-    # One that hangs, with a request under way, costs that request.
+    # One that hangs and is ended, with a request under way of which nothing has come, is started anew for it.
     psutil.Process(after).suspend()
     waiting = asyncio.create_task(ask(servers[0], "def sub(a, b):\n    return a"))
     await asyncio.wait([waiting], timeout=0.3)
     psutil.Process(after).kill()
     _, why = await waiting
-    assert why["reason"] in {"engine-unavailable", None} or asked_the_model(why), why
+    assert asked_the_model(why), why
     answers = await asyncio.gather(*map(ask, servers))
     assert all(asked_the_model(why) for _, why in answers), answers
     assert await place.pid() not in {before, after}
