@@ -329,10 +329,17 @@ def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path,
     else:
         found, said = command_line(repository, model, tmp_path, "--processes", 2, *options)
         result = json.loads(said)
-        # Judged with it too, up to the engines' answers; there are too few commits for more.
-        assert (result["base_weights"], result["verdict"]) == (form, "inconclusive")
+        # Judged with it too, up to the engines' answers; there are too few commits for more. The answers of a
+        # tiny model take as long as Python does: whether the adapter slows them depends on the machine.
+        assert result["base_weights"] == form
+        assert 0 < result["commits"] < 20
         assert result["nll_gain"] > 0
+        assert result["general"] < 1.02
         assert result["saved_chars"]["holes"]
+        assert result["latency"] > 0
+        others = [reason for reason in result["reasons"] if "longer with it" not in reason]
+        assert result["verdict"] == ("inconclusive" if others else "rejected")
+        assert all("more commits needed" in reason for reason in others)
     expected = alone[form]
     assert found.keys() == expected.keys()
     assert any(one.abs().max() > 0 for name, one in expected.items() if "lora_B" in name)
