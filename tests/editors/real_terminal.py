@@ -168,7 +168,7 @@ class Terminal:
         self.tmux("send-keys", "-l", "--", text)
 
     def press(self, *keys):
-        """Press keys, as tmux names them: `Tab`, `C-Right`."""
+        """Press keys, as tmux names them: `Tab`, `C-Right`. For Escape see `escape` of the editor."""
         self.tmux("send-keys", *keys)
 
     def until(self, condition, what):

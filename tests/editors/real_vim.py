@@ -72,13 +72,18 @@ class Vim(Terminal):
         """Write at the end of the text."""
         self.type("GA" + text)
 
-    def save(self):
+    def escape(self):
+        """Press Escape, and wait for normal mode: with the next keys it may be the code of another key."""
         self.press("Escape")
+        self.until(lambda: self.eval("mode(1)") == "n", "normal mode")
+
+    def save(self):
+        self.escape()
         self.type(":w")
         self.press("Enter")
 
     def undo(self):
-        self.press("Escape")
+        self.escape()
         self.type("u")
 
     def restart(self):
