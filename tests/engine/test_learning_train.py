@@ -316,6 +316,8 @@ def distance(left, right):
     return math.sqrt(sum(float((left[name] - one).square().sum()) for name, one in right.items()))
 
 
+# A minute and more of computing in several processes, on two quiet cores.
+@pytest.mark.timeout(1200)
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["our own", "torchrun"])
 def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path, launcher):
