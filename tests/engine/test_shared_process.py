@@ -34,7 +34,7 @@ def spec(tmp_path, monkeypatch):
     for process in psutil.process_iter(["cmdline"]):
         if str(runtime) in " ".join(process.info["cmdline"] or []):
             process.kill()
-            process.wait(30)
+            process.wait(60)
 
 
 @asynccontextmanager
@@ -56,7 +56,7 @@ async def ask(engine, text="x = ", **options):
 
 async def pid_of(engine):
     transport = httpx2.AsyncHTTPTransport(uds=str(engine.socket))
-    async with httpx2.AsyncClient(transport=transport, base_url="http://midfill", timeout=30) as client:
+    async with httpx2.AsyncClient(transport=transport, base_url="http://midfill", timeout=60) as client:
         return (await client.get("/health")).json()["pid"]
 
 
