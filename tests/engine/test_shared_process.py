@@ -33,8 +33,9 @@ def spec(tmp_path, monkeypatch):
     yield ShareSpec(LocalModel("scripted", tmp_path, None, "made here"), ("--engine", f"scripted:{script}"))
     for process in psutil.process_iter(["cmdline"]):
         if str(runtime) in " ".join(process.info["cmdline"] or []):
-            process.kill()
-            process.wait(60)
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+                process.wait(60)
 
 
 @asynccontextmanager
