@@ -37,6 +37,8 @@ class Emacs(Terminal):
             f"(setq server-name {_lisp(str(self._sockets / 'emacs'))})\n"
             "(menu-bar-mode -1)\n"
             "(electric-indent-mode -1)\n"
+            "(defvar commands-run 0)\n"
+            "(add-hook 'post-command-hook (lambda () (setq commands-run (1+ commands-run))))\n"
             f"(add-to-list 'load-path {_lisp(str(PACKAGE))})\n"
             f"(setq midfill-client '{client}\n"
             f"      midfill-command (json-parse-string {_lisp(json.dumps(self.command))} :array-type 'list)\n"
@@ -58,6 +60,22 @@ class Emacs(Terminal):
     def _listens(self):
         with contextlib.suppress(AssertionError):
             return self.lisp("t")
+
+    def run(self, *keys):
+        """Press keys that are a command, and wait until it has run.
+
+        C-g throws away what was typed after it and not read yet.
+        """
+        before = self.lisp("commands-run")
+        self.press(*keys)
+        self.until(lambda: self.lisp("commands-run") > before, f"the command of {keys}")
+
+    def escape(self):
+        """Press Escape, where that is a command (evil, viper), and wait until it has run.
+
+        A terminal sends Meta as an Escape before the key: to an Emacs that reads both at once they are that.
+        """
+        self.run("Escape")
 
     def write(self, text):
         """Begin to write at the cursor."""

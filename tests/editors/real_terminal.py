@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 # Generous: it is reached only by what never happens, and machines may be busy.
 LIMIT_S = 90
 POLL_S = 0.02
@@ -168,7 +170,7 @@ class Terminal:
         self.tmux("send-keys", "-l", "--", text)
 
     def press(self, *keys):
-        """Press keys, as tmux names them: `Tab`, `C-Right`."""
+        """Press keys, as tmux names them: `Tab`, `C-Right`. For Escape see `escape` of the editor."""
         self.tmux("send-keys", *keys)
 
     def until(self, condition, what):
@@ -194,5 +196,9 @@ class Terminal:
     def close(self):
         """End the editor with its tmux."""
         if self.pid is not None:
+            editor = [psutil.Process(self.pid)] if psutil.pid_exists(self.pid) else []
             self.tmux("kill-server")
+            # Vim may lock itself up when its terminal goes, and its server would stay with it.
+            for process in psutil.wait_procs(editor, timeout=10)[1]:
+                process.kill()
         shutil.rmtree(self._sockets)

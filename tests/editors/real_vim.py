@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from real_terminal import Terminal
+from real_terminal import LIMIT_S, Terminal
 
 PLUGIN = Path(__file__).parents[2] / "clients" / "vim"
 
@@ -72,13 +72,18 @@ class Vim(Terminal):
         """Write at the end of the text."""
         self.type("GA" + text)
 
-    def save(self):
+    def escape(self):
+        """Press Escape, and wait for normal mode: with the next keys it may be the code of another key."""
         self.press("Escape")
+        self.until(lambda: self.eval("mode(1)") == "n", "normal mode")
+
+    def save(self):
+        self.escape()
         self.type(":w")
         self.press("Enter")
 
     def undo(self):
-        self.press("Escape")
+        self.escape()
         self.type("u")
 
     def restart(self):
@@ -125,7 +130,7 @@ class Vim(Terminal):
         (self.folder / "question.part").write_text(f"{self._questions}\n{expression}\n", encoding="utf-8")
         (self.folder / "question.part").rename(self.folder / "question")
         answer = self.folder / f"answer{self._questions}"
-        end = time.monotonic() + 10
+        end = time.monotonic() + LIMIT_S
         while not answer.exists():
             if time.monotonic() > end:
                 raise AssertionError(f"Vim does not answer: {Terminal.describe(self)}")

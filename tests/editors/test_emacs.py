@@ -108,7 +108,9 @@ def test_every_way_out_of_writing_takes_the_suggestion_away(emacs):
         "(fundamental-mode)",
     ]
     for way in [*ways, *happenings]:
-        editor.press("C-g", "C-g", "Escape", "Escape", "Escape")
+        editor.run("C-g")
+        editor.run("C-g")
+        editor.run("Escape", "Escape", "Escape")
         editor.lisp(
             '(progn (switch-to-buffer "main.py") (delete-other-windows) (split-window-below)'
             ' (set-window-buffer (next-window) "*scratch*") (read-only-mode -1) (python-mode) (midfill-mode)'
@@ -130,10 +132,10 @@ def test_editing_with_modes(emacs, mode):
         "viper": "(setq viper-mode t viper-inhibit-startup-message t viper-expert-level 5) (require 'viper)",
     }
     editor = emacs(SUM, text=VALUES, before=before[mode]).ready()
-    editor.press("Escape")
+    editor.escape()
     editor.type("ototal = ")
     editor.shows("sum(values)")
-    editor.press("Escape")
+    editor.escape()
     editor.shows("")
     # Text is changed, but not written.
     asked = editor.asked

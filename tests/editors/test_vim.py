@@ -72,7 +72,7 @@ def test_moving_on_takes_the_request_back(vim):
     editor.until(lambda: editor.eval("midfill#Statusline()") == "midfill …", "a request")
     editor.until(lambda: editor.asked, "the server's having read it")
     asked = editor.sent("textDocument/inlineCompletion")[-1]["id"]
-    editor.press("Escape")
+    editor.escape()
     editor.until(
         lambda: asked in [message["params"]["id"] for message in editor.sent("$/cancelRequest")],
         "the request taken back",
@@ -174,7 +174,7 @@ def test_a_macro_leaves_no_suggestion(vim, end):
     editor = vim(SUM, text=VALUES).ready()
     editor.run(f'call setreg("q", "ototal = {end}")')
     type_total(editor)
-    editor.press("Escape")
+    editor.escape()
     editor.type("@q")
     editor.reads(VALUES + "\ntotal = \ntotal = ")
     editor.until(lambda: editor.eval("mode() .. reg_executing()") == "n", "the end of the macro")
@@ -258,7 +258,7 @@ def test_two_buffers_share_a_server(vim):
     other.write_text("")
     type_total(editor)
     pid = editor.server_pid
-    editor.press("Escape")
+    editor.escape()
     editor.sees("total =")
     editor.type(":split other.py")
     editor.press("Enter")
@@ -266,7 +266,8 @@ def test_two_buffers_share_a_server(vim):
     editor.sees("answer = 42")
     editor.press("Tab")
     editor.reads("answer = 42")
-    editor.press("Escape", "C-w", "w")
+    editor.escape()
+    editor.press("C-w", "w")
     editor.type("A")
     editor.sees("total = sum(values)")
     editor.press("Tab")
@@ -331,7 +332,7 @@ def test_commands_say_what_happens(vim):
         *("explain", "log", "restart", "status", "toggle"),
     ]
     type_total(editor)
-    editor.press("Escape")
+    editor.escape()
     editor.run("set cmdheight=12")
     editor.run("Midfill explain")
     editor.until(lambda: "The last suggestion came from: model." in editor.messages, "the explanation")
@@ -352,7 +353,7 @@ def test_commands_say_what_happens(vim):
     editor.shows("sum(values)")
     changes = editor.sent("workspace/didChangeConfiguration")
     assert [change["params"]["settings"]["midfill"]["enabled"] for change in changes] == [False, True]
-    editor.press("Escape")
+    editor.escape()
     editor.run("Midfill log")
     editor.until(lambda: "recording the session" in editor.text, "the log")
 

@@ -1,6 +1,7 @@
 """A `Service` over a real socket, in this process."""
 
 import asyncio
+import itertools
 from contextlib import asynccontextmanager
 
 from midfill.engine.remote.server.listen import Listen, serve
@@ -36,8 +37,8 @@ async def hosted(listen, *, rules=RULES, log="", limits=None, make=None, script=
 
 
 async def until(condition):
-    async with asyncio.timeout(5):
-        for _ in range(10_000):
+    async with asyncio.timeout(60):
+        for _ in itertools.count():
             if condition():
                 return
             await asyncio.sleep(0.002)

@@ -42,14 +42,14 @@ async def connected(url, data=b"", **options):
 async def everything(reader):
     """What the server sends until it hangs up."""
     with contextlib.suppress(ConnectionError):
-        return await asyncio.wait_for(reader.read(), 30)
+        return await asyncio.wait_for(reader.read(), 60)
     return b""
 
 
 async def answer(url, data=WHOLE):
     """The first answer to what is sent, on a connection of its own."""
     reader, writer = await connected(url, data)
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
     writer.close()
     return head
 
@@ -158,7 +158,7 @@ async def test_who_reads_no_answers_to_many_requests_loses_the_connection():
         with contextlib.suppress(ConnectionError):
             while not writer.transport.is_closing():
                 writer.write(b"GET /nowhere HTTP/1.1\r\n" + GOOD + b"\r\n")
-                await asyncio.wait_for(writer.drain(), 30)
+                await asyncio.wait_for(writer.drain(), 60)
         writer.transport.abort()
         assert b"HTTP/1.1 " in await answer(url)
 

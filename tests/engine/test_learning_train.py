@@ -232,7 +232,7 @@ def test_it_stands_aside_while_a_server_computes(monkeypatch, tmp_path):
     assert not waited.wait(0.2)
     long_ago = 1_000_000_000
     os.utime(activity.activity_path(), (long_ago, long_ago))
-    assert waited.wait(10)
+    assert waited.wait(60)
 
 
 def job_file(repository, model, folder, name="tiny", **job):
@@ -317,6 +317,8 @@ def distance(left, right):
     return math.sqrt(sum(float((left[name] - one).square().sum()) for name, one in right.items()))
 
 
+# A minute and more of computing in several processes, on two quiet cores.
+@pytest.mark.timeout(1200)
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["our own", "torchrun"])
 def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path, launcher):
@@ -330,10 +332,17 @@ def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path,
     else:
         found, said = command_line(repository, model, tmp_path, "--processes", 2, *options)
         result = json.loads(said)
-        # Judged with it too, up to the engines' answers; there are too few commits for more.
-        assert (result["base_weights"], result["verdict"]) == (form, "inconclusive")
+        # Judged with it too, up to the engines' answers; there are too few commits for more. The answers of a
+        # tiny model take as long as Python does: whether the adapter slows them depends on the machine.
+        assert result["base_weights"] == form
+        assert 0 < result["commits"] < 20
         assert result["nll_gain"] > 0
+        assert result["general"] < 1.02
         assert result["saved_chars"]["holes"]
+        assert result["latency"] > 0
+        others = [reason for reason in result["reasons"] if "longer with it" not in reason]
+        assert result["verdict"] == ("inconclusive" if others else "rejected")
+        assert all("more commits needed" in reason for reason in others)
     expected = alone[form]
     assert found.keys() == expected.keys()
     assert any(one.abs().max() > 0 for name, one in expected.items() if "lora_B" in name)

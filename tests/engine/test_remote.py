@@ -46,7 +46,7 @@ async def complete(engine):
 
 async def answered(engine):
     """Ask as a typist does until there is an answer: the breaker lets the server rest for a moment."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         for _ in itertools.count():
             if (again := await complete(engine)).text == ANSWER:
                 return
@@ -121,6 +121,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@in_its_own_time
 async def test_a_fault_costs_its_request_and_the_next_is_served(fault, caplog):
     script, reason, part = FAULTS[fault]
     caplog.set_level(logging.DEBUG)
@@ -157,31 +158,34 @@ async def test_a_server_that_falls_silent_behind_comments_has_died():
         await engine.close()
 
 
+@in_its_own_time
 async def test_an_answer_without_an_end_is_left_at_its_limit():
     async with Faulty(script=[STREAM, endless(chunk(word("x")))]) as server:
         engine = await started(server)
         request = Request((1, 2, 3), 20)
         tokens = [token async for token in engine.generate(request)]
         assert len(tokens) == 20
-        await asyncio.wait_for(server.hung_up.wait(), 5)
+        await asyncio.wait_for(server.hung_up.wait(), 60)
         await engine.close()
 
 
+@in_its_own_time
 async def test_leaving_the_stream_hangs_up():
     async with Faulty(script=[STREAM, chunk(word("a")), SILENCE]) as server:
         engine = await started(server)
         async with aclosing(engine.generate(Request((1,), 20))) as tokens:
             await anext(tokens)
-        await asyncio.wait_for(server.hung_up.wait(), 5)
+        await asyncio.wait_for(server.hung_up.wait(), 60)
         server.was_asked.clear()
         server.hung_up.clear()
         task = asyncio.create_task(complete(engine))
         await server.was_asked.wait()
         task.cancel()
-        await asyncio.wait_for(server.hung_up.wait(), 5)
+        await asyncio.wait_for(server.hung_up.wait(), 60)
         await engine.close()
 
 
+@in_its_own_time
 async def test_a_server_that_is_down_is_told_at_once_in_the_same_words():
     async with Faulty() as server:
         engine = await started(server)
@@ -202,6 +206,7 @@ async def test_a_server_that_is_down_is_told_at_once_in_the_same_words():
     await engine.close()
 
 
+@in_its_own_time
 async def test_another_model_behind_the_same_url_is_not_used():
     async with Faulty() as server:
         engine = await started(server)
@@ -215,6 +220,7 @@ async def test_another_model_behind_the_same_url_is_not_used():
         await engine.close()
 
 
+@in_its_own_time
 async def test_a_request_moves_to_another_server_only_while_nothing_has_come():
     async with Faulty() as one, Faulty() as two:
         engine = await started(one, two)
@@ -229,6 +235,7 @@ async def test_a_request_moves_to_another_server_only_while_nothing_has_come():
         await engine.close()
 
 
+@in_its_own_time
 async def test_the_quicker_server_is_asked_and_one_that_dies_is_replaced():
     slow = [STREAM, 0.25, *GOOD[1:]]
     async with Faulty(script=slow) as one, Faulty(script=[STREAM, 0.001, *GOOD[1:]]) as two:
@@ -241,6 +248,7 @@ async def test_the_quicker_server_is_asked_and_one_that_dies_is_replaced():
         await engine.close()
 
 
+@in_its_own_time
 async def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(monkeypatch):
     async with Faulty() as proxy, Faulty() as here:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
@@ -256,6 +264,7 @@ async def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(monke
         await engine.close()
 
 
+@in_its_own_time
 async def test_a_server_that_says_nothing_when_it_is_reached_is_told(monkeypatch):
     monkeypatch.setattr(recognition, "_ANSWER_S", 0.2)
 
@@ -274,12 +283,14 @@ async def test_a_server_that_says_nothing_when_it_is_reached_is_told(monkeypatch
     server.close()
 
 
+@in_its_own_time
 async def test_servers_with_different_models_are_refused():
     async with Faulty() as one, Faulty(models={"data": [{"id": "codellama-7b"}]}) as two:
         with pytest.raises(EngineError, match="must have the same model"):
             await started(one, two)
 
 
+@in_its_own_time
 async def test_a_server_that_comes_later_is_used():
     async with Faulty() as one:
         late = Faulty()

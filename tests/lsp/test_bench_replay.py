@@ -1,4 +1,8 @@
-"""`midfill bench replay` and `bench engine` as a person starts them, with a script for a model."""
+"""`midfill bench replay` and `bench engine` as a person starts them, with a script for a model.
+
+Typing is in real time here, so that a busy machine may miss the next key: what is counted then is exact, what
+became of each request is not. That is tested in a time of its own (`tests/engine/test_bench_replay.py`).
+"""
 
 import json
 import subprocess
@@ -44,30 +48,36 @@ def engine(tmp_path):
 
 @pytest.fixture
 def trace(tmp_path):
-    """TYPED, a key every `EACH_MS`, and a request 50 ms after each."""
+    """A file of typing; see `write_trace`."""
+    return write_trace(tmp_path / "trace.jsonl")
+
+
+def write_trace(path, pause_ms=0):
+    """TYPED, a key every `EACH_MS`, and a request 50 ms after each; with a pause after `total =`."""
     document = {"uri": URI}
     item = document | {"languageId": "python", "version": 1, "text": "values = [1, 2]\n\n"}
     rows = [(0, "textDocument/didOpen", {"textDocument": item})]
     for column, char in enumerate(TYPED):
         place = {"line": 1, "character": column}
         change = {"range": {"start": place, "end": place}, "text": char}
-        at = EACH_MS * (column + 1)
+        at = EACH_MS * (column + 1) + (pause_ms if column >= len("total =") else 0)
         params = {"textDocument": document | {"version": column + 2}, "contentChanges": [change]}
         rows.append((at, "textDocument/didChange", params))
         params = {"textDocument": document, "position": {"line": 1, "character": column + 1}}
         rows.append((at + 50, "textDocument/inlineCompletion", params | {"context": {"triggerKind": 2}}))
-    rows.append((EACH_MS * len(TYPED) + 500, "textDocument/didClose", {"textDocument": document}))
-    path = tmp_path / "trace.jsonl"
+    end = EACH_MS * len(TYPED) + pause_ms + 500
+    rows.append((end, "textDocument/didClose", {"textDocument": document}))
     path.write_text(
         "".join(json.dumps({"t": t, "send": {"method": m, "params": p}}) + "\n" for t, m, p in rows)
     )
     return path
 
 
-def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(trace, engine):
+def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(tmp_path, engine):
+    # It is accepted when it appears, however long the typist would have waited for it.
     found = measured(
         "replay",
-        trace,
+        write_trace(tmp_path / "trace.jsonl", pause_ms=60_000),
         "--engine",
         engine(PROBE, {"after": "total =", "text": " sum(values)"}, {"text": "zzz"}),
     )
@@ -75,8 +85,7 @@ def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(trace, engine):
     assert found["keys"] == len(TYPED)
     assert found["keystrokes_saved"] == len(" sum(values)") - 1
     assert found["requests"] == len("total =") + 1
-    assert found["fates"]["shown"] == len("total =")
-    assert found["cancelled_share"] == 0
+    assert sum(found["fates"][fate] for fate in ("shown", "cancelled", "late")) == len("total =")
     assert 0 < found["suggestion_ms"]["p50"] <= found["suggestion_ms"]["p95"]
     assert found["peak_rss_mb"] > 10
     assert 0 < found["startup_s"] <= found["first_suggestion_s"]
@@ -91,15 +100,16 @@ def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(trace, engine):
     assert all(found[name] is not None for name in whole)
 
 
-def test_a_suggestion_can_be_typed_through_instead(trace, engine):
+def test_a_suggestion_can_be_typed_through_instead(tmp_path, engine):
     rules = {"after": "total =", "text": " sum(values)"}, {"text": "zzz"}
+    trace = write_trace(tmp_path / "trace.jsonl", pause_ms=5_000)
     found = measured("replay", trace, "--no-accept", "--engine", engine(*rules))
     assert found["fates"]["accepted"] == found["keystrokes_saved"] == 0
     assert found["requests"] == len(TYPED)
     inside = found["inside_right_suggestion"]
     assert inside["requests"] == len(" sum(values)") - 1
-    assert inside["share_without_model"] > 0.5
-    assert found["sources"]["typed-through"] == inside["requests"]
+    missed = found["fates"]["cancelled"] + found["fates"]["late"]
+    assert inside["requests"] - missed <= found["sources"].get("typed-through", 0) <= inside["requests"]
 
 
 def test_requests_that_the_next_key_overtakes_are_cancelled(trace, engine):

@@ -14,7 +14,7 @@ URI = "file:///work/main.py"
 
 async def ready(client):
     """The (scripted) model has been loaded."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not any(m == "$/progress" and p["value"]["kind"] == "end" for m, p in client.heard):
             await client.request("midfill/costs", {"after": 0})
 
@@ -58,7 +58,8 @@ async def test_an_answer_and_its_work_are_told_with_the_id_of_the_request(client
 
 
 async def test_the_work_of_a_cancelled_request_is_told(client):
-    it = await client({"text": "a" * 30, "token_delay_s": 0.02})
+    # Fifteen seconds of work, of which two tokens are waited for.
+    it = await client({"text": "a" * 30, "token_delay_s": 0.5})
     await ready(it)
     id_, future = await ask(it, 1, "x = ")
     running = []
@@ -75,7 +76,7 @@ async def test_the_work_of_a_cancelled_request_is_told(client):
     assert (work["request"], work["end"]) == (id_, "cancelled")
     assert 2 <= work["deliveredTokens"] < 30
     # One clock for all processes: how long the engine was busy for nobody can be measured from outside.
-    assert cancelled_s <= work["freedS"] < cancelled_s + 2
+    assert cancelled_s <= work["freedS"] <= time.monotonic()
 
 
 async def test_nothing_of_the_text_is_told(client):

@@ -66,18 +66,18 @@ async def test_a_step_that_raises_in_the_middle_of_an_answer(scripted):
 
 async def test_a_hang_ends_at_the_deadline_and_the_next_request_is_served(scripted):
     server = await scripted({"after": "bad = ", "hang": True}, {"text": "1"}, initialize=False)
-    await server.initialize(initializationOptions={"deadlineS": 0.3})
+    await server.initialize(initializationOptions={"deadlineS": 2})
     await server.loaded()
     open_document(server)
     begun = time.monotonic()
     assert await ask(server, 1) == ([], "deadline")
-    assert time.monotonic() - begun >= 0.3
+    assert time.monotonic() - begun >= 2
     assert len((await ask(server, 0))[0]) == 1
 
 
 async def test_many_hangs_do_not_pile_up(scripted):
     server = await scripted({"after": "bad = ", "hang": True}, {"text": "1"}, initialize=False)
-    await server.initialize(initializationOptions={"deadlineS": 1})
+    await server.initialize(initializationOptions={"deadlineS": 3})
     await server.loaded()
     begun = time.monotonic()
     for number in range(50):
@@ -91,8 +91,8 @@ async def test_many_hangs_do_not_pile_up(scripted):
         server.request(number, "textDocument/inlineCompletion", params)
     for _ in range(50):
         assert (await server.receive())["result"]["items"] == []
-    # The deadline counts from the request, so that all end together. One after the other they take 50 s.
-    assert time.monotonic() - begun < 50 / 2
+    # The deadline counts from the request, so that all end together. One after the other they take 150 s.
+    assert time.monotonic() - begun < 50 * 3 / 2
     open_document(server)
     assert len((await ask(server, 0))[0]) == 1
 

@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch):
     """A request may wait for torch to be imported."""
-    monkeypatch.setattr(raw, "TIMEOUT_S", 60)
+    monkeypatch.setattr(raw, "TIMEOUT_S", 120)
 
 
 class Place:
@@ -56,7 +56,7 @@ class Place:
             "eagerness": "always",
             "prefetch": False,
             "max_new_tokens": 8,
-            "deadline_s": 30.0,
+            "deadline_s": 100.0,
         }
         config = folder / "config.toml"
         config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
@@ -72,7 +72,7 @@ class Place:
     async def ask_engine(self, page="health"):
         (socket,) = self.runtime.glob("*.sock")
         transport = httpx2.AsyncHTTPTransport(uds=str(socket))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://midfill", timeout=30) as client:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://midfill", timeout=60) as client:
             answer = await client.get(f"/{page}")
             return answer.json() if page == "health" else answer.text
 
@@ -85,7 +85,7 @@ class Place:
         with contextlib.suppress(ValueError, httpx2.HTTPError, psutil.NoSuchProcess):
             process = psutil.Process(await self.pid())
             process.kill()
-            process.wait(10)
+            process.wait(60)
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -114,7 +114,7 @@ async def ask(server, text="def add(a, b):\n    return a"):
 
 async def loaded(server):
     """Wait until the server's log says that it has its model."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while b"serving" not in (line := await server.process.stderr.readline()):
             assert line, "it ended"
 
@@ -167,19 +167,19 @@ async def test_an_engine_that_dies_is_started_anew_by_the_next_request(place):
     before = await place.pid()
     process = psutil.Process(before)
     process.kill()
-    process.wait(10)
+    process.wait(60)
     # Nothing was under way: the next requests start it and are answered. Both ask; one starts.
     answers = await asyncio.gather(*map(ask, servers))
     assert all(asked_the_model(why) for _, why in answers), answers
     after = await place.pid()
     assert after != before
-    # One that hangs, with a request under way, costs that request.
+    # One that hangs and is ended, with a request under way of which nothing has come, is started anew for it.
     psutil.Process(after).suspend()
     waiting = asyncio.create_task(ask(servers[0], "def sub(a, b):\n    return a"))
     await asyncio.wait([waiting], timeout=0.3)
     psutil.Process(after).kill()
     _, why = await waiting
-    assert why["reason"] in {"engine-unavailable", None} or asked_the_model(why), why
+    assert asked_the_model(why), why
     answers = await asyncio.gather(*map(ask, servers))
     assert all(asked_the_model(why) for _, why in answers), answers
     assert await place.pid() not in {before, after}
@@ -196,7 +196,7 @@ async def test_an_engine_that_is_told_to_end_leaves_nothing(tmp_path, signal):
     assert (await process.stdout.readline()).decode() == f"unix:{socket}\n"
     assert socket.is_socket()
     process.send_signal(getattr(signals, signal))
-    _, complaints = await asyncio.wait_for(process.communicate(), 20)
+    _, complaints = await asyncio.wait_for(process.communicate(), 60)
     assert (process.returncode, complaints.decode()) == (0, "")
     assert not socket.exists()
 
@@ -214,7 +214,7 @@ async def why_it_failed(server, limit_s):
 async def test_a_folder_that_others_can_enter_is_not_used(place):
     place.runtime.chmod(0o755)
     server = await place.serve()
-    message = await why_it_failed(server, 20)
+    message = await why_it_failed(server, 60)
     assert "is not yours alone" in message
     assert not list(place.runtime.glob("*.sock"))
 
@@ -234,5 +234,5 @@ def damage(place, model, folder):
 async def test_a_model_that_cannot_be_loaded_is_said_with_its_own_words(place, model, tmp_path):
     damage(place, model, tmp_path)
     server = await place.serve()
-    message = await why_it_failed(server, 40)
+    message = await why_it_failed(server, 60)
     assert "safetensors" in message

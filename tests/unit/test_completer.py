@@ -3,6 +3,7 @@ import json
 
 import pytest
 import virtual_time
+from clock import in_its_own_time
 from planted import certain
 
 from midfill.completion.completer import Completer, Trigger
@@ -94,6 +95,7 @@ async def test_a_failing_engine_is_a_reason_and_the_next_request_works():
     assert (await ask(it)).text == "1"
 
 
+@in_its_own_time
 async def test_a_hanging_engine_ends_at_the_deadline_and_the_next_request_works():
     it = await completer(Rule(after="slow = ", hang=True), Rule("1"), deadline_s=0.1)
     assert (await ask(it, "slow = ▮")).reason == Reason.DEADLINE
@@ -115,6 +117,7 @@ async def test_a_hanging_engine_ends_at_the_deadline_and_the_next_request_works(
         ("\n\nfirst = ca", "", "first = ca"),
     ],
 )
+@in_its_own_time
 async def test_whole_lines_that_were_written_by_the_deadline_are_shown(written, shown, late):
     it = await completer(Rule(written, hang=True), deadline_s=0.3, max_new_tokens=400)
     answer = await ask(it, "a = 1\n▮\n", trigger=Trigger.INVOKED)

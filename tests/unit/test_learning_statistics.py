@@ -10,6 +10,7 @@ from midfill.training.judge import Filling, Limits, Measured, as_dict, decide
 from midfill.training.statistics import (
     difference,
     effect,
+    median_bounds,
     more_commits,
     power,
     smallest_gain,
@@ -111,7 +112,17 @@ def test_what_passes_every_condition_is_enabled():
         ({"general": None}, "inconclusive", "Other code"),
         ({"nll_adapter": math.nan}, "rejected", "no number"),
         ({"filling": Filling(100, 99, 1.0)}, "rejected", "fewer characters: 99 instead of 100"),
-        ({"filling": Filling(100, 100, 1.11)}, "rejected", "11% longer"),
+        (
+            {"filling": Filling(100, 100, 1.13, (1.11, 1.2))},
+            "rejected",
+            "13% longer with it (11% to 20%; at most 10%).",
+        ),
+        (
+            {"filling": Filling(100, 100, 1.13, (0.95, 1.4))},
+            "inconclusive",
+            "13% longer with it (-5% to 40%; at most 10%), but that may be chance",
+        ),
+        ({"filling": Filling(100, 100, 1.13)}, "inconclusive", "13% longer with it (at most 10%), but"),
         ({"filling": None}, "inconclusive", "not measured"),
         ({"effect": effect(["a", "b"] * 90, [1.0, 1.1] * 90, [10] * 180)}, "inconclusive", "18 more commits"),
         (
@@ -131,6 +142,28 @@ def test_one_condition_that_is_not_met_keeps_it_off(change, verdict, reason):
     verdicts = decide(replace(GOOD, **change))
     assert verdicts.verdict == verdict
     assert reason in " ".join(verdicts.reasons)
+
+
+def test_the_bounds_of_a_median_are_those_of_the_sign_test():
+    """The ranks are those of printed tables, for 95% on both sides together."""
+    for count, rank in ((6, 1), (10, 2), (20, 6), (24, 7), (50, 18)):
+        numbers = list(range(count, 0, -1))
+        assert median_bounds(numbers) == (rank, count + 1 - rank)
+    assert median_bounds(range(5)) == median_bounds([]) == (-math.inf, math.inf)
+
+
+def test_a_busy_machine_rejects_no_adapter_that_is_quick_enough():
+    """Each time is up to five times as long by chance. One adapter costs 5%, the other 60%."""
+    numbers = np.random.default_rng(11)
+    found = {1.05: [], 1.6: []}
+    for _ in range(500):
+        for cost, verdicts in found.items():
+            ratios = cost * numbers.uniform(1, 5, 24) / numbers.uniform(1, 5, 24)
+            filling = Filling(100, 100, float(np.median(ratios)), median_bounds(list(ratios)))
+            verdicts.append(decide(replace(GOOD, filling=filling)).verdict)
+    assert found[1.05].count("rejected") <= 500 * 0.025
+    assert "inconclusive" in found[1.05]
+    assert found[1.6].count("rejected") > found[1.6].count("enabled")
 
 
 def test_commits_that_have_judged_others_ask_for_more():

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from midfill.engine.api import AdapterSource, ModelInfo, Progress, Request, Token
+from midfill.engine.api import BASE, AdapterSource, ModelInfo, Progress, Request, Token
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
 from midfill.system.json_files import read_json
 
@@ -202,6 +202,8 @@ class ScriptedEngine:
         request.stats.num_prompt = len(request.tokens)
         held = request.starts_with
         prompt = tokenizer.decode(request.tokens) + held
+        if request.adapter not in {None, BASE, *self._adapters}:
+            raise EngineError(f"The adapter {request.adapter} is not in the model.")
         adapter = self._adapters.get(request.adapter or "", "")
         fitting = (
             rule

@@ -25,7 +25,7 @@ from midfill.evaluation.repository import score
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
 from midfill.training.data import Example
-from midfill.training.statistics import ALPHA, Effect, effect, more_commits
+from midfill.training.statistics import ALPHA, Effect, effect, median_bounds, more_commits
 
 if TYPE_CHECKING:
     from midfill.training.model import Adapted
@@ -65,12 +65,14 @@ class Filling:
     Attributes:
         base, adapter: characters saved; see `evaluation.repository.score`.
         latency: the median of the ratios of an answer's time.
+        latency_bounds: those of that median. On a busy machine they are far from each other.
         pairs: for people: place, truth, the base's text, the adapter's text.
     """
 
     base: int
     adapter: int
     latency: float | None
+    latency_bounds: tuple[float, float] = (-math.inf, math.inf)
     pairs: tuple[tuple[str, str, str, str], ...] = ()
 
 
@@ -159,11 +161,16 @@ def _against(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]
         reasons.append(
             f"On other code log-loss is {measured.general - 1:.1%} higher (at most {limits.general - 1:.0%})."
         )
-    if filling is not None and filling.latency is not None and filling.latency > limits.latency:
-        reasons.append(
-            f"Answers take {filling.latency - 1:.0%} longer with it (at most {limits.latency - 1:.0%})."
-        )
+    if filling is not None and filling.latency is not None and filling.latency_bounds[0] > limits.latency:
+        reasons.append(_slower(filling, filling.latency, limits) + ".")
     return reasons
+
+
+def _slower(filling: Filling, latency: float, limits: Limits) -> str:
+    """How much longer answers take, with what is sure of it."""
+    low, high = filling.latency_bounds
+    sure = f"{low - 1:.0%} to {high - 1:.0%}; " if math.isfinite(low) else ""
+    return f"Answers take {latency - 1:.0%} longer with it ({sure}at most {limits.latency - 1:.0%})"
 
 
 def _missing(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]:
@@ -183,6 +190,11 @@ def _missing(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]
         )
     if measured.filling is None or measured.filling.latency is None:
         reasons.append("Characters saved and the time of answers were not measured.")
+    elif measured.filling.latency > limits.latency:
+        reasons.append(
+            _slower(measured.filling, measured.filling.latency, limits)
+            + ", but that may be chance: judge it again while the machine does little else."
+        )
     if measured.general is None:
         reasons.append("Other code was not measured.")
     return reasons
@@ -388,7 +400,7 @@ async def fill(  # noqa: PLR0913, PLR0917 - each is a different thing
             pairs.append((example.id, example.truth, filled[0].text, filled[1].text))
             tell((number + 1) / len(holes))
         latency = round(statistics.median(ratios), 4) if ratios else None
-        return Filling(saved[0], saved[1], latency, tuple(pairs))
+        return Filling(saved[0], saved[1], latency, median_bounds(ratios), tuple(pairs))
     finally:
         for filler in fillers:
             filler.close()

@@ -115,6 +115,20 @@ def difference(
     return gain, gain - reach, gain + reach
 
 
+def median_bounds(values: Sequence[float], alpha: float = ALPHA) -> tuple[float, float]:
+    """Bounds of a median that are each missed with the probability `alpha` at most.
+
+    They are values of the sample, by the sign test: whatever the distribution is, the median lies below the
+    k-th smallest value only if fewer than k of n fair coins show heads. Infinite if there are too few values.
+    """
+    ordered = sorted(values)
+    total = len(ordered)
+    rank, below = 0, 0.0
+    while rank < total and (below := below + math.comb(total, rank) / 2**total) <= alpha:
+        rank += 1
+    return (ordered[rank - 1], ordered[-rank]) if rank else (-math.inf, math.inf)
+
+
 def more_commits(found: Effect, alpha: float = ALPHA) -> int | None:
     """So many commits more would be needed to see a gain like this one; None where there is no gain."""
     if found.gain <= 0 or not math.isfinite(found.error):

@@ -37,6 +37,7 @@ _MOST_BYTES = 8_000_000
 _KEPT_S = 60.0
 """How long a connection that nobody uses is kept. A typist who thinks for a while should not wait for TLS."""
 
+_LOST = (httpx2.NetworkError, httpx2.RemoteProtocolError)
 _STREAMS = {"text/event-stream", "application/x-ndjson", "application/json"}
 
 
@@ -72,6 +73,10 @@ class ElsewhereError(Exception):
         super().__init__()
         self.error = error
         self.again = again
+
+
+class LostError(EngineUnavailableError):
+    """The connection could not be made, or ended before the answer: there may be another server by now."""
 
 
 class RequestError(EngineError):
@@ -174,7 +179,7 @@ class Endpoint:
                     candidates=() if self.served else self._spec.candidates,
                 )
             except httpx2.TransportError as error:
-                raise EngineUnavailableError(self.explain(error)) from None
+                raise self._failure(error) from None
             except TimeoutError:
                 raise EngineUnavailableError(f"{self.place} does not answer; `engine` names it.") from None
             known = self.served
@@ -194,12 +199,12 @@ class Endpoint:
         try:
             return await adapters.find(self.client, self.served, source, near=is_loopback(self.url))
         except httpx2.TransportError as error:
-            raise EngineUnavailableError(self.explain(error)) from None
+            raise self._failure(error) from None
         except (TimeoutError, WireError):
             raise EngineUnavailableError(f"{self.place} does not say which adapters it has.") from None
 
-    def explain(self, error: httpx2.TransportError) -> str:
-        """What a failed connection means, a sentence. Without the library's own words, which change."""
+    def _failure(self, error: httpx2.TransportError) -> EngineUnavailableError:
+        """Return the error for a failed connection, without the library's own words, which change."""
         why = {
             httpx2.ConnectTimeout: f"does not answer within {_CONNECT_S:.0f} s",
             httpx2.ConnectError: "cannot be reached",
@@ -215,7 +220,8 @@ class Endpoint:
                 "has a certificate that this machine does not trust "
                 "(`engine_ca` or SSL_CERT_FILE names a file of yours)"
             )
-        return f"{self.place} {why}."
+        kind = LostError if isinstance(error, _LOST) else EngineUnavailableError
+        return kind(f"{self.place} {why}.")
 
     async def ask(self, question: Question, first_token_s: float) -> AsyncGenerator[Piece, None]:
         """The pieces of an answer as they come; closing the iterator hangs up, which ends the server's work.
@@ -250,7 +256,7 @@ class Endpoint:
                         await self._read_out(chunks)
                     yield piece
                 if chunk is None and not done:
-                    raise EngineUnavailableError(f"{self.place} hung up in the middle of an answer.")
+                    raise LostError(f"{self.place} hung up in the middle of an answer.")
 
     def _pieces(self, chunk: bytes | None, kind: Dialect, lines: Lines, wait: _Wait) -> list[Piece]:
         """What some bytes, or None at the end, complete."""
@@ -273,9 +279,9 @@ class Endpoint:
         except TimeoutError:
             raise wait.error(self.place) from None
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
-            raise ElsewhereError(EngineUnavailableError(self.explain(error)), again=True) from None
+            raise ElsewhereError(self._failure(error), again=True) from None
         except httpx2.TransportError as error:
-            raise ElsewhereError(EngineUnavailableError(self.explain(error))) from None
+            raise ElsewhereError(self._failure(error)) from None
         status = response.status_code
         if (why := refusal(status)) is not None:
             sentence = f"{self.place} {why}"
@@ -311,7 +317,7 @@ class Endpoint:
                 f"The answer of {self.place} makes no sense: it is wrongly packed."
             ) from None
         except httpx2.TransportError as error:
-            raise EngineUnavailableError(self.explain(error)) from None
+            raise self._failure(error) from None
 
 
 def is_loopback(url: str) -> bool:

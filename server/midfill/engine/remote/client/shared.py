@@ -1,8 +1,9 @@
 """One model for all of a user's editors: the engine in a process of its own, started by whoever comes first.
 
 It listens on a Unix socket in a folder of the user's own (mode 0700), whose name says midfill's version, the
-model and how it runs; another model is another process. A lock lets one process start it. A crash costs the
-requests under way; the next one finds it started anew. Runs on the event loop.
+model and how it runs; another model is another process. A lock lets one process start it. If it ends, whoever
+asks next starts it again. An answer of which a part has come breaks off; every other request is asked once
+more. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from filelock import AsyncFileLock
 
 from midfill import __version__
 from midfill.engine.api import AdapterSource, LocalModel, ModelInfo, Progress, Request, Token
-from midfill.engine.remote.client.endpoint import RemoteSpec
+from midfill.engine.remote.client.endpoint import LostError, RemoteSpec
 from midfill.engine.remote.client.remote import RemoteEngine
 from midfill.errors import AdapterError, EngineError, EngineUnavailableError, ModelError
 from midfill.system.private import create_private
@@ -41,6 +42,7 @@ _LOG = logging.getLogger(__name__)
 
 _URL = "http://midfill"
 _LISTENS_S = 60.0
+_SAYS_S = 2.0
 _MAX_SOCKET_CHARS = 100
 """What fits into a socket's address everywhere (108 on Linux, 104 on macOS)."""
 _MAX_NAMES = 10
@@ -125,6 +127,7 @@ class SharedEngine:
         self._client_id = uuid.uuid4().hex
         self._adapters: tuple[AdapterSource, ...] = ()
         self._remote: RemoteEngine | None = None
+        self._pid = 0  # of the process that `_remote` was made for
         self._healing: asyncio.Task[None] | None = None
         self._starts: deque[float] = deque(maxlen=_MAX_STARTS)
         self._closed = False
@@ -149,6 +152,7 @@ class SharedEngine:
             )
         await self._join()
         await self._wait_until_ready(progress)
+        pid = await self._listener() or 0
         remote = RemoteEngine(
             RemoteSpec(
                 (_URL,),
@@ -164,25 +168,33 @@ class SharedEngine:
         if self._closed:
             await remote.close()
             return
-        before, self._remote = self._remote, remote
+        before, self._remote, self._pid = self._remote, remote, pid
         if before is not None:
             await before.close()
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """See `Engine.generate`. A request that finds no process starts it, and is asked again once."""
+        """See `Engine.generate`. A request of which no token has come may be asked again once.
+
+        It is if the process has ended; if another window has started it again, so that it does not have this
+        window's adapters; or if the connection alone has ended, which the process may close when it is idle.
+        """
         begun = False
         try:
             async with aclosing(self._serving().generate(request)) as tokens:
                 async for token in tokens:
                     begun = True
                     yield token
-        except EngineUnavailableError:
-            if self._closed or await self._is_there():
+        except EngineError as error:
+            if self._closed:
                 raise
-            healing = self._heal()
+            pid = await self._listener()
+            if pid in {0, self._pid} and not isinstance(error, LostError):
+                raise
+            healing = self._heal() if pid != self._pid else None
             if begun:
                 raise
-            await asyncio.shield(healing)
+            if healing is not None:
+                await asyncio.shield(healing)
         else:
             return
         async with aclosing(self._serving().generate(request)) as tokens:
@@ -218,7 +230,7 @@ class SharedEngine:
     async def close(self) -> None:
         """Hang up. The process stays for others, until it has been idle for long. See `Engine.close`."""
         self._closed = True
-        if self._adapters and await self._is_there():
+        if self._adapters and await self._listener():
             with contextlib.suppress(AdapterError, TimeoutError):
                 await asyncio.wait_for(self._want(()), 1)
         if self._healing is not None:
@@ -233,27 +245,32 @@ class SharedEngine:
         return self._remote
 
     def _heal(self) -> asyncio.Task[None]:
-        """Begin to start it anew, unless that is under way."""
+        """Begin to join or start the process again, unless that is under way."""
         if self._healing is None or self._healing.done():
             self._healing = asyncio.get_running_loop().create_task(self.start(lambda _message, _share: None))
             self._healing.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self._healing
 
-    async def _is_there(self) -> bool:
-        """Whether somebody listens."""
-        try:
-            _, writer = await asyncio.open_unix_connection(str(self.socket))
-        except OSError:
-            return False
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-        return True
+    async def _listener(self) -> int | None:
+        """Return the id of the process that answers at the socket: None for nobody, 0 if it does not say.
+
+        A connection alone proves nothing: when a process is killed, the kernel may close its connections
+        first and its listening socket a moment later.
+        """
+        async with self._client() as client:
+            try:
+                async with asyncio.timeout(_SAYS_S):
+                    answer = await client.get("/health")
+                return int(answer.json()["pid"])
+            except httpx2.TransportError:
+                return None
+            except (TimeoutError, ValueError, KeyError):
+                return 0
 
     async def _join(self) -> None:
         """See that somebody listens. One process at a time looks and starts."""
         async with AsyncFileLock(str(self.socket.with_suffix(".lock")), timeout=_LISTENS_S):
-            if await self._is_there():
+            if await self._listener() is not None:
                 return
             now = time.monotonic()
             if len(self._starts) == _MAX_STARTS and now - self._starts[0] < _WINDOW_S:
