@@ -15,8 +15,8 @@ import virtual_time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from midfill.completion.completer import Completer, Source, Trigger
-from midfill.completion.suggestions import closing_places
+from midfill.completion.completer import AnswerSource, Completer, Trigger
+from midfill.completion.suggestions import matched_closer_offsets
 from midfill.engine.api import ModelInfo, Token
 from midfill.engine.scripted import CharTokenizer
 from midfill.settings import Settings
@@ -110,7 +110,7 @@ class Session:
         num_replaced = self.num_replaced
         if part != self.shown:
             # Those closers whose turn it is.
-            num_replaced = len(closing_places(part, self.here.line_after[:num_replaced]))
+            num_replaced = len(matched_closer_offsets(part, self.here.line_after[:num_replaced]))
         self.shown, self.num_replaced = self.shown[len(part) :], self.num_replaced - num_replaced
         self.put(self.here.insert(part, num_replaced))
 
@@ -214,7 +214,7 @@ class Session:
         if not answer.text:
             assert await self.is_nothing(snapshot, options, trigger), what
             return
-        may_be_typed = MAX_TYPED if answer.source in {Source.TYPED_THROUGH, Source.JOINED} else 0
+        may_be_typed = MAX_TYPED if answer.source in {AnswerSource.TYPED_THROUGH, AnswerSource.JOINED} else 0
         assert await self.is_rest(answer, snapshot, options, may_be_typed), what
 
     async def is_nothing(self, snapshot, options, trigger):
@@ -325,4 +325,4 @@ def test_random_sessions_reach_every_source():
         reached |= set(session.sources)
         num_replacing += session.num_replacing
     assert num_replacing > 20
-    assert reached == {str(source) for source in Source}
+    assert reached == {str(source) for source in AnswerSource}

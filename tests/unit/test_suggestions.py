@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import virtual_time
 
-from midfill.completion.completer import Completer, Source, Trigger
+from midfill.completion.completer import AnswerSource, Completer, Trigger
 from midfill.completion.reasons import Reason
-from midfill.completion.suggestions import Computed, Match, Suggestion, closing_changes, may_close
+from midfill.completion.suggestions import Computed, Match, Suggestion, auto_closing_changes, may_close
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.settings import Settings
 from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
@@ -233,11 +233,11 @@ def test_what_replaces_text_or_all_of_it_closes_nothing():
 
 def test_of_a_thousand_changes_a_few_are_looked_at():
     changes = [Change("()", (line, 4), (line, 4)) for line in range(1_000)]
-    assert closing_changes(changes) == list(range(992, 1_000))
+    assert auto_closing_changes(changes) == list(range(992, 1_000))
     # What closes nothing does not count.
     typed = [Change("x", (line, 4), (line, 4)) for line in range(1_000)]
-    assert closing_changes([changes[0], *typed, changes[1], *typed]) == [0, 1_001]
-    assert closing_changes(typed) == closing_changes([]) == []
+    assert auto_closing_changes([changes[0], *typed, changes[1], *typed]) == [0, 1_001]
+    assert auto_closing_changes(typed) == auto_closing_changes([]) == []
 
 
 METHOD = "(self, width):\n    self.width = width"
@@ -353,7 +353,7 @@ async def test_that_there_is_nothing_is_remembered_too(world):
     editor = Editor(it.completer, "x = ▮\n")
     for _ in range(3):
         answer = await editor.ask()
-        assert (answer.source, answer.reason) == (Source.NONE, Reason.MODEL_SILENT)
+        assert (answer.source, answer.reason) == (AnswerSource.NONE, Reason.MODEL_SILENT)
     assert it.runs == ["finished"]
 
 
@@ -370,10 +370,10 @@ async def test_new_settings_forget_what_was_suggested(world):
     editor = Editor(it.completer, "x\n▮\n")
     await editor.ask()
     it.completer.configure(it.settings)
-    assert (await editor.ask()).source is Source.CACHE
+    assert (await editor.ask()).source is AnswerSource.CACHE
     it.completer.configure(it.settings.model_copy(update={"max_new_tokens": 5}))
     answer = await editor.ask()
-    assert answer.source is Source.MODEL
+    assert answer.source is AnswerSource.MODEL
     assert len(answer.text) <= 5
 
 
@@ -381,7 +381,7 @@ async def test_an_explicit_request_is_not_answered_by_an_automatic_one(world):
     it = await world(Rule(SUM))
     editor = Editor(it.completer, "x\n▮\n")
     await editor.ask()
-    assert (await editor.ask(Trigger.INVOKED)).source is Source.MODEL
+    assert (await editor.ask(Trigger.INVOKED)).source is AnswerSource.MODEL
     # What was asked for explicitly is what is on the screen now.
     assert await editor.type("to").sees() == (SUM[2:], "typed-through")
 
@@ -404,7 +404,7 @@ async def test_memory_is_bounded(world):
     kept = it.completer._suggestions._kept
     assert len(kept) == 64
     assert max(map(len, kept.values())) <= 32
-    assert (await editor.ask()).source is Source.MODEL
+    assert (await editor.ask()).source is AnswerSource.MODEL
 
 
 # Joining.
@@ -426,7 +426,7 @@ async def test_two_requests_for_the_same_text_run_the_model_once(world):
     editor = Editor(it.completer, "x\n▮\n")
     answers = await asyncio.gather(editor.asks(), editor.asks())
     assert [answer.text for answer in answers] == [SUM, SUM]
-    assert [answer.source for answer in answers] == [Source.MODEL, Source.JOINED]
+    assert [answer.source for answer in answers] == [AnswerSource.MODEL, AnswerSource.JOINED]
     assert it.runs == ["finished"]
 
 
@@ -546,7 +546,7 @@ async def test_what_the_model_wrote_beyond_the_end_is_there_once_the_user_is(tmp
     editor = Editor(it.completer, "x = 0\ndef f():\n    ▮\n")
     assert await editor.sees() == ("return 1", "model")
     typed = editor.type("return 1\n\n").type("def g():")
-    assert await typed.sees() == ("\n    return 2", "streak")
+    assert await typed.sees() == ("\n    return 2", "continuation")
     assert it.runs == ["finished"]
 
 

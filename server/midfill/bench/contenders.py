@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from midfill.bench.rivals import GENERATE, Rival
 from midfill.completion.completer import Answer, Completer, Trigger
 from midfill.completion.reasons import Reason
-from midfill.completion.stats.request_log import REQUEST, Costs, Metered
+from midfill.completion.stats.request_log import REQUEST, InstrumentedEngine, RequestStats
 from midfill.completion.suggestions import may_close
 from midfill.engine.api import Engine, Progress
 from midfill.errors import MidfillError
@@ -305,9 +305,9 @@ class InProcess:
     def __init__(
         self, engine: Engine, family: tuple[str, Family], settings: Settings, *, looks_ahead: bool = True
     ) -> None:
-        self._costs = Costs()
+        self._costs = RequestStats()
         self._completer = Completer(settings, looks_ahead=looks_ahead)
-        self._completer.use(Metered(engine, self._costs), family)
+        self._completer.use(InstrumentedEngine(engine, self._costs), family)
         self._asked: dict[int | str | float | None, Asked] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._ids = itertools.count(1)

@@ -18,16 +18,16 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from midfill.completion.confidence import BUILT_IN, Calibration, Eagerness, Evidence, best, worth_showing
-from midfill.completion.context.collector import Collected, Context
+from midfill.completion.confidence import BUILT_IN, Calibration, Eagerness, Evidence, best, length_to_show
+from midfill.completion.context.collector import ContextBundle, ContextCollector
 from midfill.completion.generation import Output, stream
 from midfill.completion.postprocess.clean import before_unsafe, clean, stop
-from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.received import received
+from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.normalization import normalized
 from midfill.completion.prompt import Prompt, PromptBuilder
 from midfill.completion.reasons import Reason
 from midfill.completion.stats.request_log import stages
-from midfill.completion.suggestions import Computed, Flight, Match, Suggestions, fitted
+from midfill.completion.suggestions import Computed, InFlightCompletion, Match, Suggestions, fitted
 from midfill.engine.api import Engine, Request
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.fim.templates import Family
@@ -43,9 +43,9 @@ _CONTINUES_WORD = re.compile(r"\w")
 # Behind the cursor may stand what editors insert by themselves: closers, then one separator.
 _HARMLESS_TAIL = re.compile(r"""\s*[)>}\]"'`]*\s*[:{;,]?\s*\Z""")
 # After an answer the typist may go on at once, and would wait for the forward pass under way.
-REST_S = 0.1
+PREFETCH_DELAY_S = 0.1
 # New context makes the whole prompt new, which is worth nothing if the typist goes on meanwhile.
-RENEW_S = 1.0
+IDLE_DELAY_S = 1.0
 
 
 class Trigger(StrEnum):
@@ -55,7 +55,7 @@ class Trigger(StrEnum):
     INVOKED = "invoked"
 
 
-class Source(StrEnum):
+class AnswerSource(StrEnum):
     """Where an answer comes from."""
 
     NONE = "none"
@@ -66,7 +66,7 @@ class Source(StrEnum):
     """Computed before, for exactly this text."""
     JOINED = "joined"
     """Was being computed already, and agrees with what has been typed since."""
-    STREAK = "streak"
+    CONTINUATION = "continuation"
     """What the model had written behind the end of the suggestion before."""
     PREFETCH = "prefetch"
     """Computed as if the suggestion before had been accepted, which it then was."""
@@ -95,7 +95,7 @@ class Answer:
 
     text: str = ""
     num_replaced: int = 0
-    source: Source = Source.NONE
+    source: AnswerSource = AnswerSource.NONE
     reason: Reason | None = None
     detail: str = ""
     latency_ms: float = 0.0
@@ -128,7 +128,7 @@ class _Made:
 
     answer: Answer
     output: Output
-    context: Collected
+    context: ContextBundle
 
 
 @dataclass(slots=True)
@@ -152,7 +152,7 @@ class Completer:
     looks_ahead: bool = False
     adapter_of: Callable[[Document], str | None] = lambda _: None
     calibration: Calibration = BUILT_IN
-    context: Context = field(init=False)
+    context: ContextCollector = field(init=False)
     _engine: Engine | None = None
     _prompts: PromptBuilder | None = None
     _forbidden: tuple[str, ...] = field(default=())
@@ -162,7 +162,7 @@ class Completer:
     _renewal: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
-        self.context = Context(self.settings, self._secrets)
+        self.context = ContextCollector(self.settings, self._secrets)
 
     @property
     def is_ready(self) -> bool:
@@ -207,14 +207,14 @@ class Completer:
         return self._suggestions.computes(uri)
 
     def closing(self, snapshot: Snapshot) -> None:
-        """A change is about to be made here that may close what it opens (`suggestions.closing_changes`)."""
+        """A change is about to be made here that may auto-close what it opens."""
         self._suggestions.closing(snapshot)
 
     def rest(self, snapshot: Snapshot) -> None:
         """The user may rest here. If so, let the model read what it would be asked, and ask it nothing."""
         self._stop_resting()
         if self.looks_ahead and self.settings.prefetch:
-            self._renewal = asyncio.get_running_loop().call_later(RENEW_S, self._settle, snapshot)
+            self._renewal = asyncio.get_running_loop().call_later(IDLE_DELAY_S, self._settle, snapshot)
 
     def forget(self, uri: str) -> None:
         """Drop what is remembered of a document that was closed."""
@@ -291,17 +291,21 @@ class Completer:
         computed = match.suggestion.computed
         made = computed.made
         if match.exact:
-            source = Source.PREFETCH if match.suggestion.ahead else Source.CACHE
-            answer = self._weigh(made.answer, Place.of(snapshot, invoked=trigger is Trigger.INVOKED), trigger)
-            answer = _beside_closers(answer, match)
-            return replace(answer, source=source if answer.text else Source.NONE)
+            source = AnswerSource.PREFETCH if match.suggestion.ahead else AnswerSource.CACHE
+            answer = self._filter_by_confidence(
+                made.answer, CursorContext.of(snapshot, invoked=trigger is Trigger.INVOKED), trigger
+            )
+            answer = _reconciled(answer, match)
+            return replace(answer, source=source if answer.text else AnswerSource.NONE)
         text, num_replaced = match.rest
         if text:
-            return replace(made.answer, text=text, num_replaced=num_replaced, source=Source.TYPED_THROUGH)
+            return replace(
+                made.answer, text=text, num_replaced=num_replaced, source=AnswerSource.TYPED_THROUGH
+            )
         if not (beyond := match.beyond):
             return None
-        place = Place.of(snapshot, invoked=trigger is Trigger.INVOKED)
-        if made.output.is_altered or received(beyond, place) != beyond:
+        place = CursorContext.of(snapshot, invoked=trigger is Trigger.INVOKED)
+        if made.output.is_altered or normalized(beyond, place) != beyond:
             # What the model would write after the text as it is now is not known.
             return None
         end = stop(beyond, place)
@@ -310,8 +314,8 @@ class Completer:
             return None
         start = len(match.typed)
         output = made.output.beyond(start, None if end is None else start + end)
-        answer = self._weigh(self._trim(output, place), place, trigger)
-        return replace(answer, source=Source.STREAK) if answer.text else None
+        answer = self._filter_by_confidence(self._trim(output, place), place, trigger)
+        return replace(answer, source=AnswerSource.CONTINUATION) if answer.text else None
 
     async def _ask(self, snapshot: Snapshot, trigger: Trigger) -> Answer | None:
         """Join the flight that agrees with this text, or launch one; None if it went another way."""
@@ -321,19 +325,19 @@ class Completer:
             bare, closed = self._suggestions.bare(snapshot)
             flight = self._suggestions.launch(bare, self._work(bare), explicit=explicit)
             match = await flight.wait(("", closed))
-            return None if match is None else _beside_closers(match.suggestion.computed.made.answer, match)
+            return None if match is None else _reconciled(match.suggestion.computed.made.answer, match)
         match = await joined[0].wait(joined[1])
         if match is None:
             return None
         computed = match.suggestion.computed
         if match.exact or not computed.lasting:
-            place = Place.of(snapshot, invoked=explicit)
-            answer = _beside_closers(self._weigh(computed.made.answer, place, trigger), match)
-            return replace(answer, source=Source.JOINED if answer.text else Source.NONE)
+            place = CursorContext.of(snapshot, invoked=explicit)
+            answer = _reconciled(self._filter_by_confidence(computed.made.answer, place, trigger), match)
+            return replace(answer, source=AnswerSource.JOINED if answer.text else AnswerSource.NONE)
         text, num_replaced = match.rest
         if not text:
             return None
-        return replace(computed.made.answer, text=text, num_replaced=num_replaced, source=Source.JOINED)
+        return replace(computed.made.answer, text=text, num_replaced=num_replaced, source=AnswerSource.JOINED)
 
     def _look_ahead(self, snapshot: Snapshot, answer: Answer) -> None:
         """When the user rests: compute what comes next if this answer is accepted."""
@@ -342,7 +346,9 @@ class Completer:
             return
         text = answer.text.replace("\n", snapshot.line_ending)
         accepted = snapshot.insert(text, answer.num_replaced)
-        self._rest = asyncio.get_running_loop().call_later(REST_S, self._prefetch, snapshot, accepted)
+        self._rest = asyncio.get_running_loop().call_later(
+            PREFETCH_DELAY_S, self._prefetch, snapshot, accepted
+        )
 
     def _prefetch(self, snapshot: Snapshot, accepted: Snapshot) -> None:
         known = self._suggestions.matches(accepted, explicit=False)
@@ -371,7 +377,7 @@ class Completer:
                 timer.cancel()
         self._rest = self._renewal = None
 
-    def _work(self, snapshot: Snapshot) -> Callable[[Flight[_Made]], Awaitable[Computed[_Made]]]:
+    def _work(self, snapshot: Snapshot) -> Callable[[InFlightCompletion[_Made]], Awaitable[Computed[_Made]]]:
         """The stages that ask the model, with the engine and the settings of this moment."""
         if self._engine is None or self._prompts is None:
             raise AssertionError("work is made where there is an engine")
@@ -383,7 +389,7 @@ class Completer:
         prompts: PromptBuilder,
         settings: Settings,
         snapshot: Snapshot,
-        flight: Flight[_Made],
+        flight: InFlightCompletion[_Made],
     ) -> Computed[_Made]:
         """Ask the model: context > prompt > engine > trim."""
         begun = time.monotonic()
@@ -393,7 +399,7 @@ class Completer:
             limit = max(limit, settings.max_new_tokens_invoked)
         prompt = prompts.build(snapshot, context, max_new_tokens=limit)
         trigger = Trigger.INVOKED if flight.explicit else Trigger.AUTOMATIC
-        place = Place.of(snapshot, invoked=flight.explicit)
+        place = CursorContext.of(snapshot, invoked=flight.explicit)
         built = time.monotonic()
         request = Request(
             prompt.tokens,
@@ -406,7 +412,7 @@ class Completer:
         output = await self._generate(engine, request, place, flight)
         written = time.monotonic()
         trimmed = self._trim(output, place)
-        answer = self._weigh(trimmed, place, trigger)
+        answer = self._filter_by_confidence(trimmed, place, trigger)
         # What is not safe to show is not shown here either.
         texts = [("model", output.raw + output.late + "\ufffd" * output.is_cut)]
         texts += [("unsafe characters", output.raw + output.late), ("deadline", output.raw)]
@@ -427,7 +433,7 @@ class Completer:
         )
 
     async def _generate(
-        self, engine: Engine, request: Request, place: Place, flight: Flight[_Made]
+        self, engine: Engine, request: Request, place: CursorContext, flight: InFlightCompletion[_Made]
     ) -> Output:
         """What the model writes, up to where a suggestion ends, or how it failed."""
         output = Output()
@@ -454,7 +460,7 @@ class Completer:
             output.failure = Reason.ENGINE_ERROR
         return output
 
-    def _trim(self, output: Output, place: Place) -> Answer:
+    def _trim(self, output: Output, place: CursorContext) -> Answer:
         """What of the model's text is worth inserting."""
         if output.failure is not None:
             return Answer(reason=output.failure, detail=output.detail)
@@ -468,16 +474,18 @@ class Completer:
         text, why = clean(text, place, complete=complete, forbidden=self._forbidden)
         if why is not None:
             return Answer(reason=why)
-        answer = Answer(text, source=Source.MODEL, tokens=output.within(len(text)), finished=output.complete)
+        answer = Answer(
+            text, source=AnswerSource.MODEL, tokens=output.within(len(text)), finished=output.complete
+        )
         return replace(answer, detail=output.detail)
 
-    def _weigh(self, answer: Answer, place: Place, trigger: Trigger) -> Answer:
+    def _filter_by_confidence(self, answer: Answer, place: CursorContext, trigger: Trigger) -> Answer:
         """Of an answer that nobody asked for explicitly, the lines that are likely enough right."""
         if trigger is Trigger.INVOKED or not answer.text:
             return answer
         evidence = Evidence(answer.text, answer.tokens, answer.finished, place.line_before)
         eagerness = Eagerness(self.settings.eagerness)
-        if (end := worth_showing(evidence, eagerness, self.calibration)) == len(answer.text):
+        if (end := length_to_show(evidence, eagerness, self.calibration)) == len(answer.text):
             return answer
         if end:
             return replace(answer, text=answer.text[:end], finished=False)
@@ -489,7 +497,7 @@ class Completer:
         return Answer(reason=Reason.LOW_CONFIDENCE, detail=detail)
 
 
-def _beside_closers(answer: Answer, match: Match[_Made]) -> Answer:
+def _reconciled(answer: Answer, match: Match[_Made]) -> Answer:
     """An answer for the origin of a match, as it is at the cursor, where closers may stand already."""
     if not answer.text or not match.closed:
         return answer
@@ -498,7 +506,7 @@ def _beside_closers(answer: Answer, match: Match[_Made]) -> Answer:
     texts = (*answer.texts, ("auto-closed", text)) if answer.texts and text != answer.text else answer.texts
     if not text.strip():
         reason = Reason.OTHER_CLOSERS if fit is None else Reason.REPEATS_TEXT
-        return replace(answer, text="", source=Source.NONE, reason=reason, texts=texts)
+        return replace(answer, text="", source=AnswerSource.NONE, reason=reason, texts=texts)
     return replace(answer, text=text, num_replaced=num_replaced, texts=texts)
 
 

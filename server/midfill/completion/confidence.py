@@ -47,7 +47,7 @@ _OPENERS = ("(", "[", "{", ",")
 _CLOSERS = (")", "]", "}", ";", ":")
 
 
-def beginnings(text: str) -> Iterator[int]:
+def line_prefixes(text: str) -> Iterator[int]:
     """Where the lines of a text end that are not blank."""
     end = 0
     for line in text.split("\n"):
@@ -76,7 +76,7 @@ def features(evidence: Evidence, end: int) -> dict[str, float]:
         "least": min(logprobs),
         "log_tokens": math.log(len(logprobs)),
         "log_chars": math.log1p(len(text.strip())),
-        "log_lines": math.log(sum(1 for _ in beginnings(text))),
+        "log_lines": math.log(sum(1 for _ in line_prefixes(text))),
         "finished": float(evidence.finished and end == len(evidence.text.rstrip())),
         "new_line": float(text.startswith("\n")),
         "blank_first": float(text.startswith(" ")),
@@ -141,10 +141,10 @@ def confidence(evidence: Evidence, end: int, by: Calibration = BUILT_IN) -> floa
 
 def best(evidence: Evidence, by: Calibration = BUILT_IN) -> float:
     """The confidence in the likeliest beginning of a suggestion."""
-    return max((confidence(evidence, end, by) for end in beginnings(evidence.text)), default=0.0)
+    return max((confidence(evidence, end, by) for end in line_prefixes(evidence.text)), default=0.0)
 
 
-def worth_showing(evidence: Evidence, eagerness: Eagerness, by: Calibration = BUILT_IN) -> int:
+def length_to_show(evidence: Evidence, eagerness: Eagerness, by: Calibration = BUILT_IN) -> int:
     """How many characters of a suggestion to show; 0 for none.
 
     All of it where `eagerness` says so, or where there are no log-probabilities to go by.
@@ -153,7 +153,7 @@ def worth_showing(evidence: Evidence, eagerness: Eagerness, by: Calibration = BU
         return len(evidence.text)
     threshold = by.thresholds[eagerness]
     shown = 0
-    for end in beginnings(evidence.text):
+    for end in line_prefixes(evidence.text):
         if confidence(evidence, end, by) >= threshold:
             shown = end
     return shown

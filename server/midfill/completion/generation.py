@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from midfill.completion.postprocess.clean import Stopper
-from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.received import Received
+from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.normalization import Normalizer
 from midfill.completion.reasons import Reason
-from midfill.completion.suggestions import Flight
+from midfill.completion.suggestions import InFlightCompletion
 from midfill.engine.api import Engine, Request
 
 
@@ -67,10 +67,12 @@ class Output:
         return Output(self.raw[start:end], complete=True, tokens=tokens)
 
 
-async def stream(engine: Engine, request: Request, place: Place, flight: Flight[Any], output: Output) -> None:
+async def stream(
+    engine: Engine, request: Request, cursor: CursorContext, flight: InFlightCompletion[Any], output: Output
+) -> None:
     """Collect the model's text after `starts_with`; stop it where the suggestion has come to its end."""
     num_held = len(request.starts_with)
-    whole, stopper = Received(place), Stopper(place)
+    whole, stopper = Normalizer(cursor), Stopper(cursor)
     async with aclosing(engine.generate(request)) as tokens:
         async for token in tokens:
             whole.push(token.text[num_held:])

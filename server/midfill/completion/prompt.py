@@ -16,8 +16,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from midfill.completion.context.collector import NOTHING, Collected
-from midfill.completion.context.rendering import ContextWriter, Segment, Written
+from midfill.completion.context.collector import EMPTY_BUNDLE, ContextBundle
+from midfill.completion.context.rendering import ContextRenderer, RenderedContext, Segment
 from midfill.engine.api import ModelInfo
 from midfill.errors import ModelError
 from midfill.fim.templates import Family, Layout, recognise_family
@@ -123,12 +123,12 @@ class PromptBuilder:
                 f"lower `max_new_tokens` ({settings.max_new_tokens})."
             )
         self._anchors: OrderedDict[str, _Anchor] = OrderedDict()
-        self._writer = ContextWriter(self.family, model.tokenizer)
+        self._renderer = ContextRenderer(self.family, model.tokenizer)
 
     def build(
         self,
         snapshot: Snapshot,
-        context: Collected = NOTHING,
+        context: ContextBundle = EMPTY_BUNDLE,
         *,
         max_new_tokens: int | None = None,
     ) -> Prompt:
@@ -141,13 +141,15 @@ class PromptBuilder:
         """
         return self._build(snapshot, context, max_new_tokens or self._settings.max_new_tokens)
 
-    def _build(self, snapshot: Snapshot, context: Collected, max_new_tokens: int, spare: int = 0) -> Prompt:
+    def _build(
+        self, snapshot: Snapshot, context: ContextBundle, max_new_tokens: int, spare: int = 0
+    ) -> Prompt:
         """See `build`; leaves `spare` tokens of the budget before the cursor unused."""
         room = max(self._room(max_new_tokens), 2)
-        written = self._writer.write(
+        rendered = self._renderer.render(
             snapshot.document, context, min(self._settings.context_tokens, room // 2)
         )
-        room -= written.num_tokens
+        room -= rendered.num_tokens
         prefix = min(self._settings.prefix_tokens, room - room // 3)
         budget = _Budget(max(1, prefix - spare), min(self._settings.suffix_tokens, room - prefix))
         anchor, typed, held = self._place(snapshot, budget)
@@ -160,7 +162,7 @@ class PromptBuilder:
             (_SOURCES.get(name, name), (self._ids[name],) if kind == "sentinel" else texts[name])
             for kind, name in parts
         ]
-        segments = _with_context(segments, written, after_bos=bool(self.family.bos))
+        segments = _with_context(segments, rendered, after_bos=bool(self.family.bos))
         tokens = tuple(token for _, ids in segments for token in ids)
         # What was held back is written once more, on top of what was asked for.
         again = len(self._tokenizer.encode(held)) if held else 0
@@ -173,7 +175,7 @@ class PromptBuilder:
             tuple((name, len(ids)) for name, ids in segments if ids),
         )
 
-    def settle(self, snapshot: Snapshot, context: Collected = NOTHING) -> Prompt:
+    def settle(self, snapshot: Snapshot, context: ContextBundle = EMPTY_BUNDLE) -> Prompt:
         """The prompt for a place where the user rests.
 
         An anchor that is nearly used up is given up here, so that it need not be in the middle of a word,
@@ -368,7 +370,7 @@ def _continues(after: str, tail: str) -> bool:
     return at == 0 or (0 < at <= _MAX_AUTO_CLOSED and _AUTO_CLOSED.fullmatch(after, 0, at) is not None)
 
 
-def _with_context(segments: list[Segment], context: Written, *, after_bos: bool) -> list[Segment]:
+def _with_context(segments: list[Segment], context: RenderedContext, *, after_bos: bool) -> list[Segment]:
     """Other files behind BOS; comments where the text of the file begins."""
     place = int(after_bos)
     head = next(index for index, (name, _) in enumerate(segments) if name in {"prefix", "typed"})

@@ -8,9 +8,9 @@ Brackets and quotes that an editor closes by itself stand behind the cursor befo
 they are not there (`Suggestions.bare`), and what it writes is fitted in (`fitted`): its own closers are left
 out where it ends with them, and take the place of those in the document where it goes on behind them.
 
-A suggestion that is being computed is a `Flight`. It belongs to no request: requests wait for it, and may
-come and go. It goes on while somebody waits, and for a moment longer, in which the next request can
-join it; it ends at once when the text has come to contradict it.
+A suggestion that is being computed is an `InFlightCompletion`. It belongs to no request: requests wait for
+it, and may come and go. It goes on while somebody waits, and for a moment longer, in which the next request
+can join it; it ends at once when the text has come to contradict it.
 
 Knows texts and places, nothing of models, prompts or LSP; what is computed is the caller's `work`. All
 texts have \n. Runs on the event loop.
@@ -217,18 +217,18 @@ def fitted(text: str, closed: str) -> tuple[str, int] | None:
         return text[: len(text) - len(closed)], 0
     if _AUTOMATIC.match(closed) is None:
         return None
-    places = closing_places(text, closed)
+    places = matched_closer_offsets(text, closed)
     while places and places[-1] == len(text) - 1:
         text = text[: places.pop()]
     return text, len(places)
 
 
-def up_to_closers(text: str, replaced: str) -> str:
+def text_before_closers(text: str, replaced: str) -> str:
     """What of a text can be inserted before these closers without replacing them."""
-    return text[: closing_places(text, replaced)[0]].rstrip()
+    return text[: matched_closer_offsets(text, replaced)[0]].rstrip()
 
 
-def closing_places(text: str, closed: str) -> list[int]:
+def matched_closer_offsets(text: str, closed: str) -> list[int]:
     """Where a text closes, in their order, what these closers close; the last of them it may not."""
     places: list[int] = []
     depth = 0
@@ -263,7 +263,7 @@ def may_close(change: Change) -> bool:
     return inserts and _AUTOMATIC.match(change.text.rstrip("\r\n")[-1:]) is not None
 
 
-def closing_changes(changes: Sequence[Change]) -> list[int]:
+def auto_closing_changes(changes: Sequence[Change]) -> list[int]:
     """The numbers of those changes, made at once, that have to be told by `Suggestions.closing`, in order.
 
     A later one takes the place of the earlier ones, unless it is within what they have put in. So the last
@@ -281,7 +281,7 @@ def agrees(inserted: str, expected: str) -> bool:
     return _AUTOMATIC.match(inserted, num_same) is not None
 
 
-class Flight(Generic[A]):
+class InFlightCompletion(Generic[A]):
     """A suggestion that is being computed.
 
     Args:
@@ -403,7 +403,7 @@ class Suggestions(Generic[A]):
     _kept: OrderedDict[str, OrderedDict[tuple[Origin, bool, Hashable], Suggestion[A]]] = field(
         default_factory=OrderedDict
     )
-    _flights: list[Flight[A]] = field(default_factory=list)
+    _flights: list[InFlightCompletion[A]] = field(default_factory=list)
     _bases: OrderedDict[str, Origin] = field(default_factory=OrderedDict)
 
     def bare(self, snapshot: Snapshot) -> tuple[Snapshot, str]:
@@ -457,12 +457,12 @@ class Suggestions(Generic[A]):
     def launch(
         self,
         snapshot: Snapshot,
-        work: Callable[[Flight[A]], Awaitable[Computed[A]]],
+        work: Callable[[InFlightCompletion[A]], Awaitable[Computed[A]]],
         *,
         explicit: bool = False,
         context: Hashable = None,
         ahead_of: Snapshot | None = None,
-    ) -> Flight[A]:
+    ) -> InFlightCompletion[A]:
         """Begin to compute a suggestion at a cursor.
 
         `ahead_of`: the snapshot is what this one becomes if something is inserted at its cursor.
@@ -474,13 +474,15 @@ class Suggestions(Generic[A]):
         else:
             base = Origin.of(ahead_of)
             assumed = "".join(base.inserted(Text(snapshot.document), snapshot.cursor) or ())
-        flight = Flight[A](base, assumed, origin, explicit=explicit, context=context)
+        flight = InFlightCompletion[A](base, assumed, origin, explicit=explicit, context=context)
         flight.task = asyncio.ensure_future(work(flight))
         flight.task.add_done_callback(partial(self._landed, flight))
         self._flights.append(flight)
         return flight
 
-    def join(self, snapshot: Snapshot, *, explicit: bool) -> tuple[Flight[A], tuple[str, str]] | None:
+    def join(
+        self, snapshot: Snapshot, *, explicit: bool
+    ) -> tuple[InFlightCompletion[A], tuple[str, str]] | None:
         """A flight that agrees with what was typed, and what was; the newest if there are several."""
         text = Text(snapshot.document)
         for flight in reversed(self._flights):
@@ -523,10 +525,10 @@ class Suggestions(Generic[A]):
                 flight.cancel()
         self._flights.clear()
 
-    def _of(self, uri: str) -> list[Flight[A]]:
+    def _of(self, uri: str) -> list[InFlightCompletion[A]]:
         return [flight for flight in self._flights if flight.origin.uri == uri and not flight.ending]
 
-    def _landed(self, flight: Flight[A], task: asyncio.Task[Computed[A]]) -> None:
+    def _landed(self, flight: InFlightCompletion[A], task: asyncio.Task[Computed[A]]) -> None:
         current = flight in self._flights
         if current:
             self._flights.remove(flight)

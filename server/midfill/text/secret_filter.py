@@ -109,7 +109,7 @@ _WORD_LIKE = re.compile(
 _CONSONANTS = re.compile(r"[b-df-hj-np-tv-xz]{6}", re.IGNORECASE)
 
 
-class Grade(IntEnum):
+class Severity(IntEnum):
     """How sure it is that a line holds a secret."""
 
     NONE = 0
@@ -137,9 +137,9 @@ def _segments(uri: str) -> list[str]:
     return _SEPARATOR.split(unquote(uri).lower())
 
 
-def find_secrets(text: str) -> dict[int, Grade]:
+def find_secrets(text: str) -> dict[int, Severity]:
     """The lines of a text that hold a secret, by number from 0."""
-    found: dict[int, Grade] = {}
+    found: dict[int, Severity] = {}
     line, begin = 0, 0
     for at in _suspicious(text):
         if at < begin:
@@ -148,7 +148,7 @@ def find_secrets(text: str) -> dict[int, Grade]:
         begin = text.rfind("\n", 0, at) + 1
         end = text.find("\n", at)
         end = len(text) if end < 0 else end
-        if worst := grade(text[begin:end]):
+        if worst := severity(text[begin:end]):
             found[line] = worst
         line, begin = line + 1, end + 1
     return found
@@ -181,31 +181,31 @@ def _lowered(text: str) -> str:
     return "".join(char.lower() if char.isascii() else "?" for char in text)
 
 
-def grade(line: str) -> Grade:
+def severity(line: str) -> Severity:
     """The grade of one line."""
     if len(line) <= MAX_LINE:
-        return _grade(line.strip())
-    worst = Grade.POSSIBLE
+        return _severity(line.strip())
+    worst = Severity.POSSIBLE
     for begin in range(0, len(line) - _OVERLAP, MAX_LINE - _OVERLAP):
-        worst = max(worst, _grade(line[begin : begin + MAX_LINE]))
-        if worst is Grade.CERTAIN:
+        worst = max(worst, _severity(line[begin : begin + MAX_LINE]))
+        if worst is Severity.CERTAIN:
             break
     return worst
 
 
-def _grade(line: str) -> Grade:
+def _severity(line: str) -> Severity:
     lower = _lowered(line)
     long_run = "sig=" in lower or any(map(_is_varied, LONG_RUN.findall(line)))
     if (long_run and has_token(line, lower)) or has_private_key(line, lower):
-        return Grade.CERTAIN
-    worst = Grade.NONE
+        return Severity.CERTAIN
+    worst = Severity.NONE
     if any(word in lower for word in NAME_WORDS):
         for one in assigned(line):
-            worst = max(worst, _grade_assigned(one))
+            worst = max(worst, _severity_assigned(one))
     for value in carried(line, lower):
-        worst = max(worst, _grade_value(value))
-    if worst is Grade.NONE and (_has_random_text(line) or names_private_key(line)):
-        return Grade.POSSIBLE
+        worst = max(worst, _severity_value(value))
+    if worst is Severity.NONE and (_has_random_text(line) or names_private_key(line)):
+        return Severity.POSSIBLE
     return worst
 
 
@@ -225,32 +225,32 @@ def _entropy(text: str) -> float:
     return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
 
 
-def _grade_assigned(one: Assigned) -> Grade:
-    found = _grade_value(one.value)
-    if found is not Grade.CERTAIN:
-        return found if one.quoted else Grade.NONE
+def _severity_assigned(one: Assigned) -> Severity:
+    found = _severity_value(one.value)
+    if found is not Severity.CERTAIN:
+        return found if one.quoted else Severity.NONE
     if _PLACE.match(one.value) or (not one.quoted and sum(map(str.isdigit, one.value)) < 3):
-        return Grade.NONE
+        return Severity.NONE
     if one.password and one.exact:
         read = one.value.lower().translate(_LIKE_LETTERS)
-        return Grade.POSSIBLE if _LIKE_PASSWORD.search(read) else found
+        return Severity.POSSIBLE if _LIKE_PASSWORD.search(read) else found
     # Of tokens and keys, that machines make, `gpt2-medium` is none.
     if not _looks_random(one.value) or (not one.exact and len(one.value) < 16):
-        return Grade.POSSIBLE
+        return Severity.POSSIBLE
     return found
 
 
-def _grade_value(value: str) -> Grade:
+def _severity_value(value: str) -> Severity:
     """Tell a placeholder, a word and a real secret apart, of what a name like `password` is given."""
     if len(value) < _MIN_VALUE or _PLACEHOLDER.search(value) or _UUID.match(value) or " " in value:
-        return Grade.NONE
+        return Severity.NONE
     if _COUNTED.search(value) or is_published(value):
-        return Grade.POSSIBLE
+        return Severity.POSSIBLE
     digits = sum(map(str.isdigit, value))
     letters = sum(map(str.isalpha, value))
     if len(value) >= 8 and digits and letters and len(set(value)) >= 6:
-        return Grade.CERTAIN
-    return Grade.POSSIBLE
+        return Severity.CERTAIN
+    return Severity.POSSIBLE
 
 
 def _looks_random(value: str) -> bool:

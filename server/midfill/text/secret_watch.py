@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from midfill.text.documents import Document
-from midfill.text.secret_filter import MAX_LINE, Grade, find_secrets, grade
+from midfill.text.secret_filter import MAX_LINE, Severity, find_secrets, severity
 
 _LOG = logging.getLogger(__name__)
 
@@ -124,10 +124,10 @@ def _replaced(known: _Judged, document: Document, removed: Sequence[str], found:
 def _secret_lines(lines: Sequence[str]) -> list[int]:
     """The hashes of the lines that hold a CERTAIN secret."""
     # Long ones by themselves, in pieces: one call over a whole line would keep the other threads waiting.
-    found = [hash(line) for line in lines if len(line) > MAX_LINE and grade(line) is Grade.CERTAIN]
+    found = [hash(line) for line in lines if len(line) > MAX_LINE and severity(line) is Severity.CERTAIN]
     text = "\n".join(["" if len(line) > MAX_LINE else line.rstrip("\r\n") for line in lines])
     short = find_secrets(text)
-    return found + [hash(lines[number]) for number, worst in short.items() if worst is Grade.CERTAIN]
+    return found + [hash(lines[number]) for number, worst in short.items() if worst is Severity.CERTAIN]
 
 
 def _exceeds(lines: Sequence[str], max_chars: int) -> bool:

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from midfill.settings import Settings
 from midfill.text.documents import Document, Snapshot, changed_lines
-from midfill.text.secret_filter import MAX_LINE, grade, is_excluded
+from midfill.text.secret_filter import MAX_LINE, is_excluded, severity
 from midfill.text.secret_watch import SecretWatch, Verdict
 from midfill.text.uris import file_of
 
@@ -61,7 +61,7 @@ _BURST_LINES = 8
 _MAX_CHARS = 200_000
 
 
-class Source(StrEnum):
+class ContextSource(StrEnum):
     """Where a piece comes from; the values are those of the setting `context`."""
 
     IMPORTS = "imports"
@@ -87,13 +87,13 @@ class Snippet:
         text: whole lines, without the last line's end.
     """
 
-    source: Source
+    source: ContextSource
     path: str
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Collected:
+class ContextBundle:
     """The context for one document.
 
     Attributes:
@@ -107,7 +107,7 @@ class Collected:
     repository: str = ""
 
 
-NOTHING = Collected()
+EMPTY_BUNDLE = ContextBundle()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class _Frozen:
 
     line: int
     state: tuple[int, int, bool]
-    collected: Collected
+    collected: ContextBundle
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ class _Burst:
 
 
 @dataclass(slots=True)
-class Context:
+class ContextCollector:
     """Collects context for the documents of one editor.
 
     Attributes:
@@ -189,7 +189,7 @@ class Context:
         sources = self.settings.context
         if not sources:
             return
-        folders = self._folders if {Source.REPOSITORY, Source.IMPORTS} & set(sources) else ()
+        folders = self._folders if {ContextSource.REPOSITORY, ContextSource.IMPORTS} & set(sources) else ()
         # Whoever does without context does not wait for these imports.
         from midfill.completion.context.indexer import Indexer  # noqa: PLC0415
 
@@ -218,7 +218,7 @@ class Context:
             self._dirty.add(new.uri)
             # Other documents may find this one changed; it finds itself as it is.
             self._flush(new.uri)
-        if Source.EDITS in self.settings.context:
+        if ContextSource.EDITS in self.settings.context:
             self._note_edit(old, new)
 
     def closed(self, uri: str) -> None:
@@ -279,19 +279,19 @@ class Context:
         if not 0 < len(removed) + len(added) <= _MAX_EDIT_LINES or not "".join(removed + added).strip():
             return None
         # A very long line is a possible secret, whatever is in it.
-        if any(len(line) > MAX_LINE or grade(line) for line in removed + added):
+        if any(len(line) > MAX_LINE or severity(line) for line in removed + added):
             return None
         if self.secrets.verdict(document) is not Verdict.CLEAN:
             return None
         lines = [f"-{line}" for line in removed] + [f"+{line}" for line in added]
-        return Snippet(Source.EDITS, self._path(document.uri) + ".diff", "\n".join(lines))
+        return Snippet(ContextSource.EDITS, self._path(document.uri) + ".diff", "\n".join(lines))
 
     # What is asked for
 
-    def collect(self, snapshot: Snapshot) -> Collected:
+    def collect(self, snapshot: Snapshot) -> ContextBundle:
         """The context for a cursor; the same object as long as it stays the same."""
         if self.indexer is None or not self.settings.context_tokens:
-            return NOTHING
+            return EMPTY_BUNDLE
         uri, line = snapshot.document.uri, snapshot.cursor.line
         self._flush(uri)
         old = self._frozen.get(uri)
@@ -302,7 +302,9 @@ class Context:
         self._flush("")
         before = old.collected.snippets if old else ()
         repository = self._folders[0].path.name if self._folders else ""
-        new = Collected(tuple(_in_stable_order(self._choose(snapshot), before)), self._path(uri), repository)
+        new = ContextBundle(
+            tuple(_in_stable_order(self._choose(snapshot), before)), self._path(uri), repository
+        )
         if old is not None and new == old.collected:
             new = old.collected
         self._frozen[uri] = _Frozen(line, state, new)
@@ -345,7 +347,7 @@ class Context:
         chosen_lines: list[set[str]] = []
         room = self.settings.context_tokens * _CHARS_PER_TOKEN
         for snippet in self._candidates(snapshot):
-            lines = _telling_lines(snippet.text)
+            lines = _distinctive_lines(snippet.text)
             if not lines or len(lines & near) > _MAX_LIKE_CURSOR * len(lines):
                 continue
             if any(len(lines & other) > _MAX_LIKE_CHOSEN * len(lines) for other in chosen_lines):
@@ -360,14 +362,14 @@ class Context:
 
     def _candidates(self, snapshot: Snapshot) -> Iterator[Snippet]:
         sources = self.settings.context
-        if Source.EDITS in sources:
+        if ContextSource.EDITS in sources:
             self._end_burst()
             for uri, snippet in reversed(self._edits):
                 if uri != snapshot.document.uri:
                     yield snippet
-        if Source.IMPORTS in sources:
+        if ContextSource.IMPORTS in sources:
             yield from self._imported(snapshot)
-        if Source.REPOSITORY in sources or Source.OPEN in sources:
+        if ContextSource.REPOSITORY in sources or ContextSource.OPEN in sources:
             yield from self._similar(snapshot)
 
     def _imported(self, snapshot: Snapshot) -> Iterator[Snippet]:
@@ -385,7 +387,7 @@ class Context:
         places = {name: above.rfind(name) for name, _ in found}
         used = sorted((pair for pair in found if places[pair[0]] >= 0), key=lambda pair: -places[pair[0]])
         for _, piece in used[:_MAX_DEFINITIONS]:
-            yield Snippet(Source.IMPORTS, piece.path, piece.text)
+            yield Snippet(ContextSource.IMPORTS, piece.path, piece.text)
 
     def _similar(self, snapshot: Snapshot) -> Iterator[Snippet]:
         if self.indexer is None:
@@ -402,12 +404,12 @@ class Context:
         near = range(cursor - _NEAR_LINES - MAX_CHUNK_LINES, cursor + _NEAR_LINES)
         found = self.indexer.index.search(query, _MAX_CANDIDATES, but=(own, near))
         opened = self._paths | {own}
-        if Source.REPOSITORY not in self.settings.context:
+        if ContextSource.REPOSITORY not in self.settings.context:
             found = [piece for piece in found if piece.path in opened]
         found = [piece for piece in found if piece.score >= _MIN_SHARE * found[0].score]
         found.sort(key=lambda piece: -piece.score * (_OPEN_BOOST if piece.path in opened else 1))
         for piece in found:
-            source = Source.OPEN if piece.path in opened else Source.REPOSITORY
+            source = ContextSource.OPEN if piece.path in opened else ContextSource.REPOSITORY
             yield Snippet(source, piece.path, piece.text)
 
     def _path(self, uri: str) -> str:
@@ -427,9 +429,9 @@ def _in_stable_order(best_first: list[Snippet], before: Sequence[Snippet]) -> li
 def _lines_near(snapshot: Snapshot) -> set[str]:
     cursor = snapshot.cursor.line
     lines = snapshot.document.lines[max(0, cursor - _NEAR_LINES) : cursor + _NEAR_LINES + MAX_CHUNK_LINES]
-    return _telling_lines("".join(lines))
+    return _distinctive_lines("".join(lines))
 
 
-def _telling_lines(text: str) -> set[str]:
+def _distinctive_lines(text: str) -> set[str]:
     """Lines by which texts can be compared: not the blank ones, nor lone brackets."""
     return {line.strip() for line in text.splitlines() if len(line.strip()) > 3}

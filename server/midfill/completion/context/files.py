@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from midfill.completion.context.collector import IGNORE_FILES
 from midfill.completion.context.ignore import IgnoreRules
 from midfill.text.languages import NOT_CODE, language_id
-from midfill.text.secret_filter import Grade, find_secrets, is_excluded
+from midfill.text.secret_filter import Severity, find_secrets, is_excluded
 
 _MAX_BYTES = 200_000
 _MAX_IGNORE_BYTES = 100_000
@@ -57,7 +57,7 @@ class SourceFile:
     secret_lines: frozenset[int]
 
 
-class Sieve:
+class FileFilter:
     """Tells which files under one workspace folder may be read.
 
     Args:
@@ -107,7 +107,7 @@ class Sieve:
         return False
 
     def read(self, relative: str) -> SourceFile | None:
-        """The file, or None if it is none that may be context: see `sift`."""
+        """The file, or None if it is none that may be context: see `to_source_file`."""
         data = read_bytes(self.root / relative, _MAX_BYTES)
         if data is None or b"\0" in data:
             return None
@@ -115,7 +115,7 @@ class Sieve:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
             return None
-        return sift(relative, text)
+        return to_source_file(relative, text)
 
     def forget_ignores(self) -> None:
         """Read the ignore files again when they are needed next."""
@@ -130,7 +130,7 @@ class Sieve:
         )
 
     def _admits_file(self, path: Path) -> bool:
-        return why_no_source(path, self._excluded) is None and not self._is_ignored(path, is_folder=False)
+        return rejection_by_name(path, self._excluded) is None and not self._is_ignored(path, is_folder=False)
 
     def ignores(self, relative: str) -> bool:
         """Whether an ignore file names this path or a folder above it."""
@@ -161,13 +161,13 @@ class Sieve:
         return path.relative_to(self.root).as_posix()
 
 
-def sift(path: str, text: str) -> SourceFile | None:
+def to_source_file(path: str, text: str) -> SourceFile | None:
     """A text as context: None if it is generated, minified, too large, or certainly holds a secret."""
-    file = judge(path, text)
+    file = classify(path, text)
     return None if isinstance(file, str) else file
 
 
-def judge(path: str, text: str) -> SourceFile | str:
+def classify(path: str, text: str) -> SourceFile | str:
     """A text as context, or in a word or two why it is none."""
     if not text.strip():
         return "empty"
@@ -178,12 +178,12 @@ def judge(path: str, text: str) -> SourceFile | str:
     if len(text) > _MAX_MEAN_LINE * (text.count("\n") + 5):
         return "minified"
     secrets = find_secrets(text)
-    if Grade.CERTAIN in secrets.values():
+    if Severity.CERTAIN in secrets.values():
         return "secret"
     return SourceFile(path, language_id(path), text, frozenset(secrets))
 
 
-def why_no_source(path: PurePath, excluded_files: tuple[str, ...]) -> str | None:
+def rejection_by_name(path: PurePath, excluded_files: tuple[str, ...]) -> str | None:
     """Why a file of this name is none that somebody writes code in, in a word or two; None if it is one."""
     if language_id(path.name) in NOT_CODE:
         return "no code"
@@ -192,7 +192,7 @@ def why_no_source(path: PurePath, excluded_files: tuple[str, ...]) -> str | None
     return "secret" if is_excluded(path.as_posix(), excluded_files) else None
 
 
-def is_foreign(path: PurePath) -> bool:
+def is_third_party(path: PurePath) -> bool:
     """Whether a relative path leads through a hidden folder, or one that holds what others have written."""
     return any(part.startswith(".") or part in _FOREIGN_FOLDERS for part in path.parts[:-1])
 

@@ -123,7 +123,7 @@ class RepositoryIndex:
             for term in terms(line):
                 weights.setdefault(term, 1 / (1 + number / 8))
         searcher = self._index.searcher()
-        chosen = _most_telling(weights, searcher)
+        chosen = _most_distinctive(weights, searcher)
         if not chosen:
             return []
         schema = self._index.schema
@@ -161,7 +161,7 @@ class RepositoryIndex:
         return found
 
 
-def _most_telling(weights: Mapping[str, float], searcher: tantivy.Searcher) -> list[tuple[str, float]]:
+def _most_distinctive(weights: Mapping[str, float], searcher: tantivy.Searcher) -> list[tuple[str, float]]:
     """Those terms that can add most to a chunk's score: near the cursor, and in few chunks.
 
     They are the quickest to look up as well.

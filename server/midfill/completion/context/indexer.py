@@ -23,7 +23,7 @@ from typing import Any
 from midfill.completion.context import worker
 from midfill.completion.context.chunks import parse
 from midfill.completion.context.collector import IGNORE_FILES, Folder
-from midfill.completion.context.files import Sieve, sift
+from midfill.completion.context.files import FileFilter, to_source_file
 from midfill.completion.context.index import RepositoryIndex
 from midfill.text.secret_filter import is_excluded
 
@@ -47,7 +47,7 @@ class Indexer:
         self.index = RepositoryIndex()
         self.folders = tuple(folders)
         self._excluded = tuple(excluded_files)
-        self._sieves = [(folder, Sieve(folder.path, excluded_files)) for folder in folders]
+        self._filters = [(folder, FileFilter(folder.path, excluded_files)) for folder in folders]
         self._jobs: queue.Queue[tuple[Any, ...]] = queue.Queue(maxsize=10_000)
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
@@ -149,7 +149,7 @@ class Indexer:
         file = None
         if text is not None:
             if not is_excluded(path, self._excluded):
-                file = sift(path, text)
+                file = to_source_file(path, text)
         else:
             file = self._read(path)
         if file is None:
@@ -159,16 +159,16 @@ class Indexer:
 
     def _read(self, path: str) -> Any:
         # The folder with the longest prefix first: the first folder's is empty and fits everything.
-        for folder, sieve in sorted(self._sieves, key=lambda pair: -len(pair[0].prefix)):
+        for folder, file_filter in sorted(self._filters, key=lambda pair: -len(pair[0].prefix)):
             if path.startswith(folder.prefix):
                 relative = path.removeprefix(folder.prefix)
-                return sieve.read(relative) if sieve.admits(relative) else None
+                return file_filter.read(relative) if file_filter.admits(relative) else None
         return None
 
     def _scan(self) -> None:
         """Read all folders by a process, and take out what is not there any more."""
-        for _, sieve in self._sieves:
-            sieve.forget_ignores()
+        for _, file_filter in self._filters:
+            file_filter.forget_ignores()
         begun = committed = time.monotonic()
         request = {
             "folders": [(folder.prefix, os.fspath(folder.path)) for folder in self.folders],

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from midfill.completion.context.collector import Collected, Snippet
+from midfill.completion.context.collector import ContextBundle, Snippet
 from midfill.engine.api import Tokenizer
 from midfill.fim.templates import Family
 from midfill.text.documents import Document
@@ -31,7 +31,7 @@ _COMMENTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class RenderedContext:
     """Context as parts of a prompt.
 
     Attributes:
@@ -49,30 +49,30 @@ class Written:
 
 
 @dataclass(slots=True)
-class ContextWriter:
+class ContextRenderer:
     """Writes context for one model; the same context of a document is not encoded twice."""
 
     family: Family
     tokenizer: Tokenizer
-    _written: OrderedDict[str, tuple[object, int, Written]] = field(default_factory=OrderedDict)
+    _rendered: OrderedDict[str, tuple[object, int, RenderedContext]] = field(default_factory=OrderedDict)
 
-    def write(self, document: Document, context: Collected, budget: int) -> Written:
+    def render(self, document: Document, context: ContextBundle, budget: int) -> RenderedContext:
         """What of a document's context fits into `budget` tokens, the last pieces first, in their order."""
         if not context.snippets:
-            return Written()
+            return RenderedContext()
         uri = document.uri
-        known = self._written.get(uri)
+        known = self._rendered.get(uri)
         if known is not None and known[0] is context and known[1] == budget:
             return known[2]
         if self._has_marks():
-            written = self._as_files(context, budget)
+            rendered = self._as_files(context, budget)
         else:
-            written = self._as_comments(document.language_id, context.snippets, budget)
-        self._written[uri] = context, budget, written
-        self._written.move_to_end(uri)
-        if len(self._written) > _MAX_REMEMBERED:
-            self._written.popitem(last=False)
-        return written
+            rendered = self._as_comments(document.language_id, context.snippets, budget)
+        self._rendered[uri] = context, budget, rendered
+        self._rendered.move_to_end(uri)
+        if len(self._rendered) > _MAX_REMEMBERED:
+            self._rendered.popitem(last=False)
+        return rendered
 
     def _has_marks(self) -> bool:
         marks = self.family.file_marks
@@ -80,10 +80,10 @@ class ContextWriter:
             self.tokenizer.token_id(mark) is not None for mark in marks
         )
 
-    def _as_files(self, context: Collected, budget: int) -> Written:
+    def _as_files(self, context: ContextBundle, budget: int) -> RenderedContext:
         form = self.family.cross_file
         if form is None:
-            return Written()
+            return RenderedContext()
         parts: list[Segment] = []
         if form.repository:
             name = self._encode(context.repository + form.after_repository)
@@ -100,9 +100,9 @@ class ContextWriter:
             for snippet in context.snippets
         ]
         fitting = _fitting(pieces, budget)
-        return Written((*parts, *fitting, *own)) if fitting else Written()
+        return RenderedContext((*parts, *fitting, *own)) if fitting else RenderedContext()
 
-    def _as_comments(self, language_id: str, snippets: Sequence[Snippet], budget: int) -> Written:
+    def _as_comments(self, language_id: str, snippets: Sequence[Snippet], budget: int) -> RenderedContext:
         mark = _COMMENTS.get(language_id, "#")
         pieces = [
             (
@@ -113,7 +113,7 @@ class ContextWriter:
             )
             for snippet in snippets
         ]
-        return Written(in_prefix=_fitting(pieces, budget))
+        return RenderedContext(in_prefix=_fitting(pieces, budget))
 
     def _mark(self, name: str) -> tuple[int, ...]:
         token = self.tokenizer.token_id(name)

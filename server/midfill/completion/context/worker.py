@@ -2,8 +2,8 @@
 
 A process of its own, at the lowest priority, so that reading thousands of files takes neither the interpreter
 lock nor memory from the server that answers keys. It is started as
-`python -P -m midfill.completion.context.worker` with one JSON object on stdin, {"folders": [[prefix, path], ...], "excluded_files": [...]}, and
-ends when stdin does.
+`python -P -m midfill.completion.context.worker` with one JSON object on stdin,
+{"folders": [[prefix, path], ...], "excluded_files": [...]}, and ends when stdin does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, Any
 import psutil
 
 from midfill.completion.context.chunks import Chunk, Definition, Parsed, parse
-from midfill.completion.context.files import Sieve
+from midfill.completion.context.files import FileFilter
 
 # More than the largest repositories have of code; a folder of data or of checkouts is not worth more memory.
 MAX_FILES = 20_000
@@ -38,9 +38,9 @@ def scan(folders: list[tuple[str, str]], excluded_files: list[str], out: IO[byte
     """Write a line for each file that may be context."""
     num_files = num_chars = 0
     for prefix, folder in folders:
-        sieve = Sieve(Path(folder), excluded_files)
-        for path in sieve.walk():
-            file = sieve.read(path)
+        file_filter = FileFilter(Path(folder), excluded_files)
+        for path in file_filter.walk():
+            file = file_filter.read(path)
             if file is None:
                 continue
             num_files += 1

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from midfill.completion.postprocess.cursor_context import Place
+from midfill.completion.postprocess.cursor_context import CursorContext
 from midfill.completion.postprocess.indentation import opens_block, width
 from midfill.text import notation, syntax
 from midfill.text.syntax import Delimiter, Outline, balance
@@ -47,20 +47,20 @@ class _Text:
     column: int
 
 
-def enclosing(place: Place) -> _Text | None:
+def enclosing(cursor: CursorContext) -> _Text | None:
     """The string or comment that the cursor is in, if it may have several lines; by the text above and below.
 
     None in code, and in languages without a grammar.
     """
-    if not syntax.knows(place.language_id):
+    if not syntax.knows(cursor.language_id):
         return None
-    above = place.farther + place.above
-    openings = syntax.openings(above + place.line_before, place.language_id, whole=place.whole)
+    above = cursor.farther + cursor.above
+    openings = syntax.openings(above + cursor.line_before, cursor.language_id, whole=cursor.whole)
     return _enclosing(
         above,
-        place.line_before,
-        "\n".join((place.line_after, *place.following)),
-        place.language_id,
+        cursor.line_before,
+        "\n".join((cursor.line_after, *cursor.following)),
+        cursor.language_id,
         tuple(openings[:_MOST_OPENINGS]),
     )
 
@@ -90,12 +90,12 @@ def _enclosing(
 class Reader:
     """What brackets, strings and comments a suggestion has, by the grammar or by a scan."""
 
-    def __init__(self, place: Place) -> None:
-        self._before = place.line_before
-        self._language_id = place.language_id
-        self._around = enclosing(place)
-        self._above = place.above if self._around is None else self._around.above
-        self._growing = syntax.Growing.of(self._above, place.language_id)
+    def __init__(self, cursor: CursorContext) -> None:
+        self._before = cursor.line_before
+        self._language_id = cursor.language_id
+        self._around = enclosing(cursor)
+        self._above = cursor.above if self._around is None else self._around.above
+        self._growing = syntax.Growing.of(self._above, cursor.language_id)
         self._is_new = True
         self._awaited: frozenset[str] | None = None
 
@@ -159,9 +159,9 @@ class Reader:
         return [(start, end) for start, end, comment in found.opaque if comment]
 
 
-def code_above(place: Place) -> tuple[str, ...]:
+def code_above(cursor: CursorContext) -> tuple[str, ...]:
     """The lines above the cursor's without their comments; "" for those that begin within a string."""
-    return _code(place.above, place.language_id)
+    return _code(cursor.above, cursor.language_id)
 
 
 @lru_cache(maxsize=8)
@@ -181,10 +181,10 @@ def _code(text: str, language_id: str) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def opens_block_above(place: Place) -> bool:
+def opens_block_above(cursor: CursorContext) -> bool:
     """Whether the last line above that is not blank is code that ends so that the next one belongs deeper."""
-    row = len(place.above.rstrip().split("\n")) - 1
-    return opens_block(place.previous_line) and opens_block(code_above(place)[row])
+    row = len(cursor.above.rstrip().split("\n")) - 1
+    return opens_block(cursor.previous_line) and opens_block(code_above(cursor)[row])
 
 
 def scan(text: str) -> Iterator[Delimiter]:

@@ -35,7 +35,7 @@ MAX_LINES = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CursorContext:
     r"""Where the suggestion goes.
 
     Attributes:
@@ -110,13 +110,13 @@ class Place:
         return next((line.rstrip() for line in reversed(self.above.split("\n")) if line.strip()), "")
 
     @staticmethod
-    def of(snapshot: Snapshot, *, invoked: bool) -> Place:
+    def of(snapshot: Snapshot, *, invoked: bool) -> CursorContext:
         """The place of a cursor."""
         before, after = snapshot.line_before, snapshot.line_after
         if len(before) > _LONG_LINE:
             before = before[: _LONG_LINE // 2] + before[-_LONG_LINE // 2 :]
         farther, above, whole = _above(snapshot)
-        return Place(
+        return CursorContext(
             before,
             after[:_LONG_LINE],
             tuple(snapshot.lines_after(_LINES_BELOW)),
@@ -129,12 +129,12 @@ class Place:
         )
 
 
-def _is_in_scalar(place: Place) -> bool:
+def _is_in_scalar(cursor: CursorContext) -> bool:
     """Whether one of the lines that the cursor's is indented below begins a block of text in YAML."""
-    column = _width(place.line_before)
-    if not place.line_before.strip():
-        column = max(column, _width(place.next_line), 1)
-    for line in reversed((place.farther + place.above).split("\n")):
+    column = _width(cursor.line_before)
+    if not cursor.line_before.strip():
+        column = max(column, _width(cursor.next_line), 1)
+    for line in reversed((cursor.farther + cursor.above).split("\n")):
         if line.strip() and _width(line) < column:
             if _SCALAR.fullmatch(line):
                 return True

@@ -22,7 +22,7 @@ _TOP_LEVEL = re.compile(r"(?:#|@|if __name__\b|(?:async\s+)?def\b|class\b|import
 SIGNIFICANT = frozenset({"python"})
 
 
-def lead(line: str) -> str:
+def indent_of(line: str) -> str:
     """The blanks that a line begins with."""
     match = _BLANKS.match(line)
     return match.group() if match else ""
@@ -30,7 +30,7 @@ def lead(line: str) -> str:
 
 def width(line: str) -> int:
     """How far a line is indented, in columns."""
-    return len(lead(line).expandtabs(_TAB))
+    return len(indent_of(line).expandtabs(_TAB))
 
 
 def opens_block(line: str) -> bool:
@@ -41,7 +41,7 @@ def opens_block(line: str) -> bool:
 def kind(lines: Iterable[str]) -> str:
     r"""Return what the lines are indented by, "\t" or " ", if nearly all agree; else ""."""
     # The asterisks of a comment stand one blank behind its indentation.
-    leads = [lead(line) for line in lines if line.strip() and not _ASTERISK.match(line)]
+    leads = [indent_of(line) for line in lines if line.strip() and not _ASTERISK.match(line)]
     tabs = sum(each.startswith("\t") for each in leads)
     blanks = sum(each.startswith(" ") for each in leads)
     if tabs > _MAJORITY * blanks:
@@ -52,7 +52,7 @@ def kind(lines: Iterable[str]) -> str:
 def unit(lines: Iterable[str]) -> str:
     r"""One step of indentation as the lines have it: "\t", or some blanks."""
     lines = [line for line in lines if line.strip()]
-    leads = [lead(line) for line in lines]
+    leads = [indent_of(line) for line in lines]
     if any(each.startswith("\t") for each in leads) and kind(lines) != " ":
         return "\t"
     widths = [len(each) for each in leads if not each.startswith("\t")]

@@ -6,8 +6,8 @@ import re
 
 from midfill.completion.postprocess import indentation
 from midfill.completion.postprocess.brackets import enclosing
-from midfill.completion.postprocess.cursor_context import NUM_AROUND, Place
-from midfill.completion.postprocess.indentation import kind, lead, opens_block
+from midfill.completion.postprocess.cursor_context import NUM_AROUND, CursorContext
+from midfill.completion.postprocess.indentation import indent_of, kind, opens_block
 from midfill.text import syntax
 
 # Their formatter leaves no choice.
@@ -55,40 +55,44 @@ def may_open(line: str) -> bool:
     return not _LAST_WORD_OF_ONE_LINE.search(line) and _OPENING_WORD.match(line) is not None
 
 
-def _kind(place: Place) -> str:
+def _kind(cursor: CursorContext) -> str:
     r"""Return what lines at a place are indented by: "\t", " ", or "" if they are to stay as they come."""
-    inside = enclosing(place)
+    inside = enclosing(cursor)
     if inside is not None:
-        opener, *lines = (inside.above + place.line_before).split("\n")
+        opener, *lines = (inside.above + cursor.line_before).split("\n")
         lines = [line for line in (*lines[:-1], *inside.rest.split("\n")[1:-1]) if line.strip()]
         return kind(lines or [opener])
-    found = kind(place.around)
-    if not found and "\t" in {line[:1] for line in place.around}:
+    found = kind(cursor.around)
+    if not found and "\t" in {line[:1] for line in cursor.around}:
         # Text in strings and comments says nothing of the code.
-        found = kind(_code_around(place))
-    if found == "\t" and place.is_prose and lead(place.line_before or place.previous_line)[:1] != "\t":
+        found = kind(_code_around(cursor))
+    if (
+        found == "\t"
+        and cursor.is_prose
+        and indent_of(cursor.line_before or cursor.previous_line)[:1] != "\t"
+    ):
         return ""
-    if not found and "yaml" in place.language_id.lower():
+    if not found and "yaml" in cursor.language_id.lower():
         return " "
-    if not found and place.language_id in _ALWAYS_TABS:
+    if not found and cursor.language_id in _ALWAYS_TABS:
         # Nothing is indented yet.
         return "\t"
     return found
 
 
-def _code_around(place: Place) -> tuple[str, ...]:
+def _code_around(cursor: CursorContext) -> tuple[str, ...]:
     """Return those of the lines around a place that do not begin within a string or a comment."""
-    rest = (place.line_before + place.line_after, *place.following)
-    whole = place.above + "\n".join(rest)
-    found = syntax.outline(whole, place.language_id)
+    rest = (cursor.line_before + cursor.line_after, *cursor.following)
+    whole = cursor.above + "\n".join(rest)
+    found = syntax.outline(whole, cursor.language_id)
     if found is None:
-        return place.around
+        return cursor.around
     lines, start = [], 0
     for line in whole.split("\n"):
         lines.append("" if found.within(start) else line)
         start += len(line) + 1
     at = len(lines) - len(rest)
-    here = lines[at] if place.line_before.strip() else ""
+    here = lines[at] if cursor.line_before.strip() else ""
     return (*lines[max(0, at - NUM_AROUND) : at], here, *lines[at + 1 : at + 1 + NUM_AROUND])
 
 
@@ -98,10 +102,12 @@ class Tabs:
     What is known of a line is what is above it, so that what was written never has to be taken back.
     """
 
-    def __init__(self, place: Place) -> None:
-        language = place.language_id.lower()
-        self._kind = _kind(place)
-        self._unit = "  " if "yaml" in language and not kind(place.around) else indentation.unit(place.around)
+    def __init__(self, cursor: CursorContext) -> None:
+        language = cursor.language_id.lower()
+        self._kind = _kind(cursor)
+        self._unit = (
+            "  " if "yaml" in language and not kind(cursor.around) else indentation.unit(cursor.around)
+        )
         self._is_makefile = _MAKEFILE.match(language) is not None
         self._is_narrow = _NARROW.match(language) is not None
         self._step = 0

@@ -5,7 +5,8 @@ a word or a line of it, are found out by the edits that follow an offer. An acce
 again after 30 seconds and after 5 minutes. Counts are kept by model and language in one small file of the
 user's state folder; texts live in memory only, for those 5 minutes, and are never written anywhere.
 
-`Feedback` is pure; `Journal` gives it a clock and a file, on the event loop; `add` and `read` touch the disk.
+`AcceptanceStats` is pure; `AcceptanceTracker` gives it a clock and a file, on the event loop; `add` and
+`read` touch the disk.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ _MOST_SESSIONS = 2000
 
 
 @dataclass(slots=True, eq=False)
-class _Offer:
+class _ShownSuggestion:
     """A suggestion that the editor has, or what is left of it.
 
     Attributes:
@@ -153,12 +154,12 @@ class _Watched:
         return self.since_s + CHECKS[self.done][1]
 
 
-class Feedback:
+class AcceptanceStats:
     """Follows offers through the edits of their documents. Times are those of one clock, in seconds."""
 
     def __init__(self) -> None:
         self._table: Table = {}
-        self._offers: OrderedDict[int, _Offer] = OrderedDict()
+        self._offers: OrderedDict[int, _ShownSuggestion] = OrderedDict()
         self._current: dict[str, int] = {}
         self._watched: list[_Watched] = []
         self._next_id = 1
@@ -173,7 +174,7 @@ class Feedback:
         current = self._offers.get(id_)
         if current is not None and (current.start, current.text) == (start, text):
             return id_
-        offer = _Offer(document.uri, (model, document.language_id), start, text, num_replaced)
+        offer = _ShownSuggestion(document.uri, (model, document.language_id), start, text, num_replaced)
         self._counts(offer.key).offered += 1
         id_, self._next_id = self._next_id, self._next_id + 1
         self._offers[id_] = offer
@@ -192,7 +193,7 @@ class Feedback:
         text = _plain(text)
         current = self._offers.get(self._current.get(uri, 0))
         touched = current is not None and end in {current.start, current.end}
-        places: list[_Offer | _Watched] = [*self._offers.values(), *self._watched]
+        places: list[_ShownSuggestion | _Watched] = [*self._offers.values(), *self._watched]
         for place in places:
             if place.uri == uri and not (touched and place is current):
                 place.start = _moved(place.start, start, end, text)
@@ -239,7 +240,7 @@ class Feedback:
         model, language = key
         return self._table.setdefault(model, {}).setdefault(language, Counts())
 
-    def _take(self, offer: _Offer, start: Point, end: Point, text: str, now_s: float) -> None:
+    def _take(self, offer: _ShownSuggestion, start: Point, end: Point, text: str, now_s: float) -> None:
         """An edit that ends where the offer would go: the offer accepted, a part of it, or other text."""
         if len(text) >= _MIN_PART and text.endswith(offer.text):
             # Editors may replace the word before the cursor along with it.
@@ -255,7 +256,7 @@ class Feedback:
             offer.start = _after(start, text)
             del self._current[offer.uri]
 
-    def _accept(self, offer: _Offer, start: Point, now_s: float) -> None:
+    def _accept(self, offer: _ShownSuggestion, start: Point, now_s: float) -> None:
         if self._current.get(offer.uri) is not None and self._offers.get(self._current[offer.uri]) is offer:
             del self._current[offer.uri]
         if offer.accepted or not offer.text:
@@ -278,8 +279,8 @@ class Feedback:
             counts.kept_5min += kept
 
 
-class Journal:
-    """`Feedback` with a clock and a file. Runs on the event loop; writes in a thread.
+class AcceptanceTracker:
+    """`AcceptanceStats` with a clock and a file. Runs on the event loop; writes in a thread.
 
     Args:
         documents: the open ones, as they are at any time.
@@ -293,7 +294,7 @@ class Journal:
         self.counts = False
         self.session: str | None = None
         self._documents = documents
-        self._feedback = Feedback()
+        self._stats = AcceptanceStats()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._writing: asyncio.Task[None] | None = None
         self._failed = False
@@ -304,44 +305,44 @@ class Journal:
         """See `Feedback.offer`; None if nothing is counted."""
         if not self.counts:
             return None
-        id_ = self._feedback.offer(document, start, text, model, num_replaced)
+        id_ = self._stats.offer(document, start, text, model, num_replaced)
         self._see_to_it()
         return id_
 
     def accept(self, id_: int) -> None:
         """See `Feedback.accept`."""
-        self._feedback.accept(id_, time.monotonic())
+        self._stats.accept(id_, time.monotonic())
         self._see_to_it()
 
     def edit(self, before: Document, after: Document, changes: Sequence[Change], encoding: Encoding) -> None:
         """A document was edited."""
-        if not self._feedback.follows(after.uri):
+        if not self._stats.follows(after.uri):
             return
         change = changes[0] if len(changes) == 1 else None
         if change is not None and change.start is not None and change.end is not None:
             start, end = sorted(before.point(place, encoding) for place in (change.start, change.end))
-            self._feedback.edit(after.uri, start, end, change.text, time.monotonic())
+            self._stats.edit(after.uri, start, end, change.text, time.monotonic())
         else:
-            self._feedback.edit(after.uri, *difference(before, after), time.monotonic())
+            self._stats.edit(after.uri, *difference(before, after), time.monotonic())
         self._see_to_it()
 
     def close(self, uri: str) -> None:
         """See `Feedback.close`."""
-        self._feedback.close(uri)
+        self._stats.close(uri)
 
     def end(self) -> None:
         """Write what is still to be written."""
         for timer in self._timers.values():
             timer.cancel()
-        self._write(self._feedback.collect())
+        self._write(self._stats.collect())
 
     def _see_to_it(self) -> None:
         """Look for accepted texts, and write counts, in time; there is no timer if there are none."""
         now_s = time.monotonic()
-        due_s = self._feedback.check(self._documents, now_s)
+        due_s = self._stats.check(self._documents, now_s)
         if due_s is not None:
             self._later("check", due_s - now_s, self._see_to_it)
-        if self._feedback.has_counts:
+        if self._stats.has_counts:
             self._later("write", _WRITE_S, self._write_soon)
 
     def _later(self, what: str, in_s: float, call: Callable[[], None]) -> None:
@@ -359,10 +360,10 @@ class Journal:
 
     async def write(self) -> None:
         """Add the counts to the file. Those that cannot be written are kept, and tried again later."""
-        table = self._feedback.collect()
+        table = self._stats.collect()
         if not await asyncio.to_thread(self._write, table):
             # The disk may have room the next time.
-            self._feedback.restore(table)
+            self._stats.restore(table)
             self._later("write", _WRITE_S, self._write_soon)
 
     def _write(self, table: Table) -> bool:

@@ -103,7 +103,7 @@ class Work:
 
 
 @dataclass(slots=True)
-class Costs:
+class RequestStats:
     """The newest answers and the newest work."""
 
     _answers: deque[Answered] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
@@ -134,12 +134,12 @@ class Costs:
         }
 
 
-class Metered:
+class InstrumentedEngine:
     """An engine whose work is noted."""
 
-    def __init__(self, engine: Engine, costs: Costs) -> None:
+    def __init__(self, engine: Engine, request_stats: RequestStats) -> None:
         self._engine = engine
-        self._costs = costs
+        self._request_stats = request_stats
 
     @property
     def model(self) -> ModelInfo:
@@ -152,7 +152,7 @@ class Metered:
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
         """See `Engine.generate`."""
-        work = self._costs.begin(request)
+        work = self._request_stats.begin(request)
         end = "failed"
         try:
             async with aclosing(self._engine.generate(request)) as tokens:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from midfill.completion.stats import acceptance as feedback
 from midfill.completion.stats.acceptance import (
+    AcceptanceStats,
     Counts,
-    Feedback,
     add,
     as_dict,
     difference,
@@ -28,7 +28,7 @@ class Editor:
     """A document, what is offered in it, and a clock."""
 
     def __init__(self, text="x = \ny = 2\n"):
-        self.feedback = Feedback()
+        self.feedback = AcceptanceStats()
         self.document = Document.open(URI, "python", 1, text)
         self.now_s = 100.0
 
@@ -280,7 +280,7 @@ async def test_counts_that_cannot_be_written_are_kept_for_the_next_time(tmp_path
     folder.write_text("")
     monkeypatch.setenv("MIDFILL_STATE", str(folder))
     document = Document.open("file:///a.py", "python", 1, "x = ")
-    journal = feedback.Journal({document.uri: document})
+    journal = feedback.AcceptanceTracker({document.uri: document})
     journal.counts = True
     for count in (1, 2):
         journal.offer(document, Point(0, count), "1 + 1", "model")

@@ -12,8 +12,8 @@ import re
 
 from midfill.completion.postprocess import indentation
 from midfill.completion.postprocess.brackets import enclosing
-from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.indentation import lead, width
+from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.indentation import indent_of, width
 from midfill.completion.postprocess.tabs import Tabs, opens
 from midfill.text.characters import safe_length
 
@@ -43,15 +43,15 @@ _ALIGNED = re.compile(r"[.?&|+*/,:)\]}=<>-]")
 _GOES_ON = (",", "\\", "(", "[", "{", "+", "-", "*", "/", "=", "and", "or", ".", "|", "&", ":")
 
 
-def received(text: str, place: Place) -> str:
+def normalized(text: str, cursor: CursorContext) -> str:
     """Return all of a model's text as text of the file."""
-    whole = Received(place)
+    whole = Normalizer(cursor)
     whole.push(text)
     whole.finish()
     return whole.text
 
 
-class Received:
+class Normalizer:
     """A text that grows.
 
     Attributes:
@@ -60,19 +60,19 @@ class Received:
         is_cut: a character that is not safe to show has come, and nothing comes through any more.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, cursor: CursorContext) -> None:
         self.text = ""
         self.is_altered = False
         self.is_cut = False
-        self._place = place
-        self._around = place.around
+        self._cursor = cursor
+        self._around = cursor.around
         self._step = max(2, width(indentation.unit(self._around)))
         self._new: list[str] = []
         self._is_first = True
-        self._line = place.line_before
-        self._previous = place.previous_line
+        self._line = cursor.line_before
+        self._previous = cursor.previous_line
         # The beginning of a line, as long as it is not known how to indent it.
-        self._begin: str | None = None if place.line_before.strip() else ""
+        self._begin: str | None = None if cursor.line_before.strip() else ""
         self._returns = ""
         self._near: str | None = None
         self._tabs: Tabs | None = None
@@ -122,8 +122,8 @@ class Received:
 
     def _nearby(self) -> str:
         if self._near is None:
-            place = self._place
-            self._near = "\n".join((*self._around, place.line_before, place.line_after))
+            cursor = self._cursor
+            self._near = "\n".join((*self._around, cursor.line_before, cursor.line_after))
         return self._near
 
     def _append(self, part: str) -> None:
@@ -155,7 +155,7 @@ class Received:
     def _release(self) -> None:
         """Let the beginning of a line through, indented as the file is."""
         begin, self._begin = self._begin or "", None
-        blanks = lead(begin)
+        blanks = indent_of(begin)
         if blanks:
             rest = begin[len(blanks) :]
             blanks = self._without_stray(blanks, rest)
@@ -166,7 +166,7 @@ class Received:
 
     def _converter(self) -> Tabs:
         if self._tabs is None:
-            self._tabs = Tabs(self._place)
+            self._tabs = Tabs(self._cursor)
         return self._tabs
 
     def _needs_word(self) -> bool:
@@ -174,17 +174,17 @@ class Received:
 
     def _without_stray(self, blanks: str, rest: str) -> str:
         """The blanks before a line, without a single one that leads to a column where nothing else is."""
-        place, column = self._place, width(self._line + blanks)
-        if column % self._step != 1 or rest.startswith("*") or place.language_id in _IN_COLUMNS:
+        cursor, column = self._cursor, width(self._line + blanks)
+        if column % self._step != 1 or rest.startswith("*") or cursor.language_id in _IN_COLUMNS:
             return blanks
-        significant = place.language_id in indentation.SIGNIFICANT
+        significant = cursor.language_id in indentation.SIGNIFICANT
         if self._is_first:
-            if not significant and opens(place.previous_line):
+            if not significant and opens(cursor.previous_line):
                 # A step may be one blank.
                 return blanks
             lines = (line for line in self._around if line.strip() and not line.lstrip().startswith("*"))
             columns = {width(line) for line in lines}
-            previous = place.previous_line
+            previous = cursor.previous_line
             expected = width(previous) + self._step * opens(previous)
             if blanks.endswith(" ") and column not in columns and (blanks == " " or column == expected + 1):
                 self._is_shifted = True
@@ -200,5 +200,5 @@ class Received:
             column == width(previous) + 1
             and not previous.endswith(_GOES_ON)
             and not _ALIGNED.match(rest)
-            and enclosing(self._place) is None
+            and enclosing(self._cursor) is None
         )
