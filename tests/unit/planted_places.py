@@ -1,7 +1,8 @@
 """A cursor in a text, and what is left there of what a model writes."""
 
-from midfill.completion.postprocess.clean import Stopper, clean
+from midfill.completion.postprocess.clean import clean
 from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.stop import Stopper
 from midfill.text.documents import Document, Point, Snapshot
 
 

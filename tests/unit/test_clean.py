@@ -2,8 +2,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from midfill.completion.postprocess.brackets import scan
-from midfill.completion.postprocess.clean import Stopper, clean, stop
+from midfill.completion.postprocess.clean import clean
 from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.stop import Stopper, stop
 from midfill.text.syntax import balance
 
 CODE = """if x: ( ) [ ] { } " ' ` # // \\ foo(a, b) return raise else: end do def f(): class A: x = 1 , é 𝄞"""

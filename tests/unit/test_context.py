@@ -5,15 +5,9 @@ import random
 import pytest
 from planted import certain, possible
 
+from midfill.completion.context.bundle import EMPTY_BUNDLE, ContextBundle, ContextSource, Folder, Snippet
 from midfill.completion.context.chunks import parse
-from midfill.completion.context.collector import (
-    EMPTY_BUNDLE,
-    ContextBundle,
-    ContextCollector,
-    ContextSource,
-    Folder,
-    Snippet,
-)
+from midfill.completion.context.collector import ContextCollector
 from midfill.completion.context.files import to_source_file
 from midfill.completion.context.index import RepositoryIndex
 from midfill.completion.context.indexer import Indexer

@@ -5,8 +5,8 @@ import os
 import pytest
 from planted import certain, possible
 
+from midfill.completion.context.bundle import MAX_CHUNK_LINES
 from midfill.completion.context.chunks import imported_names, parse, terms
-from midfill.completion.context.collector import MAX_CHUNK_LINES
 from midfill.completion.context.files import FileFilter, read_bytes, to_source_file
 from midfill.settings import Settings
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from midfill.completion.postprocess.clean import stop
 from midfill.completion.postprocess.cursor_context import CursorContext
 from midfill.completion.postprocess.normalization import Normalizer, normalized
+from midfill.completion.postprocess.stop import stop
 
 TABS = CursorContext("", "", ("}",), above="func f() {\n\tg()\n}\n\nfunc h() {\n", language_id="go")
 PIECES = st.lists(

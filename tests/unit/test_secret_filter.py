@@ -211,7 +211,7 @@ async def test_the_whole_of_a_large_document_is_searched_in_the_background(at):
     document = Document.open("file:///a.py", "python", 0, "".join(lines))
     watch = SecretWatch()
     assert watch.verdict(document) is Verdict.PENDING
-    assert await watch.settled(document, 60)
+    assert await watch.wait(document, 60)
     assert watch.verdict(document) is Verdict.SECRET
     # The change back is small, and known at once.
     assert watch.verdict(clean) is Verdict.CLEAN
@@ -223,12 +223,12 @@ async def test_a_document_that_takes_long_is_pending_and_keeps_no_other_waiting(
     slow_lines = [f"# {'password' * 240}{number}\n" for number in range(1_000)]
     slow = Document.open("file:///slow.py", "python", 0, "".join(slow_lines))
     quick = Document.open("file:///quick.py", "python", 0, "x = 1\n" * 2_000)
-    assert not await watch.settled(slow, 0)
-    assert await watch.settled(quick, 60)
+    assert not await watch.wait(slow, 0)
+    assert await watch.wait(quick, 60)
     assert watch.verdict(quick) is Verdict.CLEAN
     # It had one turn of many.
     assert watch.verdict(slow) is Verdict.PENDING
-    assert await watch.settled(slow, 120)
+    assert await watch.wait(slow, 120)
     assert watch.verdict(slow) is Verdict.CLEAN
 
 
@@ -240,7 +240,7 @@ async def test_a_document_that_is_closed_meanwhile_is_forgotten():
     await asyncio.sleep(0)
     assert not watch._judged
     assert not watch._tasks
-    assert await watch.settled(document, 60)
+    assert await watch.wait(document, 60)
 
 
 async def test_edits_while_a_document_is_searched_are_seen():
@@ -250,7 +250,7 @@ async def test_edits_while_a_document_is_searched_are_seen():
     new = old.edit([Change(line + "\n", (5, 0), (5, 0))], 1, Encoding.UTF16)
     assert watch.verdict(old) is Verdict.PENDING
     assert watch.verdict(new) is Verdict.PENDING
-    assert await watch.settled(new, 60)
+    assert await watch.wait(new, 60)
     assert watch.verdict(new) is Verdict.SECRET
     assert watch.verdict(old) is Verdict.CLEAN
 

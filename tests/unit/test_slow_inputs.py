@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 import pytest
 
+from midfill.completion.autoclose import matched_closer_offsets, reconcile_auto_closed
 from midfill.completion.confidence import Eagerness, Evidence, length_to_show
 from midfill.completion.context import chunks, files, index
 from midfill.completion.context.ignore import IgnoreRules
-from midfill.completion.postprocess import brackets, clean, indentation, midline
+from midfill.completion.postprocess import brackets, clean, indentation, midline, stop
 from midfill.completion.postprocess.cursor_context import CursorContext
 from midfill.completion.postprocess.normalization import Normalizer
 from midfill.completion.prompt import PromptBuilder
-from midfill.completion.suggestions import fitted, matched_closer_offsets
 from midfill.engine.api import ModelInfo
 from midfill.engine.scripted import CharTokenizer
 from midfill.errors import SettingsError
@@ -132,7 +132,7 @@ def hostile_place(text):
 
 
 def stopped(text):
-    stopper = clean.Stopper(PLACE)
+    stopper = stop.Stopper(PLACE)
     for end in range(0, len(text), 8):
         if stopper.end(text[:end]) is not None:
             break
@@ -227,9 +227,9 @@ OF_DOCUMENTS = {
 }
 # What takes a suggestion, which is as long as its tokens allow.
 OF_SUGGESTIONS = {
-    "clean.stop": lambda text: clean.stop(text, PLACE),
+    "stop.stop": lambda text: stop.stop(text, PLACE),
     "clean.clean": lambda text: clean.clean(text, PLACE, complete=False, forbidden=("<|x|>",)),
-    "clean.Stopper": stopped,
+    "stop.Stopper": stopped,
     "brackets.scan": lambda text: list(brackets.scan(text)),
     "brackets.imbalance": brackets.imbalance,
     "received": received_in_pieces,
@@ -239,13 +239,13 @@ OF_SUGGESTIONS = {
     "midline among the same": lambda text: midline.bridged(text, None, hostile_place(text), complete=True),
     "midline.end_of_line among the same": lambda text: midline.end_of_line(text, hostile_place(text)),
     "midline.without_overlap among the same": lambda text: midline.without_overlap(text, hostile_place(text)),
-    "clean.stop among the same": lambda text: clean.stop(text, hostile_place(text)),
+    "stop.stop among the same": lambda text: stop.stop(text, hostile_place(text)),
     "clean.clean among the same": lambda text: clean.clean(
         text, hostile_place(text), complete=False, forbidden=()
     ),
     "confidence": shown,
     "popup": popup,
-    "suggestions.fitted": lambda text: fitted(text, ')"}'),
+    "autoclose.reconcile_auto_closed": lambda text: reconcile_auto_closed(text, ')"}'),
     "suggestions.matched_closer_offsets": lambda text: matched_closer_offsets(text, ')"}'),
 }
 SIZES = {**dict.fromkeys(OF_DOCUMENTS, 100_000), **dict.fromkeys(OF_SUGGESTIONS, 8_000)}

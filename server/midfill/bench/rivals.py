@@ -249,9 +249,10 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
         return Run(ids, first - begun, len(tokens), decode_s)
 
     def fill(asked: dict[str, Any]) -> dict[str, Any]:
-        from midfill.completion.postprocess.clean import clean, stop  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.clean import clean  # noqa: PLC0415 - the same
         from midfill.completion.postprocess.cursor_context import CursorContext  # noqa: PLC0415 - not for the comparison of speeds
         from midfill.completion.postprocess.normalization import normalized  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.stop import stop  # noqa: PLC0415 - the same
 
         before, after, following = asked["place"]
         cursor = CursorContext(before, after, tuple(following))

@@ -22,8 +22,8 @@ from typing import Any
 from midfill.bench.contenders import CANCELLED, Asked, Job
 from midfill.bench.load import Plan, figures
 from midfill.bench.service import Place, Service, Typed
-from midfill.completion.completer import IDLE_DELAY_S, PREFETCH_DELAY_S
-from midfill.completion.suggestions import LINGER_S
+from midfill.completion.idle import IDLE_DELAY_S, PREFETCH_DELAY_S
+from midfill.completion.in_flight import LINGER_S
 from midfill.engine.kv_slots import Slots
 from midfill.engine.local import MAX_WAITING
 from midfill.engine.scheduler import Chunk, Priority, Scheduler

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from midfill.completion.completer import Answer
+from midfill.completion.answer import Answer
 from midfill.completion.reasons import REASONS
 from midfill.engine.api import Tokenizer
 from midfill.text.characters import escaped

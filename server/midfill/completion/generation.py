@@ -5,15 +5,14 @@ Knows nothing of documents but the place. Runs on the event loop.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
-from midfill.completion.postprocess.clean import Stopper
 from midfill.completion.postprocess.cursor_context import CursorContext
 from midfill.completion.postprocess.normalization import Normalizer
+from midfill.completion.postprocess.stop import Stopper
 from midfill.completion.reasons import Reason
-from midfill.completion.suggestions import InFlightCompletion
 from midfill.engine.api import Engine, Request
 
 
@@ -61,16 +60,19 @@ class Output:
             if token[0] > 0 and begin < num_chars
         )
 
-    def beyond(self, start: int, end: int | None) -> Output:
+    def part(self, start: int, end: int | None) -> Output:
         """The part of `raw` from one character to another, as if the model had come to its end there."""
         tokens = [(at - start, logprob) for at, logprob in self.tokens]
         return Output(self.raw[start:end], complete=True, tokens=tokens)
 
 
 async def stream(
-    engine: Engine, request: Request, cursor: CursorContext, flight: InFlightCompletion[Any], output: Output
+    engine: Engine, request: Request, cursor: CursorContext, output: Output, on_text: Callable[[str], None]
 ) -> None:
-    """Collect the model's text after `starts_with`; stop it where the suggestion has come to its end."""
+    """Collect the model's text after `starts_with` in `output`, up to the end of the suggestion.
+
+    `on_text` is called with all of the text after each token.
+    """
     num_held = len(request.starts_with)
     whole, stopper = Normalizer(cursor), Stopper(cursor)
     async with aclosing(engine.generate(request)) as tokens:
@@ -81,7 +83,7 @@ async def stream(
             output.is_altered = whole.is_altered
             if token.logprob is not None:
                 output.tokens.append((len(whole.text) - num_held, token.logprob))
-            flight.push(output.raw)
+            on_text(output.raw)
             if output.text and (end := stopper.end(output.text)) is not None:
                 output.text, output.complete = output.text[:end], True
                 return

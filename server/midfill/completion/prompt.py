@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from midfill.completion.context.collector import EMPTY_BUNDLE, ContextBundle
+from midfill.completion.context.bundle import EMPTY_BUNDLE, ContextBundle
 from midfill.completion.context.rendering import ContextRenderer, RenderedContext, Segment
 from midfill.engine.api import ModelInfo
 from midfill.errors import ModelError
@@ -175,7 +175,7 @@ class PromptBuilder:
             tuple((name, len(ids)) for name, ids in segments if ids),
         )
 
-    def settle(self, snapshot: Snapshot, context: ContextBundle = EMPTY_BUNDLE) -> Prompt:
+    def build_moving_anchor(self, snapshot: Snapshot, context: ContextBundle = EMPTY_BUNDLE) -> Prompt:
         """The prompt for a place where the user rests.
 
         An anchor that is nearly used up is given up here, so that it need not be in the middle of a word,

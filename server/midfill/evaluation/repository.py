@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from midfill.completion.completer import Trigger
+from midfill.completion.answer import Trigger
 from midfill.completion.confidence import (
     BUILT_IN,
     Calibration,

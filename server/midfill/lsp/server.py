@@ -24,13 +24,14 @@ from pygls.lsp.server import LanguageServer
 
 from midfill import __version__
 from midfill.completion import calibrations
-from midfill.completion.completer import Answer, Completer, Trigger
-from midfill.completion.context.collector import IGNORE_FILES
+from midfill.completion.answer import Answer, Trigger
+from midfill.completion.autoclose import auto_closing_changes
+from midfill.completion.completer import Completer
+from midfill.completion.context.ignore import IGNORE_FILES
 from midfill.completion.reasons import Reason
 from midfill.completion.stats import acceptance as feedback
 from midfill.completion.stats.acceptance import AcceptanceTracker
 from midfill.completion.stats.request_log import InstrumentedEngine, RequestStats
-from midfill.completion.suggestions import auto_closing_changes
 from midfill.engine.api import Engine
 from midfill.errors import EngineUnavailableError, MidfillError
 from midfill.fim.probing import identify
@@ -112,7 +113,7 @@ class MidfillServer(LanguageServer):
         super().__init__("midfill", __version__, protocol_cls=Protocol, notebook_document_sync=notebooks)
         self._own_settings = settings
         self._make_engine = make_engine
-        self.state = _State(Completer(settings, looks_ahead=True))
+        self.state = _State(Completer(settings))
         self.switch = Switch(self._say, self.state.completer.drop_work)
         self.state.completer.adapter_of = self.switch.adapter_of
         self._commands = Commands(self)
@@ -396,7 +397,7 @@ class MidfillServer(LanguageServer):
     def _closing(self, document: Document, change: Change) -> None:
         """What a change puts in may in part come from the editor."""
         before = Snapshot(document, document.point(change.start or (0, 0), self.state.encoding))
-        self.state.completer.closing(self.state.notebooks.whole(before, self.state.documents))
+        self.state.completer.before_auto_close(self.state.notebooks.whole(before, self.state.documents))
 
     def did_save(self, params: types.DidSaveTextDocumentParams) -> None:
         """Whoever saves rests for a moment."""
@@ -409,7 +410,7 @@ class MidfillServer(LanguageServer):
         if (document := self.state.documents.get(uri)) is not None:
             end = Point(len(document.lines) - 1, len(document.lines[-1]))
             place = document.clamp(self.state.places.get(uri, end))
-            self.state.completer.rest(
+            self.state.completer.on_idle(
                 self.state.notebooks.whole(Snapshot(document, place), self.state.documents)
             )
 

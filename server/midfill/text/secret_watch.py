@@ -73,7 +73,7 @@ class SecretWatch:
                 self._judged[uri] = known
         return Verdict.SECRET if known.secrets.total() else Verdict.CLEAN
 
-    async def settled(self, document: Document, within_s: float) -> bool:
+    async def wait(self, document: Document, within_s: float) -> bool:
         """Wait until a document has been judged; False if that takes longer, and goes on."""
         try:
             async with asyncio.timeout(within_s):

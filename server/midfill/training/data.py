@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from midfill.completion.context.collector import EMPTY_BUNDLE, ContextCollector
+from midfill.completion.context.bundle import EMPTY_BUNDLE
+from midfill.completion.context.collector import ContextCollector
 from midfill.completion.context.files import SourceFile
 from midfill.completion.prompt import PromptBuilder
 from midfill.engine.api import ModelInfo

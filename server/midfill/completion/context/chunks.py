@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from tree_sitter import Node
 
-from midfill.completion.context.collector import MAX_CHUNK_LINES
+from midfill.completion.context.bundle import MAX_CHUNK_LINES
 from midfill.completion.context.files import SourceFile
 from midfill.text.syntax import parsed
 

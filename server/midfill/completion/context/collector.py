@@ -15,11 +15,18 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+from midfill.completion.context.bundle import (
+    EMPTY_BUNDLE,
+    MAX_CHUNK_LINES,
+    ContextBundle,
+    ContextSource,
+    Folder,
+    Snippet,
+)
 from midfill.settings import Settings
 from midfill.text.documents import Document, Snapshot, changed_lines
 from midfill.text.secret_filter import MAX_LINE, is_excluded, severity
@@ -29,8 +36,6 @@ from midfill.text.uris import file_of
 if TYPE_CHECKING:
     from midfill.completion.context.indexer import Indexer
 
-IGNORE_FILES = (".gitignore", ".midfillignore")
-MAX_CHUNK_LINES = 16
 # The context is chosen anew when the cursor is further away from where it was chosen.
 _STAYS_FOR_LINES = 40
 _RENEWED_AFTER_LINES = 12
@@ -59,55 +64,6 @@ _MAX_EDIT_LINES = 12
 _BURST_LINES = 8
 # Larger documents are not judged and not indexed while they are edited.
 _MAX_CHARS = 200_000
-
-
-class ContextSource(StrEnum):
-    """Where a piece comes from; the values are those of the setting `context`."""
-
-    IMPORTS = "imports"
-    OPEN = "open"
-    REPOSITORY = "repository"
-    EDITS = "edits"
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """A workspace folder. `prefix` comes before the paths of its files: "" for the first folder."""
-
-    prefix: str
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Snippet:
-    """A piece of another file.
-
-    Attributes:
-        path: relative to the workspace folder, with slashes; for a document outside of it its name.
-        text: whole lines, without the last line's end.
-    """
-
-    source: ContextSource
-    path: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ContextBundle:
-    """The context for one document.
-
-    Attributes:
-        snippets: the best last.
-        path: of the document itself, as in `Snippet`.
-        repository: the name of the first workspace folder, or "".
-    """
-
-    snippets: tuple[Snippet, ...] = ()
-    path: str = ""
-    repository: str = ""
-
-
-EMPTY_BUNDLE = ContextBundle()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from midfill.completion.context.collector import IGNORE_FILES
-from midfill.completion.context.ignore import IgnoreRules
+from midfill.completion.context.ignore import IGNORE_FILES, IgnoreRules
 from midfill.text.languages import NOT_CODE, language_id
 from midfill.text.secret_filter import Severity, find_secrets, is_excluded
 

@@ -13,6 +13,8 @@ import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+IGNORE_FILES = (".gitignore", ".midfillignore")
+
 # Longer paths than this are ignored, and a folder with more patterns: no project has them.
 _MAX_PATH = 1_024
 _MAX_WILD = 2_000

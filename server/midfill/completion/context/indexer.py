@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from midfill.completion.context import worker
+from midfill.completion.context.bundle import Folder
 from midfill.completion.context.chunks import parse
-from midfill.completion.context.collector import IGNORE_FILES, Folder
 from midfill.completion.context.files import FileFilter, to_source_file
+from midfill.completion.context.ignore import IGNORE_FILES
 from midfill.completion.context.index import RepositoryIndex
 from midfill.text.secret_filter import is_excluded
 

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from midfill.completion.context.collector import ContextBundle, Snippet
+from midfill.completion.context.bundle import ContextBundle, Snippet
 from midfill.engine.api import Tokenizer
 from midfill.fim.templates import Family
 from midfill.text.documents import Document

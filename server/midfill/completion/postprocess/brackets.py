@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from midfill.completion.postprocess.cursor_context import CursorContext
-from midfill.completion.postprocess.indentation import opens_block, width
+from midfill.completion.postprocess.indentation import indent_of, opens_block, width
 from midfill.text import notation, syntax
 from midfill.text.syntax import Delimiter, Outline, balance
 
@@ -29,7 +29,7 @@ def _outline(above: str, text: str, language_id: str) -> Outline | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
+class _EnclosingText:
     """The string or comment, of a kind that may have several lines, that the cursor is in.
 
     Attributes:
@@ -47,7 +47,7 @@ class _Text:
     column: int
 
 
-def enclosing(cursor: CursorContext) -> _Text | None:
+def enclosing(cursor: CursorContext) -> _EnclosingText | None:
     """The string or comment that the cursor is in, if it may have several lines; by the text above and below.
 
     None in code, and in languages without a grammar.
@@ -68,7 +68,7 @@ def enclosing(cursor: CursorContext) -> _Text | None:
 @lru_cache(maxsize=8)
 def _enclosing(
     above: str, before: str, below: str, language_id: str, openings: tuple[tuple[int, str, bool], ...]
-) -> _Text | None:
+) -> _EnclosingText | None:
     if not openings:
         return None
     # As far down as the file goes, then as if what was begun ended at the cursor: the file may not end it.
@@ -83,7 +83,7 @@ def _enclosing(
             head = above[above.rfind("\n", 0, max(0, begin + found.start - 1)) + 1 :]
             begins = openings[0][0] if len(openings) == 1 else begin + found.start
             line = (above + before)[(above + before).rfind("\n", 0, begins) + 1 :]
-            return _Text(head, closer, found.rest, found.comment, width(line))
+            return _EnclosingText(head, closer, found.rest, found.comment, width(line))
     return None
 
 
@@ -140,7 +140,7 @@ class Reader:
             if one.start not in unmatched or one.text in (self._awaited or ()) or not line.strip(" \t)]};,"):
                 yield one
 
-    def _goes_on(self, text: str, around: _Text) -> bool:
+    def _goes_on(self, text: str, around: _EnclosingText) -> bool:
         """Whether what the cursor is in has not been ended by the text."""
         before = self._before[max(0, len(self._before) - len(around.closer) + 1) :]
         if around.closer and around.closer not in before + text:
@@ -215,3 +215,19 @@ def imbalance(line: str) -> int:
 def closes_outside(found: Outline, start: int) -> bool:
     """Whether what follows `start` closes what was opened above the cursor's line."""
     return any(one.start >= start for one in balance(found.delimiters, found.open)[1])
+
+
+def indent_of_closer(text: str, cursor: CursorContext) -> str | None:
+    """The blanks before the line whose bracket a text begins by closing; None if it does not."""
+    if cursor.line_before.strip() or text.lstrip(" \t")[:1] not in CLOSERS:
+        return None
+    opened: list[Delimiter] = []
+    found = syntax.outline(cursor.above, cursor.language_id)
+    for one in found.delimiters if found is not None else ():
+        if one.closer:
+            opened.append(one)
+        elif opened:
+            opened.pop()
+    if not opened or opened[-1].closer != text.lstrip(" \t")[0]:
+        return None
+    return indent_of(cursor.above[cursor.above.rfind("\n", 0, opened[-1].start) + 1 :])
