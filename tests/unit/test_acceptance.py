@@ -285,7 +285,7 @@ async def test_counts_that_cannot_be_written_are_kept_for_the_next_time(tmp_path
     for count in (1, 2):
         journal.offer(document, Point(0, count), "1 + 1", "model")
         await journal.write()
-    assert caplog.text.count("Cannot write the counts") == 1
+    assert caplog.text.count("Cannot write the acceptance counts") == 1
     folder.unlink()
     await journal.write()
     written = feedback.read(folder / "feedback.json")

@@ -1,11 +1,11 @@
-"""Context: pieces of other files that help to write at the cursor.
+"""Collects context: pieces of other files that help the model at the cursor.
 
-Open documents, recent edits, the definitions of what is imported, and chunks of the repository that are like
-the text around the cursor. All of it comes from memory: the index is built in the background (`indexer`), and
-nothing here reads a file. What may hold a secret is left out before it gets here (`files`), and recent
-edits are judged here. Runs on the event loop.
+Sources are open documents, recent edits, the definitions of imported names, and chunks of the repository that
+resemble the text around the cursor. Everything comes from memory: the index is built in the background
+(`indexer`), and nothing here reads a file. `files` leaves out what may be a secret; recent edits are checked
+here. Runs on the event loop.
 
-The chosen pieces stay the same while the user works at one place, because a change of the context makes the
+The chosen pieces stay the same while the user works in one region, because a change of the context makes the
 whole prompt new for the KV cache.
 """
 
@@ -36,39 +36,39 @@ from midfill.text.uris import file_of
 if TYPE_CHECKING:
     from midfill.completion.context.indexer import Indexer
 
-# The context is chosen anew when the cursor is further away from where it was chosen.
+# The context is chosen again when the cursor is further than this from where it was chosen.
 _STAYS_FOR_LINES = 40
 _RENEWED_AFTER_LINES = 12
 _MAX_FROZEN = 64
-# What is looked for: the lines above the cursor and a few below.
+# The search query: lines above the cursor and a few below.
 _QUERY_ABOVE = 20
 _QUERY_BELOW = 6
 _NEAR_LINES = 40
 _MAX_CANDIDATES = 16
 _MAX_DEFINITIONS = 4
-# Imports stand at the top.
+# Imports are at the top of a file.
 _IMPORT_LINES = 200
-# A chunk that has half of its lines near the cursor makes the model repeat what is there; of two that share
-# nine lines in ten, one is enough. The shares are those of llama.vim.
+# A chunk with half of its lines near the cursor makes the model repeat them; of two that share nine lines in
+# ten, one is enough. The shares are those of llama.vim.
 _MAX_LIKE_CURSOR = 0.5
 _MAX_LIKE_CHOSEN = 0.9
-# Of the best chunk's score; what scores less shares common words only.
+# As a share of the best chunk's score; chunks with lower scores share only common words.
 _MIN_SHARE = 0.4
-# What the user has open is more likely to be about the same thing.
+# Open documents are more likely to be about the same subject.
 _OPEN_BOOST = 1.25
-# No tokenizer makes more characters of code into a token on average.
+# No tokenizer packs more characters of code into a token on average.
 _CHARS_PER_TOKEN = 5
 _LITTLE_ROOM = 100
 _MAX_EDITS = 8
 _MAX_EDIT_LINES = 12
 _BURST_LINES = 8
-# Larger documents are not judged and not indexed while they are edited.
+# Larger documents are neither searched for secrets nor indexed while they are edited.
 _MAX_CHARS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
 class _Frozen:
-    """What was chosen for a document: at which line, and at which state of everything else."""
+    """The choice for a document: the cursor's line, and the state of everything else it was made from."""
 
     line: int
     state: tuple[int, int, bool]
@@ -77,7 +77,7 @@ class _Frozen:
 
 @dataclass(slots=True)
 class _Burst:
-    """Edits near each other, in a document that had these lines before them."""
+    """Edits near each other in one document, with the lines that it had before them."""
 
     document: Document
     before: list[str]
@@ -90,7 +90,7 @@ class ContextCollector:
 
     Attributes:
         settings: the ones in force; change them by `configure`.
-        secrets: what is known of the secrets in open documents.
+        secrets: the verdicts on secrets in open documents.
     """
 
     settings: Settings
@@ -98,7 +98,7 @@ class ContextCollector:
     indexer: Indexer | None = None
     _folders: tuple[Folder, ...] = ()
     _open: dict[str, Document] = field(default_factory=dict)
-    # What the index calls the open documents.
+    # The index's names for the open documents.
     _paths: set[str] = field(default_factory=set)
     _dirty: set[str] = field(default_factory=set)
     _frozen: OrderedDict[str, _Frozen] = field(default_factory=OrderedDict)
@@ -107,10 +107,10 @@ class ContextCollector:
     _num_edits: int = 0
 
     def open_folders(self, folders: Sequence[tuple[str, Path]]) -> None:
-        """Index these workspace folders (name, path) instead of those before; nothing is read without any.
+        """Index these workspace folders, (name, path), instead of the earlier ones.
 
-        The file system's root and the user's home are not read: an editor names them where nobody has
-        chosen a folder.
+        Without folders, nothing is read. The file system's root and the user's home are skipped: editors name
+        them when the user has not chosen a folder.
         """
         given = [(name, path) for name, path in folders if path not in {Path(path.anchor), Path.home()}]
         self._folders = tuple(
@@ -134,7 +134,7 @@ class ContextCollector:
         return indexer.index.num_files, indexer.index.num_chunks
 
     def close(self) -> None:
-        """End what runs in the background."""
+        """Stop the background work."""
         if self.indexer is not None:
             self.indexer.close()
             self.indexer = None
@@ -146,7 +146,7 @@ class ContextCollector:
         if not sources:
             return
         folders = self._folders if {ContextSource.REPOSITORY, ContextSource.IMPORTS} & set(sources) else ()
-        # Whoever does without context does not wait for these imports.
+        # Imported lazily: slow, and unused while `context` is empty.
         from midfill.completion.context.indexer import Indexer  # noqa: PLC0415
 
         self.indexer = Indexer(folders, self.settings.excluded_files)
@@ -154,10 +154,10 @@ class ContextCollector:
         self._paths = {self._path(uri) for uri in self._open}
         self._flush("")
 
-    # What the editor tells
+    # Notifications from the editor
 
     def opened(self, document: Document) -> None:
-        """A document was opened."""
+        """Take an opened document."""
         self._open[document.uri] = document
         if self.indexer is None:
             return
@@ -166,19 +166,19 @@ class ContextCollector:
         self._flush("")
 
     def edited(self, old: Document, new: Document) -> None:
-        """A document was changed."""
+        """Take a changed document."""
         self._open[new.uri] = new
         if self.indexer is None:
             return
         if new.uri not in self._dirty:
             self._dirty.add(new.uri)
-            # Other documents may find this one changed; it finds itself as it is.
+            # Other documents may find this one changed; this one excludes itself.
             self._flush(new.uri)
         if ContextSource.EDITS in self.settings.context:
             self._note_edit(old, new)
 
     def closed(self, uri: str) -> None:
-        """A document was closed."""
+        """Drop a closed document."""
         document = self._open.pop(uri, None)
         self._frozen.pop(uri, None)
         self.secrets.forget(uri)
@@ -188,14 +188,14 @@ class ContextCollector:
             self.indexer.close_document(self._path(uri))
 
     def files_changed(self, uris: Sequence[str]) -> None:
-        """Files of the workspace were written, made or deleted."""
+        """Take the URIs of workspace files that were written, created or deleted."""
         if self.indexer is None:
             return
         paths = [self.indexer.path_of(file) for uri in uris if (file := file_of(uri)) is not None]
         self.indexer.changed([path for path in paths if path is not None])
 
     def _flush(self, but: str) -> None:
-        """Give the index the texts of documents that have changed; not the one that is being typed into."""
+        """Give the index the texts of changed documents, except the one that is being typed into."""
         if self.indexer is None:
             return
         for uri in self._dirty - {but}:
@@ -205,7 +205,7 @@ class ContextCollector:
         self._dirty &= {but}
 
     def _may_be_shown(self, uri: str) -> bool:
-        # Cells are parts of a notebook, which is a text of its own; "git:" and the like are other versions.
+        # Cells are parts of a notebook, which has a text for itself; "git:" and the like are other versions.
         return uri.partition(":")[0] in {"file", "untitled"} and not is_excluded(
             uri, self.settings.excluded_files
         )
@@ -234,7 +234,7 @@ class ContextCollector:
         added = [line.rstrip("\r\n") for line in document.lines[first:new_end]]
         if not 0 < len(removed) + len(added) <= _MAX_EDIT_LINES or not "".join(removed + added).strip():
             return None
-        # A very long line is a possible secret, whatever is in it.
+        # A very long line counts as a possible secret, whatever is in it.
         if any(len(line) > MAX_LINE or severity(line) for line in removed + added):
             return None
         if self.secrets.verdict(document) is not Verdict.CLEAN:
@@ -242,10 +242,10 @@ class ContextCollector:
         lines = [f"-{line}" for line in removed] + [f"+{line}" for line in added]
         return Snippet(ContextSource.EDITS, self._path(document.uri) + ".diff", "\n".join(lines))
 
-    # What is asked for
+    # Requests
 
     def collect(self, snapshot: Snapshot) -> ContextBundle:
-        """The context for a cursor; the same object as long as it stays the same."""
+        """Return the context for a cursor; the same object as long as it stays the same."""
         if self.indexer is None or not self.settings.context_tokens:
             return EMPTY_BUNDLE
         uri, line = snapshot.document.uri, snapshot.cursor.line
@@ -254,7 +254,7 @@ class ContextCollector:
         state = self._state(uri)
         if old is not None and old.state == state and abs(line - old.line) <= _STAYS_FOR_LINES:
             return old.collected
-        # The index takes this text a moment later: what is found of it now is what it was before.
+        # The index takes this text a moment later; until then it finds the previous one.
         self._flush("")
         before = old.collected.snippets if old else ()
         repository = self._folders[0].path.name if self._folders else ""
@@ -270,9 +270,9 @@ class ContextCollector:
         return new
 
     def renew(self, snapshot: Snapshot) -> bool:
-        """Choose the context anew before it has to be, where that is not far. Whether it has changed.
+        """Choose the context again, before the next request would have to. Returns whether it has changed.
 
-        For a moment when nobody waits: the prompt that follows is new to the KV cache.
+        Call it when no request waits: the next prompt is new to the KV cache.
         """
         uri = snapshot.document.uri
         old = self._frozen.get(uri)
@@ -281,15 +281,15 @@ class ContextCollector:
         near = abs(snapshot.cursor.line - old.line) <= _RENEWED_AFTER_LINES
         if near and old.state == self._state(uri):
             return False
-        # Beyond any line, so that it is chosen anew.
+        # Farther than any line, so that the context is chosen again.
         self._frozen[uri] = replace(old, line=-2 * _STAYS_FOR_LINES)
         return self.collect(snapshot) is not old.collected
 
     def _state(self, uri: str) -> tuple[int, int, bool]:
-        """What makes the context of a document new: other documents, recent edits, the end of the scan.
+        """Return the state whose change demands a new choice: other documents, recent edits, end of scan.
 
-        Files that change on disk count when it is chosen again; a build that writes files all the time
-        must not make every prompt new.
+        Files that change on disk count only when the context is chosen again; a build that writes files all
+        the time must not make every prompt new.
         """
         if self.indexer is None:
             return 0, 0, False
@@ -297,7 +297,7 @@ class ContextCollector:
         return others, self._num_edits, self.indexer.scanned.is_set()
 
     def _choose(self, snapshot: Snapshot) -> list[Snippet]:
-        """The pieces that fit into the budget, best first."""
+        """Return the pieces that fit into the budget, best first."""
         near = _lines_near(snapshot)
         chosen: list[Snippet] = []
         chosen_lines: list[set[str]] = []
@@ -329,7 +329,7 @@ class ContextCollector:
             yield from self._similar(snapshot)
 
     def _imported(self, snapshot: Snapshot) -> Iterator[Snippet]:
-        """Definitions of imported names that are used near the cursor, the nearest first."""
+        """Yield definitions of imported names that are used near the cursor, the nearest first."""
         if self.indexer is None:
             return
         from midfill.completion.context.chunks import imported_names  # noqa: PLC0415 - see `_restart`
@@ -356,7 +356,7 @@ class ContextCollector:
             snapshot.line_before,
         ]
         own = self._path(snapshot.document.uri)
-        # What is near stands in the prompt. Far parts of the document itself are as good as another file.
+        # Near lines are in the prompt already. Far parts of the document are as useful as another file.
         near = range(cursor - _NEAR_LINES - MAX_CHUNK_LINES, cursor + _NEAR_LINES)
         found = self.indexer.index.search(query, _MAX_CANDIDATES, but=(own, near))
         opened = self._paths | {own}
@@ -369,14 +369,14 @@ class ContextCollector:
             yield Snippet(source, piece.path, piece.text)
 
     def _path(self, uri: str) -> str:
-        """What the index calls a document: its path in the workspace, else the end of its URI."""
+        """Return the index's name for a document: its path in the workspace, else the end of its URI."""
         file = file_of(uri)
         path = self.indexer.path_of(file) if file is not None and self.indexer is not None else None
         return path if path is not None else unquote(uri).rpartition("/")[2]
 
 
 def _in_stable_order(best_first: list[Snippet], before: Sequence[Snippet]) -> list[Snippet]:
-    """Those that were there before first, as they were; then the new ones, the best last."""
+    """Return the earlier snippets that were chosen again, in order; then the new ones, the best last."""
     chosen = set(best_first)
     stay = [snippet for snippet in before if snippet in chosen]
     return stay + [snippet for snippet in reversed(best_first) if snippet not in set(stay)]
@@ -389,5 +389,5 @@ def _lines_near(snapshot: Snapshot) -> set[str]:
 
 
 def _distinctive_lines(text: str) -> set[str]:
-    """Lines by which texts can be compared: not the blank ones, nor lone brackets."""
+    """Return the lines by which texts can be compared: no blank lines, no lone brackets."""
     return {line.strip() for line in text.splitlines() if len(line.strip()) > 3}

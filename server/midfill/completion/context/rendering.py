@@ -1,6 +1,6 @@
-"""Context as tokens: in the form that a family was trained with, else as comments.
+"""Renders context as tokens: in the form that a FIM family was trained with, else as comments.
 
-Knows families and tokenizers; `prompt` puts the result into its place. Runs on the event loop.
+Knows families and tokenizers; `prompt` puts the result into the prompt. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from midfill.text.documents import Document
 Segment = tuple[str, tuple[int, ...]]
 
 _MAX_REMEMBERED = 64
-# What begins a comment up to the end of the line; "#" for all others.
+# The marker of a comment up to the end of the line; "#" in all other languages.
 _COMMENTS = {
     **dict.fromkeys(
         [
@@ -32,11 +32,11 @@ _COMMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class RenderedContext:
-    """Context as parts of a prompt.
+    """Context as segments of a prompt.
 
     Attributes:
-        at_start: what stands at the prompt's beginning, behind BOS.
-        in_prefix: comments, which stand where the prefix begins.
+        at_start: segments for the prompt's beginning, after BOS.
+        in_prefix: comments for the beginning of the prefix.
     """
 
     at_start: tuple[Segment, ...] = ()
@@ -44,20 +44,20 @@ class RenderedContext:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens all of it takes."""
+        """The number of tokens in all segments."""
         return sum(len(ids) for _, ids in self.at_start + self.in_prefix)
 
 
 @dataclass(slots=True)
 class ContextRenderer:
-    """Writes context for one model; the same context of a document is not encoded twice."""
+    """Renders context for one model; encodes the same context of a document only once."""
 
     family: Family
     tokenizer: Tokenizer
     _rendered: OrderedDict[str, tuple[object, int, RenderedContext]] = field(default_factory=OrderedDict)
 
     def render(self, document: Document, context: ContextBundle, budget: int) -> RenderedContext:
-        """What of a document's context fits into `budget` tokens, the last pieces first, in their order."""
+        """Return what fits of a document's context into `budget` tokens: the last pieces first, in order."""
         if not context.snippets:
             return RenderedContext()
         uri = document.uri
@@ -124,7 +124,7 @@ class ContextRenderer:
 
 
 def _fitting(pieces: Sequence[Segment], budget: int) -> tuple[Segment, ...]:
-    """As many as fit, from the last on, which are the best; in their order."""
+    """Return as many pieces as fit, chosen from the last, which are the best; in their order."""
     chosen: list[Segment] = []
     for piece in reversed(pieces):
         if len(piece[1]) <= budget:

@@ -469,7 +469,8 @@ def _read(path: Path) -> tuple[Table, Sessions]:
         return {}, {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MidfillError(
-            f"Cannot read the counts in {path} ({type(error).__name__}): delete the file."
+            f"Cannot read the acceptance counts in {path} ({type(error).__name__}): "
+            "delete the file to start again."
         ) from error
     return counts, sessions
 
@@ -494,7 +495,9 @@ def add(path: Path, new: Table, session: str | None = None) -> None:
             write_private(partial, json.dumps(content, indent=1))
             partial.replace(path)
     except (OSError, Timeout) as error:
-        raise MidfillError(f"Cannot write the counts to {path} ({type(error).__name__}).") from error
+        raise MidfillError(
+            f"Cannot write the acceptance counts to {path} ({type(error).__name__})."
+        ) from error
 
 
 def as_dict(table: Table) -> dict[str, dict[str, dict[str, int]]]:
