@@ -33,7 +33,7 @@ class Editor:
         self.now_s = 100.0
 
     def offer(self, line, column, text, num_replaced=0):
-        return self.feedback.offer(self.document, Point(line, column), text, "m", num_replaced)
+        return self.feedback.shown(self.document, Point(line, column), text, "m", num_replaced)
 
     def edit(self, start, end, text):
         ends = Point(*start), Point(*end)
@@ -176,7 +176,7 @@ def test_what_is_remembered_is_bounded():
     editor = Editor()
     for n in range(1000):
         editor.feedback.accept(editor.offer(0, 4, f"call({n})"), editor.now_s)
-    assert len(editor.feedback._offers) <= 16
+    assert len(editor.feedback._suggestions) <= 16
     assert len(editor.feedback._watched) <= 256
 
 
@@ -283,7 +283,7 @@ async def test_counts_that_cannot_be_written_are_kept_for_the_next_time(tmp_path
     journal = feedback.AcceptanceTracker({document.uri: document})
     journal.counts = True
     for count in (1, 2):
-        journal.offer(document, Point(0, count), "1 + 1", "model")
+        journal.shown(document, Point(0, count), "1 + 1", "model")
         await journal.write()
     assert caplog.text.count("Cannot write the acceptance counts") == 1
     folder.unlink()

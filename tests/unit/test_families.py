@@ -61,7 +61,7 @@ def test_a_model_is_recognised_by_sentinels_and_architecture():
 
 
 def test_a_model_that_fits_no_family_is_refused():
-    with pytest.raises(ModelError, match=r"not known: it fits none.*set `family"):
+    with pytest.raises(ModelError, match=r"not known: the model fits none.*set `family"):
         recognise_family(dataclasses.replace(MODEL, family=None, architecture="bloom"))
 
 

@@ -152,7 +152,7 @@ class PromptBuilder:
         room -= rendered.num_tokens
         prefix = min(self._settings.prefix_tokens, room - room // 3)
         budget = _Budget(max(1, prefix - spare), min(self._settings.suffix_tokens, room - prefix))
-        anchor, typed, held = self._place(snapshot, budget)
+        anchor, typed, held = self._anchor_for(snapshot, budget)
         self._remember(snapshot.document.uri, anchor)
         texts = {"head": anchor.head_tokens, "typed": typed, "tail": anchor.tail_tokens}
         parts = list(self.family.parts(self.layout))
@@ -203,7 +203,7 @@ class PromptBuilder:
         if len(self._anchors) > _MAX_ANCHORS:
             self._anchors.popitem(last=False)
 
-    def _place(self, snapshot: Snapshot, budget: _Budget) -> tuple[_Anchor, tuple[int, ...], str]:
+    def _anchor_for(self, snapshot: Snapshot, budget: _Budget) -> tuple[_Anchor, tuple[int, ...], str]:
         """Return the anchor to use, the tokens typed since, and the held-back characters."""
         old = self._anchors.get(snapshot.document.uri)
         if old is not None and self._still_holds(old, snapshot, budget):
@@ -339,7 +339,7 @@ def _layout(name: str, family: Family, wanted: str) -> Layout:
         return family.layouts[0]
     if wanted not in family.layouts:
         raise ModelError(
-            f"The FIM template {name!r} does not support the prompt layout {wanted!r}. "
+            f"The FIM family {name!r} does not support the prompt layout {wanted!r}. "
             f"Set `layout` to auto or one of: {', '.join(family.layouts)}."
         )
     return Layout(wanted)

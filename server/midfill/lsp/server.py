@@ -507,7 +507,7 @@ class MidfillServer(LanguageServer):
             return None
         adapter = self.switch.name_for(snapshot.document) or engine.model.adapter
         model = feedback.key_of(engine.model.name, adapter, held_out=self.switch.held_out)
-        id_ = self.state.journal.offer(
+        id_ = self.state.journal.shown(
             snapshot.document, snapshot.cursor, answer.text, model, answer.num_replaced
         )
         return None if id_ is None else types.Command("midfill: accepted", ACCEPTED, arguments=[id_])

@@ -1,8 +1,8 @@
-"""What of the model's text is worth inserting, as the file needs it. Pure: text in, text out.
+"""Cleans a suggestion: the part of the model's text that is worth inserting, as the file needs it. Pure.
 
 The model's text is as `normalized` gives it, and `CursorContext` says where it goes. `clean` makes the final
-text or returns the reason why there is none; `stop` says where a text ends, `midline` what fits in the middle
-of a line.
+text or returns the reason why there is none; `stop` finds the end of a text, `midline` what fits in the
+middle of a line.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _QUOTE = re.compile(r"[\"'`]")
 def clean(
     text: str, cursor: CursorContext, *, complete: bool, forbidden: Iterable[str] = ()
 ) -> tuple[str, Reason | None]:
-    """The text to insert, or "" and the filter that left nothing of it.
+    """Return the text to insert; or "" and the reason why nothing is left of it.
 
     Args:
-        text: what the model wrote.
+        text: the model's text.
         cursor: where it goes.
-        complete: whether the model ended by itself or by `stop`; if not, it ran into its token limit,
-            and half a last line is dropped when there are lines before it.
-        forbidden: strings (sentinels) at which the text is cut, however the model spelled them.
+        complete: the model or `stop` ended the text; if not, it reached the token limit, and an incomplete
+            last line is dropped if there are lines before it.
+        forbidden: strings (sentinels) at which the text is cut, in whatever tokens the model spelled them.
     """
     if not text.strip():
-        # Did it end by itself?
+        # None: the model itself ended here.
         return "", Reason.MODEL_SILENT if stop(text, cursor) is None else Reason.BLANK_LINES
     cut = None if complete else _cut_at_limit(text, cursor)
     if cut is not None and not text[:cut].strip():
         return "", Reason.REPEATS_ITSELF
-    whole, why = _written(text[:cut], complete=complete, forbidden=forbidden)
+    whole, why = _whole_lines(text[:cut], complete=complete, forbidden=forbidden)
     if why is not None:
         return "", why
     text, why = _worth_inserting(whole, cursor, complete=complete, ran_away=cut is not None)
@@ -58,9 +58,9 @@ def clean(
 
 
 def _cut_at_limit(text: str, cursor: CursorContext) -> int | None:
-    """Where to cut a text of one line in which the model repeated itself until its token limit."""
+    """Return the offset at which to cut a one-line text that repeated itself up to the token limit."""
     if "\n" in text.strip("\n"):
-        # Its last line goes anyway.
+        # Its last line is dropped in any case.
         return None
     start = text.rfind("\n") + 1
     cut = repetition.cut_at_limit(text[start:], cursor.around)
@@ -68,14 +68,14 @@ def _cut_at_limit(text: str, cursor: CursorContext) -> int | None:
 
 
 def before_unsafe(text: str, cursor: CursorContext) -> str:
-    """A text that was cut at an unsafe character, without the half of a line at its end if that is better."""
+    """Return a text that was cut at an unsafe character, without its incomplete last line if better."""
     if "\n" not in text.strip("\n"):
         return text
     return fewest_errors([text, text[: text.rindex("\n")]], cursor)
 
 
-def _written(text: str, *, complete: bool, forbidden: Iterable[str]) -> tuple[str, Reason | None]:
-    """What the model wrote in whole lines and before any sentinel; why it is nothing."""
+def _whole_lines(text: str, *, complete: bool, forbidden: Iterable[str]) -> tuple[str, Reason | None]:
+    """Return the model's whole lines before any sentinel; if they are blank, also the reason."""
     for string in forbidden:
         text = text.partition(string)[0]
     if not text.strip():
@@ -88,7 +88,7 @@ def _written(text: str, *, complete: bool, forbidden: Iterable[str]) -> tuple[st
 def _worth_inserting(
     text: str, cursor: CursorContext, *, complete: bool, ran_away: bool
 ) -> tuple[str, Reason]:
-    """What of a text is the suggestion, as the file needs it; should it be blank, what left it so."""
+    """Return the part of a text that is the suggestion, and the reason in case it is blank."""
     stopper = Stopper(cursor)
     end = stopper.end(text + "\n")
     ran_away = ran_away or stopper.why is Reason.REPEATS_ITSELF
@@ -105,47 +105,47 @@ def _worth_inserting(
     text = text[:end].removeprefix(cursor.line_after)
     if ran_away and not (text := _without_useless_line(text, cursor)).strip():
         return "", Reason.REPEATS_ITSELF
-    text, why = _fitted(text, cursor, limited=limited)
+    text, why = _fitted_in(text, cursor, limited=limited)
     return text, Reason.REPEATS_ITSELF if ran_away else why
 
 
 def _without_useless_line(text: str, cursor: CursorContext) -> str:
-    """The text without its last line, if that leads to nothing without the end that was cut."""
+    """Return the text without its last line, if that line is useless without the part that was cut."""
     shorter, _, last = text.rpartition("\n")
     if not cursor.is_code:
         return text
     is_open = _QUOTE.search(_QUOTED.sub("", last)) is not None
-    # A ruler ends with what may also be an operator.
+    # A ruler may end with characters that are operators elsewhere.
     is_ruler = last.endswith(3 * last[-1:])
     return shorter if is_open or (DANGLING.search(last) and not is_ruler) else text
 
 
 def _without_blanks(lines: list[str]) -> list[str]:
-    """Lines without blanks at their ends; those of the last belong to what follows."""
+    """Return the lines without blanks at their ends; those of the last line belong to what follows."""
     return [line.rstrip(" \t") for line in lines[:-1]] + lines[-1:]
 
 
 def _why_at_once(text: str, end: int | None, cursor: CursorContext, why: Reason) -> Reason:
-    """By which rule a text ends before its first word."""
+    """Return the rule by which a text ends before its first word."""
     if cursor.tail and not cursor.invoked:
         return Reason.BLANK_LINES if text[end:].startswith("\n") else Reason.REPEATS_TEXT
     return why
 
 
 def _is_comment_only(text: str, cursor: CursorContext) -> bool:
-    """Whether a suggestion is nothing but comment, where the user is not writing one."""
+    """Return whether a suggestion is nothing but comment although the user is not writing one."""
     if cursor.line_before.strip() or num_comments(text, cursor) != text.count("\n") + 1:
         return False
     return not follows_comment(cursor)
 
 
-# Fitting it in
+# Fitting the text into the file
 
 
-def _fitted(text: str, cursor: CursorContext, *, limited: bool) -> tuple[str, Reason]:
-    """A text at the end of a line, or on a line of its own: indented and closed as the file needs it.
+def _fitted_in(text: str, cursor: CursorContext, *, limited: bool) -> tuple[str, Reason]:
+    """Return a text at the end of a line, or on its own line, indented and closed as the file needs it.
 
-    Should it be blank, also the filter that left it so.
+    Also the reason in case it is blank.
     """
     text, why = _indented(text, cursor)
     text = text.rstrip()
@@ -155,13 +155,13 @@ def _fitted(text: str, cursor: CursorContext, *, limited: bool) -> tuple[str, Re
         return "", Reason.UNREACHABLE
     if limited and not (text := _without_last_comments(text, cursor)).strip():
         return "", Reason.COMMENT_ONLY
-    return _settled(text, cursor, limited=limited), Reason.BLANK_LINES
+    return _balanced(text, cursor, limited=limited), Reason.BLANK_LINES
 
 
 def _indented(text: str, cursor: CursorContext) -> tuple[str, Reason | None]:
-    """A text that begins a line, moved to the column where it belongs.
+    """Return a text that begins a line, moved to the column where it belongs.
 
-    "" if it belongs elsewhere, or stands there already; then also which of them.
+    "" if it belongs elsewhere, or is there already; then also the reason.
     """
     if cursor.line_before.strip() or text[:1] in {"", "\n"} or cursor.is_prose:
         return text, None
@@ -175,7 +175,7 @@ def _indented(text: str, cursor: CursorContext) -> tuple[str, Reason | None]:
     step = indentation.unit(cursor.around)
     previous = cursor.previous_line
     if opens_block(previous) and not opens_block_above(cursor):
-        # What it ends with is the end of a comment.
+        # The line ends with a comment.
         previous = previous.rstrip("".join(indentation.OPENING))
     wanted = indentation.wanted_width(cursor.line_before, text, previous, cursor.next_line, step)
     if wanted is None:
@@ -187,7 +187,7 @@ def _indented(text: str, cursor: CursorContext) -> tuple[str, Reason | None]:
 
 
 def _without_last_jump(text: str, cursor: CursorContext) -> str:
-    """The text without a jump at its end that would keep the lines below from ever being reached."""
+    """Return the text without a jump at its end that would make the lines below unreachable."""
     head, newline, last = text.rpartition("\n")
     base = width(cursor.line_before + text) if not cursor.line_before.strip() else width(cursor.line_before)
     jumps = bool(newline) and width(last) == base and JUMP.match(last) and reaches_below(cursor, base)
@@ -197,9 +197,9 @@ def _without_last_jump(text: str, cursor: CursorContext) -> str:
 
 
 def _without_last_comments(text: str, cursor: CursorContext) -> str:
-    """The text without comments at its end, whose code did not come any more.
+    """Return the text without comments at its end, whose code the model did not write any more.
 
-    Not where the user writes a comment, or asked and got nothing else.
+    Comments stay if the user is writing one, or asked and got nothing else.
     """
     lines = text.split("\n")
     number = num_comments(text, cursor)
@@ -208,11 +208,11 @@ def _without_last_comments(text: str, cursor: CursorContext) -> str:
     return "\n".join(lines[: len(lines) - number])
 
 
-def _settled(text: str, cursor: CursorContext, *, limited: bool) -> str:
-    """A text whose own brackets are closed, by itself or by what stands below.
+def _balanced(text: str, cursor: CursorContext, *, limited: bool) -> str:
+    """Return a text whose own brackets are closed, by itself or by the text below.
 
-    If it is not, it was cut, and is either closed here or ends before what it did not close. What leaves
-    the fewest errors of syntax is taken; where that is no help, a text that ran into a limit is closed.
+    A text that leaves brackets open was cut: it is either closed here, or ends before the part with the open
+    bracket. The candidate with the fewest syntax errors wins; of equal ones, a closed text if a limit cut it.
     """
     reader = Reader(cursor)
     missing = _missing(text, cursor, reader)
@@ -230,14 +230,14 @@ def _settled(text: str, cursor: CursorContext, *, limited: bool) -> str:
     closed = text + missing
     repeats = "\n" in closed and closed.split("\n")[-1].rstrip() == cursor.next_line
     if repeats or _missing(closed, cursor, reader):
-        # The closer stands below already; or it would not close, as where the text ends within a string.
+        # The closer is below already, or does not close, as in a text that ends within a string.
         closed = ""
     candidates = [closed, shorter, text] if limited else [text, shorter, closed]
     return fewest_errors([one for one in candidates if one.strip()], cursor)
 
 
 def _missing(text: str, cursor: CursorContext, reader: Reader) -> str:
-    """The closers of what a text opened itself, as they would be written behind it."""
+    """Return the closers of the brackets that a text leaves open, as they would be written after it."""
     opened: list[Delimiter] = []
     for one in reader.read(text).delimiters:
         if one.closer:

@@ -1,6 +1,6 @@
-"""What of a suggestion stands below the cursor already, also where the model indents in another way.
+"""Repeats: lines of a suggestion that are below the cursor already, also with other indentation.
 
-Pure: text in, answers out. Each question is about the last line of what came so far.
+Pure: text in, answers out. Each function judges the last of the lines so far.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from midfill.completion.postprocess.cursor_context import CursorContext
 from midfill.completion.postprocess.indentation import width
 from midfill.completion.postprocess.tabs import may_open
 
-# A line with a word and some more in it is not there twice by chance, as `else:` or `}` is.
-_TELLING = re.compile(r"\w\W++\w")
+# A line with a word and more is distinctive: unlike `else:` or `}`, a second one means copying.
+_DISTINCTIVE = re.compile(r"\w\W++\w")
 # The end of a statement, or of an element.
 _ENDED = re.compile(r"(?:[;,)\]}]|</[\w-]+>|/>)\s*\Z")
-# The end of a line whose statement goes on below.
+# The end of a line whose statement continues below.
 _GOES_ON = re.compile(r"(?:[=+\-*/%<>&|^~!?,.\\(\[{:]|\b(?:and|or|not|in|is))\s*\Z")
-# What a statement above may go on with.
+# The beginning of a line that continues a statement.
 _CONTINUES = re.compile(r"\s*[.?&|+*/,:)\]}=<>-]")
-# Of a model that has written one line, nobody can say what a step is to it.
+# After a single line, the model's step of indentation is not known yet.
 _COMMON_STEPS = (2, 4)
-# A model that writes the same few lines so many times writes them for ever.
+# A model that writes the same few lines this often will not stop.
 _LONGEST_CYCLE = 4
 _ENOUGH_CYCLES = 3
 
 
 def is_distinctive(line: str) -> bool:
-    """Whether a line says enough not to be there twice by chance."""
-    return _TELLING.search(line) is not None
+    """Return whether a line is distinctive, so that a repeat of it means copying."""
+    return _DISTINCTIVE.search(line) is not None
 
 
 def goes_on_below(
@@ -44,14 +44,14 @@ def goes_on_below(
     nearby: bool = True,
     is_text: bool = False,
 ) -> bool:
-    """Whether the last of the lines is the next one below, or, if it is telling, one soon after.
+    """Return whether the last line is the next one below, or, if distinctive, another one just below.
 
     Args:
-        lines: what came.
-        cursor: where it goes.
-        whole: the last line with what stands before it; by default the line.
-        nearby: also look further than the next line.
-        is_text: the line is no code, so its indentation says nothing.
+        lines: the model's lines so far.
+        cursor: where they go.
+        whole: the last line with the text before it; by default the line alone.
+        nearby: look further than the next line, too.
+        is_text: the line is not code, so its indentation means nothing.
     """
     number = len(lines) - 1
     whole = (whole or lines[-1]).rstrip()
@@ -77,10 +77,10 @@ def goes_on_below(
 
 
 def retraced(lines: Sequence[str], cursor: CursorContext) -> int:
-    """How many lines at the end go over two lines that stand below one after the other; 0 if they do not.
+    """Count the lines at the end that copy two consecutive lines below; 0 if they do not.
 
-    Where they are the next two they may be indented in another way. Later than at the beginning of a text,
-    both of them have to be telling.
+    If these are the next two, they may be indented differently. After the beginning of a text, both must be
+    distinctive.
     """
     last = len(lines) - 1
     if last < 1 or not lines[last].strip():
@@ -104,7 +104,7 @@ def retraced(lines: Sequence[str], cursor: CursorContext) -> int:
 
 
 def without_next_line(text: str, cursor: CursorContext) -> str:
-    """The text up to where it goes on with the next line below."""
+    """Return the text up to where it continues with the next line below."""
     lines = (cursor.line_before + text).split("\n")
     at = next(
         (at for at, line in enumerate(lines) if line.strip() and line.rstrip() == cursor.next_line), None
@@ -113,9 +113,9 @@ def without_next_line(text: str, cursor: CursorContext) -> str:
 
 
 def _block_below(cursor: CursorContext) -> list[str]:
-    """The lines just below that are in the block of the next one, or in one around it.
+    """Return the lines just below that are in the next one's block, or in one around it.
 
-    What is deeper is in a block of its own, and another block may well have the same line.
+    Deeper lines are in other blocks, which may well contain an equal line.
     """
     lines: list[str] = []
     for line in cursor.nearby:
@@ -125,7 +125,7 @@ def _block_below(cursor: CursorContext) -> list[str]:
 
 
 def _begins_as_deep(whole: str, cursor: CursorContext) -> bool:
-    """Whether a first line belongs where the next one below stands, whatever its indentation."""
+    """Return whether a first line belongs where the next one below is, whatever its indentation."""
     above, have = width(cursor.previous_line), width(whole)
     if _sign(have - above) == _sign(width(cursor.next_line) - above):
         return True
@@ -134,13 +134,13 @@ def _begins_as_deep(whole: str, cursor: CursorContext) -> bool:
 
 
 def _is_as_deep(lines: Sequence[str], below: Sequence[str], cursor: CursorContext) -> bool:
-    """Whether the last line is as deep, in the model's steps, as one of those below is in the file's."""
+    """Return whether the last line, in the model's steps, is as deep as one of those below."""
     base = cursor.line_before if cursor.line_before.strip() else cursor.previous_line
     written = [line for line in lines if line.strip()]
     if cursor.line_before.strip():
         written = written[1:]
     if (sibling := _too_deep_after(written)) is not None:
-        # The first line is where the user began it, and not this one.
+        # The user began the first line; the sibling is not it.
         return any(width(line) == width(sibling) for line in below)
     around = [*cursor.above.split("\n"), cursor.line_before, *cursor.following]
     from_base, have, step = width(base), width(lines[-1]), width(indentation.unit(around))
@@ -155,28 +155,28 @@ def _is_as_deep(lines: Sequence[str], below: Sequence[str], cursor: CursorContex
 
 
 def _is_too_deep(lines: Sequence[str], cursor: CursorContext) -> bool:
-    """Whether the last line is deeper than can be, and the next one below is where it belongs."""
+    """Return whether the last line is too deep, and the next one below is where it belongs."""
     written = [line for line in (cursor.line_before + lines[0], *lines[1:]) if line.strip()]
     sibling = _too_deep_after(written)
     return sibling is not None and width(sibling) == width(cursor.next_line)
 
 
 def _too_deep_after(written: Sequence[str]) -> str | None:
-    """The line before the last one, if that is deeper though it begins no block; else None."""
+    """Return the line before the last one, if the last is deeper though that opens no block; else None."""
     if len(written) > 1 and width(written[-1]) > width(written[-2]) and _is_over(*written[-2:]):
         return written[-2]
     return None
 
 
 def _is_over(line: str, following: str) -> bool:
-    """Whether a line is the end of a statement, so that the following one is not deeper."""
+    """Return whether a line ends a statement, so that the following one is not deeper."""
     if _ENDED.search(line):
         return True
     return not (may_open(line) or _GOES_ON.search(line) or _CONTINUES.match(following))
 
 
 def repeated(lines: Sequence[str]) -> int:
-    """How many lines at the end repeat as many before them, which repeat as many again; 0 if they do not."""
+    """Count the lines at the end that repeat the lines before them twice; 0 if they do not."""
     for size in range(2, min(_LONGEST_CYCLE, len(lines) // _ENOUGH_CYCLES) + 1):
         last = list(lines[-size:])
         if list(lines[-_ENOUGH_CYCLES * size :]) == _ENOUGH_CYCLES * last and any(map(is_distinctive, last)):

@@ -1,7 +1,7 @@
-"""Where a suggestion ends: rules that are asked after every token. Pure: text in, offsets out.
+"""Stop rules: where a suggestion ends, asked after every token. Pure: text in, offsets out.
 
-The model's text is as `normalized` gives it, and `CursorContext` says where it goes. The middle of a line is
-left to `midline`; `clean` makes the final text.
+The model's text is as `normalized` gives it, and `CursorContext` says where it goes. `midline` judges texts
+in the middle of a line; `clean` makes the final text.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _HEAD = re.compile(
 _ENOUGH_REPEATS = 3
 JUMP = re.compile(r"\s*(?:return|raise|throw|break|continue|goto)\b")
 _STATEMENT = re.compile(r"\s*[\w@$\"'`&*(\[]")
-# Lines that belong to the statement before them, or can be jumped to.
+# Lines that continue the statement before them, or are jump targets.
 _GOES_ON = re.compile(
     r"\s*(?:[)\]}]*\s*(?:else|elif|elsif|elseif|except|finally|catch|while)\b"
     r"|(?:case|default|when|rescue|ensure|then)\b|\w+\s*:(?!\S))"
 )
 DANGLING = re.compile(r"(?:[=+\-*/%<>&|^~!?,.(\[{]|[\"\']\s*:)\s*\Z")
-# What a list in YAML is made of, in the column of its key.
+# An item of a YAML list, which may stand in the column of its key.
 _ITEM = re.compile(r"\s*-(?:\s|\Z)")
 _DIRECTIVE = re.compile(r"\s*#\s*(?:if|else|elif|endif|define|undef|include|pragma|region|endregion)\b")
 _FENCE = re.compile(r"\W*(?:```|~~~)")
@@ -50,13 +50,13 @@ _FUNCTION = re.compile(r"\s*(?:async\s+)?def\b")
 
 
 class Stopper:
-    """Says where a text that grows comes to its end.
+    """Finds the end of a growing text.
 
-    Only complete lines are judged, each once, and only by what stands before it: so more text never
-    changes the answer. A line that repeats itself is judged before it is complete, up to fixed columns.
+    Only complete lines are judged, each once and only by the text before it, so more text never changes the
+    answer. A line that repeats itself is judged before it is complete, at fixed columns.
 
     Attributes:
-        why: the rule by which it has come to its end.
+        why: the rule that ended the text.
     """
 
     def __init__(self, cursor: CursorContext) -> None:
@@ -69,9 +69,9 @@ class Stopper:
         self.why = Reason.BLANK_LINES
 
     def end(self, text: str) -> int | None:
-        """The length of `text` at which the suggestion ends, or None if more may come.
+        """Return the length of `text` at which the suggestion ends, or None if more may come.
 
-        `text` begins with what was given before.
+        `text` must begin with the text of the previous call.
         """
         if self._found is None:
             self._found = self._end(text)
@@ -83,7 +83,7 @@ class Stopper:
             end = end_of_line(text, cursor)
             cut = self._end_of_repetition(text[:end])
             return end if cut is None else cut
-        # The last piece is still being written.
+        # The last piece is not a complete line yet.
         while (newline := text.find("\n", self._start)) >= 0:
             if (end := self._end_of_repetition(text[self._start : newline])) is not None:
                 return end
@@ -96,7 +96,7 @@ class Stopper:
         return self._end_of_repetition(text[self._start :])
 
     def _end_of_repetition(self, line: str) -> int | None:
-        """Where what is worth keeping of the newest line ends, if that repeats itself without end."""
+        """Return the end of the useful part of the newest line, if that line repeats itself without end."""
         cut = self._growing.cut(line)
         if cut is None:
             return None
@@ -104,7 +104,7 @@ class Stopper:
         return self._start + cut
 
     def _end_at_rest(self, lines: list[str]) -> int | None:
-        """Where a text of several lines leads to the rest of the cursor's line, or goes too far."""
+        """Return where a multi-line text joins the rest of the cursor's line, or goes too far."""
         cursor, number = self._cursor, len(lines) - 1
         text = "\n".join(lines)
         start = len(text) - len(lines[-1])
@@ -125,7 +125,7 @@ class Stopper:
         return len(text[:start].rstrip()) if number else len(text)
 
     def _end_of_block(self, lines: list[str]) -> int | None:
-        """Where the block that the cursor is in ends: at a dedent, at known text, at repetition."""
+        """Return where the cursor's block ends: at a dedent, at text that is below, or at a repetition."""
         text = "\n".join(lines)
         start = len(text) - len(lines[-1])
         found = self._reader.read(text)
@@ -147,7 +147,7 @@ class Stopper:
 
 
 def stop(text: str, cursor: CursorContext) -> int | None:
-    """The length of `text` at which the suggestion ends, or None if more may come."""
+    """Return the length of `text` at which the suggestion ends, or None if more may come."""
     return Stopper(cursor).end(text)
 
 
@@ -158,11 +158,11 @@ class _Block:
     Attributes:
         cursor: where the suggestion goes.
         base: width of the indentation of its first line.
-        opened: whether that line opens a block of its own; else the block is the one around it.
-        body_without_header: whether the lines below are the body of a block that nothing above opens.
+        opened: that line opens a block; else the block is the one around it.
+        body_without_header: the lines below are the body of a block that nothing above opens.
         step: width of one step of indentation.
-        min_indent: width of the indentation of the least indented line that the suggestion may have.
-        is_text: the cursor is where nothing is code: in a string, a comment, a file of prose.
+        min_indent: the smallest width of indentation that a line of the suggestion may have.
+        is_text: the cursor is in text that is not code: a string, a comment, a file of prose.
     """
 
     cursor: CursorContext
@@ -175,13 +175,13 @@ class _Block:
 
     @staticmethod
     def around(cursor: CursorContext, first: str, rest: str, *, is_text: bool) -> _Block:
-        """The block at a place, given the first line of code that came, and the rest of the cursor's line."""
+        """Return the block at a cursor, given the first line of code, and the rest of the cursor's line."""
         whole = cursor.line_before + (rest if cursor.line_before.strip() else first)
         is_text = is_text or not cursor.is_code
         opened = not is_text and bool(cursor.line_before.strip()) and opens_block(whole)
         base = width(whole if whole.strip() else cursor.line_before)
         if is_text and (begun := enclosing(cursor)) is not None:
-            # What comes after a string belongs where the string begins.
+            # A line after a string belongs in the column where the string begins.
             base = begun.column
         elif (begun_above := _comment_ended(cursor)) is not None:
             base = width(begun_above)
@@ -199,7 +199,7 @@ class _Block:
         )
 
     def is_over_before(self, lines: list[str], found: Outline, start: int) -> Reason | None:
-        """Why the last line, which begins at `start`, does not belong to the suggestion; None if it does."""
+        """Return the reason why the last line, from `start` on, is not part of the suggestion; else None."""
         line, number, cursor = lines[-1], len(lines) - 1, self.cursor
         is_text = cursor.is_prose or found.within(start)
         whole = line
@@ -218,10 +218,10 @@ class _Block:
             and (self.body_without_header or opens_block(line))
             and line.strip() == cursor.next_line.strip()
         ):
-            # The next line once more, at another indentation.
+            # The next line again, with another indentation.
             return Reason.REPEATS_TEXT if is_distinctive(line) else None
         if not cursor.is_prose and closes_outside(found, start):
-            # The file has that closer already, if one as deep stands below.
+            # The file has that closer already, if one that is as deep is below.
             below = cursor.next_line
             stands = below.lstrip()[:1] in CLOSERS and width(below) >= width(whole)
             return Reason.CLOSES_BLOCK if stands else None
@@ -235,14 +235,14 @@ class _Block:
         return None if is_text else self._leaves(lines, found)
 
     def _closes_as_below(self, line: str, found: Outline) -> bool:
-        """Whether a line closes what the cursor's line opened, and the next one does so in its own column."""
+        """Return whether a line closes what the cursor's line opened, as the next line below does too."""
         below = self.cursor.next_line
         is_same = line.strip().rstrip(",;") == below.strip().rstrip(",;") and width(below) == self.base
         closes = is_same and bool(found.open) and _BLOCK_CLOSER.fullmatch(line) is not None
         return closes and not balance(found.delimiters, found.open)[0]
 
     def _leaves(self, lines: list[str], found: Outline) -> Reason | None:
-        """Why the last line ends the block: it is indented as nothing in it is, or can never be reached."""
+        """Return the reason why the last line leaves the block: its indentation, or it is unreachable."""
         line, cursor = lines[-1], self.cursor
         column = width(line)
         if column > self.base or (_DIRECTIVE.match(line) and "#" not in notation.of(cursor.language_id).line):
@@ -251,7 +251,7 @@ class _Block:
             return Reason.OUTSIDE_BLOCK if column < self.min_indent else None
         if not cursor.is_code or _BLOCK_CLOSER.fullmatch(line) or _GOES_ON.match(line):
             return None
-        # Where statements have no headers, a colon opens a block only if something deeper follows.
+        # In languages without header lines, a colon opens a block only if deeper lines follow.
         opened = self.opened and (cursor.has_jumps or any(width(one) > self.base for one in lines[1:] if one))
         if opened and self.min_indent == self.base and not _ITEM.match(line):
             return Reason.OUTSIDE_BLOCK
@@ -269,16 +269,16 @@ class _Block:
         return Reason.UNREACHABLE if JUMP.match(line) and reaches_below(cursor, self.base) else None
 
     def is_over_after(self, line: str, found: Outline, start: int) -> bool:
-        """Whether the line, which begins at `start`, is the end of the block."""
+        """Return whether the line, which begins at `start`, is the last of the block."""
         if self.cursor.is_prose:
             return False
         column = width(line)
         if found.within(start):
             return closes_outside(found, start)
         if self.body_without_header and opens_block(line) and self.base <= column:
-            # Its body stands below, if that is one step deeper.
+            # Its body is below, if that is one step deeper.
             return width(self.cursor.next_line) == column + self.step
-        # What the cursor's line opened is closed: a block by its own closer, or by a word such as `done`.
+        # A block that the cursor's line opened is closed by its own closer, or by a word such as `done`.
         closed = start > 0 and found.open and not balance(found.delimiters, found.open)[0]
         closes_own = (closed or self.opened) and column == self.base and _BLOCK_CLOSER.fullmatch(line)
         if closes_own:
@@ -288,7 +288,7 @@ class _Block:
 
 
 def _closes_nothing(lines: list[str], cursor: CursorContext, whole: str) -> bool:
-    """Whether the last line closes a block in a column where none begins, and the next one closes that block.
+    """Return whether the last line closes a block where none begins, and the next line closes that block.
 
     For words and tags; brackets are matched.
     """
@@ -299,14 +299,14 @@ def _closes_nothing(lines: list[str], cursor: CursorContext, whole: str) -> bool
         return False
     above = [*cursor.above.split("\n"), *([cursor.line_before + lines[0], *lines[1:-1]] if lines[1:] else [])]
     outer = next((line for line in reversed(above) if line.strip() and width(line) <= column), "")
-    # What goes on, and what has such a word anywhere, may have begun one.
+    # A line that continues, or has such a word anywhere, may have begun a block.
     return width(outer) < column or not (
         may_open(outer) or _HEAD.search(outer) or DANGLING.search(outer.rstrip(">"))
     )
 
 
 def _comment_ended(cursor: CursorContext) -> str | None:
-    """The line that begins the comment which the cursor stands behind the end of; None if that is its own."""
+    """Return the line that begins the comment which ends at the cursor; None if it is the cursor's."""
     before = cursor.line_before.strip()
     if not before.endswith("*/") or "/*" in before:
         return None
@@ -314,9 +314,10 @@ def _comment_ended(cursor: CursorContext) -> str | None:
 
 
 def _min_indent(cursor: CursorContext, base: int) -> int:
-    """The least indented line that belongs to what the user asked for, where the block begins at `base`.
+    """Return the smallest indentation of lines that belong to the suggestion, for a block at `base`.
 
-    The block; or all of the function that it is in, if nothing of that stands below yet; or all of a recipe.
+    That of the block; or of the function around it, if no part of the function is below yet; or of a
+    makefile's recipe.
     """
     if cursor.language_id == "makefile" and cursor.previous_line.startswith("\t"):
         return min(base, width("\t"))
@@ -332,14 +333,14 @@ def _min_indent(cursor: CursorContext, base: int) -> int:
 
 
 def _is_fence(line: str, cursor: CursorContext, found: Outline, start: int) -> bool:
-    """Whether a line ends a block of Markdown, which models learnt to write code in."""
+    """Return whether a line ends a Markdown code block, in which models have learned to write code."""
     if not line.lstrip().startswith(("```", "~~~")) or not cursor.is_code or found.within(start):
         return False
-    # Where the file has them, in its comments or whatever it is, they are part of it.
+    # If the file has fences, in comments or elsewhere, they are part of it.
     return not any(_FENCE.match(one) for one in cursor.around)
 
 
 def reaches_below(cursor: CursorContext, column: int) -> bool:
-    """Whether the next line below is a statement of the same block."""
+    """Return whether the next line below is a statement of the same block."""
     below = cursor.next_line
     return width(below) == column and bool(_STATEMENT.match(below)) and not _GOES_ON.match(below)
