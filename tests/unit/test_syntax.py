@@ -163,7 +163,7 @@ def test_what_is_too_deep_for_a_parser_is_an_error_and_nothing_worse():
 MEMORY = """
 import gc
 import psutil
-from midfill import syntax
+from midfill.text import syntax
 
 TEXT = "def f(x):\\n    return x + 1  # text of its own\\n" * 50
 
