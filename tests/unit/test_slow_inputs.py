@@ -200,7 +200,7 @@ OF_DOCUMENTS = {
     "secret_filter.find_secrets": secret_filter.find_secrets,
     "secret_filter.grade": secret_filter.severity,
     "secret_filter.is_excluded": lambda text: secret_filter.is_excluded(text, Settings().excluded_files),
-    "files.judge": lambda text: files.judge("a.py", text),
+    "files.classify": lambda text: files.classify("a.py", text),
     "languages.language_id": languages.language_id,
     "ignore": lambda text: IgnoreRules([text.encode("utf-8", "replace")]).verdict(
         "a/b" * 60, is_folder=False

@@ -373,12 +373,12 @@ def _continues(after: str, tail: str) -> bool:
 
 def _with_context(segments: list[Segment], context: RenderedContext, *, after_bos: bool) -> list[Segment]:
     """Return the segments with other files after BOS, and comments at the beginning of the file's text."""
-    place = int(after_bos)
+    start = int(after_bos)
     head = next(index for index, (name, _) in enumerate(segments) if name in {"prefix", "typed"})
     return [
-        *segments[:place],
+        *segments[:start],
         *context.at_start,
-        *segments[place:head],
+        *segments[start:head],
         *context.in_prefix,
         *segments[head:],
     ]

@@ -330,8 +330,8 @@ class _Draft:
         for row in [row for row in self._long if min(rows) - 1 <= row <= max(rows)]:
             self._mend(row)
         lines = self._lines
-        places = locate(lines, start, self._encoding), locate(lines, end, self._encoding)
-        first, last, middle = _splice(lines, *places, text)
+        points = locate(lines, start, self._encoding), locate(lines, end, self._encoding)
+        first, last, middle = _splice(lines, *points, text)
         self.num_chars += _count(middle) - _count(lines[first:last])
         lines[first:last] = middle
         self.spliced = first, last, first + len(middle)

@@ -156,16 +156,16 @@ def find_secrets(text: str) -> dict[int, Severity]:
 def _suspicious(text: str) -> list[int]:
     """Yield the offsets at which a secret may be, in order; at least one in each such line."""
     lower = _lowered(text)
-    places = []
+    offsets = []
     for word in _LITERALS:
         at = lower.find(word)
         while at >= 0:
-            places.append(at)
+            offsets.append(at)
             # The rest of the line is judged with it.
             at = lower.find("\n", at)
             at = lower.find(word, at) if at >= 0 else -1
-    places += [run.start() for run in LONG_RUN.finditer(text) if _is_varied(run[0])]
-    return sorted(places)
+    offsets += [run.start() for run in LONG_RUN.finditer(text) if _is_varied(run[0])]
+    return sorted(offsets)
 
 
 def _is_varied(run: str) -> bool:

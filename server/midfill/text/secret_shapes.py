@@ -397,7 +397,7 @@ def assigned(line: str) -> Iterator[Assigned]:
             continue
         for noun in _NOUN.finditer(name):
             rest = name[noun.end() :]
-            if _goes_on(noun[0][-1], rest) or (
+            if _continues_word(noun[0][-1], rest) or (
                 noun[0].lower().startswith(("token", "key")) and _is_other_kind(name[: noun.start()])
             ):
                 continue
@@ -409,7 +409,7 @@ def assigned(line: str) -> Iterator[Assigned]:
             break
 
 
-def _goes_on(last: str, rest: str) -> bool:
+def _continues_word(last: str, rest: str) -> bool:
     """Return whether the following characters continue the word, as in `tokenizer`; not in `tokenURL`."""
     return rest[:1].isalpha() and (rest[0].islower() or last.isupper())
 

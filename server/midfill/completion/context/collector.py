@@ -340,8 +340,8 @@ class ContextCollector:
         cursor = snapshot.cursor.line
         begin = max(0, cursor - _NEAR_LINES)
         above = "".join(document.lines[begin:cursor]) + snapshot.line_before
-        places = {name: above.rfind(name) for name, _ in found}
-        used = sorted((pair for pair in found if places[pair[0]] >= 0), key=lambda pair: -places[pair[0]])
+        offsets = {name: above.rfind(name) for name, _ in found}
+        used = sorted((pair for pair in found if offsets[pair[0]] >= 0), key=lambda pair: -offsets[pair[0]])
         for _, piece in used[:_MAX_DEFINITIONS]:
             yield Snippet(ContextSource.IMPORTS, piece.path, piece.text)
 

@@ -151,13 +151,15 @@ class RepositoryIndex:
         names = set(names)
         found = []
         for name in sorted(names):
-            places = {path: text for path, text in self._definitions.get(name, {}).items() if path != without}
-            if not places:
+            signatures = {
+                path: text for path, text in self._definitions.get(name, {}).items() if path != without
+            }
+            if not signatures:
                 continue
-            best = max(places, key=lambda path: (_num_named(path, names), -len(path), path))
+            best = max(signatures, key=lambda path: (_num_named(path, names), -len(path), path))
             # Many files define `main`; the import names the one that is meant.
             if _num_named(best, names):
-                found.append((name, Found(best, 0, places[best])))
+                found.append((name, Found(best, 0, signatures[best])))
         return found
 
 

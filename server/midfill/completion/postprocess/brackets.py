@@ -103,7 +103,7 @@ class Reader:
     def read(self, text: str) -> Outline:
         """Return the outline of `text`; its `open` are the closers that the cursor's line still needs."""
         whole = self._before + text
-        if self._around is not None and self._goes_on(text, self._around):
+        if self._around is not None and self._stays_inside(text, self._around):
             return Outline((), (), ((-len(whole) - 1, len(text) + 1, self._around.comment),))
         if self._growing is None:
             spans = notation.comments(self._above + whole, self._language_id)
@@ -141,7 +141,7 @@ class Reader:
             if one.start not in unmatched or one.text in (self._awaited or ()) or not line.strip(" \t)]};,"):
                 yield one
 
-    def _goes_on(self, text: str, around: _EnclosingText) -> bool:
+    def _stays_inside(self, text: str, around: _EnclosingText) -> bool:
         """Return whether the text has not ended the string or comment that the cursor is in."""
         before = self._before[max(0, len(self._before) - len(around.closer) + 1) :]
         if around.closer and around.closer not in before + text:

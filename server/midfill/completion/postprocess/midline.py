@@ -9,7 +9,7 @@ from midfill.completion.postprocess import indentation
 from midfill.completion.postprocess.brackets import CLOSERS, Reader, imbalance, scan
 from midfill.completion.postprocess.cursor_context import CursorContext
 from midfill.completion.postprocess.indentation import indent_of, opens_block, width
-from midfill.completion.postprocess.repeats import goes_on_below
+from midfill.completion.postprocess.repeats import is_below_already
 from midfill.text import syntax
 from midfill.text.syntax import balance
 
@@ -75,8 +75,8 @@ def repeats(text: str, cursor: CursorContext) -> bool:
     """Return whether one of the text's lines is the next line below."""
     lines = text.split("\n")
     whole = cursor.line_before + lines[0]
-    return goes_on_below(lines[:1], cursor, whole=whole, nearby=False) or any(
-        goes_on_below(lines[: number + 1], cursor, nearby=False) for number in range(1, len(lines))
+    return is_below_already(lines[:1], cursor, whole=whole, nearby=False) or any(
+        is_below_already(lines[: number + 1], cursor, nearby=False) for number in range(1, len(lines))
     )
 
 

@@ -36,7 +36,7 @@ def is_distinctive(line: str) -> bool:
     return _DISTINCTIVE.search(line) is not None
 
 
-def goes_on_below(
+def is_below_already(
     lines: Sequence[str],
     cursor: CursorContext,
     *,

@@ -22,7 +22,7 @@ from midfill.completion.postprocess.brackets import (
 from midfill.completion.postprocess.cursor_context import CursorContext
 from midfill.completion.postprocess.indentation import indent_of, opens_block, width
 from midfill.completion.postprocess.midline import end_of_line, joint
-from midfill.completion.postprocess.repeats import goes_on_below, is_distinctive, repeated, retraced
+from midfill.completion.postprocess.repeats import is_below_already, is_distinctive, repeated, retraced
 from midfill.completion.postprocess.tabs import may_open
 from midfill.completion.reasons import Reason
 from midfill.text import notation
@@ -112,7 +112,7 @@ class Stopper:
             self.why = Reason.REPEATS_TEXT
             return end
         found = self._reader.read(text)
-        if number > 0 and goes_on_below(lines, cursor, nearby=False):
+        if number > 0 and is_below_already(lines, cursor, nearby=False):
             self.why = Reason.REPEATS_TEXT
         elif number > 0 and not "".join(lines[-2:]).strip():
             self.why = Reason.BLANK_LINES
@@ -206,7 +206,7 @@ class _Block:
         if number == 0:
             column = None if is_text else indent_of_closer(line, cursor)
             whole = (cursor.line_before + indent_of(line) if column is None else column) + line.lstrip(" \t")
-        if goes_on_below(lines, cursor, whole=whole, is_text=is_text):
+        if is_below_already(lines, cursor, whole=whole, is_text=is_text):
             return Reason.REPEATS_TEXT
         if _is_fence(line, cursor, found, start):
             return Reason.CODE_FENCE

@@ -193,10 +193,10 @@ class AcceptanceStats:
         text = _plain(text)
         current = self._suggestions.get(self._current.get(uri, 0))
         touched = current is not None and end in {current.start, current.end}
-        places: list[_ShownSuggestion | _Watched] = [*self._suggestions.values(), *self._watched]
-        for place in places:
-            if place.uri == uri and not (touched and place is current):
-                place.start = _moved(place.start, start, end, text)
+        tracked: list[_ShownSuggestion | _Watched] = [*self._suggestions.values(), *self._watched]
+        for position in tracked:
+            if position.uri == uri and not (touched and position is current):
+                position.start = _moved(position.start, start, end, text)
         if current is not None and touched:
             self._take(current, start, end, text, now_s)
 
@@ -323,7 +323,7 @@ class AcceptanceTracker:
             return
         change = changes[0] if len(changes) == 1 else None
         if change is not None and change.start is not None and change.end is not None:
-            start, end = sorted(before.point(place, encoding) for place in (change.start, change.end))
+            start, end = sorted(before.point(position, encoding) for position in (change.start, change.end))
             self._stats.edit(after.uri, start, end, change.text, time.monotonic())
         else:
             self._stats.edit(after.uri, *difference(before, after), time.monotonic())
@@ -422,16 +422,16 @@ def _after(start: Point, text: str) -> Point:
     return Point(start.line + len(above), len(last) + (0 if above else start.column))
 
 
-def _moved(place: Point, start: Point, end: Point, text: str) -> Point:
+def _moved(position: Point, start: Point, end: Point, text: str) -> Point:
     """Return a position as it is after an edit; inside the replaced text it moves to its start."""
-    if place <= start:
-        return place
-    if place < end:
+    if position <= start:
+        return position
+    if position < end:
         return start
     new_end = _after(start, text)
-    if place.line > end.line:
-        return Point(place.line + new_end.line - end.line, place.column)
-    return Point(new_end.line, new_end.column + place.column - end.column)
+    if position.line > end.line:
+        return Point(position.line + new_end.line - end.line, position.column)
+    return Point(new_end.line, new_end.column + position.column - end.column)
 
 
 def _share_kept(text: str, document: Document, start: Point) -> float:
