@@ -57,7 +57,7 @@ REASONS = {
     Reason.MID_WORD: "A word continues directly after the cursor.",
     Reason.LINE_TAIL: "There is code after the cursor on this line; "
     "trigger a suggestion explicitly to get one here.",
-    Reason.NOT_OPEN: "The document is not open in the editor.",
+    Reason.NOT_OPEN: "The document is not open.",
     Reason.MODEL_SILENT: "The model had nothing to add.",
     Reason.SPECIAL_TOKEN: "The model's text began with a special token, which is never inserted.",
     Reason.TOKEN_LIMIT: "The token limit (`max_new_tokens`) cut off the only line with text.",
