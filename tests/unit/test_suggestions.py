@@ -12,7 +12,7 @@ from midfill.completion.autoclose import auto_closing_changes, may_auto_close
 from midfill.completion.cache import Computed, Match, Suggestion
 from midfill.completion.completer import Completer
 from midfill.completion.context.bundle import EMPTY_BUNDLE
-from midfill.completion.generation import Output
+from midfill.completion.generation import Generation
 from midfill.completion.reasons import Reason
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.settings import Settings
@@ -73,7 +73,7 @@ class Editor:
 
 
 def match(suggested, typed, closers):
-    computed = Computed(Answer(suggested), Output(suggested, suggested), EMPTY_BUNDLE)
+    computed = Computed(Answer(suggested), Generation(suggested, suggested), EMPTY_BUNDLE)
     return Match(Suggestion(None, computed), typed, closers)
 
 

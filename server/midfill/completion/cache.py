@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from midfill.completion.answer import Answer
 from midfill.completion.autoclose import is_auto_closed, needs_closers, reconcile_auto_closed
 from midfill.completion.context.bundle import ContextBundle
-from midfill.completion.generation import Output
+from midfill.completion.generation import Generation
 from midfill.completion.origin import HashedText, Origin
 from midfill.text.documents import Snapshot
 
@@ -35,7 +35,7 @@ class Computed:
     """
 
     answer: Answer
-    output: Output
+    output: Generation
     context: ContextBundle
 
     @property

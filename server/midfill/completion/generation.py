@@ -17,7 +17,7 @@ from midfill.engine.api import Engine, Request
 
 
 @dataclass(slots=True)
-class Output:
+class Generation:
     """The model's text for one suggestion, and how it ended.
 
     Attributes:
@@ -61,14 +61,18 @@ class Output:
             if token[0] > 0 and begin < num_chars
         )
 
-    def part(self, start: int, end: int | None) -> Output:
+    def part(self, start: int, end: int | None) -> Generation:
         """Return the part of `raw` between two offsets, as if the model had ended there."""
         tokens = [(at - start, logprob) for at, logprob in self.tokens]
-        return Output(self.raw[start:end], complete=True, tokens=tokens)
+        return Generation(self.raw[start:end], complete=True, tokens=tokens)
 
 
 async def stream(
-    engine: Engine, request: Request, cursor: CursorContext, output: Output, on_text: Callable[[str], None]
+    engine: Engine,
+    request: Request,
+    cursor: CursorContext,
+    output: Generation,
+    on_text: Callable[[str], None],
 ) -> None:
     """Collect the model's text after `starts_with` in `output`, up to the end of the suggestion.
 

@@ -16,7 +16,7 @@ from midfill.completion.answer import Answer, AnswerSource, Trigger
 from midfill.completion.cache import Computed
 from midfill.completion.confidence import Calibration, Eagerness, Evidence, best, length_to_show
 from midfill.completion.context.collector import ContextCollector
-from midfill.completion.generation import Output, stream
+from midfill.completion.generation import Generation, stream
 from midfill.completion.in_flight import InFlightCompletion
 from midfill.completion.postprocess.clean import before_unsafe, clean
 from midfill.completion.postprocess.cursor_context import CursorContext
@@ -92,7 +92,7 @@ class Pipeline:
         prompt = self.prompts.build_moving_anchor(snapshot, self.context.collect(snapshot))
         self.engine.prewarm(prompt.tokens, self.adapter_of(snapshot.document))
 
-    def postprocess(self, output: Output, cursor: CursorContext) -> Answer:
+    def postprocess(self, output: Generation, cursor: CursorContext) -> Answer:
         """Return the part of the model's text that is worth inserting, or the reason why there is none."""
         if output.failure is not None:
             return Answer(reason=output.failure, detail=output.detail)
@@ -138,9 +138,9 @@ class Pipeline:
 
     async def _generate(
         self, request: Request, cursor: CursorContext, on_text: Callable[[str], None]
-    ) -> Output:
+    ) -> Generation:
         """Return what the model writes up to the suggestion's end, or how it failed."""
-        output = Output()
+        output = Generation()
         try:
             async with asyncio.timeout(self.settings.deadline_s):
                 await stream(self.engine, request, cursor, output, on_text)
@@ -165,7 +165,7 @@ class Pipeline:
         return output
 
 
-def _changed_texts(output: Output, cleaned: Answer, answer: Answer) -> tuple[tuple[str, str], ...]:
+def _changed_texts(output: Generation, cleaned: Answer, answer: Answer) -> tuple[tuple[str, str], ...]:
     """Return the texts for `Answer.texts`."""
     texts = [
         # Unsafe characters are not shown here either.

@@ -375,7 +375,7 @@ class _Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class _LineRange:
     """A range of a long line: in characters, and as (number of the piece, characters within it)."""
 
     start: int
@@ -410,10 +410,10 @@ class _LongLine:
         """The whole line."""
         return "".join(self._pieces) + self._ending
 
-    def span(self, start: int, end: int) -> _Span:
+    def span(self, start: int, end: int) -> _LineRange:
         """Return the range between two positions in the client's units."""
         (begin, first), (after, last) = self._find(start), self._find(end)
-        return _Span(begin, after, first, last)
+        return _LineRange(begin, after, first, last)
 
     def _find(self, units: int) -> tuple[int, tuple[int, int]]:
         units, chars = max(0, units), 0
@@ -426,12 +426,12 @@ class _LongLine:
             chars += len(piece)
         raise AssertionError("a line has a piece")
 
-    def char_before(self, span: _Span) -> str:
+    def char_before(self, span: _LineRange) -> str:
         """Return the character before a range; "" at the beginning of the line."""
         number, within = span.first
         return self._pieces[number][:within][-1:] or (self._pieces[number - 1][-1:] if number else "")
 
-    def replace(self, span: _Span, text: str) -> None:
+    def replace(self, span: _LineRange, text: str) -> None:
         """Replace a range by a text without line ends."""
         (first, start), (last, end) = span.first, span.last
         changed = self._pieces[first][:start] + text + self._pieces[last][end:]
@@ -439,7 +439,7 @@ class _LongLine:
         del self._pieces[first : last + 1], self._units[first : last + 1]
         self._insert(first, changed)
 
-    def split(self, span: _Span, before: str, after: str) -> tuple[_LongLine, _LongLine]:
+    def split(self, span: _LineRange, before: str, after: str) -> tuple[_LongLine, _LongLine]:
         """Return the two resulting lines: up to a range, plus `before`; and `after` plus the rest."""
         (first, start), (last, end) = span.first, span.last
         length = content_length(before)

@@ -199,7 +199,7 @@ _PUBLISHED = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class TokenFormat:
     """A token format: the literal (in lower case; "" for a long run of characters) and the pattern."""
 
     literal: str
@@ -207,13 +207,13 @@ class Shape:
 
 
 @cache
-def shapes() -> tuple[Shape, ...]:
+def shapes() -> tuple[TokenFormat, ...]:
     """Return all token formats."""
     prefixed = (
-        Shape(literal.lower(), re.compile(f"{re.escape(literal)}(?<!{_A}{re.escape(literal)}){rest}"))
+        TokenFormat(literal.lower(), re.compile(f"{re.escape(literal)}(?<!{_A}{re.escape(literal)}){rest}"))
         for literal, rest in _PREFIXED
     )
-    return (*prefixed, *(Shape(literal, re.compile(pattern)) for literal, pattern in _AROUND))
+    return (*prefixed, *(TokenFormat(literal, re.compile(pattern)) for literal, pattern in _AROUND))
 
 
 def prepare() -> None:

@@ -115,7 +115,7 @@ _LOOPS = frozenset({"while", "until", "for"})
 _MODIFIERS = frozenset({"if", "unless", "while", "until"})
 
 
-class _Source(threading.local):
+class _ParserInput(threading.local):
     """The parser's input, one for each thread.
 
     py-tree-sitter never frees the object that a read callback returns (0.25 and 0.26; and it checks the time
@@ -127,7 +127,7 @@ class _Source(threading.local):
         self.buffer = bytearray()
 
 
-_source = _Source()
+_source = _ParserInput()
 
 
 @dataclass(frozen=True, slots=True)

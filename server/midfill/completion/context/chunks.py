@@ -48,7 +48,7 @@ _MAX_HEAD_BYTES = 2_000
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class FileChunk:
     """A few lines of a file, without the blank ones around them.
 
     Attributes:
@@ -74,7 +74,7 @@ class Definition:
 class Parsed:
     """The parts of a file that may become context. None of them may hold a secret."""
 
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[FileChunk, ...]
     definitions: tuple[Definition, ...]
 
 
@@ -173,7 +173,7 @@ def _joined(ranges: Iterator[tuple[int, int]], lines: list[str]) -> Iterator[tup
 
 def _chunks(
     ranges: Iterator[tuple[int, int]], lines: list[str], secret_lines: frozenset[int]
-) -> Iterator[Chunk]:
+) -> Iterator[FileChunk]:
     for first, end in ranges:
         if secret_lines and any(row in secret_lines for row in range(first, end)):
             continue
@@ -181,7 +181,7 @@ def _chunks(
         body = text.strip("\n")
         if len(body.strip()) >= _MIN_CHUNK_CHARS and len(body) <= 2 * _MAX_CHUNK_CHARS:
             body = body.rstrip()
-            yield Chunk(first + len(text) - len(text.lstrip("\n")), body, " ".join(terms(body)))
+            yield FileChunk(first + len(text) - len(text.lstrip("\n")), body, " ".join(terms(body)))
 
 
 def _definitions(root: Node, data: bytes, secret_lines: frozenset[int]) -> Iterator[Definition]:

@@ -99,7 +99,7 @@ class _Glob:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
+class _IgnorePattern:
     """One pattern.
 
     Attributes:
@@ -126,7 +126,7 @@ class IgnoreRules:
     """The patterns of one folder's ignore files; later ones take precedence."""
 
     def __init__(self, files: Sequence[bytes]) -> None:
-        self._rules: list[_Rule] = []
+        self._rules: list[_IgnorePattern] = []
         # For patterns that are plain names, the last of each: (for folders only, name) to its number.
         self._names: dict[tuple[bool, bytes], int] = {}
         self._wild: list[int] = []
@@ -179,7 +179,7 @@ def _without_blanks(line: bytes) -> bytes:
     return line[: len(stripped) + num_backslashes % 2]
 
 
-def _parse(line: bytes) -> _Rule | None:
+def _parse(line: bytes) -> _IgnorePattern | None:
     """Return a parsed pattern; None for one that matches nothing."""
     ignores = not line.startswith(b"!")
     pattern = line.removeprefix(b"!")
@@ -194,7 +194,7 @@ def _parse(line: bytes) -> _Rule | None:
         glob = _compile(rest, by_name=by_name) if rest else None
     except _NeverMatchesError:
         return None
-    return _Rule(ignores, only_folders, by_name, prefix, glob)
+    return _IgnorePattern(ignores, only_folders, by_name, prefix, glob)
 
 
 def _compile(pattern: bytes, *, by_name: bool) -> _Glob:

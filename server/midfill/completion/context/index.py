@@ -30,7 +30,7 @@ _SEPARATOR = "\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class IndexedPiece:
     """A piece of a file of the repository.
 
     Attributes:
@@ -113,7 +113,7 @@ class RepositoryIndex:
 
     def search(
         self, text: Sequence[str], limit: int, *, but: tuple[str, range] = ("", range(0))
-    ) -> list[Found]:
+    ) -> list[IndexedPiece]:
         """Return the chunks that are most like some lines; the last lines weigh most.
 
         `but` is a file, and those of its lines that are left out.
@@ -137,7 +137,7 @@ class RepositoryIndex:
         # Chunks of the file itself are filtered here: a "must not" clause would skip whole blocks.
         hits = searcher.search(tantivy.Query.boolean_query(clauses), limit + _MAX_OWN, count=False).hits
         path, lines = but
-        found: list[Found] = []
+        found: list[IndexedPiece] = []
         for score, address in hits:
             piece = _found(searcher.doc(address), score)
             if piece.path != path or piece.line not in lines:
@@ -146,7 +146,7 @@ class RepositoryIndex:
                 break
         return found
 
-    def define(self, names: Iterable[str], *, without: str = "") -> list[tuple[str, Found]]:
+    def define(self, names: Iterable[str], *, without: str = "") -> list[tuple[str, IndexedPiece]]:
         """Return imported names with definitions, from the files whose paths mention most of the names."""
         names = set(names)
         found = []
@@ -159,7 +159,7 @@ class RepositoryIndex:
             best = max(signatures, key=lambda path: (_num_named(path, names), -len(path), path))
             # Many files define `main`; the import names the one that is meant.
             if _num_named(best, names):
-                found.append((name, Found(best, 0, signatures[best])))
+                found.append((name, IndexedPiece(best, 0, signatures[best])))
         return found
 
 
@@ -181,7 +181,7 @@ def _num_named(path: str, names: set[str]) -> int:
     return len(names.intersection(re.split(r"[/.]", path)))
 
 
-def _found(document: tantivy.Document, score: float) -> Found:
+def _found(document: tantivy.Document, score: float) -> IndexedPiece:
     stored: Any = document.get_first("chunk")
     line, _, text = bytes(stored).decode("utf-8").partition(_SEPARATOR)
-    return Found(str(document.get_first("path")), int(line), text, score)
+    return IndexedPiece(str(document.get_first("path")), int(line), text, score)

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import psutil
 
-from midfill.completion.context.chunks import Chunk, Definition, Parsed, parse
+from midfill.completion.context.chunks import Definition, FileChunk, Parsed, parse
 from midfill.completion.context.files import FileFilter
 
 # More code than the largest repositories have; a folder of data or of checkouts is not worth more memory.
@@ -63,7 +63,7 @@ def decode(line: bytes) -> tuple[str, Parsed]:
     value: Any = json.loads(line)
     path, chunks, definitions = value
     return path, Parsed(
-        tuple(Chunk(*chunk) for chunk in chunks), tuple(Definition(*one) for one in definitions)
+        tuple(FileChunk(*chunk) for chunk in chunks), tuple(Definition(*one) for one in definitions)
     )
 
 

@@ -88,7 +88,7 @@ def _enclosing(
     return None
 
 
-class Reader:
+class OutlineReader:
     """Reads the brackets, strings and comments of a suggestion, by the grammar or by a scan."""
 
     def __init__(self, cursor: CursorContext) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 
 from midfill.completion.postprocess import indentation, repetition
-from midfill.completion.postprocess.brackets import Reader, indent_of_closer, opens_block_above
+from midfill.completion.postprocess.brackets import OutlineReader, indent_of_closer, opens_block_above
 from midfill.completion.postprocess.comments import follows_comment, num_comments
 from midfill.completion.postprocess.cursor_context import CursorContext
 from midfill.completion.postprocess.indentation import indent_of, opens_block, width
@@ -165,7 +165,7 @@ def _indented(text: str, cursor: CursorContext) -> tuple[str, Reason | None]:
     """
     if cursor.line_before.strip() or text[:1] in {"", "\n"} or cursor.is_prose:
         return text, None
-    if Reader(cursor).read("").within(0):
+    if OutlineReader(cursor).read("").within(0):
         return text, None
     blanks = indent_of_closer(text, cursor)
     if blanks is not None and blanks.startswith(cursor.line_before):
@@ -191,7 +191,7 @@ def _without_last_jump(text: str, cursor: CursorContext) -> str:
     head, newline, last = text.rpartition("\n")
     base = width(cursor.line_before + text) if not cursor.line_before.strip() else width(cursor.line_before)
     jumps = bool(newline) and width(last) == base and JUMP.match(last) and reaches_below(cursor, base)
-    if not jumps or not cursor.has_jumps or Reader(cursor).read(text).within(len(head) + 1):
+    if not jumps or not cursor.has_jumps or OutlineReader(cursor).read(text).within(len(head) + 1):
         return text
     return head.rstrip()
 
@@ -214,7 +214,7 @@ def _balanced(text: str, cursor: CursorContext, *, limited: bool) -> str:
     A text that leaves brackets open was cut: it is either closed here, or ends before the part with the open
     bracket. The candidate with the fewest syntax errors wins; of equal ones, a closed text if a limit cut it.
     """
-    reader = Reader(cursor)
+    reader = OutlineReader(cursor)
     missing = _missing(text, cursor, reader)
     lines = text.split("\n")
     heads = opens_block(lines[-1]) and width(cursor.next_line) > width(lines[-1])
@@ -236,7 +236,7 @@ def _balanced(text: str, cursor: CursorContext, *, limited: bool) -> str:
     return fewest_errors([one for one in candidates if one.strip()], cursor)
 
 
-def _missing(text: str, cursor: CursorContext, reader: Reader) -> str:
+def _missing(text: str, cursor: CursorContext, reader: OutlineReader) -> str:
     """Return the closers of the brackets that a text leaves open, as they would be written after it."""
     opened: list[Delimiter] = []
     for one in reader.read(text).delimiters:

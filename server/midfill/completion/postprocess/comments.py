@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from midfill.completion.postprocess.brackets import Reader
+from midfill.completion.postprocess.brackets import OutlineReader
 from midfill.completion.postprocess.cursor_context import CursorContext
 from midfill.text import notation, syntax
 
@@ -11,7 +11,7 @@ def num_comments(text: str, cursor: CursorContext) -> int:
     """Count the lines at the end of a text that are blank, or comments that the text itself begins."""
     if cursor.is_prose:
         return 0
-    comments = [(start, end) for start, end in Reader(cursor).comments(text) if start >= 0]
+    comments = [(start, end) for start, end in OutlineReader(cursor).comments(text) if start >= 0]
     lines = text.split("\n")
     end = len(text)
     for number, line in enumerate(reversed(lines)):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from midfill.completion.postprocess import indentation
-from midfill.completion.postprocess.brackets import CLOSERS, Reader, imbalance, scan
+from midfill.completion.postprocess.brackets import CLOSERS, OutlineReader, imbalance, scan
 from midfill.completion.postprocess.cursor_context import CursorContext
 from midfill.completion.postprocess.indentation import indent_of, opens_block, width
 from midfill.completion.postprocess.repeats import is_below_already
@@ -37,7 +37,7 @@ def end_of_line(text: str, cursor: CursorContext) -> int | None:
     return None if newline < 0 else newline
 
 
-def joint(text: str, start: int, cursor: CursorContext, reader: Reader) -> int | None:
+def joint(text: str, start: int, cursor: CursorContext, reader: OutlineReader) -> int | None:
     """Return where the line of `text` at `start` joins the rest of the cursor's line."""
     tail = cursor.tail
     for one in balance(reader.read(text).delimiters)[1]:

@@ -26,7 +26,7 @@ _SEPARATORS = " \t,|&+"
 _RULER = re.compile(r"[-=*#~_+.:/\\|<>^%!\u2010-\u2015\u2500-\u259f\s]+")
 
 
-class Line:
+class GrowingLine:
     """Detects whether a growing line runs away. Linear in the line.
 
     Args:
@@ -61,7 +61,7 @@ class Line:
 
 
 def cut_at_limit(line: str, around: Sequence[str]) -> int | None:
-    """Return the same as `Line.cut` for a line that ended at the token limit."""
+    """Return the same as `GrowingLine.cut` for a line that ended at the token limit."""
     period = _period(line, len(line), _SHORTEST)
     if period is None or _RULER.fullmatch(line, len(line) - period) or _alike(line, period, around):
         return None

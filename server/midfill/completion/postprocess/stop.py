@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from midfill.completion.postprocess import indentation, repetition
 from midfill.completion.postprocess.brackets import (
     CLOSERS,
-    Reader,
+    OutlineReader,
     closes_outside,
     code_above,
     enclosing,
@@ -61,10 +61,10 @@ class Stopper:
 
     def __init__(self, cursor: CursorContext) -> None:
         self._cursor = cursor
-        self._reader = Reader(cursor)
+        self._reader = OutlineReader(cursor)
         self._lines: list[str] = []
         self._start = 0
-        self._growing = repetition.Line(cursor.around, cursor.line_before)
+        self._growing = repetition.GrowingLine(cursor.around, cursor.line_before)
         self._found: int | None = None
         self.why = Reason.BLANK_LINES
 
@@ -92,7 +92,7 @@ class Stopper:
             if end is not None:
                 return end
             self._start = newline + 1
-            self._growing = repetition.Line(cursor.around)
+            self._growing = repetition.GrowingLine(cursor.around)
         return self._end_of_repetition(text[self._start :])
 
     def _end_of_repetition(self, line: str) -> int | None:

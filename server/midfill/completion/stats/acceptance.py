@@ -46,7 +46,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Counts:
+class AcceptanceCounts:
     """Counts of the suggestions of one model in one language.
 
     Attributes:
@@ -67,13 +67,13 @@ class Counts:
     checked_5min: int = 0
     kept_5min: int = 0
 
-    def add(self, other: Counts) -> None:
+    def add(self, other: AcceptanceCounts) -> None:
         """Add another's counts to these."""
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
 
-Table = dict[str, dict[str, Counts]]
+Table = dict[str, dict[str, AcceptanceCounts]]
 """Counts by model and language; a model with an adapter has its own name, see `key_of`."""
 
 _WITH = " + "
@@ -102,7 +102,7 @@ def with_and_without(key: str) -> tuple[str, bool]:
     return key.removesuffix(_WITHOUT), key.endswith(_WITHOUT)
 
 
-Sessions = dict[str, dict[str, Counts]]
+Sessions = dict[str, dict[str, AcceptanceCounts]]
 """Counts by session and key, of all languages together: for comparing two groups of sessions."""
 
 _MOST_SESSIONS = 2000
@@ -236,9 +236,9 @@ class AcceptanceStats:
             for language, counts in languages.items():
                 self._counts((model, language)).add(counts)
 
-    def _counts(self, key: tuple[str, str]) -> Counts:
+    def _counts(self, key: tuple[str, str]) -> AcceptanceCounts:
         model, language = key
-        return self._table.setdefault(model, {}).setdefault(language, Counts())
+        return self._table.setdefault(model, {}).setdefault(language, AcceptanceCounts())
 
     def _take(self, suggestion: _ShownSuggestion, start: Point, end: Point, text: str, now_s: float) -> None:
         """Judge an edit that ends at a suggestion's position: it accepts all or a part, or is other text."""
@@ -463,7 +463,7 @@ def _read(path: Path) -> tuple[Table, Sessions]:
         values = read_json(path)
         counts, sessions = (
             {
-                str(one): {str(key): Counts(**counts) for key, counts in group.items()}
+                str(one): {str(key): AcceptanceCounts(**counts) for key, counts in group.items()}
                 for one, group in part.items()
             }
             for part in (values["counts"], values.get("sessions", {}))
@@ -490,9 +490,9 @@ def add(path: Path, new: Table, session: str | None = None) -> None:
             table, sessions = _read(path)
             for model, languages in new.items():
                 for language, counts in languages.items():
-                    table.setdefault(model, {}).setdefault(language, Counts()).add(counts)
+                    table.setdefault(model, {}).setdefault(language, AcceptanceCounts()).add(counts)
                     if session is not None and adapter_of(model)[1] is not None:
-                        sessions.setdefault(session, {}).setdefault(model, Counts()).add(counts)
+                        sessions.setdefault(session, {}).setdefault(model, AcceptanceCounts()).add(counts)
             latest = dict(list(sessions.items())[-_MOST_SESSIONS:])
             partial = path.with_suffix(".partial")
             content = {"counts": as_dict(table), "sessions": as_dict(latest)}
