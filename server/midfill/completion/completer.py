@@ -20,7 +20,6 @@ from midfill.completion.context.collector import ContextCollector
 from midfill.completion.gate import reason_against
 from midfill.completion.idle import IdleTimers
 from midfill.completion.in_flight import InFlightCompletions
-from midfill.completion.origin import Origin
 from midfill.completion.pipeline import Pipeline
 from midfill.completion.prompt import PromptBuilder
 from midfill.completion.reasons import Reason
@@ -165,15 +164,15 @@ class Completer:
 
     def _from_cache(self, snapshot: Snapshot, trigger: Trigger) -> Answer | None:
         """Return the answer that needs no model: a cached one, or the remainder of a suggestion."""
+        if (pipeline := self._pipeline) is None:
+            return None
         self._in_flight.moved(snapshot)
         context = self.context.collect(snapshot)
         for match in self._cache.matches(snapshot, explicit=trigger is Trigger.INVOKED):
             # With other context the exact answer might be another one now. What the user is typing stays.
             if match.exact and match.suggestion.computed.context is not context:
                 continue
-            if self._pipeline is None:
-                continue
-            if (answer := from_cache(match, snapshot, trigger, self._pipeline)) is not None:
+            if (answer := from_cache(match, snapshot, trigger, pipeline)) is not None:
                 self._cache.keep(match.suggestion)
                 return answer.without_model_work()
         return None
@@ -192,8 +191,8 @@ class Completer:
             match = await in_flight.wait(inserted)
             return None if match is None else from_joined(match, snapshot, trigger, pipeline)
         seen, closed = self._auto_closed.without(snapshot)
-        self._auto_closed.remember(Origin.of(seen))
         launched = self._in_flight.launch(seen, partial(pipeline.compute, seen), explicit=explicit)
+        self._auto_closed.remember(launched.origin)
         match = await launched.wait(("", closed))
         return None if match is None else reconciled(match.suggestion.computed.answer, match)
 

@@ -194,9 +194,9 @@ class AcceptanceStats:
         current = self._suggestions.get(self._current.get(uri, 0))
         touched = current is not None and end in {current.start, current.end}
         tracked: list[_ShownSuggestion | _Watched] = [*self._suggestions.values(), *self._watched]
-        for position in tracked:
-            if position.uri == uri and not (touched and position is current):
-                position.start = _moved(position.start, start, end, text)
+        for one in tracked:
+            if one.uri == uri and not (touched and one is current):
+                one.start = _moved(one.start, start, end, text)
         if current is not None and touched:
             self._take(current, start, end, text, now_s)
 
