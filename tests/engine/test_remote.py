@@ -12,7 +12,8 @@ import pytest
 from clock import in_its_own_time
 from faulty import GOOD, RESET, SILENCE, STREAM, WORDS, Faulty, chunk, event, page, word
 
-from midfill.completion.completer import Completer, Trigger
+from midfill.completion.answer import Trigger
+from midfill.completion.completer import Completer
 from midfill.completion.reasons import Reason
 from midfill.engine.api import Request
 from midfill.engine.remote.client import detection as recognition
@@ -39,7 +40,7 @@ async def started(*servers, **spec):
 
 
 async def complete(engine):
-    completer = Completer(Settings(deadline_s=DEADLINE_S, eagerness="always"))
+    completer = Completer(Settings(deadline_s=DEADLINE_S, eagerness="always", prefetch=False))
     completer.use(engine, FAMILY)
     return await completer.complete(HERE, Trigger.INVOKED)
 

@@ -10,7 +10,8 @@ import pytest
 from faulty import STREAM, Faulty, chunk, event, listing, page, tokenize, word
 from tiny import write_tokenizer
 
-from midfill.completion.completer import Completer, Trigger
+from midfill.completion.answer import Trigger
+from midfill.completion.completer import Completer
 from midfill.engine.api import Request
 from midfill.engine.remote.client.circuit_breaker import Breaker
 from midfill.engine.remote.client.credentials import find_key
@@ -315,7 +316,7 @@ async def test_the_model_here_takes_over_where_the_user_wants_that(model):
         pass
     engine = FallbackEngine(RemoteEngine(RemoteSpec((server.url,))), lambda: here)
     await engine.start(lambda _message, _share: None)
-    completer = Completer(Settings(eagerness="always"))
+    completer = Completer(Settings(eagerness="always", prefetch=False))
     completer.use(engine, ("qwen2.5-coder", FAMILIES["qwen2.5-coder"]))
     where = Snapshot(Document.open("file:///a.py", "python", 1, "x = "), Point(0, 4))
     assert (await completer.complete(where, Trigger.INVOKED)).text == "1"

@@ -9,7 +9,7 @@ import pytest
 from planted import certain, possible
 from raw import Raw, descendants
 
-from midfill.completion.completer import Trigger
+from midfill.completion.answer import Trigger
 from midfill.engine.scripted import Script, ScriptedEngine
 from midfill.evaluation.fillers import Hole, PipelineFiller
 from midfill.lsp.server_filler import ServerFiller

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from midfill.completion.stats.acceptance import Counts, read
+from midfill.completion.stats.acceptance import AcceptanceCounts, read
 from midfill.lsp.client import SERVE_COMMAND, Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -57,7 +57,7 @@ async def test_an_accepted_item_is_counted(script, tmp_path, monkeypatch, by):
         await accepted(client, item)
     await client.close()
     path = tmp_path / "state" / "feedback.json"
-    assert read(path) == {"scripted": {"python": Counts(offered=1, accepted=1, accepted_chars=10)}}
+    assert read(path) == {"scripted": {"python": AcceptanceCounts(offered=1, accepted=1, accepted_chars=10)}}
     assert "compute" not in path.read_text()
 
 

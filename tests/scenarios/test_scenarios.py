@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from midfill.completion.completer import Completer, Trigger
+from midfill.completion.answer import Trigger
+from midfill.completion.completer import Completer
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.settings import parse
 from midfill.text.documents import Document, Point, Snapshot
@@ -44,7 +45,7 @@ async def test_scenario(path):
     name, sections = read(path)
     engine = ScriptedEngine(Script([Rule(text=sections.get("model", ""))]))
     await engine.start(lambda _message, _share: None)
-    given = {"max_new_tokens": 500} | tomllib.loads(sections.get("settings", ""))
+    given = {"max_new_tokens": 500, "prefetch": False} | tomllib.loads(sections.get("settings", ""))
     completer = Completer(parse(given))
     completer.use(engine)
 

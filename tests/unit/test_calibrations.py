@@ -7,7 +7,7 @@ import pytest
 from midfill.cli.doctor import _calibration
 from midfill.completion import calibrations
 from midfill.completion.calibrations import CalibrationError, Saved
-from midfill.completion.confidence import BUILT_IN, WEIGHTS, Eagerness, Evidence, confidence, worth_showing
+from midfill.completion.confidence import BUILT_IN, WEIGHTS, Eagerness, Evidence, confidence, length_to_show
 from midfill.settings import Settings
 
 EVIDENCE = Evidence("compute(value)", ((7, -0.01), (14, -0.02)), True, "    x = ")
@@ -51,8 +51,8 @@ def test_what_is_written_is_used_and_can_be_taken_back():
     assert found.problem == ""
     assert found.calibration.source == str(path)
     assert found.calibration.thresholds[Eagerness.LOW] == 0.5
-    assert worth_showing(EVIDENCE, Eagerness.NORMAL) == 14
-    assert worth_showing(EVIDENCE, Eagerness.NORMAL, found.calibration) == 0
+    assert length_to_show(EVIDENCE, Eagerness.NORMAL) == 14
+    assert length_to_show(EVIDENCE, Eagerness.NORMAL, found.calibration) == 0
     assert confidence(EVIDENCE, 14, found.calibration) < confidence(EVIDENCE, 14)
     assert "200 suggestions in 3 repositories" in calibrations.describe(found)
     assert calibrations.remove("m") == path

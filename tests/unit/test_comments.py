@@ -259,7 +259,7 @@ def test_the_cursor_is_known_to_be_in_a_string_wherever_that_begins(name):
     for row in range(4, len(lines) - 1, 5):
         if lines[row].strip():
             continue
-        place = place_of("python", "\n".join([*lines[:row], "    ▮", *lines[row + 1 :]]))
-        if (brackets.enclosing(place) is not None) != any(row in string for string in strings):
+        cursor = place_of("python", "\n".join([*lines[:row], "    ▮", *lines[row + 1 :]]))
+        if (brackets.enclosing(cursor) is not None) != any(row in string for string in strings):
             wrong.append(row + 1)
     assert not wrong

@@ -7,10 +7,10 @@ from midfill.completion.confidence import (
     WEIGHTS,
     Eagerness,
     Evidence,
-    beginnings,
     confidence,
     features,
-    worth_showing,
+    length_to_show,
+    line_prefixes,
 )
 
 
@@ -22,9 +22,9 @@ def evidence(text, *logprobs, line_before="    x = ", finished=True):
 
 
 def test_a_beginning_ends_with_a_line_that_says_something():
-    assert list(beginnings("a\n\n  b\n")) == [1, 6]
-    assert list(beginnings("\nab")) == [3]
-    assert list(beginnings("")) == []
+    assert list(line_prefixes("a\n\n  b\n")) == [1, 6]
+    assert list(line_prefixes("\nab")) == [3]
+    assert list(line_prefixes("")) == []
 
 
 def test_the_features_are_those_of_the_beginning_only():
@@ -40,24 +40,24 @@ def test_the_features_are_those_of_the_beginning_only():
 def test_likely_tokens_are_shown_and_unlikely_ones_are_not():
     sure, unsure = evidence("compute(value)", -0.01, -0.02), evidence("compute(value)", -3.0, -4.0)
     assert confidence(sure, 14) > 0.5 > THRESHOLDS[Eagerness.NORMAL] > confidence(unsure, 14)
-    assert worth_showing(sure, Eagerness.NORMAL) == 14
-    assert worth_showing(unsure, Eagerness.NORMAL) == 0
+    assert length_to_show(sure, Eagerness.NORMAL) == 14
+    assert length_to_show(unsure, Eagerness.NORMAL) == 0
 
 
 def test_only_the_lines_that_are_likely_are_shown():
     text = "compute(v)\nguesswork\n"
     ends = ((5, -0.01), (10, -0.01), (15, -4.0), (20, -4.0))
-    assert worth_showing(Evidence(text, ends, True, "    x = "), Eagerness.NORMAL) == 10
+    assert length_to_show(Evidence(text, ends, True, "    x = "), Eagerness.NORMAL) == 10
 
 
 def test_the_more_eager_the_more_is_shown():
     assert THRESHOLDS[Eagerness.LOW] > THRESHOLDS[Eagerness.NORMAL] > THRESHOLDS[Eagerness.HIGH] > 0
     unsure = evidence("compute(value)\nmore", -9.0, -9.0)
-    assert worth_showing(unsure, Eagerness.ALWAYS) == len(unsure.text)
+    assert length_to_show(unsure, Eagerness.ALWAYS) == len(unsure.text)
 
 
 def test_without_log_probabilities_everything_is_shown():
-    assert worth_showing(Evidence("a", (), True, ""), Eagerness.LOW) == 1
+    assert length_to_show(Evidence("a", (), True, ""), Eagerness.LOW) == 1
     with pytest.raises(ValueError, match="without tokens"):
         features(Evidence("a", (), True, ""), 1)
 

@@ -5,12 +5,13 @@ import random
 import pytest
 from planted import certain, possible
 
+from midfill.completion.context.bundle import EMPTY_BUNDLE, ContextBundle, ContextSource, Folder, Snippet
 from midfill.completion.context.chunks import parse
-from midfill.completion.context.collector import NOTHING, Collected, Context, Folder, Snippet, Source
-from midfill.completion.context.files import sift
+from midfill.completion.context.collector import ContextCollector
+from midfill.completion.context.files import to_source_file
 from midfill.completion.context.index import RepositoryIndex
 from midfill.completion.context.indexer import Indexer
-from midfill.completion.context.rendering import ContextWriter
+from midfill.completion.context.rendering import ContextRenderer
 from midfill.completion.prompt import PromptBuilder
 from midfill.engine.api import ModelInfo
 from midfill.engine.scripted import CharTokenizer
@@ -62,7 +63,7 @@ def make():
 
     def make(*folders, **settings):
         settings = {"context": ("imports", "open", "repository"), "context_tokens": 400} | settings
-        context = Context(Settings(**settings))
+        context = ContextCollector(Settings(**settings))
         context.open_folders([(folder.name, folder) for folder in folders])
         made.append(context)
         if context.indexer is not None:
@@ -88,7 +89,7 @@ def sources(collected):
 
 def test_definitions_of_what_is_imported_and_used_are_found(root, make):
     collected = make(root).collect(at_end(document(root / "main.py", USES)))
-    assert (Source.IMPORTS, "shapes.py") in sources(collected)
+    assert (ContextSource.IMPORTS, "shapes.py") in sources(collected)
     text = "\n".join(snippet.text for snippet in collected.snippets)
     assert "class Rectangle:\n    def __init__(self, width, height):\n    def area(self):" in text
     assert (collected.repository, collected.path) == ("project", "main.py")
@@ -100,7 +101,7 @@ def test_code_like_that_around_the_cursor_is_found(root, make):
     )
     context = make(root, context=("repository",))
     collected = context.collect(at_end(document(root / "more.py", text)))
-    assert set(sources(collected)) == {(Source.REPOSITORY, "orders.py")}
+    assert set(sources(collected)) == {(ContextSource.REPOSITORY, "orders.py")}
     assert "discount_for_" in collected.snippets[-1].text
 
 
@@ -112,7 +113,7 @@ def test_nothing_that_stands_near_the_cursor_but_far_parts_of_the_document_itsel
     assert context.collect(at_end(near)).snippets == ()
     far = document(root / "orders.py", ORDERS + "\nx = 1\n" * 100 + "def total_of_order_items(order): ")
     # The second of two equal ones is left out.
-    assert set(sources(context.collect(at_end(far)))) == {(Source.OPEN, "orders.py")}
+    assert set(sources(context.collect(at_end(far)))) == {(ContextSource.OPEN, "orders.py")}
 
 
 def test_without_a_folder_open_documents_are_context_and_no_file_is_read(root, make):
@@ -121,7 +122,7 @@ def test_without_a_folder_open_documents_are_context_and_no_file_is_read(root, m
     assert context.indexer.wait(60)
     text = "rectangle = largest_rectangle(rectangles)\nprint(rectangle.area(), perimeter(rectangle"
     collected = context.collect(at_end(document(root / "main.py", text)))
-    assert set(sources(collected)) == {(Source.OPEN, "shapes.py")}
+    assert set(sources(collected)) == {(ContextSource.OPEN, "shapes.py")}
     assert context.indexer._process is None
 
 
@@ -234,7 +235,7 @@ def test_recent_edits_are_context_as_diffs(root, make):
         shapes = edited
     (snippet,) = context.collect(at_end(document(root / "main.py", "x = "))).snippets
     assert snippet == Snippet(
-        Source.EDITS,
+        ContextSource.EDITS,
         "shapes.py.diff",
         "-        return self.width * self.height\n+        return self.width * self.height + 0",
     )
@@ -249,7 +250,7 @@ def test_switched_off_nothing_is_read_or_given(root, make):
             context.configure(context.settings.model_copy(update={"context": ()}))
         context.opened(document(root / "shapes.py", SHAPES))
         assert context.indexer is None
-        assert context.collect(at_end(document(root / "main.py", USES))) is NOTHING
+        assert context.collect(at_end(document(root / "main.py", USES))) is EMPTY_BUNDLE
 
 
 def test_an_index_that_was_changed_in_pieces_equals_a_new_one():
@@ -263,11 +264,11 @@ def test_an_index_that_was_changed_in_pieces_equals_a_new_one():
             index.remove(path)
         else:
             files[path] = "".join(rng.sample(texts, 5))
-            index.add(path, parse(sift(path, files[path])))
+            index.add(path, parse(to_source_file(path, files[path])))
     index.commit()
     fresh = RepositoryIndex()
     for path, text in files.items():
-        fresh.add(path, parse(sift(path, text)))
+        fresh.add(path, parse(to_source_file(path, text)))
     fresh.commit()
     assert (index.num_files, index.num_chunks) == (fresh.num_files, fresh.num_chunks)
     for number in range(30):
@@ -284,8 +285,8 @@ def test_a_word_that_is_rare_counts_for_more_than_many_that_stand_everywhere():
     everywhere = " + ".join(f"common{number}" for number in range(40))
     index = RepositoryIndex()
     for number in range(300):
-        index.add(f"p{number}.py", parse(sift(f"p{number}.py", f"value = {everywhere}\n")))
-    index.add("rare.py", parse(sift("rare.py", f"value = {everywhere} + wanted\n")))
+        index.add(f"p{number}.py", parse(to_source_file(f"p{number}.py", f"value = {everywhere}\n")))
+    index.add("rare.py", parse(to_source_file("rare.py", f"value = {everywhere} + wanted\n")))
     index.commit()
     # The common words stand nearer to the cursor, the last line.
     found = index.search(["wanted\n", f"other = {everywhere}\n"], 1)
@@ -319,8 +320,11 @@ def test_paths_of_uris(uri, path):
 
 # In the prompt
 
-COLLECTED = Collected(
-    (Snippet(Source.IMPORTS, "a/b.py", "def f(x):"), Snippet(Source.OPEN, "c.py", "y = 1\nz = 2")),
+COLLECTED = ContextBundle(
+    (
+        Snippet(ContextSource.IMPORTS, "a/b.py", "def f(x):"),
+        Snippet(ContextSource.OPEN, "c.py", "y = 1\nz = 2"),
+    ),
     "main.py",
     "project",
 )
@@ -339,8 +343,8 @@ class WithMarks(CharTokenizer):
 
 
 def written(family, budget=10_000, language="python"):
-    writer = ContextWriter(FAMILIES[family], WithMarks())
-    parts = writer.write(Document.open("file:///main.py", language, 0, ""), COLLECTED, budget)
+    renderer = ContextRenderer(FAMILIES[family], WithMarks())
+    parts = renderer.render(Document.open("file:///main.py", language, 0, ""), COLLECTED, budget)
     return [
         WithMarks().decode([id_ for _, ids in part for id_ in ids])
         for part in (parts.at_start, parts.in_prefix)
@@ -362,8 +366,8 @@ def test_context_takes_the_form_that_the_family_was_trained_with():
 def test_the_budget_keeps_the_best_and_counts_everything():
     whole = len(written("qwen2.5-coder")[0])
     for budget in range(0, whole + 60, 3):
-        writer = ContextWriter(FAMILIES["qwen2.5-coder"], WithMarks())
-        parts = writer.write(Document.open("file:///main.py", "python", 0, ""), COLLECTED, budget)
+        renderer = ContextRenderer(FAMILIES["qwen2.5-coder"], WithMarks())
+        parts = renderer.render(Document.open("file:///main.py", "python", 0, ""), COLLECTED, budget)
         assert parts.num_tokens <= budget
         names = [name for name, _ in parts.at_start if name.startswith("context")]
         assert not names or names[-1] == "context: open" or "y = 1" in written("qwen2.5-coder", budget)[0]

@@ -5,9 +5,9 @@ import os
 import pytest
 from planted import certain, possible
 
+from midfill.completion.context.bundle import MAX_CHUNK_LINES
 from midfill.completion.context.chunks import imported_names, parse, terms
-from midfill.completion.context.collector import MAX_CHUNK_LINES
-from midfill.completion.context.files import Sieve, read_bytes, sift
+from midfill.completion.context.files import FileFilter, read_bytes, to_source_file
 from midfill.settings import Settings
 
 CODE = "def area(width, height):\n    return width * height\n"
@@ -28,8 +28,8 @@ def write(root, files):
 
 
 def names(root, patterns=None):
-    sieve = Sieve(root, Settings().excluded_files if patterns is None else patterns)
-    return {name for name in sieve.walk() if sieve.read(name) is not None}
+    file_filter = FileFilter(root, Settings().excluded_files if patterns is None else patterns)
+    return {name for name in file_filter.walk() if file_filter.read(name) is not None}
 
 
 def test_code_is_read_and_everything_else_is_not(root):
@@ -95,10 +95,14 @@ def test_a_path_is_admitted_if_the_walk_would_give_it(root):
     write(root, {".gitignore": "no/\n", "a.py": CODE, "b/c.py": CODE, "no/d.py": CODE, "vendor/e.py": CODE})
     (root / "link").symlink_to(root / "b")
     (root / "link.py").symlink_to(root / "a.py")
-    sieve = Sieve(root, ())
+    file_filter = FileFilter(root, ())
     tried = ["a.py", "b/c.py", "no/d.py", "vendor/e.py", "link/c.py", "link.py", "gone.py", "../work/a.py"]
     tried += [str(root / "a.py"), "b", ""]
-    assert [name for name in tried if sieve.admits(name)] == ["a.py", "b/c.py"] == sorted(sieve.walk())
+    assert (
+        [name for name in tried if file_filter.admits(name)]
+        == ["a.py", "b/c.py"]
+        == sorted(file_filter.walk())
+    )
 
 
 def test_links_pipes_and_what_cannot_be_read_neither_block_nor_lead_out(root, tmp_path):
@@ -125,14 +129,14 @@ def test_links_pipes_and_what_cannot_be_read_neither_block_nor_lead_out(root, tm
 @pytest.mark.parametrize("kind", certain())
 def test_a_file_with_a_certain_secret_is_no_context(kind):
     line, _ = certain()[kind]
-    assert sift("a.py", f"{CODE}\n{line}\n") is None
+    assert to_source_file("a.py", f"{CODE}\n{line}\n") is None
 
 
 @pytest.mark.parametrize("kind", possible())
 def test_a_possible_secret_is_left_out_with_its_chunk_and_its_definition(kind):
     line, secret = possible()[kind]
     far = "\n".join(f"def f{number}(x):\n    return x + {number}\n" for number in range(40))
-    file = sift("a.py", f"{far}\nclass Bad:\n    {line}\n\n\n{far}")
+    file = to_source_file("a.py", f"{far}\nclass Bad:\n    {line}\n\n\n{far}")
     parsed = parse(file)
     assert len(parsed.chunks) > 8
     assert not any(secret in chunk.text or secret.lower() in chunk.terms for chunk in parsed.chunks)
@@ -145,7 +149,7 @@ def test_chunks_follow_the_syntax_and_cover_the_file():
         for number in range(30)
     )
     text = f"import os\n\n\nclass Big:\n    '''A class.'''\n\n{methods}\n\ndef small():\n    return os.name\n"
-    chunks = parse(sift("a.py", text)).chunks
+    chunks = parse(to_source_file("a.py", text)).chunks
     lines = text.split("\n")
     for chunk in chunks:
         rows = chunk.text.split("\n")
@@ -158,7 +162,7 @@ def test_chunks_follow_the_syntax_and_cover_the_file():
 
 
 def test_a_language_without_grammar_is_cut_at_blank_lines():
-    file = sift("a.sql", "select a, b from c where d = e;\n\n" * 30)
+    file = to_source_file("a.sql", "select a, b from c where d = e;\n\n" * 30)
     assert all(chunk.text.startswith("select") for chunk in parse(file).chunks)
     assert parse(file).definitions == ()
 
@@ -194,7 +198,7 @@ def test_a_language_without_grammar_is_cut_at_blank_lines():
     ],
 )
 def test_signatures(name, text, expected):
-    (definition,) = parse(sift(name, text)).definitions
+    (definition,) = parse(to_source_file(name, text)).definitions
     assert definition.signature == expected
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from midfill.completion.completer import Trigger
+from midfill.completion.answer import Trigger
 from midfill.completion.confidence import Eagerness
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import MidfillError

@@ -61,7 +61,7 @@ def test_a_model_is_recognised_by_sentinels_and_architecture():
 
 
 def test_a_model_that_fits_no_family_is_refused():
-    with pytest.raises(ModelError, match=r"not known: it fits none.*set `family"):
+    with pytest.raises(ModelError, match=r"not known: the model fits none.*set `family"):
         recognise_family(dataclasses.replace(MODEL, family=None, architecture="bloom"))
 
 
@@ -124,7 +124,9 @@ def test_every_row_makes_sense(family):
 
 
 def test_a_layout_that_the_family_does_not_know_is_refused():
-    with pytest.raises(ModelError, match=r"'qwen2\.5-coder' do not understand the layout 'spm'.*anchored"):
+    with pytest.raises(
+        ModelError, match=r"'qwen2\.5-coder' does not support the prompt layout 'spm'.*anchored"
+    ):
         PromptBuilder(MODEL, Settings(layout="spm"))
 
 

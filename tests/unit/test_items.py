@@ -5,7 +5,7 @@ import re
 import pytest
 from lsprotocol import types
 
-from midfill.completion.completer import Answer
+from midfill.completion.answer import Answer
 from midfill.lsp.items import PopupStyle, popup_item
 from midfill.text.documents import Document, Encoding, Point, Snapshot
 

@@ -15,8 +15,9 @@ import virtual_time
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from midfill.completion.completer import Completer, Source, Trigger
-from midfill.completion.suggestions import closing_places
+from midfill.completion.answer import AnswerSource, Trigger
+from midfill.completion.autoclose import matched_closer_offsets
+from midfill.completion.completer import Completer
 from midfill.engine.api import ModelInfo, Token
 from midfill.engine.scripted import CharTokenizer
 from midfill.settings import Settings
@@ -98,7 +99,7 @@ class Session:
         char = char.replace("\n", self.here.document.line_ending)
         closer = CLOSERS.get(char, "")
         if closer:
-            self.completer.closing(self.here)
+            self.completer.before_auto_close(self.here)
         typed = self.here.insert(char)
         self.put(Snapshot(typed.insert(closer).document, typed.cursor))
         self.shown = self.shown.removeprefix(char) if self.shown.startswith(char) else ""
@@ -110,7 +111,7 @@ class Session:
         num_replaced = self.num_replaced
         if part != self.shown:
             # Those closers whose turn it is.
-            num_replaced = len(closing_places(part, self.here.line_after[:num_replaced]))
+            num_replaced = len(matched_closer_offsets(part, self.here.line_after[:num_replaced]))
         self.shown, self.num_replaced = self.shown[len(part) :], self.num_replaced - num_replaced
         self.put(self.here.insert(part, num_replaced))
 
@@ -214,7 +215,7 @@ class Session:
         if not answer.text:
             assert await self.is_nothing(snapshot, options, trigger), what
             return
-        may_be_typed = MAX_TYPED if answer.source in {Source.TYPED_THROUGH, Source.JOINED} else 0
+        may_be_typed = MAX_TYPED if answer.source in {AnswerSource.TYPED_THROUGH, AnswerSource.JOINED} else 0
         assert await self.is_rest(answer, snapshot, options, may_be_typed), what
 
     async def is_nothing(self, snapshot, options, trigger):
@@ -242,7 +243,7 @@ class Session:
     async def afresh(self, snapshot, options, trigger):
         key = marked(snapshot), options.max_new_tokens, trigger
         if key not in self.fresh:
-            completer = Completer(options)
+            completer = Completer(options.model_copy(update={"prefetch": False}))
             completer.use(PureEngine(self.engine.seed, 0))
             self.fresh[key] = await completer.complete(snapshot, trigger)
         return self.fresh[key]
@@ -295,7 +296,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(sorted(OPERATIONS)), st.integers(0, 1
 
 async def play(steps, seed):
     engine = PureEngine(seed, 0.01)
-    completer = Completer(SETTINGS[0], looks_ahead=True)
+    completer = Completer(SETTINGS[0])
     completer.use(engine)
     states = {
         "file:///a.py": [at(Document.open("file:///a.py", "python", 1, ""), "ab(c)\n    a", "\nb\nend")],
@@ -325,4 +326,4 @@ def test_random_sessions_reach_every_source():
         reached |= set(session.sources)
         num_replacing += session.num_replacing
     assert num_replacing > 20
-    assert reached == {str(source) for source in Source}
+    assert reached == {str(source) for source in AnswerSource}

@@ -9,7 +9,7 @@ from planted_adapters import write_adapter, write_base
 from midfill.adapters.bindings import Bindings
 from midfill.adapters.registry import Registry, data_dir
 from midfill.completion.stats import acceptance as feedback
-from midfill.completion.stats.acceptance import Counts
+from midfill.completion.stats.acceptance import AcceptanceCounts
 from midfill.models import store
 from midfill.system import last_used as activity
 from midfill.system.private import create_private, private_folder, write_private
@@ -51,7 +51,7 @@ def test_adapters_and_where_they_are_used_are_their_owners_alone(tmp_path):
 def test_counts_and_activity_are_their_owners_alone():
     path = state_path()
     path.write_text('{"counts": {}}')
-    feedback.add(path, {"model": {"python": Counts(offered=1)}})
+    feedback.add(path, {"model": {"python": AcceptanceCounts(offered=1)}})
     activity.watch()
     assert not open_to_others(path.parent)
     assert feedback.read(path)["model"]["python"].offered == 1

@@ -71,7 +71,7 @@ async def test_a_model_that_fits_no_family_is_used_in_the_order_that_it_knows(or
 
 
 async def test_a_model_that_knows_no_order_is_refused_with_the_list():
-    with pytest.raises(ModelError, match=r"not known: it fits none.*starcoder"):
+    with pytest.raises(ModelError, match=r"not known: the model fits none.*starcoder"):
         await identify(Trained())
 
 

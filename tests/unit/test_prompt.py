@@ -237,11 +237,11 @@ def test_where_the_user_rests_an_anchor_that_is_nearly_used_up_moves_before_it_h
     for layout in ("anchored", "appending"):
         # Room is left: nothing changes.
         prompts, last = grown(layout, 2)
-        assert prompts.settle(last).tokens == prompts.build(last).tokens
+        assert prompts.build_moving_anchor(last).tokens == prompts.build(last).tokens
         # Hardly any is left: the window moves now, and leaves room for what comes.
         prompts, last = grown(layout, 8)
         before = prompts.build(last)
-        settled = prompts.settle(last)
+        settled = prompts.build_moving_anchor(last)
         size = sum(count for name, count in settled.segments if name in {"prefix", "typed"})
         assert settled.tokens != before.tokens
         assert size <= 256 * 3 // 4 + len("abc = 2345\n")

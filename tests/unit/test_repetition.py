@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midfill.completion.postprocess.repetition import Line, cut_at_limit
+from midfill.completion.postprocess.repetition import GrowingLine, cut_at_limit
 
 
 def kept(line, around=(), before=""):
-    cut = Line(around, before).cut(line)
+    cut = GrowingLine(around, before).cut(line)
     return None if cut is None else line[:cut]
 
 
@@ -80,10 +80,10 @@ def test_at_the_token_limit_a_short_repetition_counts():
 )
 def test_more_of_a_line_never_changes_where_it_is_cut(parts, more):
     line = "".join(parts)
-    growing = Line(())
+    growing = GrowingLine(())
     for size in range(len(line) + 1):
         if (cut := growing.cut(line[:size])) is not None:
-            assert Line(()).cut(line + more) == cut
+            assert GrowingLine(()).cut(line + more) == cut
             break
     else:
-        assert Line(()).cut(line) is None
+        assert GrowingLine(()).cut(line) is None

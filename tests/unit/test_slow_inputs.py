@@ -18,22 +18,20 @@ from dataclasses import dataclass
 
 import pytest
 
-from midfill.completion.confidence import Eagerness, Evidence, worth_showing
+from midfill.completion.autoclose import matched_closer_offsets, reconcile_auto_closed
+from midfill.completion.confidence import Eagerness, Evidence, length_to_show
 from midfill.completion.context import chunks, files, index
 from midfill.completion.context.ignore import IgnoreRules
-from midfill.completion.postprocess import brackets, indentation, midline
-from midfill.completion.postprocess import clean as trim
-from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.received import Received
+from midfill.completion.postprocess import brackets, clean, indentation, midline, stop
+from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.normalization import Normalizer
 from midfill.completion.prompt import PromptBuilder
-from midfill.completion.suggestions import closing_places, fitted
 from midfill.engine.api import ModelInfo
 from midfill.engine.scripted import CharTokenizer
 from midfill.errors import SettingsError
 from midfill.lsp import items, messages
 from midfill.settings import Settings, parse
-from midfill.text import languages, syntax
-from midfill.text import secret_filter as secrecy
+from midfill.text import languages, secret_filter, syntax
 from midfill.text.documents import Change, Document, Encoding, Point, Snapshot, changed_lines
 
 NUM_DRAWN = int(os.environ.get("MIDFILL_SLOW_INPUTS", "3"))
@@ -115,11 +113,11 @@ def snapshot(text, language="python"):
     return Snapshot(document, Point(line, len(document.lines[line].rstrip("\r\n")) // 2))
 
 
-def place(text, language="python"):
-    return Place.of(snapshot(text, language), invoked=True)
+def cursor(text, language="python"):
+    return CursorContext.of(snapshot(text, language), invoked=True)
 
 
-PLACE = Place(
+PLACE = CursorContext(
     "    x = (", ")", ("    y = 2", "", "def g():"), above="def f():\n", language_id="python", invoked=True
 )
 
@@ -130,18 +128,18 @@ def hostile_place(text):
     above = text[:20_000].rpartition("\n")[0] + "\n"
     before = text[:1_000].replace("\n", "")
     after = text[:2_000].replace("\n", "").strip() or ")"
-    return Place(before, after, lines[:40], 24, above, "python", invoked=True)
+    return CursorContext(before, after, lines[:40], 24, above, "python", invoked=True)
 
 
 def stopped(text):
-    stopper = trim.Stopper(PLACE)
+    stopper = stop.Stopper(PLACE)
     for end in range(0, len(text), 8):
         if stopper.end(text[:end]) is not None:
             break
 
 
 def received_in_pieces(text):
-    whole = Received(PLACE)
+    whole = Normalizer(PLACE)
     for at in range(0, len(text), 8):
         whole.push(text[at : at + 8])
     whole.finish()
@@ -182,7 +180,7 @@ def read_settings(text):
 
 def shown(text):
     tokens = tuple((end, -0.1) for end in range(1, len(text), 4))
-    worth_showing(Evidence(text, tokens, finished=True, line_before="    x = "), Eagerness.NORMAL)
+    length_to_show(Evidence(text, tokens, finished=True, line_before="    x = "), Eagerness.NORMAL)
 
 
 def popup(text):
@@ -199,16 +197,16 @@ class _Answer:
 
 # What takes a document, of any length.
 OF_DOCUMENTS = {
-    "secrecy.find_secrets": secrecy.find_secrets,
-    "secrecy.grade": secrecy.grade,
-    "secrecy.is_excluded": lambda text: secrecy.is_excluded(text, Settings().excluded_files),
-    "files.judge": lambda text: files.judge("a.py", text),
+    "secret_filter.find_secrets": secret_filter.find_secrets,
+    "secret_filter.grade": secret_filter.severity,
+    "secret_filter.is_excluded": lambda text: secret_filter.is_excluded(text, Settings().excluded_files),
+    "files.classify": lambda text: files.classify("a.py", text),
     "languages.language_id": languages.language_id,
     "ignore": lambda text: IgnoreRules([text.encode("utf-8", "replace")]).verdict(
         "a/b" * 60, is_folder=False
     ),
     "documents": edited,
-    "place": place,
+    "place": cursor,
     "chunks.terms": chunks.terms,
     "chunks.imported_names": lambda text: chunks.imported_names(
         text.splitlines(keepends=True)[:200], "python"
@@ -229,9 +227,9 @@ OF_DOCUMENTS = {
 }
 # What takes a suggestion, which is as long as its tokens allow.
 OF_SUGGESTIONS = {
-    "trim.stop": lambda text: trim.stop(text, PLACE),
-    "trim.clean": lambda text: trim.clean(text, PLACE, complete=False, forbidden=("<|x|>",)),
-    "trim.Stopper": stopped,
+    "stop.stop": lambda text: stop.stop(text, PLACE),
+    "clean.clean": lambda text: clean.clean(text, PLACE, complete=False, forbidden=("<|x|>",)),
+    "stop.Stopper": stopped,
     "brackets.scan": lambda text: list(brackets.scan(text)),
     "brackets.imbalance": brackets.imbalance,
     "received": received_in_pieces,
@@ -241,14 +239,14 @@ OF_SUGGESTIONS = {
     "midline among the same": lambda text: midline.bridged(text, None, hostile_place(text), complete=True),
     "midline.end_of_line among the same": lambda text: midline.end_of_line(text, hostile_place(text)),
     "midline.without_overlap among the same": lambda text: midline.without_overlap(text, hostile_place(text)),
-    "trim.stop among the same": lambda text: trim.stop(text, hostile_place(text)),
-    "trim.clean among the same": lambda text: trim.clean(
+    "stop.stop among the same": lambda text: stop.stop(text, hostile_place(text)),
+    "clean.clean among the same": lambda text: clean.clean(
         text, hostile_place(text), complete=False, forbidden=()
     ),
     "confidence": shown,
     "popup": popup,
-    "suggestions.fitted": lambda text: fitted(text, ')"}'),
-    "suggestions.closing_places": lambda text: closing_places(text, ')"}'),
+    "autoclose.reconcile_auto_closed": lambda text: reconcile_auto_closed(text, ')"}'),
+    "suggestions.matched_closer_offsets": lambda text: matched_closer_offsets(text, ')"}'),
 }
 SIZES = {**dict.fromkeys(OF_DOCUMENTS, 100_000), **dict.fromkeys(OF_SUGGESTIONS, 8_000)}
 

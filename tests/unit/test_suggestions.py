@@ -7,9 +7,13 @@ from dataclasses import replace
 import pytest
 import virtual_time
 
-from midfill.completion.completer import Completer, Source, Trigger
+from midfill.completion.answer import Answer, AnswerSource, Trigger
+from midfill.completion.autoclose import auto_closing_changes, may_auto_close
+from midfill.completion.cache import Computed, Match, Suggestion
+from midfill.completion.completer import Completer
+from midfill.completion.context.bundle import EMPTY_BUNDLE
+from midfill.completion.generation import Generation
 from midfill.completion.reasons import Reason
-from midfill.completion.suggestions import Computed, Match, Suggestion, closing_changes, may_close
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.settings import Settings
 from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
@@ -68,6 +72,11 @@ class Editor:
         return asyncio.ensure_future(self.ask())
 
 
+def match(suggested, typed, closers):
+    computed = Computed(Answer(suggested), Generation(suggested, suggested), EMPTY_BUNDLE)
+    return Match(Suggestion(None, computed), typed, closers)
+
+
 def end_of(text):
     return Snapshot(Document.open("", "", 1, ""), Point(0, 0)).insert(text).cursor
 
@@ -75,11 +84,11 @@ def end_of(text):
 class World:
     """A completer over a scripted engine, and what the engine did."""
 
-    def __init__(self, log, *rules, looks_ahead=False, **settings):
+    def __init__(self, log, *rules, **settings):
         self.log = log
         self._script = Script(list(rules), log=str(log))
-        self.settings = Settings(**{"max_new_tokens": 200} | settings)
-        self.completer = Completer(self.settings, looks_ahead=looks_ahead)
+        self.settings = Settings(**{"max_new_tokens": 200, "prefetch": False} | settings)
+        self.completer = Completer(self.settings)
 
     async def start(self, make=ScriptedEngine):
         engine = make(self._script)
@@ -195,8 +204,7 @@ async def test_line_ends_are_the_documents_own(world, ending):
     ],
 )
 def test_closers_that_the_editor_put_behind_the_cursor(suggested, typed, closers, rest, num_replaced):
-    made = Suggestion(None, Computed(suggested, suggested, None))
-    assert Match(made, typed, closers).rest == (rest, num_replaced)
+    assert match(suggested, typed, closers).remainder == (rest, num_replaced)
 
 
 @pytest.mark.parametrize(
@@ -213,31 +221,31 @@ def test_closers_that_the_editor_put_behind_the_cursor(suggested, typed, closers
     ],
 )
 def test_what_does_not_fit_has_no_rest(suggested, typed, closers):
-    assert Match(Suggestion(None, Computed(suggested, suggested, None)), typed, closers).rest == ("", 0)
+    assert match(suggested, typed, closers).remainder == ("", 0)
 
 
 @pytest.mark.parametrize("text", ["()", ")", '""', "def area(self)", "f([])\n"])
 def test_changes_that_may_close_what_they_open(text):
-    assert may_close(Change(text, (2, 4), (2, 4)))
+    assert may_auto_close(Change(text, (2, 4), (2, 4)))
 
 
 @pytest.mark.parametrize("text", ["(", "", "\n", ") {"])
 def test_changes_that_close_nothing(text):
-    assert not may_close(Change(text, (2, 4), (2, 4)))
+    assert not may_auto_close(Change(text, (2, 4), (2, 4)))
 
 
 def test_what_replaces_text_or_all_of_it_closes_nothing():
-    assert not may_close(Change("()", (2, 4), (2, 5)))
-    assert not may_close(Change("()", None, None))
+    assert not may_auto_close(Change("()", (2, 4), (2, 5)))
+    assert not may_auto_close(Change("()", None, None))
 
 
 def test_of_a_thousand_changes_a_few_are_looked_at():
     changes = [Change("()", (line, 4), (line, 4)) for line in range(1_000)]
-    assert closing_changes(changes) == list(range(992, 1_000))
+    assert auto_closing_changes(changes) == list(range(992, 1_000))
     # What closes nothing does not count.
     typed = [Change("x", (line, 4), (line, 4)) for line in range(1_000)]
-    assert closing_changes([changes[0], *typed, changes[1], *typed]) == [0, 1_001]
-    assert closing_changes(typed) == closing_changes([]) == []
+    assert auto_closing_changes([changes[0], *typed, changes[1], *typed]) == [0, 1_001]
+    assert auto_closing_changes(typed) == auto_closing_changes([]) == []
 
 
 METHOD = "(self, width):\n    self.width = width"
@@ -261,10 +269,10 @@ async def test_the_model_does_not_see_what_the_editor_closed(world, known):
     if known == "line":
         # All of it comes in one edit, its line end too.
         editor = Editor(it.completer, "▮x = 1\n")
-        it.completer.closing(editor.snapshot)
+        it.completer.before_auto_close(editor.snapshot)
         editor.type("def resize", closers="\n")
     elif known == "pair":
-        it.completer.closing(editor.snapshot)
+        it.completer.before_auto_close(editor.snapshot)
     else:
         await editor.ask()
     answer = await editor.type("(", closers=")").ask()
@@ -299,10 +307,10 @@ async def _ahead_of_a_closer(world):
         Rule("x", after="resize"),
         Rule(METHOD[1:] + "\n", after="resize("),
         Rule("\n    self.area()", after="= width"),
-        looks_ahead=True,
+        prefetch=True,
     )
     editor = Editor(it.completer, "class Box:\n    pass\ndef resize▮\nx = 1\n")
-    it.completer.closing(editor.snapshot)
+    it.completer.before_auto_close(editor.snapshot)
     answer = await editor.type("(", closers=")").ask()
     await asyncio.sleep(0.5)
     accepted = editor.snapshot.insert(answer.text, answer.num_replaced)
@@ -353,7 +361,7 @@ async def test_that_there_is_nothing_is_remembered_too(world):
     editor = Editor(it.completer, "x = ▮\n")
     for _ in range(3):
         answer = await editor.ask()
-        assert (answer.source, answer.reason) == (Source.NONE, Reason.MODEL_SILENT)
+        assert (answer.source, answer.reason) == (AnswerSource.NONE, Reason.MODEL_SILENT)
     assert it.runs == ["finished"]
 
 
@@ -370,10 +378,10 @@ async def test_new_settings_forget_what_was_suggested(world):
     editor = Editor(it.completer, "x\n▮\n")
     await editor.ask()
     it.completer.configure(it.settings)
-    assert (await editor.ask()).source is Source.CACHE
+    assert (await editor.ask()).source is AnswerSource.CACHE
     it.completer.configure(it.settings.model_copy(update={"max_new_tokens": 5}))
     answer = await editor.ask()
-    assert answer.source is Source.MODEL
+    assert answer.source is AnswerSource.MODEL
     assert len(answer.text) <= 5
 
 
@@ -381,7 +389,7 @@ async def test_an_explicit_request_is_not_answered_by_an_automatic_one(world):
     it = await world(Rule(SUM))
     editor = Editor(it.completer, "x\n▮\n")
     await editor.ask()
-    assert (await editor.ask(Trigger.INVOKED)).source is Source.MODEL
+    assert (await editor.ask(Trigger.INVOKED)).source is AnswerSource.MODEL
     # What was asked for explicitly is what is on the screen now.
     assert await editor.type("to").sees() == (SUM[2:], "typed-through")
 
@@ -401,10 +409,10 @@ async def test_memory_is_bounded(world):
     for number in range(100):
         await Editor(it.completer, f"x{number} = ▮\n").ask()
         await Editor(it.completer, "y = ▮\n", uri=f"file:///{number}.py").ask()
-    kept = it.completer._suggestions._kept
+    kept = it.completer._cache._kept
     assert len(kept) == 64
     assert max(map(len, kept.values())) <= 32
-    assert (await editor.ask()).source is Source.MODEL
+    assert (await editor.ask()).source is AnswerSource.MODEL
 
 
 # Joining.
@@ -426,7 +434,7 @@ async def test_two_requests_for_the_same_text_run_the_model_once(world):
     editor = Editor(it.completer, "x\n▮\n")
     answers = await asyncio.gather(editor.asks(), editor.asks())
     assert [answer.text for answer in answers] == [SUM, SUM]
-    assert [answer.source for answer in answers] == [Source.MODEL, Source.JOINED]
+    assert [answer.source for answer in answers] == [AnswerSource.MODEL, AnswerSource.JOINED]
     assert it.runs == ["finished"]
 
 
@@ -546,13 +554,13 @@ async def test_what_the_model_wrote_beyond_the_end_is_there_once_the_user_is(tmp
     editor = Editor(it.completer, "x = 0\ndef f():\n    ▮\n")
     assert await editor.sees() == ("return 1", "model")
     typed = editor.type("return 1\n\n").type("def g():")
-    assert await typed.sees() == ("\n    return 2", "streak")
+    assert await typed.sees() == ("\n    return 2", "continuation")
     assert it.runs == ["finished"]
 
 
 @on_virtual_time
 async def test_while_the_user_rests_the_next_suggestion_is_computed(world):
-    it = await world(Rule("\nb()\n", after="a()"), Rule("a()\n"), looks_ahead=True)
+    it = await world(Rule("\nb()\n", after="a()"), Rule("a()\n"), prefetch=True)
     editor = Editor(it.completer, "x = 1\n▮\nrest()\n")
     assert await editor.sees() == ("a()", "model")
     await asyncio.sleep(1)
@@ -564,7 +572,7 @@ async def test_while_the_user_rests_the_next_suggestion_is_computed(world):
 
 @on_virtual_time
 async def test_who_accepts_at_once_joins_what_is_computed_ahead(world):
-    it = await world(Rule("\nb()\n", after="a()", token_delay_s=0.1), Rule("a()\n"), looks_ahead=True)
+    it = await world(Rule("\nb()\n", after="a()", token_delay_s=0.1), Rule("a()\n"), prefetch=True)
     editor = Editor(it.completer, "x = 1\n▮\nrest()\n")
     await editor.ask()
     await asyncio.sleep(0.2)
@@ -578,7 +586,7 @@ async def test_looking_ahead_stands_aside_for_a_request(world):
         Rule("y" * 50, after="a()", token_delay_s=0.1),
         Rule("a()\n", contains="x = 1"),
         Rule("1"),
-        looks_ahead=True,
+        prefetch=True,
     )
     await Editor(it.completer, "x = 1\n▮\nrest()\n").ask()
     await asyncio.sleep(1)
@@ -593,7 +601,7 @@ async def test_looking_ahead_stands_aside_for_a_request(world):
 
 @on_virtual_time
 async def test_another_key_ends_what_is_computed_ahead(world):
-    it = await world(Rule("y" * 100, after="a()", token_delay_s=0.1), Rule("a()\n"), looks_ahead=True)
+    it = await world(Rule("y" * 100, after="a()", token_delay_s=0.1), Rule("a()\n"), prefetch=True)
     editor = Editor(it.completer, "x = 1\n▮\nrest()\n")
     await editor.ask()
     await asyncio.sleep(1)
@@ -607,7 +615,7 @@ async def test_another_key_ends_what_is_computed_ahead(world):
 
 @on_virtual_time
 async def test_nothing_is_computed_ahead_unless_it_is_wanted(world):
-    it = await world(Rule("a()\n"), looks_ahead=True, prefetch=False)
+    it = await world(Rule("a()\n"), prefetch=False)
     await Editor(it.completer, "x = 1\n▮\nrest()\n").ask()
     await asyncio.sleep(10)
     assert it.runs == ["finished"]

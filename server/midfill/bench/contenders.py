@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from midfill.bench.rivals import GENERATE, Rival
-from midfill.completion.completer import Answer, Completer, Trigger
+from midfill.completion.answer import Answer, Trigger
+from midfill.completion.autoclose import may_auto_close
+from midfill.completion.completer import Completer
 from midfill.completion.reasons import Reason
-from midfill.completion.stats.request_log import REQUEST, Costs, Metered
-from midfill.completion.suggestions import may_close
+from midfill.completion.stats.request_log import REQUEST, InstrumentedEngine, RequestStats
 from midfill.engine.api import Engine, Progress
 from midfill.errors import MidfillError
 from midfill.fim.templates import FAMILIES, Family
@@ -297,17 +298,17 @@ class InProcess:
 
     Args:
         family: see `probing.identify`.
-        looks_ahead: as in a server; off to measure what requests alone cost.
+        prefetch: as in a server; off to measure the cost of requests alone.
     """
 
     name = "midfill"
 
     def __init__(
-        self, engine: Engine, family: tuple[str, Family], settings: Settings, *, looks_ahead: bool = True
+        self, engine: Engine, family: tuple[str, Family], settings: Settings, *, prefetch: bool = True
     ) -> None:
-        self._costs = Costs()
-        self._completer = Completer(settings, looks_ahead=looks_ahead)
-        self._completer.use(Metered(engine, self._costs), family)
+        self._costs = RequestStats()
+        self._completer = Completer(settings if prefetch else settings.model_copy(update={"prefetch": False}))
+        self._completer.use(InstrumentedEngine(engine, self._costs), family)
         self._asked: dict[int | str | float | None, Asked] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._ids = itertools.count(1)
@@ -324,18 +325,18 @@ class InProcess:
         self._completer.context.opened(document)
         # Until something is typed, the server takes the end of the text for the place.
         end = Point(len(document.lines) - 1, len(document.lines[-1]))
-        self._completer.rest(Snapshot(document, document.clamp(end)))
+        self._completer.on_idle(Snapshot(document, document.clamp(end)))
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
         """See `Contender.change`. One change, as a key makes it."""
         before, self._document = self._document, document
         change = changes[-1]
-        if may_close(change):
+        if may_auto_close(change):
             place = before.point(change.start or (0, 0), Encoding.UTF16)
-            self._completer.closing(Snapshot(before, place))
+            self._completer.before_auto_close(Snapshot(before, place))
         self._completer.context.edited(before, document)
         self._completer.edited(document)
-        self._completer.rest(Snapshot(document, document.end_of(change, Encoding.UTF16)))
+        self._completer.on_idle(Snapshot(document, document.end_of(change, Encoding.UTF16)))
 
     def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
         """See `Contender.ask`. A newer request takes the older one's place, as in the server."""

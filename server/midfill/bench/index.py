@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from midfill.completion.context.collector import Context
+from midfill.completion.context.collector import ContextCollector
 from midfill.engine.api import Progress
 from midfill.errors import MidfillError
 from midfill.settings import Settings
@@ -33,7 +33,7 @@ def bench_index(
     """
     me = psutil.Process()
     before = me.memory_info().rss
-    context = Context(settings.model_copy(update={"context": settings.context or _SOURCES}))
+    context = ContextCollector(settings.model_copy(update={"context": settings.context or _SOURCES}))
     begun = time.monotonic()
     try:
         context.open_folders([(folder.name, folder)])
@@ -80,7 +80,7 @@ def _memory(me: psutil.Process) -> int:
 
 
 def _choose(
-    context: Context, folder: Path, paths: list[str], lookups: int, chooser: random.Random
+    context: ContextCollector, folder: Path, paths: list[str], lookups: int, chooser: random.Random
 ) -> dict[str, float]:
     """Milliseconds to choose the context of a place, the reading of the file not included."""
     taken = []

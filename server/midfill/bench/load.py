@@ -110,9 +110,9 @@ class Stage:
     settings: Settings
     episodes: Sequence[Episode]
 
-    def pipeline(self, *, looks_ahead: bool = True) -> InProcess:
+    def pipeline(self, *, prefetch: bool = True) -> InProcess:
         """One for a typist."""
-        return InProcess(self.engine, self.family, self.settings, looks_ahead=looks_ahead)
+        return InProcess(self.engine, self.family, self.settings, prefetch=prefetch)
 
 
 @dataclass(frozen=True, slots=True)

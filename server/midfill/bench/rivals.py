@@ -117,7 +117,7 @@ class Rival:
         return Run(**await self._read())
 
     async def fill(self, id_: int, tokens: Sequence[int], num_new: int, place: list[Any]) -> dict[str, Any]:
-        """Write a suggestion for a place (`place.Place`), which ends where ours would, or by `cancel`.
+        """Write a suggestion for a place (`CursorContext`), which ends where ours would, or by `cancel`.
 
         For generate only. Returns "text", "num_generated", "prefill_s", "decode_s". Raises `RivalError`.
         """
@@ -249,21 +249,24 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
         return Run(ids, first - begun, len(tokens), decode_s)
 
     def fill(asked: dict[str, Any]) -> dict[str, Any]:
-        from midfill.completion.postprocess.clean import clean, stop  # noqa: PLC0415 - the same
-        from midfill.completion.postprocess.cursor_context import Place  # noqa: PLC0415 - not for the comparison of speeds
-        from midfill.completion.postprocess.received import received  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.clean import clean  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.cursor_context import CursorContext  # noqa: PLC0415 - not for the comparison of speeds
+        from midfill.completion.postprocess.normalization import normalized  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.stop import stop  # noqa: PLC0415 - the same
 
         before, after, following = asked["place"]
-        place = Place(before, after, tuple(following))
+        cursor = CursorContext(before, after, tuple(following))
 
         def stopped(ids: list[int]) -> bool:
-            return inbox.cancelled(asked) or stop(received(tokenizer.decode(ids), place), place) is not None
+            return (
+                inbox.cancelled(asked) or stop(normalized(tokenizer.decode(ids), cursor), cursor) is not None
+            )
 
         done = run(asked | {"stop_ids": sorted(tokenizer.control_ids)}, stopped)
-        raw = received(tokenizer.decode(done.ids), place)
-        end = stop(raw, place)
+        raw = normalized(tokenizer.decode(done.ids), cursor)
+        end = stop(raw, cursor)
         text, _ = clean(
-            raw[:end], place, complete=end is not None or len(done.ids) < asked["num_new"], forbidden=()
+            raw[:end], cursor, complete=end is not None or len(done.ids) < asked["num_new"], forbidden=()
         )
         return {
             "text": text,

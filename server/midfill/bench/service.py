@@ -21,8 +21,8 @@ from typing import Any
 from midfill.bench.contenders import Asked, InProcess
 from midfill.bench.load import Stage
 from midfill.bench.trace import Episode
-from midfill.completion.completer import Answer
-from midfill.completion.suggestions import Origin, Text
+from midfill.completion.answer import Answer
+from midfill.completion.origin import HashedText, Origin
 from midfill.engine.api import Engine, ModelInfo, Progress, Request, Tokenizer
 from midfill.engine.kv_slots import NUM_SLOTS, common_prefix
 from midfill.engine.remote.client.remote import RemoteEngine
@@ -212,7 +212,7 @@ class _Notes:
 
 async def survey(stage: Stage, report: Progress) -> Service:
     """Measure an engine that nobody else uses. Raises `MidfillError` if the model is never asked."""
-    pipeline = stage.pipeline(looks_ahead=False)
+    pipeline = stage.pipeline(prefetch=False)
     notes = _Notes()
     for number, episode in enumerate(stage.episodes):
         report("measuring each place", number / len(stage.episodes))
@@ -331,7 +331,7 @@ def _follow(answer: Answer, snapshot: Snapshot, later: Sequence[Document]) -> tu
     found: list[tuple[int, int]] = []
     agreed = 0
     for document in later:
-        inserted = origin.inserted(Text(document))
+        inserted = origin.inserted(HashedText(document))
         if inserted is None:
             found.append((0, -1))
             continue

@@ -20,7 +20,8 @@ import psutil
 
 from midfill import settings as settings_file
 from midfill.completion import calibrations
-from midfill.completion.completer import Completer, Trigger
+from midfill.completion.answer import Trigger
+from midfill.completion.completer import Completer
 from midfill.engine.api import Engine, Request
 from midfill.errors import MidfillError, SettingsError
 from midfill.fim.probing import identify, probe
@@ -214,7 +215,7 @@ async def check_model(settings: Settings, make_engine: MakeEngine) -> dict[str, 
         model = engine.model
         name, family = await identify(engine, settings.family)
         orders = await probe(engine, family)
-        completer = Completer(settings)
+        completer = Completer(settings.model_copy(update={"prefetch": False}))
         completer.use(engine, (name, family))
         holes = [await _fill(completer, text, expected) for text, expected in HOLES]
         return {

@@ -16,7 +16,8 @@ from typing import Any
 import httpx2
 
 from midfill.cli.doctor import HOLES, SPEED_TEST_TEXT, Check
-from midfill.completion.completer import Completer, Trigger
+from midfill.completion.answer import Trigger
+from midfill.completion.completer import Completer
 from midfill.engine.api import Request
 from midfill.engine.remote.client.detection import Served, ask
 from midfill.engine.remote.client.endpoint import is_loopback
@@ -160,7 +161,7 @@ async def _suggests(
     findings: Findings, engine: RemoteEngine, settings: Settings, family: tuple[str, Family]
 ) -> None:
     """Whether known holes are filled, by the whole pipeline."""
-    completer = Completer(settings)
+    completer = Completer(settings.model_copy(update={"prefetch": False}))
     completer.use(engine, family)
     good, texts = 0, []
     for number, (marked, expected) in enumerate(HOLES):

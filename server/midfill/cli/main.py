@@ -313,7 +313,8 @@ for _group in (model, engine, adapter, bench, evaluate, setup):
 
 
 async def _complete_once(settings: Settings, make: Callable[[Settings], Engine], snapshot: Any) -> Any:
-    from midfill.completion.completer import Completer, Trigger
+    from midfill.completion.answer import Trigger
+    from midfill.completion.completer import Completer
     from midfill.completion.explanation import explain
     from midfill.completion.reasons import REASONS
     from midfill.fim.probing import identify
@@ -321,7 +322,7 @@ async def _complete_once(settings: Settings, make: Callable[[Settings], Engine],
     engine = make(settings)
     try:
         await engine.start(lambda _message, _share: None)
-        completer = Completer(settings)
+        completer = Completer(settings.model_copy(update={"prefetch": False}))
         completer.use(engine, await identify(engine, settings.family))
         answer = await completer.complete(snapshot, Trigger.INVOKED)
         info = {

@@ -1,8 +1,8 @@
-"""The user's own calibrations: a file for each model, with weights that take the place of the built-in ones.
+"""The user's own calibrations: one file for each model, with weights that replace the built-in ones.
 
-`midfill eval calibrate --write` makes them from the user's results; the server reads its model's when it
-loads the model. A file holds numbers only. One that cannot be read is said and not used. Reads and writes
-files: not for the event loop.
+`midfill eval calibrate --write` fits them to the user's results; the server reads the one of its model when
+it loads the model. A file holds numbers only. A file that cannot be read is reported and not used. Reads and
+writes files: do not call it on the event loop.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class CalibrationError(MidfillError):
 
 
 class Saved(BaseModel):
-    """A calibration as it is in its file.
+    """The content of a calibration file.
 
     Attributes:
-        model: the model's name, as `midfill/status` tells it.
+        model: the model's name, as in `midfill/status`.
         suggestions, repositories: how many it was fitted to.
         made: the day, YYYY-MM-DD.
-        weights: of the features of `confidence`, and "bias".
+        weights: by feature of `confidence`, and "bias".
         thresholds: for each eagerness but "always".
     """
 
@@ -55,9 +55,9 @@ class Saved(BaseModel):
     @model_validator(mode="after")
     def _is_whole(self) -> Saved:
         if self.format != _FORMAT:
-            raise ValueError("it is of another version of midfill")
+            raise ValueError("it was written by another version of midfill")
         if set(self.weights) != set(WEIGHTS):
-            raise ValueError("its weights are not those of this version of midfill")
+            raise ValueError("its weights are not the ones that this version of midfill uses")
         if set(self.thresholds) != set(BUILT_IN.thresholds):
             raise ValueError("it needs a threshold for each eagerness")
         low, normal, high = (self.thresholds[level] for level in BUILT_IN.thresholds)
@@ -68,12 +68,12 @@ class Saved(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class InUse:
-    """What a model's suggestions are judged by.
+    """The calibration in use for a model.
 
     Attributes:
         calibration: the user's, else the built-in one.
-        saved: what is in the user's file; None if the built-in one is used.
-        problem: why the user's file is not used, a sentence; "" if it is, or there is none.
+        saved: the content of the user's file; None if the built-in one is used.
+        problem: a sentence that says why the user's file is not used; "" if it is used, or does not exist.
     """
 
     calibration: Calibration
@@ -82,9 +82,9 @@ class InUse:
 
 
 def path_of(model: str) -> Path:
-    """Return where the calibration for a model is (it need not exist)."""
+    """Return the path of a model's calibration, which need not exist."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip(".-")[:60]
-    # Two models never share a file, whatever characters their names differ in.
+    # The digest keeps the files of two models apart, whatever characters their names differ in.
     digest = hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return data_dir() / "calibrations" / f"{readable or 'model'}-{digest}.json"
 
@@ -96,7 +96,7 @@ def read(model: str) -> Saved | None:
         with path.open("rb") as stream:
             data = stream.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
-            raise CalibrationError(f"{path} is too large to be a calibration.")
+            raise CalibrationError(f"{path} is too large for a calibration ({_MAX_BYTES} bytes at most).")
         saved = Saved.model_validate(json.loads(textfiles.decode(data)))
     except FileNotFoundError:
         return None
@@ -106,16 +106,16 @@ def read(model: str) -> Saved | None:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         what = f"{where}: {first['msg']}" if where else first["msg"]
-        raise CalibrationError(f"{path} is no calibration: {what}.") from error
+        raise CalibrationError(f"{path} is not a valid calibration: {what}.") from error
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path} is no calibration: {str(error).rstrip('.')}.") from error
+        raise CalibrationError(f"{path} is not a valid calibration: {str(error).rstrip('.')}.") from error
     if saved.model != model:
         raise CalibrationError(f"{path} is for the model {saved.model!r}.")
     return saved
 
 
 def in_use(model: str) -> InUse:
-    """Return what a model's suggestions are judged by. A broken file does not raise: see `InUse.problem`."""
+    """Return the calibration in use for a model. A broken file does not raise: see `InUse.problem`."""
     try:
         saved = read(model)
     except CalibrationError as error:
@@ -128,7 +128,7 @@ def in_use(model: str) -> InUse:
 
 
 def describe(found: InUse) -> str:
-    """Say what a model's suggestions are judged by."""
+    """Return a sentence that names the calibration in use."""
     if found.problem:
         return found.problem
     if found.saved is None:
@@ -141,7 +141,7 @@ def describe(found: InUse) -> str:
 
 
 def write(saved: Saved) -> Path:
-    """Make a calibration the one for its model. Returns its file. Raises `CalibrationError`."""
+    """Store a calibration as the one for its model. Returns its file. Raises `CalibrationError`."""
     path = path_of(saved.model)
     try:
         textfiles.replace(path, json.dumps(saved.model_dump(), indent=1) + "\n")
@@ -151,7 +151,7 @@ def write(saved: Saved) -> Path:
 
 
 def remove(model: str) -> Path | None:
-    """Go back to the built-in calibration. Returns the file that was removed. Raises `CalibrationError`."""
+    """Delete the user's calibration for a model. Returns the deleted file. Raises `CalibrationError`."""
     path = path_of(model)
     try:
         path.unlink()

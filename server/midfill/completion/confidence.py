@@ -1,9 +1,9 @@
-"""How likely a suggestion is right, and how much of it is worth showing. Pure: text to numbers.
+"""Confidence: how likely a suggestion is right, and how much of it to show. Pure: text to numbers.
 
-A model seldom ends where a user would: often its first line is right and the lines after it are guesses.
-So the question is asked of each beginning of the suggestion that ends with a line: how likely is it that
-all of it is what the user would write? A logistic model answers, from the log-probabilities of the tokens
-and from the place. Shown is the longest beginning that is likely enough; if there is none, nothing is.
+A model rarely ends where the user would: often its first line is right and the lines after it are guesses. So
+each prefix of the suggestion that ends with a line gets a confidence: the probability that the user would
+write all of it. A logistic model computes it from the tokens' log-probabilities and the text around the
+cursor. The longest prefix above the threshold is shown; if there is none, nothing is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from enum import StrEnum
 
 
 class Eagerness(StrEnum):
-    """How sure midfill is before it shows something unasked."""
+    """How confident midfill must be to show an automatic suggestion."""
 
     LOW = "low"
     NORMAL = "normal"
@@ -25,12 +25,13 @@ class Eagerness(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    r"""What there is to judge a suggestion by.
+    r"""The inputs for judging a suggestion.
 
     Attributes:
         text: the suggestion, with \n.
-        tokens: for each token that it is made of: where it ends in the text, and its natural log-probability.
-        finished: the text came to an end of its own, not to the token limit.
+        tokens: (end, log-probability) for each token; `end` is an offset in the text, the logarithm is
+            natural.
+        finished: the text ended by itself, not at the token limit.
         line_before: the cursor's line up to the cursor.
     """
 
@@ -40,15 +41,15 @@ class Evidence:
     line_before: str
 
 
-# A beginning whose tokens are as unlikely as this is as good as impossible.
+# A prefix whose tokens are this unlikely counts as impossible; a lower value changes nothing.
 _LEAST_LOGPROB = -20.0
 _LONG_PREFIX = 40
 _OPENERS = ("(", "[", "{", ",")
 _CLOSERS = (")", "]", "}", ";", ":")
 
 
-def beginnings(text: str) -> Iterator[int]:
-    """Where the lines of a text end that are not blank."""
+def line_prefixes(text: str) -> Iterator[int]:
+    """Yield the offsets at which the lines of a text end, blank lines left out."""
     end = 0
     for line in text.split("\n"):
         end += len(line)
@@ -58,9 +59,9 @@ def beginnings(text: str) -> Iterator[int]:
 
 
 def features(evidence: Evidence, end: int) -> dict[str, float]:
-    """What the model knows of the beginning of a suggestion that ends at `end`.
+    """Return the model's features of the prefix that ends at `end`, by name.
 
-    The log-probabilities are those of its own tokens. Raises `ValueError` if there are none.
+    The log-probabilities are those of the prefix's tokens. Raises `ValueError` if there are none.
     """
     text, before = evidence.text[:end], evidence.line_before
     starts = (0, *(stop for stop, _ in evidence.tokens))
@@ -76,7 +77,7 @@ def features(evidence: Evidence, end: int) -> dict[str, float]:
         "least": min(logprobs),
         "log_tokens": math.log(len(logprobs)),
         "log_chars": math.log1p(len(text.strip())),
-        "log_lines": math.log(sum(1 for _ in beginnings(text))),
+        "log_lines": math.log(sum(1 for _ in line_prefixes(text))),
         "finished": float(evidence.finished and end == len(evidence.text.rstrip())),
         "new_line": float(text.startswith("\n")),
         "blank_first": float(text.startswith(" ")),
@@ -87,8 +88,8 @@ def features(evidence: Evidence, end: int) -> dict[str, float]:
     }
 
 
-# Made by `midfill eval calibrate` from 429 suggestions of qwen2.5-coder-0.5b in eleven runs of
-# `midfill eval repo PATH --seed 1 --results FILE` over ten packages; see
+# Fitted by `midfill eval calibrate` to 429 suggestions of qwen2.5-coder-0.5b in eleven runs of `midfill eval
+# repo PATH --seed 1 --results FILE` over ten packages; see
 # server/docs/experiments/013-confidence-gate.md.
 WEIGHTS: dict[str, float] = {
     "bias": 1.7525,
@@ -117,12 +118,12 @@ THRESHOLDS: dict[Eagerness, float] = {
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What turns features into a confidence, and a confidence into a decision.
+    """Weights that turn features into a confidence, and thresholds that turn a confidence into a decision.
 
     Attributes:
         weights: by feature, and "bias".
-        thresholds: the confidence from which on something is shown, by eagerness.
-        source: the user's file that it comes from; "" for the built-in one.
+        thresholds: the minimum confidence for showing a suggestion, by eagerness.
+        source: the user's file that it was read from; "" for the built-in one.
     """
 
     weights: Mapping[str, float]
@@ -134,27 +135,27 @@ BUILT_IN = Calibration(WEIGHTS, THRESHOLDS)
 
 
 def confidence(evidence: Evidence, end: int, by: Calibration = BUILT_IN) -> float:
-    """How likely it is, 0..1, that the beginning of a suggestion that ends at `end` is right."""
+    """Return the probability, 0..1, that the prefix of a suggestion that ends at `end` is right."""
     found = features(evidence, end)
     logit = by.weights["bias"] + sum(by.weights[name] * value for name, value in found.items())
     return 1 / (1 + math.exp(-max(-50.0, min(logit, 50.0))))
 
 
 def best(evidence: Evidence, by: Calibration = BUILT_IN) -> float:
-    """The confidence in the likeliest beginning of a suggestion."""
-    return max((confidence(evidence, end, by) for end in beginnings(evidence.text)), default=0.0)
+    """Return the confidence in the likeliest prefix of a suggestion."""
+    return max((confidence(evidence, end, by) for end in line_prefixes(evidence.text)), default=0.0)
 
 
-def worth_showing(evidence: Evidence, eagerness: Eagerness, by: Calibration = BUILT_IN) -> int:
-    """How many characters of a suggestion to show; 0 for none.
+def length_to_show(evidence: Evidence, eagerness: Eagerness, by: Calibration = BUILT_IN) -> int:
+    """Return the number of characters of a suggestion to show; 0 for none.
 
-    All of it where `eagerness` says so, or where there are no log-probabilities to go by.
+    All of them if `eagerness` is "always", or if there are no log-probabilities to judge by.
     """
     if eagerness is Eagerness.ALWAYS or not evidence.tokens:
         return len(evidence.text)
     threshold = by.thresholds[eagerness]
     shown = 0
-    for end in beginnings(evidence.text):
+    for end in line_prefixes(evidence.text):
         if confidence(evidence, end, by) >= threshold:
             shown = end
     return shown

@@ -1,24 +1,24 @@
-"""Why an answer is as it is: its source or reason, the prompt by its parts, the stages, the filters.
+"""Explanations of answers: source or reason, prompt segments, stages and filters, as JSON and as text.
 
-The text of the prompt and of the suggestion is told only to a user who asks for it, and never logged.
+The text of the prompt and of the suggestion is shown only to a user who asks for it, and never logged.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from midfill.completion.completer import Answer
+from midfill.completion.answer import Answer
 from midfill.completion.reasons import REASONS
 from midfill.engine.api import Tokenizer
 from midfill.text.characters import escaped
 
 
 def explain(answer: Answer, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-    """An answer as JSON.
+    """Return an answer as JSON.
 
     Args:
-        answer: as the completer gave it.
-        tokenizer: the model's, if the user wants to see the texts; None leaves them out.
+        answer: an answer of the completer.
+        tokenizer: the model's, to include the texts; None leaves them out.
     """
     prompt = answer.prompt
     result: dict[str, Any] = {
@@ -50,7 +50,7 @@ def explain(answer: Answer, tokenizer: Tokenizer | None = None) -> dict[str, Any
 
 
 def describe(explained: dict[str, Any]) -> str:
-    """The same for a person, in lines."""
+    """Return an explanation as lines of text for the user."""
     what = explained["message"] or f"The suggestion came from: {explained['source']}."
     lines = [what, f"{explained['latencyMs']:.0f} ms in all"]
     lines += [f"  {stage['stage']:16}{stage['ms']:8.1f} ms" for stage in explained["stages"]]

@@ -1,37 +1,37 @@
-"""What the engine gives for one suggestion: its text as the file writes it, up to where the suggestion ends.
+"""Generation: the engine's text for one suggestion, normalized, up to the end of the suggestion.
 
-Knows nothing of documents but the place. Runs on the event loop.
+Knows the text around the cursor, but no documents. Runs on the event loop.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
-from midfill.completion.postprocess.clean import Stopper
-from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.received import Received
+from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.normalization import Normalizer
+from midfill.completion.postprocess.stop import Stopper
 from midfill.completion.reasons import Reason
-from midfill.completion.suggestions import Flight
 from midfill.engine.api import Engine, Request
 
 
 @dataclass(slots=True)
-class Output:
-    """What came from the engine.
+class Generation:
+    """The model's text for one suggestion, and how it ended.
 
     Attributes:
-        text: what the model wrote at the cursor, up to where the suggestion ends.
-        raw: all that it wrote there.
-        complete: whether it came to the suggestion's end, not to its token limit.
-        ended: whether the model itself came to an end.
-        is_cut: whether it was cut at a character that is not safe to show.
-        is_altered: whether line ends or indentation are not as the model wrote them.
-        failure: why it is of no use; None if it is.
-        detail: what there is to say about that, or about its end: a sentence.
-        late: the half of a line that was written when the time was over; it is in neither text.
-        tokens: for each, where it ends in `text` (0 and less: before the cursor) and its log-probability.
+        text: the text at the cursor, up to the end of the suggestion.
+        raw: all of the model's text at the cursor.
+        complete: it reached the end of the suggestion, not the token limit.
+        ended: the model itself ended the text.
+        is_cut: it was cut at a character that is not safe to show.
+        is_altered: line ends or indentation differ from what the model wrote.
+        failure: the reason why it is of no use; None if it is of use.
+        detail: a sentence about the failure, or about the end of the text; or "".
+        late: the incomplete line that was written when the deadline passed; it is in neither text.
+        tokens: (end, log-probability) for each token; `end` is an offset in `text`, at most 0 before the
+            cursor.
     """
 
     text: str = ""
@@ -46,14 +46,14 @@ class Output:
     tokens: list[tuple[int, float]] = field(default_factory=list)
 
     def keep_whole_lines(self) -> bool:
-        """The time is over: drop the half of a line at the end. Returns whether something is left."""
+        """Drop the incomplete line at the end when the deadline has passed. Returns whether text is left."""
         end = self.raw.rfind("\n") + 1
         self.late = self.raw[end:]
         self.text = self.raw = self.raw[:end]
         return bool(self.text.strip())
 
     def within(self, num_chars: int) -> tuple[tuple[int, float], ...]:
-        """The tokens that the first `num_chars` characters are made of."""
+        """Return those tokens that the first `num_chars` characters are made of."""
         begins = [0, *(end for end, _ in self.tokens)]
         return tuple(
             token
@@ -61,16 +61,25 @@ class Output:
             if token[0] > 0 and begin < num_chars
         )
 
-    def beyond(self, start: int, end: int | None) -> Output:
-        """The part of `raw` from one character to another, as if the model had come to its end there."""
+    def part(self, start: int, end: int | None) -> Generation:
+        """Return the part of `raw` between two offsets, as if the model had ended there."""
         tokens = [(at - start, logprob) for at, logprob in self.tokens]
-        return Output(self.raw[start:end], complete=True, tokens=tokens)
+        return Generation(self.raw[start:end], complete=True, tokens=tokens)
 
 
-async def stream(engine: Engine, request: Request, place: Place, flight: Flight[Any], output: Output) -> None:
-    """Collect the model's text after `starts_with`; stop it where the suggestion has come to its end."""
+async def stream(
+    engine: Engine,
+    request: Request,
+    cursor: CursorContext,
+    output: Generation,
+    on_text: Callable[[str], None],
+) -> None:
+    """Collect the model's text after `starts_with` in `output`, up to the end of the suggestion.
+
+    `on_text` is called with all of the text after each token.
+    """
     num_held = len(request.starts_with)
-    whole, stopper = Received(place), Stopper(place)
+    whole, stopper = Normalizer(cursor), Stopper(cursor)
     async with aclosing(engine.generate(request)) as tokens:
         async for token in tokens:
             whole.push(token.text[num_held:])
@@ -79,7 +88,7 @@ async def stream(engine: Engine, request: Request, place: Place, flight: Flight[
             output.is_altered = whole.is_altered
             if token.logprob is not None:
                 output.tokens.append((len(whole.text) - num_held, token.logprob))
-            flight.push(output.raw)
+            on_text(output.raw)
             if output.text and (end := stopper.end(output.text)) is not None:
                 output.text, output.complete = output.text[:end], True
                 return

@@ -1,11 +1,11 @@
-r"""From a snapshot to the tokens that the model reads: windows, layouts, token healing, the token budget.
+"""Prompts: from a snapshot to the tokens that the model reads. Windows, layouts, token healing, token budget.
 
-A KV cache can be reused up to the first token that changed, so what the user types must come last, and
-what comes before it must stay as it is. The text around the cursor is frozen at an anchor: P0, whole
-lines above the cursor, and S, what followed the cursor then. What was typed since is `typed`, the only
-part that changes with a key; `families.Layout` says in which order the three stand.
+A KV cache can be reused up to the first changed token, so the typed text must come last and the text before
+it must stay as it is. Therefore the text around the cursor is frozen at an anchor: P0, whole lines above the
+cursor, and S, the text that followed the cursor then. The text typed since is `typed`, the only part that
+changes with a key; `fim.templates.Layout` gives the order of the three.
 
-Runs on the event loop. Knows no editor and no model but for its tokenizer.
+Runs on the event loop. Knows no editor, and of the model only its tokenizer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from midfill.completion.context.collector import NOTHING, Collected
-from midfill.completion.context.rendering import ContextWriter, Segment, Written
+from midfill.completion.context.bundle import EMPTY_BUNDLE, ContextBundle
+from midfill.completion.context.rendering import ContextRenderer, RenderedContext, Segment
 from midfill.engine.api import ModelInfo
 from midfill.errors import ModelError
 from midfill.fim.templates import Family, Layout, recognise_family
@@ -25,33 +25,33 @@ from midfill.settings import Settings
 from midfill.text.documents import Snapshot, split_lines
 
 _MAX_ANCHORS = 64
-# No tokenizer of these families makes more characters of code into one token on average.
+# No tokenizer of these families packs more characters of code into one token on average.
 _MAX_CHARS_PER_TOKEN = 8
 _UNFINISHED = re.compile(r"(?<=\S)[ \t]+\Z|[ \t]?(?:[^\w\s]|_)*[^\W\d_]*\Z")
-# What is longer is no half of a token, and would cost many to write once more.
+# Longer text is not half of a token, and writing it again would cost many tokens.
 _MAX_HELD = 64
 _BLANKS = re.compile(r"[ \t]*")
 _OPENERS = (":", "{", "(", "[")
-# How far up indentation is looked at.
+# Number of lines above the cursor whose indentation is compared.
 _LINES_ABOVE = 40
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# What editors insert behind the cursor by themselves, after Enter between brackets with the indentation.
+# Auto-closed brackets after the cursor, after Enter between brackets with the indentation before them.
 _AUTO_CLOSED = re.compile(r"\s*[)\]}>\"'`]+[;,]?")
 _MAX_AUTO_CLOSED = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model reads for one cursor.
+    """The model's input for one cursor.
 
     Attributes:
-        tokens: the ids, sentinels included.
-        starts_with: characters just before the cursor that were held back from the prompt because
-            half a token would mislead the model; its output has to begin with them (token healing).
-        max_new_tokens: what was asked for and what `starts_with` takes, or what the model's context leaves.
+        tokens: ids, sentinels included.
+        starts_with: the characters just before the cursor that were held back from the prompt, because half a
+            token would mislead the model; the output has to begin with them (token healing).
+        max_new_tokens: the requested number plus the tokens of `starts_with`, limited by the context window.
         stop_ids: ids that end the output.
         layout: the order of the parts.
-        segments: (source, number of tokens) in prompt order, for explaining and measuring.
+        segments: (source, number of tokens) in prompt order, for explanations and measurements.
     """
 
     tokens: tuple[int, ...]
@@ -64,7 +64,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Budget:
-    """Most tokens of the parts of a prompt."""
+    """Maximum number of tokens in the parts of a prompt."""
 
     prefix: int
     suffix: int
@@ -72,10 +72,10 @@ class _Budget:
 
 @dataclass(frozen=True, slots=True)
 class _Anchor:
-    """P0 and S, frozen, and where they were taken from.
+    """The frozen text around the cursor (P0 and S), and where it was taken from.
 
     Attributes:
-        first_line, line: P0 is the lines from the one up to the other, without it.
+        first_line, line: P0 consists of the lines from `first_line` up to `line`, which is excluded.
         head, head_tokens: P0.
         tail, tail_tokens: S.
         cut_at: the column at which `typed` begins in a line that is too long for the budget, else 0.
@@ -91,16 +91,16 @@ class _Anchor:
 
 
 class PromptBuilder:
-    """Builds prompts for one model; remembers each document's anchor.
+    """Builds prompts for one model; keeps each document's anchor.
 
     Args:
         model: the model that runs.
         settings: the ones in force.
-        family: name and row, if they are known already; else the model is recognised.
+        family: name and row of the FIM template if known; by default the model is recognised.
 
     Raises:
-        ModelError: the model's family is not known, cannot have the wanted layout, or the model's context
-            has no room for a prompt.
+        ModelError: the model's family is not known or does not support the wanted layout, or the context
+            window has no room for a prompt.
     """
 
     def __init__(
@@ -119,38 +119,40 @@ class PromptBuilder:
         self._stop_ids = frozenset(self._ids[name] for name in self.family.stops if name in self._ids)
         if self._room(settings.max_new_tokens) < 2:
             raise ModelError(
-                f"The context of {model.name!r} ({model.context} tokens) leaves no room for a prompt: "
-                f"lower `max_new_tokens` ({settings.max_new_tokens})."
+                f"The context window of {model.name!r} ({model.context} tokens) has no room for a prompt: "
+                f"set `max_new_tokens` (now {settings.max_new_tokens}) to a lower number."
             )
         self._anchors: OrderedDict[str, _Anchor] = OrderedDict()
-        self._writer = ContextWriter(self.family, model.tokenizer)
+        self._renderer = ContextRenderer(self.family, model.tokenizer)
 
     def build(
         self,
         snapshot: Snapshot,
-        context: Collected = NOTHING,
+        context: ContextBundle = EMPTY_BUNDLE,
         *,
         max_new_tokens: int | None = None,
     ) -> Prompt:
-        """Make the prompt of a snapshot, so that it and `max_new_tokens` fit into the model's context.
+        """Return the prompt of a snapshot: it and `max_new_tokens` fit into the model's context window.
 
         Args:
             snapshot: the document and the cursor.
-            context: what other files contribute.
-            max_new_tokens: the most that this request may write; by default the setting.
+            context: pieces of other files.
+            max_new_tokens: the maximum for this request; by default the setting.
         """
         return self._build(snapshot, context, max_new_tokens or self._settings.max_new_tokens)
 
-    def _build(self, snapshot: Snapshot, context: Collected, max_new_tokens: int, spare: int = 0) -> Prompt:
-        """See `build`; leaves `spare` tokens of the budget before the cursor unused."""
+    def _build(
+        self, snapshot: Snapshot, context: ContextBundle, max_new_tokens: int, spare: int = 0
+    ) -> Prompt:
+        """Build the prompt as `build` does, leaving `spare` tokens of the budget before the cursor unused."""
         room = max(self._room(max_new_tokens), 2)
-        written = self._writer.write(
+        rendered = self._renderer.render(
             snapshot.document, context, min(self._settings.context_tokens, room // 2)
         )
-        room -= written.num_tokens
+        room -= rendered.num_tokens
         prefix = min(self._settings.prefix_tokens, room - room // 3)
         budget = _Budget(max(1, prefix - spare), min(self._settings.suffix_tokens, room - prefix))
-        anchor, typed, held = self._place(snapshot, budget)
+        anchor, typed, held = self._anchor_for(snapshot, budget)
         self._remember(snapshot.document.uri, anchor)
         texts = {"head": anchor.head_tokens, "typed": typed, "tail": anchor.tail_tokens}
         parts = list(self.family.parts(self.layout))
@@ -160,9 +162,9 @@ class PromptBuilder:
             (_SOURCES.get(name, name), (self._ids[name],) if kind == "sentinel" else texts[name])
             for kind, name in parts
         ]
-        segments = _with_context(segments, written, after_bos=bool(self.family.bos))
+        segments = _with_context(segments, rendered, after_bos=bool(self.family.bos))
         tokens = tuple(token for _, ids in segments for token in ids)
-        # What was held back is written once more, on top of what was asked for.
+        # The held-back characters are written again, in addition to the requested tokens.
         again = len(self._tokenizer.encode(held)) if held else 0
         return Prompt(
             tokens,
@@ -173,11 +175,11 @@ class PromptBuilder:
             tuple((name, len(ids)) for name, ids in segments if ids),
         )
 
-    def settle(self, snapshot: Snapshot, context: Collected = NOTHING) -> Prompt:
-        """The prompt for a place where the user rests.
+    def build_moving_anchor(self, snapshot: Snapshot, context: ContextBundle = EMPTY_BUNDLE) -> Prompt:
+        """Return the prompt for a cursor at which the user pauses.
 
-        An anchor that is nearly used up is given up here, so that it need not be in the middle of a word,
-        where somebody waits for the new one to be computed.
+        Moves an anchor that is nearly used up now, so that it need not move in the middle of a word while a
+        request waits for the new prompt.
         """
         prompt = self.build(snapshot, context)
         before = sum(size for name, size in prompt.segments if name in {_SOURCES["head"], _SOURCES["typed"]})
@@ -192,7 +194,7 @@ class PromptBuilder:
         self._anchors.pop(uri, None)
 
     def _room(self, max_new_tokens: int) -> int:
-        """Tokens of text that fit beside the sentinels and the output."""
+        """Return how many tokens of text fit beside the sentinels and the output."""
         return self._context - max_new_tokens - len(self.family.sentinels)
 
     def _remember(self, uri: str, anchor: _Anchor) -> None:
@@ -201,8 +203,8 @@ class PromptBuilder:
         if len(self._anchors) > _MAX_ANCHORS:
             self._anchors.popitem(last=False)
 
-    def _place(self, snapshot: Snapshot, budget: _Budget) -> tuple[_Anchor, tuple[int, ...], str]:
-        """The anchor to use, the tokens typed since, and the characters held back."""
+    def _anchor_for(self, snapshot: Snapshot, budget: _Budget) -> tuple[_Anchor, tuple[int, ...], str]:
+        """Return the anchor to use, the tokens typed since, and the held-back characters."""
         old = self._anchors.get(snapshot.document.uri)
         if old is not None and self._still_holds(old, snapshot, budget):
             above = "".join(snapshot.document.lines[old.line : snapshot.cursor.line])
@@ -225,10 +227,10 @@ class PromptBuilder:
         )
 
     def _typed(self, snapshot: Snapshot, budget: int) -> tuple[str, int]:
-        """The line up to the cursor, and the column where it begins.
+        """Return the line up to the cursor, and the column at which this text begins.
 
-        That is 0 but for a line beyond the budget: of that, what fills half of it is taken. Half, so that the
-        window stays where it is for a while.
+        The column is 0 except in a line beyond the budget: its last part is returned then, as much as fills
+        half of the budget. Half, so that the window stays for a while.
         """
         before = _clean(snapshot.line_before)
         near = before[-budget * _MAX_CHARS_PER_TOKEN :]
@@ -238,15 +240,16 @@ class PromptBuilder:
         return near[len(near) - size :], len(before) - size
 
     def _heal(self, typed: str, head: str, snapshot: Snapshot) -> tuple[tuple[int, ...], str]:
-        """Tokens of what was typed, without what may be half a token; and that, as text.
+        """Return the tokens of the typed text without what may be half a token, and that part as text.
 
-        Tokenizers join a blank or marks to the word behind them (" return", ".loads", "(self"):
-        "json.lo" is `json`, `.lo`, never the beginning of `json`, `.loads`, so a prompt that ends so has
-        no likely continuation. Held back is the last word with the marks and the blank before it.
-        Digits are tokens of their own.
+        Tokenizers join a space or punctuation to the word after it (" return", ".loads", "(self"): "json.lo"
+        is `json`, `.lo`, never the beginning of `json`, `.loads`, so a prompt that ends like this has no
+        likely continuation. Held back is the last word with the punctuation and the space before it. Digits
+        are tokens by themselves.
 
-        Likewise an indentation is all but its last blank in one token, so a prompt with half of it would
-        have to go on at that width. Held back whole it costs a token to write, so only where it is needed.
+        Likewise, one token holds an indentation but for its last space, so a prompt with half of it would
+        have to continue at that width. Holding it back costs a token to write, so this is done only where it
+        is needed.
         """
         held = ""
         if self._settings.healing:
@@ -262,11 +265,11 @@ class PromptBuilder:
         return self._encode_head(kept), held
 
     def _encode_head(self, text: str) -> tuple[int, ...]:
-        """Tokens of the prefix from its beginning on."""
+        """Return the tokens of the prefix from its beginning on."""
         return tuple(self._tokenizer.encode(self.family.prefix_lead + text))
 
     def _still_holds(self, anchor: _Anchor, snapshot: Snapshot, budget: _Budget) -> bool:
-        """Whether the text around the cursor still begins and ends with what the anchor froze."""
+        """Return whether the text around the cursor still begins and ends with the anchor's frozen text."""
         lines = snapshot.document.lines
         return (
             anchor.line <= snapshot.cursor.line
@@ -277,11 +280,11 @@ class PromptBuilder:
         )
 
     def _head(self, snapshot: Snapshot, budget: int, old: _Anchor | None) -> tuple[int, str]:
-        """P0 and its first line: whole lines above the cursor's, from a line that stays the same for a while.
+        """Return P0 and its first line: whole lines above the cursor's, from a line that stays for a while.
 
-        A window that slid by a line each time the user goes to the next one would make every token of it
-        new. So it keeps its first line while it can; when it has to move, it starts at a multiple of `step`
-        lines and leaves a quarter of the budget to what will be typed.
+        A window that slid by one line with each new line would make all of its tokens new. So its first line
+        stays as long as possible; when the window has to move, it begins at a multiple of `step` lines and
+        leaves a quarter of the budget to the text typed later.
         """
         lines = snapshot.document.lines
         end = snapshot.cursor.line
@@ -309,7 +312,7 @@ class PromptBuilder:
         return start, _clean("".join(lines[start:end]))
 
     def _tail(self, snapshot: Snapshot, budget: int) -> tuple[str, tuple[int, ...]]:
-        """S: the text after the cursor, cut to the budget, at a line's end where possible."""
+        """Return S: the text after the cursor, cut to the budget, at the end of a line where possible."""
         text = _text_after(snapshot, budget * _MAX_CHARS_PER_TOKEN)
         tokens = tuple(self._tokenizer.encode(text))
         if len(tokens) <= budget:
@@ -321,29 +324,29 @@ class PromptBuilder:
         return text, tuple(self._tokenizer.encode(text))
 
     def _longest(self, most: int, budget: int, piece: Callable[[int], str]) -> int:
-        """The largest size up to `most` whose piece of text has at most `budget` tokens; 0 always fits."""
+        """Return the largest size up to `most` whose text has at most `budget` tokens; 0 always fits."""
         sizes = range(1, most + 1)
         return bisect_right(sizes, budget, key=lambda size: len(self._tokenizer.encode(piece(size))))
 
 
-# What users call the parts of a prompt.
+# The names of the prompt's parts that users see.
 _SOURCES = {"head": "prefix", "typed": "typed", "tail": "suffix"}
 
 
 def _layout(name: str, family: Family, wanted: str) -> Layout:
-    """The layout that settings name, or the family's first. Raises `ModelError` if it cannot have it."""
+    """Return the layout from the settings, or the family's first. Raises `ModelError` if unsupported."""
     if wanted == "auto":
         return family.layouts[0]
     if wanted not in family.layouts:
         raise ModelError(
-            f"Models of the family {name!r} do not understand the layout {wanted!r}; "
-            f"they can have {', '.join(family.layouts)}. Change `layout`."
+            f"The FIM family {name!r} does not support the prompt layout {wanted!r}. "
+            f"Set `layout` to auto or one of: {', '.join(family.layouts)}."
         )
     return Layout(wanted)
 
 
 def _is_half_indented(snapshot: Snapshot) -> bool:
-    """Whether all before the cursor is indentation, and not as wide as it will probably be."""
+    """Return whether only indentation precedes the cursor, and probably less than the line will have."""
     own = snapshot.line_before
     if not own or not own.isspace():
         return False
@@ -358,31 +361,31 @@ def _is_half_indented(snapshot: Snapshot) -> bool:
 
 
 def _continues(after: str, tail: str) -> bool:
-    """Whether the text after the cursor is the frozen one still, save for what the editor closed by itself.
+    """Return whether the text after the cursor is still the frozen one, auto-closed brackets aside.
 
-    Each bracket and quote that is typed changes the text after the cursor in most editors. Left out
-    of the prompt until the anchor moves, the closer costs nothing: without it the model closes what was
-    opened, and `trim` knows what stands there.
+    In most editors each typed bracket or quote changes the text after the cursor. The closer may be missing
+    from the prompt until the anchor moves: without it the model closes what was opened, and `clean` knows the
+    closer that the file has.
     """
     at = after.find(tail) if tail else len(after)
     return at == 0 or (0 < at <= _MAX_AUTO_CLOSED and _AUTO_CLOSED.fullmatch(after, 0, at) is not None)
 
 
-def _with_context(segments: list[Segment], context: Written, *, after_bos: bool) -> list[Segment]:
-    """Other files behind BOS; comments where the text of the file begins."""
-    place = int(after_bos)
+def _with_context(segments: list[Segment], context: RenderedContext, *, after_bos: bool) -> list[Segment]:
+    """Return the segments with other files after BOS, and comments at the beginning of the file's text."""
+    start = int(after_bos)
     head = next(index for index, (name, _) in enumerate(segments) if name in {"prefix", "typed"})
     return [
-        *segments[:place],
+        *segments[:start],
         *context.at_start,
-        *segments[place:head],
+        *segments[start:head],
         *context.in_prefix,
         *segments[head:],
     ]
 
 
 def _text_after(snapshot: Snapshot, max_chars: int) -> str:
-    """At most `max_chars` characters from the cursor on, as the model sees them."""
+    """Return at most `max_chars` characters from the cursor on, as the model reads them."""
     lines = snapshot.document.lines
     first = lines[snapshot.cursor.line]
     parts = [first[snapshot.cursor.column : snapshot.cursor.column + max_chars + 1]]
@@ -396,7 +399,7 @@ def _text_after(snapshot: Snapshot, max_chars: int) -> str:
 
 
 def _clean(text: str) -> str:
-    r"""The model has learned \n only, and no surrogate halves; the answer gets the file's line ends back."""
+    r"""Return the text as the model knows it: \n for line ends, and no surrogate halves."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)

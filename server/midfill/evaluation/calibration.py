@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from midfill.completion.calibrations import Saved
-from midfill.completion.confidence import BUILT_IN, Eagerness, beginnings, features
+from midfill.completion.confidence import BUILT_IN, Eagerness, features, line_prefixes
 from midfill.errors import MidfillError
 from midfill.evaluation import records
 from midfill.evaluation.repository import Result, Score, read_result, score
@@ -84,9 +84,9 @@ def model_of(paths: Sequence[Path]) -> str:
 
 def _case(group: str, result: Result) -> Case:
     evidence = result.evidence
-    found = [features(evidence, end) for end in beginnings(result.text)]
+    found = [features(evidence, end) for end in line_prefixes(result.text)]
     rows = np.array([list(row.values()) for row in found])
-    scores = tuple(score(result.text[:end], result.truth) for end in beginnings(result.text))
+    scores = tuple(score(result.text[:end], result.truth) for end in line_prefixes(result.text))
     return Case(group, tuple(found[0]), rows, scores)
 
 

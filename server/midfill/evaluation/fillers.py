@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from midfill.completion.completer import Completer, Trigger
+from midfill.completion.answer import Trigger
+from midfill.completion.completer import Completer
 from midfill.engine.api import Engine, Request
 from midfill.fim.templates import Layout, recognise_family
 from midfill.settings import Settings
@@ -81,7 +82,7 @@ class PipelineFiller:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.model = engine.model.name
-        self._completer = Completer(settings)
+        self._completer = Completer(settings.model_copy(update={"prefetch": False}))
         self._completer.use(engine)
 
     async def open_folder(self, folder: Path) -> None:

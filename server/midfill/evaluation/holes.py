@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from midfill.completion.context.files import Sieve
+from midfill.completion.context.files import FileFilter
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Hole
 from midfill.evaluation.git import Git, GitError
@@ -76,7 +76,7 @@ def choose(root: Path, settings: Settings, *, count: int, seed: int) -> list[Sam
     if not root.is_dir():
         raise MidfillError(f"{root} is not a folder. Give the folder of a repository.")
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
-    sources = list(_read(Sieve(root.resolve(), settings.excluded_files), _history(root), settings))
+    sources = list(_read(FileFilter(root.resolve(), settings.excluded_files), _history(root), settings))
     if not sources:
         raise MidfillError(
             f"{root} has no source files in a language that midfill knows, leaving out what is ignored by "
@@ -146,16 +146,16 @@ def _history(root: Path) -> dict[str, float]:
     return weights
 
 
-def _read(sieve: Sieve, weights: Mapping[str, float], settings: Settings) -> Iterator[_Source]:
+def _read(file_filter: FileFilter, weights: Mapping[str, float], settings: Settings) -> Iterator[_Source]:
     """The files that somebody writes by hand and wants suggestions in."""
-    for name in sorted(sieve.walk()):
-        file = sieve.read(name)
+    for name in sorted(file_filter.walk()):
+        file = file_filter.read(name)
         if (
             file is not None
             and not is_among(settings.disabled_languages, file.language_id)
             and file.text.count("\n") >= _MIN_LINES
         ):
-            path = sieve.root / name
+            path = file_filter.root / name
             yield _Source(path, name, file.language_id, file.text, weights.get(name, 0.0))
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from midfill.completion.completer import Trigger
+from midfill.completion.answer import Trigger
 from midfill.errors import MidfillError
 from midfill.evaluation import sandbox
 from midfill.evaluation.fillers import Filler, Hole

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from midfill.completion.confidence import BUILT_IN, Calibration, beginnings, confidence
+from midfill.completion.confidence import BUILT_IN, Calibration, confidence, line_prefixes
 from midfill.errors import MidfillError
 from midfill.evaluation.calibration import reliability
 from midfill.evaluation.repository import Result, score
@@ -73,7 +73,7 @@ def _reliability(axes: Axes, results: Sequence[Result], by: Calibration) -> None
         (confidence(result.evidence, end, by), score(result.text[:end], result.truth).right)
         for result in results
         if result.tokens
-        for end in beginnings(result.text)
+        for end in line_prefixes(result.text)
     ]
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
     axes.set_title(f"reliability, {len(judged)} beginnings of suggestions", fontsize=9)

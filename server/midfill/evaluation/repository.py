@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from midfill.completion.completer import Trigger
+from midfill.completion.answer import Trigger
 from midfill.completion.confidence import (
     BUILT_IN,
     Calibration,
     Eagerness,
     Evidence,
-    beginnings,
-    worth_showing,
+    length_to_show,
+    line_prefixes,
 )
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Filler
@@ -103,7 +103,7 @@ def places_that_break(sample: Sample, text: str) -> tuple[int, ...] | None:
     usual = count_errors(before + sample.truth + after, language, _PARSE_S)
     if usual is None:
         return None
-    ends = {*beginnings(text), len(text)} if text else set()
+    ends = {*line_prefixes(text), len(text)} if text else set()
     counts = {end: count_errors(before + text[:end] + after, language, _PARSE_S) for end in sorted(ends)}
     return tuple(end for end, count in counts.items() if count is not None and count > usual)
 
@@ -187,7 +187,7 @@ def summarise(results: Sequence[Result], eagerness: Eagerness, by: Calibration =
 
 def shown_text(result: Result, eagerness: Eagerness, by: Calibration = BUILT_IN) -> str:
     """What of a result the user would see."""
-    return result.text[: worth_showing(result.evidence, eagerness, by)]
+    return result.text[: length_to_show(result.evidence, eagerness, by)]
 
 
 def _figures(results: Sequence[Result], eagerness: Eagerness, by: Calibration) -> dict[str, Any]:

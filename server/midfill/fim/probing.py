@@ -1,9 +1,9 @@
-"""Which order of prefix and suffix a model was trained for, asked of the model itself.
+"""Probing: ask a model which order of prefix and suffix it was trained for.
 
-A model's files do not say it. So known holes are laid before the model in each order, and the order in
-which it finds the true middle most likely is the one it knows; if the prefix alone does as well, it was
-not trained to fill in the middle. Runs on the event loop; used when a model is loaded that fits no
-family by its name, and by `midfill model check` and `midfill eval families`.
+The model's files do not tell. So the model gets known holes in each order, and the order in which it finds
+the true middle most likely is the one of its training; if the prefix alone does as well, the model was not
+trained to fill in the middle. Runs on the event loop; used for models whose name fits no family when they are
+loaded, and by `midfill model check` and `midfill eval families`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from midfill.fim.templates import FAMILIES, Family, Layout, family_in_name, prob
 
 _LOG = logging.getLogger(__name__)
 
-# Code before the hole, the true middle, code after it. At line starts, where tokens begin; what stands
-# in the hole can only be known from what follows it.
+# (code before the hole, true middle, code after it). At line starts, where tokens begin; the middle can be
+# known only from the text after it.
 HOLES = (
     (
         "import json\n\n\ndef load(path):\n",
@@ -46,20 +46,20 @@ HOLES = (
         "\n        total += grade;\n    }\n    return (double) total / values.length;\n}\n",
     ),
 )
-# The appending order proves nothing: whatever stands between them, a model that was never trained to fill in
-# the middle reads the suffix as earlier text and goes on from the prefix.
-_TELLING = (Layout.PSM, Layout.SPM)
-_ORDERS = (*_TELLING, Layout.APPENDING)
-# An order counts as known if the suffix makes the middle likelier by so many nats per character.
+# The appending order proves nothing: a model without FIM training reads the suffix as earlier text, whatever
+# the sentinels, and continues the prefix.
+_CONCLUSIVE = (Layout.PSM, Layout.SPM)
+_ORDERS = (*_CONCLUSIVE, Layout.APPENDING)
+# A model uses the suffix if that makes the middle likelier by this many nats per character.
 _MARGIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a model thinks of the true middles.
+    """Likelihood of the true middles for one model.
 
     Attributes:
-        scores: mean log-probability of the middles in each order, in nats per character; never above 0.
+        scores: mean log-probability of the middles in each order, in nats per character; at most 0.
         alone: the same after the prefix alone.
     """
 
@@ -68,22 +68,23 @@ class Probe:
 
     @property
     def best(self) -> Layout:
-        """The order in which the middles are likeliest, of those that have to be learned."""
+        """The order in which the middles are likeliest, among those that require training."""
         return max(
-            (layout for layout in _TELLING if layout in self.scores), key=lambda layout: self.scores[layout]
+            (layout for layout in _CONCLUSIVE if layout in self.scores),
+            key=lambda layout: self.scores[layout],
         )
 
     @property
     def understood(self) -> bool:
-        """Whether the model makes use of the suffix in that order."""
+        """Whether the model uses the suffix in that order."""
         return self.scores[self.best] > self.alone + _MARGIN
 
     def agrees(self, family: Family) -> bool:
-        """Whether the model fills holes in the order that the family's row has."""
+        """Return whether the model fills holes in an order of the family's row."""
         return self.understood and self.best in family.layouts
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the result for `--json`."""
         return {
             "nats_per_char": {str(layout): _rounded(score) for layout, score in self.scores.items()},
             "prefix_alone": _rounded(self.alone),
@@ -93,7 +94,7 @@ class Probe:
 
 
 def _rounded(score: float) -> float | None:
-    """For JSON, which has no infinity: None for what the model cannot write at all."""
+    """Return a score for JSON, which has no infinity: None for text that the model cannot write at all."""
     return round(score, 3) if math.isfinite(score) else None
 
 
@@ -105,10 +106,11 @@ async def probe(engine: Engine, family: Family) -> Probe:
 
 
 async def identify(engine: Engine, named: str | None = None) -> tuple[str, Family]:
-    """The family of a started engine's model: `recognise_family`, or by asking the model.
+    """Return the family of a started engine's model, by `recognise_family` or by probing.
 
     Raises:
-        ModelError: it is not known, and the model understands none whose sentinels its vocabulary has.
+        ModelError: the family is not known, and the model understands none whose sentinels its vocabulary
+            has.
         EngineError: the model failed.
     """
     model = engine.model
@@ -126,16 +128,16 @@ async def identify(engine: Engine, named: str | None = None) -> tuple[str, Famil
             raise
         name, family, best = max(understood, key=lambda found: found[2].scores[found[2].best])
         layouts = (Layout.ANCHORED, Layout.PSM) if best.best is Layout.PSM else (Layout.SPM,)
-        _LOG.info("the model was probed: it fills holes like %s, in the order %s", name, best.best)
-        # How it was shown other files cannot be told from its vocabulary.
+        _LOG.info("probed the model: it is like the FIM family %s, in the order %s", name, best.best)
+        # The vocabulary does not tell how the model was shown other files.
         return f"{name} (probed)", replace(family, layouts=layouts, cross_file=None)
 
 
 async def _identify_served(engine: Engine, named: str | None) -> tuple[str, Family]:
-    """The family of a model that others serve.
+    """Return the family of a model that another program serves.
 
-    Its name says it, and the model is asked whether it is true, unless its vocabulary is known to be that of
-    a model of the catalogue, whose family is known. Raises as `identify`.
+    Its name tells the family, and a probe confirms it, unless the vocabulary is known to be that of a model
+    in the catalogue, whose family is known. Raises as `identify`.
     """
     model = engine.model
     name = named or model.family or family_in_name(model.name)
@@ -147,18 +149,18 @@ async def _identify_served(engine: Engine, named: str | None) -> tuple[str, Fami
         return name, family
     found = await probe(engine, family)
     if not found.agrees(family):
-        what = "does not fill in the middle" if not found.understood else f"fills in the order {found.best}"
+        what = "does not fill in the middle" if not found.understood else f"expects the order {found.best}"
         raise ModelError(
-            f"{model.name!r} ({model.served_by}) was asked to fill in known holes as models of the family "
-            f"{name!r} do, and {what}. {remedy}"
+            f"{model.name!r} ({model.served_by}) was tested as a model of the FIM family {name!r}, "
+            f"and {what}. {remedy}"
         )
     return name, family
 
 
 def _candidates(tokenizer: Tokenizer) -> dict[str, Family]:
-    """Families whose sentinels a vocabulary has, one for each set of sentinels.
+    """Return the families whose sentinels a vocabulary has, one for each set of sentinels.
 
-    Those without a middle sentinel cannot be told by asking: see `_TELLING`.
+    Families without a middle sentinel are left out: probing cannot identify them, see `_CONCLUSIVE`.
     """
     found: dict[tuple[str, ...], str] = {}
     for name, family in FAMILIES.items():
@@ -177,7 +179,7 @@ async def _mean_score(engine: Engine, family: Family, layout: Layout | None) -> 
 def _prompt(
     tokenizer: Tokenizer, family: Family, layout: Layout | None, hole: tuple[str, str, str]
 ) -> tuple[int, ...]:
-    """The tokens of a hole; without a layout, those of the prefix alone."""
+    """Return the tokens of a hole; without a layout, those of the prefix alone."""
     texts = {"head": family.prefix_lead + hole[0], "typed": "", "tail": hole[2]}
     parts = list(family.parts(layout or family.layouts[0]))
     if layout is None:
@@ -192,9 +194,9 @@ def _prompt(
 
 
 async def _score(engine: Engine, tokens: tuple[int, ...], truth: str) -> float:
-    """Log-probability of `truth` after the tokens, in nats per character.
+    """Return the log-probability of `truth` after the tokens, in nats per character.
 
-    The engine is made to write it; of the spellings in tokens it takes the likeliest first token each time.
+    The engine is forced to write it; of the possible tokens it takes the likeliest each time.
     """
     request = Request(tokens, len(truth) + 1, starts_with=truth)
     text, total = "", 0.0
@@ -210,7 +212,7 @@ async def _score(engine: Engine, tokens: tuple[int, ...], truth: str) -> float:
 async def examine(
     tokenizers: Mapping[str, Tokenizer], engines: Mapping[str, Callable[[], Engine]], report: Progress
 ) -> dict[str, Any]:
-    """What `midfill eval families` shows: the table against vocabularies, and against models that run.
+    """Return the result of `midfill eval families`: the table checked against vocabularies and models.
 
     Args:
         tokenizers: vocabularies by name.
@@ -218,8 +220,8 @@ async def examine(
         report: called with each model's name and the share done.
 
     Returns:
-        {"families": {family: its row and the vocabularies that it fits, with ids}, "vocabularies": {name:
-        its families}, "models": {name: the model's family and probe}}; ready for JSON.
+        {"families": {family: its row and the vocabularies that it fits, with ids}, "vocabularies": {name: its
+        families}, "models": {name: the model's family and probe}}; ready for JSON.
     """
     fitting = {
         family: {
@@ -263,7 +265,7 @@ async def _examine_model(make: Callable[[], Engine]) -> dict[str, Any]:
 
 
 def _ids(family: Family, tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
-    """Sentinels and stops that a vocabulary has, each a single control token."""
+    """Return the sentinels and stops that a vocabulary has, each a single control token."""
     return {
         kind: {name: token for name in names if (token := tokenizer.token_id(name)) is not None}
         for kind, names in (
@@ -275,7 +277,7 @@ def _ids(family: Family, tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
 
 
 def table(result: Mapping[str, Any]) -> Any:
-    """The result of `examine` for a person: rich tables."""
+    """Return the result of `examine` for the user, as rich tables."""
     from rich.console import Group  # noqa: PLC0415 - only a person needs it
     from rich.table import Table  # noqa: PLC0415
 

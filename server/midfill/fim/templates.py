@@ -1,8 +1,8 @@
-r"""FIM families: how each line of models was trained to fill in the middle. A table of data, and its checks.
+"""FIM templates: one row for each family of fill-in-the-middle models, and checks of the rows.
 
-A family's sentinels are known by name and resolved to ids when a model is loaded; each must be a single
-control token. A model that fits no row is refused with the list, or probed (`probing`); it never gets
-another family's template. Knows no documents and no windows: see `prompt`.
+Sentinels are given by name and resolved to ids when a model is loaded; each must be a single control token. A
+model that fits no row is refused with the list of families, or probed (`probing`); it never gets another
+family's template. Knows no documents and no windows: `completion.prompt` does.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from midfill.errors import ModelError
 
 
 class Layout(StrEnum):
-    """In which order the parts of a prompt stand.
+    """The order of a prompt's parts.
 
-    P0 is whole lines above the cursor, `typed` is what follows them up to the cursor, S is the text after it.
+    P0 is whole lines above the cursor, `typed` is the text after them up to the cursor, S is the text after
+    it.
     """
 
     PSM = "psm"
@@ -28,11 +29,11 @@ class Layout(StrEnum):
     SPM = "spm"
 
 
-# Three of the parts are sentinels, in brackets; a family may lack the last one.
+# Three of the parts are sentinels, in angle brackets; a family may lack the last one.
 _PARTS: dict[Layout, tuple[str, ...]] = {
-    # As trained; every key makes the suffix new for the KV cache.
+    # The order of training; every key makes the suffix new for the KV cache.
     Layout.PSM: ("<prefix>", "head", "typed", "<suffix>", "tail", "<middle>"),
-    # PSM whose prefix ends at a line start: what was typed since stands where the middle begins.
+    # PSM whose prefix ends at a line start: the text typed since is at the beginning of the middle.
     Layout.ANCHORED: ("<prefix>", "head", "<suffix>", "tail", "<middle>", "typed"),
     # "SPM variant 2" of the StarCoder and Code Llama papers: typing appends.
     Layout.APPENDING: ("<prefix>", "<suffix>", "tail", "<middle>", "head", "typed"),
@@ -42,14 +43,14 @@ _PARTS: dict[Layout, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class CrossFile:
-    r"""How a family was shown other files of a repository before the file with the hole.
+    """How a family's training data shows other files of a repository before the file with the hole.
 
     Attributes:
-        file: what stands before a file's path: a sentinel, or plain text.
+        file: marker before a file's path: a sentinel, or plain text.
         repository: a sentinel before the repository's name at the very start, or "".
-        after_repository: what follows that name.
-        after_path: what stands between a path and the file's text.
-        own_path: whether the file with the hole is introduced by its path as well.
+        after_repository: text after that name.
+        after_path: text between a path and the file's text.
+        own_path: the file with the hole is preceded by its path too.
     """
 
     file: str
@@ -61,18 +62,19 @@ class CrossFile:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How one line of models was trained to fill in the middle.
+    """The FIM template of one family of models.
 
     Attributes:
-        prefix, suffix, middle: sentinels by name; `middle` is "" where the family has none.
-        stops: control tokens that end the middle; those of them that a vocabulary has. The first is required.
-        layouts: those that the family understands; the first is the one that is served.
+        prefix, suffix, middle: names of the sentinels; `middle` is "" if the family has none.
+        stops: control tokens that end the middle; those that a vocabulary has are used. The first is
+            required.
+        layouts: the supported ones; the first is used by default.
         bos: a token that must open the prompt, exactly once, or "".
-        prefix_lead: text that stands before the prefix in training data (SentencePiece's dummy blank).
+        prefix_lead: text before the prefix in training data (SentencePiece's dummy blank).
         needs_suffix: without a suffix the model ends at once, so it then gets the prefix alone.
-        cross_file: see `CrossFile`; None where other files can only be shown as comments.
-        architectures: values of transformers' `model_type` that the family comes in.
-        name: a pattern that the model's name must match; families that share sentinels differ in it.
+        cross_file: see `CrossFile`; None if other files can only be shown as comments.
+        architectures: values of transformers' `model_type` in which the family exists.
+        name: a pattern that the model's name must match; families with the same sentinels differ in it.
     """
 
     prefix: str
@@ -94,18 +96,18 @@ class Family:
 
     @property
     def file_marks(self) -> tuple[str, ...]:
-        """The names of the sentinels that introduce other files; plain text like "#" is none."""
+        """The names of the sentinels that introduce other files; plain text like "#" is not one."""
         marks = (self.cross_file.repository, self.cross_file.file) if self.cross_file else ()
         return tuple(mark for mark in marks if mark.startswith("<"))
 
     @property
     def never_text(self) -> tuple[str, ...]:
-        """Names that mean nothing but a sentinel, however a model spells them; `</s>` is HTML as well."""
+        """Names that are sentinels and nothing else, however a model spells them; `</s>` is HTML too."""
         stops = (name for name in self.stops if "|" in name or "｜" in name)
         return tuple(dict.fromkeys((*filter(None, (self.prefix, self.suffix, self.middle)), *stops)))
 
     def parts(self, layout: Layout) -> Iterator[tuple[str, str]]:
-        """The parts of a prompt in order, BOS first, with their kinds.
+        """Yield (kind, name) for the parts of a prompt in order, BOS first.
 
         ("sentinel", its name), ("text", "head"), ("text", "typed") or ("text", "tail").
         """
@@ -121,7 +123,7 @@ class Family:
 
 _STARCODER_FILES = CrossFile("<filename>", repository="<reponame>")
 _QWEN_FILES = CrossFile("<|file_sep|>", repository="<|repo_name|>", after_repository="\n")
-# Qwen's tokenizers do not call the last six special; a model that rambles goes on with one of them.
+# Qwen's tokenizers do not call the last six special; a model that rambles continues with one of them.
 _QWEN_STOPS = (
     "<|endoftext|>",
     "<|im_end|>",
@@ -146,8 +148,9 @@ def _starcoder_like(*architectures: str, stop: str = "<|endoftext|>", name: str 
 
 
 # Forms from the models' cards, papers and reference code; `check_family` asserts the names against the
-# tokenizer. What is served first for a family is what was measured best for it
-# (server/docs/experiments/009-prompt-order.md), else the anchored form of what it was trained on.
+# tokenizer. The first layout of a family is the one with the best measured result
+# (server/docs/experiments/009-prompt-order.md), else the
+# anchored form of its training order.
 FAMILIES: dict[str, Family] = {
     "starcoder": Family(
         "<fim_prefix>",
@@ -269,10 +272,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def recognise_family(model: ModelInfo, named: str | None = None) -> tuple[str, Family]:
-    """The family of a model: the one that settings or catalogue name, else the only one that fits.
+    """Return a model's family: the one named by settings or catalogue, else the only one that fits.
 
-    A family fits if its sentinels are single tokens of the vocabulary and its architecture and name
-    agree. Raises `ModelError` that lists the families: no model ever gets another family's template.
+    A family fits if its sentinels are single tokens of the vocabulary and its architecture and name agree.
+    Raises `ModelError` with the list of families: no model ever gets another family's template.
     """
     named = named or model.family
     if named is not None:
@@ -289,9 +292,9 @@ def recognise_family(model: ModelInfo, named: str | None = None) -> tuple[str, F
         and not problems(family, model.tokenizer)
     ]
     if len(fitting) != 1:
-        what = f"fits {' and '.join(fitting)}" if fitting else "fits none of them"
+        what = f"fits {' and '.join(fitting)}" if fitting else "fits none of the families"
         raise ModelError(
-            f"The FIM family of {model.name!r} ({model.architecture}) is not known: it {what}. "
+            f"The FIM family of {model.name!r} ({model.architecture}) is not known: the model {what}. "
             f'If you know it, set `family = "..."` to one of: {", ".join(FAMILIES)}.'
         )
     return fitting[0], FAMILIES[fitting[0]]
@@ -300,10 +303,10 @@ def recognise_family(model: ModelInfo, named: str | None = None) -> tuple[str, F
 def infill(
     model: ModelInfo, named: str | None, before: str, after: str
 ) -> tuple[tuple[int, ...], frozenset[int]]:
-    """A prompt with a hole between two texts, in the order that the family was trained on.
+    """Return the prompt for a hole between two texts, in the order of the family's training.
 
-    The whole texts stand in it: no window, no token healing. Returns the ids, and those that end the middle.
-    Raises `ModelError` if the model's family is not known.
+    It contains the whole texts: no window, no token healing. Returns the ids, and the ids that end the
+    middle. Raises `ModelError` if the model's family is not known.
     """
     _, family = recognise_family(model, named)
     tokenizer = model.tokenizer
@@ -323,7 +326,7 @@ def infill(
 
 
 def family_in_name(name: str) -> str | None:
-    """The family that a model's name holds, as names of served models do: "Qwen/Qwen2.5-Coder-7B"."""
+    """Return the family in a served model's name, such as "Qwen/Qwen2.5-Coder-7B"; None if there is none."""
     known = [family for family in FAMILIES if family in name.casefold()]
     return max(known, key=len, default=None)
 
@@ -338,11 +341,11 @@ def check_family(name: str, family: Family, tokenizer: Tokenizer) -> None:
 
 
 def problems(family: Family, tokenizer: Tokenizer) -> list[str]:
-    """Why a vocabulary is not one of this family, a clause each; none if it is.
+    """Return why a vocabulary does not fit a family, a clause for each reason; empty if it fits.
 
-    Where a tokenizer maps unknown names to `<unk>` or end-of-text, a missing sentinel would silently
-    end the prompt instead (StarCoder's unknown token is its end-of-text), so ids must be different ones;
-    and a sentinel that is no control token could come out of a file's text.
+    If a tokenizer maps unknown names to `<unk>` or end-of-text, a missing sentinel would silently end the
+    prompt (StarCoder's unknown token is its end-of-text), so ids must differ; and a sentinel that is not a
+    control token could come from a file's text.
     """
     found = []
     seen: dict[int, str] = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from midfill.completion.completer import Trigger
+from midfill.completion.answer import Trigger
 from midfill.engine.api import Progress
 from midfill.evaluation.fillers import Filled, Hole
 from midfill.lsp.client import SERVE_COMMAND, Client

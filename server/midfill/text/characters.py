@@ -1,17 +1,17 @@
-"""Characters that are not safe to show: control, bidirectional and invisible ones.
+"""Characters that are not safe to show: control, bidirectional and invisible ones. Pure.
 
-They can hide what a suggestion does from who accepts it, or command a terminal that prints it. Pure.
+They can hide from the user what a suggestion does, or send commands to a terminal that prints it.
 """
 
 from __future__ import annotations
 
 import re
 
-# Never: C0 and C1 controls but tab and line feed, halves of surrogate pairs, tags.
+# Never allowed: C0 and C1 controls except tab and line feed, halves of surrogate pairs, tags.
 _CONTROL = "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\U000e0000-\U000e007f"
-# Only where the file has the same one near the cursor: bidirectional controls; what has no width or
-# is an invisible letter; ends of lines that editors do not show; variation selectors; blanks that are no
-# spaces; private use, which fonts show as they like, many as nothing.
+# Allowed only if the file has the same one near the cursor: bidirectional controls; characters without width
+# and invisible letters; line ends that editors do not show; variation selectors; blanks other than the space;
+# private use characters, which fonts show in any way, many not at all.
 _BIDIRECTIONAL = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _INVISIBLE = (
     "\xad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200d\u2028\u2029\u2060-\u2065\u206a-\u206f\u2800\u3164"
@@ -20,18 +20,19 @@ _INVISIBLE = (
 )
 _UNSAFE = re.compile(f"[{_CONTROL}{_BIDIRECTIONAL}{_INVISIBLE}]")
 _NEVER = re.compile(f"[{_CONTROL}]")
-# Says whether the emoji before it has colours, such as that of a warning sign.
+# Selects the coloured or the plain form of the emoji before it, such as that of a warning sign.
 _PRESENTATION = frozenset("\ufe0e\ufe0f")
 _KEYCAPS = frozenset("0123456789#*")
 
 
 def safe_length(text: str, near: str, before: str = "") -> int:
-    """Return the length of the beginning of `text` that has no unsafe character.
+    """Return the length of the longest prefix of `text` without unsafe characters.
 
     Args:
-        text: what somebody else wrote.
-        near: the user's own text around the place it goes to; what that has may come again, but for controls.
-        before: what stands before `text`.
+        text: text from an untrusted source.
+        near: the user's own text around the insertion point; characters in it may occur again, except
+            controls.
+        before: the text before `text`.
     """
     if text.isascii() and text.isprintable():
         return len(text)

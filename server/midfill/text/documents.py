@@ -1,9 +1,9 @@
-r"""Documents as the editor sees them: text, versions, and positions in the client's encoding.
+r"""Documents as the editor has them: text, versions, and positions in the client's encoding.
 
-A `Document` is an immutable value made of its lines, each with its own terminator. Only \n, \r\n and
-\r end a line, as the LSP specification says (`str.splitlines` knows more, and would shift every later
-line). An edit makes a new `Document` and costs one copy of a list of references, so a `Snapshot` taken
-before an `await` stays true while the user types on.
+A `Document` is an immutable value made of lines, each with its own terminator. Only \n, \r\n and \r end a
+line, as the LSP specification says (`str.splitlines` knows more, and would shift every later line). An edit
+makes a new `Document` and costs one copy of a list of references, so a `Snapshot` taken before an `await`
+stays valid while the user types.
 
 Columns inside midfill are code points. Only this module knows that clients count otherwise.
 """
@@ -22,10 +22,10 @@ _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SPLIT_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _BLOCK = 256
-# As much of it as may say what runs the file.
+# Enough of the first line to find an interpreter in it.
 _FIRST_LINE_CHARS = 200
 _NEAR = 20
-# From so many changes at once on, lines of so many characters are cut into pieces of so many.
+# From `_MANY` changes at once on, lines longer than `_LONG` characters are cut into pieces of `_PIECE`.
 _MANY = 8
 _LONG = 16_384
 _PIECE = 4_096
@@ -33,7 +33,7 @@ _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 
 
 class Encoding(StrEnum):
-    """What one unit of an LSP column is; the values are the protocol's own."""
+    """The unit of an LSP column; the values are the protocol's."""
 
     UTF8 = "utf-8"
     UTF16 = "utf-16"
@@ -42,7 +42,7 @@ class Encoding(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Point:
-    """A place between two characters: zero-based line, and column in code points."""
+    """A position between two characters: zero-based line, and column in code points."""
 
     line: int
     column: int
@@ -65,7 +65,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One change: `lines[first:old_end]`, of the version before, became `[first:new_end]` of this one."""
+    """One change: `lines[first:old_end]` of the previous version became `[first:new_end]` of this one."""
 
     lines: list[str]
     first: int
@@ -78,11 +78,11 @@ class Document:
     """One version of one text.
 
     Attributes:
-        language_id: as `languages` calls it, whatever the editor does.
+        language_id: midfill's identifier from `languages`, not the editor's.
         lines: never empty; only the last item has no terminator. Never changed in place.
         num_chars: length of the text in code points.
-        sent_language: the identifier that the editor has sent.
-        edit_before: what led here from the version before, if that was one change of some lines.
+        sent_language: the identifier that the editor sent.
+        edit_before: the change from the previous version, if that was one change of some lines.
     """
 
     uri: str
@@ -95,7 +95,7 @@ class Document:
 
     @staticmethod
     def open(uri: str, language_id: str, version: int, text: str) -> Document:
-        """Make the first version of a document. `language_id` may be any editor's, or ""."""
+        """Make the first version of a document. `language_id` may be any editor's identifier, or ""."""
         lines = split_lines(text)
         language = identify(language_id, uri, lines[0][:_FIRST_LINE_CHARS])
         return Document(uri, language, version, lines, _count(lines), language_id)
@@ -107,12 +107,12 @@ class Document:
 
     @property
     def line_ending(self) -> str:
-        r"""What ends the first line: "\n", "\r\n" or "\r"; "\n" in a document of one line."""
+        r"""The terminator of the first line: "\n", "\r\n" or "\r"; "\n" in a document of one line."""
         first = self.lines[0]
         return first[content_length(first) :] or "\n"
 
     def edit(self, changes: Iterable[Change], version: int, encoding: Encoding) -> Document:
-        """Apply changes in order. Each sees the result of the one before, as the protocol says.
+        """Return the document after changes, applied in order. Each sees the result of the one before.
 
         Versions are recorded, not checked: clients repeat them and go back, and the last text wins.
         """
@@ -126,10 +126,10 @@ class Document:
         )
 
     def changes_since(self, lines: Sequence[str]) -> tuple[int, int, int]:
-        """Return what differs from the lines of an earlier version; see `changed_lines`.
+        """Return the difference to the lines of an earlier version; see `changed_lines`.
 
-        From the version before, if one change led here, without looking at the others: a key costs no more in
-        a long document than in a short one.
+        If one change led from the previous version to this one, that is used without comparing lines: a key
+        costs no more in a long document than in a short one.
         """
         edit = self.edit_before
         if edit is not None and edit.lines is lines:
@@ -137,29 +137,29 @@ class Document:
         return changed_lines(lines, self.lines)
 
     def point(self, position: tuple[int, int], encoding: Encoding) -> Point:
-        """The place of a client's (line, character), clamped into the document."""
+        """Return the position of a client's (line, character), clamped into the document."""
         return locate(self.lines, position, encoding)
 
     def clamp(self, point: Point) -> Point:
-        """The place, or the nearest one that this text has."""
+        """Return the position, or the nearest one that this text has."""
         line = min(point.line, len(self.lines) - 1)
         return Point(line, min(point.column, len(self.lines[line].rstrip("\r\n"))))
 
     def end_of(self, change: Change, encoding: Encoding) -> Point:
-        """The place behind the text that a change, the last one made, has put in."""
+        """Return the position after the text that the last change inserted."""
         start = Point(0, 0) if change.start is None else self.point(change.start, encoding)
         *above, last = split_lines(change.text)
         column = len(last) if above else start.column + len(last)
         return self.clamp(Point(start.line + len(above), column))
 
     def position(self, point: Point, encoding: Encoding) -> tuple[int, int]:
-        """The client's (line, character) of a place."""
+        """Return the client's (line, character) of a position."""
         return point.line, count_units(self.lines[point.line][: point.column], encoding)
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A document and the place of the cursor in it, at one moment."""
+    """A document and the cursor's position in it, at one moment."""
 
     document: Document
     cursor: Point
@@ -177,23 +177,23 @@ class Snapshot:
 
     @property
     def line_ending(self) -> str:
-        r"""What ends the cursor's line, or else the nearest line that ends: "\n", "\r\n" or "\r"."""
+        r"""The terminator of the cursor's line, or of the nearest line with one: "\n", "\r\n" or "\r"."""
         lines, at = self.document.lines, self.cursor.line
         near = [lines[at], *reversed(lines[max(0, at - _NEAR) : at]), *lines[at + 1 : at + 1 + _NEAR]]
         ends = [line[content_length(line) :] for line in near]
-        # Where others end their lines otherwise, a carriage return alone is a fault.
+        # If other lines end otherwise, a single carriage return is an error.
         usual = (end for end in ends if "\n" in end)
         return next(usual, None) or next(filter(None, ends), "\n")
 
     def lines_after(self, max_lines: int) -> list[str]:
-        """The lines below the cursor's line, without terminators."""
+        """Return the lines below the cursor's line, without terminators."""
         below = self.document.lines[self.cursor.line + 1 : self.cursor.line + 1 + max_lines]
         return [line[: content_length(line)] for line in below]
 
     def insert(self, text: str, num_replaced: int = 0) -> Snapshot:
-        """What it becomes when `text` is inserted at the cursor: the cursor is behind it then.
+        """Return the snapshot with `text` inserted, and the cursor after it.
 
-        `num_replaced` characters behind the cursor, of its line, make room for it.
+        The text replaces `num_replaced` characters after the cursor on its line.
         """
         line, column = self.cursor.line, self.cursor.column
         change = Change(text, (line, column), (line, column + num_replaced))
@@ -217,17 +217,17 @@ def split_lines(text: str) -> list[str]:
 
 
 def content_length(line: str) -> int:
-    """The length of a line without its terminator."""
+    """Return the length of a line without its terminator."""
     if line.endswith("\r\n"):
         return len(line) - 2
     return len(line) - line.endswith(("\n", "\r"))
 
 
 def locate(lines: Sequence[str], position: tuple[int, int], encoding: Encoding) -> Point:
-    """The place of a client's (line, character).
+    """Return the position of a client's (line, character).
 
-    As the specification says, a character past the end of a line means its end; likewise a line past
-    the end means the end of the document. A unit inside a character means the place before it.
+    As the specification says, a character past the end of a line means its end; likewise a line past the end
+    means the end of the document. A unit inside a character means the position before it.
     """
     line, character = position
     if line < 0:
@@ -240,10 +240,10 @@ def locate(lines: Sequence[str], position: tuple[int, int], encoding: Encoding) 
 
 
 def count_code_points(text: str, units: int, encoding: Encoding) -> int:
-    """How many whole characters lie within the first `units` units of `text`."""
+    """Return the number of whole characters within the first `units` units of `text`."""
     if encoding is Encoding.UTF32 or text.isascii():
         return min(units, len(text))
-    # A character is at least one unit, so what lies further to the right cannot matter.
+    # A character has at least one unit, so text further to the right cannot matter.
     head = text[:units]
     if encoding is Encoding.UTF8:
         data = head.encode("utf-8", "surrogatepass")
@@ -259,7 +259,7 @@ def count_code_points(text: str, units: int, encoding: Encoding) -> int:
 
 
 def count_units(text: str, encoding: Encoding) -> int:
-    """How many units of the client's encoding `text` takes."""
+    """Return the number of units of the client's encoding in `text`."""
     if encoding is Encoding.UTF32 or text.isascii():
         return len(text)
     if encoding is Encoding.UTF8:
@@ -268,9 +268,9 @@ def count_units(text: str, encoding: Encoding) -> int:
 
 
 def changed_lines(old: Sequence[str], new: Sequence[str]) -> tuple[int, int, int]:
-    """What differs between two versions, as one range: `old[first:old_end]` became `new[first:new_end]`.
+    """Return the difference of two versions as one range: `old[first:old_end]` became `new[first:new_end]`.
 
-    Lines that an edit left alone are the same objects, so that comparing blocks of them costs little.
+    Lines that an edit left alone are the same objects, so comparing blocks of them costs little.
     """
     most = min(len(old), len(new))
     first = 0
@@ -292,7 +292,7 @@ class _Draft:
     """The lines of a document while changes are applied to it.
 
     Editors send a change for each of a thousand cursors at once. With `cuts`, a long line is cut into pieces
-    when it is first changed, so that a further change of it costs a piece and not the line.
+    when it is first changed, so that another change of it costs one piece and not the line.
     """
 
     def __init__(self, lines: list[str], num_chars: int, encoding: Encoding, *, cuts: bool) -> None:
@@ -300,13 +300,13 @@ class _Draft:
         self.num_chars = num_chars
         self._encoding = encoding
         self._cuts = cuts
-        # What the latest change of whole lines has replaced: first, old end, new end.
+        # The range that the latest change of whole lines replaced: first, old end, new end.
         self.spliced: tuple[int, int, int] | None = None
         # By row. The item of `_lines` is out of date for these.
         self._long: dict[int, _LongLine] = {}
 
     def apply(self, change: Change) -> None:
-        """Make one change."""
+        """Apply one change."""
         if change.start is None or change.end is None:
             self._long.clear()
             self._lines = split_lines(change.text)
@@ -330,8 +330,8 @@ class _Draft:
         for row in [row for row in self._long if min(rows) - 1 <= row <= max(rows)]:
             self._mend(row)
         lines = self._lines
-        places = locate(lines, start, self._encoding), locate(lines, end, self._encoding)
-        first, last, middle = _splice(lines, *places, text)
+        points = locate(lines, start, self._encoding), locate(lines, end, self._encoding)
+        first, last, middle = _splice(lines, *points, text)
         self.num_chars += _count(middle) - _count(lines[first:last])
         lines[first:last] = middle
         self.spliced = first, last, first + len(middle)
@@ -343,7 +343,7 @@ class _Draft:
             self._long = {old + distance * (old >= row): line for old, line in self._long.items()}
 
     def _apply_within(self, text: str, start: tuple[int, int], end: tuple[int, int]) -> bool:
-        """Make a change within one long line. Returns False if it is not that simple."""
+        """Apply a change within one long line. Returns False if the change is not that simple."""
         row = start[0]
         if not self._cuts or row != end[0] or not 0 <= row < len(self._lines):
             return False
@@ -353,7 +353,7 @@ class _Draft:
                 return False
             line = self._long[row] = _LongLine.of(self._lines[row], self._encoding)
         span = line.span(*sorted((start[1], end[1])))
-        # Where halves of a line end or of a character may meet, it is not.
+        # Halves of a line end or of a character may meet here.
         meets = text.endswith("\r") or _SURROGATE.search(text or line.char_before(span))
         if meets or (not span.start and (text[:1] == "\n" or (not text and span.end == line.num_chars))):
             return False
@@ -375,7 +375,7 @@ class _Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class _LineRange:
     """A range of a long line: in characters, and as (number of the piece, characters within it)."""
 
     start: int
@@ -388,7 +388,7 @@ class _LongLine:
     """A line in pieces, none of them empty unless it is the only one.
 
     Attributes:
-        num_chars: without the line's end.
+        num_chars: without the terminator.
     """
 
     def __init__(self, pieces: list[str], units: list[int], ending: str, encoding: Encoding) -> None:
@@ -400,7 +400,7 @@ class _LongLine:
 
     @staticmethod
     def of(line: str, encoding: Encoding) -> _LongLine:
-        """Cut a line."""
+        """Cut a line into pieces."""
         length = content_length(line)
         pieces = _cut(line[:length])
         return _LongLine(pieces, [count_units(one, encoding) for one in pieces], line[length:], encoding)
@@ -410,10 +410,10 @@ class _LongLine:
         """The whole line."""
         return "".join(self._pieces) + self._ending
 
-    def span(self, start: int, end: int) -> _Span:
-        """Return the range between two places in the client's units."""
+    def span(self, start: int, end: int) -> _LineRange:
+        """Return the range between two positions in the client's units."""
         (begin, first), (after, last) = self._find(start), self._find(end)
-        return _Span(begin, after, first, last)
+        return _LineRange(begin, after, first, last)
 
     def _find(self, units: int) -> tuple[int, tuple[int, int]]:
         units, chars = max(0, units), 0
@@ -426,21 +426,21 @@ class _LongLine:
             chars += len(piece)
         raise AssertionError("a line has a piece")
 
-    def char_before(self, span: _Span) -> str:
+    def char_before(self, span: _LineRange) -> str:
         """Return the character before a range; "" at the beginning of the line."""
         number, within = span.first
         return self._pieces[number][:within][-1:] or (self._pieces[number - 1][-1:] if number else "")
 
-    def replace(self, span: _Span, text: str) -> None:
-        """Put a text without line ends in the place of a range."""
+    def replace(self, span: _LineRange, text: str) -> None:
+        """Replace a range by a text without line ends."""
         (first, start), (last, end) = span.first, span.last
         changed = self._pieces[first][:start] + text + self._pieces[last][end:]
         self.num_chars -= sum(map(len, self._pieces[first : last + 1]))
         del self._pieces[first : last + 1], self._units[first : last + 1]
         self._insert(first, changed)
 
-    def split(self, span: _Span, before: str, after: str) -> tuple[_LongLine, _LongLine]:
-        """Return the two lines that it becomes: up to a range, with `before` added; `after` and the rest."""
+    def split(self, span: _LineRange, before: str, after: str) -> tuple[_LongLine, _LongLine]:
+        """Return the two resulting lines: up to a range, plus `before`; and `after` plus the rest."""
         (first, start), (last, end) = span.first, span.last
         length = content_length(before)
         left = _LongLine(self._pieces[:first], self._units[:first], before[length:], self._encoding)
@@ -450,7 +450,7 @@ class _LongLine:
         return left, right
 
     def _insert(self, number: int, text: str) -> None:
-        """Put pieces of a text before one of the others; an empty one only where there is no other."""
+        """Insert pieces of a text before another piece; an empty one only if there is no other."""
         new = _cut(text) if text or not self._pieces else []
         self._pieces[number:number] = new
         self._units[number:number] = [count_units(one, self._encoding) for one in new]
@@ -469,7 +469,7 @@ def _count(lines: list[str]) -> int:
 
 
 def _splice(lines: list[str], start: Point, end: Point, text: str) -> tuple[int, int, list[str]]:
-    """Which lines an edit replaces, as a half-open range, and by which."""
+    """Return the half-open range of lines that an edit replaces, and the new lines."""
     if end < start:
         start, end = end, start
     first, last = start.line, end.line + 1

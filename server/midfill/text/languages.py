@@ -1,16 +1,16 @@
-"""Languages: one identifier for each, whatever an editor calls it, or where it calls it nothing, by the file.
+"""Languages: one identifier for each, whatever an editor calls it, or by the file if the editor does not say.
 
-Editors name one language in many ways: VS Code `shellscript`, Vim and Neovim their file type `sh`, Eglot what
-is left of a mode's name (`sh`, `bash`, `js`, `c++`), Helix `bash`, JetBrains `Shell Script`. Inside midfill
-there is one: VS Code's, as the LSP specification lists them, or the language's name. The table is the only
-place that knows. Pure; any thread.
+Editors name one language in many ways: VS Code `shellscript`, Vim and Neovim their file type `sh`, Eglot the
+rest of a mode's name (`sh`, `bash`, `js`, `c++`), Helix `bash`, JetBrains `Shell Script`. Inside midfill
+there is one name: VS Code's, as in the LSP specification's list, or the language's own name. The table is the
+only place that knows the others. Pure; any thread.
 
-Sources, looked at in November 2026: VS Code's "Known language identifiers" and the LSP specification's table
-of `TextDocumentItem`; `filetype.vim` of Vim 9.0 and `filetype.lua` of Neovim 0.7; Eglot, which sends the
-mode's name without `-mode` or `-ts-mode`; `lsp-language-id-configuration` of lsp-mode 8.0; Helix's
-`languages.toml` (name, or its `language-id`); `LANGUAGE_IDENTIFIERS` of Sublime's LSP, else the second word
-of the scope; LSP4IJ, which sends a mapping's id or IntelliJ's `Language.getID()`; Zed, which sends a
-language's name in small letters; Kate, which sends the key of the server's entry in its settings.
+Sources, read in November 2026: VS Code's "Known language identifiers" and the LSP specification's table of
+`TextDocumentItem`; `filetype.vim` of Vim 9.0 and `filetype.lua` of Neovim 0.7; Eglot, which sends the mode's
+name without `-mode` or `-ts-mode`; `lsp-language-id-configuration` of lsp-mode 8.0; Helix's `languages.toml`
+(name, or its `language-id`); `LANGUAGE_IDENTIFIERS` of Sublime's LSP, else the second word of the scope;
+LSP4IJ, which sends a mapping's id or IntelliJ's `Language.getID()`; Zed, which sends a language's name in
+lower case; Kate, which sends the key of the server's entry in its settings.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PLAIN = "plaintext"
 
 @dataclass(frozen=True, slots=True)
 class _Language:
-    """A row of the table. Several names are separated by blanks, and written as `normalise` looks them up.
+    """A row of the table. Several names are separated by spaces, in the form that `normalise` looks up.
 
     Attributes:
-        id: midfill's own name, VS Code's where it has one.
-        vim: file types of Vim and Neovim (and of what speaks with them: ALE, coc.nvim).
+        id: midfill's own name: VS Code's if it has one.
+        vim: file types of Vim and Neovim (and of their clients ALE and coc.nvim).
         emacs: names of modes without `-mode`, as Eglot sends them, and what lsp-mode sends.
         helix: names in its `languages.toml`.
-        others: Sublime Text, JetBrains, Zed, JupyterLab; and what people write.
+        others: names of Sublime Text, JetBrains, Zed and JupyterLab; and names that people write.
         suffixes: of file names. A suffix that several languages share is in no row.
         files: whole names of files, in lower case.
     """
@@ -317,8 +317,9 @@ _BY_NAME = {
 _BY_SUFFIX = {suffix: row.id for row in _LANGUAGES for suffix in row.suffixes.split()}
 _BY_FILE = {name: row.id for row in _LANGUAGES for name in row.files.split()}
 
-# These say nothing of the language, so the file's name is asked first: Vim's `conf` is any file with comments
-# of `#`, Emacs' web-mode shows a dozen languages, IntelliJ calls all of C, C++ and Objective-C `ObjectiveC`.
+# These do not determine the language, so the file's name is used first: Vim's `conf` is any file with `#`
+# comments, Emacs' web-mode shows a dozen languages, IntelliJ calls all of C, C++ and Objective-C
+# `ObjectiveC`.
 _VAGUE = frozenset({PLAIN, "conf", "conf-unix", "conf-space", "conf-colon", "web", "c-or-c++", "objectivec"})
 
 NOT_CODE = frozenset(
@@ -340,10 +341,10 @@ NOT_CODE = frozenset(
         *("restructuredtext", "sass", "scss", "stylus", "toml", "xml", "xsl", "yaml"),
     }
 )
-"""Prose, data, styles and settings: where pieces of code are looked for, these would crowd them out."""
+"""Prose, data, styles and settings: they would crowd out code in the context."""
 
 SUFFIXES = tuple(suffix for suffix, language in _BY_SUFFIX.items() if language not in NOT_CODE)
-"""The ends of the names of files with code, with their dots."""
+"""The suffixes of the names of code files, with their dots."""
 
 _MODE = re.compile(r"(?:-(?:ts|tree-sitter))?(?:-mode)?\Z")
 _SHEBANG = re.compile(r"#!\s*(?:\S*/)?(?:env\s+(?:-\S+\s+|\w+=\S*\s+)*(?:\S*/)?)?([A-Za-z]+)")
@@ -351,9 +352,9 @@ _SHEBANG = re.compile(r"#!\s*(?:\S*/)?(?:env\s+(?:-\S+\s+|\w+=\S*\s+)*(?:\S*/)?)
 
 @lru_cache(maxsize=4096)
 def normalise(name: str) -> str:
-    """Return midfill's identifier for what an editor or a user calls a language.
+    """Return midfill's identifier for a name that an editor or a user gives a language.
 
-    A name that is not in the table is returned as it is, in small letters with `-` between its words.
+    A name that is not in the table is returned in lower case with `-` between its words.
     """
     folded = "-".join(name.lower().replace("_", " ").split())
     # `text/x-python` is a MIME type.
@@ -375,27 +376,27 @@ def identify(sent: str, uri: str, first_line: str = "") -> str:
     """Return the language of a document.
 
     Args:
-        sent: as the editor calls it. If that is in the table it counts, whatever the file's name is.
-        uri: asked next, for its last part.
-        first_line: of the text; `#!/bin/sh` tells, too.
+        sent: the editor's name for it. If it is in the table, it overrides the file's name.
+        uri: used next, by its last part.
+        first_line: of the text; `#!/bin/sh` determines the language, too.
     """
     language = normalise(sent)
     if language in _IDS and language not in _VAGUE:
         return language
     name = re.split(r"[?#]", re.split(r"[/\\:]", uri)[-1], maxsplit=1)[0]
-    # What is left of an escape that is none stays as it is.
+    # An invalid escape stays as it is.
     return _of_file(unquote(name)) or _of_shebang(first_line) or language
 
 
 def language_id(name: str) -> str:
-    """Return the language for a file's name; "plaintext" where it is not known."""
+    """Return the language for a file's name; "plaintext" if it is not known."""
     return _of_file(PurePath(name).name) or PLAIN
 
 
 def is_among(names: Iterable[str], language: str, sent: str = "") -> bool:
-    """Return whether a language is one of those that a user names, in whatever editor's words.
+    """Return whether a language is one of those that a user names, in the words of any editor.
 
-    `sent` is what the editor calls it, which a user may have seen there and written down.
+    `sent` is the editor's name for it, which the user may have seen and written down.
     """
     return any(name == sent or normalise(name) == language for name in names)
 

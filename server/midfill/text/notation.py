@@ -1,8 +1,7 @@
-r"""How languages write comments and strings of several lines, and which are prose. A table.
+"""Notation: how languages write comments and multi-line strings, and which languages are prose. A table.
 
-For what the grammar does not tell: a language without one, and a text that ends before its string does. A
-language that is not in the table has neither comments nor jumps. Pure; knows nothing of editors but their
-language identifiers.
+For languages without a grammar, and for a text that ends before its string does. A language that is not in
+the table has neither comments nor jumps. Pure; knows language identifiers and no editors.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ Pairs = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Notation:
-    r"""How a language writes what is not code.
+    """How a language writes comments and strings.
 
     Attributes:
-        line: what a comment begins with that goes to the end of its line.
-        block: what other comments begin and end with.
-        strings: how strings of several lines begin (a regular expression), and what its match expands to at
-            their end.
-        jumps: whether `return`, `raise`, `break` and the like at the beginning of a line leave a block.
-        quoted: whether double quotes make a string.
+        line: marks of comments that go to the end of their line.
+        block: opening and closing marks of other comments.
+        strings: regular expressions for the beginnings of multi-line strings, and what their matches expand
+            to at the strings' ends.
+        jumps: `return`, `raise`, `break` and the like at the beginning of a line leave a block.
+        quoted: double quotes make a string.
     """
 
     line: tuple[str, ...] = ()
@@ -35,7 +34,7 @@ class Notation:
     quoted: bool = True
 
 
-# Here every line is text for people, and nothing is code.
+# Every line is text for people, and nothing is code.
 _PROSE = frozenset(
     {
         "adoc",
@@ -110,7 +109,7 @@ _PROSE = frozenset(
         "wikitext",
     }
 )
-# In these, what a line says depends on the element that it is in.
+# The element that a line is in decides whether it is code.
 _MARKUP = frozenset({"handlebars", "html", "htmldjango", "svelte", "svg", "vue", "xhtml", "xml", "xsl"})
 
 _SLASHES: Pairs = (("/*", "*/"),)
@@ -119,7 +118,7 @@ _TRIPLES: Pairs = ((r'"""', '"""'), (r"'''", "'''"))
 _ANY_QUOTES: Pairs = ((r'"', '"'), (r"'", "'"))
 _BACKTICK: Pairs = ((r"`", "`"),)
 _QUOTES = ("'", '"')
-# What follows is on lines of its own, up to one that is the word.
+# The text is on the following lines, up to one that consists of the word.
 _HEREDOC: Pairs = ((r"<<[-~]?\s*\\?[\"'`]?(\w+)[\"'`]?", "\n\\1\n"),)
 
 _C = Notation(("//",), _SLASHES, jumps=True)
@@ -225,7 +224,7 @@ _TABLE: dict[str, Notation] = {
     "vim": Notation(('"',), strings=(), jumps=True, quoted=False),
     "wgsl": _C,
 }
-# Languages that are written as another one is. What editors call one language is a matter of `languages`.
+# Languages that are written like another one. `languages` handles the editors' names for one language.
 _ALIASES = {
     "commonlisp": "scheme",
     "conf": "ini",
@@ -240,29 +239,29 @@ _UNKNOWN = Notation()
 
 
 def of(language_id: str) -> Notation:
-    """Return how a language is written; one without comments for a language that is not known."""
+    """Return a language's notation; one without comments for a language that is not known."""
     if language_id in _MARKUP:
         return _MARKUP_NOTATION
     return _TABLE.get(_ALIASES.get(language_id, language_id), _UNKNOWN)
 
 
 def is_prose(language_id: str) -> bool:
-    """Whether every line of a language is text for people."""
+    """Return whether every line of a language is text for people."""
     language = language_id.lower()
     return "markdown" in language or not _PROSE.isdisjoint({language, *language.split(".")})
 
 
 def is_markup(language_id: str) -> bool:
-    """Whether a language mixes text for people with code, by its elements."""
+    """Return whether a language mixes text for people with code, by its elements."""
     return language_id in _MARKUP
 
 
 def openings(text: str, language_id: str, *, whole: bool = True) -> list[tuple[int, str, bool]]:
-    """What a text may have begun that goes on behind it, by count: the last first.
+    """Return the strings and comments that may be open at a text's end, by counting marks; the last first.
 
-    Of each: where it begins, what would end it, and whether it is a comment. A guess that a grammar has
-    to confirm, as it counts what stands in comments and strings; but what is not among them is not open.
-    A text that is not `whole` may begin within a string, so that counting quotes says nothing.
+    For each: its offset, its closing mark, and whether it is a comment. A guess that a grammar has to
+    confirm, since marks in comments and strings are counted too; but whatever is not in the list is not open.
+    A text that is not `whole` may begin within a string, and counting quotes means nothing then.
     """
     found = []
     notation = of(language_id)
@@ -278,7 +277,7 @@ def openings(text: str, language_id: str, *, whole: bool = True) -> list[tuple[i
 
 
 def _starts(text: str, begin: str, end: str, *, whole: bool) -> Iterator[tuple[int, str]]:
-    """The strings of a kind that a text does not end."""
+    """Yield the strings of one kind that a text does not end."""
     if begin == end:
         escaped = text.replace("\\\\", "  ").replace("\\" + begin, "  ") if len(begin) == 1 else text
         if escaped.count(begin) % 2 or (begin in escaped and not whole and begin not in _QUOTES):
@@ -292,14 +291,14 @@ def _starts(text: str, begin: str, end: str, *, whole: bool) -> Iterator[tuple[i
             if "\n" in rest and not re.search(rf"\n[ \t]*{word}(?!\w)", rest):
                 yield match.start(), closer
         elif closer not in (rest.replace(2 * closer, "") if len(closer) == 1 else rest):
-            # A quote that is doubled is one of the text.
+            # A doubled quote is part of the text.
             yield match.start(), closer
 
 
 def comments(text: str, language_id: str) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, is a comment) of the comments and the strings of several lines, for want of a grammar.
+    """Yield (start, end, is a comment) of comments and multi-line strings, for languages without a grammar.
 
-    One that is not ended goes to the end.
+    An unterminated one extends to the end.
     """
     notation = of(language_id)
     pattern = _scanner(language_id)
@@ -342,11 +341,11 @@ def _scanner(language_id: str) -> re.Pattern[str] | None:
     if notation.block:
         parts.append("(?P<block>" + "|".join(re.escape(begin) for begin, _ in notation.block) + ")")
     if notation.line:
-        # Not the first line of a script; and what stands within a word is no comment.
+        # Not the first line of a script; and a mark within a word does not begin a comment.
         marks = "|".join(re.escape(mark) for mark in notation.line)
         parts.append(rf"(?:(?<=\s)|\A)(?P<line>(?:{marks})(?!!/)[^\n]*)")
     if notation.strings:
-        # Groups within are for the end of the string, which is looked for again.
+        # Inner groups are needed only for the end of the string, which is matched again.
         bare = (re.sub(r"(?<!\\)\((?!\?)", "(?:", begin) for begin, _ in notation.strings)
         parts.append("(?P<open>" + "|".join(bare) + ")")
     if notation.quoted and not any(begin == '"' for begin, _ in notation.strings):

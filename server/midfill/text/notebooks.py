@@ -1,8 +1,8 @@
-"""Notebooks: which cells make up which notebook, and the one text that a cell is part of.
+"""Notebooks: which cells belong to which notebook, and the joined text that a cell is part of.
 
-The cells' texts are ordinary documents, kept where all documents are; here is only their order. For
-the model, the cells of one language are one text: what was defined in a cell above is in the prompt,
-and prose between them is not. Knows nothing of LSP. Runs on the event loop.
+The cells' texts are ordinary documents, kept with all others; this module keeps only their order. For the
+model, the cells of one language are one text: definitions in a cell above are in the prompt, and prose
+between them is not. Knows nothing of LSP. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from midfill.text.documents import Document, Point, Snapshot
 
 @dataclass(slots=True)
 class Notebooks:
-    """Every open notebook."""
+    """All open notebooks."""
 
     _cells: dict[str, list[str]] = field(default_factory=dict)
     _notebook_of: dict[str, str] = field(default_factory=dict)
 
     def open(self, uri: str, cells: Iterable[str]) -> None:
-        """Start a notebook with these cells (URIs), in order. Opened again, it starts anew."""
+        """Start a notebook with these cells (URIs), in order. Replaces an open one with the same URI."""
         self.close(uri)
         self._cells[uri] = []
         self.splice(uri, 0, 0, cells)
 
     def splice(self, uri: str, start: int, num_deleted: int, cells: Iterable[str]) -> None:
-        """Replace a run of cells by others; what lies outside the notebook is clamped."""
+        """Replace a run of cells by others; indices outside the notebook are clamped."""
         own = self._cells.get(uri)
         if own is None:
             return
@@ -37,22 +37,22 @@ class Notebooks:
         for cell in own[start:end]:
             self._notebook_of.pop(cell, None)
         own[start:end] = new
-        # Last, since a cell that moves is deleted and inserted in one go.
+        # Last, since moving a cell deletes and inserts it in one change.
         for cell in new:
             self._notebook_of[cell] = uri
 
     def close(self, uri: str) -> list[str]:
-        """Forget a notebook; gives its cells."""
+        """Forget a notebook. Returns its cells."""
         cells = self._cells.pop(uri, [])
         for cell in cells:
             self._notebook_of.pop(cell, None)
         return cells
 
     def whole(self, snapshot: Snapshot, documents: Mapping[str, Document]) -> Snapshot:
-        """The cursor in the text that the model sees: all cells of the cell's language, joined.
+        """Return the cursor in the text that the model sees: all cells of the cell's language, joined.
 
-        A document that is no cell comes back as it is. The result keeps the cell's URI and version;
-        only its lines, and the cursor's line, are those of the whole.
+        A document that is not a cell is returned as it is. The result keeps the cell's URI and version; only
+        its lines, and the cursor's line, are those of the joined text.
         """
         cell = snapshot.document
         notebook = self._notebook_of.get(cell.uri)
@@ -66,7 +66,7 @@ class Notebooks:
                 continue
             if lines:
                 lines[-1] += cell.line_ending
-            # A cell that a confused client lists twice counts where it is first.
+            # A cell that a client lists twice by mistake counts where it is first.
             if uri == cell.uri and shift is None:
                 shift = len(lines)
             lines += document.lines

@@ -1,15 +1,14 @@
-"""What must not be shown to a model: files by name, lines by what stands in them.
+"""The secret filter: files by name, and lines by content, that must not be shown to a model.
 
 A file is secret by its name (the setting `excluded_files`) or by a line in it. Lines are judged by the
-shapes of tokens and by assignments to names like `api_token` (both in `secret_shapes`). No secret is tried
-out with the service that it is for: that would need the network.
+formats of tokens and by assignments to names like `api_token` (both in `secret_shapes`). No secret is
+verified with its service: that would need the network.
 
-There are two grades, because a wrong guess costs differently. A POSSIBLE secret (any quoted text that
-looks random) is kept out of the context of other files. A CERTAIN one (a token of a known shape, a
-private key, a password that is no placeholder) makes its whole file a secret.
+There are two severities, because a wrong guess costs differently. A POSSIBLE secret (any quoted text that
+looks random) is kept out of the context of other files. A CERTAIN one (a token of a known format, a private
+key, a password that is not a placeholder) makes its whole file secret.
 
-The time for a text grows no faster than its length. Pure; runs in any thread. Open documents are judged by
-`secret_watch`.
+Takes time at most proportional to the text's length. Pure; any thread. `secret_watch` judges open documents.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from midfill.text.secret_shapes import (
     names_private_key,
 )
 
-# Where tools keep passwords, tokens and private keys.
+# Files in which tools keep passwords, tokens and private keys.
 SECRET_FILES = (
     *(".env", ".env.*", "*.env", ".envrc", "*.pem", "*.key", "*.pfx", "*.p12", "*.p8", "*.jks"),
     *("*.keystore", "*.kdbx", "*.ppk", "*.ovpn", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
@@ -60,7 +59,7 @@ SECRET_FILES = (
 _SEPARATOR = re.compile(r"[/\\:]+")
 _QUERY = re.compile(r"[?#]")
 
-# A longer line is a line of data: it is a possible secret in any case, and judged in pieces that overlap.
+# A longer line is data: it is a possible secret in any case, and judged in overlapping pieces.
 MAX_LINE = 2_000
 _OVERLAP = 400
 
@@ -69,14 +68,14 @@ _PLACEHOLDER = re.compile(
     r"|^(?:my|the|some|old|new)?_?(?:secret|pass|passwd|password|pwd|token|none|null|key)[_-]?\d{0,3}$",
     re.IGNORECASE,
 )
-# What is chosen where any password would do: a word for it, also with digits for letters, or what keys lie
-# side by side.
+# Values chosen where any password would do: a word for it, also with digits for letters, or keys next to each
+# other.
 _LIKE_LETTERS = str.maketrans("0134578$@!", "oieastbsai")
 _LIKE_PASSWORD = re.compile(r"passw|pasw|secret|^pass|pass$|userpass|changeit|letmein|qwerty|admin")
 _COUNTED = re.compile(
     r"abc123|123abc|(?<!\d)(?:0?12345|1234\D{0,3}\Z|[a-z]123\D{0,3}\Z)|abcdef|aaaaaa", re.IGNORECASE
 )
-# One of these stands in every line that may hold a secret, or a long run of letters with digits among them.
+# Every line with a secret contains one of these, or a long run of letters and digits.
 _LITERALS = (
     *NAME_WORDS,
     "bearer",
@@ -88,29 +87,29 @@ _LITERALS = (
     "begin ssh2",
 )
 _UUID = re.compile(r"[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}\Z", re.IGNORECASE)
-# Of shorter text too little can be said: `"deadbeef"`, a colour, an abbreviated commit.
+# Shorter values are ambiguous: `"deadbeef"`, a colour, an abbreviated commit.
 _MIN_HEX = 20
 _MIN_VALUE = 6
 _RANDOM_CHARS = re.compile(r"""(["'])([A-Za-z0-9+/=_\\-]{20,2000}+)\1""")
 _HEX = re.compile(r"[0-9a-fA-F]+\Z")
 # The alphabet's size bounds the entropy: 4.5 bits a character need 23 different ones.
 _MIN_ALPHABET = 23
-# A place: a URL without a password, a path, a name with dots.
-_PLACE = re.compile(
+# A location: a URL without a password, a path, a name with dots.
+_LOCATION = re.compile(
     r"[a-z][a-z0-9+.-]{1,20}://|\.{0,2}/|~|\d{4}-\d\d-\d\d|[A-Za-z]:\\|[A-Za-z_][\w-]*(?:\.[A-Za-z_][\w-]*)+\Z"
 )
 _CHUNK = re.compile(r"[A-Za-z0-9]+")
 _WORD_LIKE = re.compile(
     r"\d{1,8}\Z|\d{0,2}(?:[a-z]+|[A-Z]+|[A-Z][a-z]+|[A-Z]?[a-z]{2,}(?:[A-Z][a-z]{2,})+)\d{0,4}\Z"
-    # Names of types of a version, such as `V1beta1EndpointSlice`.
+    # Versioned type names, such as `V1beta1EndpointSlice`.
     r"|[A-Z]{1,2}\d{1,2}(?:(?:alpha|beta)\d{1,2})?(?:[A-Z][a-z]{2,}){2,}\Z"
     r"|(?=.{1,9}\Z)(?:[a-z]+|[A-Z]+)\d{1,2}(?:[a-z]+|[A-Z]+)\d{0,2}\Z"
 )
 _CONSONANTS = re.compile(r"[b-df-hj-np-tv-xz]{6}", re.IGNORECASE)
 
 
-class Grade(IntEnum):
-    """How sure it is that a line holds a secret."""
+class Severity(IntEnum):
+    """How certain it is that a line holds a secret."""
 
     NONE = 0
     POSSIBLE = 1
@@ -119,12 +118,12 @@ class Grade(IntEnum):
 
 @lru_cache(maxsize=256)
 def is_excluded(uri: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a URI or path matches one of the patterns, upper and lower case alike.
+    """Return whether a URI or path matches one of the patterns; case does not matter.
 
     A pattern without a slash is for the file's name; one with slashes for the end of the path
     (".aws/credentials").
     """
-    # Not by `urlsplit`: it raises for some, and editors escape `?` and `#` as they please.
+    # Not by `urlsplit`: it raises for some, and editors escape `?` and `#` in different ways.
     paths = [_segments(uri), _segments(_QUERY.split(uri, maxsplit=1)[0])]
     for pattern in patterns:
         depth = pattern.count("/") + 1
@@ -137,9 +136,9 @@ def _segments(uri: str) -> list[str]:
     return _SEPARATOR.split(unquote(uri).lower())
 
 
-def find_secrets(text: str) -> dict[int, Grade]:
-    """The lines of a text that hold a secret, by number from 0."""
-    found: dict[int, Grade] = {}
+def find_secrets(text: str) -> dict[int, Severity]:
+    """Return the lines of a text that may hold a secret: number, from 0, to severity."""
+    found: dict[int, Severity] = {}
     line, begin = 0, 0
     for at in _suspicious(text):
         if at < begin:
@@ -148,25 +147,25 @@ def find_secrets(text: str) -> dict[int, Grade]:
         begin = text.rfind("\n", 0, at) + 1
         end = text.find("\n", at)
         end = len(text) if end < 0 else end
-        if worst := grade(text[begin:end]):
+        if worst := severity(text[begin:end]):
             found[line] = worst
         line, begin = line + 1, end + 1
     return found
 
 
 def _suspicious(text: str) -> list[int]:
-    """Where something stands that may be a secret, in order; at least once in each such line."""
+    """Yield the offsets at which a secret may be, in order; at least one in each such line."""
     lower = _lowered(text)
-    places = []
+    offsets = []
     for word in _LITERALS:
         at = lower.find(word)
         while at >= 0:
-            places.append(at)
+            offsets.append(at)
             # The rest of the line is judged with it.
             at = lower.find("\n", at)
             at = lower.find(word, at) if at >= 0 else -1
-    places += [run.start() for run in LONG_RUN.finditer(text) if _is_varied(run[0])]
-    return sorted(places)
+    offsets += [run.start() for run in LONG_RUN.finditer(text) if _is_varied(run[0])]
+    return sorted(offsets)
 
 
 def _is_varied(run: str) -> bool:
@@ -174,43 +173,43 @@ def _is_varied(run: str) -> bool:
 
 
 def _lowered(text: str) -> str:
-    """A text in lower case, as long as it was: a few letters become two."""
+    """Return a text in lower case with the same length: a few letters would become two."""
     lower = text.lower()
     if len(lower) == len(text):
         return lower
     return "".join(char.lower() if char.isascii() else "?" for char in text)
 
 
-def grade(line: str) -> Grade:
-    """The grade of one line."""
+def severity(line: str) -> Severity:
+    """Return the severity of one line."""
     if len(line) <= MAX_LINE:
-        return _grade(line.strip())
-    worst = Grade.POSSIBLE
+        return _severity(line.strip())
+    worst = Severity.POSSIBLE
     for begin in range(0, len(line) - _OVERLAP, MAX_LINE - _OVERLAP):
-        worst = max(worst, _grade(line[begin : begin + MAX_LINE]))
-        if worst is Grade.CERTAIN:
+        worst = max(worst, _severity(line[begin : begin + MAX_LINE]))
+        if worst is Severity.CERTAIN:
             break
     return worst
 
 
-def _grade(line: str) -> Grade:
+def _severity(line: str) -> Severity:
     lower = _lowered(line)
     long_run = "sig=" in lower or any(map(_is_varied, LONG_RUN.findall(line)))
     if (long_run and has_token(line, lower)) or has_private_key(line, lower):
-        return Grade.CERTAIN
-    worst = Grade.NONE
+        return Severity.CERTAIN
+    worst = Severity.NONE
     if any(word in lower for word in NAME_WORDS):
         for one in assigned(line):
-            worst = max(worst, _grade_assigned(one))
+            worst = max(worst, _severity_assigned(one))
     for value in carried(line, lower):
-        worst = max(worst, _grade_value(value))
-    if worst is Grade.NONE and (_has_random_text(line) or names_private_key(line)):
-        return Grade.POSSIBLE
+        worst = max(worst, _severity_value(value))
+    if worst is Severity.NONE and (_has_random_text(line) or names_private_key(line)):
+        return Severity.POSSIBLE
     return worst
 
 
 def _has_random_text(line: str) -> bool:
-    """Whether quoted text looks random: a digest, a key, data in base64."""
+    """Return whether quoted text looks random: a digest, a key, base64 data."""
     for found in _RANDOM_CHARS.finditer(line):
         run = found[2]
         if _HEX.match(run):
@@ -225,41 +224,41 @@ def _entropy(text: str) -> float:
     return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
 
 
-def _grade_assigned(one: Assigned) -> Grade:
-    found = _grade_value(one.value)
-    if found is not Grade.CERTAIN:
-        return found if one.quoted else Grade.NONE
-    if _PLACE.match(one.value) or (not one.quoted and sum(map(str.isdigit, one.value)) < 3):
-        return Grade.NONE
+def _severity_assigned(one: Assigned) -> Severity:
+    found = _severity_value(one.value)
+    if found is not Severity.CERTAIN:
+        return found if one.quoted else Severity.NONE
+    if _LOCATION.match(one.value) or (not one.quoted and sum(map(str.isdigit, one.value)) < 3):
+        return Severity.NONE
     if one.password and one.exact:
         read = one.value.lower().translate(_LIKE_LETTERS)
-        return Grade.POSSIBLE if _LIKE_PASSWORD.search(read) else found
-    # Of tokens and keys, that machines make, `gpt2-medium` is none.
+        return Severity.POSSIBLE if _LIKE_PASSWORD.search(read) else found
+    # Tokens and keys are generated by machines; `gpt2-medium` is neither.
     if not _looks_random(one.value) or (not one.exact and len(one.value) < 16):
-        return Grade.POSSIBLE
+        return Severity.POSSIBLE
     return found
 
 
-def _grade_value(value: str) -> Grade:
-    """Tell a placeholder, a word and a real secret apart, of what a name like `password` is given."""
+def _severity_value(value: str) -> Severity:
+    """Tell a placeholder, a word and a real secret apart, for the value of a name like `password`."""
     if len(value) < _MIN_VALUE or _PLACEHOLDER.search(value) or _UUID.match(value) or " " in value:
-        return Grade.NONE
+        return Severity.NONE
     if _COUNTED.search(value) or is_published(value):
-        return Grade.POSSIBLE
+        return Severity.POSSIBLE
     digits = sum(map(str.isdigit, value))
     letters = sum(map(str.isalpha, value))
     if len(value) >= 8 and digits and letters and len(set(value)) >= 6:
-        return Grade.CERTAIN
-    return Grade.POSSIBLE
+        return Severity.CERTAIN
+    return Severity.POSSIBLE
 
 
 def _looks_random(value: str) -> bool:
-    """Whether a value is not put together from words and numbers, as names of things are."""
+    """Return whether a value does not consist of words and numbers, as names do."""
     return not all(map(_is_word, _CHUNK.findall(_json_of(value) or value)))
 
 
 def _json_of(value: str) -> str | None:
-    """The JSON that a value encodes, as the first part of a JWT does; None if it encodes none."""
+    """Return the JSON that a value encodes, as the first part of a JWT does; None if it encodes none."""
     if not value.startswith("eyJ"):
         return None
     try:

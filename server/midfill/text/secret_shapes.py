@@ -1,10 +1,10 @@
-"""What secrets look like: the fixed shapes of tokens, and names that passwords and keys are assigned to.
+"""Formats of secrets: fixed formats of tokens, and names that passwords and keys are assigned to.
 
-The shapes are those that the services document. A row is a literal that every such token has, and a
-pattern; the pattern is tried only where the literal occurs. Every repetition has an upper limit, so that
-the time for a line grows no faster than its length, whatever it holds.
+The formats are those that the services document. A row is a literal that every such token has, and a pattern,
+which is tried only where the literal occurs. Every repetition has an upper limit, so that a line takes time
+at most proportional to its length, whatever it holds.
 
-Pure data and pure functions; any thread. The patterns are compiled by the first line that needs them.
+Pure data and pure functions; any thread. The patterns are compiled for the first line that needs them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-# Letters and digits; the same with what base64 for URLs adds; lower-case hexadecimal.
+# Letters and digits; the same plus the two of base64 for URLs; lower-case hexadecimal.
 _A, _W, _H = "[A-Za-z0-9]", "[A-Za-z0-9_-]", "[a-f0-9]"
 _UUID = f"{_H}{{8}}-{_H}{{4}}-{_H}{{4}}-{_H}{{4}}-{_H}{{12}}"
 
-# Tokens that begin with a literal: (literal, what follows it).
+# Tokens that begin with a literal: (literal, pattern of the rest).
 _PREFIXED = (
     *[(kind, "[0-9A-Z]{16}(?![0-9A-Za-z])") for kind in ("AKIA", "ASIA", "ABIA", "ACCA")],  # AWS
     *[(f"gh{kind}_", f"{_A}{{36}}") for kind in "pousr"],  # GitHub
@@ -127,7 +127,7 @@ _PREFIXED = (
     ("oy2", "[a-z0-9]{43}(?!{_A})".replace("{_A}", _A)),  # NuGet
     ("figma_", f"{_W}{{40,60}}"),
 )
-# Tokens that a literal stands in or beside: (literal in lower case, pattern).
+# Tokens that contain a literal or are next to one: (literal in lower case, pattern).
 _AROUND = (
     # Telegram's and Discord's bots, and Discord's webhooks.
     (":", rf"(?<![0-9A-Za-z])\d{{8,10}}:{_W}{{35}}(?!{_W})"),
@@ -147,8 +147,8 @@ _AROUND = (
     ("pat", rf"pat(?<!{_A}pat){_A}{{14}}\.{_H}{{64}}"),  # Airtable
     ("key-", rf"key-(?<!{_A}key-){_H}{{32}}(?!{_A})"),  # Mailgun
     ("api.softlayer.com", r"api\.softlayer\.com/soap/v3(?:\.1)?/[a-z0-9]{64}"),
-    # How the encodings of private RSA, EC, Ed25519 and OpenSSH keys begin, where the line before has the
-    # header; and "-----BEGIN ... PRIVATE KEY" itself in base64, as it stands in Kubernetes' files.
+    # The beginnings of encoded private RSA, EC, Ed25519 and OpenSSH keys, whose header is on the line before;
+    # and "-----BEGIN ... PRIVATE KEY" itself in base64, as in Kubernetes' files.
     ("mii", r"MII(?<![A-Za-z0-9+/]MII)[A-Za-z0-9+/]{2}[AQgw]IBA[A-Za-z0-9+/]{20,80}+(?!\.{3})"),
     *[
         (begin.lower(), f"{begin}(?<![A-Za-z0-9+/]{begin})[A-Za-z0-9+/]{{10,80}}+(?!\\.{{3}})")
@@ -162,7 +162,7 @@ _AROUND = (
         r"LS0tLS1CRUdJTi[A-Za-z0-9+/]{0,12}(?:BQUklWQVRFIEtFW|UFJJVkFURSBLRV|QUklWQVRFIEtFW)",
     ),
 )
-# A header of a private key. In quotes it is what a program looks for, unless the key follows.
+# The header of a private key. In quotes, programs search for it, unless the key follows.
 _PEM = re.compile(
     r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?(?:-----)?|---- BEGIN SSH2 ENCRYPTED PRIVATE KEY"
 )
@@ -171,12 +171,12 @@ _KEY_BODY = re.compile(r"(?:\\r|\\n|\s|[\"'`+,.;]){0,12}+[A-Za-z0-9+/]{24}")
 _JWT = re.compile(rf"(?<!{_W})eyJ({_W}{{6,2000}}+)={{0,2}}\.eyJ({_W}{{4,4000}}+)={{0,2}}(?:\.{_W}{{10}})")
 
 LONG_RUN = re.compile(r"[A-Za-z0-9+/=_\\-]{20,2000}+")
-# Who makes up a token counts, repeats, or says so.
+# Made-up tokens count, repeat, or say so.
 _MADE_UP = re.compile(
     r"example|placeholder|x{5}|\*{3}|0{7}|1{7}|1234567|7654321|abcdefg|deadbeef|\.\.\.",
     re.IGNORECASE,
 )
-# What standards and manuals have printed, and programs quote: nobody's secret. By where it is from.
+# Values printed in standards and manuals, and quoted by programs: nobody's secrets. By source.
 _PUBLISHED = re.compile(
     "|".join(
         [
@@ -199,30 +199,30 @@ _PUBLISHED = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """A kind of token: what it has (in lower case; "" for nothing but a long run), and how it is built."""
+class TokenFormat:
+    """A token format: the literal (in lower case; "" for a long run of characters) and the pattern."""
 
     literal: str
     pattern: re.Pattern[str]
 
 
 @cache
-def shapes() -> tuple[Shape, ...]:
-    """All kinds of tokens that have a shape of their own."""
+def shapes() -> tuple[TokenFormat, ...]:
+    """Return all token formats."""
     prefixed = (
-        Shape(literal.lower(), re.compile(f"{re.escape(literal)}(?<!{_A}{re.escape(literal)}){rest}"))
+        TokenFormat(literal.lower(), re.compile(f"{re.escape(literal)}(?<!{_A}{re.escape(literal)}){rest}"))
         for literal, rest in _PREFIXED
     )
-    return (*prefixed, *(Shape(literal, re.compile(pattern)) for literal, pattern in _AROUND))
+    return (*prefixed, *(TokenFormat(literal, re.compile(pattern)) for literal, pattern in _AROUND))
 
 
 def prepare() -> None:
-    """Compile the patterns, so that the first line does not wait for that."""
+    """Compile the patterns, so that the first line does not wait for it."""
     shapes()
 
 
 def has_token(line: str, lower: str) -> bool:
-    """Whether a token of a known shape stands in a line, which is given in lower case too."""
+    """Return whether a line, also given in lower case, contains a token of a known format."""
     for shape in shapes():
         if shape.literal in lower and any(not is_made_up(found[0]) for found in shape.pattern.finditer(line)):
             return True
@@ -230,10 +230,10 @@ def has_token(line: str, lower: str) -> bool:
 
 
 def has_private_key(line: str, lower: str) -> bool:
-    """Whether a private key begins in a line."""
+    """Return whether a private key begins in a line."""
     if "begin" not in lower:
         return "putty-user" in lower and _PUTTY.search(line) is not None
-    # A header that ends its line begins a key; one in quotes is what a program looks for or writes.
+    # A header that ends its line begins a key; a quoted one is searched for or written by a program.
     for found in _PEM.finditer(line):
         rest = line[found.end() :]
         if not rest.strip() or (_KEY_BODY.match(rest) and "..." not in rest[:120]):
@@ -242,17 +242,17 @@ def has_private_key(line: str, lower: str) -> bool:
 
 
 def names_private_key(line: str) -> bool:
-    """Whether the header of a private key stands in a line, with or without a key."""
+    """Return whether a line contains the header of a private key, with or without a key."""
     return _PEM.search(line) is not None
 
 
 def is_made_up(token: str) -> bool:
-    """Whether a text of a token's shape is an example: it says so, counts, or is all the same."""
+    """Return whether a text in a token's format is an example: it says so, counts, or repeats."""
     return len(set(token)) < 8 or _MADE_UP.search(token) is not None or is_published(token)
 
 
 def is_published(value: str) -> bool:
-    """Whether a value is an example of a standard or a manual."""
+    """Return whether a value is an example from a standard or a manual."""
     return _PUBLISHED.search(value) is not None
 
 
@@ -264,7 +264,7 @@ def _has_jwt(line: str) -> bool:
 
 
 def _is_json(part: str) -> bool:
-    # That of a claim set may be cut off at the pattern's limit: its beginning is enough.
+    # A claim set may be cut off at the pattern's limit: its beginning is enough.
     try:
         text = base64.urlsafe_b64decode(part[: len(part) // 4 * 4]).decode("utf-8", "ignore")
     except (ValueError, binascii.Error):
@@ -272,7 +272,7 @@ def _is_json(part: str) -> bool:
     return text.startswith('{"') and '":' in text
 
 
-# Names of what is secret: chosen by people, or made by machines.
+# Names of secrets: chosen by people, or made by machines.
 _CHOSEN = (
     r"passw(?:or)?d|passphrase|pwd|contrase(?:ñ|n)a"
     r"|(?<![a-z])(?:(?:db|database|key|user|admin|root)[_-]?)?pass(?!wo?r?d|phrase)"
@@ -282,10 +282,10 @@ _KEY_OF = (
     "|license"
 )
 _MADE = rf"token|secret|credentials?|(?:{_KEY_OF})[_-]?key|key[_-]?pass"
-# What must stand in a line for an assignment; quicker than the pattern.
+# Every assignment to such a name contains one of these; faster than the pattern.
 NAME_WORDS = ("passw", "passphrase", "pwd", "contrase", "pass", "token", "secret", "credential", "key")
 _NOUN = re.compile(f"(?P<chosen>{_CHOSEN})|{_MADE}", re.IGNORECASE)
-# A name and what comes between it and its value; each name is looked at once. What follows `::` is a type.
+# A name and the text between it and its value; each name is read once. The text after `::` is a type.
 _ASSIGNMENT = re.compile(
     r"""(?<![A-Za-z0-9_-]) (?<!::) (?P<name>[A-Za-z0-9_-]{3,100}+) ["'`\]\\]{0,4}+ [ \t]{0,20}+
         (?: :[ \t]{0,4}+ [A-Za-z][\w.\[\]]{0,40}+ [ \t]{0,4}+ (?==) )?+
@@ -300,7 +300,7 @@ _VALUE = re.compile(
 _BEARER = re.compile(r"\bbearer[ \t]{1,4}+([A-Za-z0-9._~+/-]{16,300}+)", re.IGNORECASE)
 _BASIC = re.compile(r"\bbasic[ \t]{1,4}+([A-Za-z0-9+/]{8,300}+={0,2})", re.IGNORECASE)
 _IN_ADDRESS = re.compile(r"://[^\s/:@,\"'<>{}$`]{0,100}+:([^\s/@,\"'<>{}$`]{3,200}+)@")
-# Before `token` and `key`, these make it another thing than a secret.
+# Before `token` and `key`, these name something that is not a secret.
 _OTHER_KINDS = frozenset(
     [
         "public",
@@ -338,9 +338,9 @@ _OTHER_KINDS = frozenset(
         "design",
     ]
 )
-# A name's words; "APIToken" has two, as "apiToken" and "API_TOKEN" have.
+# The words of a name; "APIToken" has two, as "apiToken" and "API_TOKEN" have.
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-# Behind the noun, these do not make the name one of something else.
+# After the noun, these do not change what the name stands for.
 _SAME = frozenset(
     [
         "key",
@@ -374,12 +374,12 @@ _SAME = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """Something that a name like `api_token` is given.
+    """A value assigned to a name like `api_token`.
 
     Attributes:
-        password: the name is a password's, which people choose, not a key's or a token's.
-        quoted: the value stands in quotes; else it may be an expression.
-        exact: the name ends there; else it goes on, and may be that of a place, a kind or a reader.
+        password: the name is that of a password, which people choose, not of a key or a token.
+        quoted: the value is in quotes; else it may be an expression.
+        exact: the name ends with the noun; else it may name a location, a kind or a reader.
     """
 
     value: str
@@ -389,7 +389,7 @@ class Assigned:
 
 
 def assigned(line: str) -> Iterator[Assigned]:
-    """What names of passwords, keys and tokens are given in a line."""
+    """Yield the values that a line assigns to names of passwords, keys and tokens."""
     for found in _ASSIGNMENT.finditer(line):
         name = found["name"]
         lower = name.lower()
@@ -397,7 +397,7 @@ def assigned(line: str) -> Iterator[Assigned]:
             continue
         for noun in _NOUN.finditer(name):
             rest = name[noun.end() :]
-            if _goes_on(noun[0][-1], rest) or (
+            if _continues_word(noun[0][-1], rest) or (
                 noun[0].lower().startswith(("token", "key")) and _is_other_kind(name[: noun.start()])
             ):
                 continue
@@ -409,18 +409,18 @@ def assigned(line: str) -> Iterator[Assigned]:
             break
 
 
-def _goes_on(last: str, rest: str) -> bool:
-    """Whether what follows continues the word before it, as in `tokenizer`; not in `tokenURL`."""
+def _continues_word(last: str, rest: str) -> bool:
+    """Return whether the following characters continue the word, as in `tokenizer`; not in `tokenURL`."""
     return rest[:1].isalpha() and (rest[0].islower() or last.isupper())
 
 
 def _is_other_kind(before: str) -> bool:
-    """Whether the words that a name begins with say that it is no secret's, as in `next_page_token`."""
+    """Return whether the first words of a name make it harmless, as in `next_page_token`."""
     return any(word.lower() in _OTHER_KINDS for word in _WORD.findall(before)[-2:])
 
 
 def carried(line: str, lower: str) -> Iterator[str]:
-    """Passwords and tokens in the headers of requests, and in addresses."""
+    """Yield passwords and tokens in request headers and in addresses."""
     if "bearer" in lower:
         yield from (found[1] for found in _BEARER.finditer(line))
     if "basic" in lower:

@@ -1,8 +1,8 @@
-"""Whether the open documents hold a CERTAIN secret, from version to version.
+"""Watches open documents for CERTAIN secrets, from version to version.
 
-Of each version only what has changed since the last is judged. What one key changes is judged at once; more
-is judged by a thread, block by block, so that neither the event loop nor another document waits for it. The
-state belongs to the event loop; the thread gets lines and returns numbers.
+Only the changes since the last judged version are judged: those of one key at once, larger ones by a thread,
+block by block, so that neither the event loop nor another document waits. The state belongs to the event
+loop; the thread gets lines and returns numbers.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from midfill.text.documents import Document
-from midfill.text.secret_filter import MAX_LINE, Grade, find_secrets, grade
+from midfill.text.secret_filter import MAX_LINE, Severity, find_secrets, severity
 
 _LOG = logging.getLogger(__name__)
 
-# Judging takes 0.1 us a character of code, ten times that of the worst text: what is judged at once keeps
-# the event loop for a few milliseconds at most.
+# Judging takes 0.1 us per character of code, ten times that for the worst text: this many characters keep the
+# event loop for a few milliseconds at most.
 _MAX_CHARS_AT_ONCE = 4_000
-# A block is what the thread judges before another document's turn.
+# The thread judges this much of one document before another one's turn.
 _BLOCK_CHARS = 32_000
 
 
 class Verdict(Enum):
-    """What is known of a document."""
+    """The verdict on a document."""
 
     CLEAN = "clean"
     SECRET = "secret"  # noqa: S105 - the verdict's code
@@ -38,7 +38,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
-    """The last version that was judged: its lines, and how often each line with a secret, by its hash."""
+    """The last version that was judged: its lines, and the number of lines for each hash of a secret line."""
 
     lines: Sequence[str] = ()
     secrets: Counter[int] = field(default_factory=Counter)
@@ -46,7 +46,7 @@ class _Judged:
 
 @dataclass(slots=True)
 class SecretWatch:
-    """See the module.
+    """Judges the open documents, and keeps the verdicts.
 
     Attributes:
         in_background: judge large changes in a thread, which needs an event loop; else at once.
@@ -58,7 +58,7 @@ class SecretWatch:
     _pool: ThreadPoolExecutor | None = None
 
     def verdict(self, document: Document) -> Verdict:
-        """Tell whether there is a secret in a document; what that needs is begun if it is not known."""
+        """Return the verdict on a document; begin to judge it if that is necessary."""
         uri = document.uri
         known = self._judged.get(uri, _Judged())
         first, old_end, new_end = document.changes_since(known.lines)
@@ -73,8 +73,8 @@ class SecretWatch:
                 self._judged[uri] = known
         return Verdict.SECRET if known.secrets.total() else Verdict.CLEAN
 
-    async def settled(self, document: Document, within_s: float) -> bool:
-        """Wait until a document has been judged; False if that takes longer, and goes on."""
+    async def wait(self, document: Document, within_s: float) -> bool:
+        """Wait until a document has been judged. Returns False if that takes longer; judging continues."""
         try:
             async with asyncio.timeout(within_s):
                 while self.verdict(document) is Verdict.PENDING:
@@ -84,13 +84,13 @@ class SecretWatch:
         return True
 
     def forget(self, uri: str) -> None:
-        """Drop what is remembered of a document that was closed."""
+        """Drop the state of a document that was closed."""
         self._judged.pop(uri, None)
         if (task := self._tasks.pop(uri, None)) is not None:
             task.cancel()
 
     async def _judge(self, document: Document) -> None:
-        """Judge what is new in a document, a block at a time."""
+        """Judge the changes of a document, a block at a time."""
         uri = document.uri
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="midfill-secrets")
@@ -111,7 +111,7 @@ class SecretWatch:
 
 
 def _replaced(known: _Judged, document: Document, removed: Sequence[str], found: Sequence[int]) -> _Judged:
-    """What is known of a version in which lines were removed, and lines with secrets were added."""
+    """Return the state after lines were removed, and lines with secrets were added."""
     secrets = known.secrets
     if found or (secrets and any(hash(line) in secrets for line in removed)):
         secrets = secrets.copy()
@@ -122,12 +122,12 @@ def _replaced(known: _Judged, document: Document, removed: Sequence[str], found:
 
 
 def _secret_lines(lines: Sequence[str]) -> list[int]:
-    """The hashes of the lines that hold a CERTAIN secret."""
-    # Long ones by themselves, in pieces: one call over a whole line would keep the other threads waiting.
-    found = [hash(line) for line in lines if len(line) > MAX_LINE and grade(line) is Grade.CERTAIN]
+    """Return the hashes of the lines that hold a CERTAIN secret."""
+    # Long lines one by one, in pieces: one call for a whole line would keep the other threads waiting.
+    found = [hash(line) for line in lines if len(line) > MAX_LINE and severity(line) is Severity.CERTAIN]
     text = "\n".join(["" if len(line) > MAX_LINE else line.rstrip("\r\n") for line in lines])
     short = find_secrets(text)
-    return found + [hash(lines[number]) for number, worst in short.items() if worst is Grade.CERTAIN]
+    return found + [hash(lines[number]) for number, worst in short.items() if worst is Severity.CERTAIN]
 
 
 def _exceeds(lines: Sequence[str], max_chars: int) -> bool:
@@ -140,7 +140,7 @@ def _exceeds(lines: Sequence[str], max_chars: int) -> bool:
 
 
 def _blocks(lines: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Lines in blocks of about `_BLOCK_CHARS`."""
+    """Yield lines in blocks of about `_BLOCK_CHARS`."""
     begin, num_chars = 0, 0
     for at, line in enumerate(lines):
         num_chars += len(line) + 1

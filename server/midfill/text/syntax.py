@@ -1,9 +1,9 @@
-"""What tree-sitter knows of a piece of source: brackets that are brackets, strings, comments, errors.
+"""Syntax by tree-sitter: brackets, strings, comments and errors of a piece of source.
 
-Everything here takes text and the editor's language identifier and answers None where there is no
-grammar, so that a caller can go by indentation instead. The pieces are windows of a file and unfinished,
-so the questions are about tokens, which survive an unclosed brace further up, and not about whole nodes,
-which do not. Knows nothing of documents or models. Any thread; nothing is kept but the grammars.
+All functions take text and a language identifier and return None without a grammar, so that the caller can
+use indentation instead. The pieces are windows of a file and incomplete, so the questions are about tokens,
+which survive an unclosed brace further up, and not about whole nodes, which do not. Knows nothing of
+documents or models. Any thread; keeps nothing but the grammars.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tree_sitter_language_pack import SupportedLanguage, get_language
 
 from midfill.text import notation
 
-# Of one reading. It happens on the event loop, while a key may be waiting.
+# For one parse, which runs on the event loop while a key may be waiting.
 _BUDGET_S = 0.004
-# So much on both sides of quotes tells which of them is in a string.
+# This much text on both sides of quotes shows which side is in a string.
 _SIDE = 800
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _CLOSERS = frozenset(_BRACKETS.values())
@@ -37,14 +37,14 @@ _RUBY = dict.fromkeys(
 
 @dataclass(frozen=True, slots=True)
 class _Grammar:
-    """How a language is read.
+    """How to parse a language.
 
     Attributes:
-        name: of the grammar in the language pack.
-        keywords: words that open a block, and what closes it.
-        lead: what the grammar wants to see before it takes anything for code.
-        stray: closers that also stand where nothing was opened, as `)` in a shell's `case` does.
-        tokens_only: of its tree only brackets, strings and comments are used, no whole nodes.
+        name: the grammar's name in the language pack.
+        keywords: words that open a block, with the words that close it.
+        lead: text that the grammar needs first to take the rest for code.
+        stray: closers that may also occur without an opener, as `)` in a shell's `case` does.
+        tokens_only: only brackets, strings and comments of its tree are used, no whole nodes.
     """
 
     name: SupportedLanguage
@@ -54,7 +54,7 @@ class _Grammar:
     tokens_only: bool = False
 
 
-# By LSP language identifier. `typescript` does not read JSX, `tsx` does not read `<T>x`.
+# By LSP language identifier. `typescript` cannot parse JSX, `tsx` cannot parse `<T>x`.
 _GRAMMARS = {
     "c": _Grammar("c"),
     "cpp": _Grammar("cpp"),
@@ -95,7 +95,7 @@ _GRAMMARS = {
     "yaml": _Grammar("yaml", tokens_only=True),
     "zig": _Grammar("zig"),
 }
-# In these words a node's type says that its text is no code.
+# A node whose type has one of these words is not code.
 _OPAQUE = (
     "string",
     "comment",
@@ -109,25 +109,25 @@ _OPAQUE = (
     "block_scalar",
     "jsx_text",
 )
-# And in these, that code stands in the middle of a text.
+# A node whose type has one of these words is code inside a text.
 _EMBEDS = ("interpolation", "substitution", "interpolated_expression", "jsx_expression")
 _LOOPS = frozenset({"while", "until", "for"})
 _MODIFIERS = frozenset({"if", "unless", "while", "until"})
 
 
-class _Source(threading.local):
-    """What the parser reads from, one for each thread.
+class _ParserInput(threading.local):
+    """The parser's input, one for each thread.
 
-    py-tree-sitter never frees the object that a read callback returns (0.25 and 0.26; and only with such a
-    callback does it look at the time), so that every text would be kept. It gets the same object each time,
-    with other contents.
+    py-tree-sitter never frees the object that a read callback returns (0.25 and 0.26; and it checks the time
+    only with such a callback), so every text would be kept. It gets the same object each time, with other
+    contents.
     """
 
     def __init__(self) -> None:
         self.buffer = bytearray()
 
 
-_source = _Source()
+_source = _ParserInput()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +135,9 @@ class Delimiter:
     """A bracket, or a word that opens or closes a block.
 
     Attributes:
-        start, end: where it stands, in code points.
-        text: as it is written.
-        closer: what closes it; "" if it closes something itself.
+        start, end: its range, in code points.
+        text: as written.
+        closer: its closing counterpart; "" if it closes something itself.
     """
 
     start: int
@@ -146,16 +146,16 @@ class Delimiter:
     closer: str
 
     def shifted(self, distance: int) -> Delimiter:
-        """The same, further to the right by some characters."""
+        """Return the delimiter, moved to the right by some characters."""
         return Delimiter(self.start + distance, self.end + distance, self.text, self.closer)
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What tokens a text has, from `start` on.
+    """The delimiters, strings and comments of a text from `start` on.
 
     Attributes:
-        open: the closers that are still to come at `start`, outermost first.
+        open: the closers still needed at `start`, outermost first.
         delimiters: those from `start` on, in order.
         opaque: (start, end, is a comment) of comments, strings and the like that end after `start`, in order.
     """
@@ -165,38 +165,38 @@ class Outline:
     opaque: tuple[tuple[int, int, bool], ...]
 
     def within(self, offset: int) -> bool:
-        """Whether a place is inside of a string or a comment that began before it."""
+        """Return whether an offset is inside a string or a comment that began before it."""
         index = bisect.bisect_left(self.opaque, offset, key=lambda span: span[0])
         return index > 0 and offset < self.opaque[index - 1][1]
 
     def ends_comment(self, offset: int) -> bool:
-        """Whether a comment ends at a place, or goes on there, that began before it."""
+        """Return whether a comment that began before an offset ends there, or continues."""
         return any(start < offset <= end for start, end, comment in self.opaque if comment)
 
     def is_comment(self, start: int, end: int) -> bool:
-        """Whether a stretch without blanks at its ends is nothing but comment."""
+        """Return whether a range without blanks at its ends is nothing but comment."""
         return any(first <= start and end <= last for first, last, comment in self.opaque if comment)
 
 
 def knows(language_id: str) -> bool:
-    """Whether there is a grammar for a language."""
+    """Return whether there is a grammar for a language."""
     return language_id in _GRAMMARS
 
 
 def new_parser(language_id: str) -> Parser | None:
-    """A parser for questions that go by whole nodes; for one thread. None without a grammar."""
+    """Return a parser for questions about whole nodes; for one thread. None without a grammar."""
     grammar = _GRAMMARS.get(language_id)
     return None if grammar is None or grammar.tokens_only else Parser(_language(grammar.name))
 
 
 def parsed(data: bytes, language_id: str, budget_s: float) -> Tree | None:
-    """The tree of a whole text. None without a grammar, or if it takes longer of our own time."""
+    """Return the tree of a whole text. None without a grammar, or after `budget_s` of CPU time."""
     grammar = _GRAMMARS.get(language_id)
     return None if grammar is None else _parse(data, grammar, budget_s=budget_s)
 
 
 def outline(text: str, language_id: str, start: int = 0) -> Outline | None:
-    """The outline of a text from `start` on. None without a grammar, or if it takes too long."""
+    """Return the outline of a text from `start` on. None without a grammar, or if it takes too long."""
     growing = Growing.of(text[:start], language_id)
     return None if growing is None else growing.outline(text[start:])
 
@@ -207,7 +207,7 @@ class Enclosing:
 
     Attributes:
         start: where it begins, in the text before the cursor, in code points.
-        rest: what of it stands behind the cursor.
+        rest: its part after the cursor.
         comment: it is a comment.
     """
 
@@ -217,13 +217,13 @@ class Enclosing:
 
 
 def openings(text: str, language_id: str, *, whole: bool) -> list[tuple[int, str, bool]]:
-    """What a text may have begun that goes on behind it; see `notation.openings`.
+    """Return the strings and comments that may be open at the end of a text; see `notation.openings`.
 
     Args:
-        text: above a cursor.
+        text: the text above a cursor.
         language_id: its language.
-        whole: the text begins where the file does. If not, it may begin within a string, so that what looks
-            like the beginning of another one is the end of that.
+        whole: the text begins where the file does. If not, it may begin within a string, and an apparent
+            opening mark may be a closing one.
     """
     found = notation.openings(text, language_id, whole=whole)
     if whole:
@@ -232,39 +232,39 @@ def openings(text: str, language_id: str, *, whole: bool) -> list[tuple[int, str
 
 
 def _is_end(text: str, at: int, quote: str, language_id: str) -> bool:
-    """Whether quotes end a string rather than begin one, by which side of them is code to the grammar."""
+    """Return whether quotes end a string, by which side of them the grammar can parse."""
     if not text.startswith(quote, at):
         return False
-    # The line that is being written is left out, so that the same is asked again at the next key.
+    # Without the line that is being written, so that the question at the next key is the same.
     after = text[at + len(quote) : text.rfind("\n") + 1][:_SIDE]
     before = text[max(0, text.rfind(quote, 0, at) + len(quote), at - _SIDE) : at]
     if at - len(before) > 0:
-        # Cut at whole lines.
+        # Begin with a whole line.
         before = before.partition("\n")[2]
     return _share_wrong(after, language_id) <= _share_wrong(before, language_id)
 
 
 @lru_cache(maxsize=16)
 def _share_wrong(text: str, language_id: str) -> float:
-    """Places that the grammar cannot make sense of, for each line of a text; the last is not whole."""
+    """Return the number of syntax errors per line of a text, whose last line is incomplete."""
     lines = textwrap.dedent(text).strip("\n").split("\n")
     if len(lines) > 1:
         lines.pop()
-    # A line too short to be wrong says nothing.
+    # One-word lines are too short to show errors.
     num_told = sum(len(line.split()) > 1 for line in lines)
     num_wrong = count_errors("\n".join(lines), language_id)
     return 0.5 if num_wrong is None or not num_told else num_wrong / num_told
 
 
 def enclosing(before: str, after: str, language_id: str) -> Enclosing | None:
-    """The string or comment that a cursor between two texts is in.
+    """Return the string or comment that a cursor between two texts is in.
 
-    None in code, in what is embedded in a string, without a grammar, or if it takes too long.
+    None in code, in code that is embedded in a string, without a grammar, or if it takes too long.
     """
     grammar = _GRAMMARS.get(language_id)
     if grammar is None:
         return None
-    # A word stands for what is put in there, so that there is a token at the cursor.
+    # A word in place of the inserted text, so that there is a token at the cursor.
     head, tail = _lead(before, grammar) + _encode(before), _encode(after)
     tree = _parse(head + b"x" + tail, grammar)
     if tree is None:
@@ -283,9 +283,9 @@ def enclosing(before: str, after: str, language_id: str) -> Enclosing | None:
 
 
 def count_errors(text: str, language_id: str, budget_s: float = _BUDGET_S) -> int | None:
-    """How many places of a text the grammar cannot make sense of.
+    """Return the number of syntax errors in a text.
 
-    None without a grammar, or if reading it takes longer than `budget_s`.
+    None without a grammar, or if parsing takes longer than `budget_s`.
     """
     grammar = _GRAMMARS.get(language_id)
     if grammar is None:
@@ -297,17 +297,17 @@ def count_errors(text: str, language_id: str, budget_s: float = _BUDGET_S) -> in
     while nodes:
         node = nodes.pop()
         wrong = [child for child in node.children if child.has_error or child.is_missing]
-        # A hidden token may be missing, such as the end of a line, which is no child of anything.
+        # A missing hidden token, such as the end of a line, is not the child of any node.
         count += node.is_error or node.is_missing or (node.has_error and not wrong)
         nodes += wrong
     return count
 
 
 def first_error(text: str, language_id: str) -> int | None:
-    """The line, from 0, where the language's own parser gives up.
+    """Return the line, from 0, at which the language's own parser gives up.
 
-    None if it reads all of the text, or where there is no such parser: Python has one, which knows of
-    indentation what the grammar lets pass. A text that begins in the middle of a block is read as one.
+    None if it parses all of the text, or if there is no such parser. Python has one, which checks indentation
+    that the grammar accepts. A text that begins inside a block is parsed as one.
     """
     if language_id != "python":
         return None
@@ -315,7 +315,7 @@ def first_error(text: str, language_id: str) -> int | None:
     inside = begins[:1] in {" ", "\t"}
     try:
         with warnings.catch_warnings():
-            # What the user's strings escape is none of ours.
+            # The user's invalid escapes are not reported here.
             warnings.simplefilter("ignore")
             ast.parse("if 1:\n" + text if inside else text)
     except SyntaxError as error:
@@ -328,7 +328,7 @@ def first_error(text: str, language_id: str) -> int | None:
 
 @dataclass(slots=True)
 class Growing:
-    """A text that is read again each time it has grown: only what is new is parsed.
+    """A growing text that is parsed incrementally.
 
     Attributes:
         before: the text that does not change.
@@ -341,12 +341,12 @@ class Growing:
 
     @staticmethod
     def of(before: str, language_id: str) -> Growing | None:
-        """For a text that begins with `before`. None without a grammar."""
+        """Return a growing text that begins with `before`. None without a grammar."""
         grammar = _GRAMMARS.get(language_id)
         return None if grammar is None else Growing(_lead(before, grammar) + _encode(before), grammar)
 
     def outline(self, text: str) -> Outline | None:
-        """The outline of `text`, which follows `before`; offsets count from the start of `text`.
+        """Return the outline of `text`, which follows `before`; offsets count from the start of `text`.
 
         None, from then on, once it has taken too long.
         """
@@ -365,10 +365,10 @@ class Growing:
 def _parse(
     data: bytes, grammar: _Grammar, old: Tree | None = None, budget_s: float = _BUDGET_S
 ) -> Tree | None:
-    """The tree of a text; None if it is not there within the budget.
+    """Return the tree of a text; None if it is not ready within the budget.
 
-    Grammars take ten times as long for a text that is no code to them, such as one that begins within a
-    string. What counts is our own time, not that of other programs, so that answers do not depend on them.
+    Grammars take ten times as long for a text that is not code to them, such as one that begins within a
+    string. The budget is CPU time of this thread, so that answers do not depend on other programs.
     """
     deadline = time.thread_time() + budget_s
     buffer = _source.buffer
@@ -392,7 +392,7 @@ def _parse(
 
 
 def _read(tree: Tree, data: bytes, begin: int, grammar: _Grammar) -> Outline:
-    """The outline of what follows `begin`, from a tree of it all."""
+    """Return the outline of the text from `begin` on, given a tree of all of it."""
     offset = _Offset(data, begin)
     before: list[Delimiter] = []
     delimiters: list[Delimiter] = []
@@ -400,7 +400,7 @@ def _read(tree: Tree, data: bytes, begin: int, grammar: _Grammar) -> Outline:
     opaque_end = 0
     for node in _walk(tree.root_node, begin):
         if node.is_named:
-            # Of a comment in a string, and the parts of a string, the outermost counts.
+            # Of nested strings and comments, the outermost counts.
             if _is_opaque(node) and node.end_byte > max(begin, opaque_end):
                 opaque_end = node.end_byte
                 opaque.append((offset(node.start_byte), offset(opaque_end), "comment" in node.type))
@@ -419,7 +419,7 @@ def balance(
     before: tuple[str, ...] = (),
     stray: frozenset[str] = frozenset(),
 ) -> tuple[tuple[str, ...], tuple[Delimiter, ...]]:
-    """Closers still to come after `delimiters`, where `before` were; and those that close nothing."""
+    """Return the closers still needed after `delimiters`, given those before; and the unmatched closers."""
     depth = list(before)
     unmatched = []
     for one in delimiters:
@@ -443,7 +443,7 @@ def _without_stray(
 
 
 def _walk(root: Node, begin: int) -> Iterator[Node]:
-    """Tokens and opaque nodes in order, without the parts before `begin` that are whole."""
+    """Yield tokens and opaque nodes in order, without complete nodes before `begin`."""
     nodes = [root]
     while nodes:
         node = nodes.pop()
@@ -460,12 +460,12 @@ def _is_opaque(node: Node) -> bool:
 
 @cache
 def _names(kind: str, words: tuple[str, ...]) -> bool:
-    """Whether a node's type has one of the words in its name; of types there are few."""
+    """Return whether a node's type contains one of the words. Cached: there are few types."""
     return any(word in kind for word in words)
 
 
 def _closer(node: Node, grammar: _Grammar, data: bytes) -> str | None:
-    """What an anonymous token is closed by; "" if it closes something; None if it does neither."""
+    """Return the closer of an anonymous token; "" if it closes something; None if it does neither."""
     text = node.type
     if node.is_missing or not text:
         return None
@@ -480,7 +480,7 @@ def _closer(node: Node, grammar: _Grammar, data: bytes) -> str | None:
 
 
 def _opens_block(node: Node, grammar: _Grammar, data: bytes) -> bool:
-    """Whether a keyword opens a block here: not in `return if x`, nor twice in `while x do`."""
+    """Return whether a keyword opens a block here: not in `return if x`, nor twice in `while x do`."""
     parent = node.parent
     closer = grammar.keywords[node.type]
     if parent is not None and not parent.has_error:
@@ -503,7 +503,7 @@ def _encode(text: str) -> bytes:
 
 
 class _Offset:
-    """Bytes of `data` to code points from `begin` on; negative before it."""
+    """Converts byte offsets in `data` to code points from `begin` on; negative before it."""
 
     def __init__(self, data: bytes, begin: int) -> None:
         self._begin = begin
@@ -519,7 +519,7 @@ class _Offset:
 
 
 def _num_common(old: bytes, new: bytes) -> int:
-    """How many bytes two texts share at their beginning."""
+    """Return how many bytes two texts share at their beginning."""
     low, high = 0, min(len(old), len(new))
     if old[:high] == new[:high]:
         return high

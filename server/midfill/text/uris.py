@@ -1,4 +1,4 @@
-"""The URIs by which editors name documents."""
+"""URIs by which editors name documents."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from urllib.request import url2pathname
 
 
 def file_of(uri: str) -> Path | None:
-    """The absolute path of a `file:` URI; None for every other. Nothing is looked up."""
+    """Return the absolute path of a `file:` URI; None for any other. Does not touch the disk."""
     try:
         parts = urlsplit(uri)
         if parts.scheme != "file" or parts.netloc not in {"", "localhost"}:

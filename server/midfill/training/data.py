@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from midfill.completion.context.collector import NOTHING, Context
+from midfill.completion.context.bundle import EMPTY_BUNDLE
+from midfill.completion.context.collector import ContextCollector
 from midfill.completion.context.files import SourceFile
 from midfill.completion.prompt import PromptBuilder
 from midfill.engine.api import ModelInfo
@@ -119,7 +120,7 @@ class Cutter:
     tokenizer: object
     end_id: int
     settings: Settings
-    context: Context | None
+    context: ContextCollector | None
     root: Path
     dropped: Counter[str] = field(default_factory=Counter)
     _sources: dict[str, Source] = field(default_factory=dict)
@@ -132,7 +133,7 @@ class Cutter:
         document = Document.open(uri, file.language_id, 0, before + after)
         cursor = Point(before.count("\n"), len(before) - before.rfind("\n") - 1)
         snapshot = Snapshot(document, cursor)
-        context = NOTHING if self.context is None else self.context.collect(snapshot)
+        context = EMPTY_BUNDLE if self.context is None else self.context.collect(snapshot)
         # As after opening the file there: nothing is left of other examples.
         self.builder.forget(uri)
         prompt = self.builder.build(snapshot, context)
@@ -214,7 +215,9 @@ def make_general(model: LocalModel, settings: Settings, seed: int, count: int = 
     return found
 
 
-def _plain_cutter(model: LocalModel, settings: Settings, root: Path, context: Context | None) -> Cutter:
+def _plain_cutter(
+    model: LocalModel, settings: Settings, root: Path, context: ContextCollector | None
+) -> Cutter:
     info = info_of(model)
     builder = PromptBuilder(info, settings)
     end = info.tokenizer.token_id(builder.family.stops[0])
@@ -232,7 +235,7 @@ def _cutter(
         if root is None:
             yield _plain_cutter(model, settings, repository.root, None)
             return
-        context = Context(settings)
+        context = ContextCollector(settings)
         try:
             context.open_folders([(selection.repository, root)])
             asyncio.run(context.indexed())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from midfill.adapters.registry import Judgement
-from midfill.completion.completer import Trigger
+from midfill.completion.answer import Trigger
 from midfill.engine.api import EngineSpec
 from midfill.engine.factory import create
 from midfill.evaluation.fillers import Hole, PipelineFiller

@@ -13,7 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from midfill.completion.context.files import Sieve, SourceFile, is_foreign, judge, why_no_source
+from midfill.completion.context.files import (
+    FileFilter,
+    SourceFile,
+    classify,
+    is_third_party,
+    rejection_by_name,
+)
 from midfill.errors import MidfillError
 from midfill.settings import Settings
 from midfill.training.history import Change, Commit, Hunk, Repository
@@ -102,7 +108,7 @@ class _Selector:
     def __init__(self, repository: Repository, settings: Settings) -> None:
         self._repository = repository
         self._settings = settings
-        self._sieve = Sieve(repository.root, settings.excluded_files)
+        self._filter = FileFilter(repository.root, settings.excluded_files)
         self._dropped_paths: dict[str, str] = {}
         self._files: dict[tuple[str, str], SourceFile | None] = {}
         self._dropped_commits: Counter[str] = Counter()
@@ -184,10 +190,10 @@ class _Selector:
         if path in self._dropped_paths:
             return False
         pure = PurePosixPath(path)
-        reason = why_no_source(pure, self._settings.excluded_files)
-        if reason is None and is_foreign(pure):
+        reason = rejection_by_name(pure, self._settings.excluded_files)
+        if reason is None and is_third_party(pure):
             reason = "vendored or hidden"
-        if reason is None and self._sieve.ignores(path):
+        if reason is None and self._filter.ignores(path):
             reason = "ignored"
         if reason is not None:
             self._dropped_paths[path] = reason
@@ -215,7 +221,7 @@ class _Selector:
         spdx = _SPDX.search(head)
         if spdx and "GPL" in spdx[1] and not _GNU.search(self._licence):
             return "another licence"
-        return judge(path, text)
+        return classify(path, text)
 
     def _read_licence(self, tree: Mapping[str, str]) -> str:
         blobs = [blob for path, blob in tree.items() if path.upper().startswith(_LICENCE_FILES)]

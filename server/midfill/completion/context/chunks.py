@@ -1,8 +1,8 @@
-"""A source file as chunks of a few lines, its definitions with their signatures, and its imports.
+"""Splits a source file into chunks of a few lines, its definitions with their signatures, and its imports.
 
-Chunks follow the syntax tree: a definition that is small enough is one chunk, a large one is taken apart, and
-small neighbours are joined. Languages without a grammar are cut at blank lines. Runs in the indexing process
-and, for the imports of the document at hand, on the event loop.
+Chunks follow the syntax tree: a small definition is one chunk, a large one is split, and small neighbours are
+joined. Languages without a grammar are split at blank lines. Runs in the indexing process and, for the
+imports of the current document, on the event loop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from tree_sitter import Node
 
-from midfill.completion.context.collector import MAX_CHUNK_LINES
+from midfill.completion.context.bundle import MAX_CHUNK_LINES
 from midfill.completion.context.files import SourceFile
 from midfill.text.syntax import parsed
 
@@ -23,7 +23,7 @@ _MIN_CHUNK_CHARS = 20
 _MAX_SIGNATURE_CHARS = 480
 _MAX_DEFINITIONS = 400
 
-# In the grammars' names of nodes.
+# Names of the grammars' nodes.
 _DEFINES = re.compile(
     r"(?:function|method|class|struct|enum|interface|trait|constructor|type_alias|protocol|object|record)"
     r"(?:_signature)?_(?:definition|declaration|item|spec|specifier)\Z|\A(?:method|class|module|singleton_method)\Z"
@@ -40,7 +40,7 @@ _IMPORT_LINE = re.compile(
 )
 
 
-# A file that is no code to its grammar may take a hundred times as long as one that is.
+# Parsing a file that is not code to its grammar may take a hundred times as long.
 _FILE_BUDGET_S = 0.5
 _IMPORTS_BUDGET_S = 0.02
 _MAX_IMPORT_CHARS = 2_000
@@ -48,13 +48,13 @@ _MAX_HEAD_BYTES = 2_000
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Some lines of a file, without the blank ones around them.
+class FileChunk:
+    """A few lines of a file, without the blank ones around them.
 
     Attributes:
-        line: where it begins, from 0.
+        line: its first line, from 0.
         text: its lines.
-        terms: what it is found by, separated by blanks: see `terms`.
+        terms: its search terms, separated by spaces; see `terms`.
     """
 
     line: int
@@ -64,7 +64,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """What a file defines under a name, and how it begins: `def f(x: int) -> str:`."""
+    """A name that a file defines, and how the definition begins: `def f(x: int) -> str:`."""
 
     name: str
     signature: str
@@ -72,14 +72,14 @@ class Definition:
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """The parts of a file that may be context; none of them may hold a secret."""
+    """The parts of a file that may become context. None of them may hold a secret."""
 
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[FileChunk, ...]
     definitions: tuple[Definition, ...]
 
 
 def parse(file: SourceFile) -> Parsed:
-    """Take a file apart; what may hold a secret is left out."""
+    """Split a file; lines that may hold a secret are left out."""
     lines = file.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     source = "\n".join(lines)
     data = source.encode("utf-8", "replace")
@@ -92,11 +92,11 @@ def parse(file: SourceFile) -> Parsed:
 
 
 def terms(text: str) -> list[str]:
-    """What a text is found by: its words, and the parts of those that have parts, in small letters."""
+    """Return the search terms of a text: its words and the parts of compound words, in lower case."""
     return [term for word in _TERM.findall(text) for term in _with_parts(word)]
 
 
-# 50,000 would take 19 MB in a server whose user types ever new words, and save a sixth of the time.
+# 50,000 entries would take 19 MB in a server whose user keeps typing new words, and save a sixth of the time.
 @lru_cache(maxsize=10_000)
 def _with_parts(word: str) -> tuple[str, ...]:
     parts = _PART.findall(word)
@@ -105,14 +105,14 @@ def _with_parts(word: str) -> tuple[str, ...]:
 
 
 def imported_names(lines: list[str], language_id: str) -> set[str]:
-    """The names that the import statements among some lines mention: modules, and what is taken from them."""
-    # A longer line is data.
+    """Return the names in the import statements among some lines: modules, and what is imported from them."""
+    # Longer lines are data.
     lines = [line for line in lines if len(line) <= _MAX_IMPORT_CHARS]
     names: set[str] = set()
     begins = [row for row, line in enumerate(lines) if _MAY_IMPORT.search(line)]
     if not begins:
         return names
-    # What comes behind the last of them need not be read.
+    # The lines after the last import need not be read.
     end, depth = begins[-1], 0
     for line in lines[end:]:
         end += 1
@@ -130,7 +130,7 @@ def imported_names(lines: list[str], language_id: str) -> set[str]:
 
 
 def _by_tree(root: Node) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of lines: nodes that are small enough, and the pieces of those that are not."""
+    """Yield half-open ranges of lines: nodes that are small enough, and the pieces of larger ones."""
     nodes = list(reversed(root.children))
     while nodes:
         node = nodes.pop()
@@ -140,7 +140,7 @@ def _by_tree(root: Node) -> Iterator[tuple[int, int]]:
             yield first, end
             continue
         children = node.children
-        # The lines down to the first part that has lines of its own belong together: `class A(B):`.
+        # The lines down to the first child with lines of its own belong together: `class A(B):`.
         nodes += reversed([child for child in children if child.end_point.row > child.start_point.row])
         body = next((child for child in children if child.end_point.row > child.start_point.row), None)
         yield first, min(end, first + 1 if body is None else max(first + 1, body.start_point.row))
@@ -156,7 +156,7 @@ def _by_blank_lines(lines: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def _joined(ranges: Iterator[tuple[int, int]], lines: list[str]) -> Iterator[tuple[int, int]]:
-    """Neighbours in one, as long as they stay small; long ones cut."""
+    """Yield the ranges, small neighbours joined and long ones cut."""
     begin, end, size = 0, 0, 0
     for first, after in ranges:
         for start in range(max(first, end), after, MAX_CHUNK_LINES):
@@ -173,7 +173,7 @@ def _joined(ranges: Iterator[tuple[int, int]], lines: list[str]) -> Iterator[tup
 
 def _chunks(
     ranges: Iterator[tuple[int, int]], lines: list[str], secret_lines: frozenset[int]
-) -> Iterator[Chunk]:
+) -> Iterator[FileChunk]:
     for first, end in ranges:
         if secret_lines and any(row in secret_lines for row in range(first, end)):
             continue
@@ -181,11 +181,11 @@ def _chunks(
         body = text.strip("\n")
         if len(body.strip()) >= _MIN_CHUNK_CHARS and len(body) <= 2 * _MAX_CHUNK_CHARS:
             body = body.rstrip()
-            yield Chunk(first + len(text) - len(text.lstrip("\n")), body, " ".join(terms(body)))
+            yield FileChunk(first + len(text) - len(text.lstrip("\n")), body, " ".join(terms(body)))
 
 
 def _definitions(root: Node, data: bytes, secret_lines: frozenset[int]) -> Iterator[Definition]:
-    """What others can import: definitions that are not inside of functions, classes with their members."""
+    """Yield what others can import: definitions that are not inside functions; classes with their members."""
     nodes, found = list(reversed(root.children)), 0
     while nodes and found < _MAX_DEFINITIONS:
         node = nodes.pop()
@@ -211,7 +211,7 @@ def _name(node: Node, data: bytes) -> str:
 
 
 def _signature(node: Node, data: bytes) -> str:
-    """A definition down to its body; of what has members, their signatures too."""
+    """Return a definition up to its body; for one with members, their signatures too."""
     body = node.child_by_field_name("body")
     text = _head(node, body, data)
     if body is None or "function" in node.type or "method" in node.type:
@@ -219,7 +219,7 @@ def _signature(node: Node, data: bytes) -> str:
     for child in body.children:
         member = child.child_by_field_name("definition") or child
         if _DEFINES.search(member.type) and (name := _name(member, data)):
-            # Private ones and most of Python's special ones are not called from elsewhere.
+            # Private members and most of Python's special ones are not called from other files.
             if name.startswith("_") and name not in {"__init__", "__call__"}:
                 continue
             more = "\n    " + _head(member, member.child_by_field_name("body"), data)
@@ -230,7 +230,7 @@ def _signature(node: Node, data: bytes) -> str:
 
 
 def _head(node: Node, body: Node | None, data: bytes) -> str:
-    """What stands before the body, in one line."""
+    """Return the text before the body, in one line."""
     end = min(node.end_byte if body is None else body.start_byte, node.start_byte + _MAX_HEAD_BYTES)
     head = data[node.start_byte : end].decode("utf-8", "replace")
     text = re.sub(r"(?<![ \t])[ \t]*+(?:#|//)[^\n]*\n", "\n", head)

@@ -1,11 +1,11 @@
-"""Context: pieces of other files that help to write at the cursor.
+"""Collects context: pieces of other files that help the model at the cursor.
 
-Open documents, recent edits, the definitions of what is imported, and chunks of the repository that are like
-the text around the cursor. All of it comes from memory: the index is built in the background (`indexer`), and
-nothing here reads a file. What may hold a secret is left out before it gets here (`files`), and recent
-edits are judged here. Runs on the event loop.
+Sources are open documents, recent edits, the definitions of imported names, and chunks of the repository that
+resemble the text around the cursor. Everything comes from memory: the index is built in the background
+(`indexer`), and nothing here reads a file. `files` leaves out what may be a secret; recent edits are checked
+here. Runs on the event loop.
 
-The chosen pieces stay the same while the user works at one place, because a change of the context makes the
+The chosen pieces stay the same while the user works in one region, because a change of the context makes the
 whole prompt new for the KV cache.
 """
 
@@ -15,113 +15,69 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+from midfill.completion.context.bundle import (
+    EMPTY_BUNDLE,
+    MAX_CHUNK_LINES,
+    ContextBundle,
+    ContextSource,
+    Folder,
+    Snippet,
+)
 from midfill.settings import Settings
 from midfill.text.documents import Document, Snapshot, changed_lines
-from midfill.text.secret_filter import MAX_LINE, grade, is_excluded
+from midfill.text.secret_filter import MAX_LINE, is_excluded, severity
 from midfill.text.secret_watch import SecretWatch, Verdict
 from midfill.text.uris import file_of
 
 if TYPE_CHECKING:
     from midfill.completion.context.indexer import Indexer
 
-IGNORE_FILES = (".gitignore", ".midfillignore")
-MAX_CHUNK_LINES = 16
-# The context is chosen anew when the cursor is further away from where it was chosen.
+# The context is chosen again when the cursor is further than this from where it was chosen.
 _STAYS_FOR_LINES = 40
 _RENEWED_AFTER_LINES = 12
 _MAX_FROZEN = 64
-# What is looked for: the lines above the cursor and a few below.
+# The search query: lines above the cursor and a few below.
 _QUERY_ABOVE = 20
 _QUERY_BELOW = 6
 _NEAR_LINES = 40
 _MAX_CANDIDATES = 16
 _MAX_DEFINITIONS = 4
-# Imports stand at the top.
+# Imports are at the top of a file.
 _IMPORT_LINES = 200
-# A chunk that has half of its lines near the cursor makes the model repeat what is there; of two that share
-# nine lines in ten, one is enough. The shares are those of llama.vim.
+# A chunk with half of its lines near the cursor makes the model repeat them; of two that share nine lines in
+# ten, one is enough. The shares are those of llama.vim.
 _MAX_LIKE_CURSOR = 0.5
 _MAX_LIKE_CHOSEN = 0.9
-# Of the best chunk's score; what scores less shares common words only.
+# As a share of the best chunk's score; chunks with lower scores share only common words.
 _MIN_SHARE = 0.4
-# What the user has open is more likely to be about the same thing.
+# Open documents are more likely to be about the same subject.
 _OPEN_BOOST = 1.25
-# No tokenizer makes more characters of code into a token on average.
+# No tokenizer packs more characters of code into a token on average.
 _CHARS_PER_TOKEN = 5
 _LITTLE_ROOM = 100
 _MAX_EDITS = 8
 _MAX_EDIT_LINES = 12
 _BURST_LINES = 8
-# Larger documents are not judged and not indexed while they are edited.
+# Larger documents are neither searched for secrets nor indexed while they are edited.
 _MAX_CHARS = 200_000
-
-
-class Source(StrEnum):
-    """Where a piece comes from; the values are those of the setting `context`."""
-
-    IMPORTS = "imports"
-    OPEN = "open"
-    REPOSITORY = "repository"
-    EDITS = "edits"
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """A workspace folder. `prefix` comes before the paths of its files: "" for the first folder."""
-
-    prefix: str
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Snippet:
-    """A piece of another file.
-
-    Attributes:
-        path: relative to the workspace folder, with slashes; for a document outside of it its name.
-        text: whole lines, without the last line's end.
-    """
-
-    source: Source
-    path: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """The context for one document.
-
-    Attributes:
-        snippets: the best last.
-        path: of the document itself, as in `Snippet`.
-        repository: the name of the first workspace folder, or "".
-    """
-
-    snippets: tuple[Snippet, ...] = ()
-    path: str = ""
-    repository: str = ""
-
-
-NOTHING = Collected()
 
 
 @dataclass(frozen=True, slots=True)
 class _Frozen:
-    """What was chosen for a document: at which line, and at which state of everything else."""
+    """The choice for a document: the cursor's line, and the state of everything else it was made from."""
 
     line: int
     state: tuple[int, int, bool]
-    collected: Collected
+    collected: ContextBundle
 
 
 @dataclass(slots=True)
 class _Burst:
-    """Edits near each other, in a document that had these lines before them."""
+    """Edits near each other in one document, with the lines that it had before them."""
 
     document: Document
     before: list[str]
@@ -129,12 +85,12 @@ class _Burst:
 
 
 @dataclass(slots=True)
-class Context:
+class ContextCollector:
     """Collects context for the documents of one editor.
 
     Attributes:
         settings: the ones in force; change them by `configure`.
-        secrets: what is known of the secrets in open documents.
+        secrets: the verdicts on secrets in open documents.
     """
 
     settings: Settings
@@ -142,7 +98,7 @@ class Context:
     indexer: Indexer | None = None
     _folders: tuple[Folder, ...] = ()
     _open: dict[str, Document] = field(default_factory=dict)
-    # What the index calls the open documents.
+    # The index's names for the open documents.
     _paths: set[str] = field(default_factory=set)
     _dirty: set[str] = field(default_factory=set)
     _frozen: OrderedDict[str, _Frozen] = field(default_factory=OrderedDict)
@@ -151,10 +107,10 @@ class Context:
     _num_edits: int = 0
 
     def open_folders(self, folders: Sequence[tuple[str, Path]]) -> None:
-        """Index these workspace folders (name, path) instead of those before; nothing is read without any.
+        """Index these workspace folders, (name, path), instead of the earlier ones.
 
-        The file system's root and the user's home are not read: an editor names them where nobody has
-        chosen a folder.
+        Without folders, nothing is read. The file system's root and the user's home are skipped: editors name
+        them when the user has not chosen a folder.
         """
         given = [(name, path) for name, path in folders if path not in {Path(path.anchor), Path.home()}]
         self._folders = tuple(
@@ -178,7 +134,7 @@ class Context:
         return indexer.index.num_files, indexer.index.num_chunks
 
     def close(self) -> None:
-        """End what runs in the background."""
+        """Stop the background work."""
         if self.indexer is not None:
             self.indexer.close()
             self.indexer = None
@@ -189,8 +145,8 @@ class Context:
         sources = self.settings.context
         if not sources:
             return
-        folders = self._folders if {Source.REPOSITORY, Source.IMPORTS} & set(sources) else ()
-        # Whoever does without context does not wait for these imports.
+        folders = self._folders if {ContextSource.REPOSITORY, ContextSource.IMPORTS} & set(sources) else ()
+        # Imported lazily: slow, and unused while `context` is empty.
         from midfill.completion.context.indexer import Indexer  # noqa: PLC0415
 
         self.indexer = Indexer(folders, self.settings.excluded_files)
@@ -198,10 +154,10 @@ class Context:
         self._paths = {self._path(uri) for uri in self._open}
         self._flush("")
 
-    # What the editor tells
+    # Notifications from the editor
 
     def opened(self, document: Document) -> None:
-        """A document was opened."""
+        """Take an opened document."""
         self._open[document.uri] = document
         if self.indexer is None:
             return
@@ -210,19 +166,19 @@ class Context:
         self._flush("")
 
     def edited(self, old: Document, new: Document) -> None:
-        """A document was changed."""
+        """Take a changed document."""
         self._open[new.uri] = new
         if self.indexer is None:
             return
         if new.uri not in self._dirty:
             self._dirty.add(new.uri)
-            # Other documents may find this one changed; it finds itself as it is.
+            # Other documents may find this one changed; this one excludes itself.
             self._flush(new.uri)
-        if Source.EDITS in self.settings.context:
+        if ContextSource.EDITS in self.settings.context:
             self._note_edit(old, new)
 
     def closed(self, uri: str) -> None:
-        """A document was closed."""
+        """Drop a closed document."""
         document = self._open.pop(uri, None)
         self._frozen.pop(uri, None)
         self.secrets.forget(uri)
@@ -232,14 +188,14 @@ class Context:
             self.indexer.close_document(self._path(uri))
 
     def files_changed(self, uris: Sequence[str]) -> None:
-        """Files of the workspace were written, made or deleted."""
+        """Take the URIs of workspace files that were written, created or deleted."""
         if self.indexer is None:
             return
         paths = [self.indexer.path_of(file) for uri in uris if (file := file_of(uri)) is not None]
         self.indexer.changed([path for path in paths if path is not None])
 
     def _flush(self, but: str) -> None:
-        """Give the index the texts of documents that have changed; not the one that is being typed into."""
+        """Give the index the texts of changed documents, except the one that is being typed into."""
         if self.indexer is None:
             return
         for uri in self._dirty - {but}:
@@ -249,7 +205,7 @@ class Context:
         self._dirty &= {but}
 
     def _may_be_shown(self, uri: str) -> bool:
-        # Cells are parts of a notebook, which is a text of its own; "git:" and the like are other versions.
+        # Cells are parts of a notebook, which has a text for itself; "git:" and the like are other versions.
         return uri.partition(":")[0] in {"file", "untitled"} and not is_excluded(
             uri, self.settings.excluded_files
         )
@@ -278,31 +234,33 @@ class Context:
         added = [line.rstrip("\r\n") for line in document.lines[first:new_end]]
         if not 0 < len(removed) + len(added) <= _MAX_EDIT_LINES or not "".join(removed + added).strip():
             return None
-        # A very long line is a possible secret, whatever is in it.
-        if any(len(line) > MAX_LINE or grade(line) for line in removed + added):
+        # A very long line counts as a possible secret, whatever is in it.
+        if any(len(line) > MAX_LINE or severity(line) for line in removed + added):
             return None
         if self.secrets.verdict(document) is not Verdict.CLEAN:
             return None
         lines = [f"-{line}" for line in removed] + [f"+{line}" for line in added]
-        return Snippet(Source.EDITS, self._path(document.uri) + ".diff", "\n".join(lines))
+        return Snippet(ContextSource.EDITS, self._path(document.uri) + ".diff", "\n".join(lines))
 
-    # What is asked for
+    # Requests
 
-    def collect(self, snapshot: Snapshot) -> Collected:
-        """The context for a cursor; the same object as long as it stays the same."""
+    def collect(self, snapshot: Snapshot) -> ContextBundle:
+        """Return the context for a cursor; the same object as long as it stays the same."""
         if self.indexer is None or not self.settings.context_tokens:
-            return NOTHING
+            return EMPTY_BUNDLE
         uri, line = snapshot.document.uri, snapshot.cursor.line
         self._flush(uri)
         old = self._frozen.get(uri)
         state = self._state(uri)
         if old is not None and old.state == state and abs(line - old.line) <= _STAYS_FOR_LINES:
             return old.collected
-        # The index takes this text a moment later: what is found of it now is what it was before.
+        # The index takes this text a moment later; until then it finds the previous one.
         self._flush("")
         before = old.collected.snippets if old else ()
         repository = self._folders[0].path.name if self._folders else ""
-        new = Collected(tuple(_in_stable_order(self._choose(snapshot), before)), self._path(uri), repository)
+        new = ContextBundle(
+            tuple(_in_stable_order(self._choose(snapshot), before)), self._path(uri), repository
+        )
         if old is not None and new == old.collected:
             new = old.collected
         self._frozen[uri] = _Frozen(line, state, new)
@@ -312,9 +270,9 @@ class Context:
         return new
 
     def renew(self, snapshot: Snapshot) -> bool:
-        """Choose the context anew before it has to be, where that is not far. Whether it has changed.
+        """Choose the context again, before the next request would have to. Returns whether it has changed.
 
-        For a moment when nobody waits: the prompt that follows is new to the KV cache.
+        Call it when no request waits: the next prompt is new to the KV cache.
         """
         uri = snapshot.document.uri
         old = self._frozen.get(uri)
@@ -323,15 +281,15 @@ class Context:
         near = abs(snapshot.cursor.line - old.line) <= _RENEWED_AFTER_LINES
         if near and old.state == self._state(uri):
             return False
-        # Beyond any line, so that it is chosen anew.
+        # Farther than any line, so that the context is chosen again.
         self._frozen[uri] = replace(old, line=-2 * _STAYS_FOR_LINES)
         return self.collect(snapshot) is not old.collected
 
     def _state(self, uri: str) -> tuple[int, int, bool]:
-        """What makes the context of a document new: other documents, recent edits, the end of the scan.
+        """Return the state whose change demands a new choice: other documents, recent edits, end of scan.
 
-        Files that change on disk count when it is chosen again; a build that writes files all the time
-        must not make every prompt new.
+        Files that change on disk count only when the context is chosen again; a build that writes files all
+        the time must not make every prompt new.
         """
         if self.indexer is None:
             return 0, 0, False
@@ -339,13 +297,13 @@ class Context:
         return others, self._num_edits, self.indexer.scanned.is_set()
 
     def _choose(self, snapshot: Snapshot) -> list[Snippet]:
-        """The pieces that fit into the budget, best first."""
+        """Return the pieces that fit into the budget, best first."""
         near = _lines_near(snapshot)
         chosen: list[Snippet] = []
         chosen_lines: list[set[str]] = []
         room = self.settings.context_tokens * _CHARS_PER_TOKEN
         for snippet in self._candidates(snapshot):
-            lines = _telling_lines(snippet.text)
+            lines = _distinctive_lines(snippet.text)
             if not lines or len(lines & near) > _MAX_LIKE_CURSOR * len(lines):
                 continue
             if any(len(lines & other) > _MAX_LIKE_CHOSEN * len(lines) for other in chosen_lines):
@@ -360,18 +318,18 @@ class Context:
 
     def _candidates(self, snapshot: Snapshot) -> Iterator[Snippet]:
         sources = self.settings.context
-        if Source.EDITS in sources:
+        if ContextSource.EDITS in sources:
             self._end_burst()
             for uri, snippet in reversed(self._edits):
                 if uri != snapshot.document.uri:
                     yield snippet
-        if Source.IMPORTS in sources:
+        if ContextSource.IMPORTS in sources:
             yield from self._imported(snapshot)
-        if Source.REPOSITORY in sources or Source.OPEN in sources:
+        if ContextSource.REPOSITORY in sources or ContextSource.OPEN in sources:
             yield from self._similar(snapshot)
 
     def _imported(self, snapshot: Snapshot) -> Iterator[Snippet]:
-        """Definitions of imported names that are used near the cursor, the nearest first."""
+        """Yield definitions of imported names that are used near the cursor, the nearest first."""
         if self.indexer is None:
             return
         from midfill.completion.context.chunks import imported_names  # noqa: PLC0415 - see `_restart`
@@ -382,10 +340,10 @@ class Context:
         cursor = snapshot.cursor.line
         begin = max(0, cursor - _NEAR_LINES)
         above = "".join(document.lines[begin:cursor]) + snapshot.line_before
-        places = {name: above.rfind(name) for name, _ in found}
-        used = sorted((pair for pair in found if places[pair[0]] >= 0), key=lambda pair: -places[pair[0]])
+        offsets = {name: above.rfind(name) for name, _ in found}
+        used = sorted((pair for pair in found if offsets[pair[0]] >= 0), key=lambda pair: -offsets[pair[0]])
         for _, piece in used[:_MAX_DEFINITIONS]:
-            yield Snippet(Source.IMPORTS, piece.path, piece.text)
+            yield Snippet(ContextSource.IMPORTS, piece.path, piece.text)
 
     def _similar(self, snapshot: Snapshot) -> Iterator[Snippet]:
         if self.indexer is None:
@@ -398,27 +356,27 @@ class Context:
             snapshot.line_before,
         ]
         own = self._path(snapshot.document.uri)
-        # What is near stands in the prompt. Far parts of the document itself are as good as another file.
+        # Near lines are in the prompt already. Far parts of the document are as useful as another file.
         near = range(cursor - _NEAR_LINES - MAX_CHUNK_LINES, cursor + _NEAR_LINES)
         found = self.indexer.index.search(query, _MAX_CANDIDATES, but=(own, near))
         opened = self._paths | {own}
-        if Source.REPOSITORY not in self.settings.context:
+        if ContextSource.REPOSITORY not in self.settings.context:
             found = [piece for piece in found if piece.path in opened]
         found = [piece for piece in found if piece.score >= _MIN_SHARE * found[0].score]
         found.sort(key=lambda piece: -piece.score * (_OPEN_BOOST if piece.path in opened else 1))
         for piece in found:
-            source = Source.OPEN if piece.path in opened else Source.REPOSITORY
+            source = ContextSource.OPEN if piece.path in opened else ContextSource.REPOSITORY
             yield Snippet(source, piece.path, piece.text)
 
     def _path(self, uri: str) -> str:
-        """What the index calls a document: its path in the workspace, else the end of its URI."""
+        """Return the index's name for a document: its path in the workspace, else the end of its URI."""
         file = file_of(uri)
         path = self.indexer.path_of(file) if file is not None and self.indexer is not None else None
         return path if path is not None else unquote(uri).rpartition("/")[2]
 
 
 def _in_stable_order(best_first: list[Snippet], before: Sequence[Snippet]) -> list[Snippet]:
-    """Those that were there before first, as they were; then the new ones, the best last."""
+    """Return the earlier snippets that were chosen again, in order; then the new ones, the best last."""
     chosen = set(best_first)
     stay = [snippet for snippet in before if snippet in chosen]
     return stay + [snippet for snippet in reversed(best_first) if snippet not in set(stay)]
@@ -427,9 +385,9 @@ def _in_stable_order(best_first: list[Snippet], before: Sequence[Snippet]) -> li
 def _lines_near(snapshot: Snapshot) -> set[str]:
     cursor = snapshot.cursor.line
     lines = snapshot.document.lines[max(0, cursor - _NEAR_LINES) : cursor + _NEAR_LINES + MAX_CHUNK_LINES]
-    return _telling_lines("".join(lines))
+    return _distinctive_lines("".join(lines))
 
 
-def _telling_lines(text: str) -> set[str]:
-    """Lines by which texts can be compared: not the blank ones, nor lone brackets."""
+def _distinctive_lines(text: str) -> set[str]:
+    """Return the lines by which texts can be compared: no blank lines, no lone brackets."""
     return {line.strip() for line in text.splitlines() if len(line.strip()) > 3}

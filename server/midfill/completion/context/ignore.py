@@ -1,8 +1,8 @@
-"""Which paths an ignore file names, as git decides it (gitignore(5), and git's own wildmatch).
+"""Ignore files: which paths they name, as git decides (gitignore(5), and git's own wildmatch).
 
-A pattern becomes an automaton whose states are the bits of an integer, so that the time for a path is its
-length times that of the pattern, whatever the pattern is: those of a stranger's repository are matched by a
-thread of the server. Works on bytes, as git does. Pure; any thread.
+A pattern becomes an automaton whose states are the bits of an integer, so that matching takes time
+proportional to the lengths of path and pattern, whatever the pattern is: a thread of the server matches the
+patterns of repositories that nobody has checked. Works on bytes, as git does. Pure; any thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-# Longer paths than this are ignored, and a folder with more patterns: no project has them.
+IGNORE_FILES = (".gitignore", ".midfillignore")
+
+# Longer paths, and folders with more patterns, are ignored: no project has them.
 _MAX_PATH = 1_024
 _MAX_WILD = 2_000
 
@@ -37,17 +39,17 @@ _CLASSES = {
 
 
 class _NeverMatchesError(ValueError):
-    """A pattern that is cut short, such as `[a` or one with a backslash at its end."""
+    """The pattern is incomplete, such as `[a` or one with a backslash at its end."""
 
 
 @dataclass(slots=True)
 class _Glob:
-    """A pattern as an automaton: state n has matched the first n tokens.
+    """A pattern as an automaton: in state n the first n tokens have matched.
 
     Attributes:
-        tokens: the bytes that each token takes; those of a star may be repeated, and left out.
+        tokens: the bytes that each token accepts; a star's token may be repeated or skipped.
         stars: the states before a star, as bits.
-        skips: the states before `**/`, which may be left out as a whole.
+        skips: the states before `**/`, which may be skipped as a whole.
     """
 
     tokens: list[frozenset[int]] = field(default_factory=list)
@@ -70,7 +72,7 @@ class _Glob:
         for byte in text:
             takes, repeats = moves.get(byte) or self._moves_by(byte)
             repeated = states & repeats
-            # Behind a repetition of `**/` its slash is not left out.
+            # The slash after a repetition of `**/` is not skipped.
             states = (states & takes) << 1
             states = (
                 (self._entered(states) if skips else states | (states & stars) << 1)
@@ -88,7 +90,7 @@ class _Glob:
         return moves
 
     def _entered(self, states: int) -> int:
-        """States that have been come to, and those behind what may be left out there."""
+        """Return the states, plus those that are reached by skipping."""
         while True:
             more = states | (states & self.stars) << 1 | (states & self.skips) << 2
             if more == states:
@@ -97,13 +99,13 @@ class _Glob:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
+class _IgnorePattern:
     """One pattern.
 
     Attributes:
         ignores: False for a pattern with "!".
         only_folders: it ends with a slash.
-        by_name: it has no other slash, and is for names in all folders below.
+        by_name: it has no other slash, and applies to names in all folders below.
         prefix: the text before its first special character; `glob` has the rest.
     """
 
@@ -121,20 +123,20 @@ class _Rule:
 
 
 class IgnoreRules:
-    """The patterns of the ignore files of one folder; a later one goes before an earlier one."""
+    """The patterns of one folder's ignore files; later ones take precedence."""
 
     def __init__(self, files: Sequence[bytes]) -> None:
-        self._rules: list[_Rule] = []
-        # Of patterns that are a mere name, the last for each: (for folders only, name) to its number.
+        self._rules: list[_IgnorePattern] = []
+        # For patterns that are plain names, the last of each: (for folders only, name) to its number.
         self._names: dict[tuple[bool, bytes], int] = {}
         self._wild: list[int] = []
         for data in files:
-            # As git does: Notepad begins a file with a mark.
+            # As git does: Notepad puts a byte order mark at the beginning of a file.
             for line in _lines(data.removeprefix(codecs.BOM_UTF8)):
                 self._add(line)
 
     def verdict(self, path: str, *, is_folder: bool) -> bool | None:
-        """Whether a path relative to the folder is ignored; None if no pattern says so or otherwise."""
+        """Return whether a path relative to the folder is ignored; None if no pattern matches."""
         data = os.fsencode(path)
         if len(data) > _MAX_PATH or len(self._wild) > _MAX_WILD:
             return True
@@ -163,7 +165,7 @@ class IgnoreRules:
 
 
 def _lines(data: bytes) -> Iterator[bytes]:
-    """The patterns in a file, without comments, line ends and trailing blanks."""
+    """Yield the patterns of a file, without comments, line ends and trailing blanks."""
     for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
         text = line.removesuffix(b"\r")
         if not text.startswith(b"#") and (stripped := _without_blanks(text)):
@@ -173,12 +175,12 @@ def _lines(data: bytes) -> Iterator[bytes]:
 def _without_blanks(line: bytes) -> bytes:
     stripped = line.rstrip(b" ")
     num_backslashes = len(stripped) - len(stripped.rstrip(b"\\"))
-    # Behind an odd number of them the first blank is meant.
+    # After an odd number of backslashes, the first blank is part of the pattern.
     return line[: len(stripped) + num_backslashes % 2]
 
 
-def _parse(line: bytes) -> _Rule | None:
-    """A pattern; None for one that nothing matches."""
+def _parse(line: bytes) -> _IgnorePattern | None:
+    """Return a parsed pattern; None for one that matches nothing."""
     ignores = not line.startswith(b"!")
     pattern = line.removeprefix(b"!")
     only_folders = pattern.endswith(b"/")
@@ -192,7 +194,7 @@ def _parse(line: bytes) -> _Rule | None:
         glob = _compile(rest, by_name=by_name) if rest else None
     except _NeverMatchesError:
         return None
-    return _Rule(ignores, only_folders, by_name, prefix, glob)
+    return _IgnorePattern(ignores, only_folders, by_name, prefix, glob)
 
 
 def _compile(pattern: bytes, *, by_name: bool) -> _Glob:
@@ -219,7 +221,7 @@ def _compile(pattern: bytes, *, by_name: bool) -> _Glob:
 
 
 def _add_stars(glob: _Glob, pattern: bytes, at: int, *, by_name: bool) -> int:
-    """Add the stars that stand here. Returns where the pattern goes on."""
+    """Add the stars that begin here. Returns the position after them."""
     end = at
     while end < len(pattern) and pattern[end : end + 1] == b"*":
         end += 1
@@ -234,7 +236,7 @@ def _add_stars(glob: _Glob, pattern: bytes, at: int, *, by_name: bool) -> int:
         glob.add_star(_NOT_SLASH)
         return end
     if rest.startswith(b"/"):
-        # `**/` once more adds nothing.
+        # A repeated `**/` adds nothing.
         while pattern.startswith(b"/**/", end):
             end += 3
         glob.skips |= 1 << len(glob.tokens)
@@ -243,7 +245,7 @@ def _add_stars(glob: _Glob, pattern: bytes, at: int, *, by_name: bool) -> int:
 
 
 def _bracket(pattern: bytes, at: int) -> tuple[frozenset[int], int]:
-    """The bytes that a set in brackets takes, and where the pattern goes on behind it."""
+    """Return the bytes that a bracket expression accepts, and the position after it."""
     negated = pattern[at : at + 1] in {b"!", b"^"}
     at += negated
     taken: set[int] = set()

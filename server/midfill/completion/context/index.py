@@ -1,8 +1,8 @@
 """The index of a repository: its chunks by BM25, its definitions by name.
 
-BM25 is tantivy's, in memory. Of the libraries weighed, rank-bm25 scores every chunk in Python and bm25s
-has to be built anew for each change; tantivy changes file by file and searches in a millisecond or two.
-`add`, `remove` and `commit` belong to the indexing thread, `search` and `define` to the event loop.
+BM25 comes from tantivy, in memory. Of the libraries compared, rank-bm25 scores every chunk in Python and
+bm25s must be rebuilt for each change; tantivy updates file by file and searches in one or two milliseconds.
+The indexing thread calls `add`, `remove` and `commit`; the event loop calls `search` and `define`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from midfill.completion.context.chunks import Parsed, terms
 
 # Tantivy needs at least 15 MB for a writer's thread.
 _WRITER_BYTES = 15_000_000
-# A word in every eighth chunk tells nothing, and its list is the longest to walk through.
+# A word in every eighth chunk distinguishes nothing, and its list is the longest to walk.
 _MAX_SHARE = 1 / 8
 _SHORT = 200
 _MAX_TERMS = 24
-# So many chunks of the file itself may be more like the text than those that are looked for.
+# Up to this many chunks of the file itself may score higher than the wanted ones.
 _MAX_OWN = 16
 _SEPARATOR = "\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class IndexedPiece:
     """A piece of a file of the repository.
 
     Attributes:
         path: relative to the workspace folder.
-        line: where it begins, from 0; for a definition 0.
+        line: its first line, from 0; 0 for a definition.
         text: its lines.
-        score: BM25's; for a definition 0.
+        score: the BM25 score; 0 for a definition.
     """
 
     path: str
@@ -48,7 +48,7 @@ class Found:
 
 @dataclass(slots=True)
 class RepositoryIndex:
-    """See the module."""
+    """A searchable index that is updated file by file."""
 
     _index: tantivy.Index = field(init=False)
     _writer: tantivy.IndexWriter = field(init=False)
@@ -58,7 +58,7 @@ class RepositoryIndex:
     def __post_init__(self) -> None:
         schema = tantivy.SchemaBuilder()
         schema.add_text_field("path", stored=True, tokenizer_name="raw", index_option="basic")
-        # Terms are made here, where camel case is known of; the index keeps how often each occurs.
+        # Terms are made here, where camel case is known; the index keeps how often each occurs.
         schema.add_text_field("terms", tokenizer_name="whitespace", index_option="freq")
         # Not searched: line, newline, text.
         schema.add_bytes_field("chunk", stored=True)
@@ -67,16 +67,16 @@ class RepositoryIndex:
 
     @property
     def num_chunks(self) -> int:
-        """How many chunks there are, as of the last commit."""
+        """The number of chunks as of the last commit."""
         return self._index.searcher().num_docs
 
     @property
     def num_files(self) -> int:
-        """How many files."""
+        """The number of files."""
         return len(self._names)
 
     def add(self, path: str, parsed: Parsed) -> None:
-        """Put a file in, or in place of what it was. It is found after `commit`."""
+        """Add a file, or replace it. It can be found after `commit`."""
         self.remove(path)
         for chunk in parsed.chunks:
             document = tantivy.Document()
@@ -85,13 +85,13 @@ class RepositoryIndex:
             document.add_bytes("chunk", f"{chunk.line}{_SEPARATOR}{chunk.text}".encode("utf-8", "replace"))
             self._writer.add_document(document)
         for definition in parsed.definitions:
-            # A new table for each change, so that the event loop can go on reading the old one.
+            # A new dictionary for each change, so that the event loop can continue to read the old one.
             known = self._definitions.get(definition.name, {})
             self._definitions[definition.name] = known | {path: definition.signature}
         self._names[path] = tuple({definition.name for definition in parsed.definitions})
 
     def remove(self, path: str) -> None:
-        """Take a file out."""
+        """Remove a file."""
         if path not in self._names:
             return
         self._writer.delete_documents_by_term("path", path)
@@ -103,27 +103,27 @@ class RepositoryIndex:
                 del self._definitions[name]
 
     def commit(self) -> None:
-        """Make what was added and removed count."""
+        """Make added and removed files visible to searches."""
         self._writer.commit()
         self._index.reload()
 
     def paths(self) -> list[str]:
-        """All files."""
+        """Return the paths of all files."""
         return list(self._names)
 
     def search(
         self, text: Sequence[str], limit: int, *, but: tuple[str, range] = ("", range(0))
-    ) -> list[Found]:
-        """The chunks that are most like some lines, the last of which weigh most.
+    ) -> list[IndexedPiece]:
+        """Return the chunks that are most like some lines; the last lines weigh most.
 
-        `but` is a file and those of its lines that are left out.
+        `but` is a file, and those of its lines that are left out.
         """
         weights: dict[str, float] = {}
         for number, line in enumerate(reversed(text)):
             for term in terms(line):
                 weights.setdefault(term, 1 / (1 + number / 8))
         searcher = self._index.searcher()
-        chosen = _most_telling(weights, searcher)
+        chosen = _most_distinctive(weights, searcher)
         if not chosen:
             return []
         schema = self._index.schema
@@ -134,10 +134,10 @@ class RepositoryIndex:
             )
             for term, weight in chosen
         ]
-        # Those of the file itself are left out afterwards: without a "must not" whole blocks are passed over.
+        # Chunks of the file itself are filtered here: a "must not" clause would skip whole blocks.
         hits = searcher.search(tantivy.Query.boolean_query(clauses), limit + _MAX_OWN, count=False).hits
         path, lines = but
-        found: list[Found] = []
+        found: list[IndexedPiece] = []
         for score, address in hits:
             piece = _found(searcher.doc(address), score)
             if piece.path != path or piece.line not in lines:
@@ -146,25 +146,27 @@ class RepositoryIndex:
                 break
         return found
 
-    def define(self, names: Iterable[str], *, without: str = "") -> list[tuple[str, Found]]:
-        """Imported names with their definitions, from the files whose paths have most of those names."""
+    def define(self, names: Iterable[str], *, without: str = "") -> list[tuple[str, IndexedPiece]]:
+        """Return imported names with definitions, from the files whose paths mention most of the names."""
         names = set(names)
         found = []
         for name in sorted(names):
-            places = {path: text for path, text in self._definitions.get(name, {}).items() if path != without}
-            if not places:
+            signatures = {
+                path: text for path, text in self._definitions.get(name, {}).items() if path != without
+            }
+            if not signatures:
                 continue
-            best = max(places, key=lambda path: (_num_named(path, names), -len(path), path))
-            # Many files define `main`; the one that is meant is named in the import.
+            best = max(signatures, key=lambda path: (_num_named(path, names), -len(path), path))
+            # Many files define `main`; the import names the one that is meant.
             if _num_named(best, names):
-                found.append((name, Found(best, 0, places[best])))
+                found.append((name, IndexedPiece(best, 0, signatures[best])))
         return found
 
 
-def _most_telling(weights: Mapping[str, float], searcher: tantivy.Searcher) -> list[tuple[str, float]]:
-    """Those terms that can add most to a chunk's score: near the cursor, and in few chunks.
+def _most_distinctive(weights: Mapping[str, float], searcher: tantivy.Searcher) -> list[tuple[str, float]]:
+    """Return the terms that can add most to a chunk's score: near the cursor, and in few chunks.
 
-    They are the quickest to look up as well.
+    They are also the quickest to look up.
     """
     num_docs = searcher.num_docs
     worth = []
@@ -179,7 +181,7 @@ def _num_named(path: str, names: set[str]) -> int:
     return len(names.intersection(re.split(r"[/.]", path)))
 
 
-def _found(document: tantivy.Document, score: float) -> Found:
+def _found(document: tantivy.Document, score: float) -> IndexedPiece:
     stored: Any = document.get_first("chunk")
     line, _, text = bytes(stored).decode("utf-8").partition(_SEPARATOR)
-    return Found(str(document.get_first("path")), int(line), text, score)
+    return IndexedPiece(str(document.get_first("path")), int(line), text, score)

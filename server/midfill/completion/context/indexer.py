@@ -1,8 +1,8 @@
-"""Keeps the index of the workspace up to date, in the background.
+"""Keeps the workspace's index up to date in the background.
 
-A thread owns the changes of the `RepositoryIndex`. The first reading of the folders is done by a process
-(`worker`); files that change later, and the texts of open documents, are few and are read by the thread.
-The event loop only puts jobs into a queue.
+One thread makes all changes to the `RepositoryIndex`. A process (`worker`) does the first scan of the
+folders; files that change later, and the texts of open documents, are few, and the thread reads them. The
+event loop only puts jobs into a queue.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from midfill.completion.context import worker
+from midfill.completion.context.bundle import Folder
 from midfill.completion.context.chunks import parse
-from midfill.completion.context.collector import IGNORE_FILES, Folder
-from midfill.completion.context.files import Sieve, sift
+from midfill.completion.context.files import FileFilter, to_source_file
+from midfill.completion.context.ignore import IGNORE_FILES
 from midfill.completion.context.index import RepositoryIndex
 from midfill.text.secret_filter import is_excluded
 
@@ -31,15 +32,15 @@ _LOG = logging.getLogger(__name__)
 
 _COMMAND = [sys.executable, "-P", "-X", "utf8", "-m", "midfill.completion.context.worker"]
 _COMMIT_EVERY_S = 2.0
-# With more changes at once (another branch was checked out) a process reads everything again.
+# After more changes at once (a branch was checked out) a process scans everything again.
 _MANY = 50
 
 
 class Indexer:
-    """See the module.
+    """The indexing thread and its queue.
 
     Args:
-        folders: what to read; nothing is read without one.
+        folders: the folders to scan; without any, nothing is read.
         excluded_files: patterns of names, as in the settings.
     """
 
@@ -47,15 +48,15 @@ class Indexer:
         self.index = RepositoryIndex()
         self.folders = tuple(folders)
         self._excluded = tuple(excluded_files)
-        self._sieves = [(folder, Sieve(folder.path, excluded_files)) for folder in folders]
+        self._filters = [(folder, FileFilter(folder.path, excluded_files)) for folder in folders]
         self._jobs: queue.Queue[tuple[Any, ...]] = queue.Queue(maxsize=10_000)
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
-        # Paths whose text is the editor's, not the disk's. Touched by the thread only.
+        # Paths whose text comes from the editor, not the disk. Used by the thread only.
         self._open: set[str] = set()
         self._taken: list[str] = []
-        # How many texts of each open document the index has taken; replaced, never changed. And how many in
-        # all, those of documents that were closed since among them.
+        # How many texts of each open document the index has taken; replaced, never changed in place. And how
+        # many in all, those of documents closed since included.
         self.texts: Mapping[str, int] = {}
         self.num_texts = 0
         self.scanned = threading.Event()
@@ -66,7 +67,7 @@ class Indexer:
             self.scanned.set()
 
     def path_of(self, file: Path) -> str | None:
-        """What the index calls a file of the workspace; None if it is not in a folder."""
+        """Return the index's name for a file of the workspace; None if it is not in a folder."""
         for folder in self.folders:
             with contextlib.suppress(ValueError):
                 return folder.prefix + file.relative_to(folder.path).as_posix()
@@ -77,11 +78,11 @@ class Indexer:
         self._put("text", path, text)
 
     def close_document(self, path: str) -> None:
-        """From now on the text of a file is the disk's again."""
+        """Use the text on disk again for a file."""
         self._put("closed", path)
 
     def changed(self, paths: Sequence[str]) -> None:
-        """Files were written, made or deleted."""
+        """Take the paths of files that were written, created or deleted."""
         if len(paths) > _MANY or any(path.rpartition("/")[2] in IGNORE_FILES for path in paths):
             self._put("scan")
             return
@@ -89,15 +90,15 @@ class Indexer:
             self._put("changed", path)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until all that was put before has been done: for evaluations and tests."""
+        """Wait until all earlier jobs are done; for evaluations and tests. Returns False on timeout."""
         done = threading.Event()
         self._put("call", done.set)
         return done.wait(timeout_s)
 
     def close(self) -> None:
-        """End the process and the thread."""
+        """Stop the process and the thread."""
         self._closed = True
-        # Nobody waits for what will not come.
+        # Releases whoever waits for the scan.
         self.scanned.set()
         if self._process is not None:
             with contextlib.suppress(OSError):
@@ -105,7 +106,7 @@ class Indexer:
         self._put("close")
 
     def _put(self, *job: Any) -> None:
-        # Full only if thousands of changes came within seconds; the next scan finds those that are lost.
+        # Full only if thousands of changes came within seconds; the next scan finds the lost ones.
         with contextlib.suppress(queue.Full):
             self._jobs.put_nowait(job)
 
@@ -126,7 +127,7 @@ class Indexer:
                     self._commit()
             except Exception as error:  # noqa: BLE001 - a file that cannot be indexed costs nothing else
                 # Not its message, which may quote a file.
-                _LOG.error("the index failed: %s", type(error).__name__)
+                _LOG.error("an indexing job failed: %s", type(error).__name__)
 
     def _commit(self) -> None:
         self.index.commit()
@@ -149,7 +150,7 @@ class Indexer:
         file = None
         if text is not None:
             if not is_excluded(path, self._excluded):
-                file = sift(path, text)
+                file = to_source_file(path, text)
         else:
             file = self._read(path)
         if file is None:
@@ -158,17 +159,17 @@ class Indexer:
             self.index.add(path, parse(file))
 
     def _read(self, path: str) -> Any:
-        # The folder with the longest prefix first: the first folder's is empty and fits everything.
-        for folder, sieve in sorted(self._sieves, key=lambda pair: -len(pair[0].prefix)):
+        # The longest prefix first: the first folder's is empty and matches everything.
+        for folder, file_filter in sorted(self._filters, key=lambda pair: -len(pair[0].prefix)):
             if path.startswith(folder.prefix):
                 relative = path.removeprefix(folder.prefix)
-                return sieve.read(relative) if sieve.admits(relative) else None
+                return file_filter.read(relative) if file_filter.admits(relative) else None
         return None
 
     def _scan(self) -> None:
-        """Read all folders by a process, and take out what is not there any more."""
-        for _, sieve in self._sieves:
-            sieve.forget_ignores()
+        """Read all folders in a process, and remove the files that are gone."""
+        for _, file_filter in self._filters:
+            file_filter.forget_ignores()
         begun = committed = time.monotonic()
         request = {
             "folders": [(folder.prefix, os.fspath(folder.path)) for folder in self.folders],

@@ -1,6 +1,6 @@
-"""Context as tokens: in the form that a family was trained with, else as comments.
+"""Renders context as tokens: in the form that a FIM family was trained with, else as comments.
 
-Knows families and tokenizers; `prompt` puts the result into its place. Runs on the event loop.
+Knows families and tokenizers; `prompt` puts the result into the prompt. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from midfill.completion.context.collector import Collected, Snippet
+from midfill.completion.context.bundle import ContextBundle, Snippet
 from midfill.engine.api import Tokenizer
 from midfill.fim.templates import Family
 from midfill.text.documents import Document
@@ -17,7 +17,7 @@ from midfill.text.documents import Document
 Segment = tuple[str, tuple[int, ...]]
 
 _MAX_REMEMBERED = 64
-# What begins a comment up to the end of the line; "#" for all others.
+# The marker of a comment up to the end of the line; "#" in all other languages.
 _COMMENTS = {
     **dict.fromkeys(
         [
@@ -31,12 +31,12 @@ _COMMENTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """Context as parts of a prompt.
+class RenderedContext:
+    """Context as segments of a prompt.
 
     Attributes:
-        at_start: what stands at the prompt's beginning, behind BOS.
-        in_prefix: comments, which stand where the prefix begins.
+        at_start: segments for the prompt's beginning, after BOS.
+        in_prefix: comments for the beginning of the prefix.
     """
 
     at_start: tuple[Segment, ...] = ()
@@ -44,35 +44,35 @@ class Written:
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens all of it takes."""
+        """The number of tokens in all segments."""
         return sum(len(ids) for _, ids in self.at_start + self.in_prefix)
 
 
 @dataclass(slots=True)
-class ContextWriter:
-    """Writes context for one model; the same context of a document is not encoded twice."""
+class ContextRenderer:
+    """Renders context for one model; encodes the same context of a document only once."""
 
     family: Family
     tokenizer: Tokenizer
-    _written: OrderedDict[str, tuple[object, int, Written]] = field(default_factory=OrderedDict)
+    _rendered: OrderedDict[str, tuple[object, int, RenderedContext]] = field(default_factory=OrderedDict)
 
-    def write(self, document: Document, context: Collected, budget: int) -> Written:
-        """What of a document's context fits into `budget` tokens, the last pieces first, in their order."""
+    def render(self, document: Document, context: ContextBundle, budget: int) -> RenderedContext:
+        """Return what fits of a document's context into `budget` tokens: the last pieces first, in order."""
         if not context.snippets:
-            return Written()
+            return RenderedContext()
         uri = document.uri
-        known = self._written.get(uri)
+        known = self._rendered.get(uri)
         if known is not None and known[0] is context and known[1] == budget:
             return known[2]
         if self._has_marks():
-            written = self._as_files(context, budget)
+            rendered = self._as_files(context, budget)
         else:
-            written = self._as_comments(document.language_id, context.snippets, budget)
-        self._written[uri] = context, budget, written
-        self._written.move_to_end(uri)
-        if len(self._written) > _MAX_REMEMBERED:
-            self._written.popitem(last=False)
-        return written
+            rendered = self._as_comments(document.language_id, context.snippets, budget)
+        self._rendered[uri] = context, budget, rendered
+        self._rendered.move_to_end(uri)
+        if len(self._rendered) > _MAX_REMEMBERED:
+            self._rendered.popitem(last=False)
+        return rendered
 
     def _has_marks(self) -> bool:
         marks = self.family.file_marks
@@ -80,10 +80,10 @@ class ContextWriter:
             self.tokenizer.token_id(mark) is not None for mark in marks
         )
 
-    def _as_files(self, context: Collected, budget: int) -> Written:
+    def _as_files(self, context: ContextBundle, budget: int) -> RenderedContext:
         form = self.family.cross_file
         if form is None:
-            return Written()
+            return RenderedContext()
         parts: list[Segment] = []
         if form.repository:
             name = self._encode(context.repository + form.after_repository)
@@ -100,9 +100,9 @@ class ContextWriter:
             for snippet in context.snippets
         ]
         fitting = _fitting(pieces, budget)
-        return Written((*parts, *fitting, *own)) if fitting else Written()
+        return RenderedContext((*parts, *fitting, *own)) if fitting else RenderedContext()
 
-    def _as_comments(self, language_id: str, snippets: Sequence[Snippet], budget: int) -> Written:
+    def _as_comments(self, language_id: str, snippets: Sequence[Snippet], budget: int) -> RenderedContext:
         mark = _COMMENTS.get(language_id, "#")
         pieces = [
             (
@@ -113,7 +113,7 @@ class ContextWriter:
             )
             for snippet in snippets
         ]
-        return Written(in_prefix=_fitting(pieces, budget))
+        return RenderedContext(in_prefix=_fitting(pieces, budget))
 
     def _mark(self, name: str) -> tuple[int, ...]:
         token = self.tokenizer.token_id(name)
@@ -124,7 +124,7 @@ class ContextWriter:
 
 
 def _fitting(pieces: Sequence[Segment], budget: int) -> tuple[Segment, ...]:
-    """As many as fit, from the last on, which are the best; in their order."""
+    """Return as many pieces as fit, chosen from the last, which are the best; in their order."""
     chosen: list[Segment] = []
     for piece in reversed(pieces):
         if len(piece[1]) <= budget:

@@ -1,9 +1,9 @@
-"""The indexing process: reads workspace folders, writes what may be context as JSON lines, and ends.
+"""The indexing process: reads workspace folders, writes what may become context as JSON lines, and ends.
 
-A process of its own, at the lowest priority, so that reading thousands of files takes neither the interpreter
-lock nor memory from the server that answers keys. It is started as
-`python -P -m midfill.completion.context.worker` with one JSON object on stdin,
-{"folders": [[prefix, path], ...], "excluded_files": [...]}, and ends when stdin does.
+A separate process at the lowest priority, so that reading thousands of files takes neither the interpreter
+lock nor memory from the server, which answers keys. It is started as `python -P -m
+midfill.completion.context.worker` with one JSON object on stdin, {"folders": [[prefix, path], ...],
+"excluded_files": [...]}, and ends when stdin does.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import IO, Any
 
 import psutil
 
-from midfill.completion.context.chunks import Chunk, Definition, Parsed, parse
-from midfill.completion.context.files import Sieve
+from midfill.completion.context.chunks import Definition, FileChunk, Parsed, parse
+from midfill.completion.context.files import FileFilter
 
-# More than the largest repositories have of code; a folder of data or of checkouts is not worth more memory.
+# More code than the largest repositories have; a folder of data or of checkouts is not worth more memory.
 MAX_FILES = 20_000
 MAX_CHARS = 200_000_000
 
 
 def main() -> None:
-    """See the module."""
+    """Serve the request on stdin."""
     _be_nice()
     request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
@@ -35,12 +35,12 @@ def main() -> None:
 
 
 def scan(folders: list[tuple[str, str]], excluded_files: list[str], out: IO[bytes]) -> None:
-    """Write a line for each file that may be context."""
+    """Write one line for each file that may become context."""
     num_files = num_chars = 0
     for prefix, folder in folders:
-        sieve = Sieve(Path(folder), excluded_files)
-        for path in sieve.walk():
-            file = sieve.read(path)
+        file_filter = FileFilter(Path(folder), excluded_files)
+        for path in file_filter.walk():
+            file = file_filter.read(path)
             if file is None:
                 continue
             num_files += 1
@@ -52,18 +52,18 @@ def scan(folders: list[tuple[str, str]], excluded_files: list[str], out: IO[byte
 
 
 def encode(path: str, parsed: Parsed) -> bytes:
-    """A file as a line of JSON."""
+    """Return a file as one line of JSON."""
     chunks = [(chunk.line, chunk.text, chunk.terms) for chunk in parsed.chunks]
     definitions = [(one.name, one.signature) for one in parsed.definitions]
     return json.dumps([path, chunks, definitions]).encode() + b"\n"
 
 
 def decode(line: bytes) -> tuple[str, Parsed]:
-    """The reverse of `encode`. Raises `ValueError`."""
+    """Return path and content of a line that `encode` made. Raises `ValueError`."""
     value: Any = json.loads(line)
     path, chunks, definitions = value
     return path, Parsed(
-        tuple(Chunk(*chunk) for chunk in chunks), tuple(Definition(*one) for one in definitions)
+        tuple(FileChunk(*chunk) for chunk in chunks), tuple(Definition(*one) for one in definitions)
     )
 
 
@@ -75,8 +75,8 @@ def _be_nice() -> None:
 
 
 def _end_with_input() -> None:
-    # Whoever started this has gone, or wants no more. Not by `sys.stdin`, whose lock would keep the
-    # interpreter from ending.
+    # The parent process has ended, or needs no more. Not `sys.stdin`, whose lock would keep the interpreter
+    # from exiting.
     while os.read(sys.stdin.fileno(), 4096):
         pass
     os._exit(1)

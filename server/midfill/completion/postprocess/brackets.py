@@ -1,6 +1,6 @@
-"""The brackets, strings and comments of a suggestion, by the grammar or by a scan that knows quotes.
+"""Brackets, strings and comments of a suggestion, by the grammar or by a scan that knows quotes.
 
-Pure: text in, offsets out. What a grammar knows is asked of `syntax`; without one the scan has to do.
+Pure: text in, offsets out. `syntax` asks the grammar; without a grammar the scan is used.
 """
 
 from __future__ import annotations
@@ -9,35 +9,36 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.indentation import opens_block, width
+from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.indentation import indent_of, opens_block, width
 from midfill.text import notation, syntax
 from midfill.text.syntax import Delimiter, Outline, balance
 
 _OPENERS = {"(": ")", "[": "]", "{": "}"}
 CLOSERS = frozenset(_OPENERS.values())
 _QUOTES = "\"'`"
-# Each is read once, at half a millisecond, should what the cursor is in not be ended in the file.
+# Each is parsed once, at half a millisecond, if the string or comment around the cursor never ends in the
+# file.
 _MOST_OPENINGS = 3
 
 
 @lru_cache(maxsize=8)
 def _outline(above: str, text: str, language_id: str) -> Outline | None:
-    """Several questions are asked of one text, each by a reader of its own."""
+    """Cached: several readers ask several questions about one text."""
     growing = syntax.Growing.of(above, language_id)
     return None if growing is None else growing.outline(text)
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
-    """The string or comment, of a kind that may have several lines, that the cursor is in.
+class _EnclosingText:
+    """The multi-line string or comment that the cursor is in.
 
     Attributes:
-        above: the lines above the cursor's from about that on which it begins.
-        closer: what ends it, without blanks around.
-        rest: what of it stands behind the cursor, its end included.
+        above: the lines above the cursor's, from about its first line on.
+        closer: its closing mark, without blanks around.
+        rest: its part after the cursor, closing mark included.
         comment: it is a comment.
-        column: the width of the indentation of the line on which it begins.
+        column: width of the indentation of its first line.
     """
 
     above: str
@@ -47,20 +48,20 @@ class _Text:
     column: int
 
 
-def enclosing(place: Place) -> _Text | None:
-    """The string or comment that the cursor is in, if it may have several lines; by the text above and below.
+def enclosing(cursor: CursorContext) -> _EnclosingText | None:
+    """Return the multi-line string or comment that the cursor is in, judged by the text above and below.
 
     None in code, and in languages without a grammar.
     """
-    if not syntax.knows(place.language_id):
+    if not syntax.knows(cursor.language_id):
         return None
-    above = place.farther + place.above
-    openings = syntax.openings(above + place.line_before, place.language_id, whole=place.whole)
+    above = cursor.farther + cursor.above
+    openings = syntax.openings(above + cursor.line_before, cursor.language_id, whole=cursor.whole)
     return _enclosing(
         above,
-        place.line_before,
-        "\n".join((place.line_after, *place.following)),
-        place.language_id,
+        cursor.line_before,
+        "\n".join((cursor.line_after, *cursor.following)),
+        cursor.language_id,
         tuple(openings[:_MOST_OPENINGS]),
     )
 
@@ -68,10 +69,10 @@ def enclosing(place: Place) -> _Text | None:
 @lru_cache(maxsize=8)
 def _enclosing(
     above: str, before: str, below: str, language_id: str, openings: tuple[tuple[int, str, bool], ...]
-) -> _Text | None:
+) -> _EnclosingText | None:
     if not openings:
         return None
-    # As far down as the file goes, then as if what was begun ended at the cursor: the file may not end it.
+    # First with the text down to the file's end, then as if it ended at the cursor: the file may not end it.
     for end in ("", *(closer for _, closer, _ in openings)):
         text = "\n" + end + "\n" if end else below
         # The nearer the beginning, the less there is to read.
@@ -83,26 +84,26 @@ def _enclosing(
             head = above[above.rfind("\n", 0, max(0, begin + found.start - 1)) + 1 :]
             begins = openings[0][0] if len(openings) == 1 else begin + found.start
             line = (above + before)[(above + before).rfind("\n", 0, begins) + 1 :]
-            return _Text(head, closer, found.rest, found.comment, width(line))
+            return _EnclosingText(head, closer, found.rest, found.comment, width(line))
     return None
 
 
-class Reader:
-    """What brackets, strings and comments a suggestion has, by the grammar or by a scan."""
+class OutlineReader:
+    """Reads the brackets, strings and comments of a suggestion, by the grammar or by a scan."""
 
-    def __init__(self, place: Place) -> None:
-        self._before = place.line_before
-        self._language_id = place.language_id
-        self._around = enclosing(place)
-        self._above = place.above if self._around is None else self._around.above
-        self._growing = syntax.Growing.of(self._above, place.language_id)
+    def __init__(self, cursor: CursorContext) -> None:
+        self._before = cursor.line_before
+        self._language_id = cursor.language_id
+        self._around = enclosing(cursor)
+        self._above = cursor.above if self._around is None else self._around.above
+        self._growing = syntax.Growing.of(self._above, cursor.language_id)
         self._is_new = True
         self._awaited: frozenset[str] | None = None
 
     def read(self, text: str) -> Outline:
-        """The outline of `text`; its `open` are the closers that the cursor's line still awaits."""
+        """Return the outline of `text`; its `open` are the closers that the cursor's line still needs."""
         whole = self._before + text
-        if self._around is not None and self._goes_on(text, self._around):
+        if self._around is not None and self._stays_inside(text, self._around):
             return Outline((), (), ((-len(whole) - 1, len(text) + 1, self._around.comment),))
         if self._growing is None:
             spans = notation.comments(self._above + whole, self._language_id)
@@ -125,10 +126,10 @@ class Reader:
         )
 
     def _scanned(self, text: str, opaque: tuple[tuple[int, int, bool], ...]) -> Iterator[Delimiter]:
-        """The brackets of a text that no grammar reads, without those that are none.
+        """Yield the brackets of a text without a grammar, except characters that are not brackets there.
 
-        None are those in comments, and a closer that nothing opened, as in `1)` or `:)`; but where a line
-        begins with a closer, what it closes may be further up than anybody has looked.
+        Those are in comments, or closers that nothing opened, as in `1)` or `:)`; but a closer at the
+        beginning of a line counts, since its opener may be above the window.
         """
         spans = Outline((), (), opaque)
         found = tuple(one for one in scan(text) if not spans.within(one.start))
@@ -140,8 +141,8 @@ class Reader:
             if one.start not in unmatched or one.text in (self._awaited or ()) or not line.strip(" \t)]};,"):
                 yield one
 
-    def _goes_on(self, text: str, around: _Text) -> bool:
-        """Whether what the cursor is in has not been ended by the text."""
+    def _stays_inside(self, text: str, around: _EnclosingText) -> bool:
+        """Return whether the text has not ended the string or comment that the cursor is in."""
         before = self._before[max(0, len(self._before) - len(around.closer) + 1) :]
         if around.closer and around.closer not in before + text:
             return True
@@ -150,7 +151,7 @@ class Reader:
         return found is not None and found.start < len(head)
 
     def comments(self, text: str) -> list[tuple[int, int]]:
-        """The comments of a text, one that it does not end included."""
+        """Return the comments of a text, an unterminated one included."""
         found = self.read(text)
         for at, closer, comment in notation.openings(text, self._language_id):
             if comment and not found.within(at):
@@ -159,9 +160,9 @@ class Reader:
         return [(start, end) for start, end, comment in found.opaque if comment]
 
 
-def code_above(place: Place) -> tuple[str, ...]:
-    """The lines above the cursor's without their comments; "" for those that begin within a string."""
-    return _code(place.above, place.language_id)
+def code_above(cursor: CursorContext) -> tuple[str, ...]:
+    """Return the lines above the cursor's without comments; "" for lines that begin within a string."""
+    return _code(cursor.above, cursor.language_id)
 
 
 @lru_cache(maxsize=8)
@@ -181,14 +182,14 @@ def _code(text: str, language_id: str) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def opens_block_above(place: Place) -> bool:
-    """Whether the last line above that is not blank is code that ends so that the next one belongs deeper."""
-    row = len(place.above.rstrip().split("\n")) - 1
-    return opens_block(place.previous_line) and opens_block(code_above(place)[row])
+def opens_block_above(cursor: CursorContext) -> bool:
+    """Return whether the last non-blank line above is code after which the next line belongs deeper."""
+    row = len(cursor.above.rstrip().split("\n")) - 1
+    return opens_block(cursor.previous_line) and opens_block(code_above(cursor)[row])
 
 
 def scan(text: str) -> Iterator[Delimiter]:
-    """The brackets of a text outside of quotes, for languages without a grammar."""
+    """Yield the brackets of a text outside of quotes, for languages without a grammar."""
     quote = previous = ""
     for index, char in enumerate(text):
         if quote:
@@ -202,7 +203,7 @@ def scan(text: str) -> Iterator[Delimiter]:
 
 
 def imbalance(line: str) -> int:
-    """Closers without an opener, and openers and quotes without a closer, of one line."""
+    """Count the closers without opener, and the openers and quotes without closer, of one line."""
     awaited, unmatched = balance(tuple(scan(line)))
     quote = previous = ""
     for char in line:
@@ -213,5 +214,21 @@ def imbalance(line: str) -> int:
 
 
 def closes_outside(found: Outline, start: int) -> bool:
-    """Whether what follows `start` closes what was opened above the cursor's line."""
+    """Return whether the text from `start` on closes a bracket that was opened above the cursor's line."""
     return any(one.start >= start for one in balance(found.delimiters, found.open)[1])
+
+
+def indent_of_closer(text: str, cursor: CursorContext) -> str | None:
+    """Return the indentation of the line whose bracket the text closes first; None if it begins otherwise."""
+    if cursor.line_before.strip() or text.lstrip(" \t")[:1] not in CLOSERS:
+        return None
+    opened: list[Delimiter] = []
+    found = syntax.outline(cursor.above, cursor.language_id)
+    for one in found.delimiters if found is not None else ():
+        if one.closer:
+            opened.append(one)
+        elif opened:
+            opened.pop()
+    if not opened or opened[-1].closer != text.lstrip(" \t")[0]:
+        return None
+    return indent_of(cursor.above[cursor.above.rfind("\n", 0, opened[-1].start) + 1 :])

@@ -1,224 +1,81 @@
-r"""Where a suggestion ends, and what of the model's text is worth inserting. Pure: text in, text out.
+"""Cleans a suggestion: the part of the model's text that is worth inserting, as the file needs it. Pure.
 
-The model's text is as `received` gives it. `Place` says where it would go; a `Stopper` is asked after every
-token whether enough has come; `clean` makes the final text or says why there is none. What stands in the
-middle of a line is left to `midline`.
+The model's text is as `normalized` gives it, and `CursorContext` says where it goes. `clean` makes the final
+text or returns the reason why there is none; `stop` finds the end of a text, `midline` what fits in the
+middle of a line.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from midfill.completion.postprocess import indentation, repetition
-from midfill.completion.postprocess.brackets import (
-    CLOSERS,
-    Reader,
-    closes_outside,
-    code_above,
-    enclosing,
-    opens_block_above,
-)
+from midfill.completion.postprocess.brackets import OutlineReader, indent_of_closer, opens_block_above
 from midfill.completion.postprocess.comments import follows_comment, num_comments
-from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.indentation import lead, opens_block, width
-from midfill.completion.postprocess.midline import (
-    bridged,
-    end_of_line,
-    fewest_errors,
-    joint,
-    repeats,
-    without_overlap,
-)
-from midfill.completion.postprocess.repeats import (
-    goes_on_below,
-    is_telling,
-    repeated,
-    retraced,
-    without_next_line,
-)
-from midfill.completion.postprocess.tabs import may_open
+from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.indentation import indent_of, opens_block, width
+from midfill.completion.postprocess.midline import bridged, fewest_errors, repeats, without_overlap
+from midfill.completion.postprocess.repeats import without_next_line
+from midfill.completion.postprocess.stop import DANGLING, JUMP, Stopper, reaches_below, stop
 from midfill.completion.reasons import Reason
-from midfill.text import notation, syntax
-from midfill.text.syntax import Delimiter, Outline, balance
+from midfill.text.syntax import Delimiter
 
-_BLOCK_CLOSER = re.compile(r"\s*(?:[)\]}>]+[;,)\]}>]*|end|done|fi|esac)\s*\Z")
-_WORD_CLOSER = re.compile(r"\s*(?:(?:end|fi|done|esac|endif|endfor|endwhile)\b\W*|</[\w.:-]+>)\s*\Z")
-_HEAD = re.compile(
-    r"\b(?:if|unless|case|when|while|until|for|do|begin|then|else|try|def|class|module|function|fn)\b|<(\w+)\b(?!.*</\1)"
-)
-_ENOUGH_REPEATS = 3
-_JUMP = re.compile(r"\s*(?:return|raise|throw|break|continue|goto)\b")
-_STATEMENT = re.compile(r"\s*[\w@$\"'`&*(\[]")
-# Lines that belong to the statement before them, or can be jumped to.
-_GOES_ON = re.compile(
-    r"\s*(?:[)\]}]*\s*(?:else|elif|elsif|elseif|except|finally|catch|while)\b"
-    r"|(?:case|default|when|rescue|ensure|then)\b|\w+\s*:(?!\S))"
-)
-_DANGLING = re.compile(r"(?:[=+\-*/%<>&|^~!?,.(\[{]|[\"\']\s*:)\s*\Z")
 _QUOTED = re.compile(r"""\\.|"[^"]*"|'[^']*'|`[^`]*`""")
 _QUOTE = re.compile(r"[\"'`]")
-# What a list in YAML is made of, in the column of its key.
-_ITEM = re.compile(r"\s*-(?:\s|\Z)")
-_DIRECTIVE = re.compile(r"\s*#\s*(?:if|else|elif|endif|define|undef|include|pragma|region|endregion)\b")
-_FENCE = re.compile(r"\W*(?:```|~~~)")
-_FUNCTION = re.compile(r"\s*(?:async\s+)?def\b")
-
-
-class Stopper:
-    """Says where a text that grows comes to its end.
-
-    Only complete lines are judged, each once, and only by what stands before it: so more text never
-    changes the answer. A line that repeats itself is judged before it is complete, up to fixed columns.
-
-    Attributes:
-        why: the rule by which it has come to its end.
-    """
-
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self._reader = Reader(place)
-        self._lines: list[str] = []
-        self._start = 0
-        self._growing = repetition.Line(place.around, place.line_before)
-        self._found: int | None = None
-        self.why = Reason.BLANK_LINES
-
-    def end(self, text: str) -> int | None:
-        """The length of `text` at which the suggestion ends, or None if more may come.
-
-        `text` begins with what was given before.
-        """
-        if self._found is None:
-            self._found = self._end(text)
-        return self._found
-
-    def _end(self, text: str) -> int | None:
-        place = self._place
-        if place.tail and not place.invoked:
-            end = end_of_line(text, place)
-            cut = self._end_of_repetition(text[:end])
-            return end if cut is None else cut
-        # The last piece is still being written.
-        while (newline := text.find("\n", self._start)) >= 0:
-            if (end := self._end_of_repetition(text[self._start : newline])) is not None:
-                return end
-            self._lines.append(text[self._start : newline])
-            end = self._end_at_rest(self._lines) if place.tail else self._end_of_block(self._lines)
-            if end is not None:
-                return end
-            self._start = newline + 1
-            self._growing = repetition.Line(place.around)
-        return self._end_of_repetition(text[self._start :])
-
-    def _end_of_repetition(self, line: str) -> int | None:
-        """Where what is worth keeping of the newest line ends, if that repeats itself without end."""
-        cut = self._growing.cut(line)
-        if cut is None:
-            return None
-        self.why = Reason.REPEATS_ITSELF
-        return self._start + cut
-
-    def _end_at_rest(self, lines: list[str]) -> int | None:
-        """Where a text of several lines leads to the rest of the cursor's line, or goes too far."""
-        place, number = self._place, len(lines) - 1
-        text = "\n".join(lines)
-        start = len(text) - len(lines[-1])
-        if (end := joint(text, start, place, self._reader)) is not None:
-            self.why = Reason.REPEATS_TEXT
-            return end
-        found = self._reader.read(text)
-        if number > 0 and goes_on_below(lines, place, nearby=False):
-            self.why = Reason.REPEATS_TEXT
-        elif number > 0 and not "".join(lines[-2:]).strip():
-            self.why = Reason.BLANK_LINES
-        elif _is_fence(lines[-1], place, found, start):
-            self.why = Reason.CODE_FENCE
-        elif not place.is_prose and closes_outside(found, start):
-            self.why = Reason.CLOSES_BLOCK
-        else:
-            return len(text) if number + 1 == place.max_lines else None
-        return len(text[:start].rstrip()) if number else len(text)
-
-    def _end_of_block(self, lines: list[str]) -> int | None:
-        """Where the block that the cursor is in ends: at a dedent, at known text, at repetition."""
-        text = "\n".join(lines)
-        start = len(text) - len(lines[-1])
-        found = self._reader.read(text)
-        if num_repeated := repeated([self._place.line_before + lines[0], *lines[1:]]):
-            self.why = Reason.REPEATS_ITSELF
-            return len("\n".join(lines[:-num_repeated]).rstrip(" \t\n"))
-        if num_retraced := retraced(lines, self._place):
-            self.why = Reason.REPEATS_TEXT
-            return len("\n".join(lines[:-num_retraced]).rstrip(" \t\n"))
-        first = next((line for line in lines if line.strip()), "")
-        is_text = found.within(0) or found.ends_comment(len(lines[0]))
-        block = _Block.around(self._place, first, lines[0], is_text=is_text)
-        if (why := block.is_over_before(lines, found, start)) is not None:
-            self.why = why
-            return len(text[:start].rstrip(" \t\n"))
-        if block.is_over_after(lines[-1], found, start) or len(lines) == self._place.max_lines:
-            return len(text)
-        return None
-
-
-def stop(text: str, place: Place) -> int | None:
-    """The length of `text` at which the suggestion ends, or None if more may come."""
-    return Stopper(place).end(text)
 
 
 def clean(
-    text: str, place: Place, *, complete: bool, forbidden: Iterable[str] = ()
+    text: str, cursor: CursorContext, *, complete: bool, forbidden: Iterable[str] = ()
 ) -> tuple[str, Reason | None]:
-    """The text to insert, or "" and the filter that left nothing of it.
+    """Return the text to insert; or "" and the reason why nothing is left of it.
 
     Args:
-        text: what the model wrote.
-        place: where it goes.
-        complete: whether the model ended by itself or by `stop`; if not, it ran into its token limit,
-            and half a last line is dropped when there are lines before it.
-        forbidden: strings (sentinels) at which the text is cut, however the model spelled them.
+        text: the model's text.
+        cursor: where it goes.
+        complete: the model or `stop` ended the text; if not, it reached the token limit, and an incomplete
+            last line is dropped if there are lines before it.
+        forbidden: strings (sentinels) at which the text is cut, in whatever tokens the model spelled them.
     """
     if not text.strip():
-        # Did it end by itself?
-        return "", Reason.MODEL_SILENT if stop(text, place) is None else Reason.BLANK_LINES
-    cut = None if complete else _cut_at_limit(text, place)
+        # None: the model itself ended here.
+        return "", Reason.MODEL_SILENT if stop(text, cursor) is None else Reason.BLANK_LINES
+    cut = None if complete else _cut_at_limit(text, cursor)
     if cut is not None and not text[:cut].strip():
         return "", Reason.REPEATS_ITSELF
-    whole, why = _written(text[:cut], complete=complete, forbidden=forbidden)
+    whole, why = _whole_lines(text[:cut], complete=complete, forbidden=forbidden)
     if why is not None:
         return "", why
-    text, why = _worth_inserting(whole, place, complete=complete, ran_away=cut is not None)
-    if not (place.tail and place.invoked):
+    text, why = _worth_inserting(whole, cursor, complete=complete, ran_away=cut is not None)
+    if not (cursor.tail and cursor.invoked):
         text = text.rstrip()
     text = "\n".join(_without_blanks(text.split("\n")))
     if not text.strip():
         return "", why
-    if not place.invoked and _is_comment_only(text, place):
+    if not cursor.invoked and _is_comment_only(text, cursor):
         return "", Reason.COMMENT_ONLY
     return text, None
 
 
-def _cut_at_limit(text: str, place: Place) -> int | None:
-    """Where to cut a text of one line in which the model repeated itself until its token limit."""
+def _cut_at_limit(text: str, cursor: CursorContext) -> int | None:
+    """Return the offset at which to cut a one-line text that repeated itself up to the token limit."""
     if "\n" in text.strip("\n"):
-        # Its last line goes anyway.
+        # Its last line is dropped in any case.
         return None
     start = text.rfind("\n") + 1
-    cut = repetition.cut_at_limit(text[start:], place.around)
+    cut = repetition.cut_at_limit(text[start:], cursor.around)
     return None if cut is None else start + cut
 
 
-def before_unsafe(text: str, place: Place) -> str:
-    """A text that was cut at an unsafe character, without the half of a line at its end if that is better."""
+def before_unsafe(text: str, cursor: CursorContext) -> str:
+    """Return a text that was cut at an unsafe character, without its incomplete last line if better."""
     if "\n" not in text.strip("\n"):
         return text
-    return fewest_errors([text, text[: text.rindex("\n")]], place)
+    return fewest_errors([text, text[: text.rindex("\n")]], cursor)
 
 
-def _written(text: str, *, complete: bool, forbidden: Iterable[str]) -> tuple[str, Reason | None]:
-    """What the model wrote in whole lines and before any sentinel; why it is nothing."""
+def _whole_lines(text: str, *, complete: bool, forbidden: Iterable[str]) -> tuple[str, Reason | None]:
+    """Return the model's whole lines before any sentinel; if they are blank, also the reason."""
     for string in forbidden:
         text = text.partition(string)[0]
     if not text.strip():
@@ -228,364 +85,159 @@ def _written(text: str, *, complete: bool, forbidden: Iterable[str]) -> tuple[st
     return text, None if text.strip() else Reason.TOKEN_LIMIT
 
 
-def _worth_inserting(text: str, place: Place, *, complete: bool, ran_away: bool) -> tuple[str, Reason]:
-    """What of a text is the suggestion, as the file needs it; should it be blank, what left it so."""
-    stopper = Stopper(place)
+def _worth_inserting(
+    text: str, cursor: CursorContext, *, complete: bool, ran_away: bool
+) -> tuple[str, Reason]:
+    """Return the part of a text that is the suggestion, and the reason in case it is blank."""
+    stopper = Stopper(cursor)
     end = stopper.end(text + "\n")
     ran_away = ran_away or stopper.why is Reason.REPEATS_ITSELF
     if not text[:end].strip():
-        return "", _why_at_once(text, end, place, stopper.why)
-    if place.tail and place.invoked:
-        bridge, why = _indented(bridged(text, end, place, complete=complete), place)
-        if not bridge.strip() and not text.partition("\n")[0].strip() and not repeats(text[:end], place):
+        return "", _why_at_once(text, end, cursor, stopper.why)
+    if cursor.tail and cursor.invoked:
+        bridge, why = _indented(bridged(text, end, cursor, complete=complete), cursor)
+        if not bridge.strip() and not text.partition("\n")[0].strip() and not repeats(text[:end], cursor):
             return bridge, Reason.OTHER_LINE
         return bridge, why or Reason.REPEATS_TEXT
-    if place.tail:
-        return without_overlap(text[:end], place), Reason.REPEATS_TEXT
-    limited = (end is None and not complete) or text[:end].count("\n") + 1 >= place.max_lines or ran_away
-    text = text[:end].removeprefix(place.line_after)
-    if ran_away and not (text := _without_useless_line(text, place)).strip():
+    if cursor.tail:
+        return without_overlap(text[:end], cursor), Reason.REPEATS_TEXT
+    limited = (end is None and not complete) or text[:end].count("\n") + 1 >= cursor.max_lines or ran_away
+    text = text[:end].removeprefix(cursor.line_after)
+    if ran_away and not (text := _without_useless_line(text, cursor)).strip():
         return "", Reason.REPEATS_ITSELF
-    text, why = _fitted(text, place, limited=limited)
+    text, why = _fitted_in(text, cursor, limited=limited)
     return text, Reason.REPEATS_ITSELF if ran_away else why
 
 
-def _without_useless_line(text: str, place: Place) -> str:
-    """The text without its last line, if that leads to nothing without the end that was cut."""
+def _without_useless_line(text: str, cursor: CursorContext) -> str:
+    """Return the text without its last line, if that line is useless without the part that was cut."""
     shorter, _, last = text.rpartition("\n")
-    if not place.is_code:
+    if not cursor.is_code:
         return text
     is_open = _QUOTE.search(_QUOTED.sub("", last)) is not None
-    # A ruler ends with what may also be an operator.
+    # A ruler may end with characters that are operators elsewhere.
     is_ruler = last.endswith(3 * last[-1:])
-    return shorter if is_open or (_DANGLING.search(last) and not is_ruler) else text
+    return shorter if is_open or (DANGLING.search(last) and not is_ruler) else text
 
 
 def _without_blanks(lines: list[str]) -> list[str]:
-    """Lines without blanks at their ends; those of the last belong to what follows."""
+    """Return the lines without blanks at their ends; those of the last line belong to what follows."""
     return [line.rstrip(" \t") for line in lines[:-1]] + lines[-1:]
 
 
-def _why_at_once(text: str, end: int | None, place: Place, why: Reason) -> Reason:
-    """By which rule a text ends before its first word."""
-    if place.tail and not place.invoked:
+def _why_at_once(text: str, end: int | None, cursor: CursorContext, why: Reason) -> Reason:
+    """Return the rule by which a text ends before its first word."""
+    if cursor.tail and not cursor.invoked:
         return Reason.BLANK_LINES if text[end:].startswith("\n") else Reason.REPEATS_TEXT
     return why
 
 
-def _is_comment_only(text: str, place: Place) -> bool:
-    """Whether a suggestion is nothing but comment, where the user is not writing one."""
-    if place.line_before.strip() or num_comments(text, place) != text.count("\n") + 1:
+def _is_comment_only(text: str, cursor: CursorContext) -> bool:
+    """Return whether a suggestion is nothing but comment although the user is not writing one."""
+    if cursor.line_before.strip() or num_comments(text, cursor) != text.count("\n") + 1:
         return False
-    return not follows_comment(place)
+    return not follows_comment(cursor)
 
 
-# Blocks
+# Fitting the text into the file
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """The block that a suggestion of several lines belongs to.
+def _fitted_in(text: str, cursor: CursorContext, *, limited: bool) -> tuple[str, Reason]:
+    """Return a text at the end of a line, or on its own line, indented and closed as the file needs it.
 
-    Attributes:
-        place: where the suggestion goes.
-        base: width of the indentation of its first line.
-        opened: whether that line opens a block of its own; else the block is the one around it.
-        headless: whether the lines below are the body of a block that nothing above opens.
-        step: width of one step of indentation.
-        floor: width of the indentation of the least indented line that the suggestion may have.
-        is_text: the cursor is where nothing is code: in a string, a comment, a file of prose.
+    Also the reason in case it is blank.
     """
-
-    place: Place
-    base: int
-    opened: bool
-    headless: bool
-    step: int
-    floor: int
-    is_text: bool
-
-    @staticmethod
-    def around(place: Place, first: str, rest: str, *, is_text: bool) -> _Block:
-        """The block at a place, given the first line of code that came, and the rest of the cursor's line."""
-        whole = place.line_before + (rest if place.line_before.strip() else first)
-        is_text = is_text or not place.is_code
-        opened = not is_text and bool(place.line_before.strip()) and opens_block(whole)
-        base = width(whole if whole.strip() else place.line_before)
-        if is_text and (begun := enclosing(place)) is not None:
-            # What comes after a string belongs where the string begins.
-            base = begun.column
-        elif (begun_above := _comment_ended(place)) is not None:
-            base = width(begun_above)
-        below = place.next_line
-        headless = (
-            not is_text
-            and not place.line_before.strip()
-            and width(below) > base
-            and _STATEMENT.match(below) is not None
-            and not opens_block_above(place)
-        )
-        step = indentation.unit(place.around)
-        return _Block(place, base, opened, headless, width(step), _floor(place, base), is_text)
-
-    def is_over_before(self, lines: list[str], found: Outline, start: int) -> Reason | None:
-        """Why the last line, which begins at `start`, does not belong to the suggestion; None if it does."""
-        line, number, place = lines[-1], len(lines) - 1, self.place
-        is_text = place.is_prose or found.within(start)
-        whole = line
-        if number == 0:
-            column = None if is_text else _lead_of_closer(line, place)
-            whole = (place.line_before + lead(line) if column is None else column) + line.lstrip(" \t")
-        if goes_on_below(lines, place, whole=whole, is_text=is_text):
-            return Reason.REPEATS_TEXT
-        if _is_fence(line, place, found, start):
-            return Reason.CODE_FENCE
-        closes_as_below = number and not is_text and self._closes_as_below(line, found)
-        if closes_as_below or _closes_nothing(lines, place, whole):
-            return Reason.CLOSES_BLOCK
-        if number and (self.headless or opens_block(line)) and line.strip() == place.next_line.strip():
-            # The next line once more, at another indentation.
-            return Reason.REPEATS_TEXT if is_telling(line) else None
-        if not place.is_prose and closes_outside(found, start):
-            # The file has that closer already, if one as deep stands below.
-            below = place.next_line
-            stands = below.lstrip()[:1] in CLOSERS and width(below) >= width(whole)
-            return Reason.CLOSES_BLOCK if stands else None
-        if number == 0:
-            return None
-        if not line.strip():
-            return Reason.BLANK_LINES if number > 1 and not lines[-2].strip() else None
-        earlier = lines[max(0, number - _ENOUGH_REPEATS + 1) : number]
-        if len(earlier) == _ENOUGH_REPEATS - 1 and all(one.strip() == line.strip() for one in earlier):
-            return Reason.REPEATS_TEXT
-        return None if is_text else self._leaves(lines, found)
-
-    def _closes_as_below(self, line: str, found: Outline) -> bool:
-        """Whether a line closes what the cursor's line opened, and the next one does so in its own column."""
-        below = self.place.next_line
-        is_same = line.strip().rstrip(",;") == below.strip().rstrip(",;") and width(below) == self.base
-        closes = is_same and bool(found.open) and _BLOCK_CLOSER.fullmatch(line) is not None
-        return closes and not balance(found.delimiters, found.open)[0]
-
-    def _leaves(self, lines: list[str], found: Outline) -> Reason | None:
-        """Why the last line ends the block: it is indented as nothing in it is, or can never be reached."""
-        line, place = lines[-1], self.place
-        column = width(line)
-        if column > self.base or (_DIRECTIVE.match(line) and "#" not in notation.of(place.language_id).line):
-            return None
-        if column < self.base:
-            return Reason.OUTSIDE_BLOCK if column < self.floor else None
-        if not place.is_code or _BLOCK_CLOSER.fullmatch(line) or _GOES_ON.match(line):
-            return None
-        # Where statements have no headers, a colon opens a block only if something deeper follows.
-        opened = self.opened and (place.has_jumps or any(width(one) > self.base for one in lines[1:] if one))
-        if opened and self.floor == self.base and not _ITEM.match(line):
-            return Reason.OUTSIDE_BLOCK
-        if not place.has_jumps:
-            return None
-        earlier = [at for at, one in enumerate(lines[:-1]) if one.strip()]
-        jumped = (
-            len(earlier) > 1
-            and width(lines[earlier[-1]]) == self.base
-            and _JUMP.match(lines[earlier[-1]])
-            and not found.within(sum(len(one) + 1 for one in lines[: earlier[-1]]))
-        )
-        if jumped and not balance(found.delimiters, found.open)[0]:
-            return Reason.UNREACHABLE
-        return Reason.UNREACHABLE if _JUMP.match(line) and _reaches_below(place, self.base) else None
-
-    def is_over_after(self, line: str, found: Outline, start: int) -> bool:
-        """Whether the line, which begins at `start`, is the end of the block."""
-        if self.place.is_prose:
-            return False
-        column = width(line)
-        if found.within(start):
-            return closes_outside(found, start)
-        if self.headless and opens_block(line) and self.base <= column:
-            # Its body stands below, if that is one step deeper.
-            return width(self.place.next_line) == column + self.step
-        # What the cursor's line opened is closed: a block by its own closer, or by a word such as `done`.
-        closed = start > 0 and found.open and not balance(found.delimiters, found.open)[0]
-        closes_own = (closed or self.opened) and column == self.base and _BLOCK_CLOSER.fullmatch(line)
-        if closes_own:
-            return True
-        # As in `} else {`, where one block ends and the next begins.
-        return closes_outside(found, start) and not (opens_block(line) and _GOES_ON.match(line))
-
-
-def _closes_nothing(lines: list[str], place: Place, whole: str) -> bool:
-    """Whether the last line closes a block in a column where none begins, and the next one closes that block.
-
-    For words and tags; brackets are matched.
-    """
-    below, column = place.next_line, width(whole)
-    if not _WORD_CLOSER.fullmatch(whole) or whole.strip() != below.strip() or width(below) >= column:
-        return False
-    if place.is_prose or (place.line_before.strip() and len(lines) == 1):
-        return False
-    above = [*place.above.split("\n"), *([place.line_before + lines[0], *lines[1:-1]] if lines[1:] else [])]
-    outer = next((line for line in reversed(above) if line.strip() and width(line) <= column), "")
-    # What goes on, and what has such a word anywhere, may have begun one.
-    return width(outer) < column or not (
-        may_open(outer) or _HEAD.search(outer) or _DANGLING.search(outer.rstrip(">"))
-    )
-
-
-def _comment_ended(place: Place) -> str | None:
-    """The line that begins the comment which the cursor stands behind the end of; None if that is its own."""
-    before = place.line_before.strip()
-    if not before.endswith("*/") or "/*" in before:
-        return None
-    return next((line for line in reversed(place.above.split("\n")) if "/*" in line), None)
-
-
-def _floor(place: Place, base: int) -> int:
-    """The least indented line that belongs to what the user asked for, where the block begins at `base`.
-
-    The block; or all of the function that it is in, if nothing of that stands below yet; or all of a recipe.
-    """
-    if place.language_id == "makefile" and place.previous_line.startswith("\t"):
-        return min(base, width("\t"))
-    if not place.invoked or place.language_id not in indentation.SIGNIFICANT:
-        return base
-    outer = base + 1
-    for line in reversed((*code_above(place), place.line_before)):
-        if line.strip() and width(line) < outer:
-            outer = width(line)
-            if _FUNCTION.match(line):
-                return min(base, outer + 1) if width(place.next_line) <= outer else base
-    return base
-
-
-def _is_fence(line: str, place: Place, found: Outline, start: int) -> bool:
-    """Whether a line ends a block of Markdown, which models learnt to write code in."""
-    if not line.lstrip().startswith(("```", "~~~")) or not place.is_code or found.within(start):
-        return False
-    # Where the file has them, in its comments or whatever it is, they are part of it.
-    return not any(_FENCE.match(one) for one in place.around)
-
-
-def _reaches_below(place: Place, column: int) -> bool:
-    """Whether the next line below is a statement of the same block."""
-    below = place.next_line
-    return width(below) == column and bool(_STATEMENT.match(below)) and not _GOES_ON.match(below)
-
-
-# Fitting it in
-
-
-def _fitted(text: str, place: Place, *, limited: bool) -> tuple[str, Reason]:
-    """A text at the end of a line, or on a line of its own: indented and closed as the file needs it.
-
-    Should it be blank, also the filter that left it so.
-    """
-    text, why = _indented(text, place)
+    text, why = _indented(text, cursor)
     text = text.rstrip()
-    if not text.strip() or place.is_prose:
+    if not text.strip() or cursor.is_prose:
         return text, why or Reason.BLANK_LINES
-    if not (text := _without_last_jump(text, place)).strip():
+    if not (text := _without_last_jump(text, cursor)).strip():
         return "", Reason.UNREACHABLE
-    if limited and not (text := _without_last_comments(text, place)).strip():
+    if limited and not (text := _without_last_comments(text, cursor)).strip():
         return "", Reason.COMMENT_ONLY
-    return _settled(text, place, limited=limited), Reason.BLANK_LINES
+    return _balanced(text, cursor, limited=limited), Reason.BLANK_LINES
 
 
-def _indented(text: str, place: Place) -> tuple[str, Reason | None]:
-    """A text that begins a line, moved to the column where it belongs.
+def _indented(text: str, cursor: CursorContext) -> tuple[str, Reason | None]:
+    """Return a text that begins a line, moved to the column where it belongs.
 
-    "" if it belongs elsewhere, or stands there already; then also which of them.
+    "" if it belongs elsewhere, or is there already; then also the reason.
     """
-    if place.line_before.strip() or text[:1] in {"", "\n"} or place.is_prose:
+    if cursor.line_before.strip() or text[:1] in {"", "\n"} or cursor.is_prose:
         return text, None
-    if Reader(place).read("").within(0):
+    if OutlineReader(cursor).read("").within(0):
         return text, None
-    blanks = _lead_of_closer(text, place)
-    if blanks is not None and blanks.startswith(place.line_before):
-        return blanks[len(place.line_before) :] + text.lstrip(" \t"), None
-    if place.language_id not in indentation.SIGNIFICANT:
+    blanks = indent_of_closer(text, cursor)
+    if blanks is not None and blanks.startswith(cursor.line_before):
+        return blanks[len(cursor.line_before) :] + text.lstrip(" \t"), None
+    if cursor.language_id not in indentation.SIGNIFICANT:
         return text, None
-    step = indentation.unit(place.around)
-    previous = place.previous_line
-    if opens_block(previous) and not opens_block_above(place):
-        # What it ends with is the end of a comment.
+    step = indentation.unit(cursor.around)
+    previous = cursor.previous_line
+    if opens_block(previous) and not opens_block_above(cursor):
+        # The line ends with a comment.
         previous = previous.rstrip("".join(indentation.OPENING))
-    wanted = indentation.wanted_width(place.line_before, text, previous, place.next_line, step)
+    wanted = indentation.wanted_width(cursor.line_before, text, previous, cursor.next_line, step)
     if wanted is None:
         return text, None
-    if indentation.starts_anew(place.line_before + text):
+    if indentation.starts_anew(cursor.line_before + text):
         return "", Reason.TOP_LEVEL
-    moved = indentation.moved(text, place.line_before, wanted, step)
-    return (text if moved is None else without_next_line(moved, place)), Reason.REPEATS_TEXT
+    moved = indentation.moved(text, cursor.line_before, wanted, step)
+    return (text if moved is None else without_next_line(moved, cursor)), Reason.REPEATS_TEXT
 
 
-def _lead_of_closer(text: str, place: Place) -> str | None:
-    """The blanks before the line whose bracket a text begins by closing; None if it does not."""
-    if place.line_before.strip() or text.lstrip(" \t")[:1] not in CLOSERS:
-        return None
-    opened: list[Delimiter] = []
-    found = syntax.outline(place.above, place.language_id)
-    for one in found.delimiters if found is not None else ():
-        if one.closer:
-            opened.append(one)
-        elif opened:
-            opened.pop()
-    if not opened or opened[-1].closer != text.lstrip(" \t")[0]:
-        return None
-    return lead(place.above[place.above.rfind("\n", 0, opened[-1].start) + 1 :])
-
-
-def _without_last_jump(text: str, place: Place) -> str:
-    """The text without a jump at its end that would keep the lines below from ever being reached."""
+def _without_last_jump(text: str, cursor: CursorContext) -> str:
+    """Return the text without a jump at its end that would make the lines below unreachable."""
     head, newline, last = text.rpartition("\n")
-    base = width(place.line_before + text) if not place.line_before.strip() else width(place.line_before)
-    jumps = bool(newline) and width(last) == base and _JUMP.match(last) and _reaches_below(place, base)
-    if not jumps or not place.has_jumps or Reader(place).read(text).within(len(head) + 1):
+    base = width(cursor.line_before + text) if not cursor.line_before.strip() else width(cursor.line_before)
+    jumps = bool(newline) and width(last) == base and JUMP.match(last) and reaches_below(cursor, base)
+    if not jumps or not cursor.has_jumps or OutlineReader(cursor).read(text).within(len(head) + 1):
         return text
     return head.rstrip()
 
 
-def _without_last_comments(text: str, place: Place) -> str:
-    """The text without comments at its end, whose code did not come any more.
+def _without_last_comments(text: str, cursor: CursorContext) -> str:
+    """Return the text without comments at its end, whose code the model did not write any more.
 
-    Not where the user writes a comment, or asked and got nothing else.
+    Comments stay if the user is writing one, or asked and got nothing else.
     """
     lines = text.split("\n")
-    number = num_comments(text, place)
-    if not number or follows_comment(place) or (place.invoked and number == len(lines)):
+    number = num_comments(text, cursor)
+    if not number or follows_comment(cursor) or (cursor.invoked and number == len(lines)):
         return text
     return "\n".join(lines[: len(lines) - number])
 
 
-def _settled(text: str, place: Place, *, limited: bool) -> str:
-    """A text whose own brackets are closed, by itself or by what stands below.
+def _balanced(text: str, cursor: CursorContext, *, limited: bool) -> str:
+    """Return a text whose own brackets are closed, by itself or by the text below.
 
-    If it is not, it was cut, and is either closed here or ends before what it did not close. What leaves
-    the fewest errors of syntax is taken; where that is no help, a text that ran into a limit is closed.
+    A text that leaves brackets open was cut: it is either closed here, or ends before the part with the open
+    bracket. The candidate with the fewest syntax errors wins; of equal ones, a closed text if a limit cut it.
     """
-    reader = Reader(place)
-    missing = _missing(text, place, reader)
+    reader = OutlineReader(cursor)
+    missing = _missing(text, cursor, reader)
     lines = text.split("\n")
-    heads = opens_block(lines[-1]) and width(place.next_line) > width(lines[-1])
+    heads = opens_block(lines[-1]) and width(cursor.next_line) > width(lines[-1])
     if not missing or heads:
         return text
     shorter = ""
     for number in range(len(lines) - 1, 0, -1):
         shorter = "\n".join(lines[:number]).rstrip()
-        if not _missing(shorter, place, reader):
+        if not _missing(shorter, cursor, reader):
             break
     else:
         shorter = ""
     closed = text + missing
-    repeats = "\n" in closed and closed.split("\n")[-1].rstrip() == place.next_line
-    if repeats or _missing(closed, place, reader):
-        # The closer stands below already; or it would not close, as where the text ends within a string.
+    repeats = "\n" in closed and closed.split("\n")[-1].rstrip() == cursor.next_line
+    if repeats or _missing(closed, cursor, reader):
+        # The closer is below already, or does not close, as in a text that ends within a string.
         closed = ""
     candidates = [closed, shorter, text] if limited else [text, shorter, closed]
-    return fewest_errors([one for one in candidates if one.strip()], place)
+    return fewest_errors([one for one in candidates if one.strip()], cursor)
 
 
-def _missing(text: str, place: Place, reader: Reader) -> str:
-    """The closers of what a text opened itself, as they would be written behind it."""
+def _missing(text: str, cursor: CursorContext, reader: OutlineReader) -> str:
+    """Return the closers of the brackets that a text leaves open, as they would be written after it."""
     opened: list[Delimiter] = []
     for one in reader.read(text).delimiters:
         if one.closer:
@@ -597,7 +249,7 @@ def _missing(text: str, place: Place, reader: Reader) -> str:
         begin = text.rfind("\n", 0, one.start) + 1
         line = text[begin:].partition("\n")[0]
         if line.rstrip().endswith(one.text) or one.text.isalpha():
-            indent = lead(place.line_before + line) if begin == 0 else lead(line)
+            indent = indent_of(cursor.line_before + line) if begin == 0 else indent_of(line)
             closers += "\n" + indent + one.closer
         else:
             closers += one.closer

@@ -1,20 +1,17 @@
-"""What of a suggestion is comment, and whether the user is writing one. Pure: text in, answers out.
-
-By the grammar, or by the table of `notation` where there is none.
-"""
+"""Comments in a suggestion, and around the cursor. By the grammar, or by the table of `notation`. Pure."""
 
 from __future__ import annotations
 
-from midfill.completion.postprocess.brackets import Reader
-from midfill.completion.postprocess.cursor_context import Place
+from midfill.completion.postprocess.brackets import OutlineReader
+from midfill.completion.postprocess.cursor_context import CursorContext
 from midfill.text import notation, syntax
 
 
-def num_comments(text: str, place: Place) -> int:
-    """How many lines at the end of a text are blank, or comments that it begins itself."""
-    if place.is_prose:
+def num_comments(text: str, cursor: CursorContext) -> int:
+    """Count the lines at the end of a text that are blank, or comments that the text itself begins."""
+    if cursor.is_prose:
         return 0
-    comments = [(start, end) for start, end in Reader(place).comments(text) if start >= 0]
+    comments = [(start, end) for start, end in OutlineReader(cursor).comments(text) if start >= 0]
     lines = text.split("\n")
     end = len(text)
     for number, line in enumerate(reversed(lines)):
@@ -23,31 +20,31 @@ def num_comments(text: str, place: Place) -> int:
             first <= start and start + len(line.strip()) <= last for first, last in comments
         ):
             return number
-        if number == len(lines) - 1 and _is_first_line(line, place):
+        if number == len(lines) - 1 and _is_first_line(line, cursor):
             return number
         end -= len(line) + 1
     return len(lines)
 
 
-def _is_first_line(line: str, place: Place) -> bool:
-    """Whether a line says what runs the file, which only its first one can."""
-    return line.startswith("#!") and not (place.farther + place.above + place.line_before)
+def _is_first_line(line: str, cursor: CursorContext) -> bool:
+    """Return whether a line names an interpreter, which only the first line of a file can do."""
+    return line.startswith("#!") and not (cursor.farther + cursor.above + cursor.line_before)
 
 
-def follows_comment(place: Place) -> bool:
-    """Whether the user is writing a comment: before the cursor, or on the last line that is not blank."""
-    text = (place.above + place.line_before).rstrip()
-    line = place.line_before.strip() or place.previous_line.strip()
+def follows_comment(cursor: CursorContext) -> bool:
+    """Return whether the user is writing a comment: before the cursor, or on the last non-blank line."""
+    text = (cursor.above + cursor.line_before).rstrip()
+    line = cursor.line_before.strip() or cursor.previous_line.strip()
     if not line:
         return False
-    # Of the cursor's line the end counts; a line above is a comment from its beginning on.
+    # For the cursor's line its end counts; a line above is a comment from its beginning on.
     row = len(text) - len(line)
-    at = len(text) - 1 if place.line_before.strip() else row
-    if syntax.knows(place.language_id):
-        # A comment that ends with its line is whole once the line is.
-        found = syntax.outline(text + "\n", place.language_id, row)
+    at = len(text) - 1 if cursor.line_before.strip() else row
+    if syntax.knows(cursor.language_id):
+        # A comment that ends with its line is complete once the line is.
+        found = syntax.outline(text + "\n", cursor.language_id, row)
         spans = [(row + start, row + end) for start, end, kind in found.opaque if kind] if found else []
     else:
-        spans = [(start, end) for start, end, kind in notation.comments(text, place.language_id) if kind]
-    # What begins after a quote that nothing ends is no comment.
+        spans = [(start, end) for start, end, kind in notation.comments(text, cursor.language_id) if kind]
+    # A mark after an unterminated quote does not begin a comment.
     return any(start <= at < end and text[row:start].count('"') % 2 == 0 for start, end in spans)

@@ -1,4 +1,4 @@
-"""The place that a suggestion goes to: as much of the text around it as is looked at when it is trimmed."""
+"""The text around the cursor, as far as postprocessing looks at it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from midfill.text.syntax import openings
 
 _LINES_BELOW = 100
 NUM_AROUND = 20
-# So many of them are searched for what the model repeats.
+# Number of non-blank lines below that are searched for text that the model repeats.
 _NEARBY = 16
-# Parsing takes about half a millisecond for so much, several times for each answer.
+# Parsing this many characters takes about half a millisecond, several times for each answer.
 _CHARS_ABOVE = 2_500
-# What began a long string is looked for as far up; most of it is searched and not parsed.
+# The beginning of a long string is searched this far up; most of the text is searched, not parsed.
 _CHARS_FARTHER = 12_000
 _QUOTES = ("'", '"')
-# The key, or dash, and the sign of a block of text in YAML.
+# The key, or dash, and the sign of a block scalar in YAML.
 _SCALAR = re.compile(r"(?:.*[:\-?]\s+|\s*)(?:[!&]\S+\s+)*[|>][-+\d]*\s*(?:#.*)?\Z")
 _SCRIPT = re.compile(r"</?(?:script|style)\b")
 _BEGINNING = re.compile(
@@ -27,27 +27,27 @@ _BEGINNING = re.compile(
     r"(?:def|class|func|function|fun|fn|impl|struct|enum|interface|trait|module|namespace|type|const|let|var"
     r"|object|template|import|from|use|using|package)\b|[@#]\w"
 )
-# Of a longer line only the ends matter: its indentation, and what is next to the cursor.
+# In longer lines only the ends matter: the indentation, and the text next to the cursor.
 _LONG_LINE = 2_000
 
 MAX_LINES = 12
-"""The most lines of a suggestion that nobody asked for; who asks gets twice as many."""
+"""Maximum number of lines of an automatic suggestion; twice as many if the user asks."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    r"""Where the suggestion goes.
+class CursorContext:
+    r"""The text around the cursor.
 
     Attributes:
         line_before: the current line up to the cursor.
-        line_after: the rest of it.
-        following: lines below, without terminators; enough to see what must not be repeated, and what parses.
-        max_lines: the most lines a suggestion may have.
-        above: lines above with their \n, enough to see which block the cursor is in.
-        farther: lines above these, enough to see in which string or comment the cursor is.
-        whole: there are none above these.
-        language_id: the editor's name of the language; "" where it is not known.
-        invoked: the user asked for it. Then a suggestion in the middle of a line may have several lines.
+        line_after: the rest of the line.
+        following: lines below, without terminators: enough to find repeated text, and to parse.
+        max_lines: the maximum number of lines of a suggestion.
+        above: lines above with their \n: enough to see which block the cursor is in.
+        farther: lines above `above`: enough to see which string or comment the cursor is in.
+        whole: there are no lines above these.
+        language_id: the document's language; "" if it is not known.
+        invoked: the user asked. Then a suggestion in the middle of a line may have several lines.
     """
 
     line_before: str
@@ -62,14 +62,14 @@ class Place:
 
     @property
     def is_prose(self) -> bool:
-        """Whether every line of the file is text for people, or of the block in a YAML file."""
+        """Whether all lines of the file are prose; in YAML, whether the cursor is in a block scalar."""
         if "yaml" in self.language_id.lower():
             return _is_in_scalar(self)
         return notation.is_prose(self.language_id)
 
     @property
     def is_code(self) -> bool:
-        """Whether lines here are code: not in prose, nor in the text of a document in markup."""
+        """Whether lines here are code: neither prose, nor the text of a markup document."""
         if not notation.is_markup(self.language_id):
             return not self.is_prose
         above = list(_SCRIPT.finditer(self.farther + self.above + self.line_before))
@@ -80,43 +80,43 @@ class Place:
 
     @property
     def has_jumps(self) -> bool:
-        """Whether `return` and the like leave a block here."""
+        """Whether `return` and similar statements leave a block here."""
         return notation.of(self.language_id).jumps and self.is_code
 
     @property
     def tail(self) -> str:
-        """What stands behind the cursor, but for blanks."""
+        """The text after the cursor on its line, without surrounding blanks."""
         return self.line_after.strip()
 
     @property
     def around(self) -> tuple[str, ...]:
-        """The lines above, at and below the cursor, as many as tell how the file is indented."""
+        """The lines above, at and below the cursor that show how the file is indented."""
         here = self.line_before + self.line_after if self.line_before.strip() else ""
         return (*self.above.split("\n")[-NUM_AROUND:-1], here, *self.following[:NUM_AROUND])
 
     @property
     def nearby(self) -> list[str]:
-        """The lines just below that are not blank, without blanks at their ends."""
+        """The non-blank lines just below, without trailing blanks."""
         return [line.rstrip() for line in self.following[:_NEARBY] if line.strip()]
 
     @property
     def next_line(self) -> str:
-        """The next line below that is not blank; "" if there is none."""
+        """The next non-blank line below; "" if there is none."""
         return next(iter(self.nearby), "")
 
     @property
     def previous_line(self) -> str:
-        """The last line above that is not blank; "" if there is none."""
+        """The last non-blank line above; "" if there is none."""
         return next((line.rstrip() for line in reversed(self.above.split("\n")) if line.strip()), "")
 
     @staticmethod
-    def of(snapshot: Snapshot, *, invoked: bool) -> Place:
-        """The place of a cursor."""
+    def of(snapshot: Snapshot, *, invoked: bool) -> CursorContext:
+        """Return the text around a snapshot's cursor."""
         before, after = snapshot.line_before, snapshot.line_after
         if len(before) > _LONG_LINE:
             before = before[: _LONG_LINE // 2] + before[-_LONG_LINE // 2 :]
         farther, above, whole = _above(snapshot)
-        return Place(
+        return CursorContext(
             before,
             after[:_LONG_LINE],
             tuple(snapshot.lines_after(_LINES_BELOW)),
@@ -129,12 +129,12 @@ class Place:
         )
 
 
-def _is_in_scalar(place: Place) -> bool:
-    """Whether one of the lines that the cursor's is indented below begins a block of text in YAML."""
-    column = _width(place.line_before)
-    if not place.line_before.strip():
-        column = max(column, _width(place.next_line), 1)
-    for line in reversed((place.farther + place.above).split("\n")):
+def _is_in_scalar(cursor: CursorContext) -> bool:
+    """Return whether a line above, with less indentation than the cursor's, begins a block scalar in YAML."""
+    column = _width(cursor.line_before)
+    if not cursor.line_before.strip():
+        column = max(column, _width(cursor.next_line), 1)
+    for line in reversed((cursor.farther + cursor.above).split("\n")):
         if line.strip() and _width(line) < column:
             if _SCALAR.fullmatch(line):
                 return True
@@ -143,14 +143,14 @@ def _is_in_scalar(place: Place) -> bool:
 
 
 def _width(line: str) -> int:
-    """How many blanks a line begins with."""
+    """Return the number of spaces at the beginning of a line."""
     return len(line) - len(line.lstrip(" "))
 
 
 def _above(snapshot: Snapshot) -> tuple[str, str, bool]:
-    """Lines above the cursor's, as many as are cheap to parse, after those above them; whether that is all.
+    """Return (farther, above, whole): the lines above the cursor's that are cheap to parse, and those before.
 
-    They begin with the first that looks like a beginning, and not in the middle of a string.
+    `above` begins with the first line that looks like a beginning, and not in the middle of a string.
     """
     lines, cursor = snapshot.document.lines, snapshot.cursor.line
     first = _first(lines, cursor, _CHARS_ABOVE)
@@ -161,9 +161,9 @@ def _above(snapshot: Snapshot) -> tuple[str, str, bool]:
     start = first
     for _, closer, _ in openings(farther, snapshot.document.language_id, whole=begin == 0):
         if closer in _QUOTES:
-            # There are too many of them to tell.
+            # They are too frequent to tell.
             continue
-        # Where it is not ended in the window, the cursor is in it, or it is none.
+        # If it does not end in the window, the cursor is inside it, or it is not a string.
         ends = (row for row in range(first, cursor) if closer.strip() in lines[row])
         start = max(start, next(ends, first - 1) + 1)
     beginnings = (line for line in range(start, cursor) if _BEGINNING.match(lines[line]))
@@ -172,7 +172,7 @@ def _above(snapshot: Snapshot) -> tuple[str, str, bool]:
 
 
 def _first(lines: Sequence[str], end: int, num_chars: int) -> int:
-    """The first of the lines before `end` that have so many characters together."""
+    """Return the first of the lines before `end` that have at most `num_chars` characters together."""
     first, size = end, 0
     while first > 0 and size + len(lines[first - 1]) <= num_chars:
         first -= 1

@@ -1,4 +1,4 @@
-"""How a file is indented, and where a line of a suggestion belongs in it. Pure: text in, text out."""
+"""Indentation: how a file is indented, and where a line of a suggestion belongs. Pure: text in, text out."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ _BLANKS = re.compile(r"[ \t]*")
 OPENING = ("{", "(", "[", ":", "=>", "->")
 _TAB = 8
 _DEFAULT_UNIT = "    "
-# One line of the other kind among so many is one that was aligned.
+# One line of the other kind in this many is taken for an aligned one.
 _MAJORITY = 2
 _ASTERISK = re.compile(r" *\*")
-# Lines that go on with the statement above, wherever they are indented to.
+# Lines that continue the statement above, whatever their indentation.
 _CONTINUES = re.compile(r"[.?&|+*/,:)\]}=<>-]")
-# What starts anew at the top of a file, and never inside of a function.
+# Statements that begin something at the top level of a file, never inside a function.
 _TOP_LEVEL = re.compile(r"(?:#|@|if __name__\b|(?:async\s+)?def\b|class\b|import\b|from\b|```)")
-# In these languages a line's indentation says which block it is in.
+# Languages in which indentation determines the block of a line.
 SIGNIFICANT = frozenset({"python"})
 
 
-def lead(line: str) -> str:
-    """The blanks that a line begins with."""
+def indent_of(line: str) -> str:
+    """Return the blanks that a line begins with."""
     match = _BLANKS.match(line)
     return match.group() if match else ""
 
 
 def width(line: str) -> int:
-    """How far a line is indented, in columns."""
-    return len(lead(line).expandtabs(_TAB))
+    """Return the width of a line's indentation, in columns."""
+    return len(indent_of(line).expandtabs(_TAB))
 
 
 def opens_block(line: str) -> bool:
-    """Whether a line ends so that the next one belongs deeper."""
+    """Return whether a line ends so that the next one belongs deeper."""
     return line.rstrip().endswith(OPENING)
 
 
 def kind(lines: Iterable[str]) -> str:
-    r"""Return what the lines are indented by, "\t" or " ", if nearly all agree; else ""."""
-    # The asterisks of a comment stand one blank behind its indentation.
-    leads = [lead(line) for line in lines if line.strip() and not _ASTERISK.match(line)]
+    r"""Return the character that the lines are indented by, "\t" or " ", if nearly all agree; else ""."""
+    # The asterisks of a comment are one space to the right of its indentation.
+    leads = [indent_of(line) for line in lines if line.strip() and not _ASTERISK.match(line)]
     tabs = sum(each.startswith("\t") for each in leads)
     blanks = sum(each.startswith(" ") for each in leads)
     if tabs > _MAJORITY * blanks:
@@ -50,28 +50,28 @@ def kind(lines: Iterable[str]) -> str:
 
 
 def unit(lines: Iterable[str]) -> str:
-    r"""One step of indentation as the lines have it: "\t", or some blanks."""
+    r"""Return one step of the lines' indentation: "\t", or some spaces."""
     lines = [line for line in lines if line.strip()]
-    leads = [lead(line) for line in lines]
+    leads = [indent_of(line) for line in lines]
     if any(each.startswith("\t") for each in leads) and kind(lines) != " ":
         return "\t"
     widths = [len(each) for each in leads if not each.startswith("\t")]
     steps = Counter(two - one for one, two in pairwise(widths) if two - one > 1)
     if not steps:
-        # Only outwards, where one line may end several blocks.
+        # Only steps outwards: one line may end several blocks.
         steps = Counter(one - two for one, two in pairwise(widths) if one - two > 1)
 
     def fits(step: int) -> tuple[int, int, int]:
-        # Text in comments and continued lines is indented in other ways, but not as often.
+        # Text in comments and continued lines is indented in other ways, but less often.
         return steps[step], sum(each % step == 0 for each in widths), -step
 
     return " " * max(steps, key=fits) if steps else _DEFAULT_UNIT
 
 
 def moved(text: str, before: str, wanted: int, step: str) -> str | None:
-    """The text, which follows `before` on a line of blanks, moved to the column `wanted`.
+    """Return the text, which follows the blanks `before` on a line, moved to the column `wanted`.
 
-    None if the cursor stands beyond that column already.
+    None if the cursor is already to the right of that column.
     """
     lines = text.split("\n")
     shift = wanted - width(before + lines[0])
@@ -82,7 +82,7 @@ def moved(text: str, before: str, wanted: int, step: str) -> str | None:
     size = width(step)
 
     def follows(line: str) -> bool:
-        # Behind a first line that is off the grid, lines on the grid are where they belong.
+        # After a first line that is off the grid, lines on the grid are where they belong.
         return bool(line.strip()) and (shift % size == 0 or width(line) % size != 0)
 
     rest = [
@@ -93,12 +93,12 @@ def moved(text: str, before: str, wanted: int, step: str) -> str | None:
 
 
 def wanted_width(before: str, text: str, previous: str, following: str, step: str) -> int | None:
-    """The column where a suggestion that begins a line belongs; None where that cannot be said.
+    """Return the column where a suggestion that begins a line belongs; None if it cannot be determined.
 
     Args:
         before: the blanks before the cursor.
         text: the suggestion.
-        previous: the nearest line above that is not blank; "" if there is none.
+        previous: the nearest non-blank line above; "" if there is none.
         following: the nearest one below.
         step: one step of indentation.
     """
@@ -106,16 +106,16 @@ def wanted_width(before: str, text: str, previous: str, following: str, step: st
     have, above, below = width(before + first), width(previous), width(following)
     size = width(step)
     if previous.endswith((",", "\\")) and have > above:
-        # It goes on where something above is.
+        # It continues a line above.
         return None
     if opens_block(previous) and not previous.lstrip().startswith("#"):
         inner = below if below > above else above + size
         if below == inner < have:
-            # Deeper than the block that stands below.
+            # Deeper than the block below.
             return inner
         return inner if have < inner and (have <= above or have % size) else None
     if have % size and have != above:
-        # The user is on the way to the next step.
+        # The user is typing towards the next step.
         return have + size - have % size
     outer = min(above, below) if following else 0
     if previous and have < outer:
@@ -125,7 +125,7 @@ def wanted_width(before: str, text: str, previous: str, following: str, step: st
     plausible = {above, below, 0} if following else {above, 0}
     typed = width(before)
     if not before and previous and have > above and have != below:
-        # Nothing above opens a block that this could be in.
+        # Nothing above opens a block that the text could be in.
         return None if _CONTINUES.match(first.lstrip()) else above
     if first[:1] in {" ", "\t"} and have > above and have not in plausible and typed in plausible - {0}:
         return None if _CONTINUES.match(first.lstrip()) else typed
@@ -133,7 +133,7 @@ def wanted_width(before: str, text: str, previous: str, following: str, step: st
 
 
 def starts_anew(first: str) -> bool:
-    """Whether a line of Python starts something that belongs at the top of a file."""
+    """Return whether a line of Python begins something that belongs at the top level of a file."""
     return _TOP_LEVEL.match(first) is not None
 
 

@@ -1,7 +1,4 @@
-"""A suggestion in the middle of a line: where it goes over into the rest of that line.
-
-Pure: text in, text out.
-"""
+"""Suggestions in the middle of a line: where they join the rest of that line. Pure: text in, text out."""
 
 from __future__ import annotations
 
@@ -9,40 +6,40 @@ import re
 from collections.abc import Iterator
 
 from midfill.completion.postprocess import indentation
-from midfill.completion.postprocess.brackets import CLOSERS, Reader, imbalance, scan
-from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.indentation import lead, opens_block, width
-from midfill.completion.postprocess.repeats import goes_on_below
+from midfill.completion.postprocess.brackets import CLOSERS, OutlineReader, imbalance, scan
+from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.indentation import indent_of, opens_block, width
+from midfill.completion.postprocess.repeats import is_below_already
 from midfill.text import syntax
 from midfill.text.syntax import balance
 
 _MOST_ALIKE = 12
 _LONGEST_LIKENESS = 100
 _WORD = re.compile(r"\w")
-# What an editor inserts by itself behind the cursor, and what may stand behind it.
-# Nobody writes more closers in a row; for each of them the line is read.
+# Auto-closed brackets, and characters that may follow them. Longer runs of closers do not occur; for each of
+# them the line is read.
 _MOST_SHARED = 16
 _CLOSING_TAIL = re.compile(r"[\s)\]}>\"'`,;:]+")
 
 
-def end_of_line(text: str, place: Place) -> int | None:
-    """Where a text of one line ends: at the bracket that the file closes itself, else at the line's end."""
+def end_of_line(text: str, cursor: CursorContext) -> int | None:
+    """Return where a one-line text ends: at a bracket that the file closes itself, or at the line's end."""
     newline = text.find("\n")
     line = text if newline < 0 else text[:newline]
-    tail = place.line_after.lstrip()
-    # A bracket that was opened before the cursor is being closed, and the file closes it already.
+    tail = cursor.line_after.lstrip()
+    # A bracket opened before the cursor is being closed, and the file closes it already.
     closers = [one.start for one in balance(tuple(scan(line)))[1]]
-    # Those come first that the rest of the line leaves open.
-    spare = len(balance(tuple(scan(place.line_before)))[0]) - len(balance(tuple(scan(tail)))[1])
+    # The brackets that the rest of the line leaves open come first.
+    spare = len(balance(tuple(scan(cursor.line_before)))[0]) - len(balance(tuple(scan(tail)))[1])
     closing = next(iter(closers[max(0, spare) :]), None)
     if closing is not None and tail.startswith(line[closing]):
         return closing
     return None if newline < 0 else newline
 
 
-def joint(text: str, start: int, place: Place, reader: Reader) -> int | None:
-    """Where the line of `text` at `start` goes over into the rest of the cursor's line."""
-    tail = place.tail
+def joint(text: str, start: int, cursor: CursorContext, reader: OutlineReader) -> int | None:
+    """Return where the line of `text` at `start` joins the rest of the cursor's line."""
+    tail = cursor.tail
     for one in balance(reader.read(text).delimiters)[1]:
         if one.start >= start and tail.startswith(one.text):
             return one.start
@@ -52,47 +49,47 @@ def joint(text: str, start: int, place: Place, reader: Reader) -> int | None:
     return start + len(line) - len(tail)
 
 
-def bridged(text: str, end: int | None, place: Place, *, complete: bool) -> str:
-    """What of a text in the middle of a line leads to the rest of that line.
+def bridged(text: str, end: int | None, cursor: CursorContext, *, complete: bool) -> str:
+    """Return the part of a text that connects to the rest of the cursor's line.
 
-    If the model wrote that rest itself, the suggestion ends before it. Else it may be all there is, or its
-    first line; or some lines, after which the rest gets a line of its own; or what comes before something
-    that the rest begins like. What leaves the fewest errors of syntax is taken, and of those the first.
+    If the model wrote that rest itself, the suggestion ends before it. Otherwise the candidates are: all of
+    the text; its first line; some lines, after which the rest of the line gets its own line; the text before
+    a part that begins like the rest. The first candidate with the fewest syntax errors wins.
     """
     cut = text if end is None else text[:end]
-    if end is not None and _begins(text[end:], place.tail):
-        return _before_rest(cut, place.line_after)
+    if end is not None and _begins(text[end:], cursor.tail):
+        return _before_rest(cut, cursor.line_after)
     lines = cut.split("\n")
-    candidates = list(_before_the_same(cut, place))
+    candidates = list(_before_the_same(cut, cursor))
     if end is None and complete:
-        # A line end behind a single line is that of the cursor's line.
+        # A line end after a single line is that of the cursor's line.
         candidates.append(cut if "\n" in cut.rstrip("\n") else cut.rstrip("\n"))
-    candidates.append(without_overlap(lines[0], place))
-    candidates = [_before_rest(candidate, place.line_after) for candidate in candidates]
-    candidates += _on_lines_of_their_own(lines, place)
-    candidates += _before_the_like(cut, place)
-    return fewest_errors([text for text in candidates if text.strip() and not repeats(text, place)], place)
+    candidates.append(without_overlap(lines[0], cursor))
+    candidates = [_before_rest(candidate, cursor.line_after) for candidate in candidates]
+    candidates += _on_lines_of_their_own(lines, cursor)
+    candidates += _before_the_like(cut, cursor)
+    return fewest_errors([text for text in candidates if text.strip() and not repeats(text, cursor)], cursor)
 
 
-def repeats(text: str, place: Place) -> bool:
-    """Whether one of the text's lines is the next line below."""
+def repeats(text: str, cursor: CursorContext) -> bool:
+    """Return whether one of the text's lines is the next line below."""
     lines = text.split("\n")
-    whole = place.line_before + lines[0]
-    return goes_on_below(lines[:1], place, whole=whole, nearby=False) or any(
-        goes_on_below(lines[: number + 1], place, nearby=False) for number in range(1, len(lines))
+    whole = cursor.line_before + lines[0]
+    return is_below_already(lines[:1], cursor, whole=whole, nearby=False) or any(
+        is_below_already(lines[: number + 1], cursor, nearby=False) for number in range(1, len(lines))
     )
 
 
-def _before_the_same(text: str, place: Place) -> Iterator[str]:
-    """What comes before the rest of the line, where the model wrote that and then went on."""
-    at = text.find(place.tail)
-    if at > 0 and _WORD.search(place.tail):
+def _before_the_same(text: str, cursor: CursorContext) -> Iterator[str]:
+    """Yield the text before the rest of the line, if the model wrote that rest and continued."""
+    at = text.find(cursor.tail)
+    if at > 0 and _WORD.search(cursor.tail):
         yield text[:at]
 
 
-def _before_the_like(text: str, place: Place) -> Iterator[str]:
-    """What comes before the places that begin like the rest of the line, the longest likeness first."""
-    tail = place.tail[:_LONGEST_LIKENESS]
+def _before_the_like(text: str, cursor: CursorContext) -> Iterator[str]:
+    """Yield the text before each part that begins like the rest of the line, the longest match first."""
+    tail = cursor.tail[:_LONGEST_LIKENESS]
 
     def likeness(at: int) -> int:
         return next(
@@ -104,13 +101,13 @@ def _before_the_like(text: str, place: Place) -> Iterator[str]:
 
 
 def _begins(text: str, tail: str) -> bool:
-    """Whether a text goes on with the rest of the line, or with its first closer."""
+    """Return whether a text begins with the rest of the line, or with its first closer."""
     return text.startswith(tail) or (tail[0] in CLOSERS and text.startswith(tail[0]))
 
 
 def _before_rest(text: str, line_after: str) -> str:
-    """The text without those blanks at its end that stand behind the cursor already."""
-    blanks = lead(line_after)
+    """Return the text without those blanks at its end that are after the cursor already."""
+    blanks = indent_of(line_after)
     if not blanks:
         return text
     last = text[text.rfind("\n") + 1 :]
@@ -119,53 +116,53 @@ def _before_rest(text: str, line_after: str) -> str:
     return text.rstrip(" \t")
 
 
-def _on_lines_of_their_own(lines: list[str], place: Place) -> Iterator[str]:
-    """The first one, two, three ... lines, and the rest of the cursor's line moved to its own line."""
-    below, blanks = place.next_line, lead(place.line_after)
-    step = indentation.unit(place.around)
-    column = width(below) - (width(step) if opens_block(place.tail) else 0)
+def _on_lines_of_their_own(lines: list[str], cursor: CursorContext) -> Iterator[str]:
+    """Yield the first one, two, three ... lines, with the rest of the cursor's line moved to its own line."""
+    below, blanks = cursor.next_line, indent_of(cursor.line_after)
+    step = indentation.unit(cursor.around)
+    column = width(below) - (width(step) if opens_block(cursor.tail) else 0)
     if not below or column < width(blanks):
         return
-    # A suggestion has no more; each is parsed.
-    for number, line in enumerate(lines[: place.max_lines]):
-        whole = line if number else place.line_before + line
+    # A suggestion has at most this many lines; each is parsed.
+    for number, line in enumerate(lines[: cursor.max_lines]):
+        whole = line if number else cursor.line_before + line
         if line.strip() and (not opens_block(line) or column > width(whole)):
             text = "\n".join(lines[: number + 1]).rstrip()
-            yield text + "\n" + lead(below)[: column - width(blanks)]
+            yield text + "\n" + indent_of(below)[: column - width(blanks)]
 
 
-def fewest_errors(candidates: list[str], place: Place) -> str:
-    """The first of the candidates that leave the least for the grammar to complain about."""
+def fewest_errors(candidates: list[str], cursor: CursorContext) -> str:
+    """Return the first of the candidates that leave the fewest syntax errors."""
     if len(candidates) < 2:
         return candidates[0] if candidates else ""
 
-    return min(candidates, key=lambda text: _damage(text, place))
+    return min(candidates, key=lambda text: _damage(text, cursor))
 
 
-def _damage(text: str, place: Place) -> tuple[int, int]:
-    """How far above the end of what is known the language's parser gives up, and what the grammar minds."""
-    above = place.above + place.line_before
-    whole = "\n".join((above + text + place.line_after, *place.following))
-    first = syntax.first_error(whole, place.language_id)
+def _damage(text: str, cursor: CursorContext) -> tuple[int, int]:
+    """Return how many lines before the end the parser gives up, and the number of the grammar's errors."""
+    above = cursor.above + cursor.line_before
+    whole = "\n".join((above + text + cursor.line_after, *cursor.following))
+    first = syntax.first_error(whole, cursor.language_id)
     unread = 0
     if first is not None:
-        # An error above the cursor's line says nothing of what is put in.
+        # An error above the cursor's line does not depend on the text.
         unread = whole.count("\n") + 1 - max(first, above.count("\n"))
-    return unread, syntax.count_errors(whole, place.language_id) or 0
+    return unread, syntax.count_errors(whole, cursor.language_id) or 0
 
 
-def without_overlap(text: str, place: Place) -> str:
-    """Drop the end of `text` that stands behind the cursor already.
+def without_overlap(text: str, cursor: CursorContext) -> str:
+    """Drop the end of `text` if it is after the cursor already.
 
-    What is the same may also belong to the text, as the bracket of `len(names)` before a `)` does:
-    then dropping it would leave the line with more open than before, and it stays.
+    An equal end may also belong to the text, as the bracket of `len(names)` before a `)` does: dropping it
+    would leave more brackets open on the line than before, so it stays.
     """
-    tail = place.line_after.rstrip()
-    # What the rest of the line closes may have been opened further up.
-    num_above = len(balance(tuple(scan(place.line_before + tail)))[1])
+    tail = cursor.line_after.rstrip()
+    # The rest of the line may close brackets that were opened further up.
+    num_above = len(balance(tuple(scan(cursor.line_before + tail)))[1])
 
     def left_open(kept: str) -> int:
-        return abs(imbalance(place.line_before + kept + tail) - num_above)
+        return abs(imbalance(cursor.line_before + kept + tail) - num_above)
 
     best, least = text, left_open(text)
     for length in range(min(len(text), len(tail)), 0, -1):
@@ -175,7 +172,7 @@ def without_overlap(text: str, place: Place) -> str:
         whole = length == len(tail) and length > 1
         if text.endswith(shared) and (whole or _CLOSING_TAIL.fullmatch(shared)):
             kept = text[: len(text) - length]
-            # Of cuts that are as good, the longest; and any cut rather than none.
+            # Of equally good cuts, the longest; and any cut rather than none.
             if (found := left_open(kept)) < least or (best is text and found == least):
                 best, least = kept, found
     return best

@@ -1,6 +1,6 @@
-"""Lines that run away: a model that repeats a piece of text within a line and finds no end.
+"""Runaway lines: the model repeats a piece of text within one line and does not stop.
 
-Pure: text in, offsets out. What is judged is a line up to fixed columns, so that more text changes nothing.
+Pure: text in, offsets out. A line is judged at fixed columns, so that more text changes nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 _COLUMNS = 16
 _LONGEST_PERIOD = 64
-# A repetition as long as this has no end; at the model's token limit a short one has none either.
+# A repetition this long will not end; at the token limit a short one will not either.
 _LONGEST = 96
 _SHORTEST = 16
 _MIN_REPEATS = 4
@@ -19,19 +19,19 @@ _WIDER = 1.25
 _RULER_WIDTH = 79
 _WORD = re.compile(r"\w")
 _LAST_WORD = re.compile(r"(?<!\w)\w+\Z")
-# What leads to a repetition and is nothing without it.
+# Text that introduces a repetition and is useless without it.
 _DANGLING = re.compile(r"(?:[ \t]*(?:#+|//+|--|/\*+|<!--))?[ \t]*[\"'`]{0,3}\Z")
 _SEPARATORS = " \t,|&+"
-# What rulers, underlined headings and the frames of tables are drawn with.
+# Characters of rulers, underlined headings and table frames.
 _RULER = re.compile(r"[-=*#~_+.:/\\|<>^%!\u2010-\u2015\u2500-\u259f\s]+")
 
 
-class Line:
-    """A line that grows, and whether it runs away. Linear in the line.
+class GrowingLine:
+    """Detects whether a growing line runs away. Linear in the line.
 
     Args:
         around: the lines around it.
-        before: what stands on the line already.
+        before: the text before it on its line.
     """
 
     def __init__(self, around: Sequence[str], before: str = "") -> None:
@@ -41,9 +41,9 @@ class Line:
         self._allowed = 0
 
     def cut(self, line: str) -> int | None:
-        """Return how much of a line that runs away is worth keeping; None if it does not.
+        """Return how much of a runaway line is worth keeping; None if it does not run away.
 
-        `line` begins with what was given before.
+        `line` must begin with the text of the previous call.
         """
         while self._column + _COLUMNS <= len(line):
             self._column += _COLUMNS
@@ -61,7 +61,7 @@ class Line:
 
 
 def cut_at_limit(line: str, around: Sequence[str]) -> int | None:
-    """Return the same as `Line.cut` for a line that ends because the model ran into its token limit."""
+    """Return the same as `GrowingLine.cut` for a line that ended at the token limit."""
     period = _period(line, len(line), _SHORTEST)
     if period is None or _RULER.fullmatch(line, len(line) - period) or _alike(line, period, around):
         return None
@@ -69,7 +69,7 @@ def cut_at_limit(line: str, around: Sequence[str]) -> int | None:
 
 
 def _period(line: str, end: int, longest: int) -> int | None:
-    """Return the shortest period of a line up to `end`, if that repeats itself for long enough."""
+    """Return the shortest period of a line up to `end`, if it repeats itself for long enough."""
     last = end - _SHORTEST
     if last < 0:
         return None
@@ -84,7 +84,7 @@ def _period(line: str, end: int, longest: int) -> int | None:
 
 
 def _alike(line: str, period: int, around: Sequence[str]) -> list[int]:
-    """Return the lengths of those of the lines around that repeat the same."""
+    """Return the lengths of those lines around that have the same repetition."""
     piece = line[-_MIN_REPEATS * period :]
     return [len(one) for one in around if piece in one] if piece.strip() else []
 
@@ -97,9 +97,9 @@ def _cut(line: str, period: int, ruler_width: int, before: str = "") -> int:
     piece = line[start : start + period]
     if piece.strip() and _RULER.fullmatch(piece):
         if _WORD.match((before + line[:start])[-1:]):
-            # Dots behind a word are no ruler.
+            # Dots after a word are not a ruler.
             return start
-        # As wide as the others are.
+        # As wide as the others.
         return start + max(1, (ruler_width - start) // period) * period
     if _WORD.search(piece) and not re.fullmatch(r"\w+", piece):
         return len(line[: start + period].rstrip(_SEPARATORS))

@@ -1,4 +1,4 @@
-"""Tabs or blanks: the indentation of a model's lines, written as the lines around the cursor have it."""
+"""Tabs or spaces: the indentation of the model's lines, converted to that of the lines around the cursor."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 
 from midfill.completion.postprocess import indentation
 from midfill.completion.postprocess.brackets import enclosing
-from midfill.completion.postprocess.cursor_context import NUM_AROUND, Place
-from midfill.completion.postprocess.indentation import kind, lead, opens_block
+from midfill.completion.postprocess.cursor_context import NUM_AROUND, CursorContext
+from midfill.completion.postprocess.indentation import indent_of, kind, opens_block
 from midfill.text import syntax
 
-# Their formatter leaves no choice.
+# Languages whose formatter always uses tabs.
 _ALWAYS_TABS = frozenset({"go", "go.mod"})
-# How many blanks a step has.
+# Numbers of spaces that may be one step.
 _STEPS = frozenset({2, 3, 4, 8})
-# In these languages it is often two.
+# Languages in which a step is often two spaces.
 _NARROW = re.compile(
     r"(?:java|type)script|[jt]sx?\b|json|ruby|lua|html|vue|svelte|astro|s?css|less|sass|xml|scala|dart|elixir|r\b|yaml"
 )
@@ -26,7 +26,7 @@ _OPENING_WORD = re.compile(
     r"|(?:local\s+)?function|def|class|module|sub|proc)\b"
 )
 _LAST_OPENING_WORD = re.compile(r"\b(?:then|do|else|begin|try|repeat|of|in|where)(?:\s*\|[^|]*\|)?\s*\Z")
-# An element, or a block of a template, whose end is to follow on a line of its own.
+# An element, or a template block, whose end follows on its own line.
 _OPENING_TAG = re.compile(
     r"\s*<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|source|track|wbr)\b)(?:\w[^<>]*|.*<\w[^<>]*)?"
     r"(?<![/=-])>\s*\Z|\s*>\s*\Z|\s*\{\{?[#:]\w[^{}]*\}\}?\s*\Z"
@@ -36,7 +36,7 @@ _LAST_WORD_OF_ONE_LINE = re.compile(r"(?:[;}]|\b(?:end|fi|done|esac))\s*\Z")
 _OUTWARDS = re.compile(
     r"[)\]}]|</|\{\{?[/:]|\{%-?\s*(?:end|else|elif)|(?:else|elif|elsif|elseif|except|finally|catch|rescue|ensure|end|fi|done|esac|until)\b"
 )
-# Some write these in the column of the line that opens the block.
+# Labels that some write in the column of the line that opens the block.
 _LABEL = re.compile(r"(?:case|default)\b|(?:public|private|protected)\s*:")
 _JUMP = re.compile(r"\s*(?:return|raise|throw|break|continue|goto)\b")
 
@@ -55,70 +55,76 @@ def may_open(line: str) -> bool:
     return not _LAST_WORD_OF_ONE_LINE.search(line) and _OPENING_WORD.match(line) is not None
 
 
-def _kind(place: Place) -> str:
-    r"""Return what lines at a place are indented by: "\t", " ", or "" if they are to stay as they come."""
-    inside = enclosing(place)
+def _kind(cursor: CursorContext) -> str:
+    r"""Return the character to indent lines by: "\t", " ", or "" to leave them as they are."""
+    inside = enclosing(cursor)
     if inside is not None:
-        opener, *lines = (inside.above + place.line_before).split("\n")
+        opener, *lines = (inside.above + cursor.line_before).split("\n")
         lines = [line for line in (*lines[:-1], *inside.rest.split("\n")[1:-1]) if line.strip()]
         return kind(lines or [opener])
-    found = kind(place.around)
-    if not found and "\t" in {line[:1] for line in place.around}:
-        # Text in strings and comments says nothing of the code.
-        found = kind(_code_around(place))
-    if found == "\t" and place.is_prose and lead(place.line_before or place.previous_line)[:1] != "\t":
+    found = kind(cursor.around)
+    if not found and "\t" in {line[:1] for line in cursor.around}:
+        # Text in strings and comments does not show the indentation of code.
+        found = kind(_code_around(cursor))
+    if (
+        found == "\t"
+        and cursor.is_prose
+        and indent_of(cursor.line_before or cursor.previous_line)[:1] != "\t"
+    ):
         return ""
-    if not found and "yaml" in place.language_id.lower():
+    if not found and "yaml" in cursor.language_id.lower():
         return " "
-    if not found and place.language_id in _ALWAYS_TABS:
-        # Nothing is indented yet.
+    if not found and cursor.language_id in _ALWAYS_TABS:
+        # No line is indented yet.
         return "\t"
     return found
 
 
-def _code_around(place: Place) -> tuple[str, ...]:
-    """Return those of the lines around a place that do not begin within a string or a comment."""
-    rest = (place.line_before + place.line_after, *place.following)
-    whole = place.above + "\n".join(rest)
-    found = syntax.outline(whole, place.language_id)
+def _code_around(cursor: CursorContext) -> tuple[str, ...]:
+    """Return those lines around the cursor that do not begin within a string or a comment."""
+    rest = (cursor.line_before + cursor.line_after, *cursor.following)
+    whole = cursor.above + "\n".join(rest)
+    found = syntax.outline(whole, cursor.language_id)
     if found is None:
-        return place.around
+        return cursor.around
     lines, start = [], 0
     for line in whole.split("\n"):
         lines.append("" if found.within(start) else line)
         start += len(line) + 1
     at = len(lines) - len(rest)
-    here = lines[at] if place.line_before.strip() else ""
+    here = lines[at] if cursor.line_before.strip() else ""
     return (*lines[max(0, at - NUM_AROUND) : at], here, *lines[at + 1 : at + 1 + NUM_AROUND])
 
 
 class Tabs:
-    r"""Writes the blanks at the beginning of lines, one line after the other.
+    """Converts the indentation of lines, one after the other.
 
-    What is known of a line is what is above it, so that what was written never has to be taken back.
+    A line is judged only by the lines above it, so that released text never has to be changed.
     """
 
-    def __init__(self, place: Place) -> None:
-        language = place.language_id.lower()
-        self._kind = _kind(place)
-        self._unit = "  " if "yaml" in language and not kind(place.around) else indentation.unit(place.around)
+    def __init__(self, cursor: CursorContext) -> None:
+        language = cursor.language_id.lower()
+        self._kind = _kind(cursor)
+        self._unit = (
+            "  " if "yaml" in language and not kind(cursor.around) else indentation.unit(cursor.around)
+        )
         self._is_makefile = _MAKEFILE.match(language) is not None
         self._is_narrow = _NARROW.match(language) is not None
         self._step = 0
 
     @property
     def needs_word(self) -> bool:
-        """Whether it depends on a line's first word how it is indented."""
+        """Whether a line's indentation depends on its first word."""
         return self._is_makefile or (self._kind == "\t" and not self._step)
 
     def indented(self, blanks: str, rest: str, previous: str, before: str) -> str:
-        """Return what to write for the blanks before a line.
+        """Return the indentation to write for a line.
 
         Args:
-            blanks: as the model wrote them.
-            rest: the line behind them, its first word at least.
-            previous: the line above it that is not blank, as it is in the file.
-            before: blanks that stand on the line already.
+            blanks: the model's indentation.
+            rest: the line after it, at least its first word.
+            previous: the previous non-blank line, as it is in the file.
+            before: blanks before the cursor on the same line.
         """
         if self._is_makefile:
             return self._recipe(blanks, rest, previous, before)
@@ -128,7 +134,7 @@ class Tabs:
             return blanks
         tabs = blanks[: len(blanks) - len(blanks.lstrip("\t"))]
         if "\t" in blanks[len(tabs) :] or (tabs and not opens(previous)):
-            # Blanks behind tabs align, unless a block has been opened.
+            # Spaces after tabs are alignment, unless a block has been opened.
             return blanks
         return tabs + self._by_tabs(blanks[len(tabs) :], rest, previous, len(before + tabs))
 
@@ -143,7 +149,7 @@ class Tabs:
         if len(blanks) < min(_STEPS) or (num_tabs and depth <= 0):
             return blanks
         if not self._step:
-            # An asterisk of a comment stands one or two blanks behind its indentation.
+            # An asterisk of a comment is one or two spaces to the right of its indentation.
             behind = (1, 0, 2) if rest.startswith("*") else (0,)
             is_certain = opens(previous) and _LABEL.match(rest) is None
             steps = (self._guessed(len(blanks) - more, depth, is_certain) for more in behind)
@@ -153,21 +159,21 @@ class Tabs:
         return "\t" * (len(blanks) // self._step) + " " * (len(blanks) % self._step)
 
     def _guessed(self, size: int, depth: int, is_certain: bool) -> int:
-        """How many blanks the model writes for a tab if `size` of them are `depth` tabs; 0 if unknown."""
+        """Return how many spaces the model writes for a tab if `size` are `depth` tabs; 0 if unknown."""
         step = size // depth if depth > 0 and size % depth == 0 else 0
         if step == 2 and size % 4 == 0 and not self._is_narrow and not is_certain:
-            # Rather one step outwards, which nothing announces.
+            # Prefer one step outwards, which no line announces.
             return 4
         return step if step in _STEPS else 0
 
 
 def _usual_step(size: int) -> int:
-    """The most usual step that so many blanks are made of; 0 if none."""
+    """Return the most common step that divides a number of spaces; 0 if none does."""
     return next((step for step in (4, 2, 3) if size % step == 0), 0)
 
 
 def _depth(rest: str, previous: str) -> int:
-    """How many tabs the line after `previous` is likely to begin with."""
+    """Return how many tabs the line after `previous` probably begins with."""
     depth = len(previous) - len(previous.lstrip("\t"))
     opened = may_open(previous)
     outwards = _OUTWARDS.match(rest) is not None or (not opened and _JUMP.match(previous) is not None)

@@ -1,11 +1,12 @@
-"""Feedback: which suggestions were accepted, and which of those stayed; counted on this machine.
+"""Acceptance: which suggestions were accepted, and which of those stayed; counted on this machine.
 
-An editor says that an item was accepted by the item's command; editors that do not, and those that take
-a word or a line of it, are found out by the edits that follow an offer. An accepted text is looked for
-again after 30 seconds and after 5 minutes. Counts are kept by model and language in one small file of the
-user's state folder; texts live in memory only, for those 5 minutes, and are never written anywhere.
+Editors report an acceptance by the item's command. For those that do not, and for words and lines accepted
+from a suggestion, the edits that follow it are compared with it. An accepted text is looked for again after
+30 seconds and after 5 minutes. Counts are kept by model and language in one small file of the user's state
+folder; texts live in memory only, for those 5 minutes, and are never written anywhere.
 
-`Feedback` is pure; `Journal` gives it a clock and a file, on the event loop; `add` and `read` touch the disk.
+`AcceptanceStats` is pure; `AcceptanceTracker` gives it a clock and a file, on the event loop; `add` and
+`read` touch the disk.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from midfill.system.state import state_path
 from midfill.text.documents import Change, Document, Encoding, Point, split_lines
 
 CHECKS = (("30s", 30.0), ("5min", 300.0))
-# An accepted text is there still if so much of it can be found at its place, in order.
+# An accepted text is still there if this share of it is found at its position, in order.
 _KEPT_SHARE = 2 / 3
-# A key inserts one character; what inserts more, and agrees with the offer, is a part of it accepted.
+# A key inserts one character; a longer insertion that agrees with the suggestion accepts a part of it.
 _MIN_PART = 2
-_MAX_OFFERS = 16
+_MAX_SHOWN = 16
 _MAX_WATCHED = 256
 _LOCK_S = 2.0
 _WRITE_S = 30.0
@@ -45,14 +46,14 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Counts:
-    """What became of the suggestions of one model in one language.
+class AcceptanceCounts:
+    """Counts of the suggestions of one model in one language.
 
     Attributes:
         offered: suggestions sent to the editor; one that is typed through counts once.
-        accepted: taken whole.
-        partly_accepted: a word or a line of it was taken.
-        accepted_chars: characters taken, of both.
+        accepted: accepted as a whole.
+        partly_accepted: a word or a line of it was accepted.
+        accepted_chars: characters accepted, of both.
         checked_30s, kept_30s: accepted ones that were looked for after 30 seconds, and found.
         checked_5min, kept_5min: likewise after 5 minutes.
     """
@@ -66,14 +67,14 @@ class Counts:
     checked_5min: int = 0
     kept_5min: int = 0
 
-    def add(self, other: Counts) -> None:
+    def add(self, other: AcceptanceCounts) -> None:
         """Add another's counts to these."""
         for item in fields(self):
             setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
 
 
-Table = dict[str, dict[str, Counts]]
-"""Counts by model and language; a model with an adapter is one of its own, see `key_of`."""
+Table = dict[str, dict[str, AcceptanceCounts]]
+"""Counts by model and language; a model with an adapter has its own name, see `key_of`."""
 
 _WITH = " + "
 _WITHOUT = " (held out)"
@@ -81,41 +82,41 @@ _HELD_OUT = 0.1
 
 
 def key_of(model: str, adapter: str | None, *, held_out: bool = False) -> str:
-    """The model's name in the table; `held_out` if it had no adapter though this one was to be used."""
+    """Return the model's name in the table; `held_out` if the adapter was withheld for comparison."""
     return model if adapter is None else f"{model}{_WITH}{adapter}{_WITHOUT if held_out else ''}"
 
 
 def adapter_of(key: str) -> tuple[str, str | None]:
-    """The model and the adapter that a name in the table stands for."""
+    """Return the model and the adapter for a name in the table."""
     model, _, adapter = key.partition(_WITH)
     return model, adapter or None
 
 
 def is_held_out(session: str) -> bool:
-    """Whether a session is one of the tenth without adapters: by its id alone, so it stays so."""
+    """Return whether a session is in the tenth without adapters. Depends on its id alone."""
     return int.from_bytes(hashlib.sha256(session.encode()).digest()[:8]) < _HELD_OUT * 2**64
 
 
 def with_and_without(key: str) -> tuple[str, bool]:
-    """The key with the adapter that was to be used, and whether it was held out."""
+    """Return the key with the adapter, and whether that was withheld."""
     return key.removesuffix(_WITHOUT), key.endswith(_WITHOUT)
 
 
-Sessions = dict[str, dict[str, Counts]]
-"""Counts by session and key, of all languages together: what two groups of sessions are compared by."""
+Sessions = dict[str, dict[str, AcceptanceCounts]]
+"""Counts by session and key, of all languages together: for comparing two groups of sessions."""
 
 _MOST_SESSIONS = 2000
 
 
 @dataclass(slots=True, eq=False)
-class _Offer:
-    """A suggestion that the editor has, or what is left of it.
+class _ShownSuggestion:
+    """A suggestion that the editor shows, or the remainder of one.
 
     Attributes:
         key: model and language.
-        start: where `text` would go.
-        num_replaced: characters behind it whose place the text would take.
-        accepted, partly: whether it was counted as such.
+        start: where `text` would be inserted.
+        num_replaced: characters after `start` that the text would replace.
+        accepted, partly: it was counted as such.
     """
 
     uri: str
@@ -128,16 +129,16 @@ class _Offer:
 
     @property
     def end(self) -> Point:
-        """Where what it would replace ends."""
+        """The end of the range that it would replace."""
         return Point(self.start.line, self.start.column + self.num_replaced)
 
 
 @dataclass(slots=True, eq=False)
 class _Watched:
-    """An accepted text, until it has been looked for the last time.
+    """An accepted text, until the last check of whether it is still there.
 
     Attributes:
-        done: how many of `CHECKS` have been made.
+        done: number of `CHECKS` made.
     """
 
     uri: str
@@ -149,62 +150,62 @@ class _Watched:
 
     @property
     def due_s(self) -> float:
-        """When it is looked for next."""
+        """The time of the next check, in seconds."""
         return self.since_s + CHECKS[self.done][1]
 
 
-class Feedback:
-    """Follows offers through the edits of their documents. Times are those of one clock, in seconds."""
+class AcceptanceStats:
+    """Follows shown suggestions through the edits of their documents. Times are seconds of one clock."""
 
     def __init__(self) -> None:
         self._table: Table = {}
-        self._offers: OrderedDict[int, _Offer] = OrderedDict()
+        self._suggestions: OrderedDict[int, _ShownSuggestion] = OrderedDict()
         self._current: dict[str, int] = {}
         self._watched: list[_Watched] = []
         self._next_id = 1
 
-    def offer(self, document: Document, start: Point, text: str, model: str, num_replaced: int = 0) -> int:
-        """A suggestion goes out; returns the id for its item's command.
+    def shown(self, document: Document, start: Point, text: str, model: str, num_replaced: int = 0) -> int:
+        """Note that a suggestion is shown. Returns the id for its item's command.
 
-        What is left of a suggestion that the user types through is the same one still.
+        The remainder of a suggestion that the user types through is not a new one.
         """
         text = _plain(text)
         id_ = self._current.get(document.uri, 0)
-        current = self._offers.get(id_)
+        current = self._suggestions.get(id_)
         if current is not None and (current.start, current.text) == (start, text):
             return id_
-        offer = _Offer(document.uri, (model, document.language_id), start, text, num_replaced)
-        self._counts(offer.key).offered += 1
+        suggestion = _ShownSuggestion(document.uri, (model, document.language_id), start, text, num_replaced)
+        self._counts(suggestion.key).offered += 1
         id_, self._next_id = self._next_id, self._next_id + 1
-        self._offers[id_] = offer
+        self._suggestions[id_] = suggestion
         self._current[document.uri] = id_
-        if len(self._offers) > _MAX_OFFERS:
-            self._offers.popitem(last=False)
+        if len(self._suggestions) > _MAX_SHOWN:
+            self._suggestions.popitem(last=False)
         return id_
 
     def accept(self, id_: int, now_s: float) -> None:
-        """The editor says that an offer was accepted; unknown ones and those known already do not count."""
-        if (offer := self._offers.get(id_)) is not None:
-            self._accept(offer, offer.start, now_s)
+        """Note the editor's report of an acceptance. Unknown ids and repeated reports do not count."""
+        if (suggestion := self._suggestions.get(id_)) is not None:
+            self._accept(suggestion, suggestion.start, now_s)
 
     def edit(self, uri: str, start: Point, end: Point, text: str, now_s: float) -> None:
-        """An edit of a document, in the places of the document before it."""
+        """Take an edit of a document; the positions are those before it."""
         text = _plain(text)
-        current = self._offers.get(self._current.get(uri, 0))
+        current = self._suggestions.get(self._current.get(uri, 0))
         touched = current is not None and end in {current.start, current.end}
-        places: list[_Offer | _Watched] = [*self._offers.values(), *self._watched]
-        for place in places:
-            if place.uri == uri and not (touched and place is current):
-                place.start = _moved(place.start, start, end, text)
+        tracked: list[_ShownSuggestion | _Watched] = [*self._suggestions.values(), *self._watched]
+        for one in tracked:
+            if one.uri == uri and not (touched and one is current):
+                one.start = _moved(one.start, start, end, text)
         if current is not None and touched:
             self._take(current, start, end, text, now_s)
 
     def follows(self, uri: str) -> bool:
-        """Whether edits of a document matter."""
+        """Return whether edits of a document matter."""
         return uri in self._current or any(watched.uri == uri for watched in self._watched)
 
     def check(self, documents: Mapping[str, Document], now_s: float) -> float | None:
-        """Look for accepted texts that are due. Returns when the next one is, or None."""
+        """Look for accepted texts that are due. Returns the time of the next check, or None."""
         for watched in self._watched:
             while watched.done < len(CHECKS) and watched.due_s <= now_s:
                 name, _ = CHECKS[watched.done]
@@ -215,56 +216,59 @@ class Feedback:
         return min((watched.due_s for watched in self._watched), default=None)
 
     def close(self, uri: str) -> None:
-        """A document was closed: what was accepted there is not looked for any more."""
+        """Stop following a document that was closed."""
         self._current.pop(uri, None)
         self._watched = [watched for watched in self._watched if watched.uri != uri]
 
     @property
     def has_counts(self) -> bool:
-        """Whether `collect` would give any."""
+        """Whether `collect` would return any counts."""
         return bool(self._table)
 
     def collect(self) -> Table:
-        """The counts since the last call."""
+        """Return the counts since the last call."""
         table, self._table = self._table, {}
         return table
 
     def restore(self, table: Table) -> None:
-        """Take back what `collect` gave, which could not be written."""
+        """Put back counts from `collect` that could not be written."""
         for model, languages in table.items():
             for language, counts in languages.items():
                 self._counts((model, language)).add(counts)
 
-    def _counts(self, key: tuple[str, str]) -> Counts:
+    def _counts(self, key: tuple[str, str]) -> AcceptanceCounts:
         model, language = key
-        return self._table.setdefault(model, {}).setdefault(language, Counts())
+        return self._table.setdefault(model, {}).setdefault(language, AcceptanceCounts())
 
-    def _take(self, offer: _Offer, start: Point, end: Point, text: str, now_s: float) -> None:
-        """An edit that ends where the offer would go: the offer accepted, a part of it, or other text."""
-        if len(text) >= _MIN_PART and text.endswith(offer.text):
-            # Editors may replace the word before the cursor along with it.
-            self._accept(offer, _after(start, text[: len(text) - len(offer.text)]), now_s)
-        elif text and start == end and offer.text.startswith(text):
-            offer.start, offer.text = _after(start, text), offer.text[len(text) :]
+    def _take(self, suggestion: _ShownSuggestion, start: Point, end: Point, text: str, now_s: float) -> None:
+        """Judge an edit that ends at a suggestion's position: it accepts all or a part, or is other text."""
+        if len(text) >= _MIN_PART and text.endswith(suggestion.text):
+            # Editors may replace the word before the cursor together with it.
+            self._accept(suggestion, _after(start, text[: len(text) - len(suggestion.text)]), now_s)
+        elif text and start == end and suggestion.text.startswith(text):
+            suggestion.start, suggestion.text = _after(start, text), suggestion.text[len(text) :]
             if len(text) >= _MIN_PART:
-                counts = self._counts(offer.key)
-                counts.partly_accepted += not offer.partly
+                counts = self._counts(suggestion.key)
+                counts.partly_accepted += not suggestion.partly
                 counts.accepted_chars += len(text)
-                offer.partly = True
+                suggestion.partly = True
         else:
-            offer.start = _after(start, text)
-            del self._current[offer.uri]
+            suggestion.start = _after(start, text)
+            del self._current[suggestion.uri]
 
-    def _accept(self, offer: _Offer, start: Point, now_s: float) -> None:
-        if self._current.get(offer.uri) is not None and self._offers.get(self._current[offer.uri]) is offer:
-            del self._current[offer.uri]
-        if offer.accepted or not offer.text:
+    def _accept(self, suggestion: _ShownSuggestion, start: Point, now_s: float) -> None:
+        if (
+            self._current.get(suggestion.uri) is not None
+            and self._suggestions.get(self._current[suggestion.uri]) is suggestion
+        ):
+            del self._current[suggestion.uri]
+        if suggestion.accepted or not suggestion.text:
             return
-        offer.accepted = True
-        counts = self._counts(offer.key)
+        suggestion.accepted = True
+        counts = self._counts(suggestion.key)
         counts.accepted += 1
-        counts.accepted_chars += len(offer.text)
-        self._watched.append(_Watched(offer.uri, offer.key, start, offer.text, now_s))
+        counts.accepted_chars += len(suggestion.text)
+        self._watched.append(_Watched(suggestion.uri, suggestion.key, start, suggestion.text, now_s))
         del self._watched[:-_MAX_WATCHED]
 
     def _look(self, watched: _Watched, document: Document, name: str) -> None:
@@ -278,74 +282,74 @@ class Feedback:
             counts.kept_5min += kept
 
 
-class Journal:
-    """`Feedback` with a clock and a file. Runs on the event loop; writes in a thread.
+class AcceptanceTracker:
+    """`AcceptanceStats` with a clock and a file. Runs on the event loop; writes in a thread.
 
     Args:
-        documents: the open ones, as they are at any time.
+        documents: the open documents; kept up to date by the caller.
 
     Attributes:
         counts: whether anything is counted.
-        session: the id under which what adapters do is counted by session too; None if it is not.
+        session: the id under which adapters are counted by session too; None if they are not.
     """
 
     def __init__(self, documents: Mapping[str, Document]) -> None:
         self.counts = False
         self.session: str | None = None
         self._documents = documents
-        self._feedback = Feedback()
+        self._stats = AcceptanceStats()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._writing: asyncio.Task[None] | None = None
         self._failed = False
 
-    def offer(
+    def shown(
         self, document: Document, start: Point, text: str, model: str, num_replaced: int = 0
     ) -> int | None:
-        """See `Feedback.offer`; None if nothing is counted."""
+        """Note a shown suggestion as `AcceptanceStats.shown` does. Returns None if nothing is counted."""
         if not self.counts:
             return None
-        id_ = self._feedback.offer(document, start, text, model, num_replaced)
+        id_ = self._stats.shown(document, start, text, model, num_replaced)
         self._see_to_it()
         return id_
 
     def accept(self, id_: int) -> None:
-        """See `Feedback.accept`."""
-        self._feedback.accept(id_, time.monotonic())
+        """Note the editor's report of an acceptance."""
+        self._stats.accept(id_, time.monotonic())
         self._see_to_it()
 
     def edit(self, before: Document, after: Document, changes: Sequence[Change], encoding: Encoding) -> None:
-        """A document was edited."""
-        if not self._feedback.follows(after.uri):
+        """Take an edit of a document."""
+        if not self._stats.follows(after.uri):
             return
         change = changes[0] if len(changes) == 1 else None
         if change is not None and change.start is not None and change.end is not None:
-            start, end = sorted(before.point(place, encoding) for place in (change.start, change.end))
-            self._feedback.edit(after.uri, start, end, change.text, time.monotonic())
+            start, end = sorted(before.point(position, encoding) for position in (change.start, change.end))
+            self._stats.edit(after.uri, start, end, change.text, time.monotonic())
         else:
-            self._feedback.edit(after.uri, *difference(before, after), time.monotonic())
+            self._stats.edit(after.uri, *difference(before, after), time.monotonic())
         self._see_to_it()
 
     def close(self, uri: str) -> None:
-        """See `Feedback.close`."""
-        self._feedback.close(uri)
+        """Stop following a document that was closed."""
+        self._stats.close(uri)
 
     def end(self) -> None:
-        """Write what is still to be written."""
+        """Write the counts that are not written yet."""
         for timer in self._timers.values():
             timer.cancel()
-        self._write(self._feedback.collect())
+        self._write(self._stats.collect())
 
     def _see_to_it(self) -> None:
-        """Look for accepted texts, and write counts, in time; there is no timer if there are none."""
+        """Schedule the next check and the next write; no timer runs if there is nothing to do."""
         now_s = time.monotonic()
-        due_s = self._feedback.check(self._documents, now_s)
+        due_s = self._stats.check(self._documents, now_s)
         if due_s is not None:
             self._later("check", due_s - now_s, self._see_to_it)
-        if self._feedback.has_counts:
+        if self._stats.has_counts:
             self._later("write", _WRITE_S, self._write_soon)
 
     def _later(self, what: str, in_s: float, call: Callable[[], None]) -> None:
-        """Call something later, once, however often this is asked for."""
+        """Call something later, once, however often it is scheduled."""
 
         def run() -> None:
             del self._timers[what]
@@ -358,15 +362,15 @@ class Journal:
         self._writing = asyncio.create_task(self.write())
 
     async def write(self) -> None:
-        """Add the counts to the file. Those that cannot be written are kept, and tried again later."""
-        table = self._feedback.collect()
+        """Add the counts to the file. If that fails, keep them and try again later."""
+        table = self._stats.collect()
         if not await asyncio.to_thread(self._write, table):
-            # The disk may have room the next time.
-            self._feedback.restore(table)
+            # The disk may have room next time.
+            self._stats.restore(table)
             self._later("write", _WRITE_S, self._write_soon)
 
     def _write(self, table: Table) -> bool:
-        """Add counts to the file. Returns whether they are there; if not, that is logged, once."""
+        """Add counts to the file. Returns whether that succeeded; the first failure in a row is logged."""
         try:
             if table:
                 add(state_path(), table, self.session)
@@ -380,7 +384,7 @@ class Journal:
 
 
 def difference(before: Document, after: Document) -> tuple[Point, Point, str]:
-    """Two versions of a document as one edit: the places it replaces in the first, and by what."""
+    """Return two versions of a document as one edit: the range in the first one, and its new text."""
     first = next(
         (at for at, (a, b) in enumerate(zip(before.lines, after.lines, strict=False)) if a != b),
         min(len(before.lines), len(after.lines)) - 1,
@@ -399,7 +403,7 @@ def difference(before: Document, after: Document) -> tuple[Point, Point, str]:
 
 
 def _num_shared(one: str, other: str) -> int:
-    """How many characters two texts have in common at the beginning."""
+    """Return how many characters two texts share at the beginning."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         # Comparing halves is much faster than comparing characters.
@@ -413,25 +417,25 @@ def _plain(text: str) -> str:
 
 
 def _after(start: Point, text: str) -> Point:
-    """The place behind `text` that begins at `start`."""
+    """Return the position after `text` that begins at `start`."""
     *above, last = split_lines(text)
     return Point(start.line + len(above), len(last) + (0 if above else start.column))
 
 
-def _moved(place: Point, start: Point, end: Point, text: str) -> Point:
-    """Where a place is after an edit; inside the replaced text it goes to its start."""
-    if place <= start:
-        return place
-    if place < end:
+def _moved(position: Point, start: Point, end: Point, text: str) -> Point:
+    """Return a position as it is after an edit; inside the replaced text it moves to its start."""
+    if position <= start:
+        return position
+    if position < end:
         return start
     new_end = _after(start, text)
-    if place.line > end.line:
-        return Point(place.line + new_end.line - end.line, place.column)
-    return Point(new_end.line, new_end.column + place.column - end.column)
+    if position.line > end.line:
+        return Point(position.line + new_end.line - end.line, position.column)
+    return Point(new_end.line, new_end.column + position.column - end.column)
 
 
 def _share_kept(text: str, document: Document, start: Point) -> float:
-    """How much of a text, 0 to 1, can be found in order from `start` on, in half as much text again."""
+    """Return the share of a text, 0 to 1, found in order from `start` on, within half as much text again."""
     if start.line >= len(document.lines):
         return 0.0
     size = len(text) + len(text) // 2 + 8
@@ -445,12 +449,12 @@ def _share_kept(text: str, document: Document, start: Point) -> float:
 
 
 def read(path: Path) -> Table:
-    """The counts of a file; none where there is no file. Raises `MidfillError` if it cannot be read."""
+    """Return the counts of a file; none if there is no file. Raises `MidfillError` if it cannot be read."""
     return _read(path)[0]
 
 
 def read_sessions(path: Path) -> Sessions:
-    """The counts by session, oldest first. Raises as `read` does."""
+    """Return the counts by session, oldest first. Raises as `read` does."""
     return _read(path)[1]
 
 
@@ -459,7 +463,7 @@ def _read(path: Path) -> tuple[Table, Sessions]:
         values = read_json(path)
         counts, sessions = (
             {
-                str(one): {str(key): Counts(**counts) for key, counts in group.items()}
+                str(one): {str(key): AcceptanceCounts(**counts) for key, counts in group.items()}
                 for one, group in part.items()
             }
             for part in (values["counts"], values.get("sessions", {}))
@@ -468,15 +472,17 @@ def _read(path: Path) -> tuple[Table, Sessions]:
         return {}, {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MidfillError(
-            f"Cannot read the counts in {path} ({type(error).__name__}): delete the file."
+            f"Cannot read the acceptance counts in {path} ({type(error).__name__}): "
+            "delete the file to start again."
         ) from error
     return counts, sessions
 
 
 def add(path: Path, new: Table, session: str | None = None) -> None:
-    """Add counts to a file that other servers write as well; it is replaced whole or not at all.
+    """Add counts to a file that other servers write too; it is replaced as a whole or not at all.
 
-    Those of adapters are added to the session of that id too. Raises `MidfillError` if that cannot be done.
+    Counts of adapters are added to the session of that id too. Raises `MidfillError` if the file cannot be
+    written.
     """
     try:
         private_folder(path.parent, tighten="MIDFILL_STATE" not in os.environ)
@@ -484,20 +490,22 @@ def add(path: Path, new: Table, session: str | None = None) -> None:
             table, sessions = _read(path)
             for model, languages in new.items():
                 for language, counts in languages.items():
-                    table.setdefault(model, {}).setdefault(language, Counts()).add(counts)
+                    table.setdefault(model, {}).setdefault(language, AcceptanceCounts()).add(counts)
                     if session is not None and adapter_of(model)[1] is not None:
-                        sessions.setdefault(session, {}).setdefault(model, Counts()).add(counts)
+                        sessions.setdefault(session, {}).setdefault(model, AcceptanceCounts()).add(counts)
             latest = dict(list(sessions.items())[-_MOST_SESSIONS:])
             partial = path.with_suffix(".partial")
             content = {"counts": as_dict(table), "sessions": as_dict(latest)}
             write_private(partial, json.dumps(content, indent=1))
             partial.replace(path)
     except (OSError, Timeout) as error:
-        raise MidfillError(f"Cannot write the counts to {path} ({type(error).__name__}).") from error
+        raise MidfillError(
+            f"Cannot write the acceptance counts to {path} ({type(error).__name__})."
+        ) from error
 
 
 def as_dict(table: Table) -> dict[str, dict[str, dict[str, int]]]:
-    """For JSON: counts by model and language."""
+    """Return a table for JSON: counts by model and language."""
     return {
         model: {language: asdict(counts) for language, counts in languages.items()}
         for model, languages in table.items()
@@ -505,7 +513,7 @@ def as_dict(table: Table) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def table(counts: Table) -> Any:
-    """Counts for a person: a rich table, or a sentence if there are none."""
+    """Return counts as a rich table for the user, or a sentence if there are none."""
     from rich.table import Table as Grid  # noqa: PLC0415 - only a person needs it
 
     grid = Grid(box=None, pad_edge=False, header_style="bold")

@@ -1,8 +1,9 @@
-"""What requests cost: the answers that the editor got, and the engine's work for them.
+"""Request statistics: the answers that the editor got, and the engine's work for them.
 
-The two are kept apart since they do not match one to one: an answer may need no work, work may serve several
-answers or, cancelled, none. Each piece of work remembers the request that began it. Numbers and times only,
-never text; the newest few thousand; told to whoever asks by `midfill/costs`. Runs on the event loop.
+The two are kept apart because they do not match one to one: an answer may need no work; work may serve
+several answers or, if cancelled, none. Each piece of work keeps the id of the request that began it. Numbers
+and times only, never text; the newest few thousand; available by the request `midfill/costs`. Runs on the
+event loop.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from typing import Any
 from midfill.engine.api import Engine, ModelInfo, Progress, Request, Stats, Token
 
 REQUEST: ContextVar[int | str | float | None] = ContextVar("midfill_request", default=None)
-"""The id of the LSP request that is being handled; tasks that it begins inherit it."""
+"""The id of the LSP request that is being handled; inherited by the tasks that it starts."""
 
 _NUM_KEPT = 4096
-# Of so much of the newest work the speed is told: enough to be steady, few enough to follow a change.
+# Pieces of work averaged for tokens/s: enough to be steady, few enough to follow a change.
 _NUM_TIMED = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One answer to a request for a suggestion.
+    """One answer to a completion request.
 
     Attributes:
         number: counts answers and work together.
-        request: the id that the client gave it.
-        source, reason: as in `completer.Answer`.
+        request: the client's id of the request.
+        source, reason: as in `answer.Answer`.
     """
 
     number: int
@@ -44,7 +45,7 @@ class Answered:
     latency_ms: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For the wire."""
+        """Return the answer for JSON."""
         return {
             "number": self.number,
             "request": self.request,
@@ -56,18 +57,18 @@ class Answered:
 
 @dataclass(slots=True)
 class Work:
-    """One `Engine.generate`. Times are `time.monotonic`: seconds of a clock that all processes share.
+    """One call of `Engine.generate`. Times are `time.monotonic`: seconds of a clock shared by all processes.
 
     Attributes:
         number: counts answers and work together.
         request: the id of the LSP request that began it; None if none did.
-        idle: nobody waited for it when it began.
-        stats: the engine's own account, which goes on after the stream is left.
-        end: None while it runs; then "finished" (by the model), "stopped" (whoever reads had enough),
-            "cancelled" or "failed".
+        idle: no request waited for it when it began.
+        stats: the engine's own statistics, which continue after the stream is closed.
+        end: None while it runs; then "finished" (by the model), "stopped" (by the reader), "cancelled" or
+            "failed".
         num_delivered: tokens that were read.
-        first_s, last_s: when the first and the last of them were.
-        left_s: when the stream was left. The engine has freed it at `Stats.ended_s`.
+        first_s, last_s: when the first and the last of them were read.
+        left_s: when the stream was closed. The engine is free at `Stats.ended_s`.
     """
 
     number: int
@@ -81,7 +82,7 @@ class Work:
     left_s: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """For the wire."""
+        """Return the work for JSON."""
         stats = self.stats
         return {
             "number": self.number,
@@ -103,7 +104,7 @@ class Work:
 
 
 @dataclass(slots=True)
-class Costs:
+class RequestStats:
     """The newest answers and the newest work."""
 
     _answers: deque[Answered] = field(default_factory=lambda: deque(maxlen=_NUM_KEPT))
@@ -115,44 +116,44 @@ class Costs:
         self._answers.append(Answered(next(self._numbers), REQUEST.get(), source, reason, latency_ms))
 
     def begin(self, request: Request) -> Work:
-        """Note that the engine is asked."""
+        """Note the beginning of work for an engine request."""
         work = Work(next(self._numbers), REQUEST.get(), request.idle, request.stats)
         self._work.append(work)
         return work
 
     def tokens_per_second(self) -> float | None:
-        """How fast the model has written lately, from first token to last; None where nothing tells."""
+        """Return how fast the model has written recently, from first to last token; None if unknown."""
         timed = [work for work in list(self._work)[-_NUM_TIMED:] if work.num_delivered > 1]
         seconds = sum(work.last_s - work.first_s for work in timed)
         return sum(work.num_delivered - 1 for work in timed) / seconds if seconds > 0 else None
 
     def after(self, number: int) -> dict[str, Any]:
-        """What has a greater number; of work that still runs, as far as it has come. For the wire."""
+        """Return, for JSON, the answers and the work with greater numbers; running work as it is now."""
         return {
             "answers": [answer.as_dict() for answer in self._answers if answer.number > number],
             "work": [work.as_dict() for work in self._work if work.number > number],
         }
 
 
-class Metered:
-    """An engine whose work is noted."""
+class InstrumentedEngine:
+    """An engine that notes its work in `RequestStats`."""
 
-    def __init__(self, engine: Engine, costs: Costs) -> None:
+    def __init__(self, engine: Engine, request_stats: RequestStats) -> None:
         self._engine = engine
-        self._costs = costs
+        self._request_stats = request_stats
 
     @property
     def model(self) -> ModelInfo:
-        """See `Engine.model`."""
+        """The engine's model."""
         return self._engine.model
 
     async def start(self, progress: Progress) -> None:
-        """See `Engine.start`."""
+        """Start the engine."""
         await self._engine.start(progress)
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """See `Engine.generate`."""
-        work = self._costs.begin(request)
+        """Generate tokens, and note the work."""
+        work = self._request_stats.begin(request)
         end = "failed"
         try:
             async with aclosing(self._engine.generate(request)) as tokens:
@@ -173,16 +174,16 @@ class Metered:
             work.end = end
 
     def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
-        """See `Engine.prewarm`."""
+        """Read tokens ahead; not noted, since nothing is generated."""
         self._engine.prewarm(tokens, adapter, user=user)
 
     async def close(self) -> None:
-        """See `Engine.close`."""
+        """Close the engine."""
         await self._engine.close()
 
 
 def stages(begun: float, built: float, stats: Stats, written: float) -> tuple[tuple[str, float], ...]:
-    """Milliseconds of each stage that asked the model; those that it did not come to are left out."""
+    """Return (name, milliseconds) for each stage of asking the model that was reached."""
     begins = (
         ("prompt", begun),
         ("queue", built),

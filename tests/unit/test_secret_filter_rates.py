@@ -1,9 +1,9 @@
 """How often the search for secrets is right: planted secrets that it finds, clean files that it silences.
 
-`pytest -s tests/unit/test_secrecy_rates.py` prints the rates for files of the packages installed here, beside
-those of detect-secrets with its defaults. MIDFILL_CLEAN_FILES names other folders to draw from, with the path
-separator between them, and MIDFILL_CLEAN_SAMPLE how many files to draw; server/docs/privacy.md says with what
-its figures were measured.
+`pytest -s tests/unit/test_secret_filter_rates.py` prints the rates for files of the packages installed here,
+and those of detect-secrets with its defaults. MIDFILL_CLEAN_FILES names other folders to draw from, with the
+path separator between them, and MIDFILL_CLEAN_SAMPLE how many files to draw; server/docs/privacy.md says with
+what its figures were measured.
 """
 
 import os
@@ -14,7 +14,7 @@ import pydantic
 import pytest
 from planted import certain
 
-from midfill.text.secret_filter import Grade, find_secrets
+from midfill.text.secret_filter import Severity, find_secrets
 
 FOLDERS = os.environ.get("MIDFILL_CLEAN_FILES") or str(Path(pydantic.__file__).parents[1])
 SAMPLE = int(os.environ.get("MIDFILL_CLEAN_SAMPLE", "2000"))
@@ -89,7 +89,7 @@ def planted():
 
 
 def silences(text):
-    return [number for number, grade in find_secrets(text).items() if grade is Grade.CERTAIN]
+    return [number for number, severity in find_secrets(text).items() if severity is Severity.CERTAIN]
 
 
 def test_not_one_clean_file_in_a_thousand_is_silenced(clean):

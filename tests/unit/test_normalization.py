@@ -4,11 +4,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from midfill.completion.postprocess.clean import stop
-from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.received import Received, received
+from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.normalization import Normalizer, normalized
+from midfill.completion.postprocess.stop import stop
 
-TABS = Place("", "", ("}",), above="func f() {\n\tg()\n}\n\nfunc h() {\n", language_id="go")
+TABS = CursorContext("", "", ("}",), above="func f() {\n\tg()\n}\n\nfunc h() {\n", language_id="go")
 PIECES = st.lists(
     st.sampled_from([
         *("\r", "\n", "\r\n", "\t", " ", "  ", "    ", "        "),
@@ -35,9 +35,9 @@ ABOVE = st.sampled_from(
     ],
 )
 def test_every_line_ends_once(written, expected):
-    place = Place("x = ", "")
-    assert received(written, place) == expected
-    whole = Received(place)
+    cursor = CursorContext("x = ", "")
+    assert normalized(written, cursor) == expected
+    whole = Normalizer(cursor)
     for char in written:
         whole.push(char)
     whole.finish()
@@ -74,8 +74,8 @@ def test_every_line_ends_once(written, expected):
 )
 def test_a_step_is_what_the_line_above_opens(language, above, written, expected):
     head, _, line = above.rpartition("\n")
-    place = Place(line, "", above=head + "\n", language_id=language)
-    assert received(written, place) == expected
+    cursor = CursorContext(line, "", above=head + "\n", language_id=language)
+    assert normalized(written, cursor) == expected
 
 
 @pytest.mark.parametrize(
@@ -90,37 +90,37 @@ def test_a_step_is_what_the_line_above_opens(language, above, written, expected)
     ],
 )
 def test_blanks_become_the_tabs_of_the_file(written, expected):
-    assert received(written, TABS) == expected
+    assert normalized(written, TABS) == expected
 
 
 @given(PIECES, LANGUAGES, ABOVE, st.sampled_from(["", "\t", "    ", "x = ", "\tx = "]))
 @example(["        ", "else", ":", "\n", "    ", "a"], "python", "def f():\n\tif x:\n", "")
 def test_it_does_not_matter_in_which_pieces_a_text_comes(pieces, language, above, before):
-    place = Place(before, "", above=above, language_id=language)
-    whole = Received(place)
+    cursor = CursorContext(before, "", above=above, language_id=language)
+    whole = Normalizer(cursor)
     for piece in pieces:
         known = whole.text
         whole.push(piece)
         assert whole.text.startswith(known)
     whole.finish()
-    assert whole.text == received("".join(pieces), place)
+    assert whole.text == normalized("".join(pieces), cursor)
     assert "\r" not in whole.text
     assert whole.is_altered or "".join(pieces).startswith(whole.text)
 
 
 @given(PIECES, LANGUAGES, ABOVE)
 def test_where_it_ends_is_judged_on_what_came_through(pieces, language, above):
-    place = Place("", "", above=above, language_id=language)
-    whole = Received(place)
+    cursor = CursorContext("", "", above=above, language_id=language)
+    whole = Normalizer(cursor)
     for piece in pieces:
         whole.push(piece)
-        if (end := stop(whole.text, place)) is not None:
-            assert stop(received("".join(pieces), place), place) == end
+        if (end := stop(whole.text, cursor)) is not None:
+            assert stop(normalized("".join(pieces), cursor), cursor) == end
             break
 
 
 def test_text_after_an_unsafe_character_never_comes_through():
-    whole = Received(Place("x = ", ""))
+    whole = Normalizer(CursorContext("x = ", ""))
     for piece in ("1 + ", "2\x1b", "[31m", "\nprint()\n"):
         whole.push(piece)
     whole.finish()

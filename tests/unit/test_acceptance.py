@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from midfill.completion.stats import acceptance as feedback
 from midfill.completion.stats.acceptance import (
-    Counts,
-    Feedback,
+    AcceptanceCounts,
+    AcceptanceStats,
     add,
     as_dict,
     difference,
@@ -28,12 +28,12 @@ class Editor:
     """A document, what is offered in it, and a clock."""
 
     def __init__(self, text="x = \ny = 2\n"):
-        self.feedback = Feedback()
+        self.feedback = AcceptanceStats()
         self.document = Document.open(URI, "python", 1, text)
         self.now_s = 100.0
 
     def offer(self, line, column, text, num_replaced=0):
-        return self.feedback.offer(self.document, Point(line, column), text, "m", num_replaced)
+        return self.feedback.shown(self.document, Point(line, column), text, "m", num_replaced)
 
     def edit(self, start, end, text):
         ends = Point(*start), Point(*end)
@@ -51,7 +51,7 @@ class Editor:
     def counts(self):
         """Those that are not 0."""
         table = self.feedback.collect()
-        total = Counts()
+        total = AcceptanceCounts()
         for counts in table.get("m", {}).values():
             total.add(counts)
         return {name: value for name, value in as_dict({"m": {"": total}})["m"][""].items() if value}
@@ -176,7 +176,7 @@ def test_what_is_remembered_is_bounded():
     editor = Editor()
     for n in range(1000):
         editor.feedback.accept(editor.offer(0, 4, f"call({n})"), editor.now_s)
-    assert len(editor.feedback._offers) <= 16
+    assert len(editor.feedback._suggestions) <= 16
     assert len(editor.feedback._watched) <= 256
 
 
@@ -215,17 +215,15 @@ def test_an_accepted_text_is_followed_through_random_edits_elsewhere():
 def test_counts_of_two_servers_add_up(tmp_path):
     path = tmp_path / "deep" / "feedback.json"
     assert read(path) == {}
-    threads = [
-        threading.Thread(target=lambda: [add(path, {"m": {"python": Counts(offered=1)}}) for _ in range(20)])
-        for _ in range(2)
-    ]
+    one = {"m": {"python": AcceptanceCounts(offered=1)}}
+    threads = [threading.Thread(target=lambda: [add(path, one) for _ in range(20)]) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    add(path, {"m": {"go": Counts(accepted=2)}, "other": {"go": Counts(offered=3)}})
+    add(path, {"m": {"go": AcceptanceCounts(accepted=2)}, "other": {"go": AcceptanceCounts(offered=3)}})
     assert as_dict(read(path))["m"]["python"]["offered"] == 40
-    assert read(path)["m"]["go"] == Counts(accepted=2)
+    assert read(path)["m"]["go"] == AcceptanceCounts(accepted=2)
     assert {file.name for file in path.parent.iterdir()} <= {"feedback.json", "feedback.lock"}
 
 
@@ -236,7 +234,7 @@ def test_the_file_holds_numbers_only(tmp_path):
     path = tmp_path / "feedback.json"
     add(path, editor.feedback.collect())
     stored = json.loads(path.read_text())["counts"]
-    assert set(stored["m"]["python"]) == set(Counts.__dataclass_fields__)
+    assert set(stored["m"]["python"]) == set(AcceptanceCounts.__dataclass_fields__)
     assert "secret" not in path.read_text()
 
 
@@ -245,7 +243,7 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, content):
     path = tmp_path / "feedback.json"
     path.write_text(content)
     with pytest.raises(MidfillError, match=r"feedback\.json.*delete the file"):
-        add(path, {"m": {"go": Counts(offered=1)}})
+        add(path, {"m": {"go": AcceptanceCounts(offered=1)}})
     assert path.read_text() == content
 
 
@@ -259,15 +257,15 @@ def test_counts_of_adapters_are_kept_by_session_too(tmp_path, monkeypatch):
     monkeypatch.setattr(feedback, "_MOST_SESSIONS", 2)
     path = tmp_path / "feedback.json"
     mine, held = key_of("m", "mine"), key_of("m", "mine", held_out=True)
-    one = {"python": Counts(offered=3, accepted=1), "rust": Counts(offered=1)}
+    one = {"python": AcceptanceCounts(offered=3, accepted=1), "rust": AcceptanceCounts(offered=1)}
     add(path, {"m": one, mine: one}, "first")
     add(path, {held: one}, "second")
     add(path, {mine: one}, None)
     assert read_sessions(path) == {
-        "first": {mine: Counts(offered=4, accepted=1)},
-        "second": {held: Counts(offered=4, accepted=1)},
+        "first": {mine: AcceptanceCounts(offered=4, accepted=1)},
+        "second": {held: AcceptanceCounts(offered=4, accepted=1)},
     }
-    assert read(path)[mine]["python"] == Counts(offered=6, accepted=2)
+    assert read(path)[mine]["python"] == AcceptanceCounts(offered=6, accepted=2)
     add(path, {mine: one}, "third")
     assert list(read_sessions(path)) == ["second", "third"]
     assert feedback.with_and_without(held) == (mine, True)
@@ -280,12 +278,12 @@ async def test_counts_that_cannot_be_written_are_kept_for_the_next_time(tmp_path
     folder.write_text("")
     monkeypatch.setenv("MIDFILL_STATE", str(folder))
     document = Document.open("file:///a.py", "python", 1, "x = ")
-    journal = feedback.Journal({document.uri: document})
+    journal = feedback.AcceptanceTracker({document.uri: document})
     journal.counts = True
     for count in (1, 2):
-        journal.offer(document, Point(0, count), "1 + 1", "model")
+        journal.shown(document, Point(0, count), "1 + 1", "model")
         await journal.write()
-    assert caplog.text.count("Cannot write the counts") == 1
+    assert caplog.text.count("Cannot write the acceptance counts") == 1
     folder.unlink()
     await journal.write()
     written = feedback.read(folder / "feedback.json")

@@ -1,9 +1,9 @@
-r"""What a model writes, piece by piece, as text of the file that it is for.
+r"""Normalizes the model's text, piece by piece, to the conventions of the file that it is for.
 
-Line ends become \n; lines are indented by tabs or by blanks as those around the cursor are; a single blank
-that the model puts before its first word goes; and nothing comes through from the first character on that
-is not safe to show. What has come through never changes, so that it can be judged, shown and compared with
-what the user types while it still grows. Linear in the text. Pure.
+Line ends become \n; lines are indented by tabs or spaces as the lines around the cursor are; a single space
+before the model's first word is dropped; the text ends at the first character that is not safe to show.
+Released text never changes, so that it can be judged, shown and compared with what the user types while it
+grows. Linear in the text. Pure.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import re
 
 from midfill.completion.postprocess import indentation
 from midfill.completion.postprocess.brackets import enclosing
-from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.indentation import lead, width
+from midfill.completion.postprocess.cursor_context import CursorContext
+from midfill.completion.postprocess.indentation import indent_of, width
 from midfill.completion.postprocess.tabs import Tabs, opens
 from midfill.text.characters import safe_length
 
 _LINE_ENDS = re.compile(r"\r+\n?")
-# What has to be known of a line before its blanks are: all of its first word.
+# A line's indentation is released once its first word is complete.
 _FIRST_WORD = re.compile(r"[ \t]*(?:\w+\W|[^\w\s])")
-# Here a line's first character is a column of its own, or lines are aligned with what is in those above.
+# Languages in which a line's first character is a column by itself, or lines are aligned with those above.
 _IN_COLUMNS = frozenset(
     {
         *("diff", "patch", "git-diff", "cobol", "fortran-fixed", "fortranfixedform", "asm", "tsv", "csv"),
@@ -38,41 +38,41 @@ _IN_COLUMNS = frozenset(
         *("haskell", "purescript", "elm", "agda", "idris", "ocaml", "sml", "lean", "lean4"),
     }
 )
-# A line that begins so, or comes after one that ends so, may be aligned with something.
+# A line that begins or follows a line that ends with one of these may be aligned with something.
 _ALIGNED = re.compile(r"[.?&|+*/,:)\]}=<>-]")
 _GOES_ON = (",", "\\", "(", "[", "{", "+", "-", "*", "/", "=", "and", "or", ".", "|", "&", ":")
 
 
-def received(text: str, place: Place) -> str:
+def normalized(text: str, cursor: CursorContext) -> str:
     """Return all of a model's text as text of the file."""
-    whole = Received(place)
+    whole = Normalizer(cursor)
     whole.push(text)
     whole.finish()
     return whole.text
 
 
-class Received:
-    """A text that grows.
+class Normalizer:
+    """Normalizes a growing text.
 
     Attributes:
-        text: what has come through so far.
-        is_altered: something came through in another way than the model wrote it.
-        is_cut: a character that is not safe to show has come, and nothing comes through any more.
+        text: the text released so far.
+        is_altered: released text differs from what the model wrote.
+        is_cut: an unsafe character has come; nothing is released any more.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, cursor: CursorContext) -> None:
         self.text = ""
         self.is_altered = False
         self.is_cut = False
-        self._place = place
-        self._around = place.around
+        self._cursor = cursor
+        self._around = cursor.around
         self._step = max(2, width(indentation.unit(self._around)))
         self._new: list[str] = []
         self._is_first = True
-        self._line = place.line_before
-        self._previous = place.previous_line
-        # The beginning of a line, as long as it is not known how to indent it.
-        self._begin: str | None = None if place.line_before.strip() else ""
+        self._line = cursor.line_before
+        self._previous = cursor.previous_line
+        # The beginning of a line whose indentation cannot be decided yet.
+        self._begin: str | None = None if cursor.line_before.strip() else ""
         self._returns = ""
         self._near: str | None = None
         self._tabs: Tabs | None = None
@@ -98,7 +98,7 @@ class Received:
         self._flush()
 
     def finish(self) -> None:
-        """Let through what waited for more text."""
+        """Release the text that waits for more."""
         returns, self._returns = self._returns, ""
         for _ in returns:
             self._end_line()
@@ -111,19 +111,19 @@ class Received:
         self._new.clear()
 
     def _with_newlines(self, piece: str) -> str:
-        """The piece with its line ends as newlines; carriage returns at its end wait for what follows."""
+        r"""Return the piece with \n for line ends; carriage returns at its end wait for the next piece."""
         if "\r" not in piece:
             return piece
         self.is_altered = True
         kept = piece.rstrip("\r")
         self._returns = piece[len(kept) :]
-        # Of those before a line feed, one is its own and the others are a fault.
+        # Of those before a line feed, one is part of it and the others are errors.
         return _LINE_ENDS.sub(lambda end: "\n" * (1 if "\n" in end.group() else len(end.group())), kept)
 
     def _nearby(self) -> str:
         if self._near is None:
-            place = self._place
-            self._near = "\n".join((*self._around, place.line_before, place.line_after))
+            cursor = self._cursor
+            self._near = "\n".join((*self._around, cursor.line_before, cursor.line_after))
         return self._near
 
     def _append(self, part: str) -> None:
@@ -153,9 +153,9 @@ class Received:
         self._line += part
 
     def _release(self) -> None:
-        """Let the beginning of a line through, indented as the file is."""
+        """Release the beginning of a line, indented as the file is."""
         begin, self._begin = self._begin or "", None
-        blanks = lead(begin)
+        blanks = indent_of(begin)
         if blanks:
             rest = begin[len(blanks) :]
             blanks = self._without_stray(blanks, rest)
@@ -166,25 +166,25 @@ class Received:
 
     def _converter(self) -> Tabs:
         if self._tabs is None:
-            self._tabs = Tabs(self._place)
+            self._tabs = Tabs(self._cursor)
         return self._tabs
 
     def _needs_word(self) -> bool:
         return self._converter().needs_word
 
     def _without_stray(self, blanks: str, rest: str) -> str:
-        """The blanks before a line, without a single one that leads to a column where nothing else is."""
-        place, column = self._place, width(self._line + blanks)
-        if column % self._step != 1 or rest.startswith("*") or place.language_id in _IN_COLUMNS:
+        """Return a line's indentation without a single stray space to a column that no other line has."""
+        cursor, column = self._cursor, width(self._line + blanks)
+        if column % self._step != 1 or rest.startswith("*") or cursor.language_id in _IN_COLUMNS:
             return blanks
-        significant = place.language_id in indentation.SIGNIFICANT
+        significant = cursor.language_id in indentation.SIGNIFICANT
         if self._is_first:
-            if not significant and opens(place.previous_line):
-                # A step may be one blank.
+            if not significant and opens(cursor.previous_line):
+                # A step may be one space.
                 return blanks
             lines = (line for line in self._around if line.strip() and not line.lstrip().startswith("*"))
             columns = {width(line) for line in lines}
-            previous = place.previous_line
+            previous = cursor.previous_line
             expected = width(previous) + self._step * opens(previous)
             if blanks.endswith(" ") and column not in columns and (blanks == " " or column == expected + 1):
                 self._is_shifted = True
@@ -194,11 +194,11 @@ class Received:
         return blanks
 
     def _steps_in_by_one(self, column: int, rest: str) -> bool:
-        """Whether a line of Python is one blank deeper than the one above it for no reason."""
+        """Return whether a line of Python is one space deeper than the line above for no reason."""
         previous = self._previous.rstrip()
         return (
             column == width(previous) + 1
             and not previous.endswith(_GOES_ON)
             and not _ALIGNED.match(rest)
-            and enclosing(self._place) is None
+            and enclosing(self._cursor) is None
         )

@@ -12,7 +12,7 @@ from planted import certain, possible
 
 from midfill.settings import Settings
 from midfill.text.documents import Change, Document, Encoding
-from midfill.text.secret_filter import Grade, find_secrets, grade, is_excluded
+from midfill.text.secret_filter import Severity, find_secrets, is_excluded, severity
 from midfill.text.secret_watch import SecretWatch, Verdict
 
 ORDINARY = [
@@ -85,8 +85,8 @@ NO_SECRETS = [
 
 
 def test_a_random_token_with_a_few_x_is_no_placeholder():
-    assert grade('curl -H "Authorization: Bearer jjD37Wpl0g4cFu6qxXxxKO"') is Grade.CERTAIN
-    assert grade('curl -H "Authorization: Bearer xxxxxxxxxxxxxxxxxxxxxx"') is Grade.NONE
+    assert severity('curl -H "Authorization: Bearer jjD37Wpl0g4cFu6qxXxxKO"') is Severity.CERTAIN
+    assert severity('curl -H "Authorization: Bearer xxxxxxxxxxxxxxxxxxxxxx"') is Severity.NONE
 
 
 @pytest.mark.parametrize("kind", certain())
@@ -94,26 +94,26 @@ def test_a_planted_secret_makes_its_file_a_secret(kind):
     for _ in range(20):
         line, secret = certain()[kind]
         assert secret in line
-        assert grade(line) is Grade.CERTAIN, line
-        assert find_secrets(f"x = 1\n{line}\ny = 2\n") == {1: Grade.CERTAIN}
+        assert severity(line) is Severity.CERTAIN, line
+        assert find_secrets(f"x = 1\n{line}\ny = 2\n") == {1: Severity.CERTAIN}
 
 
 @pytest.mark.parametrize("kind", possible())
 def test_what_may_be_a_secret_is_kept_out_of_the_context(kind):
     for _ in range(20):
         line, _ = possible()[kind]
-        assert grade(line) is Grade.POSSIBLE, line
-        assert find_secrets(f"\n\n{line}") == {2: Grade.POSSIBLE}
+        assert severity(line) is Severity.POSSIBLE, line
+        assert find_secrets(f"\n\n{line}") == {2: Severity.POSSIBLE}
 
 
 @pytest.mark.parametrize("line", ORDINARY)
 def test_ordinary_code_is_no_secret(line):
-    assert grade(line) is Grade.NONE
+    assert severity(line) is Severity.NONE
 
 
 @pytest.mark.parametrize("line", NO_SECRETS)
 def test_what_is_about_secrets_does_not_silence_its_file(line):
-    assert grade(line) is not Grade.CERTAIN
+    assert severity(line) is not Severity.CERTAIN
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_what_is_about_secrets_does_not_silence_its_file(line):
     ],
 )
 def test_the_examples_of_standards_do_not_silence_who_quotes_them(line):
-    assert grade(line) is not Grade.CERTAIN
+    assert severity(line) is not Severity.CERTAIN
     # A secret beside one is a secret all the same.
-    assert grade(f'{line} api_key = "q8Zr2LmV0xTn5Kb7Wd3H"') is Grade.CERTAIN
+    assert severity(f'{line} api_key = "q8Zr2LmV0xTn5Kb7Wd3H"') is Severity.CERTAIN
 
 
 def test_a_random_value_within_encoded_json_is_one():
     value = json.dumps({"session": "default", "key": "q8Zr2LmV0xTn5Kb7Wd3H"}).encode()
-    assert grade(f'token = "{base64.b64encode(value).decode()}"') is Grade.CERTAIN
+    assert severity(f'token = "{base64.b64encode(value).decode()}"') is Severity.CERTAIN
 
 
 def test_a_password_that_somebody_chose_is_one():
@@ -152,15 +152,15 @@ def test_a_password_that_somebody_chose_is_one():
         "config['secret_key'] = 'n3B0xq7Lr2Vt'",
         'TOKEN_GITHUB_PROD = "a8f5f167f44f4964e6c998dee827110c"',
     ):
-        assert grade(line) is Grade.CERTAIN, line
+        assert severity(line) is Severity.CERTAIN, line
 
 
 def test_a_very_long_line_is_judged_by_its_whole():
     line, _ = certain()["GitHub token"]
-    assert grade("x " * 10_000 + line + " x" * 10_000) is Grade.CERTAIN
-    assert grade("x" * 3_000) is Grade.POSSIBLE
-    assert grade(line + "x " * 50_000) is Grade.CERTAIN
-    assert grade("x " * 50_000 + line) is Grade.CERTAIN
+    assert severity("x " * 10_000 + line + " x" * 10_000) is Severity.CERTAIN
+    assert severity("x" * 3_000) is Severity.POSSIBLE
+    assert severity(line + "x " * 50_000) is Severity.CERTAIN
+    assert severity("x " * 50_000 + line) is Severity.CERTAIN
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -169,7 +169,7 @@ def test_line_numbers_and_line_ends(end):
     lines, expected = [], {}
     for number, (line, _) in enumerate((certain(rng) | possible(rng)).values()):
         lines += ["a = 1", "İ = 'ß'", line]
-        expected[3 * number + 2] = grade(line)
+        expected[3 * number + 2] = severity(line)
     assert find_secrets(end.join(lines)) == expected
 
 
@@ -180,7 +180,7 @@ def test_the_quick_search_finds_what_judging_every_line_finds():
     lines = [line for path in rng.sample(files, 6) for line in path.read_text("utf-8").split("\n")[:400]]
     for line, _ in (certain(rng) | possible(rng)).values():
         lines.insert(rng.randrange(len(lines)), line)
-    naive = {number: found for number, line in enumerate(lines) if (found := grade(line))}
+    naive = {number: found for number, line in enumerate(lines) if (found := severity(line))}
     assert find_secrets("\n".join(lines)) == naive
     assert len(naive) >= len(certain() | possible())
 
@@ -197,7 +197,7 @@ def test_watching_edits_finds_what_judging_the_whole_text_finds():
         text = rng.choice(["\n", "\r\n", "\r"]).join(lines)
         document = Document.open("file:///a.py", "python", version, text)
         found = watch.verdict(document)
-        assert (found is Verdict.SECRET) is (Grade.CERTAIN in map(grade, lines))
+        assert (found is Verdict.SECRET) is (Severity.CERTAIN in map(severity, lines))
         verdicts.add(found)
     assert verdicts == {Verdict.SECRET, Verdict.CLEAN}
 
@@ -211,7 +211,7 @@ async def test_the_whole_of_a_large_document_is_searched_in_the_background(at):
     document = Document.open("file:///a.py", "python", 0, "".join(lines))
     watch = SecretWatch()
     assert watch.verdict(document) is Verdict.PENDING
-    assert await watch.settled(document, 60)
+    assert await watch.wait(document, 60)
     assert watch.verdict(document) is Verdict.SECRET
     # The change back is small, and known at once.
     assert watch.verdict(clean) is Verdict.CLEAN
@@ -223,12 +223,12 @@ async def test_a_document_that_takes_long_is_pending_and_keeps_no_other_waiting(
     slow_lines = [f"# {'password' * 240}{number}\n" for number in range(1_000)]
     slow = Document.open("file:///slow.py", "python", 0, "".join(slow_lines))
     quick = Document.open("file:///quick.py", "python", 0, "x = 1\n" * 2_000)
-    assert not await watch.settled(slow, 0)
-    assert await watch.settled(quick, 60)
+    assert not await watch.wait(slow, 0)
+    assert await watch.wait(quick, 60)
     assert watch.verdict(quick) is Verdict.CLEAN
     # It had one turn of many.
     assert watch.verdict(slow) is Verdict.PENDING
-    assert await watch.settled(slow, 120)
+    assert await watch.wait(slow, 120)
     assert watch.verdict(slow) is Verdict.CLEAN
 
 
@@ -240,7 +240,7 @@ async def test_a_document_that_is_closed_meanwhile_is_forgotten():
     await asyncio.sleep(0)
     assert not watch._judged
     assert not watch._tasks
-    assert await watch.settled(document, 60)
+    assert await watch.wait(document, 60)
 
 
 async def test_edits_while_a_document_is_searched_are_seen():
@@ -250,7 +250,7 @@ async def test_edits_while_a_document_is_searched_are_seen():
     new = old.edit([Change(line + "\n", (5, 0), (5, 0))], 1, Encoding.UTF16)
     assert watch.verdict(old) is Verdict.PENDING
     assert watch.verdict(new) is Verdict.PENDING
-    assert await watch.settled(new, 60)
+    assert await watch.wait(new, 60)
     assert watch.verdict(new) is Verdict.SECRET
     assert watch.verdict(old) is Verdict.CLEAN
 

@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 import pytest
 
-from midfill.completion.stats.request_log import REQUEST, Costs, Metered
+from midfill.completion.stats.request_log import REQUEST, InstrumentedEngine, RequestStats
 from midfill.engine.api import Request
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import EngineError
@@ -13,15 +13,15 @@ from midfill.errors import EngineError
 PROMPT = tuple(map(ord, "x = "))
 
 
-async def metered(rule):
-    costs = Costs()
-    engine = Metered(ScriptedEngine(Script([rule])), costs)
+async def instrumented(rule):
+    stats = RequestStats()
+    engine = InstrumentedEngine(ScriptedEngine(Script([rule])), stats)
     await engine.start(lambda *_: None)
-    return engine, costs
+    return engine, stats
 
 
-def only(costs):
-    (work,) = costs.after(0)["work"]
+def only(stats):
+    (work,) = stats.after(0)["work"]
     return work
 
 
@@ -33,9 +33,9 @@ async def read(engine, request, num_tokens=None):
 
 
 async def test_work_that_ends_by_itself_is_finished():
-    engine, costs = await metered(Rule(text="abc"))
+    engine, stats = await instrumented(Rule(text="abc"))
     await read(engine, Request(PROMPT, 8))
-    work = only(costs)
+    work = only(stats)
     assert work["end"] == "finished"
     assert (work["promptTokens"], work["computedTokens"], work["reusedTokens"]) == (4, 4, 0)
     assert (work["generatedTokens"], work["deliveredTokens"]) == (3, 3)
@@ -45,69 +45,69 @@ async def test_work_that_ends_by_itself_is_finished():
 
 
 async def test_work_that_is_left_because_it_is_enough_is_stopped():
-    engine, costs = await metered(Rule(text="abc"))
+    engine, stats = await instrumented(Rule(text="abc"))
     await read(engine, Request(PROMPT, 8), 2)
-    work = only(costs)
+    work = only(stats)
     assert (work["end"], work["deliveredTokens"]) == ("stopped", 2)
     assert work["freedS"] is not None
 
 
 async def test_cancelled_work_is_not_lost():
-    engine, costs = await metered(Rule(text="abc", hang=True))
+    engine, stats = await instrumented(Rule(text="abc", hang=True))
     task = asyncio.create_task(read(engine, Request(PROMPT, 8)))
     await asyncio.sleep(0)
-    assert only(costs)["end"] is None
-    assert only(costs)["freedS"] is None
+    assert only(stats)["end"] is None
+    assert only(stats)["freedS"] is None
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    work = only(costs)
+    work = only(stats)
     assert (work["end"], work["deliveredTokens"], work["firstTokenS"]) == ("cancelled", 0, None)
     assert work["freedS"] is not None
 
 
 async def test_work_that_fails_says_so():
-    engine, costs = await metered(Rule(text="abc", error="broken", error_after=1))
+    engine, stats = await instrumented(Rule(text="abc", error="broken", error_after=1))
     with pytest.raises(EngineError):
         await read(engine, Request(PROMPT, 8))
-    work = only(costs)
+    work = only(stats)
     assert (work["end"], work["deliveredTokens"]) == ("failed", 1)
 
 
 async def test_work_and_answers_know_the_request_that_began_them():
-    engine, costs = await metered(Rule(text="abc"))
+    engine, stats = await instrumented(Rule(text="abc"))
 
     async def answer():
         await read(engine, Request(PROMPT, 8))
-        costs.answered("model", None, 1.234)
+        stats.answered("model", None, 1.234)
 
     for id_ in (7, "eight"):
         REQUEST.set(id_)
         await asyncio.create_task(answer())
-    found = costs.after(0)
+    found = stats.after(0)
     assert [work["request"] for work in found["work"]] == [7, "eight"]
     assert [answer["request"] for answer in found["answers"]] == [7, "eight"]
     assert [answer["latencyMs"] for answer in found["answers"]] == [1.23, 1.23]
 
 
 async def test_only_what_is_new_is_told():
-    engine, costs = await metered(Rule(text="abc"))
+    engine, stats = await instrumented(Rule(text="abc"))
     await read(engine, Request(PROMPT, 8))
-    costs.answered("model", None, 1.0)
-    seen = costs.after(0)
+    stats.answered("model", None, 1.0)
+    seen = stats.after(0)
     last = max(record["number"] for record in seen["work"] + seen["answers"])
     assert last == 2
-    assert costs.after(last) == {"answers": [], "work": []}
+    assert stats.after(last) == {"answers": [], "work": []}
     await read(engine, Request(PROMPT, 8))
-    assert [work["number"] for work in costs.after(last)["work"]] == [3]
+    assert [work["number"] for work in stats.after(last)["work"]] == [3]
 
 
 async def test_it_does_not_grow_without_end():
-    engine, costs = await metered(Rule())
+    engine, stats = await instrumented(Rule())
     for _ in range(5000):
-        costs.answered("none", "disabled", 0.1)
-        costs.begin(Request(PROMPT, 1))
-    found = costs.after(0)
+        stats.answered("none", "disabled", 0.1)
+        stats.begin(Request(PROMPT, 1))
+    found = stats.after(0)
     assert len(found["answers"]) == len(found["work"]) == 4096
     assert found["work"][-1]["number"] == 10_000
     await engine.close()

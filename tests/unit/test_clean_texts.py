@@ -578,8 +578,8 @@ REPEATS = [
 @pytest.mark.parametrize("invoked", [False, True])
 @pytest.mark.parametrize(("language", "marked", "model", "expected"), TEXT)
 def test_in_strings_and_comments_text_is_text(language, marked, model, expected, invoked):
-    place = place_of(language, marked, invoked=invoked)
-    assert suggested(place, model) == (expected or model.rstrip(), None)
+    cursor = place_of(language, marked, invoked=invoked)
+    assert suggested(cursor, model) == (expected or model.rstrip(), None)
 
 
 @pytest.mark.parametrize(("language", "marked", "model", "expected"), PROSE)
@@ -594,6 +594,6 @@ def test_what_stands_below_is_recognised_at_another_indentation(language, marked
 
 
 def test_a_function_ends_where_its_code_does_whatever_stands_in_its_strings():
-    place = place_of("python", 'def f():\n    p = """\nfrom here\n"""\n    if p:\n▮\n', invoked=True)
+    cursor = place_of("python", 'def f():\n    p = """\nfrom here\n"""\n    if p:\n▮\n', invoked=True)
     model = "        return 1\n    return 2\n\n\ndef g():\n"
-    assert suggested(place, model) == ("        return 1\n    return 2", None)
+    assert suggested(cursor, model) == ("        return 1\n    return 2", None)
