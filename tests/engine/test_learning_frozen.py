@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(model):
-    return data.make_general(model, SETTINGS, seed=5, count=15)
+    return data.build_general_examples(model, SETTINGS, seed=5, count=15)
 
 
 def adapted(model, form="int8"):
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_rounded_weights(kind, examples, tmp_path, mo
     inside = reference.peft.base_model.model
     embedding = small.peft.base_model.model.get_input_embeddings()
     for name, one in list(small.peft.base_model.model.named_modules()):
-        if isinstance(one, frozen.FrozenLinear):
+        if isinstance(one, frozen.FrozenInt8Linear):
             plain = nn.Linear(one.in_features, one.out_features, one.bias is not None)
             plain.weight = nn.Parameter(one.weight.float() * one.scales[:, None], requires_grad=False)
             if one.bias is not None:
@@ -155,5 +155,5 @@ def test_a_training_ends_as_with_float32_and_its_adapter_fits_a_float32_base(mod
     for example in examples[12:]:
         with torch.inference_mode():
             expected = theirs(torch.tensor([example.prompt])).logits[0, -1]
-        assert torch.allclose(ours.canary(example), expected, atol=1e-4)
-        assert not torch.allclose(mades["float32"].canary(example), expected, atol=1e-4)
+        assert torch.allclose(ours.probe_logits(example), expected, atol=1e-4)
+        assert not torch.allclose(mades["float32"].probe_logits(example), expected, atol=1e-4)

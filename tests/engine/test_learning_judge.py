@@ -17,13 +17,13 @@ from midfill.adapters.format import fingerprint_of, layers_of
 from midfill.adapters.registry import Registry
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
-from midfill.training import data, judge
+from midfill.training import data, verdict
 from midfill.training import pipeline as learn
 from midfill.training.history import Repository
+from midfill.training.job import Job
 from midfill.training.model import Adapted, Recipe
 from midfill.training.selection import select
 from midfill.training.trainer import Trainer
-from midfill.training.worker import Job
 
 SETTINGS = Settings(
     family="stable-code",
@@ -35,7 +35,7 @@ SETTINGS = Settings(
 )
 RECIPE = Recipe(learning_rate=5e-3, rank=8, alpha=16, batch=8)
 # The time of an answer of three tiny layers is that of Python, and differs from run to run.
-LIMITS = judge.Limits(latency=20.0)
+LIMITS = verdict.Limits(latency=20.0)
 
 
 def nothing(*_):
@@ -49,7 +49,7 @@ def model(tmp_path_factory):
     tiny.write_model("gpt_bigcode", folder, initializer_range=0.1)
     made = tiny.reference(folder).train()
     local = LocalModel("tiny", folder, None, "made here")
-    examples = data.make_general(local, SETTINGS, seed=5, count=160)
+    examples = data.build_general_examples(local, SETTINGS, seed=5, count=160)
     torch.set_num_threads(1)
     optimiser = torch.optim.AdamW(made.parameters(), lr=4e-3)
     chooser = random.Random(0)  # noqa: S311 - for samples
@@ -76,7 +76,7 @@ def repository(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(repository, model):
-    return data.make(repository, select(repository, SETTINGS), model, SETTINGS, num_train=300)
+    return data.build_examples(repository, select(repository, SETTINGS), model, SETTINGS, num_train=300)
 
 
 def learnt(model, examples, folder, *, steps=60, recipe=RECIPE):
@@ -91,14 +91,14 @@ def learnt(model, examples, folder, *, steps=60, recipe=RECIPE):
 @pytest.fixture(scope="module")
 def good(model, examples, tmp_path_factory):
     """Learnt from the repository, and from other code as well, which a model this small else forgets."""
-    other = data.make_general(model, SETTINGS, seed=5, count=300)
+    other = data.build_general_examples(model, SETTINGS, seed=5, count=300)
     return learnt(model, [*examples.train, *other], tmp_path_factory.mktemp("good"), steps=75)
 
 
 @pytest.fixture
 def job(repository, tmp_path, monkeypatch):
     monkeypatch.setenv("MIDFILL_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(judge, "NUM_HOLES", 4)
+    monkeypatch.setattr(verdict, "NUM_HOLES", 4)
     monkeypatch.setattr(data, "NUM_TRAIN", 300)
     return Job(repository.root, "tiny", 60.0, num_threads=1, limits=LIMITS)
 
@@ -175,7 +175,7 @@ def test_an_adapter_of_another_repository_is_not_enabled(job, model, tmp_path):
         text = f"\\STRUCT<{number}>|$$|{{Z9: '{number}%'}};\n" * 4
         planted.commit({f"q{number}.js": text + f"// {number * 7919}\n"})
     foreign = Repository(planted.root)
-    examples = data.make(foreign, select(foreign, SETTINGS), model, SETTINGS, num_train=200)
+    examples = data.build_examples(foreign, select(foreign, SETTINGS), model, SETTINGS, num_train=200)
     adapter = learnt(model, examples.train, tmp_path, steps=40)
     assert verdict(job, adapter, model)[0] != "enabled"
 
@@ -217,10 +217,10 @@ def test_an_adapter_of_another_base_is_rejected(job, good, model, tmp_path):
 
 
 def test_commits_that_judge_again_and_again_ask_for_more(job, good, model, examples, tmp_path):
-    assert learn.note_opening(examples.test, "a") == 1
-    assert learn.note_opening(examples.test, "a") == 1
-    assert learn.note_opening(examples.test, "b") == 2
-    assert learn.note_opening([replace(one, commit=one.commit[::-1]) for one in examples.test], "c") == 1
+    assert learn.record_comparison(examples.test, "a") == 1
+    assert learn.record_comparison(examples.test, "a") == 1
+    assert learn.record_comparison(examples.test, "b") == 2
+    assert learn.record_comparison([replace(one, commit=one.commit[::-1]) for one in examples.test], "c") == 1
     content = (tmp_path / "data" / "training" / "opened.json").read_text()
     assert examples.test[0].commit not in content
 
@@ -233,14 +233,14 @@ def test_the_model_that_learns_is_gone_before_two_engines_are_loaded(job, good, 
             super().__init__(*args, **options)
             weights.extend(weakref.ref(one) for one in self.peft.parameters())
 
-    fill = judge.fill
+    fill = verdict.fill
 
     async def noted(*args):
         alive.extend(one for one in weights if one() is not None)
         return await fill(*args)
 
     monkeypatch.setattr(learn, "Adapted", Noted)
-    monkeypatch.setattr(judge, "fill", noted)
+    monkeypatch.setattr(verdict, "fill", noted)
     _, _, result = verdict(job, good, model)
     assert result["saved_chars"] is not None
     assert weights
@@ -282,8 +282,8 @@ def test_training_judges_and_registers_in_one_go(job, model, examples):
 def test_a_saved_adapter_that_acts_differently_is_found_out(good, model, examples, tmp_path):
     made = Adapted(model, RECIPE, num_threads=1, yields=False)
     made.load(good)
-    assert judge.canary_problem(made, good, examples.test[0]) is None
+    assert verdict.saved_adapter_problem(made, good, examples.test[0]) is None
     changed = copied(good, tmp_path / "changed", lambda tensors: {n: t * 1.5 for n, t in tensors.items()})
     made.load(good)
-    assert "acts differently" in judge.canary_problem(made, changed, examples.test[0])
+    assert "acts differently" in verdict.saved_adapter_problem(made, changed, examples.test[0])
     assert layers_of(model.path)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from midfill.errors import AdapterError
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
-from midfill.system import last_used as activity
+from midfill.system import last_request
 from midfill.training import data, worker
 from midfill.training import pipeline as learn
 from midfill.training.history import Repository
@@ -54,7 +54,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(repository, model):
-    return data.make(repository, select(repository, SETTINGS), model, SETTINGS, num_train=40)
+    return data.build_examples(repository, select(repository, SETTINGS), model, SETTINGS, num_train=40)
 
 
 def adapted(model, recipe=RECIPE, **options):
@@ -97,10 +97,10 @@ def test_every_architecture_learns_and_peft_reads_what_it_learnt(kind, examples,
     ids = torch.tensor([example.prompt])
     with torch.inference_mode():
         expected = reference(ids).logits[0, -1]
-    assert torch.allclose(made.canary(example), expected, atol=1e-4)
+    assert torch.allclose(made.probe_logits(example), expected, atol=1e-4)
     again = adapted(model)
     again.load(tmp_path / "adapter")
-    assert torch.allclose(again.canary(example), expected, atol=1e-4)
+    assert torch.allclose(again.probe_logits(example), expected, atol=1e-4)
 
 
 def test_the_loss_is_that_of_middle_and_end_only(model, examples):
@@ -216,22 +216,22 @@ def test_a_training_keeps_to_the_form_that_it_began_with(model, examples, tmp_pa
 
 def test_it_stands_aside_while_a_server_computes(monkeypatch, tmp_path):
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
-    monkeypatch.setattr(activity, "_last_s", -1e9)
-    assert activity.seconds_since() == float("inf")
+    monkeypatch.setattr(last_request, "_last_s", -1e9)
+    assert last_request.seconds_since() == float("inf")
     wait_for_quiet()
-    activity.note()
+    last_request.mark()
     assert not list(tmp_path.iterdir()), "a server makes nothing where nobody looks"
-    monkeypatch.setattr(activity, "_last_s", -1e9)
-    activity.watch()
-    assert activity.seconds_since() > 1000
-    activity.note()
-    assert activity.seconds_since() < 1000
+    monkeypatch.setattr(last_request, "_last_s", -1e9)
+    last_request.make_marker()
+    assert last_request.seconds_since() > 1000
+    last_request.mark()
+    assert last_request.seconds_since() < 1000
     waited = threading.Event()
     thread = threading.Thread(target=lambda: (wait_for_quiet(), waited.set()), daemon=True)
     thread.start()
     assert not waited.wait(0.2)
     long_ago = 1_000_000_000
-    os.utime(activity.activity_path(), (long_ago, long_ago))
+    os.utime(last_request.marker_path(), (long_ago, long_ago))
     assert waited.wait(10)
 
 
@@ -274,7 +274,9 @@ def test_a_name_that_is_a_path_makes_nothing_there(repository, model, tmp_path):
 @pytest.fixture(scope="module")
 def alone(repository, model, tmp_path_factory):
     """What one process learns in three steps, with the recipe and the examples of the command line."""
-    examples = data.make(repository, select(repository, SETTINGS), model, SETTINGS, num_train=data.NUM_TRAIN)
+    examples = data.build_examples(
+        repository, select(repository, SETTINGS), model, SETTINGS, num_train=data.NUM_TRAIN
+    )
     recipe = recipe_for(learn._num_parameters(model))
 
     def learnt(form):

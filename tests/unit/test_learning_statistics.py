@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from midfill.training.judge import Filling, Limits, Measured, as_dict, decide
-from midfill.training.statistics import (
+from midfill.evaluation.statistics import (
     difference,
     effect,
     more_commits,
@@ -15,13 +14,14 @@ from midfill.training.statistics import (
     smallest_gain,
     student_quantile,
 )
+from midfill.training.verdict import HoleResults, Limits, Measurements, as_dict, decide
 
-GOOD = Measured(
+GOOD = Measurements(
     effect=effect([str(i % 30) for i in range(180)], [1.0 + 0.1 * (i % 7) for i in range(180)], [10] * 180),
     nll_base=1.0,
     nll_adapter=0.9,
     general=1.0,
-    filling=Filling(100, 100, 1.0),
+    hole_results=HoleResults(100, 100, 1.0),
 )
 
 
@@ -94,9 +94,9 @@ def test_more_commits_are_as_many_as_would_do():
 
 
 def test_what_passes_every_condition_is_enabled():
-    verdicts = decide(GOOD)
-    assert verdicts.verdict == "enabled"
-    assert as_dict(GOOD, verdicts)["verdict"] == "enabled"
+    decision = decide(GOOD)
+    assert decision.verdict == "enabled"
+    assert as_dict(GOOD, decision)["verdict"] == "enabled"
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_what_passes_every_condition_is_enabled():
         ({"general": math.nan}, "rejected", "no number"),
         ({"general": None}, "inconclusive", "Other code"),
         ({"nll_adapter": math.nan}, "rejected", "no number"),
-        ({"filling": Filling(100, 99, 1.0)}, "rejected", "fewer characters: 99 instead of 100"),
-        ({"filling": Filling(100, 100, 1.11)}, "rejected", "11% longer"),
-        ({"filling": None}, "inconclusive", "not measured"),
+        ({"hole_results": HoleResults(100, 99, 1.0)}, "rejected", "fewer characters: 99 instead of 100"),
+        ({"hole_results": HoleResults(100, 100, 1.11)}, "rejected", "11% longer"),
+        ({"hole_results": None}, "inconclusive", "not measured"),
         ({"effect": effect(["a", "b"] * 90, [1.0, 1.1] * 90, [10] * 180)}, "inconclusive", "18 more commits"),
         (
             {"effect": effect([str(i % 25) for i in range(140)], [1.0] * 140, [10] * 140)},
@@ -128,13 +128,13 @@ def test_what_passes_every_condition_is_enabled():
     ],
 )
 def test_one_condition_that_is_not_met_keeps_it_off(change, verdict, reason):
-    verdicts = decide(replace(GOOD, **change))
-    assert verdicts.verdict == verdict
-    assert reason in " ".join(verdicts.reasons)
+    decision = decide(replace(GOOD, **change))
+    assert decision.verdict == verdict
+    assert reason in " ".join(decision.reasons)
 
 
 def test_commits_that_have_judged_others_ask_for_more():
-    result = as_dict(replace(GOOD, openings=5), decide(GOOD))
+    result = as_dict(replace(GOOD, num_comparisons=5), decide(GOOD))
     assert result["alpha"] == pytest.approx(0.005)
 
 

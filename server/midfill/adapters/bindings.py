@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from midfill.adapters.registry import data_dir, locked, replace_file
+from midfill.adapters.registry import locked
 from midfill.errors import AdapterError
-from midfill.system import text_files as textfiles
+from midfill.system import text_files
+from midfill.system.folders import data_folder
 from midfill.system.json_files import read_json
 from midfill.text.languages import normalise
 
@@ -73,7 +74,7 @@ class Bindings:
     """The file of bindings below a folder; by default that of the registry."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = root or data_dir() / "adapters"
+        self.root = root or data_folder() / "adapters"
         self.path = self.root / "bindings.json"
 
     def read(self) -> Bound:
@@ -154,7 +155,7 @@ class Bindings:
 
     def _write(self, now: Bound, history: list[Bound]) -> None:
         content = {"format": _FORMAT, "now": asdict(now), "before": [asdict(bound) for bound in history]}
-        replace_file(self.path, json.dumps(content, indent=1))
+        text_files.replace(self.path, json.dumps(content, indent=1), private=True)
 
 
 def asked_by(workspace: Path) -> str | None:
@@ -169,7 +170,7 @@ def asked_by(workspace: Path) -> str | None:
         with path.open("rb") as stream:
             text = stream.read(_MAX_REQUEST_BYTES + 1)
         asked = (
-            tomllib.loads(textfiles.decode(text)).get("adapter") if len(text) <= _MAX_REQUEST_BYTES else None
+            tomllib.loads(text_files.decode(text)).get("adapter") if len(text) <= _MAX_REQUEST_BYTES else None
         )
     except UnicodeError as error:
         _LOG.warning("%s asks for nothing: %s", path, error)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -19,12 +18,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from midfill.errors import AdapterError
+from midfill.system import text_files
+from midfill.system.folders import data_folder
 from midfill.system.json_files import read_json
-from midfill.system.private import open_private, private_folder
+from midfill.system.private import private_folder
 
 VERDICTS = ("enabled", "rejected", "inconclusive", "none")
 
@@ -107,22 +107,15 @@ class Entry:
         return asdict(self) | {"path": str(self.path)}
 
 
-def data_dir() -> Path:
-    """The folder of what cannot be fetched again. `MIDFILL_DATA` names another one."""
-    if chosen := os.environ.get("MIDFILL_DATA"):
-        return Path(chosen).expanduser().absolute()
-    return platformdirs.user_data_path("midfill")
-
-
 class Registry:
     """The adapters below a folder.
 
     Args:
-        root: the folder; by default `adapters` in `data_dir()`. It need not exist.
+        root: the folder; by default `adapters` in `data_folder()`. It need not exist.
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = root or data_dir() / "adapters"
+        self.root = root or data_folder() / "adapters"
         self._index = self.root / "index.json"
 
     def entries(self) -> list[Entry]:
@@ -274,7 +267,7 @@ class Registry:
                 {key: value for key, value in asdict(entry).items() if key != "path"} for entry in entries
             ],
         }
-        replace_file(self._index, json.dumps(content, indent=1))
+        text_files.replace(self._index, json.dumps(content, indent=1), private=True)
 
     @contextlib.contextmanager
     def _copied(self, folder: Path) -> Iterator[Path]:
@@ -333,13 +326,3 @@ def locked(folder: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise AdapterError(f"{error.filename or folder} cannot be written: {error.strerror}.") from error
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file of the owner's alone so that it is found whole, or as it was before, whatever happens."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8", opener=open_private) as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)

@@ -23,7 +23,7 @@ from midfill.engine.api import Adaptable, AdapterSource, Engine, Progress, Reque
 from midfill.errors import EngineError
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
-from midfill.system.figures import peak_rss_mb, percentile
+from midfill.system.measure import peak_rss_mb, percentile
 
 _CODE = "def area(width, height):\n    return width * height\n\n\n"
 _SWAP_TOKENS = 600
@@ -34,7 +34,7 @@ class _Changing(Engine, Adaptable, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AdapterPlan:
     """What is measured.
 
     Attributes:
@@ -56,7 +56,7 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
     model: LocalModel,
     *,
     folder: Path,
-    plan: Plan,
+    plan: AdapterPlan,
     progress: Progress,
 ) -> dict[str, Any]:
     """Measure; the result is for JSON.
@@ -136,7 +136,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-async def _decode(engine: Engine, plan: Plan, adapter: str | None) -> list[float]:
+async def _decode(engine: Engine, plan: AdapterPlan, adapter: str | None) -> list[float]:
     """Milliseconds of each token after the first. The prompt is read the first time only."""
     request = Request(_prompt(engine, plan), plan.decode_tokens, adapter=adapter)
     arrived = []
@@ -146,7 +146,7 @@ async def _decode(engine: Engine, plan: Plan, adapter: str | None) -> list[float
     return [1000 * (after - before) for before, after in itertools.pairwise(arrived)]
 
 
-async def _swap(engine: _Changing, wanted: Sequence[AdapterSource], plan: Plan) -> dict[str, float]:
+async def _swap(engine: _Changing, wanted: Sequence[AdapterSource], plan: AdapterPlan) -> dict[str, float]:
     """Put other adapters in while an answer of the base is written, and look at its tokens."""
     arrived = []
     swapped_s = 0.0
@@ -173,7 +173,7 @@ async def _swap(engine: _Changing, wanted: Sequence[AdapterSource], plan: Plan) 
     }
 
 
-def _prompt(engine: Engine, plan: Plan) -> tuple[int, ...]:
+def _prompt(engine: Engine, plan: AdapterPlan) -> tuple[int, ...]:
     line = tuple(engine.model.tokenizer.encode(_CODE))
     return (line * (plan.context_tokens // len(line) + 1))[: plan.context_tokens]
 

@@ -19,10 +19,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from midfill.bench.rivals import GENERATE, LLAMA_CPP, Rival, RivalError, Run, can_run_llama_cpp
+from midfill.bench.baselines import (
+    GENERATE,
+    LLAMA_CPP,
+    BaselineError,
+    BaselineProcess,
+    Run,
+    can_run_llama_cpp,
+)
 from midfill.engine.api import Engine, ModelInfo, Progress, Request
 from midfill.settings import Settings
-from midfill.system.figures import peak_rss_mb, percentiles
+from midfill.system.measure import peak_rss_mb, percentiles
 
 MakeEngine = Callable[[Settings], Engine]
 
@@ -51,7 +58,7 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class EnginePlan:
     """What each engine does in a round. A model with a short context does less.
 
     Attributes:
@@ -68,7 +75,7 @@ class Plan:
     decode_tokens: int = 64
     cancellations: int = 50
 
-    def within(self, context: int) -> Plan:
+    def within(self, context: int) -> EnginePlan:
         """The same for a model that takes at most `context` tokens."""
         before = min(self.context_tokens, context // 2)
         return replace(
@@ -101,7 +108,7 @@ async def bench_engine(
     report: Progress,
     *,
     weights: Weights,
-    plan: Plan | None = None,
+    plan: EnginePlan | None = None,
 ) -> dict[str, Any]:
     """Measure; the result is what `--json` prints.
 
@@ -110,24 +117,24 @@ async def bench_engine(
     """
     found = _Found()
     engine = await asyncio.to_thread(make_engine, settings)
-    rivals: list[Rival] = []
+    baselines: list[BaselineProcess] = []
     try:
         await engine.start(report)
         model = engine.model
-        plan = (plan or Plan()).within(model.context)
-        rivals = await _rivals(found, model, plan, weights, report)
+        plan = (plan or EnginePlan()).within(model.context)
+        baselines = await _start_baselines(found, model, plan, weights, report)
         for number in range(plan.rounds):
             report(f"round {number + 1} of {plan.rounds}", number / plan.rounds)
-            await _round(found, number, plan, engine, rivals)
+            await _round(found, number, plan, engine, baselines)
         peak_mb = peak_rss_mb(os.getpid())
         report("taking requests back", None)
         found.freed_ms = await _cancellations(engine, plan)
         await engine.close()
-        expected = await _expected(found, model, rivals, report)
+        expected = await _expected(found, model, baselines, report)
     finally:
         await engine.close()
-        for rival in rivals:
-            await rival.close()
+        for baseline in baselines:
+            await baseline.close()
     equal = None
     if expected is not None:
         report("float32, token for token", None)
@@ -135,11 +142,11 @@ async def bench_engine(
     return _result(found, model, plan, peak_mb, equal)
 
 
-async def _rivals(
-    found: _Found, model: ModelInfo, plan: Plan, weights: Weights, report: Progress
-) -> list[Rival]:
+async def _start_baselines(
+    found: _Found, model: ModelInfo, plan: EnginePlan, weights: Weights, report: Progress
+) -> list[BaselineProcess]:
     """Those that can be had; why not, for the others."""
-    rivals = []
+    baselines = []
     paths = {GENERATE: weights.folder, LLAMA_CPP: weights.gguf}
     if weights.folder is None:
         found.skipped[GENERATE] = "the model has no folder"
@@ -155,13 +162,15 @@ async def _rivals(
             continue
         report(f"loading the model into {name}", None)
         try:
-            rivals.append(await Rival.start(name, path, model.device, context))
-        except RivalError as error:
+            baselines.append(await BaselineProcess.start(name, path, model.device, context))
+        except BaselineError as error:
             found.skipped[name] = str(error)
-    return rivals
+    return baselines
 
 
-async def _round(found: _Found, number: int, plan: Plan, engine: Engine, rivals: Sequence[Rival]) -> None:
+async def _round(
+    found: _Found, number: int, plan: EnginePlan, engine: Engine, baselines: Sequence[BaselineProcess]
+) -> None:
     """Every engine once, with prompts that none has seen."""
     num_new = plan.decode_tokens
     warm_up = _prompt(engine.model, f"warm_{number}", 16)
@@ -172,12 +181,12 @@ async def _round(found: _Found, number: int, plan: Plan, engine: Engine, rivals:
     written = await _run(engine, decode, num_new)
     found.note("midfill", ours, written)
     found.first_token_ms += await _keys(engine, (*decode, *written.ids), prefill)
-    for rival in [rival for rival in rivals if rival.name not in found.skipped]:
+    for baseline in [baseline for baseline in baselines if baseline.name not in found.skipped]:
         try:
-            await rival.run(warm_up, _WARM_UP_TOKENS)
-            found.note(rival.name, await rival.run(prefill, 1), await rival.run(decode, num_new))
-        except RivalError as error:
-            found.skipped[rival.name] = str(error)
+            await baseline.run(warm_up, _WARM_UP_TOKENS)
+            found.note(baseline.name, await baseline.run(prefill, 1), await baseline.run(decode, num_new))
+        except BaselineError as error:
+            found.skipped[baseline.name] = str(error)
 
 
 async def _keys(engine: Engine, computed: tuple[int, ...], typed: Sequence[int]) -> list[float]:
@@ -193,7 +202,7 @@ async def _keys(engine: Engine, computed: tuple[int, ...], typed: Sequence[int])
     return waited_ms
 
 
-async def _cancellations(engine: Engine, plan: Plan) -> list[float]:
+async def _cancellations(engine: Engine, plan: EnginePlan) -> list[float]:
     """Milliseconds from taking back a request until the model is free, while it reads a long prompt.
 
     The first is taken back at the far end of the prompt, where the most tokens are attended to, the last at
@@ -210,14 +219,14 @@ async def _cancellations(engine: Engine, plan: Plan) -> list[float]:
         request = Request((*prompt[:num_kept], *new), 1)
         reading = asyncio.create_task(_exhaust(engine, request))
         await asyncio.sleep(moments.uniform(0.02, 0.5))
-        taken_back_s = time.monotonic()
+        cancelled_s = time.monotonic()
         if reading.done():
             continue
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
         # The thread notes the end; the next request comes after it.
         await _run(engine, request.tokens[:1], 1)
-        freed_ms.append(max(0.0, request.stats.ended_s - taken_back_s) * 1000)
+        freed_ms.append(max(0.0, request.stats.ended_s - cancelled_s) * 1000)
     return freed_ms
 
 
@@ -259,11 +268,11 @@ def _prompt(model: ModelInfo, name: str, num_tokens: int) -> tuple[int, ...]:
 
 
 async def _expected(
-    found: _Found, model: ModelInfo, rivals: Sequence[Rival], report: Progress
+    found: _Found, model: ModelInfo, baselines: Sequence[BaselineProcess], report: Progress
 ) -> list[tuple[tuple[int, ...], list[int]]] | None:
     """Prompts and what `generate` writes after them in float32; None if it cannot be asked."""
-    for rival in rivals:
-        if rival.name != GENERATE or GENERATE in found.skipped:
+    for baseline in baselines:
+        if baseline.name != GENERATE or GENERATE in found.skipped:
             continue
         if model.device != "cpu":
             found.skipped["tokens_equal_generate"] = "on a GPU generate runs in bfloat16"
@@ -272,8 +281,8 @@ async def _expected(
         stop_ids = sorted(model.tokenizer.control_ids)
         prompts = [tuple(model.tokenizer.encode(text)) for text in _EQUAL_PROMPTS]
         try:
-            return [(tokens, (await rival.run(tokens, _EQUAL_TOKENS, stop_ids)).ids) for tokens in prompts]
-        except RivalError as error:
+            return [(tokens, (await baseline.run(tokens, _EQUAL_TOKENS, stop_ids)).ids) for tokens in prompts]
+        except BaselineError as error:
             found.skipped[GENERATE] = str(error)
     found.skipped["tokens_equal_generate"] = f"no generate: {found.skipped.get(GENERATE)}"
     return None
@@ -297,7 +306,7 @@ async def _equals(
 
 
 def _result(
-    found: _Found, model: ModelInfo, plan: Plan, peak_mb: float, equal: bool | None
+    found: _Found, model: ModelInfo, plan: EnginePlan, peak_mb: float, equal: bool | None
 ) -> dict[str, Any]:
     def middle(values: Sequence[float] | None) -> float | None:
         return round(median(values), 2) if values else None

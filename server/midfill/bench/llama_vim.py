@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from midfill.bench.contenders import CANCELLED, Asked, Job
-from midfill.bench.rivals import LLAMA_CPP, Rival
+from midfill.bench.backends import CANCELLED, EngineJob, SuggestionRequest
+from midfill.bench.baselines import LLAMA_CPP, BaselineProcess
 from midfill.engine.api import Progress
 from midfill.errors import MidfillError
-from midfill.system.figures import peak_rss_mb
+from midfill.system.measure import peak_rss_mb
 from midfill.text.documents import Change, Document, Encoding, Point
 
 _PREDICT_TOKENS = 128
@@ -74,18 +74,18 @@ class LlamaVim:
     def __init__(self, gguf: Path, options: Options | None = None) -> None:
         self._gguf = gguf
         self._options = options or Options()
-        self._rival: Rival | None = None
+        self._baseline: BaselineProcess | None = None
         self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._running: asyncio.Task[str] | None = None
         self._running_key: tuple[str, str] | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._jobs: list[Job] = []
+        self._jobs: list[EngineJob] = []
         self._ids = 0
 
     async def start(self, report: Progress) -> None:
         """See `Contender.start`."""
         report("loading the model into llama.cpp", None)
-        self._rival = await Rival.start(
+        self._baseline = await BaselineProcess.start(
             LLAMA_CPP, self._gguf, "cpu", _CONTEXT, batch_tokens=self._options.batch_tokens
         )
 
@@ -95,47 +95,51 @@ class LlamaVim:
     def change(self, document: Document, changes: Sequence[Change]) -> None:
         """See `Contender.change`."""
 
-    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
+    def ask(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> asyncio.Future[None]:
         """See `Contender.ask`."""
         self._ids += 1
-        asked.id = self._ids
-        task = asyncio.ensure_future(self._answer(asked, document, position))
-        self._tasks[asked.id] = task
+        request.id = self._ids
+        task = asyncio.ensure_future(self._answer(request, document, position))
+        self._tasks[request.id] = task
         return task
 
-    def take_back(self, asked: Asked) -> None:
+    def cancel(self, request: SuggestionRequest) -> None:
         """See `Contender.take_back`: closes the connection."""
-        if not self._options.patient and asked.id in self._tasks:
-            self._tasks[asked.id].cancel()
+        if not self._options.patient and request.id in self._tasks:
+            self._tasks[request.id].cancel()
 
-    async def _answer(self, asked: Asked, document: Document, position: tuple[int, int]) -> None:
+    async def _answer(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> None:
         point = document.point(position, Encoding.UTF16)
         line = _bare(document.lines[point.line])
         before, after = line[: point.column], line[point.column :]
         if len(after) > _MAX_LINE_SUFFIX:
-            asked.source, asked.reason = "none", "line-tail"
+            request.source, request.reason = "none", "line-tail"
             return
         context = self._context(document, point.line, before, after)
         try:
-            content, asked.source = self._kept(context)
+            content, request.source = self._kept(context)
             if content is None:
-                await self._ask(asked, context, _MAX_FIRST_PREDICT_MS)
+                await self._ask(request, context, _MAX_FIRST_PREDICT_MS)
                 # The same question as the plugin asks itself when an answer has come.
-                content, asked.source = self._kept(context)[0], "model"
-            asked.text = "" if content is None else _worthwhile(content, document, point)
+                content, request.source = self._kept(context)[0], "model"
+            request.text = "" if content is None else _worthwhile(content, document, point)
         except asyncio.CancelledError:
-            asked.code = CANCELLED
+            request.code = CANCELLED
             return
-        if not asked.text:
-            asked.source, asked.reason = "none", "model-silent"
+        if not request.text:
+            request.source, request.reason = "none", "model-silent"
             return
-        ahead = self._accepted(document, point.line, before, asked.text)
+        ahead = self._accepted(document, point.line, before, request.text)
         if self._running is None and not self._is_kept(ahead):
-            self._tasks[-asked.id] = asyncio.ensure_future(self._look_ahead(asked, ahead))
+            self._tasks[-request.id] = asyncio.ensure_future(self._look_ahead(request, ahead))
 
-    async def _look_ahead(self, asked: Asked, context: _Context) -> None:
+    async def _look_ahead(self, request: SuggestionRequest, context: _Context) -> None:
         with contextlib.suppress(asyncio.CancelledError):
-            await self._ask(asked, context, _MAX_PREDICT_MS, idle=True)
+            await self._ask(request, context, _MAX_PREDICT_MS, idle=True)
 
     def _context(self, document: Document, number: int, before: str, after: str) -> _Context:
         """Around a cursor. On a line of blanks the plugin starts from its beginning."""
@@ -176,7 +180,9 @@ class LlamaVim:
                 best = earlier[size:]
         return best, "typed-through"
 
-    async def _ask(self, asked: Asked, context: _Context, limit_ms: int, *, idle: bool = False) -> None:
+    async def _ask(
+        self, request: SuggestionRequest, context: _Context, limit_ms: int, *, idle: bool = False
+    ) -> None:
         """Send a request and keep its answer. One at a time: an older one is closed, or waited for."""
         key = self._key(context)
         if self._running is not None and self._running_key != key:
@@ -184,11 +190,11 @@ class LlamaVim:
                 self._running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.shield(self._running)
-            if asked.cancelled_s is not None or self._kept(context)[0] is not None:
+            if request.cancelled_s is not None or self._kept(context)[0] is not None:
                 return
         if self._running is None:
             self._running_key = key
-            self._running = asyncio.ensure_future(self._infill(asked, context, limit_ms, idle=idle))
+            self._running = asyncio.ensure_future(self._infill(request, context, limit_ms, idle=idle))
             self._running.add_done_callback(self._done)
         running = self._running
         try:
@@ -214,7 +220,9 @@ class LlamaVim:
         while len(self._cache) > _MAX_KEYS:
             self._cache.popitem(last=False)
 
-    async def _infill(self, asked: Asked, context: _Context, limit_ms: int, *, idle: bool) -> str:
+    async def _infill(
+        self, request: SuggestionRequest, context: _Context, limit_ms: int, *, idle: bool
+    ) -> str:
         body = {
             "id_slot": 0,
             "input_prefix": context.prefix,
@@ -236,14 +244,16 @@ class LlamaVim:
         try:
             found = await self._post("/infill", body)
         except asyncio.CancelledError:
-            self._jobs.append(Job(asked.episode, asked.id, "cancelled", idle=idle, left_s=time.monotonic()))
+            self._jobs.append(
+                EngineJob(request.session, request.id, "cancelled", idle=idle, left_s=time.monotonic())
+            )
             raise
         timings = found["timings"]
         first_s = begun + timings["prompt_ms"] / 1000
         self._jobs.append(
-            Job(
-                asked.episode,
-                asked.id,
+            EngineJob(
+                request.session,
+                request.id,
                 "finished",
                 idle=idle,
                 num_computed=timings["prompt_n"],
@@ -258,9 +268,9 @@ class LlamaVim:
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """One request over a connection of its own, which is closed if the task is cancelled."""
-        if self._rival is None:
+        if self._baseline is None:
             raise MidfillError("llama.cpp has not been started.")
-        address = urlsplit(self._rival.ready["address"])
+        address = urlsplit(self._baseline.ready["address"])
         content = json.dumps(body).encode()
         head = (
             f"POST {path} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
@@ -278,7 +288,7 @@ class LlamaVim:
         result: dict[str, Any] = answer
         return result
 
-    async def close(self, document: Document) -> list[Job]:  # noqa: ARG002 - see `Contender`
+    async def close(self, document: Document) -> list[EngineJob]:  # noqa: ARG002 - see `Contender`
         """See `Contender.close`. Waits until the server is free, so that the next one is not slowed."""
         if self._running is not None:
             self._running.cancel()
@@ -294,12 +304,12 @@ class LlamaVim:
 
     def peak_rss_mb(self) -> float:
         """See `Contender.peak_rss_mb`."""
-        return peak_rss_mb(self._rival.pid) if self._rival is not None else 0.0
+        return peak_rss_mb(self._baseline.pid) if self._baseline is not None else 0.0
 
     async def end(self) -> None:
         """See `Contender.end`."""
-        if self._rival is not None:
-            await self._rival.close()
+        if self._baseline is not None:
+            await self._baseline.close()
 
 
 def _bare(line: str) -> str:

@@ -19,16 +19,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from midfill.bench.contenders import Asked, InProcess, Job
-from midfill.bench.replay import Pace, Session, Typing
-from midfill.bench.report import cell
+from midfill.bench.backends import EngineJob, PipelineBackend, SuggestionRequest
+from midfill.bench.replay import BackendRun, Pace, SessionPlayer
+from midfill.bench.replay_report import cell
 from midfill.bench.target import SERVED
-from midfill.bench.trace import Episode
+from midfill.bench.trace import TypingSession
 from midfill.completion.reasons import Reason
 from midfill.engine.api import Engine, Progress
 from midfill.fim.templates import Family
 from midfill.settings import Settings
-from midfill.system.figures import awaited, percentile, percentiles, share
+from midfill.system.measure import kaplan_meier, percentile, percentiles, share
 
 BY_MODEL = frozenset({"model", "joined"})
 _NOT_ASKED = frozenset(
@@ -54,7 +54,7 @@ _MOST_FAILURES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LoadPlan:
     """How a trace is played by many.
 
     Attributes:
@@ -69,14 +69,14 @@ class Plan:
     seed: int = 0
     warm_s: float = WARM_S
 
-    def order(self, user: int, num_episodes: int) -> tuple[float, Iterator[int]]:
+    def order(self, user: int, num_sessions: int) -> tuple[float, Iterator[int]]:
         """When a typist begins (seconds), and with which episodes it goes on, without end."""
         chance = random.Random(f"{self.seed} {user}")  # noqa: S311 - not a secret
         delay_s = chance.uniform(0.0, _SPREAD_S)
 
         def numbers() -> Iterator[int]:
             while True:
-                shuffled = list(range(num_episodes))
+                shuffled = list(range(num_sessions))
                 chance.shuffle(shuffled)
                 yield from shuffled
 
@@ -84,7 +84,7 @@ class Plan:
 
 
 @dataclass(slots=True)
-class Played:
+class LoadRun:
     """What became of a run.
 
     Attributes:
@@ -93,26 +93,26 @@ class Played:
         busy_share: of a core, that this process used.
     """
 
-    plan: Plan
+    plan: LoadPlan
     begun_s: float
-    requests: list[Asked] = field(default_factory=list)
-    jobs: list[Job] = field(default_factory=list)
+    requests: list[SuggestionRequest] = field(default_factory=list)
+    jobs: list[EngineJob] = field(default_factory=list)
     late_s: list[float] = field(default_factory=list)
     busy_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class BenchSetup:
     """What all typists share: a started engine, the family of its model, settings, what is typed."""
 
     engine: Engine
     family: tuple[str, Family]
     settings: Settings
-    episodes: Sequence[Episode]
+    sessions: Sequence[TypingSession]
 
-    def pipeline(self, *, looks_ahead: bool = True) -> InProcess:
+    def pipeline(self, *, looks_ahead: bool = True) -> PipelineBackend:
         """One for a typist."""
-        return InProcess(self.engine, self.family, self.settings, looks_ahead=looks_ahead)
+        return PipelineBackend(self.engine, self.family, self.settings, looks_ahead=looks_ahead)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,51 +136,57 @@ class Goal:
         return "share shown" if shown < self.served * most else None
 
 
-async def play(stage: Stage, plan: Plan, report: Progress = lambda _message, _share: None) -> Played:
+async def play(
+    setup: BenchSetup, plan: LoadPlan, report: Progress = lambda _message, _share: None
+) -> LoadRun:
     """Let the typists of a plan type, in real time."""
-    played = Played(plan, time.monotonic())
+    load_run = LoadRun(plan, time.monotonic())
     cpu_s = time.process_time()
-    typists = [asyncio.ensure_future(_type(user, stage, plan, played.begun_s)) for user in range(plan.users)]
-    ticking = asyncio.ensure_future(_tick(played.begun_s, plan, report))
+    virtual_users = [
+        asyncio.ensure_future(_type(user, setup, plan, load_run.begun_s)) for user in range(plan.users)
+    ]
+    ticking = asyncio.ensure_future(_tick(load_run.begun_s, plan, report))
     try:
-        sessions = await asyncio.gather(*typists)
+        runs = await asyncio.gather(*virtual_users)
     finally:
-        for task in (*typists, ticking):
+        for task in (*virtual_users, ticking):
             task.cancel()
-    for session in sessions:
-        played.requests += session.requests
-        played.jobs += session.jobs
-        played.late_s += session.late_s
+    for run in runs:
+        load_run.requests += run.requests
+        load_run.jobs += run.jobs
+        load_run.late_s += run.late_s
     # What was taken back at the end leaves the engine.
     await asyncio.sleep(_BETWEEN_S)
-    played.busy_share = (time.process_time() - cpu_s) / (time.monotonic() - played.begun_s)
-    return played
+    load_run.busy_share = (time.process_time() - cpu_s) / (time.monotonic() - load_run.begun_s)
+    return load_run
 
 
-async def _type(user: int, stage: Stage, plan: Plan, begun_s: float) -> Session:
+async def _type(user: int, setup: BenchSetup, plan: LoadPlan, begun_s: float) -> BackendRun:
     """One typist."""
-    session = Session(f"typist {user}")
-    pipeline = stage.pipeline()
-    delay_s, numbers = plan.order(user, len(stage.episodes))
+    run = BackendRun(f"typist {user}")
+    pipeline = setup.pipeline()
+    delay_s, numbers = plan.order(user, len(setup.sessions))
     await asyncio.sleep(max(0.0, begun_s + delay_s - time.monotonic()))
     try:
         for number in numbers:
             if (left_s := begun_s + plan.seconds - time.monotonic()) <= 0:
                 break
-            pace = Pace(limit_s=session.seconds + left_s, accepts=False, looks_inside=False)
-            await Typing(session, pipeline, stage.episodes[number], number, pace).run()
+            pace = Pace(limit_s=run.seconds + left_s, accepts=False, looks_inside=False)
+            await SessionPlayer(run, pipeline, setup.sessions[number], number, pace).run()
     finally:
         await pipeline.end()
-    return session
+    return run
 
 
-async def _tick(begun_s: float, plan: Plan, report: Progress) -> None:
+async def _tick(begun_s: float, plan: LoadPlan, report: Progress) -> None:
     while True:
         report(f"{plan.users} typing", min(1.0, (time.monotonic() - begun_s) / plan.seconds))
         await asyncio.sleep(0.5)
 
 
-def figures(requests: Sequence[Asked], jobs: Sequence[Job], begun_s: float, plan: Plan) -> dict[str, Any]:
+def figures(
+    requests: Sequence[SuggestionRequest], jobs: Sequence[EngineJob], begun_s: float, plan: LoadPlan
+) -> dict[str, Any]:
     """What a run, measured or simulated, has come to; ready for JSON.
 
     suggestion_ms: from a request to its suggestion, of those that came before the next key.
@@ -194,12 +200,14 @@ def figures(requests: Sequence[Asked], jobs: Sequence[Job], begun_s: float, plan
     failures: how many requests failed, by what was said.
     """
     from_s, to_s = begun_s + plan.warm_s, begun_s + plan.seconds
-    counted = [asked for asked in requests if from_s <= asked.asked_s < to_s]
-    shown = [asked for asked in counted if asked.fate == "shown"]
-    by_model = [asked for asked in counted if asked.fate in {"shown", "empty"} and _asks_model(asked)]
-    cut_short = [asked for asked in counted if asked.fate in {"cancelled", "late"}]
-    failed = [asked for asked in counted if asked.fate == "failed"]
-    failures = Counter(str(asked.detail or asked.reason or "no answer") for asked in failed)
+    counted = [request for request in requests if from_s <= request.asked_s < to_s]
+    shown = [request for request in counted if request.outcome == "shown"]
+    by_model = [
+        request for request in counted if request.outcome in {"shown", "empty"} and _asks_model(request)
+    ]
+    cut_short = [request for request in counted if request.outcome in {"cancelled", "late"}]
+    failed = [request for request in counted if request.outcome == "failed"]
+    failures = Counter(str(request.detail or request.reason or "no answer") for request in failed)
     seconds = max(plan.seconds - plan.warm_s, 1e-9)
     own = [job for job in jobs if job.submitted_s is not None and from_s <= job.submitted_s < to_s]
     work = [job for job in own if not job.idle]
@@ -209,11 +217,11 @@ def figures(requests: Sequence[Asked], jobs: Sequence[Job], begun_s: float, plan
         "users": plan.users,
         "seconds": round(seconds, 1),
         "requests": len(counted),
-        "suggestion_ms": percentiles([asked.waited_ms for asked in shown], 50, 95, 99),
+        "suggestion_ms": percentiles([request.waited_ms for request in shown], 50, 95, 99),
         "model_ms": percentiles([a.waited_ms for a in shown if a.source in BY_MODEL], 50, 95, 99),
-        "awaited_ms": awaited(
-            [asked.waited_ms for asked in by_model],
-            [asked.waited_ms for asked in (*cut_short, *failed)],
+        "awaited_ms": kaplan_meier(
+            [request.waited_ms for request in by_model],
+            [request.waited_ms for request in (*cut_short, *failed)],
             *(50, 95, 99),
         ),
         "shown_before_next_key_share": share(len(shown), len(counted)),
@@ -229,29 +237,29 @@ def figures(requests: Sequence[Asked], jobs: Sequence[Job], begun_s: float, plan
         ),
         "samples": {
             "suggestion_ms": len(shown),
-            "model_ms": sum(asked.source in BY_MODEL for asked in shown),
+            "model_ms": sum(request.source in BY_MODEL for request in shown),
             "awaited_ms": len(by_model),
         },
     }
 
 
-def _asks_model(asked: Asked) -> bool:
-    if asked.text:
-        return asked.source in BY_MODEL
-    return asked.reason not in _NOT_ASKED
+def _asks_model(request: SuggestionRequest) -> bool:
+    if request.text:
+        return request.source in BY_MODEL
+    return request.reason not in _NOT_ASKED
 
 
-def measured(played: Played) -> dict[str, Any]:
+def measured(load_run: LoadRun) -> dict[str, Any]:
     """`figures`, and whether the generator itself kept up.
 
     late_ms: how late the keys came. generator_cores: how much of a core this process used.
     generator_kept_up: whether what was measured is the engine's doing.
     """
-    late = [late_s * 1000 for late_s in played.late_s]
-    return figures(played.requests, played.jobs, played.begun_s, played.plan) | {
+    late = [late_s * 1000 for late_s in load_run.late_s]
+    return figures(load_run.requests, load_run.jobs, load_run.begun_s, load_run.plan) | {
         "late_ms": percentiles(late, 50, 95, 99),
-        "generator_cores": round(played.busy_share, 2),
-        "generator_kept_up": (percentile(late, 95) or 0.0) <= _LATE_MS and played.busy_share <= _BUSY,
+        "generator_cores": round(load_run.busy_share, 2),
+        "generator_kept_up": (percentile(late, 95) or 0.0) <= _LATE_MS and load_run.busy_share <= _BUSY,
     }
 
 

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midfill.bench.contenders import FATES, Asked
-from midfill.bench.replay import Session
+from midfill.bench.backends import OUTCOMES, SuggestionRequest
+from midfill.bench.replay import BackendRun
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = dict(zip(FATES, ("#1a9850", "#4393c3", "#999999", "#d6604d", "#f4a582", "#000000"), strict=True))
+_COLOURS = dict(
+    zip(OUTCOMES, ("#1a9850", "#4393c3", "#999999", "#d6604d", "#f4a582", "#000000"), strict=True)
+)
 _FLOOR_MS = 0.1
 _ALL = "all suggestions"
 _BUDGETS_MS = (40, 85, 152)
@@ -27,17 +29,17 @@ def need_matplotlib() -> None:
         raise MidfillError("--plot needs matplotlib. Run: pip install matplotlib") from error
 
 
-def plot(sessions: Sequence[Session], title: str, path: Path) -> None:
+def plot(runs: Sequence[BackendRun], title: str, path: Path) -> None:
     """Draw the latencies' distribution above the timeline of each contender. Raises `MidfillError`."""
     need_matplotlib()
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
 
-    figure = Figure(figsize=(11, 4 + 4 * len(sessions)), layout="constrained")
-    above, *below = figure.subplots(1 + len(sessions), 1)
+    figure = Figure(figsize=(11, 4 + 4 * len(runs)), layout="constrained")
+    above, *below = figure.subplots(1 + len(runs), 1)
     figure.suptitle(title, fontsize=12)
-    _distribution(above, sessions)
-    for axes, session in zip(below, sessions, strict=True):
-        _timeline(axes, session)
+    _distribution(above, runs)
+    for axes, run in zip(below, runs, strict=True):
+        _timeline(axes, run)
         # Contenders take turns: on one scale it can be seen when.
         axes.sharex(below[0])
     try:
@@ -46,15 +48,15 @@ def plot(sessions: Sequence[Session], title: str, path: Path) -> None:
         raise MidfillError(f"Cannot write the picture {path}: {error}.") from error
 
 
-def _distribution(axes: Axes, sessions: Sequence[Session]) -> None:
+def _distribution(axes: Axes, runs: Sequence[BackendRun]) -> None:
     """Cumulative shares, by contender and by where the suggestion came from."""
     series: dict[str, list[float]] = {}
-    for session in sessions:
-        for asked in session.requests:
-            if asked.fate in {"accepted", "shown"}:
-                waited_ms = max(asked.waited_ms, _FLOOR_MS)
-                series.setdefault(f"{session.name}, {_ALL}", []).append(waited_ms)
-                series.setdefault(f"{session.name}, {asked.source or '?'}", []).append(waited_ms)
+    for run in runs:
+        for request in run.requests:
+            if request.outcome in {"accepted", "shown"}:
+                waited_ms = max(request.waited_ms, _FLOOR_MS)
+                series.setdefault(f"{run.name}, {_ALL}", []).append(waited_ms)
+                series.setdefault(f"{run.name}, {request.source or '?'}", []).append(waited_ms)
     for name, values in series.items():
         style: dict[str, Any] = {"linewidth": 5, "alpha": 0.4} if name.endswith(_ALL) else {}
         axes.ecdf(values, label=f"{name} ({len(values)})", **style)
@@ -81,22 +83,22 @@ def _distribution(axes: Axes, sessions: Sequence[Session]) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
 
 
-def _timeline(axes: Axes, session: Session) -> None:
-    requests: Sequence[Asked] = session.requests
-    for fate in FATES:
-        some = [asked for asked in requests if asked.fate == fate]
+def _timeline(axes: Axes, run: BackendRun) -> None:
+    requests: Sequence[SuggestionRequest] = run.requests
+    for outcome in OUTCOMES:
+        some = [request for request in requests if request.outcome == outcome]
         if some:
             axes.scatter(
-                [asked.asked_s - session.begun_s for asked in some],
-                [max(asked.waited_ms, _FLOOR_MS) for asked in some],
+                [request.asked_s - run.begun_s for request in some],
+                [max(request.waited_ms, _FLOOR_MS) for request in some],
                 s=16,
-                color=_COLOURS[fate],
-                label=f"{fate} ({len(some)})",
+                color=_COLOURS[outcome],
+                label=f"{outcome} ({len(some)})",
                 alpha=0.8,
                 linewidths=0,
             )
     _milliseconds(axes, "y")
-    axes.set_title(session.name, fontsize=10)
+    axes.set_title(run.name, fontsize=10)
     axes.set_xlabel("time of the request, s")
     axes.set_ylabel("until the answer or the next key, ms")
     axes.grid(visible=True, alpha=0.2)

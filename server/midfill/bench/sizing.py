@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from midfill.bench.load import WARM_S, Goal, Plan
-from midfill.bench.service import Service
-from midfill.bench.simulation import Fleet, predict
+from midfill.bench.engine_profile import EngineProfile
+from midfill.bench.load import WARM_S, Goal, LoadPlan
+from midfill.bench.simulation import ReplicaSet, predict
 
 _GROUP = (2, 4)
 """Replicas that are simulated at once: a few show what one of many does, since typists keep to theirs."""
@@ -19,7 +19,9 @@ _SHORTEST_S, _LONGEST_S = 6.0, 600.0
 _REQUESTS_PER_S = 3.6
 
 
-def size(service: Service, users: int, goal: Goal, fleet: Fleet, seed: int = 0) -> dict[str, Any]:
+def size(
+    profile: EngineProfile, users: int, goal: Goal, replica_set: ReplicaSet, seed: int = 0
+) -> dict[str, Any]:
     """How many replicas serve so many typists well enough.
 
     Typists keep to their replicas, so a few of these show what all do; how many typists one serves is found
@@ -29,7 +31,7 @@ def size(service: Service, users: int, goal: Goal, fleet: Fleet, seed: int = 0) 
         "replicas": None if one typist alone has to wait longer; "users_per_replica"; "limit": what one more
         typist would spoil; "alone" and "loaded", the figures of one typist and of a replica with so many.
     """
-    alone = _try(service, 1, fleet, seed, replicas=1)
+    alone = _try(profile, 1, replica_set, seed, replicas=1)
     if (limit := goal.missed(alone, alone)) is not None:
         return {
             "users": users,
@@ -41,12 +43,14 @@ def size(service: Service, users: int, goal: Goal, fleet: Fleet, seed: int = 0) 
         }
     # `good` typists are served, `bad` are not.
     good, loaded, bad, limit = 1, alone, 2, None
-    while bad <= users and (limit := goal.missed(found := _try(service, bad, fleet, seed), alone)) is None:
+    while (
+        bad <= users and (limit := goal.missed(found := _try(profile, bad, replica_set, seed), alone)) is None
+    ):
         good, loaded, bad = bad, found, bad * 2
     bad = min(bad, users + 1)
     while bad - good > max(1, round(good * _PRECISION)):
         middle = (good + bad) // 2
-        if (why := goal.missed(found := _try(service, middle, fleet, seed), alone)) is None:
+        if (why := goal.missed(found := _try(profile, middle, replica_set, seed), alone)) is None:
             good, loaded = middle, found
         else:
             bad, limit = middle, why
@@ -61,15 +65,15 @@ def size(service: Service, users: int, goal: Goal, fleet: Fleet, seed: int = 0) 
 
 
 def _try(
-    service: Service, per_replica: int, fleet: Fleet, seed: int, replicas: int | None = None
+    profile: EngineProfile, per_replica: int, replica_set: ReplicaSet, seed: int, replicas: int | None = None
 ) -> dict[str, Any]:
     """Some replicas with so many typists each, for as long as it takes to see what they get."""
     if replicas is None:
         replicas = max(_GROUP[0], min(_GROUP[1], _ENOUGH_USERS // per_replica))
     users = per_replica * replicas
     seconds = min(_LONGEST_S, max(_SHORTEST_S, _SAMPLES / (_REQUESTS_PER_S * users)))
-    plan = Plan(users, seconds + WARM_S, seed)
-    return predict(service, plan, replace(fleet, replicas=replicas))
+    plan = LoadPlan(users, seconds + WARM_S, seed)
+    return predict(profile, plan, replace(replica_set, replicas=replicas))
 
 
 def table(result: dict[str, Any]) -> Any:

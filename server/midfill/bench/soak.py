@@ -64,7 +64,7 @@ _RULES = [
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SoakPlan:
     """How long a session lasts.
 
     Attributes:
@@ -313,7 +313,9 @@ _OPERATIONS: dict[Callable[[_User], Awaitable[None]], int] = {
 }
 
 
-async def soak(plan: Plan, engine: str | None, options: dict[str, Any], report: Progress) -> dict[str, Any]:
+async def soak(
+    plan: SoakPlan, engine: str | None, options: dict[str, Any], report: Progress
+) -> dict[str, Any]:
     """Play a session; ready for JSON. `engine` is that of the server, None for the one in the settings.
 
     Raises `MidfillError` if the model cannot be loaded, `ServerError` if the server ends.
@@ -369,7 +371,7 @@ def _documents(folder: Path, chance: random.Random) -> list[_Copy]:
     return copies
 
 
-async def _play(user: _User, plan: Plan, report: Progress) -> tuple[list[Sample], float]:
+async def _play(user: _User, plan: SoakPlan, report: Progress) -> tuple[list[Sample], float]:
     process = psutil.Process(user.client.process.pid)
     samples: list[Sample] = []
     begun = time.monotonic()

@@ -38,7 +38,7 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
-class Episode:
+class TypingSession:
     """A document and what was typed into it.
 
     Attributes:
@@ -66,7 +66,7 @@ class Episode:
         return documents
 
 
-def read_trace(path: Path) -> list[Episode]:
+def read_trace(path: Path) -> list[TypingSession]:
     """Episodes of a .jsonl or .jsonl.gz file. Raises `MidfillError` naming the file and the line."""
     number = 0
     reader = _Reader()
@@ -75,7 +75,7 @@ def read_trace(path: Path) -> list[Episode]:
             for number, line in enumerate(lines, start=1):  # noqa: B007 - the error names it
                 if not line.isspace():
                     reader.read(json.loads(line))
-            episodes = reader.end()
+            sessions = reader.end()
     except UnicodeDecodeError as error:
         raise MidfillError(f"{path}, line {number + 1}: not text in UTF-8.") from error
     except (OSError, EOFError) as error:
@@ -83,17 +83,17 @@ def read_trace(path: Path) -> list[Episode]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error) or "not a message"
         raise MidfillError(f"{path}, line {number}: not a row of a typing trace ({why}).") from error
-    if not episodes:
+    if not sessions:
         raise MidfillError(f"{path} has no session in which something is typed.")
-    return episodes
+    return sessions
 
 
 @dataclass(slots=True)
 class _Reader:
     """Rows to episodes. One document is open at a time."""
 
-    episodes: list[Episode] = field(default_factory=list)
-    open: Episode | None = None
+    sessions: list[TypingSession] = field(default_factory=list)
+    open: TypingSession | None = None
     last_s: float = 0.0
     key_s: float = 0.0
 
@@ -105,7 +105,7 @@ class _Reader:
         if method == "textDocument/didOpen":
             self._close(self.last_s)
             opened = read_opened(params)
-            self.open = Episode(opened.uri, opened.language_id, opened.text, (), 0.0)
+            self.open = TypingSession(opened.uri, opened.language_id, opened.text, (), 0.0)
             self.key_s = now_s
         elif method == "textDocument/didChange":
             edited = read_edited(params)
@@ -113,35 +113,35 @@ class _Reader:
             if not changes or changes[-1].start is None:
                 raise MalformedError("a change without a range")
             key = Key(now_s - self.key_s, changes, cursor_after(changes[-1]), None)
-            episode = self._of(edited.uri)
-            self.open = replace(episode, keys=(*episode.keys, key))
+            session = self._of(edited.uri)
+            self.open = replace(session, keys=(*session.keys, key))
             self.key_s = now_s
         elif method == "textDocument/inlineCompletion":
-            asked = read_inline_completion(params)
-            episode = self._of(asked.uri)
-            if not episode.keys:
+            request = read_inline_completion(params)
+            session = self._of(request.uri)
+            if not session.keys:
                 raise MalformedError("a request before the first key")
-            key = replace(episode.keys[-1], cursor=asked.position, request_after_s=now_s - self.key_s)
-            self.open = replace(episode, keys=(*episode.keys[:-1], key))
+            key = replace(session.keys[-1], cursor=request.position, request_after_s=now_s - self.key_s)
+            self.open = replace(session, keys=(*session.keys[:-1], key))
         elif method == "textDocument/didClose":
             self._of(read_uri(params))
             self._close(now_s)
         # `$/cancelRequest` and the like: the replay makes its own.
         self.last_s = now_s
 
-    def end(self) -> list[Episode]:
+    def end(self) -> list[TypingSession]:
         """All episodes in which something is typed."""
         self._close(self.last_s)
-        return self.episodes
+        return self.sessions
 
-    def _of(self, uri: str) -> Episode:
+    def _of(self, uri: str) -> TypingSession:
         if self.open is None or self.open.uri != uri:
             raise MalformedError("its document is not the one that is open")
         return self.open
 
     def _close(self, now_s: float) -> None:
         if self.open is not None and self.open.keys:
-            self.episodes.append(replace(self.open, rest_s=now_s - self.key_s))
+            self.sessions.append(replace(self.open, rest_s=now_s - self.key_s))
         self.open = None
 
 
@@ -152,6 +152,6 @@ def cursor_after(change: Change) -> tuple[int, int]:
     return line + len(above), len(last.encode("utf-16-le")) // 2 + (0 if above else column)
 
 
-def total_s(episodes: Iterable[Episode]) -> float:
+def total_s(sessions: Iterable[TypingSession]) -> float:
     """How long all of them take."""
-    return sum(episode.seconds for episode in episodes)
+    return sum(session.seconds for session in sessions)

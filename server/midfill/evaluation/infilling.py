@@ -23,7 +23,7 @@ from midfill.evaluation.fillers import Filler, Hole
 from midfill.evaluation.records import Records
 from midfill.evaluation.statistics import mcnemar
 from midfill.fim.templates import FAMILIES
-from midfill.system.figures import percentiles
+from midfill.system.measure import percentiles
 
 _SHARES = {
     "pass@1": "pass@1",

@@ -26,7 +26,7 @@ from midfill.evaluation.fillers import Filler
 from midfill.evaluation.holes import KINDS, Sample
 from midfill.evaluation.records import Records
 from midfill.evaluation.statistics import mcnemar, ratio_interval
-from midfill.system.figures import percentiles
+from midfill.system.measure import percentiles
 from midfill.text.syntax import count_errors
 
 # Whole files are parsed, and nobody waits.

@@ -56,9 +56,3 @@ def open_private(path: str, flags: int) -> int:
 def create_private(path: Path) -> IO[bytes]:
     """Open an empty file for its owner alone, to be written. Raises `OSError`."""
     return open(path, "wb", opener=open_private)
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a text file for its owner alone. Raises `OSError`."""
-    with open(path, "w", encoding="utf-8", opener=open_private) as out:
-        out.write(text)

@@ -48,16 +48,30 @@ def read(path: Path) -> str:
     return decode(path.read_bytes())
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all: its mode stays, and so does a symbolic link that leads to it.
+def replace(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a file atomically: readers, and a crash, find the old text or the new one, never a part.
 
-    The text is written as it is, line ends and byte order mark included. A file that is not there is made,
-    and its folders, too. Raises `OSError`; then the file is as it was.
+    The text is written as it is, line ends and byte order mark included. A symbolic link stays a link, and
+    the file that it leads to is replaced.
+
+    Args:
+        path: the file. Unless it is private, a new file's folders are made, and an existing file keeps its
+            mode and is not replaced if it is read-only.
+        text: its new content.
+        private: make the file readable and writable for its owner only, whatever its mode was.
+
+    Raises:
+        OSError: it cannot be written; the file is unchanged then.
     """
     target = path.resolve()
-    if target.exists() and not os.access(target, os.W_OK):
-        raise PermissionError(13, "the file is read-only", str(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if private and target.exists() and not (target.is_file() or target.is_dir()):
+        # A pipe or a device, such as /dev/stdout, cannot be replaced.
+        target.write_text(text, encoding="utf-8", newline="")
+        return
+    if not private:
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(13, "the file is read-only", str(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     partial = Path(name)
     try:
@@ -65,7 +79,9 @@ def replace(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if target.exists():
+        if private:
+            partial.chmod(0o600)
+        elif target.exists():
             shutil.copymode(target, partial)
         else:
             umask = os.umask(0)

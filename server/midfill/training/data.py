@@ -27,9 +27,9 @@ from midfill.models.store import LocalModel, read_config
 from midfill.models.tokenizer import load_tokenizer
 from midfill.settings import Settings
 from midfill.text.documents import Document, Point, Snapshot
+from midfill.training.fim_spans import SHARES, Source, Span
 from midfill.training.history import Repository
 from midfill.training.selection import Addition, Selection
-from midfill.training.spans import SHARES, Source, Span
 
 NUM_TRAIN = 1500
 NUM_TEST = 168
@@ -105,7 +105,7 @@ def info_of(model: LocalModel) -> ModelInfo:
 
 
 @dataclass
-class Cutter:
+class ExampleBuilder:
     """Makes examples for one model and one repository.
 
     Attributes:
@@ -115,7 +115,7 @@ class Cutter:
         dropped: middles that were drawn and not taken, by reason.
     """
 
-    builder: PromptBuilder
+    prompt_builder: PromptBuilder
     tokenizer: object
     end_id: int
     settings: Settings
@@ -134,8 +134,8 @@ class Cutter:
         snapshot = Snapshot(document, cursor)
         context = NOTHING if self.context is None else self.context.collect(snapshot)
         # As after opening the file there: nothing is left of other examples.
-        self.builder.forget(uri)
-        prompt = self.builder.build(snapshot, context)
+        self.prompt_builder.forget(uri)
+        prompt = self.prompt_builder.build(snapshot, context)
         encode = self.tokenizer.encode  # type: ignore[attr-defined]
         target = (*encode(prompt.starts_with + truth), self.end_id)
         if len(target) > MAX_TARGET_TOKENS:
@@ -173,7 +173,7 @@ class Cutter:
         return self.cut(file, span, commit)
 
 
-def make(  # noqa: PLR0913 - what of, for what, how
+def build_examples(  # noqa: PLR0913 - what of, for what, how
     repository: Repository,
     selection: Selection,
     model: LocalModel,
@@ -183,30 +183,34 @@ def make(  # noqa: PLR0913 - what of, for what, how
     num_train: int = NUM_TRAIN,
 ) -> Examples:
     """All examples of a selection. Raises `ModelError` if the model's family is not known."""
-    with _cutter(repository, selection, model, settings) as cutter:
-        train = list(_train(selection, cutter, num_train, seed))
-        dev = _held_out(selection.split.dev, cutter, NUM_DEV, seed + 1)
-        test = _held_out(selection.split.test, cutter, NUM_TEST, seed + 2)
-    general = make_general(model, settings, seed)
+    with _example_builder(repository, selection, model, settings) as example_builder:
+        train = list(_train(selection, example_builder, num_train, seed))
+        dev = _held_out(selection.split.dev, example_builder, NUM_DEV, seed + 1)
+        test = _held_out(selection.split.test, example_builder, NUM_TEST, seed + 2)
+    general = build_general_examples(model, settings, seed)
     whole = hashlib.sha256()
     for example in (*train, *dev, *test, *general):
         whole.update(f"{example.id}{example.prompt}{example.target}".encode())
-    layout = str(cutter.builder.layout)
+    layout = str(example_builder.prompt_builder.layout)
     return Examples(tuple(train), tuple(dev), tuple(test), tuple(general), whole.hexdigest(), layout)
 
 
-def make_general(model: LocalModel, settings: Settings, seed: int, count: int = NUM_GENERAL) -> list[Example]:
+def build_general_examples(
+    model: LocalModel, settings: Settings, seed: int, count: int = NUM_GENERAL
+) -> list[Example]:
     """Examples from Python's own library, without context."""
     root = Path(random.__file__).parent
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
     names = ("textwrap.py", "argparse.py", "tarfile.py", "ast.py", "queue.py", "shlex.py", "csv.py", "bdb.py")
     texts = [(name, (root / name).read_text(encoding="utf-8")) for name in names if (root / name).is_file()]
     files = [SourceFile(name, "python", text, frozenset()) for name, text in texts]
-    cutter = _plain_cutter(model, settings, root, None)
+    example_builder = _new_builder(model, settings, root, None)
     found: list[Example] = []
     for attempt in range(8 * count):
         file = files[attempt % len(files)]
-        example = cutter.draw(file, range(file.text.count("\n")), chooser.choice(_KINDS), "", chooser)
+        example = example_builder.draw(
+            file, range(file.text.count("\n")), chooser.choice(_KINDS), "", chooser
+        )
         if example is not None:
             found.append(example)
         if len(found) == count:
@@ -214,35 +218,37 @@ def make_general(model: LocalModel, settings: Settings, seed: int, count: int = 
     return found
 
 
-def _plain_cutter(model: LocalModel, settings: Settings, root: Path, context: Context | None) -> Cutter:
+def _new_builder(
+    model: LocalModel, settings: Settings, root: Path, context: Context | None
+) -> ExampleBuilder:
     info = info_of(model)
-    builder = PromptBuilder(info, settings)
-    end = info.tokenizer.token_id(builder.family.stops[0])
+    prompt_builder = PromptBuilder(info, settings)
+    end = info.tokenizer.token_id(prompt_builder.family.stops[0])
     if end is None:
-        raise ModelError(f"The tokenizer of {model.name!r} has no {builder.family.stops[0]!r}.")
-    return Cutter(builder, info.tokenizer, end, settings, context, root)
+        raise ModelError(f"The tokenizer of {model.name!r} has no {prompt_builder.family.stops[0]!r}.")
+    return ExampleBuilder(prompt_builder, info.tokenizer, end, settings, context, root)
 
 
 @contextmanager
-def _cutter(
+def _example_builder(
     repository: Repository, selection: Selection, model: LocalModel, settings: Settings
-) -> Iterator[Cutter]:
+) -> Iterator[ExampleBuilder]:
     """With context, the index shows the tree before the held-out commits."""
-    with written_tree(selection, settings) as root:
+    with checked_out_tree(selection, settings) as root:
         if root is None:
-            yield _plain_cutter(model, settings, repository.root, None)
+            yield _new_builder(model, settings, repository.root, None)
             return
         context = Context(settings)
         try:
             context.open_folders([(selection.repository, root)])
             asyncio.run(context.indexed())
-            yield _plain_cutter(model, settings, root, context)
+            yield _new_builder(model, settings, root, context)
         finally:
             context.close()
 
 
 @contextmanager
-def written_tree(selection: Selection, settings: Settings) -> Iterator[Path | None]:
+def checked_out_tree(selection: Selection, settings: Settings) -> Iterator[Path | None]:
     """The tree before the held-out commits as a workspace folder; None where no context is asked for."""
     if not settings.context:
         yield None
@@ -256,7 +262,7 @@ def written_tree(selection: Selection, settings: Settings) -> Iterator[Path | No
         yield root
 
 
-def _train(selection: Selection, cutter: Cutter, count: int, seed: int) -> Iterator[Example]:
+def _train(selection: Selection, example_builder: ExampleBuilder, count: int, seed: int) -> Iterator[Example]:
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
     additions = [one for commit in selection.split.train for one in commit]
     # Code that was written lately is more like what will be written next.
@@ -272,10 +278,10 @@ def _train(selection: Selection, cutter: Cutter, count: int, seed: int) -> Itera
         kind = chooser.choice(_KINDS)
         if selection.tree and (not additions or chooser.random() < _TREE_SHARE):
             file = chooser.choices(selection.tree, weights)[0]
-            example = cutter.draw(file, range(file.text.count("\n") + 1), kind, "", chooser)
+            example = example_builder.draw(file, range(file.text.count("\n") + 1), kind, "", chooser)
         else:
             one = chooser.choices(additions, recency)[0]
-            example = cutter.draw(one.file, one.rows, kind, one.commit, chooser)
+            example = example_builder.draw(one.file, one.rows, kind, one.commit, chooser)
         if example is None or (key := example.prompt + example.target) in seen:
             continue
         seen.add(key)
@@ -285,7 +291,9 @@ def _train(selection: Selection, cutter: Cutter, count: int, seed: int) -> Itera
             return
 
 
-def _held_out(commits: Sequence[Sequence[Addition]], cutter: Cutter, count: int, seed: int) -> list[Example]:
+def _held_out(
+    commits: Sequence[Sequence[Addition]], example_builder: ExampleBuilder, count: int, seed: int
+) -> list[Example]:
     """About `count` examples, evenly from all commits; no commit decides alone."""
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
     most = min(_MAX_PER_COMMIT, max(1, -(-count // max(1, len(commits)))))
@@ -297,7 +305,7 @@ def _held_out(commits: Sequence[Sequence[Addition]], cutter: Cutter, count: int,
         seen: set[str] = set()
         for _ in range(6 * most):
             one = chooser.choices(additions, weights)[0]
-            example = cutter.draw(one.file, one.rows, chooser.choice(_KINDS), one.commit, chooser)
+            example = example_builder.draw(one.file, one.rows, chooser.choice(_KINDS), one.commit, chooser)
             if example is not None and example.id not in seen:
                 seen.add(example.id)
                 found.append(example)

@@ -101,7 +101,7 @@ def _longest(settings: Settings) -> int:
     return settings.prefix_tokens + settings.suffix_tokens + context + MAX_TARGET_TOKENS
 
 
-def survey(  # noqa: PLR0913 - each is a different thing
+def estimate(  # noqa: PLR0913 - each is a different thing
     model: Path, wanted: str, settings: Settings, free: float, num_processes: int = 1, *, learns: bool = True
 ) -> dict[str, Any]:
     """What each form takes, what is free, and which it is to be, for `midfill adapter plan`.
@@ -124,13 +124,13 @@ def survey(  # noqa: PLR0913 - each is a different thing
     }
 
 
-def chosen(survey: Mapping[str, Any], num_processes: int = 1) -> str:
+def choose_form(estimate: Mapping[str, Any], num_processes: int = 1) -> str:
     """The form that a survey has come to. Raises `AdapterError` if there is too little memory for each."""
-    if (form := survey["base_weights"]) is not None:
+    if (form := estimate["base_weights"]) is not None:
         return str(form)
-    smallest = min(FORMS, key=lambda form: survey["needed_mb"][form])
+    smallest = min(FORMS, key=lambda form: estimate["needed_mb"][form])
     fewer = "fewer --processes, " if num_processes > 1 else ""
-    need, free = survey["needed_mb"][smallest] / 1000, survey["free_mb"] / 1000
+    need, free = estimate["needed_mb"][smallest] / 1000, estimate["free_mb"] / 1000
     raise AdapterError(
         f"It takes about {need:.1f} GB of memory with the base in {smallest}, and {free:.1f} GB are free. "
         f"Close other programs, take {fewer}a smaller --model or smaller prefix_tokens, or have it tried "

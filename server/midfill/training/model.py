@@ -29,18 +29,22 @@ from midfill.engine.torch.weights import build_model
 from midfill.errors import AdapterError
 from midfill.models.safetensors_io import find_tensors
 from midfill.models.store import LocalModel
-from midfill.system import malloc as heap
-from midfill.system.last_used import seconds_since, watch
+from midfill.system import malloc
+from midfill.system.last_request import make_marker, seconds_since
 from midfill.system.private import private
 from midfill.training.data import Example
-from midfill.training.int8_base import FrozenLinear, keep_less, layers_of, share_embedding
+from midfill.training.quantized_base import (
+    FrozenInt8Linear,
+    checkpoint_activations,
+    layers_of,
+    share_embedding,
+)
 
 _ADAPTER = "default"
 _LIVE_S = 1.5
 """So long after a server asked its model for somebody, a pass waits between two layers."""
 
 _POLL_S = 0.1
-CANARY_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +113,14 @@ class Adapted:
             num_threads=num_threads,
             ahead={},
             report=lambda _: None,
-            int8_linear=FrozenLinear,
+            int8_linear=FrozenInt8Linear,
         )
         # PEFT writes it into the adapter's configuration; a path of this machine says nothing elsewhere.
         base.name_or_path = model.name
         share_embedding(base)
         _switch_off_dropout(base)
         if base_weights == "int8":
-            keep_less(base)
+            checkpoint_activations(base)
         self.layers = peft_format.layers_of(model.path)
         self._config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -137,7 +141,7 @@ class Adapted:
         self._full = [one.scaling[_ADAPTER] for one in self._branches]
         self._scale = 1.0
         if yields:
-            watch()
+            make_marker()
             _stand_aside(base)
 
     def losses(self, example: Example) -> torch.Tensor:
@@ -224,7 +228,7 @@ class Adapted:
         finally:
             config.lora_alpha, config.lora_dropout = before
 
-    def canary(self, example: Example) -> torch.Tensor:
+    def probe_logits(self, example: Example) -> torch.Tensor:
         """The logits behind a prompt, which tell one adapter from another and from the base."""
         self.peft.eval()
         ids = torch.tensor([example.prompt], device=self.device)
@@ -239,7 +243,7 @@ class Adapted:
         self._branches.clear()
         # Modules refer to each other in circles, which stay until somebody has made enough new objects.
         gc.collect()
-        heap.trim()
+        malloc.trim()
 
     def _config_alpha(self) -> float:
         # The value given at the start; `save` changes it for the time of writing only.

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from midfill.adapters.format import layers_of
+from midfill.evaluation.statistics import ALPHA, TYPICAL_SPREAD, power, smallest_gain
 from midfill.training.data import Examples, count_kinds
 from midfill.training.selection import Selection
-from midfill.training.statistics import ALPHA, TYPICAL_SPREAD, power, smallest_gain
 
 MIN_COMMITS = 20
 MIN_EXAMPLES = 150

@@ -16,7 +16,7 @@ from typing import Any
 
 from midfill.errors import AdapterError
 from midfill.system.private import private_folder
-from midfill.training.judge import Measured
+from midfill.training.verdict import Measurements
 
 _MAX_PAIRS = 24
 _COLOURS = {"enabled": "#1a7f37", "rejected": "#b42318", "inconclusive": "#9a6700"}
@@ -36,7 +36,7 @@ def write(  # noqa: PLR0913 - what it is of, and what it says
     name: str,
     repository: str,
     result: Mapping[str, Any],
-    measured: Measured,
+    measurements: Measurements,
     *,
     forced: bool,
 ) -> None:
@@ -46,9 +46,9 @@ def write(  # noqa: PLR0913 - what it is of, and what it says
         _verdict(result, forced),
         "<h2>Conditions</h2>",
         _table(_conditions(result)),
-        *_pictures(result, measured),
+        *_pictures(result, measurements),
         *_training(result),
-        *_pairs(measured),
+        *_pairs(measurements),
         '<p class="quiet">This file shows source text of the repository. midfill sends it nowhere.</p>',
     ]
     page = (
@@ -93,8 +93,8 @@ def _conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
         rows.append(("of that by knowing where to end", f"{result['nll_gain_at_ends']:+.4f}"))
-    if result["openings"] > 1:
-        rows.append(("adapters that these commits have judged", str(result["openings"])))
+    if result["comparisons"] > 1:
+        rows.append(("adapters that these commits have judged", str(result["comparisons"])))
     if saved := result["saved_chars"]:
         rows.append(
             (
@@ -119,14 +119,14 @@ def _training(result: Mapping[str, Any]) -> list[str]:
     return ["<h2>Training</h2>", _table([(name.replace("_", " "), str(training[name])) for name in names])]
 
 
-def _pairs(measured: Measured) -> list[str]:
-    if measured.filling is None or not measured.filling.pairs:
+def _pairs(measurements: Measurements) -> list[str]:
+    if measurements.hole_results is None or not measurements.hole_results.pairs:
         return []
     rows = [
         f"<tr><td>{_text(place)}</td>"
         + "".join(f"<td><pre>{_text(text)}</pre></td>" for text in texts)
         + "</tr>"
-        for place, *texts in measured.filling.pairs[:_MAX_PAIRS]
+        for place, *texts in measurements.hole_results.pairs[:_MAX_PAIRS]
     ]
     head = "<tr><th>place</th><th>written</th><th>base</th><th>adapter</th></tr>"
     return ["<h2>Suggestions side by side</h2>", f"<table>{head}{''.join(rows)}</table>"]
@@ -141,16 +141,16 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _pictures(result: Mapping[str, Any], measured: Measured) -> list[str]:
+def _pictures(result: Mapping[str, Any], measurements: Measurements) -> list[str]:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError:
         return ["<p class='quiet'>Plots need matplotlib: pip install matplotlib.</p>"]
     pictures = []
-    if measured.by_commit:
+    if measurements.by_commit:
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         axes = figure.subplots()
-        gains = [gain for _, gain, _ in measured.by_commit]
+        gains = [gain for _, gain, _ in measurements.by_commit]
         colours = ["#1a9850" if gain > 0 else "#d6604d" for gain in gains]
         axes.bar(range(len(gains)), gains, color=colours)
         axes.axhline(0, color="#333333", linewidth=0.8)
@@ -158,23 +158,26 @@ def _pictures(result: Mapping[str, Any], measured: Measured) -> list[str]:
             axes.axhspan(*result["interval"], color="#4393c3", alpha=0.25, label="bounds of the gain")
             axes.legend(fontsize=8)
         axes.set_xticks(
-            range(len(gains)), [commit[:7] for commit, _, _ in measured.by_commit], fontsize=6, rotation=90
+            range(len(gains)),
+            [commit[:7] for commit, _, _ in measurements.by_commit],
+            fontsize=6,
+            rotation=90,
         )
         axes.set_ylabel("gain, nats per token")
         axes.set_title("log-loss by later commit, above 0 is better", fontsize=10)
         pictures.append(_picture("Log-loss by commit", figure))
-    if measured.filling is not None and measured.filling.latency is not None:
+    if measurements.hole_results is not None and measurements.hole_results.latency is not None:
         figure = Figure(figsize=(9, 2.2), layout="constrained")
         saved, latency = figure.subplots(1, 2)
         bars = saved.barh(
             ["adapter", "base"],
-            [measured.filling.adapter, measured.filling.base],
+            [measurements.hole_results.adapter, measurements.hole_results.base],
             color=["#1a9850", "#999999"],
         )
         saved.bar_label(bars, fontsize=8)
         saved.set_title("characters saved", fontsize=10)
         bars = latency.barh(
-            ["adapter", "base"], [measured.filling.latency, 1.0], color=["#4393c3", "#999999"]
+            ["adapter", "base"], [measurements.hole_results.latency, 1.0], color=["#4393c3", "#999999"]
         )
         latency.bar_label(bars, fmt="{:.2f}", fontsize=8)
         latency.set_title("time of an answer, base = 1", fontsize=10)

@@ -319,7 +319,7 @@ class Trainer:
         self._state = found
 
 
-def kept_base_weights(folder: Path) -> str | None:
+def checkpoint_base_weights(folder: Path) -> str | None:
     """How the base was held in the training that has left a checkpoint here; None if that is not known."""
     for place in (folder, folder.with_name(folder.name + ".old")):
         try:
@@ -330,7 +330,7 @@ def kept_base_weights(folder: Path) -> str | None:
     return None
 
 
-def smaller_of_all(form: str) -> str:
+def agree_on_base_weights(form: str) -> str:
     """The same form of the base's weights in all processes: int8 if one of them has chosen it."""
     if not distributed.is_initialized():
         return form

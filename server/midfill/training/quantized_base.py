@@ -29,7 +29,7 @@ _FEW = 64
 """A product over so few columns, as that of a LoRA's upper matrix, is sooner done again than kept."""
 
 
-class FrozenLinear(nn.Linear):
+class FrozenInt8Linear(nn.Linear):
     """A linear layer with weights in int8 that gradients pass through, in float32.
 
     It remains an `nn.Linear` so that PEFT puts a LoRA around it.
@@ -95,7 +95,7 @@ def share_embedding(model: Any) -> None:
     """Let a head that is the embedding's matrix, by the configuration, have one copy of it with it."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
-    if tied and isinstance(head, FrozenLinear) and isinstance(embedding, Int8Embedding):
+    if tied and isinstance(head, FrozenInt8Linear) and isinstance(embedding, Int8Embedding):
         head.weight = embedding.weight
 
 
@@ -105,7 +105,7 @@ def layers_of(model: Any) -> nn.ModuleList:
     return next(one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == count)
 
 
-def keep_less(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
     """Have the layers of a model keep for the way back only what takes long to compute; see the module."""
     for layer in layers_of(model):
         layer.forward = _computed_again(layer.forward)

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from midfill.bench.contenders import FATES, Asked, Job
-from midfill.bench.replay import Session
-from midfill.system.figures import awaited, percentiles, share
+from midfill.bench.backends import OUTCOMES, EngineJob, SuggestionRequest
+from midfill.bench.replay import BackendRun
+from midfill.system.measure import kaplan_meier, percentiles, share
 
 _FREE = {"accepted", "shown", "empty"}
 _BY_MODEL = {"model", "joined", ""}
@@ -16,7 +16,7 @@ _BY_MODEL = {"model", "joined", ""}
 _AT_ONCE_MS = 5.0
 
 
-def summarise(session: Session) -> dict[str, Any]:
+def summarise(run: BackendRun) -> dict[str, Any]:
     """The figures, as `--json` prints them. Those that a contender does not tell are null.
 
     suggestion_ms: from a request to its answer, of the requests that were answered with a suggestion before
@@ -40,60 +40,62 @@ def summarise(session: Session) -> dict[str, Any]:
     keystrokes_saved: keys left out, less one for each acceptance.
     samples: how many values the percentiles are of.
     """
-    requests = session.requests
-    fates = Counter(asked.fate for asked in requests)
-    answered = [asked for asked in requests if asked.fate in _FREE]
-    shown = [asked for asked in answered if asked.text]
-    saved = session.num_skipped - fates["accepted"]
+    requests = run.requests
+    outcomes = Counter(request.outcome for request in requests)
+    answered = [request for request in requests if request.outcome in _FREE]
+    shown = [request for request in answered if request.text]
+    saved = run.num_skipped - outcomes["accepted"]
     times = {
-        "suggestion_ms": [asked.waited_ms for asked in shown],
-        "model_ran_ms": [asked.waited_ms for asked in shown if asked.source in _BY_MODEL],
-        "answer_ms": [asked.waited_ms for asked in answered],
-        **_work_times(session),
+        "suggestion_ms": [request.waited_ms for request in shown],
+        "model_ran_ms": [request.waited_ms for request in shown if request.source in _BY_MODEL],
+        "answer_ms": [request.waited_ms for request in answered],
+        **_work_times(run),
         "cancel_to_answer_ms": [
-            (asked.answered_s - asked.cancelled_s) * 1000
-            for asked in requests
-            if asked.fate == "cancelled" and asked.answered_s is not None and asked.cancelled_s is not None
+            (request.answered_s - request.cancelled_s) * 1000
+            for request in requests
+            if request.outcome == "cancelled"
+            and request.answered_s is not None
+            and request.cancelled_s is not None
         ],
     }
-    cut_short = [asked.waited_ms for asked in requests if asked.fate in {"cancelled", "late"}]
+    cut_short = [request.waited_ms for request in requests if request.outcome in {"cancelled", "late"}]
     return {
         "requests": len(requests),
         **{name: percentiles(values, *_PERCENTS.get(name, (50, 95, 99))) for name, values in times.items()},
-        "awaited_ms": awaited(times["answer_ms"], cut_short, 50, 95),
-        "reused_share": share(sum(asked.source not in _BY_MODEL for asked in shown), len(shown)),
-        "inside_right_suggestion": _inside([asked for asked in requests if asked.inside]),
+        "awaited_ms": kaplan_meier(times["answer_ms"], cut_short, 50, 95),
+        "reused_share": share(sum(request.source not in _BY_MODEL for request in shown), len(shown)),
+        "inside_right_suggestion": _inside([request for request in requests if request.inside]),
         "keystrokes_saved": saved,
-        "keystrokes_saved_share": share(saved, session.num_keys),
-        **_tokens(session),
+        "keystrokes_saved_share": share(saved, run.num_keys),
+        **_tokens(run),
         "shown_before_next_key_share": share(len(shown), len(requests)),
-        "cancelled_share": share(fates["cancelled"] + fates["late"], len(requests)),
-        "fates": {fate: fates[fate] for fate in FATES},
-        "sources": dict(Counter(asked.source for asked in shown).most_common()),
+        "cancelled_share": share(outcomes["cancelled"] + outcomes["late"], len(requests)),
+        "outcomes": {outcome: outcomes[outcome] for outcome in OUTCOMES},
+        "sources": dict(Counter(request.source for request in shown).most_common()),
         "reasons": dict(
             Counter(
-                asked.reason
-                for asked in requests
-                if asked.fate == "empty" or (asked.fate == "failed" and asked.reason)
+                request.reason
+                for request in requests
+                if request.outcome == "empty" or (request.outcome == "failed" and request.reason)
             ).most_common()
         ),
-        "peak_rss_mb": session.peak_rss_mb,
-        "startup_s": round(session.startup_s, 2),
-        "first_suggestion_s": _rounded(session.first_suggestion_s),
-        "episodes": session.num_episodes,
-        "keys": session.num_keys,
-        "seconds": round(session.seconds, 1),
+        "peak_rss_mb": run.peak_rss_mb,
+        "startup_s": round(run.startup_s, 2),
+        "first_suggestion_s": _rounded(run.first_suggestion_s),
+        "episodes": run.num_sessions,
+        "keys": run.num_keys,
+        "seconds": round(run.seconds, 1),
         "samples": {name: len(values) for name, values in times.items()},
     }
 
 
-def _inside(requests: Sequence[Asked]) -> dict[str, Any]:
+def _inside(requests: Sequence[SuggestionRequest]) -> dict[str, Any]:
     """What became of the requests inside a suggestion that is right still."""
-    answered = [asked for asked in requests if asked.fate in _FREE]
+    answered = [request for request in requests if request.outcome in _FREE]
     quick = [
-        asked
-        for asked in answered
-        if asked.text and asked.source not in _BY_MODEL and asked.waited_ms < _AT_ONCE_MS
+        request
+        for request in answered
+        if request.text and request.source not in _BY_MODEL and request.waited_ms < _AT_ONCE_MS
     ]
     return {
         "requests": len(requests),
@@ -105,12 +107,12 @@ def _inside(requests: Sequence[Asked]) -> dict[str, Any]:
     }
 
 
-def _work_times(session: Session) -> dict[str, list[float]]:
+def _work_times(run: BackendRun) -> dict[str, list[float]]:
     """What the jobs tell of times and of prompt tokens."""
-    jobs: dict[tuple[int, int | None], list[Job]] = {}
-    for job in session.jobs:
+    jobs: dict[tuple[int, int | None], list[EngineJob]] = {}
+    for job in run.jobs:
         if not job.idle:
-            jobs.setdefault((job.episode, job.request), []).append(job)
+            jobs.setdefault((job.session, job.request), []).append(job)
     found: dict[str, list[float]] = {
         name: []
         for name in (
@@ -122,34 +124,34 @@ def _work_times(session: Session) -> dict[str, list[float]]:
             "cancel_to_free_ms",
         )
     }
-    told = any(job.num_reused is not None for job in session.jobs)
+    told = any(job.num_reused is not None for job in run.jobs)
     warm: set[int] = set()
-    for asked in session.requests:
-        own = jobs.get((asked.episode, asked.id), [])
-        cold = asked.episode not in warm
+    for request in run.requests:
+        own = jobs.get((request.session, request.id), [])
+        cold = request.session not in warm
         if told:
             name = "recomputed_first_tokens" if cold else "recomputed_tokens"
             found[name].append(sum(job.num_computed or 0 for job in own))
         for job in own:
             if job.first_s is not None:
-                warm.add(asked.episode)
+                warm.add(request.session)
                 name = "first_token_cold_ms" if cold else "first_token_warm_ms"
-                found[name].append((job.first_s - asked.asked_s) * 1000)
-            found["cancel_to_free_ms"] += _freed_after_ms(asked, job)
-    for job in session.jobs:
+                found[name].append((job.first_s - request.asked_s) * 1000)
+            found["cancel_to_free_ms"] += _freed_after_ms(request, job)
+    for job in run.jobs:
         if job.first_s is not None and job.last_s is not None and (job.num_delivered or 0) > 1:
             found["ms_per_token"].append((job.last_s - job.first_s) * 1000 / ((job.num_delivered or 0) - 1))
     return found
 
 
-def _freed_after_ms(asked: Asked, job: Job) -> list[float]:
+def _freed_after_ms(request: SuggestionRequest, job: EngineJob) -> list[float]:
     """How long the model went on after nobody wanted it: from the typist's key, if that is what ended it."""
     if job.end != "cancelled" or job.freed_s is None or job.left_s is None:
         return []
     # Work may outlive its request, because what is typed agrees with it; then a later edit ends it.
     wanted_to_s = job.left_s
-    if asked.cancelled_s is not None and job.left_s - asked.cancelled_s < _OUTLIVES_S:
-        wanted_to_s = asked.cancelled_s
+    if request.cancelled_s is not None and job.left_s - request.cancelled_s < _OUTLIVES_S:
+        wanted_to_s = request.cancelled_s
     return [max(0.0, job.freed_s - wanted_to_s) * 1000]
 
 
@@ -157,13 +159,13 @@ _OUTLIVES_S = 0.02
 """A server reads a cancellation within this time; work that is left later has been kept on purpose."""
 
 
-def _tokens(session: Session) -> dict[str, int | None]:
+def _tokens(run: BackendRun) -> dict[str, int | None]:
     """Tokens that were chosen, those that nobody saw, those that nobody wanted."""
-    counted = [job for job in session.jobs if job.num_generated is not None]
+    counted = [job for job in run.jobs if job.num_generated is not None]
     if not counted:
         return dict.fromkeys(("generated_tokens", "wasted_tokens", "unaccepted_tokens"))
     generated = sum(job.num_generated or 0 for job in counted)
-    shown, accepted = _used(session)
+    shown, accepted = _used(run)
     delivered = {id(job): job.num_delivered or 0 for job in counted}
     seen = sum(delivered[id(job)] for job in counted if id(job) in shown)
     taken = sum(delivered[id(job)] for job in counted if id(job) in accepted)
@@ -174,7 +176,7 @@ def _tokens(session: Session) -> dict[str, int | None]:
     }
 
 
-def _used(session: Session) -> tuple[set[int], set[int]]:
+def _used(run: BackendRun) -> tuple[set[int], set[int]]:
     """The jobs whose text was shown, and those whose text was accepted.
 
     A suggestion for which the model ran comes from its own request's last job. One that was reused comes from
@@ -182,32 +184,34 @@ def _used(session: Session) -> tuple[set[int], set[int]]:
     """
     shown: set[int] = set()
     accepted: set[int] = set()
-    good = [job for job in session.jobs if job.end in {"finished", "stopped"} and job.left_s is not None]
-    for asked in session.requests:
-        if not asked.text or asked.answered_s is None or asked.fate not in {"accepted", "shown"}:
+    good = [job for job in run.jobs if job.end in {"finished", "stopped"} and job.left_s is not None]
+    for request in run.requests:
+        if not request.text or request.answered_s is None or request.outcome not in {"accepted", "shown"}:
             continue
         own = [
-            job for job in good if (job.episode, job.request) == (asked.episode, asked.id) and not job.idle
+            job
+            for job in good
+            if (job.session, job.request) == (request.session, request.id) and not job.idle
         ]
         before = [
             job
             for job in good
-            if job.episode == asked.episode
-            and (job.left_s or 0.0) <= asked.answered_s
+            if job.session == request.session
+            and (job.left_s or 0.0) <= request.answered_s
             # Of work done ahead, only what is for this very text.
-            and (not job.idle or asked.source in {"prefetch", "cache"})
+            and (not job.idle or request.source in {"prefetch", "cache"})
         ]
         source = (
-            own[-1:] if asked.source == "model" else sorted(before, key=lambda job: job.left_s or 0.0)[-1:]
+            own[-1:] if request.source == "model" else sorted(before, key=lambda job: job.left_s or 0.0)[-1:]
         )
         for job in source:
             shown.add(id(job))
-            if asked.accepted:
+            if request.accepted:
                 accepted.add(id(job))
     return shown, accepted
 
 
-def compare(ours: Session, others: Sequence[Session]) -> dict[str, dict[str, Any]]:
+def compare(ours: BackendRun, others: Sequence[BackendRun]) -> dict[str, dict[str, Any]]:
     """Ours divided by each other's, by name: below 1 is better for times, above 1 for the rest."""
     found = {}
     for other in others:
@@ -261,7 +265,7 @@ _ROWS = (
     ("generated_tokens", "tokens generated", ""),
     ("wasted_tokens", "... for nobody", "cancelled, or never shown"),
     ("unaccepted_tokens", "... shown, not accepted", ""),
-    ("fates", "fates", ""),
+    ("outcomes", "outcomes", ""),
     ("sources", "suggestions from", ""),
     ("reasons", "nothing, because", ""),
     ("peak_rss_mb", "peak memory, MB", ""),

@@ -29,7 +29,9 @@ def percentiles(values: Sequence[float], *percents: int) -> dict[str, float | No
     return {f"p{percent}": None if value is None else round(value, 1) for percent, value in found}
 
 
-def awaited(seen: Sequence[float], cut_short: Sequence[float], *percents: int) -> dict[str, float | None]:
+def kaplan_meier(
+    seen: Sequence[float], cut_short: Sequence[float], *percents: int
+) -> dict[str, float | None]:
     """Percentiles of waiting times of which some were only seen to be longer than `cut_short` (Kaplan-Meier).
 
     The plain percentiles of `seen` are those of the lucky ones: a slow answer is more likely to be cut short.

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from midfill.bench.rivals import GENERATE, Rival
+from midfill.bench.baselines import GENERATE, BaselineProcess
 from midfill.completion.completer import Answer, Completer, Trigger
 from midfill.completion.reasons import Reason
 from midfill.completion.stats.request_log import REQUEST, Costs, Metered
@@ -27,11 +27,11 @@ from midfill.lsp.client import SERVE_COMMAND, Client, ServerError
 from midfill.models.store import LocalModel
 from midfill.models.tokenizer import load_tokenizer
 from midfill.settings import Settings
-from midfill.system.figures import peak_rss_mb
+from midfill.system.measure import peak_rss_mb
 from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
 
 CANCELLED = -32800
-FATES = ("accepted", "shown", "empty", "cancelled", "late", "failed")
+OUTCOMES = ("accepted", "shown", "empty", "cancelled", "late", "failed")
 """Accepted; shown before the next key, but not what the user wanted; answered with nothing; taken back at
 the next key and answered so; taken back, but a result had been sent; answered with an error, or with nothing
 because the engine failed."""
@@ -52,7 +52,7 @@ _POLL_S = 0.02
 
 
 @dataclass(slots=True, eq=False)
-class Asked:
+class SuggestionRequest:
     """One request and what became of it.
 
     Attributes:
@@ -67,7 +67,7 @@ class Asked:
         inside: the text is that of an earlier request with a beginning of its suggestion typed since.
     """
 
-    episode: int
+    session: int
     asked_s: float
     id: int = 0
     cancelled_s: float | None = None
@@ -81,7 +81,7 @@ class Asked:
     inside: bool = False
 
     @property
-    def fate(self) -> str:
+    def outcome(self) -> str:
         """One of `FATES`."""
         if self.accepted:
             return "accepted"
@@ -101,7 +101,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class EngineJob:
     """What a model did for a request, as far as the contender tells; None where it does not.
 
     Attributes:
@@ -115,7 +115,7 @@ class Job:
         left_s: when nobody wanted it any more; freed_s: when the model was free of it.
     """
 
-    episode: int
+    session: int
     request: int | None
     end: str
     idle: bool = False
@@ -131,7 +131,7 @@ class Job:
     freed_s: float | None = None
 
 
-class Contender(Protocol):
+class Backend(Protocol):
     """See the module. All methods are called on one event loop."""
 
     name: str
@@ -148,15 +148,17 @@ class Contender(Protocol):
         """The document is now this one; `changes` (positions in UTF-16) have made it so."""
         ...
 
-    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
+    def ask(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> asyncio.Future[None]:
         """A suggestion is wanted at a position (in UTF-16). Done when `asked` is filled in."""
         ...
 
-    def take_back(self, asked: Asked) -> None:
+    def cancel(self, request: SuggestionRequest) -> None:
         """It is not wanted any more."""
         ...
 
-    async def close(self, document: Document) -> list[Job]:
+    async def close(self, document: Document) -> list[EngineJob]:
         """The editor closes the document; what the model did since it was opened, once it is free."""
         ...
 
@@ -169,7 +171,7 @@ class Contender(Protocol):
         ...
 
 
-class Midfill:
+class ServerBackend:
     """Our own server in a process of its own, over pipes.
 
     Args:
@@ -184,7 +186,7 @@ class Midfill:
         # What the typist accepts here is nobody's choice: it must not be counted as the user's.
         self._options = {"count_feedback": False} | (options or {})
         self._started: Client | None = None
-        self._asked: dict[int, Asked] = {}
+        self._request: dict[int, SuggestionRequest] = {}
         self._futures: set[asyncio.Future[Any]] = set()
         self._known = 0
 
@@ -218,33 +220,35 @@ class Midfill:
         identifier = {"uri": document.uri, "version": document.version}
         self._client.notify("textDocument/didChange", {"textDocument": identifier, "contentChanges": edits})
 
-    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
+    def ask(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> asyncio.Future[None]:
         """See `Contender.ask`."""
         params = {
             "textDocument": {"uri": document.uri},
             "position": place(position),
             "context": {"triggerKind": 2},
         }
-        asked.id, future = self._client.send_request("textDocument/inlineCompletion", params)
-        self._asked[asked.id] = asked
+        request.id, future = self._client.send_request("textDocument/inlineCompletion", params)
+        self._request[request.id] = request
         filled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def fill(done: asyncio.Future[Any]) -> None:
             if isinstance(error := done.exception(), ServerError):
-                asked.code = error.code
+                request.code = error.code
             elif items := done.result()["items"]:
-                asked.text = items[0]["insertText"]
+                request.text = items[0]["insertText"]
             filled.set_result(None)
 
         future.add_done_callback(fill)
         self._futures.add(future)
         return filled
 
-    def take_back(self, asked: Asked) -> None:
+    def cancel(self, request: SuggestionRequest) -> None:
         """See `Contender.take_back`: the server answers all the same."""
-        self._client.cancel(asked.id)
+        self._client.cancel(request.id)
 
-    async def close(self, document: Document) -> list[Job]:
+    async def close(self, document: Document) -> list[EngineJob]:
         """See `Contender.close`. Raises `MidfillError` if the server does not answer."""
         if self._futures:
             _, missing = await asyncio.wait(self._futures, timeout=_PATIENCE_S)
@@ -257,10 +261,10 @@ class Midfill:
         self._client.notify("textDocument/didClose", {"textDocument": {"uri": document.uri}})
         costs = await self._costs()
         for answer in costs["answers"]:
-            if (asked := self._asked.get(answer["request"])) is not None:
-                asked.source, asked.reason = answer["source"], answer["reason"]
-        jobs = [_job(work, self._asked) for work in costs["work"]]
-        self._asked.clear()
+            if (request := self._request.get(answer["request"])) is not None:
+                request.source, request.reason = answer["source"], answer["reason"]
+        jobs = [_job(work, self._request) for work in costs["work"]]
+        self._request.clear()
         return jobs
 
     async def _costs(self) -> dict[str, Any]:
@@ -289,7 +293,7 @@ class Midfill:
             await self._started.close()
 
 
-class InProcess:
+class PipelineBackend:
     """Our own pipeline in this process, for one of many typists: what a server does between pipe and engine.
 
     The engine is one for all of them and is started already. Each typist has a pipeline, as each window of an
@@ -308,7 +312,7 @@ class InProcess:
         self._costs = Costs()
         self._completer = Completer(settings, looks_ahead=looks_ahead)
         self._completer.use(Metered(engine, self._costs), family)
-        self._asked: dict[int | str | float | None, Asked] = {}
+        self._request: dict[int | str | float | None, SuggestionRequest] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._ids = itertools.count(1)
         self._known = 0
@@ -337,35 +341,37 @@ class InProcess:
         self._completer.edited(document)
         self._completer.rest(Snapshot(document, document.end_of(change, Encoding.UTF16)))
 
-    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
+    def ask(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> asyncio.Future[None]:
         """See `Contender.ask`. A newer request takes the older one's place, as in the server."""
         for task in self._tasks.values():
             task.cancel()
-        asked.id = next(self._ids)
-        self._asked[asked.id] = asked
+        request.id = next(self._ids)
+        self._request[request.id] = request
         snapshot = Snapshot(document, document.point(position, Encoding.UTF16))
-        task = asyncio.ensure_future(self._complete(asked, snapshot))
-        self._tasks[asked.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(asked.id, None))
+        task = asyncio.ensure_future(self._complete(request, snapshot))
+        self._tasks[request.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(request.id, None))
         return task
 
-    async def _complete(self, asked: Asked, snapshot: Snapshot) -> None:
-        REQUEST.set(asked.id)
+    async def _complete(self, request: SuggestionRequest, snapshot: Snapshot) -> None:
+        REQUEST.set(request.id)
         try:
             answer = await self._completer.complete(snapshot, Trigger.AUTOMATIC)
         except asyncio.CancelledError:
-            asked.code = CANCELLED
+            request.code = CANCELLED
             raise
         self.answer = answer
-        asked.text, asked.source = answer.text, answer.source
-        asked.reason, asked.detail = answer.reason, answer.detail
+        request.text, request.source = answer.text, answer.source
+        request.reason, request.detail = answer.reason, answer.detail
 
-    def take_back(self, asked: Asked) -> None:
+    def cancel(self, request: SuggestionRequest) -> None:
         """See `Contender.take_back`."""
-        if (task := self._tasks.get(asked.id)) is not None:
+        if (task := self._tasks.get(request.id)) is not None:
             task.cancel()
 
-    async def close(self, document: Document) -> list[Job]:
+    async def close(self, document: Document) -> list[EngineJob]:
         """See `Contender.close`. Does not wait until the engine is free, since that serves others too."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._completer.forget(document.uri)
@@ -373,8 +379,8 @@ class InProcess:
         await asyncio.sleep(0)
         work = self._costs.after(self._known)["work"]
         self._known = max([self._known, *(one["number"] for one in work)])
-        jobs = [_job(one | {"end": one["end"] or "cancelled"}, self._asked) for one in work]
-        self._asked.clear()
+        jobs = [_job(one | {"end": one["end"] or "cancelled"}, self._request) for one in work]
+        self._request.clear()
         return jobs
 
     def peak_rss_mb(self) -> float:
@@ -387,7 +393,7 @@ class InProcess:
         self._completer.context.close()
 
 
-class Generate:
+class GenerateBackend:
     """`transformers.generate` in fp32, one request at a time, nothing reused.
 
     Its prompts are plain prefix, suffix, middle of the size of ours. What it writes ends where ours does; a
@@ -399,7 +405,7 @@ class Generate:
     def __init__(self, model: LocalModel, settings: Settings) -> None:
         self._model = model
         self._settings = settings
-        self._rival: Rival | None = None
+        self._baseline: BaselineProcess | None = None
         self._tokenizer = load_tokenizer(model.path)
         # In the name of a folder there is no family; of the catalogue's models there is.
         self._family = FAMILIES[settings.family or model.family or "qwen2.5-coder"]
@@ -407,12 +413,12 @@ class Generate:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._running = 0
         self._ids = 0
-        self._jobs: list[Job] = []
+        self._jobs: list[EngineJob] = []
 
     async def start(self, report: Progress) -> None:
         """See `Contender.start`."""
         report("loading the model into generate", None)
-        self._rival = await Rival.start(GENERATE, self._model.path, "cpu")
+        self._baseline = await BaselineProcess.start(GENERATE, self._model.path, "cpu")
 
     def open(self, document: Document) -> None:
         """See `Contender.open`."""
@@ -420,41 +426,43 @@ class Generate:
     def change(self, document: Document, changes: Sequence[Change]) -> None:
         """See `Contender.change`."""
 
-    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
+    def ask(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> asyncio.Future[None]:
         """See `Contender.ask`."""
         self._ids += 1
-        asked.id = self._ids
+        request.id = self._ids
         snapshot = Snapshot(document, document.point(position, Encoding.UTF16))
-        task = asyncio.ensure_future(self._answer(asked, snapshot))
-        self._tasks[asked.id] = task
+        task = asyncio.ensure_future(self._answer(request, snapshot))
+        self._tasks[request.id] = task
         return task
 
-    def take_back(self, asked: Asked) -> None:
+    def cancel(self, request: SuggestionRequest) -> None:
         """See `Contender.take_back`."""
-        if asked.id == self._running and self._rival is not None:
-            self._rival.cancel(asked.id)
+        if request.id == self._running and self._baseline is not None:
+            self._baseline.cancel(request.id)
 
-    async def _answer(self, asked: Asked, snapshot: Snapshot) -> None:
+    async def _answer(self, request: SuggestionRequest, snapshot: Snapshot) -> None:
         tokens = self._prompt(snapshot)
         async with self._busy:
-            if self._rival is None or asked.cancelled_s is not None:
-                asked.code = CANCELLED
+            if self._baseline is None or request.cancelled_s is not None:
+                request.code = CANCELLED
                 return
-            self._running = asked.id
+            self._running = request.id
             place = [snapshot.line_before, snapshot.line_after, snapshot.lines_after(16)]
             begun = time.monotonic()
-            found = await self._rival.fill(asked.id, tokens, self._settings.max_new_tokens, place)
+            found = await self._baseline.fill(request.id, tokens, self._settings.max_new_tokens, place)
             self._running = 0
             freed = time.monotonic()
-        cancelled = asked.cancelled_s is not None
-        asked.text = "" if cancelled else found["text"]
-        asked.code = CANCELLED if cancelled else None
-        asked.source = "model" if found["text"] else "none"
+        cancelled = request.cancelled_s is not None
+        request.text = "" if cancelled else found["text"]
+        request.code = CANCELLED if cancelled else None
+        request.source = "model" if found["text"] else "none"
         first_s = begun + found["prefill_s"]
         self._jobs.append(
-            Job(
-                asked.episode,
-                asked.id,
+            EngineJob(
+                request.session,
+                request.id,
                 "cancelled" if cancelled else "finished",
                 num_prompt=len(tokens),
                 num_reused=0,
@@ -463,7 +471,7 @@ class Generate:
                 num_delivered=found["num_generated"],
                 first_s=first_s,
                 last_s=first_s + found["decode_s"],
-                left_s=asked.cancelled_s or freed,
+                left_s=request.cancelled_s or freed,
                 freed_s=freed,
             )
         )
@@ -482,7 +490,7 @@ class Generate:
         after = encode(below)[: self._settings.suffix_tokens]
         return [*bos, *prefix, *before, *suffix, *after, *middle]
 
-    async def close(self, document: Document) -> list[Job]:  # noqa: ARG002 - see `Contender`
+    async def close(self, document: Document) -> list[EngineJob]:  # noqa: ARG002 - see `Contender`
         """See `Contender.close`."""
         await asyncio.gather(*self._tasks.values())
         self._tasks.clear()
@@ -491,12 +499,12 @@ class Generate:
 
     def peak_rss_mb(self) -> float:
         """See `Contender.peak_rss_mb`."""
-        return peak_rss_mb(self._rival.pid) if self._rival is not None else peak_rss_mb(os.getpid())
+        return peak_rss_mb(self._baseline.pid) if self._baseline is not None else peak_rss_mb(os.getpid())
 
     async def end(self) -> None:
         """See `Contender.end`."""
-        if self._rival is not None:
-            await self._rival.close()
+        if self._baseline is not None:
+            await self._baseline.close()
 
 
 def place(position: tuple[int, int] | None) -> dict[str, int]:
@@ -505,11 +513,11 @@ def place(position: tuple[int, int] | None) -> dict[str, int]:
     return {"line": line, "character": character}
 
 
-def _job(work: dict[str, Any], asked: Mapping[Any, Asked]) -> Job:
+def _job(work: dict[str, Any], request: Mapping[Any, SuggestionRequest]) -> EngineJob:
     """A piece of work as `metrics.Work.as_dict` tells it, and the request that began it."""
-    began = asked.get(work["request"])
-    return Job(
-        -1 if began is None else began.episode,
+    began = request.get(work["request"])
+    return EngineJob(
+        -1 if began is None else began.session,
         work["request"],
         work["end"],
         idle=work["idle"],

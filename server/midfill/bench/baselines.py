@@ -1,6 +1,6 @@
 """Other engines on the same weights, each in a process of its own: `transformers.generate` and llama.cpp.
 
-As a program (`python -m midfill.bench.rivals KIND PATH OPTIONS`) it loads the model and then answers each
+As a program (`python -m midfill.bench.baselines KIND PATH OPTIONS`) it loads the model and then answers each
 line of JSON on stdin, `{"tokens", "num_new", "stop_ids"}`, with one of its own. `{"cancel": id}` leaves a
 request with this id between two tokens. It ends when its stdin does.
 llama.cpp runs as its own server, which listens on the loopback only; it may also be asked directly.
@@ -60,7 +60,7 @@ class Run:
         return (len(self.ids) - 1) / max(self.decode_s, 1e-6) if len(self.ids) > 1 else None
 
 
-class RivalError(MidfillError):
+class BaselineError(MidfillError):
     """A comparison that could not be made; the message is the reason."""
 
 
@@ -69,7 +69,7 @@ def can_run_llama_cpp() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-class Rival:
+class BaselineProcess:
     """One such process. Make it with `start`."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
@@ -85,7 +85,7 @@ class Rival:
     @classmethod
     async def start(
         cls, name: str, path: Path, device: str, context: int = 2048, *, batch_tokens: int | None = None
-    ) -> Rival:
+    ) -> BaselineProcess:
         """Start the process and wait until it has loaded the model. Raises `RivalError`.
 
         `context` is the most tokens that prompt and output will have together. `batch_tokens` is how many of
@@ -93,20 +93,20 @@ class Rival:
         """
         options = json.dumps({"device": device, "context": context, "batch_tokens": batch_tokens})
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "midfill.bench.rivals", name, str(path), options),
+            *(sys.executable, "-P", "-m", "midfill.bench.baselines", name, str(path), options),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
             limit=1 << 24,
         )
-        rival = cls(name, process)
+        baseline = cls(name, process)
         try:
-            rival.ready = await rival._read()
+            baseline.ready = await baseline._read()
         except BaseException:
-            await rival.close()
+            await baseline.close()
             raise
-        return rival
+        return baseline
 
     async def run(self, tokens: Sequence[int], num_new: int, stop_ids: Sequence[int] = ()) -> Run:
         """Read the prompt and write `num_new` tokens, or up to a stop id where there are any.
@@ -130,7 +130,7 @@ class Rival:
 
     def _write(self, message: dict[str, Any]) -> None:
         if self._process.stdin is None:
-            raise RivalError(f"{self.name} has no input")
+            raise BaselineError(f"{self.name} has no input")
         with suppress(ConnectionError):  # then there is no answer either
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
@@ -146,16 +146,16 @@ class Rival:
 
     async def _read(self) -> dict[str, Any]:
         if self._process.stdout is None:
-            raise RivalError(f"{self.name} has no output")
+            raise BaselineError(f"{self.name} has no output")
         try:
             line = await asyncio.wait_for(self._process.stdout.readline(), _ANSWER_S)
         except TimeoutError:
-            raise RivalError(f"{self.name} did not answer within {_ANSWER_S:.0f} s") from None
+            raise BaselineError(f"{self.name} did not answer within {_ANSWER_S:.0f} s") from None
         if not line:
-            raise RivalError(f"{self.name} ended with status {await self._process.wait()}")
+            raise BaselineError(f"{self.name} ended with status {await self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise RivalError(str(answer["error"]))
+            raise BaselineError(str(answer["error"]))
         return answer
 
 
@@ -168,7 +168,7 @@ class _Inbox:
     """Lines of stdin, read on a thread of its own, so that a request can be cancelled while it runs."""
 
     def __init__(self) -> None:
-        self._asked: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._messages: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._cancelled: set[int] = set()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -178,15 +178,15 @@ class _Inbox:
             if "cancel" in message:
                 self._cancelled.add(message["cancel"])
             else:
-                self._asked.put(message)
-        self._asked.put(None)
+                self._messages.put(message)
+        self._messages.put(None)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._asked.get, None)
+        return iter(self._messages.get, None)
 
-    def cancelled(self, asked: dict[str, Any]) -> bool:
+    def cancelled(self, message: dict[str, Any]) -> bool:
         """Whether nobody wants this any more."""
-        return asked.get("id") in self._cancelled
+        return message.get("id") in self._cancelled
 
 
 def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
@@ -219,8 +219,8 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
         def end(self) -> None:
             pass
 
-    def run(asked: dict[str, Any], stopped: Callable[[list[int]], bool]) -> Run:
-        tokens, num_new, stop_ids = asked["tokens"], asked["num_new"], asked.get("stop_ids") or []
+    def run(message: dict[str, Any], stopped: Callable[[list[int]], bool]) -> Run:
+        tokens, num_new, stop_ids = message["tokens"], message["num_new"], message.get("stop_ids") or []
         clock = Clock()
         prompt = torch.tensor([tokens], device=device)
         ends = {"eos_token_id": stop_ids} if stop_ids else {"min_new_tokens": num_new}
@@ -248,22 +248,22 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
             ids.pop()
         return Run(ids, first - begun, len(tokens), decode_s)
 
-    def fill(asked: dict[str, Any]) -> dict[str, Any]:
+    def fill(message: dict[str, Any]) -> dict[str, Any]:
         from midfill.completion.postprocess.clean import clean, stop  # noqa: PLC0415 - the same
         from midfill.completion.postprocess.cursor_context import Place  # noqa: PLC0415 - not for the comparison of speeds
         from midfill.completion.postprocess.received import received  # noqa: PLC0415 - the same
 
-        before, after, following = asked["place"]
+        before, after, following = message["place"]
         place = Place(before, after, tuple(following))
 
         def stopped(ids: list[int]) -> bool:
-            return inbox.cancelled(asked) or stop(received(tokenizer.decode(ids), place), place) is not None
+            return inbox.cancelled(message) or stop(received(tokenizer.decode(ids), place), place) is not None
 
-        done = run(asked | {"stop_ids": sorted(tokenizer.control_ids)}, stopped)
+        done = run(message | {"stop_ids": sorted(tokenizer.control_ids)}, stopped)
         raw = received(tokenizer.decode(done.ids), place)
         end = stop(raw, place)
         text, _ = clean(
-            raw[:end], place, complete=end is not None or len(done.ids) < asked["num_new"], forbidden=()
+            raw[:end], place, complete=end is not None or len(done.ids) < message["num_new"], forbidden=()
         )
         return {
             "text": text,
@@ -272,7 +272,7 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
             "decode_s": done.decode_s,
         }
 
-    return lambda asked: fill(asked) if "place" in asked else asdict(run(asked, lambda _ids: False))
+    return lambda message: fill(message) if "place" in message else asdict(run(message, lambda _ids: False))
 
 
 def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[_Answer, str]:
@@ -292,12 +292,12 @@ def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[
     server = xllamacpp.Server(params)
     address = server.listening_address
     if not address.startswith("http://127.0.0.1:"):
-        raise RivalError(f"llama.cpp's server listens on {address}, not on the loopback")
+        raise BaselineError(f"llama.cpp's server listens on {address}, not on the loopback")
 
-    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    def answer(message: dict[str, Any]) -> dict[str, Any]:
         body = {
-            "prompt": asked["tokens"],
-            "n_predict": asked["num_new"],
+            "prompt": message["tokens"],
+            "n_predict": message["num_new"],
             "temperature": 0.0,
             "top_k": 1,
             "cache_prompt": False,
@@ -342,8 +342,8 @@ def main(kind: str, path: str, options: str) -> None:
             else:
                 answer, address = _load_llama_cpp(path, given["context"], given["batch_tokens"])
                 reply({"address": address})
-            for asked in inbox:
-                reply(answer(asked))
+            for message in inbox:
+                reply(answer(message))
         except Exception as error:  # noqa: BLE001 - the reason is all that the other side can use
             reply({"error": f"{kind}: {type(error).__name__}: {error}".splitlines()[0]})
     # Threads of a server or of a model must not hold the process.

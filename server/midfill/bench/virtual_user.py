@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from midfill.bench.trace import Episode, Key, cursor_after
+from midfill.bench.trace import Key, TypingSession, cursor_after
 from midfill.errors import MidfillError
 from midfill.text.documents import Change
 from midfill.text.languages import NOT_CODE, language_id
@@ -34,21 +34,21 @@ _MAX_LINES = 4
 _SKIPPED = {"node_modules", "__pycache__", "venv", "site-packages", "build", "dist"}
 
 
-def generate(folder: Path, seed: int, num_episodes: int) -> list[Episode]:
+def generate(folder: Path, seed: int, num_sessions: int) -> list[TypingSession]:
     """Episodes of typing lines of the code under `folder` again. Raises `MidfillError` if there is none."""
     files = list(_files(folder))
     chance = random.Random(seed)  # noqa: S311 - not a secret
-    episodes: list[Episode] = []
+    sessions: list[TypingSession] = []
     # A file may turn out to be unreadable, or to have no line worth typing.
-    while files and len(episodes) < num_episodes:
+    while files and len(sessions) < num_sessions:
         path = chance.choice(files)
-        if (episode := _episode(folder, path, len(episodes), chance)) is None:
+        if (session := _session(folder, path, len(sessions), chance)) is None:
             files.remove(path)
         else:
-            episodes.append(episode)
-    if not episodes:
+            sessions.append(session)
+    if not sessions:
         raise MidfillError(f"There is no source code of {_MIN_BYTES} to {_MAX_BYTES} bytes in {folder}.")
-    return episodes
+    return sessions
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -63,7 +63,7 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _episode(folder: Path, path: Path, number: int, chance: random.Random) -> Episode | None:
+def _session(folder: Path, path: Path, number: int, chance: random.Random) -> TypingSession | None:
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError):
@@ -82,7 +82,7 @@ def _episode(folder: Path, path: Path, number: int, chance: random.Random) -> Ep
     left = "\n".join([*lines[:first], begun, *lines[last + 1 :]])
     keys = tuple(_keys(typed, (first, _units(begun)), chance))
     name = path.relative_to(folder).as_posix()
-    return Episode(
+    return TypingSession(
         f"file:///replay/{number}/{name}", language_id(name), left, keys, round(chance.uniform(*_REST_S), 3)
     )
 

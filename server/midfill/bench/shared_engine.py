@@ -15,7 +15,7 @@ from typing import Any
 
 from midfill.engine.api import Engine, Progress, Request
 from midfill.errors import EngineError
-from midfill.system.figures import percentiles
+from midfill.system.measure import percentiles
 
 _CONTEXT_TOKENS = 300
 _DECODED = 32

@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from midfill.bench.contenders import Asked, InProcess
-from midfill.bench.load import Stage
-from midfill.bench.trace import Episode
+from midfill.bench.backends import PipelineBackend, SuggestionRequest
+from midfill.bench.load import BenchSetup
+from midfill.bench.trace import TypingSession
 from midfill.completion.completer import Answer
 from midfill.completion.suggestions import Origin, Text
 from midfill.engine.api import Engine, ModelInfo, Progress, Request, Tokenizer
@@ -31,7 +31,7 @@ from midfill.errors import MidfillError
 from midfill.system.json_files import read_json
 from midfill.text.documents import Document, Encoding, Snapshot
 
-_VERSION = 1
+_VERSION = 2
 _ROUNDS = 7
 _LEAST_MS = 0.01
 _PARALLEL = (1, 2, 4, 8, 16, 32, 64)
@@ -78,7 +78,7 @@ _OTHERS = "vLLM"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CompletionCost:
     """A request that the model had to answer, and what it took.
 
     Attributes:
@@ -103,7 +103,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Typed:
+class SessionProfile:
     """An episode in numbers.
 
     Attributes:
@@ -116,12 +116,12 @@ class Typed:
 
     keys: tuple[tuple[float, float | None], ...]
     rest_s: float
-    places: dict[int, Place]
+    costs: dict[int, CompletionCost]
     covered: dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class EngineProfile:
     """What an engine takes, and what it is asked.
 
     Attributes:
@@ -143,7 +143,7 @@ class Service:
     overhead_ms: float
     reuse_ms: float
     deadline_s: float
-    episodes: tuple[Typed, ...]
+    sessions: tuple[SessionProfile, ...]
 
     def step_s(self, sequences: int, tokens: int) -> float:
         """Seconds of a step; between what was measured, and beyond, on straight lines."""
@@ -164,31 +164,33 @@ class Service:
             raise MidfillError(f"Cannot write {path}: {error.strerror}.") from error
 
     @staticmethod
-    def read(path: Path) -> Service:
+    def read(path: Path) -> EngineProfile:
         """What `write` wrote. Raises `MidfillError`."""
         try:
             values = read_json(path)
             if (version := values.pop("version")) != _VERSION:
                 raise MidfillError(f"{path} is of version {version}; measure again (--save-service).")
-            episodes = tuple(_typed(episode) for episode in values.pop("episodes"))
+            sessions = tuple(_session_profile(session) for session in values.pop("sessions"))
             steps = tuple((int(count), float(ms)) for count, ms in values.pop("step_ms"))
-            if not steps or not any(episode.places for episode in episodes):
+            if not steps or not any(session.costs for session in sessions):
                 raise MidfillError(f"{path} has no measurements; measure again (--save-service).")
             capacity = Capacity(**values.pop("capacity"))
-            return Service(capacity=capacity, step_ms=steps, episodes=episodes, **values)
+            return EngineProfile(capacity=capacity, step_ms=steps, sessions=sessions, **values)
         except OSError as error:
             raise MidfillError(f"Cannot read {path}: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MidfillError(f"{path} is no file of `midfill bench load --save-service`.") from error
 
 
-def _typed(values: dict[str, Any]) -> Typed:
-    places = {
-        int(key): Place(**(place | {"follow": tuple((d, same) for d, same in place["follow"])}))
-        for key, place in values["places"].items()
+def _session_profile(values: dict[str, Any]) -> SessionProfile:
+    costs = {
+        int(key): CompletionCost(**(cost | {"follow": tuple((d, same) for d, same in cost["follow"])}))
+        for key, cost in values["costs"].items()
     }
     covered = {int(key): int(of) for key, of in values["covered"].items()}
-    return Typed(tuple((gap, after) for gap, after in values["keys"]), values["rest_s"], places, covered)
+    return SessionProfile(
+        tuple((gap, after) for gap, after in values["keys"]), values["rest_s"], costs, covered
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,31 +207,33 @@ class _Seen:
 class _Notes:
     """What the survey has found so far."""
 
-    typed: list[tuple[Episode, dict[int, tuple[Place, _Seen]], dict[int, int]]] = field(default_factory=list)
+    sessions: list[tuple[TypingSession, dict[int, tuple[CompletionCost, _Seen]], dict[int, int]]] = field(
+        default_factory=list
+    )
     reuse_ms: list[float] = field(default_factory=list)
     prompts: list[tuple[int, ...]] = field(default_factory=list)
 
 
-async def survey(stage: Stage, report: Progress) -> Service:
+async def profile_engine(setup: BenchSetup, report: Progress) -> EngineProfile:
     """Measure an engine that nobody else uses. Raises `MidfillError` if the model is never asked."""
-    pipeline = stage.pipeline(looks_ahead=False)
+    pipeline = setup.pipeline(looks_ahead=False)
     notes = _Notes()
-    for number, episode in enumerate(stage.episodes):
-        report("measuring each place", number / len(stage.episodes))
-        await _look(pipeline, stage.engine.model.tokenizer, episode, notes)
+    for number, session in enumerate(setup.sessions):
+        report("measuring each place", number / len(setup.sessions))
+        await _look(pipeline, setup.engine.model.tokenizer, session, notes)
     await pipeline.end()
     if not notes.prompts:
         raise MidfillError("The model was asked nothing: is the trace of a language that is switched off?")
-    model = stage.engine.model
+    model = setup.engine.model
     # What one client cannot tell: an engine in this process has a thread of its own for this.
-    apart = isinstance(stage.engine, (RemoteEngine, SharedEngine))
+    apart = isinstance(setup.engine, (RemoteEngine, SharedEngine))
     capacity = replace(CAPACITIES[kind_of(model)], apart=apart)
     report("measuring steps", None)
-    steps = tuple([step async for step in _steps(stage.engine, notes.prompts, capacity)])
+    steps = tuple([step async for step in _steps(setup.engine, notes.prompts, capacity)])
     begin_ms = 0.0
     if capacity.sequences == 1:
-        begin_ms = max(0.0, await _turn_ms(stage.engine, notes.prompts[-1]) - steps[0][1])
-    found = Service(
+        begin_ms = max(0.0, await _turn_ms(setup.engine, notes.prompts[-1]) - steps[0][1])
+    found = EngineProfile(
         engine=model.name,
         where=f"{model.served_by or 'midfill'}, {model.device}, {model.dtype}",
         capacity=capacity,
@@ -238,8 +242,8 @@ async def survey(stage: Stage, report: Progress) -> Service:
         prefill_ms_per_token=0.0,
         overhead_ms=0.0,
         reuse_ms=0.0,
-        deadline_s=stage.settings.deadline_s,
-        episodes=(),
+        deadline_s=setup.settings.deadline_s,
+        sessions=(),
     )
     return _fit(notes, found)
 
@@ -253,61 +257,63 @@ def kind_of(model: ModelInfo) -> str:
     return next((kind for kind in CAPACITIES if kind.lower() in model.served_by.lower()), _OTHERS)
 
 
-async def _look(pipeline: InProcess, tokenizer: Tokenizer, episode: Episode, notes: _Notes) -> None:
+async def _look(
+    pipeline: PipelineBackend, tokenizer: Tokenizer, session: TypingSession, notes: _Notes
+) -> None:
     """Type an episode, waiting for every answer."""
-    documents = [Document.open(episode.uri, episode.language_id, 1, episode.text), *episode.documents()]
+    documents = [Document.open(session.uri, session.language_id, 1, session.text), *session.documents()]
     pipeline.open(documents[0])
-    places: dict[int, tuple[Place, _Seen]] = {}
+    costs: dict[int, tuple[CompletionCost, _Seen]] = {}
     covered: dict[int, int] = {}
     prompt: tuple[int, ...] = ()
-    for index, key in enumerate(episode.keys):
+    for index, key in enumerate(session.keys):
         document = documents[index + 1]
         pipeline.change(document, key.changes)
-        if not _asks(episode, index):
+        if not _asks(session, index):
             continue
         asked_s = time.monotonic()
-        await pipeline.ask(Asked(0, asked_s), document, key.cursor)
+        await pipeline.ask(SuggestionRequest(0, asked_s), document, key.cursor)
         waited_ms = (time.monotonic() - asked_s) * 1000
         if (answer := pipeline.answer) is None:
             continue
         if answer.prompt is None:
             notes.reuse_ms.append(waited_ms)
-            if answer.text and places:
-                covered[index] = _cover(places, index)
+            if answer.text and costs:
+                covered[index] = _cover(costs, index)
             continue
         snapshot = Snapshot(document, document.point(key.cursor, Encoding.UTF16))
         follow = _follow(answer, snapshot, documents[index + 2 :])
-        place, seen = _place(answer, prompt, follow, tokenizer)
+        cost, seen = _cost(answer, prompt, follow, tokenizer)
         seen = replace(seen, waited_ms=waited_ms)
-        places[index] = place, seen
+        costs[index] = cost, seen
         prompt = answer.prompt.tokens
         notes.prompts.append(prompt)
         # As a rule the engine has begun another step for what has just ended, and the next request must not
         # wait for that: no typist is so quick. A step never takes longer than the first token did.
         await asyncio.sleep(seen.first_ms / 1000)
-    notes.typed.append((episode, places, covered))
+    notes.sessions.append((session, costs, covered))
     await pipeline.close(documents[-1])
 
 
-def _cover(places: Mapping[int, tuple[Place, _Seen]], index: int) -> int:
+def _cover(costs: Mapping[int, tuple[CompletionCost, _Seen]], index: int) -> int:
     """The newest place whose suggestion the text goes along with at a key; else the newest."""
-    for key in sorted(places, reverse=True):
-        follow = places[key][0].follow
+    for key in sorted(costs, reverse=True):
+        follow = costs[key][0].follow
         if index - key <= len(follow) and follow[index - key - 1][0] == follow[index - key - 1][1]:
             return key
-    return max(places)
+    return max(costs)
 
 
-def _asks(episode: Episode, index: int) -> bool:
+def _asks(session: TypingSession, index: int) -> bool:
     """Whether a suggestion is asked for before the next key."""
-    after_s = episode.keys[index].request_after_s
-    last = index + 1 == len(episode.keys)
-    return after_s is not None and after_s < (episode.rest_s if last else episode.keys[index + 1].gap_s)
+    after_s = session.keys[index].request_after_s
+    last = index + 1 == len(session.keys)
+    return after_s is not None and after_s < (session.rest_s if last else session.keys[index + 1].gap_s)
 
 
-def _place(
+def _cost(
     answer: Answer, before: tuple[int, ...], follow: tuple[tuple[int, int], ...], tokenizer: Tokenizer
-) -> tuple[Place, _Seen]:
+) -> tuple[CompletionCost, _Seen]:
     stages = dict(answer.stages)
     tokens, text = (
         (answer.prompt.tokens, answer.prompt.starts_with) if answer.prompt is not None else ((), "")
@@ -321,7 +327,7 @@ def _place(
     raw = answer.texts[0][1] if answer.texts else ""
     first_ms = stages.get("queue", 0.0) + stages.get("prefill", 0.0)
     seen = _Seen(num_read, first_ms, stages.get("decode", 0.0))
-    return Place(len(tokens), same, 0, held, len(raw), len(answer.text), follow), seen
+    return CompletionCost(len(tokens), same, 0, held, len(raw), len(answer.text), follow), seen
 
 
 def _follow(answer: Answer, snapshot: Snapshot, later: Sequence[Document]) -> tuple[tuple[int, int], ...]:
@@ -402,17 +408,17 @@ async def _turn_ms(engine: Engine, prompt: tuple[int, ...]) -> float:
     return median(found) if found else 0.0
 
 
-def _fit(notes: _Notes, service: Service) -> Service:
+def _fit(notes: _Notes, profile: EngineProfile) -> EngineProfile:
     """The rest of it, from what the survey has seen: what reading takes, and what is beside the steps."""
-    seen = [one for _, places, _ in notes.typed for _, one in places.values()]
-    step_ms = service.step_ms[0][1]
+    seen = [one for _, costs, _ in notes.sessions for _, one in costs.values()]
+    step_ms = profile.step_ms[0][1]
 
     def passes(one: _Seen) -> int:
-        return -(-max(one.num_read, 1) // service.capacity.chunk_tokens)
+        return -(-max(one.num_read, 1) // profile.capacity.chunk_tokens)
 
     def beside(one: _Seen, prefill_ms: float) -> float:
         taken = passes(one) * step_ms + prefill_ms * max(0, one.num_read - passes(one))
-        return one.first_ms - service.begin_ms - taken
+        return one.first_ms - profile.begin_ms - taken
 
     cold = [one for one in seen if one.num_read >= _COLD_TOKENS]
     warm = [one for one in seen if one.num_read < _COLD_TOKENS]
@@ -424,22 +430,19 @@ def _fit(notes: _Notes, service: Service) -> Service:
         )
         overhead_ms = median([beside(one, prefill_ms) for one in warm])
     around_ms = median([one.waited_ms - one.first_ms - one.decode_ms for one in seen])
-    episodes = tuple(
-        Typed(
-            tuple((key.gap_s, key.request_after_s) for key in episode.keys),
-            episode.rest_s,
-            {
-                key: replace(place, steps=round(one.decode_ms / step_ms))
-                for key, (place, one) in places.items()
-            },
+    sessions = tuple(
+        SessionProfile(
+            tuple((key.gap_s, key.request_after_s) for key in session.keys),
+            session.rest_s,
+            {key: replace(cost, steps=round(one.decode_ms / step_ms)) for key, (cost, one) in costs.items()},
             covered,
         )
-        for episode, places, covered in notes.typed
+        for session, costs, covered in notes.sessions
     )
     return replace(
-        service,
+        profile,
         prefill_ms_per_token=round(prefill_ms, 4),
         overhead_ms=round(max(0.0, overhead_ms) + around_ms, 3),
         reuse_ms=round(median(notes.reuse_ms or [around_ms]), 3),
-        episodes=episodes,
+        sessions=sessions,
     )

@@ -22,10 +22,11 @@ from midfill.engine.factory import create
 from midfill.evaluation.fillers import Hole, PipelineFiller
 from midfill.evaluation.records import Records
 from midfill.evaluation.repository import score
+from midfill.evaluation.statistics import ALPHA, Effect, effect, more_commits
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
 from midfill.training.data import Example
-from midfill.training.statistics import ALPHA, Effect, effect, more_commits
+from midfill.training.job import Limits
 
 if TYPE_CHECKING:
     from midfill.training.model import Adapted
@@ -36,30 +37,11 @@ NUM_HOLES = 24
 # Where the rest of the line is free, so that the server answers unasked.
 _HOLE_KINDS = ("line", "block")
 _STEP0_TOLERANCE = 1e-4
-_CANARY_TOLERANCE = 1e-3
+_SAVED_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What the conditions ask for.
-
-    Attributes:
-        commits, examples: the fewest to judge by.
-        general: the most that log-loss on other code may become, as a share of the base's.
-        latency: likewise the time of an answer.
-        gain: the least that is worth anything, in nats per token. Even noise has some effect, and with enough
-            examples a tiny one is no chance any more.
-    """
-
-    commits: int = 20
-    examples: int = 150
-    general: float = 1.02
-    latency: float = 1.10
-    gain: float = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class Filling:
+class HoleResults:
     """What came for the same holes with and without the adapter.
 
     Attributes:
@@ -75,7 +57,7 @@ class Filling:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measurements:
     """All that a verdict is made from; what is None or empty was not measured.
 
     Attributes:
@@ -100,41 +82,41 @@ class Measured:
     nll_adapter: float | None = None
     gain_at_ends: float | None = None
     general: float | None = None
-    filling: Filling | None = None
-    openings: int = 1
+    hole_results: HoleResults | None = None
+    num_comparisons: int = 1
     by_commit: tuple[tuple[str, float, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Verdicts:
+class Decision:
     """A verdict with its reasons, a sentence each."""
 
     verdict: Verdict
     reasons: tuple[str, ...]
 
 
-def decide(measured: Measured, limits: Limits | None = None) -> Verdicts:
+def decide(measurements: Measurements, limits: Limits | None = None) -> Decision:
     """The verdict. Nothing but a pass of every condition is "enabled"."""
     limits = limits or Limits()
-    if measured.problems:
-        return Verdicts("rejected", measured.problems)
-    if measured.scale == 0:
-        return Verdicts(
+    if measurements.problems:
+        return Decision("rejected", measurements.problems)
+    if measurements.scale == 0:
+        return Decision(
             "rejected", ("On the dev commits no strength of the adapter is better than the base.",)
         )
-    found = measured.effect
+    found = measurements.effect
     if found is None:
-        return Verdicts("inconclusive", ("There is nothing to judge by.",))
-    numbers = (found.gain, measured.nll_base, measured.nll_adapter, measured.general)
+        return Decision("inconclusive", ("There is nothing to judge by.",))
+    numbers = (found.gain, measurements.nll_base, measurements.nll_adapter, measurements.general)
     if any(one is not None and not math.isfinite(one) for one in numbers):
-        return Verdicts("rejected", ("A log-loss is no number.",))
-    against = tuple(_against(found, measured, limits))
+        return Decision("rejected", ("A log-loss is no number.",))
+    against = tuple(_against(found, measurements, limits))
     if against:
-        return Verdicts("rejected", against)
-    missing = tuple(_missing(found, measured, limits))
+        return Decision("rejected", against)
+    missing = tuple(_missing(found, measurements, limits))
     if missing:
-        return Verdicts("inconclusive", missing)
-    return Verdicts(
+        return Decision("inconclusive", missing)
+    return Decision(
         "enabled",
         (
             f"Log-loss is lower by {found.gain:.3f} nats per token ({found.low:.3f} to {found.high:.3f}) "
@@ -143,7 +125,7 @@ def decide(measured: Measured, limits: Limits | None = None) -> Verdicts:
     )
 
 
-def _against(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]:
+def _against(found: Effect, measurements: Measurements, limits: Limits) -> Sequence[str]:
     reasons = []
     if found.gain <= 0:
         sure = "" if found.high >= 0 else ", surely"
@@ -152,21 +134,26 @@ def _against(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]
         reasons.append(
             f"Log-loss is lower by {found.gain:.4f} nats per token only; less than {limits.gain:g} is no use."
         )
-    filling = measured.filling
-    if filling is not None and filling.adapter < filling.base:
-        reasons.append(f"It saves fewer characters: {filling.adapter} instead of {filling.base}.")
-    if measured.general is not None and measured.general > limits.general:
+    hole_results = measurements.hole_results
+    if hole_results is not None and hole_results.adapter < hole_results.base:
+        reasons.append(f"It saves fewer characters: {hole_results.adapter} instead of {hole_results.base}.")
+    if measurements.general is not None and measurements.general > limits.general:
         reasons.append(
-            f"On other code log-loss is {measured.general - 1:.1%} higher (at most {limits.general - 1:.0%})."
+            f"Log-loss on other code is {measurements.general - 1:.1%} higher "
+            f"(limit: {limits.general - 1:.0%})."
         )
-    if filling is not None and filling.latency is not None and filling.latency > limits.latency:
+    if (
+        hole_results is not None
+        and hole_results.latency is not None
+        and hole_results.latency > limits.latency
+    ):
         reasons.append(
-            f"Answers take {filling.latency - 1:.0%} longer with it (at most {limits.latency - 1:.0%})."
+            f"Answers take {hole_results.latency - 1:.0%} longer with it (at most {limits.latency - 1:.0%})."
         )
     return reasons
 
 
-def _missing(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]:
+def _missing(found: Effect, measurements: Measurements, limits: Limits) -> Sequence[str]:
     reasons = []
     if found.commits < limits.commits:
         reasons.append(
@@ -175,53 +162,53 @@ def _missing(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]
     elif found.examples < limits.examples:
         reasons.append(f"There are {found.examples} examples to judge by; {limits.examples} are needed.")
     if found.low <= 0:
-        more = more_commits(found, _alpha(measured.openings))
+        more = more_commits(found, _alpha(measurements.num_comparisons))
         needed = f"about {more} more commits needed" if more else "far more commits needed"
         reasons.append(
             f"{needed} to tell a gain of {found.gain:.3f} nats per token "
             f"({found.low:.3f} to {found.high:.3f}) from chance."
         )
-    if measured.filling is None or measured.filling.latency is None:
+    if measurements.hole_results is None or measurements.hole_results.latency is None:
         reasons.append("Characters saved and the time of answers were not measured.")
-    if measured.general is None:
+    if measurements.general is None:
         reasons.append("Other code was not measured.")
     return reasons
 
 
-def as_dict(measured: Measured, verdicts: Verdicts) -> dict[str, Any]:
+def as_dict(measurements: Measurements, decision: Decision) -> dict[str, Any]:
     """What `--json` prints, and the registry keeps; no source text."""
-    found = measured.effect
-    filling = measured.filling
+    found = measurements.effect
+    hole_results = measurements.hole_results
     finite = found is not None and math.isfinite(found.low)
     return {
-        "verdict": verdicts.verdict,
-        "reasons": list(verdicts.reasons),
+        "verdict": decision.verdict,
+        "reasons": list(decision.reasons),
         "nll_gain": round(found.gain, 5) if found is not None else None,
         "interval": [round(found.low, 5), round(found.high, 5)] if found is not None and finite else None,
         "commits": found.commits if found is not None else 0,
         "examples": found.examples if found is not None else 0,
-        "nll_base": measured.nll_base,
-        "nll_adapter": measured.nll_adapter,
-        "nll_gain_at_ends": measured.gain_at_ends,
-        "alpha": _alpha(measured.openings),
-        "openings": measured.openings,
-        "scale": measured.scale,
-        "dev": dict(measured.dev),
-        "general": measured.general,
+        "nll_base": measurements.nll_base,
+        "nll_adapter": measurements.nll_adapter,
+        "nll_gain_at_ends": measurements.gain_at_ends,
+        "alpha": _alpha(measurements.num_comparisons),
+        "comparisons": measurements.num_comparisons,
+        "scale": measurements.scale,
+        "dev": dict(measurements.dev),
+        "general": measurements.general,
         "saved_chars": None
-        if filling is None
-        else {"base": filling.base, "adapter": filling.adapter, "holes": len(filling.pairs)},
-        "latency": None if filling is None else filling.latency,
-        "by_commit": [list(one) for one in measured.by_commit],
+        if hole_results is None
+        else {"base": hole_results.base, "adapter": hole_results.adapter, "holes": len(hole_results.pairs)},
+        "latency": None if hole_results is None else hole_results.latency,
+        "by_commit": [list(one) for one in measurements.by_commit],
     }
 
 
-def _alpha(openings: int) -> float:
+def _alpha(num_comparisons: int) -> float:
     """Commits that have judged several adapters let one through by luck more easily (Bonferroni)."""
-    return ALPHA / max(1, openings)
+    return ALPHA / max(1, num_comparisons)
 
 
-def step0_problem(adapted: Adapted, examples: Sequence[Example]) -> str | None:
+def zero_scale_problem(adapted: Adapted, examples: Sequence[Example]) -> str | None:
     """Whether an adapter without strength is its base, which every later comparison rests on."""
     before, adapted.scale = adapted.scale, 0.0
     for example in examples[:2]:
@@ -235,14 +222,14 @@ def step0_problem(adapted: Adapted, examples: Sequence[Example]) -> str | None:
     return None
 
 
-def canary_problem(adapted: Adapted, folder: Path, example: Example) -> str | None:
+def saved_adapter_problem(adapted: Adapted, folder: Path, example: Example) -> str | None:
     """Whether what was saved acts as what was trained: the logits of one prompt, saved and read again."""
-    before = adapted.canary(example)
+    before = adapted.probe_logits(example)
     scale = adapted.scale
     adapted.load(folder)
-    after = adapted.canary(example)
+    after = adapted.probe_logits(example)
     difference = float((before - after).abs().max())
-    if not difference <= _CANARY_TOLERANCE * max(1.0, float(before.abs().max())):
+    if not difference <= _SAVED_TOLERANCE * max(1.0, float(before.abs().max())):
         return f"Read from its file it acts differently: logits by up to {difference:.4g}, strength {scale}."
     return None
 
@@ -272,10 +259,10 @@ def measure_losses(  # noqa: PLR0913 - each is a different thing
     test: Sequence[Example],
     general: Sequence[Example],
     *,
-    openings: int,
+    num_comparisons: int,
     records: Records,
     tell: Callable[[float], None],
-) -> Measured:
+) -> Measurements:
     """Log-losses of base and adapter, example by example, on the test commits and on other code.
 
     What `records` has already is not computed again. They hold places and numbers, no text.
@@ -297,17 +284,17 @@ def measure_losses(  # noqa: PLR0913 - each is a different thing
         [example.commit for example in test],
         [base - ours for base, ours in of_test],
         tokens,
-        _alpha(openings),
+        _alpha(num_comparisons),
     )
     base_general = sum(base for base, _ in of_general)
-    return Measured(
+    return Measurements(
         scale=adapted.scale,
         effect=found,
         nll_base=round(sum(base for base, _ in of_test) / max(1, sum(tokens)), 5),
         nll_adapter=round(sum(ours for _, ours in of_test) / max(1, sum(tokens)), 5),
         gain_at_ends=round(at_ends / max(1, sum(tokens)), 5),
         general=round(sum(ours for _, ours in of_general) / base_general, 5) if base_general else None,
-        openings=openings,
+        num_comparisons=num_comparisons,
         by_commit=tuple(_by_commit(test, of_test)),
     )
 
@@ -345,7 +332,7 @@ async def fill(  # noqa: PLR0913, PLR0917 - each is a different thing
     root: Path,
     num_threads: int,
     tell: Callable[[float], None],
-) -> Filling:
+) -> HoleResults:
     """Let the server's pipeline answer at each place, with the base and with the adapter in turn.
 
     Args:
@@ -388,7 +375,7 @@ async def fill(  # noqa: PLR0913, PLR0917 - each is a different thing
             pairs.append((example.id, example.truth, filled[0].text, filled[1].text))
             tell((number + 1) / len(holes))
         latency = round(statistics.median(ratios), 4) if ratios else None
-        return Filling(saved[0], saved[1], latency, tuple(pairs))
+        return HoleResults(saved[0], saved[1], latency, tuple(pairs))
     finally:
         for filler in fillers:
             filler.close()
