@@ -7,19 +7,13 @@ thread of that process all the while, and competes for the interpreter.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from midfill.engine.api import Engine, ModelInfo, Progress, Request, Token
-from midfill.engine.scripted import Script, ScriptedEngine
 from midfill.lsp.client import SERVE_COMMAND, Client
 
 _URI = "file:///bench/main.py"
@@ -89,54 +83,3 @@ def _insert(client: Client, position: tuple[int, int], text: str, version: int) 
     change = {"range": {"start": place, "end": place}, "text": text}
     params = {"textDocument": {"uri": _URI, "version": version}, "contentChanges": [change]}
     client.notify("textDocument/didChange", params)
-
-
-class BusyEngine:
-    """Answers from a script while another engine decodes without end."""
-
-    def __init__(self, script: Path, real: Engine) -> None:
-        self._scripted = ScriptedEngine(Script.read(script))
-        self._real = real
-        self._work: asyncio.Task[None] | None = None
-
-    @property
-    def model(self) -> ModelInfo:
-        """See `Engine.model`: the script's."""
-        return self._scripted.model
-
-    async def start(self, progress: Progress) -> None:
-        """See `Engine.start`; returns when the real model has begun to decode."""
-        await self._scripted.start(progress)
-        await self._real.start(progress)
-        first = asyncio.Event()
-        self._work = asyncio.create_task(self._decode(first))
-        await first.wait()
-
-    async def _decode(self, first: asyncio.Event) -> None:
-        """Long answers one after the other, the same each time."""
-        model = self._real.model
-        tokens = tuple(model.tokenizer.encode("def a_long_function(values):\n    "))
-        room = model.context - len(tokens)
-        while True:
-            request = Request(tokens, max_new_tokens=min(512, room))
-            async with aclosing(self._real.generate(request)) as stream:
-                async for _ in stream:
-                    first.set()
-            # A model that ends at once must not keep the loop from everything else.
-            await asyncio.sleep(0)
-
-    def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """See `Engine.generate`."""
-        return self._scripted.generate(request)
-
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
-        """See `Engine.prewarm`."""
-
-    async def close(self) -> None:
-        """See `Engine.close`."""
-        if self._work is not None:
-            self._work.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._work
-        await self._scripted.close()
-        await self._real.close()
