@@ -173,6 +173,6 @@ def test_a_plan_counts_what_there_is(repository, model):
     assert plan["examples"] == {"train": 120, "dev": len(examples.dev), "test": len(examples.test)}
     assert not plan["judgement"]["enough"]
     text = describe(plan)
-    assert "Too little for a verdict" in text
+    assert "Too little data for the verdict" in text
     assert "1 no code" in text
-    assert "GB in int8 on a CPU; 24.0 GB are free: so the base would be held in float32" in text
+    assert "GB in int8 on a CPU; 24.0 GB are free: the base model would be held in float32" in text

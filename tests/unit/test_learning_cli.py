@@ -148,6 +148,6 @@ def test_a_worker_that_dies_is_an_error_not_a_silence(tmp_path):
     grow(planted, 1)
     with (
         training.started({"kind": "none"}) as process,
-        pytest.raises(MidfillError, match="ended by itself"),
+        pytest.raises(MidfillError, match="ended unexpectedly"),
     ):
         list(training.events(process))

@@ -33,8 +33,8 @@ def test_the_quickest_form_is_chosen_that_fits(model):
     for free, form in ((float32, "float32"), (float32 - 1, "int8"), (int8, "int8")):
         room = estimate(model, "auto", free)
         assert room["base_weights"] == memory.choose_form(room) == form
-        assert f"so the base would be held in {form}" in sentence(room)
-    assert "too little for either" in sentence(estimate(model, "auto", int8 - 1))
+        assert f"the base model would be held in {form}" in sentence(room)
+    assert "not enough for either" in sentence(estimate(model, "auto", int8 - 1))
 
 
 def test_too_little_memory_is_said_with_the_remedies(model):
@@ -46,7 +46,7 @@ def test_too_little_memory_is_said_with_the_remedies(model):
     # An estimate may be wrong, and there may be swap: who names a form gets it.
     room = estimate(model, "float32", int8)
     assert memory.choose_form(room) == "float32"
-    assert "too little for float32" in sentence(room)
+    assert "not enough for float32" in sentence(room)
 
 
 def test_the_two_engines_of_the_judgement_count(model):

@@ -104,12 +104,16 @@ def test_what_passes_every_condition_is_enabled():
     [
         ({"problems": ("It is broken.",)}, "rejected", "broken"),
         ({"scale": 0.0}, "rejected", "no strength"),
-        ({"effect": None}, "inconclusive", "nothing to judge"),
-        ({"effect": replace(simulated(1, 0.0), gain=0.009, low=0.004, high=0.02)}, "rejected", "no use"),
+        ({"effect": None}, "inconclusive", "not measured on any test commit"),
+        (
+            {"effect": replace(simulated(1, 0.0), gain=0.009, low=0.004, high=0.02)},
+            "rejected",
+            "minimum useful gain",
+        ),
         ({"general": 1.021}, "rejected", "other code"),
-        ({"general": math.nan}, "rejected", "no number"),
-        ({"general": None}, "inconclusive", "Other code"),
-        ({"nll_adapter": math.nan}, "rejected", "no number"),
+        ({"general": math.nan}, "rejected", "NaN or infinite"),
+        ({"general": None}, "inconclusive", "other code"),
+        ({"nll_adapter": math.nan}, "rejected", "NaN or infinite"),
         ({"hole_results": HoleResults(100, 99, 1.0)}, "rejected", "fewer characters: 99 instead of 100"),
         ({"hole_results": HoleResults(100, 100, 1.11)}, "rejected", "11% longer"),
         ({"hole_results": None}, "inconclusive", "not measured"),
@@ -117,7 +121,7 @@ def test_what_passes_every_condition_is_enabled():
         (
             {"effect": effect([str(i % 25) for i in range(140)], [1.0] * 140, [10] * 140)},
             "inconclusive",
-            "140 ex",
+            "140 examples",
         ),
         ({"effect": replace(simulated(1, 0.0), gain=-0.01, low=-0.06, high=0.04)}, "rejected", "higher"),
         (

@@ -34,9 +34,11 @@ _MANY_DEGREES = 200
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """The exact two-sided p of so many pairs that changed for the better and for the worse.
+    """Return the exact two-sided p value of McNemar's test (1947) for paired results.
 
-    Under the null hypothesis each change is a fair coin; the test is that of McNemar (1947), exact.
+    Args:
+        better: pairs that changed for the better.
+        worse: pairs that changed for the worse; under the null hypothesis both are equally likely.
     """
     changed = better + worse
     tail: float = sum(math.comb(changed, k) for k in range(min(better, worse) + 1)) / 2**changed
@@ -46,10 +48,10 @@ def mcnemar(better: int, worse: int) -> float:
 def ratio_interval(
     clusters: Sequence[str], numerators: Sequence[float], denominators: Sequence[float], seed: int = 0
 ) -> tuple[float, float] | None:
-    """A 95 % interval of sum(numerators) / sum(denominators), where members of a cluster go together.
+    """Return a 95 % interval of sum(numerators) / sum(denominators), by a seeded bootstrap over clusters.
 
-    By the percentile bootstrap over clusters, seeded: holes of one file are alike, so that it is files that
-    are drawn again. None with fewer than two clusters, or where a sample may have a denominator of 0.
+    Holes of one file are alike, so files are resampled (percentile bootstrap). None with fewer than two
+    clusters, or if no sample has a positive denominator.
     """
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for cluster, numerator, denominator in zip(clusters, numerators, denominators, strict=True):
@@ -69,13 +71,13 @@ def ratio_interval(
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """A gain in nats per token, above 0 if better.
+    """A gain in nats per token; above 0 is better.
 
     Attributes:
-        gain: of all tokens.
-        low, high: its bounds, each missed with the probability `ALPHA` or what was given.
-        error: its standard error over commits.
-        commits, examples, tokens: that it is of.
+        gain: mean gain of all tokens.
+        low, high: confidence bounds, each missed with probability `ALPHA` or the one given.
+        error: standard error over commits.
+        commits, examples, tokens: their numbers.
     """
 
     gain: float
@@ -88,23 +90,24 @@ class Effect:
 
     @property
     def spread(self) -> float:
-        """How far the gains of commits lie from each other."""
+        """Standard deviation of the gains of commits."""
         return self.error * math.sqrt(self.commits)
 
 
 def effect(
     commits: Sequence[str], gains: Sequence[float], tokens: Sequence[int], alpha: float = ALPHA
 ) -> Effect:
-    """The gain of a token, with commits as clusters.
+    """Return the gain per token, with commits as clusters.
 
     Args:
-        commits: of each example.
-        gains: of each example, summed over its tokens.
-        tokens: of each example.
-        alpha: the probability to miss each bound.
+        commits: commit of each example.
+        gains: gain of each example, summed over its tokens.
+        tokens: number of tokens of each example.
+        alpha: error probability of each bound.
 
     The variance is that of a ratio of sums over clusters, CR1: G / (G - 1) * sum(e_c^2) / N^2 with
-    e_c = gain_c - gain * tokens_c (Liang and Zeger, 1986). With fewer than two commits nothing is known.
+    e_c = gain_c - gain * tokens_c (Liang and Zeger, 1986). With fewer than two commits the bounds are
+    infinite.
     """
     names, index = np.unique(np.array(commits, dtype=object).astype(str), return_inverse=True)
     of_commit = np.bincount(index, np.array(gains, dtype=float), len(names))
@@ -123,16 +126,16 @@ def effect(
 def difference(
     ours: Sequence[tuple[int, int]], theirs: Sequence[tuple[int, int]], alpha: float = ALPHA
 ) -> tuple[float, float, float] | None:
-    """How far two shares lie apart, ours less theirs, with bounds that are each missed with `alpha`.
+    """Return the difference of two shares, ours less theirs, with confidence bounds.
 
     Args:
-        ours: of each session, how many there were of how many. Those of nothing do not count.
+        ours: (count, total) of each session, the clusters here; sessions with a total of 0 do not count.
         theirs: likewise.
-        alpha: see `effect`, whose error by clusters it is, here by sessions.
+        alpha: error probability of each bound.
 
     Returns:
-        The difference and its bounds, Student's with the degrees of freedom of Welch; None with fewer than
-        two sessions on a side, or where all sessions of each are alike.
+        The difference and its bounds (Welch's t-test with cluster-robust errors, see `effect`); None with
+        fewer than two sessions on a side, or if the sessions of each side are all alike.
     """
     shares = []
     for pairs in (ours, theirs):
@@ -152,17 +155,17 @@ def difference(
 
 
 def more_commits(found: Effect, alpha: float = ALPHA) -> int | None:
-    """So many commits more would be needed to see a gain like this one; None where there is no gain."""
+    """Return how many more commits are needed to recognise a gain like this one; None if there is no gain."""
     if found.gain <= 0 or not math.isfinite(found.error):
         return None
     counts = range(max(found.commits, 3), _MOST_COMMITS)
-    # More commits never see less, so that the first number that is enough can be looked for by halving.
+    # Power rises with the number of commits, so the first sufficient number is found by bisection.
     first = bisect_left(counts, POWER, key=lambda count: power(found.gain, found.spread, count, alpha))
     return max(1, counts[first] - found.commits) if first < len(counts) else None
 
 
 def power(gain: float, spread: float, commits: int, alpha: float = ALPHA) -> float:
-    """How likely a gain is seen with so many commits."""
+    """Return the probability of recognising a gain with this many commits."""
     if commits < 2:
         return 0.0
     if spread <= 0:
@@ -172,7 +175,7 @@ def power(gain: float, spread: float, commits: int, alpha: float = ALPHA) -> flo
 
 
 def smallest_gain(commits: int, spread: float = TYPICAL_SPREAD, alpha: float = ALPHA) -> float:
-    """The gain that is seen in four of five cases, in nats per token."""
+    """Return the gain that is recognised in four of five cases, in nats per token."""
     if commits < 2:
         return math.inf
     needed = student_quantile(1 - alpha, commits - 1) + NormalDist().inv_cdf(POWER)
@@ -181,10 +184,10 @@ def smallest_gain(commits: int, spread: float = TYPICAL_SPREAD, alpha: float = A
 
 @lru_cache(maxsize=4096)
 def student_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t above a half, to four digits at least.
+    """Return the quantile of Student's t for a probability above a half, to at least four digits.
 
-    By bisection of its distribution function, which for whole degrees is a finite sum (Abramowitz and
-    Stegun, 26.7.3 and 26.7.4); for many degrees by its expansion in the normal distribution's (26.7.5).
+    By bisection of the distribution function, which for whole degrees of freedom is a finite sum (Abramowitz
+    and Stegun, 26.7.3 and 26.7.4); for many degrees by its normal expansion (26.7.5).
     """
     if degrees > _MANY_DEGREES:
         normal = NormalDist().inv_cdf(probability)

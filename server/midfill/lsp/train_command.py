@@ -28,7 +28,7 @@ _TRAIN, _RESUME, _LEAVE = "Train", "Go on from the checkpoint", "Do not train"
 _USE, _KEEP = "Use it", "Do not use it"
 
 # Where the stages of the process begin and end in the whole; they begin anew for each thing that is measured.
-_STAGES = {"train": (0.0, 0.5), "choose": (0.5, 0.6), "judge": (0.6, 1.0)}
+_STAGES = {"train": (0.0, 0.5), "choose": (0.5, 0.6), "evaluate": (0.6, 1.0)}
 
 
 class Editor(Protocol):

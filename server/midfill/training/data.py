@@ -1,9 +1,9 @@
-"""Examples: a prompt exactly as the server would send it, and what the author wrote there, as tokens.
+"""Examples: a prompt exactly as the server would send it, and the author's text as target tokens.
 
-The middle is cut out of a file's text by characters; what is left goes through the server's own prompt
-builder, so that windows, layout, context and token healing are those of a running server. The middle is
-encoded on its own, since the model never sees prefix and middle as one text, and always ends with the
-family's end-of-text: where to stop is half of what is to be learnt. Runs no model.
+The middle is cut out of a file by characters; the rest goes through the server's prompt builder, so that
+windows, layout, context and token healing are those of a running server. The middle is encoded separately,
+since the model never sees prefix and middle as one text, and always ends with the family's end-of-text token:
+where to stop is half of what the model should learn. Runs no model.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ NUM_DEV = 16
 NUM_GENERAL = 16
 MAX_TARGET_TOKENS = 160
 _MAX_PER_COMMIT = 12
-# The rest is what recent commits have added.
+# Share of training examples from the tree; the others come from lines that recent commits have added.
 _TREE_SHARE = 0.6
 _KINDS = [kind for kind, share in SHARES.items() for _ in range(share)]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A place where something was written.
+    """One middle with its prompt.
 
     Attributes:
-        id: commit, path, place and kind.
-        commit: that wrote it, the cluster it belongs to; "" for a place of the tree.
+        id: commit, path, position and kind.
+        commit: the commit that wrote the middle, its cluster; "" for an example from the tree.
         path, language, kind: of the file and the middle.
         before, after: the text around the middle.
         truth: the middle.
-        prompt: what the server sends for that cursor.
-        target: what is to come: what was held back of the half-typed word, the middle, the end-of-text.
+        prompt: the tokens that the server sends for this cursor.
+        target: the expected tokens: the held-back part of a half-typed word, the middle, the end-of-text.
     """
 
     id: str
@@ -73,9 +73,9 @@ class Examples:
     """All examples of a repository; the same repository, model, settings and seed give the same ones.
 
     Attributes:
-        train, dev, test: by time, see `selection`.
-        general: from the library that comes with Python, which the repository has nothing to do with.
-        digest: of all tokens, in hexadecimal digits: what a run goes on with must be what it began with.
+        train, dev, test: split by time, see `selection`.
+        general: from Python's standard library: code that has nothing to do with the repository.
+        digest: SHA-256 over all tokens, in hexadecimal; a run is resumed only with equal data.
         layout: the order of a prompt's parts.
     """
 
@@ -88,11 +88,14 @@ class Examples:
 
 
 def info_of(model: LocalModel) -> ModelInfo:
-    """What a prompt builder needs of a model that is not running. Raises `ModelError`."""
+    """Return what a prompt builder needs to know of a model, without running it. Raises `ModelError`."""
     config = read_config(model.path)
     context = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(context, int):
-        raise ModelError(f"{model.path / 'config.json'} does not say how long a text the model can read.")
+        raise ModelError(
+            f"{model.path / 'config.json'} does not give the length of the model's context "
+            "(max_position_embeddings or n_positions)."
+        )
     return ModelInfo(
         name=model.name,
         family=model.family,
@@ -109,10 +112,10 @@ class ExampleBuilder:
     """Makes examples for one model and one repository.
 
     Attributes:
-        builder: the server's own.
-        context: what other files contribute; None if the settings ask for none.
+        prompt_builder: the server's prompt builder.
+        context: context from other files; None if the settings ask for none.
         root: the folder that paths are relative to.
-        dropped: middles that were drawn and not taken, by reason.
+        dropped: numbers of drawn middles that were not used, by reason.
     """
 
     prompt_builder: PromptBuilder
@@ -125,7 +128,7 @@ class ExampleBuilder:
     _sources: dict[str, Source] = field(default_factory=dict)
 
     def cut(self, file: SourceFile, span: Span, commit: str) -> Example | None:
-        """The example of a span; None if its middle is too long."""
+        """Return the example of a span; None if its middle is too long."""
         before, after = file.text[: span.start], file.text[span.end :]
         truth = file.text[span.start : span.end]
         uri = (self.root / file.path).as_uri()
@@ -133,7 +136,7 @@ class ExampleBuilder:
         cursor = Point(before.count("\n"), len(before) - before.rfind("\n") - 1)
         snapshot = Snapshot(document, cursor)
         context = NOTHING if self.context is None else self.context.collect(snapshot)
-        # As after opening the file there: nothing is left of other examples.
+        # Start from a fresh window, as after opening the file, whatever examples came before.
         self.prompt_builder.forget(uri)
         prompt = self.prompt_builder.build(snapshot, context)
         encode = self.tokenizer.encode  # type: ignore[attr-defined]
@@ -158,7 +161,7 @@ class ExampleBuilder:
     def draw(
         self, file: SourceFile, rows: Sequence[int], kind: str, commit: str, chooser: random.Random
     ) -> Example | None:
-        """An example of this kind in these lines; None where there is none."""
+        """Return an example of this kind in these lines; None if there is none."""
         key = f"{commit}:{file.path}"
         source = self._sources.get(key)
         if source is None:
@@ -173,7 +176,7 @@ class ExampleBuilder:
         return self.cut(file, span, commit)
 
 
-def build_examples(  # noqa: PLR0913 - what of, for what, how
+def build_examples(  # noqa: PLR0913 - sources, model, size
     repository: Repository,
     selection: Selection,
     model: LocalModel,
@@ -182,7 +185,7 @@ def build_examples(  # noqa: PLR0913 - what of, for what, how
     seed: int = 0,
     num_train: int = NUM_TRAIN,
 ) -> Examples:
-    """All examples of a selection. Raises `ModelError` if the model's family is not known."""
+    """Return all examples of a selection. Raises `ModelError` if the model's FIM template is not known."""
     with _example_builder(repository, selection, model, settings) as example_builder:
         train = list(_train(selection, example_builder, num_train, seed))
         dev = _held_out(selection.split.dev, example_builder, NUM_DEV, seed + 1)
@@ -198,7 +201,7 @@ def build_examples(  # noqa: PLR0913 - what of, for what, how
 def build_general_examples(
     model: LocalModel, settings: Settings, seed: int, count: int = NUM_GENERAL
 ) -> list[Example]:
-    """Examples from Python's own library, without context."""
+    """Return `count` examples from Python's standard library, without context."""
     root = Path(random.__file__).parent
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
     names = ("textwrap.py", "argparse.py", "tarfile.py", "ast.py", "queue.py", "shlex.py", "csv.py", "bdb.py")
@@ -233,7 +236,7 @@ def _new_builder(
 def _example_builder(
     repository: Repository, selection: Selection, model: LocalModel, settings: Settings
 ) -> Iterator[ExampleBuilder]:
-    """With context, the index shows the tree before the held-out commits."""
+    """Give an example builder whose context index, if any, shows the tree before the held-out commits."""
     with checked_out_tree(selection, settings) as root:
         if root is None:
             yield _new_builder(model, settings, repository.root, None)
@@ -249,7 +252,7 @@ def _example_builder(
 
 @contextmanager
 def checked_out_tree(selection: Selection, settings: Settings) -> Iterator[Path | None]:
-    """The tree before the held-out commits as a workspace folder; None where no context is asked for."""
+    """Give a folder with the tree before the held-out commits; None if the settings ask for no context."""
     if not settings.context:
         yield None
         return
@@ -265,7 +268,7 @@ def checked_out_tree(selection: Selection, settings: Settings) -> Iterator[Path 
 def _train(selection: Selection, example_builder: ExampleBuilder, count: int, seed: int) -> Iterator[Example]:
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
     additions = [one for commit in selection.split.train for one in commit]
-    # Code that was written lately is more like what will be written next.
+    # Recent code is more like the code that will be written next.
     recency = [
         0.98 ** (len(additions) - number) * min(len(one.rows), 40) for number, one in enumerate(additions)
     ]
@@ -294,7 +297,7 @@ def _train(selection: Selection, example_builder: ExampleBuilder, count: int, se
 def _held_out(
     commits: Sequence[Sequence[Addition]], example_builder: ExampleBuilder, count: int, seed: int
 ) -> list[Example]:
-    """About `count` examples, evenly from all commits; no commit decides alone."""
+    """Return about `count` examples, evenly from all commits, so that no commit dominates."""
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
     most = min(_MAX_PER_COMMIT, max(1, -(-count // max(1, len(commits)))))
     found = []
@@ -315,5 +318,5 @@ def _held_out(
 
 
 def count_kinds(examples: Sequence[Example]) -> Mapping[str, int]:
-    """How many examples of each kind there are."""
+    """Return the number of examples of each kind, most frequent first."""
     return dict(Counter(example.kind for example in examples).most_common())

@@ -41,20 +41,20 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be done.
+    """A training or an evaluation.
 
     Attributes:
         repo: a folder in the repository.
-        name: of the adapter in the registry.
-        budget_s: for training and judging.
-        resume: go on from the checkpoint.
-        force: use it whatever the verdict; recorded and shown.
-        num_threads: for computing.
-        max_steps: fixes the schedule, for tests; None goes by the budget.
-        changes: of the recipe, for tests.
-        limits: of the judgement.
-        seed: of the examples.
-        base_weights: how the base is held, "auto" for what fits into the memory that is free; see `memory`.
+        name: the adapter's name in the registry.
+        budget_s: seconds for training and evaluation.
+        resume: continue from the checkpoint.
+        force: use the adapter whatever the verdict; this is recorded and shown.
+        num_threads: CPU threads.
+        max_steps: fixes the number of steps; None derives it from the budget.
+        changes: changes of the recipe, for tests.
+        limits: conditions of the verdict.
+        seed: seed of the examples.
+        base_weights: form of the base model's weights; "auto" is what fits into free memory, see `memory`.
     """
 
     repo: Path
@@ -71,24 +71,24 @@ class Job:
 
 
 def run_folder(name: str) -> Path:
-    """The folder of a training."""
+    """Return the folder of a training: checkpoints, the adapter, the report."""
     return data_folder() / "training" / name
 
 
 def can_resume(name: str) -> bool:
-    """Whether a training of that name has left a checkpoint."""
+    """Return whether a training of that name has left a checkpoint."""
     return any((run_folder(name) / folder).is_dir() for folder in ("checkpoint", "checkpoint.old"))
 
 
 def name_for(folder: Path) -> str:
-    """A name that an adapter can have, from a folder's: of a repository, or of an adapter that is in none."""
+    """Return a valid adapter name made from the name of a folder: a repository's, or an adapter's."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:64]
-    # The hub's snapshots are called by digests.
+    # Snapshot folders of the hub are named by digests, which are no names for adapters.
     return name if is_name(name) else f"adapter-{name}".rstrip("-")[:64]
 
 
 def most_threads() -> int:
-    """All cores but one, which stays free for the editor and its servers."""
+    """Return the number of cores less one, which stays free for the editor and its servers."""
     from midfill.engine.torch.threads import num_cores  # noqa: PLC0415 - only where somebody trains
 
     return max(1, num_cores() - 1)
@@ -102,7 +102,10 @@ def request_of(  # noqa: PLR0913, PLR0917 - each is a different thing
     adapter: Path | None = None,
     fingerprint: str | None = None,
 ) -> dict[str, Any]:
-    """A job as JSON."""
+    """Return a job as JSON, as `worker` reads it.
+
+    `kind` is "train" or "eval"; `adapter` and `fingerprint` (of its base model, if known) are for "eval".
+    """
     return {
         "kind": kind,
         "job": {**asdict(job), "repo": str(job.repo)},

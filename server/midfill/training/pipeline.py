@@ -1,8 +1,8 @@
-"""From a repository to an adapter and its verdict: data > train > judge > register.
+"""From a repository to an adapter and its verdict: examples > train > evaluate > register.
 
-A run has a folder of its own below the user's data: checkpoints, the adapter, the report. It holds no source
-text but in the report, which only its owner can read. Test commits are written down when they are opened, so
-that trying until something passes is counted.
+A run has a folder below the user's data: checkpoints, the adapter, the report. Only the report holds source
+text, and only its owner can read it. Each use of test commits is recorded, so that trying until something
+passes is counted (multiple comparisons).
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from midfill.training.trainer import Trained, Trainer, agree_on_base_weights, ch
 from midfill.training.verdict import Measurements
 
 Tell = Callable[[str, float | None, str], None]
-"""Hears the stage, the share of it that is done, and a sentence."""
+"""Called with the stage, the share of it that is done, and a message."""
 
 
 @dataclass(slots=True)
 class _Run:
-    """What the stages share."""
+    """Inputs of all stages."""
 
     job: Job
     model: LocalModel
@@ -63,36 +63,39 @@ class _Run:
 
 
 def _prepare(job: Job, model: LocalModel, settings: Settings, tell: Tell, num_train: int) -> _Run:
-    """Read the history and cut the examples.
+    """Read the history and build the examples.
 
-    Raises `MidfillError` if there is nothing to learn from, or too little memory.
+    Raises `MidfillError` if there is nothing to train on, or not enough memory.
     """
     base_weights = _base_weights(job, model, settings, learns=bool(num_train))
     if base_weights == "int8":
-        # It takes a tenth longer, which is worth it where memory is short.
+        # Takes a tenth longer, and is used only where memory is short.
         malloc.give_large_blocks_back_at_once()
     tell("data", None, "reading the history")
     repository = Repository(job.repo)
     selection = select(repository, settings)
-    tell("data", None, "cutting examples")
+    tell("data", None, "building examples")
     examples = data.build_examples(repository, selection, model, settings, seed=job.seed, num_train=num_train)
     if (num_train and not examples.train) or not examples.test:
-        raise MidfillError(f"{repository.root} has no places to learn from: see `midfill adapter plan`.")
+        raise MidfillError(
+            f"The history of {repository.root} gives no examples to train on. To see what was skipped and "
+            "why, run: midfill adapter plan"
+        )
     return _Run(job, model, settings, base_weights, tell, selection, examples)
 
 
 def _base_weights(job: Job, model: LocalModel, settings: Settings, *, learns: bool = True) -> str:
-    """In which form the base is held; a training that is gone on with keeps to its own."""
+    """Return the form of the base model's weights; a resumed training keeps the form of its checkpoint."""
     wanted = job.base_weights
     if on_cuda():
         if wanted != "auto":
             raise AdapterError(
-                f"On a GPU the base is held in bfloat16, not in {wanted}: leave --base-weights out."
+                f"On a GPU the base model is held in bfloat16, not in {wanted}. Run without --base-weights."
             )
         return "bfloat16"
     if wanted == "auto" and job.resume:
         kept = checkpoint_base_weights(run_folder(job.name) / "checkpoint")
-        # One of a GPU is not gone on with here: the checkpoint is refused.
+        # A checkpoint of a GPU cannot be resumed on a CPU; it is refused later.
         wanted = kept if kept in memory.FORMS else wanted
     count = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     free = psutil.virtual_memory().available
@@ -109,26 +112,26 @@ def train(  # noqa: PLR0913 - each is a different thing
     *,
     leads: bool = True,
 ) -> dict[str, Any]:
-    """Learn an adapter, judge it and register it with its verdict.
+    """Train an adapter, evaluate it and register it with its verdict.
 
     Args:
         job: what to do.
         model: the base model.
         settings: the user's.
-        tell: hears how far it is.
-        stop: asked often; true ends it with a checkpoint.
-        leads: whether this is the process that judges and writes, of several that train.
+        tell: told the progress.
+        stop: asked often; true ends the training with a checkpoint.
+        leads: whether this is the process, of several that train, that evaluates and writes.
 
     Returns:
-        What `--json` prints.
+        The result as `--json` prints it; {} if this process does not lead.
 
     Raises:
-        MidfillError: there is nothing to learn from, or it has been stopped.
+        MidfillError: there is nothing to train on, or the training was stopped.
     """
     begun_s = time.monotonic()
     if (taken := Registry().find(job.name)) is not None and not job.resume:
         raise AdapterError(
-            f"There is an adapter {taken.name!r} already. Train under another --name, or remove that one: "
+            f"An adapter named {taken.name!r} exists already. Use another --name, or remove it: "
             f"midfill adapter rm {taken.name}"
         )
     run = _prepare(job, model, settings, tell, data.NUM_TRAIN)
@@ -136,7 +139,7 @@ def train(  # noqa: PLR0913 - each is a different thing
     recipe = recipe_for(_num_parameters(model), **dict(job.changes))
     adapted = Adapted(model, recipe, num_threads=job.num_threads, base_weights=run.base_weights)
     problem = verdict.zero_scale_problem(adapted, run.examples.dev or run.examples.test)
-    tell("train", 0.0, "the base on the dev commits")
+    tell("train", 0.0, "log-loss of the base model on the dev commits")
     base_dev, forward_s = _base_on_dev(adapted, run, leads)
     budget_s = _training_budget(job.budget_s, time.monotonic() - begun_s, forward_s, run.examples)
     trained = _train(run, adapted, recipe, budget_s, stop)
@@ -158,18 +161,18 @@ def train(  # noqa: PLR0913 - each is a different thing
 def evaluate(  # noqa: PLR0913, PLR0917 - each is a different thing
     job: Job, adapter: Path, fingerprint: str | None, model: LocalModel, settings: Settings, tell: Tell
 ) -> dict[str, Any]:
-    """Judge an adapter that is there already, as it is, on the newest commits of a repository.
+    """Evaluate an existing adapter, as it is, on the newest commits of a repository.
 
     Args:
-        job: where; `name` is for the report's folder.
-        adapter: its folder.
-        fingerprint: of the base model that it was trained on, if that is known.
+        job: the repository; `name` names the report's folder.
+        adapter: the adapter's folder.
+        fingerprint: of the base model that it was trained on, if known.
         model: the base model.
         settings: the user's.
-        tell: hears how far it is.
+        tell: told the progress.
 
     Returns:
-        What `--json` prints.
+        The result as `--json` prints it.
     """
     begun_s = time.monotonic()
     run = _prepare(job, model, settings, tell, 0)
@@ -188,7 +191,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 - each is a different thing
 
 def _check(adapter: Path, fingerprint: str | None, model: LocalModel) -> Measurements:
     if fingerprint is not None and fingerprint != peft_format.fingerprint_of(model.path):
-        return Measurements(problems=(f"It was trained on another model than {model.name}.",))
+        return Measurements(problems=(f"The adapter was trained on another model, not on {model.name}.",))
     try:
         peft_format.read(adapter, peft_format.layers_of(model.path))
     except AdapterError as error:
@@ -197,7 +200,7 @@ def _check(adapter: Path, fingerprint: str | None, model: LocalModel) -> Measure
 
 
 def _base_on_dev(adapted: Adapted, run: _Run, leads: bool) -> tuple[list[float], float]:
-    """The base's losses on the dev commits, and how long an example takes."""
+    """Return the base model's losses on the dev commits, and the seconds of an example."""
     examples = run.examples.dev if leads else run.examples.dev[:2]
     begun_s = time.monotonic()
     with adapted.as_base():
@@ -206,9 +209,9 @@ def _base_on_dev(adapted: Adapted, run: _Run, leads: bool) -> tuple[list[float],
 
 
 def _training_budget(budget_s: float, used_s: float, forward_s: float, examples: Examples) -> float:
-    """What judging leaves of the budget, and at least half of it."""
+    """Return the part of the budget that the evaluation leaves, and at least half of it."""
     passes = len(verdict.SCALES) * len(examples.dev) + 2 * len(examples.test) + 2 * len(examples.general)
-    # An answer is a prompt and some tokens; the engine's int8 makes up for the tokens.
+    # An answer is a prompt and some new tokens; for those the engine's int8 compensates.
     judging_s = forward_s * (passes + 2 * verdict.NUM_HOLES)
     return max(budget_s / 2, budget_s - used_s - judging_s)
 
@@ -241,7 +244,7 @@ def _choose_and_save(
         lambda share: run.tell("choose", share, "strength on the dev commits"),
     )
     if scale == 0:
-        # It is kept as it was trained, so that there is something to look at.
+        # No strength is better than the base. Save the adapter as trained, so that it can be examined.
         adapted.scale = 1.0
     shutil.rmtree(adapter, ignore_errors=True)
     adapted.save(adapter)
@@ -259,7 +262,7 @@ def _judge(  # noqa: PLR0913, PLR0917 - what the stages before it have made
     trained: Trained | None,
     seconds: float,
 ) -> dict[str, Any]:
-    """Open the test commits, unless the verdict is known without them; write the report."""
+    """Measure on the test commits, unless the verdict is known without them; write the report."""
     begun_s = time.monotonic()
     examples = run.examples
     if adapted is not None and not measurements.problems and measurements.scale:
@@ -271,10 +274,10 @@ def _judge(  # noqa: PLR0913, PLR0917 - what the stages before it have made
             examples.general,
             num_comparisons=num_comparisons,
             records=Records(run.folder / "judged.jsonl", _header(run, adapter)),
-            tell=lambda share: run.tell("judge", share, "log-loss on later commits"),
+            tell=lambda share: run.tell("evaluate", share, "log-loss on later commits"),
         )
         measurements = replace(measurements, scale=scale, dev=dev)
-        # Two engines come next, each with a model of its own.
+        # Make room: the two engines that come next load a model each.
         adapted.release()
         if measurements.effect is not None and math.isfinite(measurements.effect.gain):
             measurements = replace(measurements, hole_results=_fill(run, adapter))
@@ -291,7 +294,7 @@ def _judge(  # noqa: PLR0913, PLR0917 - what the stages before it have made
 
 
 def _header(run: _Run, adapter: Path) -> dict[str, str]:
-    """What kept log-losses are of; an older file of another adapter or other places is done with."""
+    """Return the header of the kept log-losses; delete a file of another adapter or other examples."""
     header = {
         "eval": "adapter, middle and end",
         "adapter": peft_format.digest_of(adapter),
@@ -312,7 +315,7 @@ def _header(run: _Run, adapter: Path) -> dict[str, str]:
 
 def _fill(run: _Run, adapter: Path) -> verdict.HoleResults:
     def tell(share: float) -> None:
-        run.tell("judge", share, "suggestions with and without it")
+        run.tell("evaluate", share, "suggestions with and without the adapter")
 
     holes = verdict.choose_holes(run.examples.test)
     with data.checked_out_tree(run.selection, run.settings) as root:
@@ -339,9 +342,9 @@ def _training(run: _Run, trained: Trained | None) -> dict[str, Any] | None:
 
 
 def record_comparison(test: Sequence[Example], digest: str) -> int:
-    """Write down that an adapter is judged by these commits; how many others were, and this one."""
+    """Record that an adapter is evaluated on these commits; return the number of adapters that were."""
     file = data_folder() / "training" / "opened.json"
-    # Digests of the ids: which commits there are is nobody's business who finds the file.
+    # Digests, so that the file does not tell which commits a repository has.
     commits = {hashlib.sha256(example.commit.encode()).hexdigest()[:16] for example in test}
     with locked(file.parent):
         try:

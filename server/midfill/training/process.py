@@ -34,9 +34,10 @@ _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 @contextmanager
 def started(request: Mapping[str, Any], num_processes: int = 1) -> Iterator[subprocess.Popen[bytes]]:
-    """The first process for a request, its events on `stdout`; all have ended when the context has.
+    """Start the processes of a request, give the first one, and end all of them with the context.
 
-    Several processes meet by a file, and talk over the loopback interface only.
+    The first one writes its events to `stdout`. Several processes find each other by a file, and communicate
+    over the loopback interface only.
     """
     with tempfile.TemporaryDirectory(prefix="midfill-job-") as folder, contextlib.ExitStack() as running:
         file = Path(folder) / "job.json"
@@ -63,11 +64,11 @@ def started(request: Mapping[str, Any], num_processes: int = 1) -> Iterator[subp
 
 
 def events(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
-    """What the process says. Raises `MidfillError` if it ends without having said how."""
+    """Iterate over the events of a process. Raises `MidfillError` if it ends without a final event."""
     assert process.stdout is not None  # noqa: S101 - for the type checker
     assert process.stderr is not None  # noqa: S101
     said: list[bytes] = []
-    # Read aside, so that a full pipe stops nothing.
+    # Read by a thread, so that a full pipe does not stop the process.
     reader = threading.Thread(target=lambda: said.append(process.stderr.read()), daemon=True)  # type: ignore[union-attr]
     reader.start()
     last: dict[str, Any] = {}
@@ -81,16 +82,14 @@ def events(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
     if not {"result", "error", "stopped"} & set(last):
         reader.join(timeout=5)
         text = b"".join(said).decode("utf-8", "replace").strip()[-_MAX_ERROR_CHARS:]
-        raise MidfillError(
-            f"The process that trains has ended by itself (status {process.returncode}). {text}"
-        )
+        raise MidfillError(f"The training process ended unexpectedly (status {process.returncode}). {text}")
 
 
 class TrainingProcess:
-    """A job for somebody who does other things meanwhile: `run` is for a thread, `stop` for any.
+    """One training process: `run` blocks its thread, `stop` may be called by any thread.
 
     Args:
-        request: see `request_of`.
+        request: from `job.request_of`.
     """
 
     def __init__(self, request: Mapping[str, Any]) -> None:
@@ -100,8 +99,11 @@ class TrainingProcess:
         self._stopped = False
 
     def run(self, tell: Callable[[str, float | None, str], None]) -> dict[str, Any]:
-        """The last event: {"result"}, {"error"} or {"stopped"}. Raises `MidfillError` as `events` does."""
-        last: dict[str, Any] = {"stopped": "Stopped before it began."}
+        """Run to the end; return the last event: {"result"}, {"error"} or {"stopped"}.
+
+        `tell` is called with stage, share done and message. Raises `MidfillError` as `events` does.
+        """
+        last: dict[str, Any] = {"stopped": "The training was stopped before it began."}
         with contextlib.ExitStack() as stack:
             with self._lock:
                 if self._stopped:
@@ -114,7 +116,7 @@ class TrainingProcess:
         return last
 
     def stop(self) -> None:
-        """End it, with a checkpoint if it has begun to learn."""
+        """Terminate the process, which writes a checkpoint if training has begun."""
         with self._lock:
             self._stopped = True
             if self._process is not None and self._process.poll() is None:

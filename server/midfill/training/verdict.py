@@ -1,9 +1,10 @@
-"""The judgement: whether an adapter is better than its base where the repository went next.
+"""The verdict: whether an adapter is better than its base model on a repository's newest commits.
 
-All conditions must hold: the adapter is whole and acts as it was saved; on the newest commits, which nothing
-was learnt from or chosen by, its log-loss of middle and end is lower by a bound over commits; it saves no
-fewer characters, with the prompts, context and filters of the server; it does not spoil other code; it does
-not slow the answers. "rejected" and "inconclusive" both mean off. `decide` is pure; the rest measures.
+All conditions must hold: the adapter's files are intact and reproduce what was trained; on the test commits,
+which were used neither for training nor for choosing, its log-loss (middle and end) is significantly lower,
+with commits as clusters; it saves at least as many characters with the server's prompts, context and filters;
+it does not make other code worse; it does not slow down answers. "rejected" and "inconclusive" both mean off.
+`decide` is pure; the other functions measure.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ if TYPE_CHECKING:
 Verdict = Literal["enabled", "rejected", "inconclusive"]
 SCALES = (1.0, 0.75, 0.5)
 NUM_HOLES = 24
-# Where the rest of the line is free, so that the server answers unasked.
+# Kinds of holes with nothing after the cursor on its line, where the server answers automatic requests.
 _HOLE_KINDS = ("line", "block")
-_STEP0_TOLERANCE = 1e-4
+_ZERO_SCALE_TOLERANCE = 1e-4
 _SAVED_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class HoleResults:
-    """What came for the same holes with and without the adapter.
+    """Suggestions for the same holes with the base model and with the adapter.
 
     Attributes:
         base, adapter: characters saved; see `evaluation.repository.score`.
-        latency: the median of the ratios of an answer's time.
-        pairs: for people: place, truth, the base's text, the adapter's text.
+        latency: median of the ratio of the answers' times, adapter to base; None if there were no holes.
+        pairs: for the report: the hole, the author's text, the base's suggestion, the adapter's suggestion.
     """
 
     base: int
@@ -58,19 +59,19 @@ class HoleResults:
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """All that a verdict is made from; what is None or empty was not measured.
+    """Everything that a verdict is based on; None or empty was not measured.
 
     Attributes:
-        problems: why the adapter is not what it should be, a sentence each.
-        scale: the chosen one; 0 means that the base was best on the dev commits.
-        dev: log-loss per token on the dev commits by scale.
-        effect: on the test commits.
-        nll_base, nll_adapter: log-loss per token there.
-        gain_at_ends: the part of the gain per token that comes of knowing where the middle ends; the rest is
-            of the middle's own text.
+        problems: faults of the adapter itself, a sentence each.
+        scale: the chosen strength of the adapter; 0 means that the base was best on the dev commits.
+        dev: log-loss per token on the dev commits, by scale.
+        effect: gain on the test commits.
+        nll_base, nll_adapter: log-loss per token on the test commits.
+        gain_at_ends: the part of the gain per token that comes from predicting where the middle ends; the
+            rest comes from the middle's text.
         general: log-loss on other code, as a share of the base's.
-        filling: see `Filling`.
-        openings: how many adapters these test commits have judged, this one included.
+        hole_results: suggestions with and without the adapter.
+        num_comparisons: adapters that these test commits have been used for, this one included.
         by_commit: (commit, gain per token, tokens), in order of time.
     """
 
@@ -96,20 +97,20 @@ class Decision:
 
 
 def decide(measurements: Measurements, limits: Limits | None = None) -> Decision:
-    """The verdict. Nothing but a pass of every condition is "enabled"."""
+    """Return the verdict with its reasons. "enabled" requires that every condition holds."""
     limits = limits or Limits()
     if measurements.problems:
         return Decision("rejected", measurements.problems)
     if measurements.scale == 0:
         return Decision(
-            "rejected", ("On the dev commits no strength of the adapter is better than the base.",)
+            "rejected", ("On the dev commits, no strength of the adapter is better than the base model.",)
         )
     found = measurements.effect
     if found is None:
-        return Decision("inconclusive", ("There is nothing to judge by.",))
+        return Decision("inconclusive", ("The adapter was not measured on any test commit.",))
     numbers = (found.gain, measurements.nll_base, measurements.nll_adapter, measurements.general)
     if any(one is not None and not math.isfinite(one) for one in numbers):
-        return Decision("rejected", ("A log-loss is no number.",))
+        return Decision("rejected", ("A log-loss is NaN or infinite.",))
     against = tuple(_against(found, measurements, limits))
     if against:
         return Decision("rejected", against)
@@ -119,8 +120,8 @@ def decide(measurements: Measurements, limits: Limits | None = None) -> Decision
     return Decision(
         "enabled",
         (
-            f"Log-loss is lower by {found.gain:.3f} nats per token ({found.low:.3f} to {found.high:.3f}) "
-            f"over {found.commits} later commits.",
+            f"Log-loss is {found.gain:.3f} nats per token lower ({found.low:.3f} to {found.high:.3f}) on "
+            f"{found.commits} later commits.",
         ),
     )
 
@@ -128,15 +129,18 @@ def decide(measurements: Measurements, limits: Limits | None = None) -> Decision
 def _against(found: Effect, measurements: Measurements, limits: Limits) -> Sequence[str]:
     reasons = []
     if found.gain <= 0:
-        sure = "" if found.high >= 0 else ", surely"
-        reasons.append(f"Log-loss is not lower but {-found.gain:.3f} nats per token higher{sure}.")
+        sure = "" if found.high >= 0 else ", which is significant"
+        reasons.append(f"Log-loss is {-found.gain:.3f} nats per token higher than the base's{sure}.")
     elif found.gain < limits.gain and found.low > 0:
         reasons.append(
-            f"Log-loss is lower by {found.gain:.4f} nats per token only; less than {limits.gain:g} is no use."
+            f"Log-loss is only {found.gain:.4f} nats per token lower; the minimum useful gain is "
+            f"{limits.gain:g}."
         )
     hole_results = measurements.hole_results
     if hole_results is not None and hole_results.adapter < hole_results.base:
-        reasons.append(f"It saves fewer characters: {hole_results.adapter} instead of {hole_results.base}.")
+        reasons.append(
+            f"Its suggestions save fewer characters: {hole_results.adapter} instead of {hole_results.base}."
+        )
     if measurements.general is not None and measurements.general > limits.general:
         reasons.append(
             f"Log-loss on other code is {measurements.general - 1:.1%} higher "
@@ -148,7 +152,8 @@ def _against(found: Effect, measurements: Measurements, limits: Limits) -> Seque
         and hole_results.latency > limits.latency
     ):
         reasons.append(
-            f"Answers take {hole_results.latency - 1:.0%} longer with it (at most {limits.latency - 1:.0%})."
+            f"Answers take {hole_results.latency - 1:.0%} longer with the adapter "
+            f"(limit: {limits.latency - 1:.0%})."
         )
     return reasons
 
@@ -157,26 +162,29 @@ def _missing(found: Effect, measurements: Measurements, limits: Limits) -> Seque
     reasons = []
     if found.commits < limits.commits:
         reasons.append(
-            f"{limits.commits - found.commits} more commits needed: there are {found.commits} to judge by."
+            f"{limits.commits - found.commits} more commits are needed: only {found.commits} could be used "
+            "as test commits."
         )
     elif found.examples < limits.examples:
-        reasons.append(f"There are {found.examples} examples to judge by; {limits.examples} are needed.")
+        reasons.append(
+            f"The test commits gave {found.examples} examples; at least {limits.examples} are needed."
+        )
     if found.low <= 0:
         more = more_commits(found, _alpha(measurements.num_comparisons))
-        needed = f"about {more} more commits needed" if more else "far more commits needed"
+        needed = f"About {more} more commits are needed" if more else "Far more commits are needed"
         reasons.append(
             f"{needed} to tell a gain of {found.gain:.3f} nats per token "
             f"({found.low:.3f} to {found.high:.3f}) from chance."
         )
     if measurements.hole_results is None or measurements.hole_results.latency is None:
-        reasons.append("Characters saved and the time of answers were not measured.")
+        reasons.append("The characters saved and the time of answers were not measured.")
     if measurements.general is None:
-        reasons.append("Other code was not measured.")
+        reasons.append("The log-loss on other code was not measured.")
     return reasons
 
 
 def as_dict(measurements: Measurements, decision: Decision) -> dict[str, Any]:
-    """What `--json` prints, and the registry keeps; no source text."""
+    """Return the result as `--json` prints it and the registry keeps it, without source text."""
     found = measurements.effect
     hole_results = measurements.hole_results
     finite = found is not None and math.isfinite(found.low)
@@ -204,40 +212,46 @@ def as_dict(measurements: Measurements, decision: Decision) -> dict[str, Any]:
 
 
 def _alpha(num_comparisons: int) -> float:
-    """Commits that have judged several adapters let one through by luck more easily (Bonferroni)."""
+    """Return the error probability of one comparison (Bonferroni): many tries pass more often by chance."""
     return ALPHA / max(1, num_comparisons)
 
 
 def zero_scale_problem(adapted: Adapted, examples: Sequence[Example]) -> str | None:
-    """Whether an adapter without strength is its base, which every later comparison rests on."""
+    """Return a sentence if the adapter at scale 0 differs from its base, which all comparisons rest on."""
     before, adapted.scale = adapted.scale, 0.0
     for example in examples[:2]:
         without = adapted.loss_sum(example)
         with adapted.as_base():
             base = adapted.loss_sum(example)
-        if abs(without - base) > _STEP0_TOLERANCE * max(1.0, abs(base)):
+        if abs(without - base) > _ZERO_SCALE_TOLERANCE * max(1.0, abs(base)):
             adapted.scale = before
-            return f"Switched to nothing it differs from the base ({without:.4f}, not {base:.4f})."
+            return (
+                f"At scale 0 the adapter changes the model's output: log-loss {without:.4f} instead of "
+                f"{base:.4f}."
+            )
     adapted.scale = before
     return None
 
 
 def saved_adapter_problem(adapted: Adapted, folder: Path, example: Example) -> str | None:
-    """Whether what was saved acts as what was trained: the logits of one prompt, saved and read again."""
+    """Read the saved adapter; return a sentence if the logits of one prompt differ then."""
     before = adapted.probe_logits(example)
     scale = adapted.scale
     adapted.load(folder)
     after = adapted.probe_logits(example)
     difference = float((before - after).abs().max())
     if not difference <= _SAVED_TOLERANCE * max(1.0, float(before.abs().max())):
-        return f"Read from its file it acts differently: logits by up to {difference:.4g}, strength {scale}."
+        return (
+            f"The saved adapter differs from the trained one: logits by up to {difference:.4g} at strength "
+            f"{scale}."
+        )
     return None
 
 
 def choose_scale(
     adapted: Adapted, examples: Sequence[Example], base: Sequence[float], tell: Callable[[float], None]
 ) -> tuple[float, dict[str, float]]:
-    """The strength with the lowest log-loss on the dev commits, 0 for the base; and all of them."""
+    """Return the scale with the lowest log-loss on the dev commits (0 is the base), and all log-losses."""
     tokens = sum(len(example.target) for example in examples)
     table = {"0": sum(base) / tokens}
     total = len(SCALES) * len(examples)
@@ -263,9 +277,9 @@ def measure_losses(  # noqa: PLR0913 - each is a different thing
     records: Records,
     tell: Callable[[float], None],
 ) -> Measurements:
-    """Log-losses of base and adapter, example by example, on the test commits and on other code.
+    """Measure the log-loss of base and adapter on each example of the test commits and of other code.
 
-    What `records` has already is not computed again. They hold places and numbers, no text.
+    Results that `records` has already are not computed again. Records hold ids and numbers, no text.
     """
     everything = {example.id: example for example in (*_in_rounds(test), *general)}
     for number, example in enumerate(everything.values()):
@@ -310,13 +324,13 @@ def _by_commit(
 
 
 def choose_holes(test: Sequence[Example]) -> list[Example]:
-    """Places to compare suggestions at, evenly from all commits."""
+    """Return the examples at which suggestions are compared, evenly from all commits."""
     holes = [example for example in test if example.kind in _HOLE_KINDS and example.truth.strip()]
     return _in_rounds(holes)[:NUM_HOLES]
 
 
 def _in_rounds(examples: Sequence[Example]) -> list[Example]:
-    """One of each commit, then another one of each, and so on."""
+    """Return the examples in rounds: one of each commit, then another of each, and so on."""
     by_commit: dict[str, list[Example]] = {}
     for example in examples:
         by_commit.setdefault(example.commit, []).append(example)
@@ -333,16 +347,16 @@ async def fill(  # noqa: PLR0913, PLR0917 - each is a different thing
     num_threads: int,
     tell: Callable[[float], None],
 ) -> HoleResults:
-    """Let the server's pipeline answer at each place, with the base and with the adapter in turn.
+    """Get the server pipeline's suggestion for each hole, with the base and with the adapter in turn.
 
     Args:
         model: the base model.
-        adapter: its folder.
-        settings: the user's; what is not shown unasked saves nothing.
-        holes: see `choose_holes`.
-        root: the folder of the tree before the held-out commits, or of the repository.
-        num_threads: of each model.
-        tell: hears the share done.
+        adapter: the adapter's folder.
+        settings: the user's; a suggestion that is not shown automatically saves no characters.
+        holes: from `choose_holes`.
+        root: the folder with the tree before the held-out commits, or the repository.
+        num_threads: threads of each model.
+        tell: called with the share done.
     """
     spec = EngineSpec(
         model,
@@ -366,7 +380,7 @@ async def fill(  # noqa: PLR0913, PLR0917 - each is a different thing
         saved, ratios, pairs = [0, 0], [], []
         for number, example in enumerate(holes):
             hole = _hole(example, root)
-            # Each is first in turn: what else the machine does meets both.
+            # Each comes first every second time, so that other load on the machine affects both.
             order = (0, 1) if number % 2 else (1, 0)
             filled = {which: await fillers[which].fill(hole, Trigger.AUTOMATIC) for which in order}
             for which in order:
@@ -388,7 +402,7 @@ def _hole(example: Example, root: Path) -> Hole:
 
 
 def judgement_of(result: Mapping[str, Any], *, forced: bool) -> Judgement:
-    """A result as the registry keeps it."""
+    """Return a result as the registry keeps it."""
     kept = {key: value for key, value in result.items() if key not in {"verdict", "reasons", "training"}}
     training = {key: value for key, value in (result["training"] or {}).items() if key != "losses"}
     return Judgement(result["verdict"], tuple(result["reasons"]), forced, {**kept, "training": training})

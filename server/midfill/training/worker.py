@@ -32,10 +32,10 @@ from midfill.training.job import RENDEZVOUS, Job, Limits, run_folder
 
 
 def main() -> None:
-    """See the module."""
+    """Run the job of the file that is the first argument."""
     if os.environ.get("RANK", "0") == "0":
         with open(os.dup(1), "w", encoding="utf-8", closefd=True) as out:  # noqa: PTH123 - it is a descriptor
-            # What a library prints must not get between the events.
+            # Libraries print to stdout too: send that to stderr, so that stdout has the events only.
             os.dup2(2, 1)
             _serve(lambda event: print(json.dumps(event), file=out, flush=True))
     else:
@@ -81,14 +81,14 @@ def _work(request: Mapping[str, Any], tell: Any, stop: Callable[[], bool]) -> di
             return pipeline.evaluate(
                 job, Path(request["adapter"]), request["fingerprint"], model, settings, tell
             )
-    # They meet first: who is left by the first one ends too, but not who waits for it.
-    with together() as leads, _alone(job.name) if leads else contextlib.nullcontext():
+    # Join the group before taking the lock: when the first process fails, the others must notice and end.
+    with process_group() as leads, _alone(job.name) if leads else contextlib.nullcontext():
         return pipeline.train(job, model, settings, tell, stop, leads=leads)
 
 
 @contextmanager
 def _alone(name: str) -> Iterator[None]:
-    """Keep others from the folder of a run. Raises `AdapterError` if one is at work there."""
+    """Lock the folder of a run. Raises `AdapterError` if another process uses it."""
     folder = run_folder(name)
     private_folder(folder.parent)
     private_folder(folder)
@@ -97,8 +97,8 @@ def _alone(name: str) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise AdapterError(
-            f"The adapter {name!r} is being learnt or judged by another midfill. Wait for that, or take "
-            "another --name."
+            f"The adapter {name!r} is being trained or evaluated by another midfill process. Wait for it to "
+            "finish, or use another --name."
         ) from error
     try:
         yield
@@ -107,8 +107,8 @@ def _alone(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def together() -> Iterator[bool]:
-    """Meet the other processes, ours or those of torch's launcher; whether this is the first."""
+def process_group() -> Iterator[bool]:
+    """Join the process group, ours or that of torch's launcher; give whether this is the first process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
         return
@@ -134,7 +134,7 @@ def _be_nice() -> None:
         else:
             psutil.Process().nice(19)
     except (OSError, psutil.Error):
-        return  # It goes on at the priority that it has.
+        return  # Keep the present priority.
 
 
 if __name__ == "__main__":
