@@ -11,7 +11,7 @@ from torch import nn
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
 from midfill.training import data
-from midfill.training import int8_base as frozen
+from midfill.training import quantized_base
 from midfill.training.model import Adapted, Recipe
 from midfill.training.trainer import Trainer
 
@@ -73,14 +73,14 @@ def put_in(root, name, module):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_rounded_weights(kind, examples, tmp_path, monkeypatch):
     # Several blocks, the last of which is smaller.
-    monkeypatch.setattr(frozen, "_BLOCK_ELEMENTS", 20 * 48)
+    monkeypatch.setattr(quantized_base, "_BLOCK_ELEMENTS", 20 * 48)
     model = base(kind, tmp_path)
     small, reference = adapted(model), adapted(model, "float32")
     changed = 0
     inside = reference.peft.base_model.model
     embedding = small.peft.base_model.model.get_input_embeddings()
     for name, one in list(small.peft.base_model.model.named_modules()):
-        if isinstance(one, frozen.FrozenInt8Linear):
+        if isinstance(one, quantized_base.FrozenInt8Linear):
             plain = nn.Linear(one.in_features, one.out_features, one.bias is not None)
             plain.weight = nn.Parameter(one.weight.float() * one.scales[:, None], requires_grad=False)
             if one.bias is not None:

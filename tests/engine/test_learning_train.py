@@ -267,7 +267,7 @@ def test_a_name_that_is_a_path_makes_nothing_there(repository, model, tmp_path):
     file = job_file(repository, model, tmp_path, name="../x")
     command = [sys.executable, "-P", "-m", "midfill.training.worker", str(file)]
     done = subprocess.run(command, env=environment(tmp_path), check=True, capture_output=True)
-    assert "'../x' is no name" in json.loads(done.stdout)["error"]
+    assert "'../x' is not a valid adapter name" in json.loads(done.stdout)["error"]
     assert not (tmp_path / "data").exists()
 
 

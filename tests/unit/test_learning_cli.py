@@ -74,7 +74,7 @@ def test_a_name_that_is_a_path_is_judged_nowhere(monkeypatch, tmp_path):
     job = jobs.Job(tmp_path, "..", 0.0)
     model = LocalModel("tiny", tmp_path, "stable-code", source="a test")
     request = jobs.request_of("eval", job, model, Settings(), tmp_path)
-    with pytest.raises(AdapterError, match=r"'\.\.' is no name"):
+    with pytest.raises(AdapterError, match=r"'\.\.' is not a valid adapter name"):
         worker._work(request, print, lambda: False)
     assert not (tmp_path / "data").exists()
 

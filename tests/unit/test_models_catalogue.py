@@ -99,7 +99,7 @@ def test_a_good_catalogue_is_read():
         ('license = "MIT"', 'license = "MIT"\nlicence = "MIT"', "unknown key 'licence'"),
         ("parameters = 1", 'parameters = "1"', "no int"),
         ("parameters = 1", "parameters = true", "no int"),
-        ("context = 1", "context = 0", "not possible"),
+        ("context = 1", "context = 0", "not positive"),
         ('name = "a-model"', 'name = "A model"', "lower-case"),
         ('hub = "someone/a-model"', 'hub = "a-model"', "owner/name"),
         ('hub = "someone/a-model"', 'hub = "../a-model"', "owner/name"),

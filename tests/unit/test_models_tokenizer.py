@@ -188,7 +188,7 @@ def test_a_folder_is_loaded(tmp_path):
     ("content", "complaint"),
     [
         (None, "cannot be read"),
-        ("{", "no valid JSON"),
+        ("{", "not valid JSON"),
         ("{}", "has not the form"),
         ("[]", "has not the form"),
         ('{"model": {"type": "WordPiece", "vocab": {}}}', "WordPiece"),

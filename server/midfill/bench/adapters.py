@@ -119,7 +119,7 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Return the result for people."""
     lines = [f"{result['model']}, {result['device']}, {result['dtype']}, rank {result['rank']}", ""]
     for name, value in result["decode_ms"].items():
         tenth, ratio = result["quickest_tenth_ms"][name], result["quickest_tenth_ratio"][name]
@@ -137,7 +137,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 async def _decode(engine: Engine, plan: AdapterPlan, adapter: str | None) -> list[float]:
-    """Milliseconds of each token after the first. The prompt is read the first time only."""
+    """Return the milliseconds of each token after the first. The prompt is read the first time only."""
     request = Request(_prompt(engine, plan), plan.decode_tokens, adapter=adapter)
     arrived = []
     async with aclosing(engine.generate(request)) as tokens:
@@ -179,7 +179,7 @@ def _prompt(engine: Engine, plan: AdapterPlan) -> tuple[int, ...]:
 
 
 def _made_up(model: Path, folder: Path, rank: int, seed: int) -> AdapterSource:
-    """An adapter with small random values on all linear layers of a model."""
+    """Return an adapter with small random values on all linear layers of a model."""
     import numpy as np  # noqa: PLC0415 - this measurement only
     from safetensors.numpy import save_file  # noqa: PLC0415
 

@@ -151,7 +151,7 @@ class Backend(Protocol):
     def ask(
         self, request: SuggestionRequest, document: Document, position: tuple[int, int]
     ) -> asyncio.Future[None]:
-        """A suggestion is wanted at a position (in UTF-16). Done when `asked` is filled in."""
+        """Return a suggestion is wanted at a position (in UTF-16). Done when `asked` is filled in."""
         ...
 
     def cancel(self, request: SuggestionRequest) -> None:
@@ -159,11 +159,11 @@ class Backend(Protocol):
         ...
 
     async def close(self, document: Document) -> list[EngineJob]:
-        """The editor closes the document; what the model did since it was opened, once it is free."""
+        """Return the editor closes the document; what the model did since it was opened, once it is free."""
         ...
 
     def peak_rss_mb(self) -> float:
-        """The most memory that the contender has had."""
+        """Return the most memory that the contender has had."""
         ...
 
     async def end(self) -> None:
@@ -268,7 +268,7 @@ class ServerBackend:
         return jobs
 
     async def _costs(self) -> dict[str, Any]:
-        """What has been added since the last time, when the engine is free of all of it."""
+        """Return what has been added since the last time, when the engine is free of all of it."""
         until = time.monotonic() + _PATIENCE_S
         while True:
             costs: dict[str, Any] = await self._client.request("midfill/costs", {"after": self._known})
@@ -508,13 +508,13 @@ class GenerateBackend:
 
 
 def place(position: tuple[int, int] | None) -> dict[str, int]:
-    """A position as LSP writes it."""
+    """Return a position as LSP writes it."""
     line, character = position or (0, 0)
     return {"line": line, "character": character}
 
 
 def _job(work: dict[str, Any], request: Mapping[Any, SuggestionRequest]) -> EngineJob:
-    """A piece of work as `metrics.Work.as_dict` tells it, and the request that began it."""
+    """Return a piece of work as `metrics.Work.as_dict` tells it, and the request that began it."""
     began = request.get(work["request"])
     return EngineJob(
         -1 if began is None else began.session,

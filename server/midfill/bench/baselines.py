@@ -65,7 +65,7 @@ class BaselineError(MidfillError):
 
 
 def can_run_llama_cpp() -> bool:
-    """Whether its package is installed."""
+    """Return whether its package is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
@@ -185,7 +185,7 @@ class _Inbox:
         return iter(self._messages.get, None)
 
     def cancelled(self, message: dict[str, Any]) -> bool:
-        """Whether nobody wants this any more."""
+        """Return whether nobody wants this any more."""
         return message.get("id") in self._cancelled
 
 

@@ -76,7 +76,7 @@ class EnginePlan:
     cancellations: int = 50
 
     def within(self, context: int) -> EnginePlan:
-        """The same for a model that takes at most `context` tokens."""
+        """Return the same for a model that takes at most `context` tokens."""
         before = min(self.context_tokens, context // 2)
         return replace(
             self,
@@ -190,7 +190,7 @@ async def _round(
 
 
 async def _keys(engine: Engine, computed: tuple[int, ...], typed: Sequence[int]) -> list[float]:
-    """Milliseconds to the first token after one more token, several times."""
+    """Return the milliseconds to the first token after one more token, several times."""
     waited_ms = []
     room = max(0, engine.model.context - len(computed) - 1)
     # The first also computes the last token that was written.
@@ -237,7 +237,7 @@ async def _exhaust(engine: Engine, request: Request) -> None:
 
 
 async def _run(engine: Engine, tokens: tuple[int, ...], num_new: int) -> Run:
-    """One answer of ours; a control token may end it early."""
+    """Return one answer of ours; a control token may end it early."""
     request = Request(tokens, num_new)
     ids = []
     async with aclosing(engine.generate(request)) as output:
@@ -294,7 +294,7 @@ async def _equals(
     model: ModelInfo,
     expected: Sequence[tuple[tuple[int, ...], list[int]]],
 ) -> bool:
-    """Whether our engine in float32 writes the same tokens."""
+    """Return whether our engine in float32 writes the same tokens."""
     engine = await asyncio.to_thread(
         make_engine, settings.model_copy(update={"dtype": "float32", "device": model.device})
     )
@@ -352,7 +352,7 @@ def _rounded(runs: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def table(result: dict[str, Any]) -> Any:
-    """The figures for a person: a rich table."""
+    """Return the figures for a person: a rich table."""
     from rich.table import Table  # noqa: PLC0415 - only a person needs it
 
     title = (

@@ -165,7 +165,7 @@ class EngineProfile:
 
     @staticmethod
     def read(path: Path) -> EngineProfile:
-        """What `write` wrote. Raises `MidfillError`."""
+        """Return what `write` wrote. Raises `MidfillError`."""
         try:
             values = read_json(path)
             if (version := values.pop("version")) != _VERSION:
@@ -249,7 +249,7 @@ async def profile_engine(setup: BenchSetup, report: Progress) -> EngineProfile:
 
 
 def kind_of(model: ModelInfo) -> str:
-    """The row of `CAPACITIES`."""
+    """Return the row of `CAPACITIES`."""
     if model.name == "scripted":
         return "scripted"
     if not model.served_by:
@@ -296,7 +296,7 @@ async def _look(
 
 
 def _cover(costs: Mapping[int, tuple[CompletionCost, _Seen]], index: int) -> int:
-    """The newest place whose suggestion the text goes along with at a key; else the newest."""
+    """Return the newest place whose suggestion the text goes along with at a key; else the newest."""
     for key in sorted(costs, reverse=True):
         follow = costs[key][0].follow
         if index - key <= len(follow) and follow[index - key - 1][0] == follow[index - key - 1][1]:
@@ -305,7 +305,7 @@ def _cover(costs: Mapping[int, tuple[CompletionCost, _Seen]], index: int) -> int
 
 
 def _asks(session: TypingSession, index: int) -> bool:
-    """Whether a suggestion is asked for before the next key."""
+    """Return whether a suggestion is asked for before the next key."""
     after_s = session.keys[index].request_after_s
     last = index + 1 == len(session.keys)
     return after_s is not None and after_s < (session.rest_s if last else session.keys[index + 1].gap_s)
@@ -377,7 +377,7 @@ async def _steps(
 
 
 async def _step_ms(engine: Engine, prompts: Sequence[tuple[int, ...]], number: int) -> float:
-    """How much longer outputs of two tokens take than of one: a step.
+    """Return how much longer outputs of two tokens take than of one: a step.
 
     To the end of the output, since what comes from another process may come together. The prompts are read
     backwards, and each time with a token more, so that an engine that guesses has nothing to guess by.
@@ -399,7 +399,7 @@ async def _stamps(engine: Engine, prompt: tuple[int, ...], num_new: int) -> list
 
 
 async def _turn_ms(engine: Engine, prompt: tuple[int, ...]) -> float:
-    """How much later the second of two requests gets its only token, where they take turns."""
+    """Return how much later the second of two requests gets its only token, where they take turns."""
     found = []
     for _ in range(_ROUNDS):
         first, second = await asyncio.gather(*(_stamps(engine, prompt, 1) for _ in range(2)))

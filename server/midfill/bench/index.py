@@ -82,7 +82,7 @@ def _memory(me: psutil.Process) -> int:
 def _choose(
     context: Context, folder: Path, paths: list[str], lookups: int, chooser: random.Random
 ) -> dict[str, float]:
-    """Milliseconds to choose the context of a place, the reading of the file not included."""
+    """Return the milliseconds to choose the context of a place, the reading of the file not included."""
     taken = []
     for _ in range(lookups):
         path = chooser.choice(paths)

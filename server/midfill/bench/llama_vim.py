@@ -167,7 +167,7 @@ class LlamaVim:
         return self._key(context) in self._cache
 
     def _kept(self, context: _Context) -> tuple[str | None, str]:
-        """An answer for exactly this text, or the rest of one that is being typed; and which it is."""
+        """Return an answer for exactly this text, or the rest of one that is being typed; and which it is."""
         whole, suffix = self._key(context)
         if (exact := self._cache.get((whole, suffix))) is not None:
             return exact, "cache"
@@ -267,7 +267,7 @@ class LlamaVim:
         return str(found["content"])
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One request over a connection of its own, which is closed if the task is cancelled."""
+        """Return one request over a connection of its own, which is closed if the task is cancelled."""
         if self._baseline is None:
             raise MidfillError("llama.cpp has not been started.")
         address = urlsplit(self._baseline.ready["address"])

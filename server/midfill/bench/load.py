@@ -70,7 +70,7 @@ class LoadPlan:
     warm_s: float = WARM_S
 
     def order(self, user: int, num_sessions: int) -> tuple[float, Iterator[int]]:
-        """When a typist begins (seconds), and with which episodes it goes on, without end."""
+        """Return when a typist begins (seconds), and with which episodes it goes on, without end."""
         chance = random.Random(f"{self.seed} {user}")  # noqa: S311 - not a secret
         delay_s = chance.uniform(0.0, _SPREAD_S)
 
@@ -111,7 +111,7 @@ class BenchSetup:
     sessions: Sequence[TypingSession]
 
     def pipeline(self, *, looks_ahead: bool = True) -> PipelineBackend:
-        """One for a typist."""
+        """Return one for a typist."""
         return PipelineBackend(self.engine, self.family, self.settings, looks_ahead=looks_ahead)
 
 
@@ -128,7 +128,7 @@ class Goal:
     served: float = SERVED
 
     def missed(self, found: dict[str, Any], alone: dict[str, Any]) -> Literal["time", "share shown"] | None:
-        """What is not good enough; None if all is. `alone`: the figures of one typist."""
+        """Return what is not good enough; None if all is. `alone`: the figures of one typist."""
         late = found["suggestion_ms"]["p95"]
         if late is None or late > self.target_ms:
             return "time"
@@ -162,7 +162,7 @@ async def play(
 
 
 async def _type(user: int, setup: BenchSetup, plan: LoadPlan, begun_s: float) -> BackendRun:
-    """One typist."""
+    """Return one typist."""
     run = BackendRun(f"typist {user}")
     pipeline = setup.pipeline()
     delay_s, numbers = plan.order(user, len(setup.sessions))
@@ -187,7 +187,7 @@ async def _tick(begun_s: float, plan: LoadPlan, report: Progress) -> None:
 def figures(
     requests: Sequence[SuggestionRequest], jobs: Sequence[EngineJob], begun_s: float, plan: LoadPlan
 ) -> dict[str, Any]:
-    """What a run, measured or simulated, has come to; ready for JSON.
+    """Return what a run, measured or simulated, has come to; ready for JSON.
 
     suggestion_ms: from a request to its suggestion, of those that came before the next key.
     model_ms: of these, those for which the model had to be asked.
@@ -250,7 +250,7 @@ def _asks_model(request: SuggestionRequest) -> bool:
 
 
 def measured(load_run: LoadRun) -> dict[str, Any]:
-    """`figures`, and whether the generator itself kept up.
+    """Return `figures`, and whether the generator itself kept up.
 
     late_ms: how late the keys came. generator_cores: how much of a core this process used.
     generator_kept_up: whether what was measured is the engine's doing.
@@ -264,7 +264,7 @@ def measured(load_run: LoadRun) -> dict[str, Any]:
 
 
 def saturation(runs: Sequence[dict[str, Any]], goal: Goal) -> dict[str, Any]:
-    """The first run that is too much, and why; runs in the order of their numbers of users.
+    """Return the first run that is too much, and why; runs in the order of their numbers of users.
 
     The first one stands for what one typist alone gets.
     """
@@ -299,7 +299,7 @@ _ROWS = (
 
 
 def table(result: dict[str, Any]) -> Any:
-    """The runs side by side, each with what was predicted for it if that is known: a rich table."""
+    """Return the runs side by side, each with what was predicted for it if that is known: a rich table."""
     from rich.table import Table  # noqa: PLC0415 - only a person needs it
 
     runs = result["runs"]
@@ -321,7 +321,7 @@ def table(result: dict[str, Any]) -> Any:
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:
-    """What stands below the table."""
+    """Return what stands below the table."""
     lines = []
     if saturates := result.get("saturates"):
         at = f"{saturates['users']} typists, " if saturates["users"] else ""

@@ -200,7 +200,7 @@ class SessionPlayer:
         return None
 
     def _leads_to(self, text: str) -> int | None:
-        """The key after which the document is what it becomes when `text` is accepted now."""
+        """Return the key after which the document is what it becomes when `text` is accepted now."""
         edited = self._documents[self._index].edit([self._insertion(text)], 0, Encoding.UTF16)
         for index in range(self._index + 1, len(self._documents)):
             document = self._documents[index]

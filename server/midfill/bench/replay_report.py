@@ -17,7 +17,7 @@ _AT_ONCE_MS = 5.0
 
 
 def summarise(run: BackendRun) -> dict[str, Any]:
-    """The figures, as `--json` prints them. Those that a contender does not tell are null.
+    """Return the figures, as `--json` prints them. Those that a contender does not tell are null.
 
     suggestion_ms: from a request to its answer, of the requests that were answered with a suggestion before
         the next key. model_ran_ms: of these, those that waited for the model, if only to its end ("joined").
@@ -90,7 +90,7 @@ def summarise(run: BackendRun) -> dict[str, Any]:
 
 
 def _inside(requests: Sequence[SuggestionRequest]) -> dict[str, Any]:
-    """What became of the requests inside a suggestion that is right still."""
+    """Return what became of the requests inside a suggestion that is right still."""
     answered = [request for request in requests if request.outcome in _FREE]
     quick = [
         request
@@ -108,7 +108,7 @@ def _inside(requests: Sequence[SuggestionRequest]) -> dict[str, Any]:
 
 
 def _work_times(run: BackendRun) -> dict[str, list[float]]:
-    """What the jobs tell of times and of prompt tokens."""
+    """Return what the jobs tell of times and of prompt tokens."""
     jobs: dict[tuple[int, int | None], list[EngineJob]] = {}
     for job in run.jobs:
         if not job.idle:
@@ -177,7 +177,7 @@ def _tokens(run: BackendRun) -> dict[str, int | None]:
 
 
 def _used(run: BackendRun) -> tuple[set[int], set[int]]:
-    """The jobs whose text was shown, and those whose text was accepted.
+    """Return the jobs whose text was shown, and those whose text was accepted.
 
     A suggestion for which the model ran comes from its own request's last job. One that was reused comes from
     the newest job of the document that was left before and was not cancelled.
@@ -275,7 +275,7 @@ _ROWS = (
 
 
 def table(summary: dict[str, Any]) -> Any:
-    """The figures for a person: a rich table, with a column for each contender."""
+    """Return the figures for a person: a rich table, with a column for each contender."""
     from rich.table import Table  # noqa: PLC0415 - only a person needs it
 
     others = summary.get("others", {})
@@ -296,7 +296,7 @@ def table(summary: dict[str, Any]) -> Any:
 
 
 def cell(key: str, value: Any) -> str:
-    """A figure for a person; shares as per cent."""
+    """Return a figure for a person; shares as per cent."""
     if isinstance(value, dict):
         parts = (f"{name} {'-' if item is None else item}" for name, item in value.items())
         return "  ".join(parts) or "-"

@@ -155,7 +155,7 @@ def _write_weights(folder: Path, seed: int, report: Callable[[float], None]) -> 
 
 
 def _tensors(folder: Path) -> dict[str, torch.Size]:
-    """Names and shapes of what transformers would save: the parameters, tied ones once."""
+    """Return names and shapes of what transformers would save: the parameters, tied ones once."""
     import torch  # noqa: PLC0415
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 

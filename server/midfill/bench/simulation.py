@@ -78,7 +78,7 @@ class _InFlightCompletion:
     over: bool = False
 
     def agrees(self, key: int) -> bool:
-        """Whether the text after that key agrees with what has been written by now."""
+        """Return whether the text after that key agrees with what has been written by now."""
         typed, same = _follows(self.cost, self.key, key)
         if same < 0:
             return False
@@ -146,7 +146,7 @@ class _Replica:
         return len(self.completions) + len(self.queue)
 
     def take(self, completion: _InFlightCompletion, now: float) -> bool:
-        """A request comes. Returns whether it is let in."""
+        """Return a request comes. Returns whether it is let in."""
         self._stops_warming |= self._profile.capacity.apart
         if self._profile.capacity.newest_first:
             try:
@@ -409,7 +409,7 @@ class _VirtualUser:
         self._launch(now, self._cost(), self._key)
 
     def _covers(self, key: int, cost: CompletionCost) -> bool:
-        """Whether what was suggested there holds here."""
+        """Return whether what was suggested there holds here."""
         typed, same = _follows(cost, key, self._key)
         covered = self._session.covered
         # Beyond the suggestion, what the model went on with may do, where it did for the typist who waited.
@@ -417,7 +417,7 @@ class _VirtualUser:
         return typed == same and (typed < cost.shown or (goes_on and typed < cost.chars))
 
     def _cost(self) -> CompletionCost:
-        """What is to be computed here. Where one typist who waits has it already, the rest of that."""
+        """Return what is to be computed here. Where one typist who waits has it already, the rest of that."""
         session = self._session
         if (cost := session.costs.get(self._key)) is not None:
             return cost
@@ -544,7 +544,7 @@ class Simulation:
                 self._prompts[number, key] = before
 
     def run(self) -> dict[str, Any]:
-        """`load.figures` of it, and the share of the time that the replicas work."""
+        """Return `load.figures` of it, and the share of the time that the replicas work."""
         for user in range(self.plan.users):
             delay_s, order = self.plan.order(user, len(self.profile.sessions))
             virtual_user = _VirtualUser(self, user, order)
@@ -575,7 +575,7 @@ class Simulation:
         return [*known, *([-3] * (cost.steps + 1))] if ahead and cost is not None else list(known)
 
     def route(self, user: int) -> _Replica:
-        """Which replica gets a request."""
+        """Return which replica gets a request."""
         if self.replica_set.replicas == 1:
             return self._replicas[0]
         least = min(self._replicas, key=lambda replica: replica.load)
@@ -600,5 +600,5 @@ def _job(completion: _InFlightCompletion) -> EngineJob:
 
 
 def predict(profile: EngineProfile, plan: LoadPlan, replica_set: ReplicaSet | None = None) -> dict[str, Any]:
-    """What `load.play` would measure; see `load.figures`."""
+    """Return what `load.play` would measure; see `load.figures`."""
     return Simulation(profile, plan, replica_set or ReplicaSet(same_files=True)).run()

@@ -22,7 +22,7 @@ _REQUESTS_PER_S = 3.6
 def size(
     profile: EngineProfile, users: int, goal: Goal, replica_set: ReplicaSet, seed: int = 0
 ) -> dict[str, Any]:
-    """How many replicas serve so many typists well enough.
+    """Return how many replicas serve so many typists well enough.
 
     Typists keep to their replicas, so a few of these show what all do; how many typists one serves is found
     by trying.
@@ -77,7 +77,7 @@ def _try(
 
 
 def table(result: dict[str, Any]) -> Any:
-    """How many replicas, for a person: a rich table."""
+    """Return how many replicas, for a person: a rich table."""
     from rich.table import Table  # noqa: PLC0415 - only a person needs it
 
     title = "{model} ({where}): p95 <= {target_ms:g} ms, {served:.0%} of what one alone gets".format(**result)

@@ -270,7 +270,7 @@ class _User:
         self.counts["requests"] += 1
 
     async def receive(self) -> Any:
-        """The answer to the oldest request; None if it is an error, or does not come."""
+        """Return the answer to the oldest request; None if it is an error, or does not come."""
         _, future = self.waiting.popleft()
         try:
             return await asyncio.wait_for(asyncio.shield(future), _PATIENCE_S)
@@ -401,7 +401,7 @@ def _sample(process: psutil.Process, share: float) -> Sample:
 def judge(
     samples: list[Sample], max_growth_mb: float, counts: Counter[str], status: int = 0
 ) -> dict[str, Any]:
-    """What grew from the end of the first third to the end, and what is wrong; ready for JSON.
+    """Return what grew from the end of the first third to the end, and what is wrong; ready for JSON.
 
     Both ends are medians of a tenth of the session, since memory goes up and down by itself.
     """
@@ -443,7 +443,7 @@ _FAULTS = {
 
 
 def table(result: dict[str, Any]) -> str:
-    """A result for a person."""
+    """Return a result for a person."""
     resident, threads, descriptors = (result[name] for name in ("resident_mb", "threads", "descriptors"))
     lines = [
         "{operations:,} operations in {seconds:.0f} s".format(**result),

@@ -57,7 +57,7 @@ class TypingSession:
         return sum(key.gap_s for key in self.keys) + self.rest_s
 
     def documents(self) -> list[Document]:
-        """The document after each key."""
+        """Return the document after each key."""
         document = Document.open(self.uri, self.language_id, 1, self.text)
         documents = []
         for key in self.keys:
@@ -67,7 +67,7 @@ class TypingSession:
 
 
 def read_trace(path: Path) -> list[TypingSession]:
-    """Episodes of a .jsonl or .jsonl.gz file. Raises `MidfillError` naming the file and the line."""
+    """Return sessions of a .jsonl or .jsonl.gz file. Raises `MidfillError` naming the file and the line."""
     number = 0
     reader = _Reader()
     try:
@@ -130,7 +130,7 @@ class _Reader:
         self.last_s = now_s
 
     def end(self) -> list[TypingSession]:
-        """All episodes in which something is typed."""
+        """Return all episodes in which something is typed."""
         self._close(self.last_s)
         return self.sessions
 
@@ -146,12 +146,12 @@ class _Reader:
 
 
 def cursor_after(change: Change) -> tuple[int, int]:
-    """Where an edit that has a range leaves the cursor: behind its text, in UTF-16."""
+    """Return where an edit that has a range leaves the cursor: behind its text, in UTF-16."""
     line, column = change.start or (0, 0)
     *above, last = change.text.split("\n")
     return line + len(above), len(last.encode("utf-16-le")) // 2 + (0 if above else column)
 
 
 def total_s(sessions: Iterable[TypingSession]) -> float:
-    """How long all of them take."""
+    """Return how long all of them take."""
     return sum(session.seconds for session in sessions)

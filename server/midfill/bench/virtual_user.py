@@ -52,7 +52,7 @@ def generate(folder: Path, seed: int, num_sessions: int) -> list[TypingSession]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Source files in a fixed order."""
+    """Iterate over source files in a fixed order."""
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("."))
         for name in sorted(names):
@@ -88,7 +88,7 @@ def _session(folder: Path, path: Path, number: int, chance: random.Random) -> Ty
 
 
 def _keys(typed: str, cursor: tuple[int, int], chance: random.Random) -> Iterator[Key]:
-    """The keys that type a text, slips and their corrections included."""
+    """Iterate over the keys that type a text, slips and their corrections included."""
     first = True
     for stroke in _strokes(typed):
         slip = stroke.isalpha() and not first and chance.random() < _CORRECTIONS

@@ -56,13 +56,13 @@ class Fit:
     weights: Array
 
     def predict(self, rows: Array) -> Array:
-        """The probability of each row."""
+        """Return the probability of each row."""
         found: Array = 1 / (1 + np.exp(-(self.bias + rows @ self.weights)))
         return found
 
 
 def read_cases(paths: Sequence[Path]) -> list[Case]:
-    """The suggestions of files that `midfill eval repo --results` has made. Raises `MidfillError`."""
+    """Return the suggestions of files that `midfill eval repo --results` has made. Raises `MidfillError`."""
     cases = []
     for path in paths:
         found = [read_result(row) for row in records.read(path)[1].values()]
@@ -73,7 +73,7 @@ def read_cases(paths: Sequence[Path]) -> list[Case]:
 
 
 def model_of(paths: Sequence[Path]) -> str:
-    """The model that has made all these results. Raises `MidfillError` if there are several."""
+    """Return the model that has made all these results. Raises `MidfillError` if there are several."""
     models = {str(records.read(path)[0].get("model")) for path in paths}
     if len(models) > 1:
         raise MidfillError(
@@ -111,7 +111,7 @@ def fit(cases: Sequence[Case]) -> Fit:
 
 
 def cross_predict(cases: Sequence[Case]) -> list[Array]:
-    """The probabilities of each case by a model that was fitted to the other groups."""
+    """Return the probabilities of each case by a model that was fitted to the other groups."""
     groups = {case.group for case in cases}
     if len(groups) < 2:
         raise MidfillError("Calibrating takes results of two repositories at least.")
@@ -120,13 +120,13 @@ def cross_predict(cases: Sequence[Case]) -> list[Array]:
 
 
 def shown(case: Case, likely: Array, threshold: float) -> Score | None:
-    """How good what is shown of a case at a threshold is; None if nothing is shown."""
+    """Return how good what is shown of a case at a threshold is; None if nothing is shown."""
     places = np.flatnonzero(likely >= threshold)
     return case.scores[places[-1]] if len(places) else None
 
 
 def trade(cases: Sequence[Case], likely: Sequence[Array], threshold: float) -> dict[str, float]:
-    """What a threshold gives, beside showing everything: suggestions, precision, characters saved."""
+    """Return what a threshold gives, beside showing everything: suggestions, precision, characters saved."""
     seen = [one for case, p in zip(cases, likely, strict=True) if (one := shown(case, p, threshold))]
     everything = [case.scores[-1] for case in cases]
     full = sum(one.saved_chars for one in everything)
@@ -153,7 +153,7 @@ def thresholds(cases: Sequence[Case], likely: Sequence[Array]) -> dict[Eagerness
 
 
 def brier(cases: Sequence[Case], likely: Sequence[Array]) -> float:
-    """The mean squared error of probabilities of beginnings, 0..1: the lower the better."""
+    """Return the mean squared error of probabilities of beginnings, 0..1: the lower the better."""
     right = np.array([one.right for case in cases for one in case.scores], dtype=np.float64)
     return float(np.mean((np.concatenate(likely) - right) ** 2))
 
@@ -210,7 +210,7 @@ def calibrate(training: Sequence[Path], held_out: Sequence[Path]) -> dict[str, A
 
 
 def why_not(result: Mapping[str, Any]) -> str | None:
-    """Why a calibration should not be used, a sentence; None if it is better than the built-in one."""
+    """Return why a calibration should not be used, a sentence; None if it is better than the built-in one."""
     if result["suggestions"] < _LEAST_SUGGESTIONS:
         return f"It was fitted to {result['suggestions']} suggestions; {_LEAST_SUGGESTIONS} are the least."
     pairs = [
@@ -244,7 +244,7 @@ def to_saved(result: Mapping[str, Any], model: str, today: str) -> Saved:
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """What a calibration is worth, for a person."""
+    """Return what a calibration is worth, for a person."""
     score = result["brier"]
     rows = [
         f"Fitted to {result['suggestions']} suggestions in {result['repositories']} repositories.",

@@ -72,7 +72,7 @@ class Filler(Protocol):
         ...
 
     async def fill(self, hole: Hole, trigger: Trigger) -> Filled:
-        """What a user would get at the cursor."""
+        """Return what a user would get at the cursor."""
         ...
 
 

@@ -147,7 +147,7 @@ def _history(root: Path) -> dict[str, float]:
 
 
 def _read(sieve: Sieve, weights: Mapping[str, float], settings: Settings) -> Iterator[_Source]:
-    """The files that somebody writes by hand and wants suggestions in."""
+    """Iterate over the files that somebody writes by hand and wants suggestions in."""
     for name in sorted(sieve.walk()):
         file = sieve.read(name)
         if (
@@ -208,13 +208,13 @@ def _arguments(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _new_lines(text: str) -> Iterator[tuple[int, int]]:
-    """A whole line, but for its indentation."""
+    """Iterate over a whole line, but for its indentation."""
     for offset, line in _code_lines(text):
         yield offset + len(line) - len(line.lstrip()), offset + len(line)
 
 
 def _blocks(text: str) -> Iterator[tuple[int, int]]:
-    """The lines below one that opens a block, as far as they are indented deeper."""
+    """Iterate over the lines below one that opens a block, as far as they are indented deeper."""
     lines = list(_lines(text))
     for number, (_, header) in enumerate(lines[:-1]):
         if not header.strip() or not _OPENS_BLOCK.match(header) or _COMMENT.match(header):

@@ -72,7 +72,7 @@ class Task:
         return Hole(uri, self.language, self.before, self.after)
 
     def program(self, text: str) -> str:
-        """The whole program, tests included, with `text` in the hole."""
+        """Return the whole program, tests included, with `text` in the hole."""
         body = self.before + text + self.after
         if self.language == "python":
             return f"{body}\n{self.test}\ncheck({self.entry_point})\n"
@@ -171,7 +171,7 @@ def sample(tasks: Sequence[Task], limit: int) -> list[Task]:
 
 
 def runnable(tasks: Sequence[Task]) -> tuple[list[Task], dict[str, str]]:
-    """The tasks whose programs can be run here, and for each other language why it was left out.
+    """Return the tasks whose programs can be run here, and for each other language why it was left out.
 
     Raises `MidfillError` if none is left.
     """
@@ -230,7 +230,7 @@ async def _passes_when_cut(task: Task, text: str) -> bool:
 
 
 def repeats_next_line(task: Task, text: str) -> bool:
-    """Whether the text says again the next line below the hole, where the truth does not."""
+    """Return whether the text says again the next line below the hole, where the truth does not."""
     below = task.after.split("\n")[1:]
     following = next((line.rstrip() for line in below if line.strip()), None)
     if following is None:
@@ -279,7 +279,7 @@ def compare(ours: Sequence[Result], theirs: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """The summary for a person."""
+    """Return the summary for a person."""
     names = [name for name in _SHARES if name in summary]
     rows = [f"{'':22}" + "".join(f"{_SHARES[name]:>14}" for name in names)]
     rows += [

@@ -64,7 +64,7 @@ class Records:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The header and the results of a finished or unfinished run. Raises `MidfillError`."""
+    """Return the header and the results of a finished or unfinished run. Raises `MidfillError`."""
     header, rows = _read(path)
     if header is None:
         raise MidfillError(f"{path} is not a file of results: `midfill eval ... --results FILE` makes one.")

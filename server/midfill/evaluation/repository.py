@@ -109,7 +109,7 @@ def places_that_break(sample: Sample, text: str) -> tuple[int, ...] | None:
 
 
 def read_result(row: Mapping[str, Any]) -> Result:
-    """A result from the row that `Records` keeps."""
+    """Return a result from the row that `Records` keeps."""
     tokens = tuple((end, logprob) for end, logprob in row["tokens"])
     broken = row.get("broken")
     return Result(**{**row, "tokens": tokens, "broken": None if broken is None else tuple(broken)})
@@ -186,7 +186,7 @@ def summarise(results: Sequence[Result], eagerness: Eagerness, by: Calibration =
 
 
 def shown_text(result: Result, eagerness: Eagerness, by: Calibration = BUILT_IN) -> str:
-    """What of a result the user would see."""
+    """Return what of a result the user would see."""
     return result.text[: worth_showing(result.evidence, eagerness, by)]
 
 
@@ -291,7 +291,7 @@ def compare(
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """The summary for a person."""
+    """Return the summary for a person."""
     names = ("exact", "first_line", "similarity", "shown", "precision", "too_long")
     kinds = list(summary["shown"])
     rows = [f"{'':14}" + "".join(f"{name.replace('_', ' '):>12}" for name in names)]
@@ -322,7 +322,7 @@ def describe(summary: Mapping[str, Any]) -> str:
 
 
 def describe_difference(difference: Mapping[str, Any]) -> str:
-    """A comparison for a person."""
+    """Return a comparison for a person."""
     rows = [f"{'':14}{'before':>9}{'after':>9}{'gain':>9}   95 % interval over files"]
     for name, figure in difference.items():
         if isinstance(figure, dict) and "gain" in figure:

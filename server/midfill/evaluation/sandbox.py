@@ -29,7 +29,7 @@ _ISOLATED = ("--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-ch
 
 
 def missing(language: str) -> str | None:
-    """Why programs in `language` cannot be run here, a sentence; None if they can."""
+    """Return why programs in `language` cannot be run here, a sentence; None if they can."""
     if language == "python":
         return None
     if language == "javascript":
@@ -42,7 +42,7 @@ def missing(language: str) -> str | None:
 
 @functools.cache
 def isolation() -> tuple[str, ...]:
-    """The command that takes network and process ids away; () where the system does not allow it."""
+    """Return the command that takes network and process ids away; () where the system does not allow it."""
     unshare, true = find_program("unshare"), find_program("true")
     if unshare is None or true is None:
         return ()
@@ -56,7 +56,7 @@ def isolation() -> tuple[str, ...]:
 
 
 async def passes(language: str, program: str) -> bool:
-    """Whether a program ends with status 0 within its limits. See `missing` first."""
+    """Return whether a program ends with status 0 within its limits. See `missing` first."""
     with tempfile.TemporaryDirectory(prefix="midfill-eval-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / _FILES[language]
         path.write_text(program, encoding="utf-8", errors="replace")

@@ -1,7 +1,7 @@
-"""Text files that a person writes: read as any editor may have saved them, replaced with what is theirs kept.
+"""Read text files as any editor may have saved them, and replace files atomically.
 
-Notepad and PowerShell begin a file with a byte order mark, and some of their versions write UTF-16. A mark of
-UTF-8 is no part of the text; any other encoding is refused with a sentence. Any thread.
+Notepad and PowerShell begin a file with a byte order mark, and some of their versions write UTF-16. UTF-8's
+mark is removed; any other encoding is refused with an explanation. Any thread.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 BOM = "\ufeff"
-"""U+FEFF, as it stands at the beginning of a text that was decoded with its mark."""
+"""U+FEFF, the first character of a text that was decoded with its mark."""
 
-# The longer ones first: the mark of UTF-32 begins with that of UTF-16.
+# Longer marks first: UTF-32's begins with UTF-16's.
 _OTHER_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -34,7 +34,7 @@ def decode(data: bytes) -> str:
         if data.startswith(mark):
             raise UnicodeError(f"it is in {name}. {_REMEDY}")
     if b"\0" in data:
-        raise UnicodeError(f"it holds null bytes, as UTF-16 does. {_REMEDY}")
+        raise UnicodeError(f"it has null bytes, as UTF-16 does. {_REMEDY}")
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode("utf-8")
