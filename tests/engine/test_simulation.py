@@ -244,7 +244,7 @@ def test_the_command_sizes_without_a_model(tmp_path):
     assert done.exit_code == 0, done.output
     (found,) = json.loads(done.stdout)["sizes"]
     assert found["replicas"] == math.ceil(10_000 / found["users_per_replica"])
-    assert "typists each" in CliRunner().invoke(cli, [*base, "--users", "2"]).output
+    assert "users each" in CliRunner().invoke(cli, [*base, "--users", "2"]).output
     runs = json.loads(CliRunner().invoke(cli, [*base, "--users", "3,9", "--replicas", "3", "--json"]).stdout)
     assert [run["users"] for run in runs["runs"]] == [3, 9]
 

@@ -160,7 +160,7 @@ def test_made_up_typing_is_drawn(tmp_path, engine):
         ((), 2, "Give either a TRACE, a file of recorded typing, or --files DIR"),
         (("a.jsonl", "--files", "."), 2, "Give either a TRACE, a file of recorded typing, or --files DIR"),
         (("nowhere.jsonl",), 1, "Cannot read nowhere.jsonl"),
-        (("--files", "/nowhere"), 1, "There is no source code of"),
+        (("--files", "/nowhere"), 1, "has no source file of"),
     ],
 )
 def test_a_replay_of_nothing_is_refused(arguments, status, message):
@@ -224,5 +224,5 @@ def test_a_shape_is_measured_without_any_model(tmp_path, monkeypatch):
 def test_an_unknown_shape_is_answered_with_the_list():
     done = run("engine", "--shape", "gpt-5")
     assert done.returncode == 1
-    assert "there are tiny_starcoder_py, qwen2.5-coder-0.5b" in done.stderr
+    assert "Use one of: tiny_starcoder_py, qwen2.5-coder-0.5b" in done.stderr
     assert run("engine", "--shape", "gpt-5", "--model", "x").returncode == 2

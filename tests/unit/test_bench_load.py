@@ -112,7 +112,7 @@ async def test_what_the_engine_fails_to_answer_has_failed_and_was_not_served(sou
     assert (found["answers_per_s"], found["samples"]["awaited_ms"]) == (0.0, 0)
     run = found | {"users": 2}
     said = load.table({"model": "scripted", "seconds": 3.0, "runs": [run]}).caption
-    assert f"2 typists: {found['failed']} failed: out of memory" in said
+    assert f"2 users: {found['failed']} requests failed: out of memory" in said
 
 
 def test_work_counts_from_when_the_engine_was_asked():

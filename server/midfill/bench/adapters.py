@@ -1,8 +1,8 @@
-"""What adapters cost: a token with one and without, and how long a running answer stands still for a swap.
+"""`midfill bench adapters`: the cost of adapters per token, and the pause of an answer during a swap.
 
-The adapters are made up, with random values on all linear layers; what a token takes does not depend on
-them. Two engines run the same model, one never has an adapter, and answers are asked of them in turn, so that
-what else the machine does meets all alike.
+The adapters have random values on all linear layers; the time of a token does not depend on the values. Two
+engines run the same model, one of them without adapters, and are used in turn, so that other load on the
+machine affects both.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _SWAP_TOKENS = 600
 
 
 class _Changing(Engine, Adaptable, Protocol):
-    """An engine that can have adapters."""
+    """An engine that supports adapters."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """What is measured.
+    """Parameters of the measurement.
 
     Attributes:
-        rank: of the adapters.
+        rank: rank of the adapters.
         rounds: answers of each kind.
-        context_tokens: what stands before an answer.
-        decode_tokens: the tokens of an answer.
+        context_tokens: tokens of the prompt.
+        decode_tokens: tokens of an answer.
     """
 
     rank: int = 16
@@ -59,18 +59,18 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
     plan: AdapterPlan,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Measure; the result is for JSON.
+    """Measure; return the result as JSON.
 
     Args:
-        settings: which model, and how.
-        make: makes an engine; drafts should be off.
-        model: that model.
-        folder: an empty one, for two adapters.
-        plan: see there.
-        progress: told what is done.
+        settings: the model and how to run it.
+        make: makes an engine; speculative decoding should be off.
+        model: the model.
+        folder: an empty folder, for two adapters.
+        plan: parameters.
+        progress: told the progress.
 
     Raises:
-        EngineError: this engine has no adapters.
+        EngineError: the engine does not support adapters.
     """
     from midfill.engine.openvino.int8_weights import forget_merged  # noqa: PLC0415 - this measurement only
 
@@ -83,7 +83,7 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
         for engine in (plain, adapted):
             await engine.start(progress)
         if not isinstance(plain, Adaptable) or not isinstance(adapted, Adaptable):
-            raise EngineError("Only a model that midfill runs itself can have adapters.")
+            raise EngineError("This engine has no adapters; only models that midfill itself runs have.")
         progress("swapping", None)
         swaps = {}
         for name, wanted in (("first", sources[:1]), ("second", sources), ("none", [])):
@@ -99,9 +99,9 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
     finally:
         await plain.close()
         await adapted.close()
-        forget_merged(model.path)  # hundreds of megabytes that are of no use to anybody
+        forget_merged(model.path)  # delete hundreds of megabytes that are not used again
     medians = {name: median(values) for name, values in times.items()}
-    # Where other programs run too, the quickest tenth tells more.
+    # The fastest tenth is less disturbed by other programs.
     quick = {name: percentile(values, 10) or 0.0 for name, values in times.items()}
     return {
         "model": info.name,
@@ -119,25 +119,25 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result for people."""
+    """Return the result as text."""
     lines = [f"{result['model']}, {result['device']}, {result['dtype']}, rank {result['rank']}", ""]
     for name, value in result["decode_ms"].items():
         tenth, ratio = result["quickest_tenth_ms"][name], result["quickest_tenth_ratio"][name]
         lines.append(
-            f"{name:15} {value:8.2f} ms a token   x {result['decode_ratio'][name]:.3f}   "
-            f"quickest tenth {tenth:.2f} ms   x {ratio:.3f}"
+            f"{name:15} {value:8.2f} ms per token   x {result['decode_ratio'][name]:.3f}   "
+            f"fastest tenth {tenth:.2f} ms   x {ratio:.3f}"
         )
     lines.append("")
     for name, swap in result["swaps"].items():
         lines.append(
-            f"swap: {name:9} {swap['wall_ms']:8.0f} ms until it is used, {swap['stall_ms']:.0f} ms without a "
-            f"token at most (one takes {swap['token_ms']:.0f} ms meanwhile)"
+            f"swap: {name:9} {swap['wall_ms']:8.0f} ms until the adapter is used; longest gap between tokens "
+            f"{swap['stall_ms']:.0f} ms (median {swap['token_ms']:.0f} ms)"
         )
     return "\n".join(lines)
 
 
 async def _decode(engine: Engine, plan: AdapterPlan, adapter: str | None) -> list[float]:
-    """Return the milliseconds of each token after the first. The prompt is read the first time only."""
+    """Return the milliseconds of each token after the first. Only the first call computes the prompt."""
     request = Request(_prompt(engine, plan), plan.decode_tokens, adapter=adapter)
     arrived = []
     async with aclosing(engine.generate(request)) as tokens:
@@ -147,7 +147,7 @@ async def _decode(engine: Engine, plan: AdapterPlan, adapter: str | None) -> lis
 
 
 async def _swap(engine: _Changing, wanted: Sequence[AdapterSource], plan: AdapterPlan) -> dict[str, float]:
-    """Put other adapters in while an answer of the base is written, and look at its tokens."""
+    """Swap adapters while the base generates an answer; return the times of swap and tokens."""
     arrived = []
     swapped_s = 0.0
     swap: asyncio.Task[None] | None = None

@@ -1,8 +1,7 @@
-"""Who answers the typist of a replay: midfill's own server, and others on the same weights.
+"""Systems under test of `midfill bench replay` and `load`: midfill's server, and others on the same weights.
 
-A contender is told what the editor would tell it: documents, changes, a request at a cursor, and that the
-answer to it is not wanted any more. It fills in what became of the request. Times are `time.monotonic`,
-a clock that all processes of a machine share.
+A backend gets what an editor would send: documents, changes, a request at a cursor, a cancellation. It
+records the outcome in the request. Times are `time.monotonic`, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
 
 CANCELLED = -32800
 OUTCOMES = ("accepted", "shown", "empty", "cancelled", "late", "failed")
-"""Accepted; shown before the next key, but not what the user wanted; answered with nothing; taken back at
-the next key and answered so; taken back, but a result had been sent; answered with an error, or with nothing
-because the engine failed."""
+"""Accepted; shown before the next key, but not accepted; answered without a suggestion; cancelled by the next
+key; cancelled, but a result was sent nevertheless; answered with an error, or with nothing because the engine
+failed."""
 
 _FAILURES = frozenset(
     {
@@ -45,7 +44,7 @@ _FAILURES = frozenset(
         Reason.DEADLINE,
     }
 )
-"""Reasons for nothing that are the engine's fault. A server answers with them as with any other."""
+"""Reasons for an empty answer that are failures of the engine."""
 
 _PATIENCE_S = 60.0
 _POLL_S = 0.02
@@ -53,18 +52,21 @@ _POLL_S = 0.02
 
 @dataclass(slots=True, eq=False)
 class SuggestionRequest:
-    """One request and what became of it.
+    """One request for a suggestion, and its outcome.
 
     Attributes:
-        episode: its number.
-        id: the contender's own name for it.
-        cancelled_s: when the typist took it back; None if not.
-        answered_s: when its answer came, if only that it is cancelled.
+        session: the number of the typing session.
+        asked_s: when it was sent.
+        id: the backend's id of it.
+        cancelled_s: when it was cancelled; None if it was not.
+        answered_s: when its answer came, also one that confirms the cancellation.
         text: the suggestion; "" for none.
-        source: where that came from: "model", "none", or how it was reused; "" if not known.
-        reason: why there is none, if it is told; detail: what the engine said of that, "" for nothing.
-        code: the error that answered it; None if it was answered with a result.
-        inside: the text is that of an earlier request with a beginning of its suggestion typed since.
+        source: where the suggestion came from: "model", "none", or how it was reused; "" if not known.
+        reason: why there is no suggestion, if known.
+        detail: the engine's message about that, or "".
+        code: the code of an error response; None if it was answered with a result.
+        accepted: whether the virtual user accepted the suggestion.
+        inside: whether the text is that of an earlier request plus a typed part of its suggestion.
     """
 
     session: int
@@ -95,24 +97,26 @@ class SuggestionRequest:
 
     @property
     def waited_ms(self) -> float:
-        """From the request to its answer, or to the key that took it back."""
+        """Milliseconds from the request to its answer, or to its cancellation."""
         end_s = self.cancelled_s if self.cancelled_s is not None else self.answered_s
         return ((end_s if end_s is not None else self.asked_s) - self.asked_s) * 1000
 
 
 @dataclass(frozen=True, slots=True)
 class EngineJob:
-    """What a model did for a request, as far as the contender tells; None where it does not.
+    """The engine's work for a request, as far as the backend reports it; None is not reported.
 
     Attributes:
-        episode, request: of the `Asked` that began it; -1 and None if none did.
-        end: "finished", "stopped" (enough was written), "cancelled" or "failed".
-        idle: done ahead, when nobody waited.
-        num_computed: tokens of the prompt that were computed.
-        num_generated: tokens that were chosen, those too that nobody read.
+        session, request: session and id of the request that started it; -1 and None if none did.
+        end: "finished", "stopped" (enough text), "cancelled" or "failed".
+        idle: whether it was done ahead of a request.
+        num_prompt, num_reused, num_computed: tokens of the prompt: all, from the cache, computed.
+        num_generated: tokens that were generated, including those that were not read.
         num_delivered: tokens that were read, from `first_s` to `last_s`.
-        submitted_s: when the model was asked.
-        left_s: when nobody wanted it any more; freed_s: when the model was free of it.
+        submitted_s: when the engine got it.
+        first_s, last_s: when the first and the last token were delivered.
+        left_s: when it was no longer needed.
+        freed_s: when the engine was free of it.
     """
 
     session: int
@@ -132,7 +136,7 @@ class EngineJob:
 
 
 class Backend(Protocol):
-    """See the module. All methods are called on one event loop."""
+    """A system under test. All methods are called on one event loop."""
 
     name: str
 
@@ -141,29 +145,29 @@ class Backend(Protocol):
         ...
 
     def open(self, document: Document) -> None:
-        """The editor opens a document."""
+        """Open a document."""
         ...
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
-        """The document is now this one; `changes` (positions in UTF-16) have made it so."""
+        """Apply changes (positions in UTF-16), which lead to this document."""
         ...
 
     def ask(
         self, request: SuggestionRequest, document: Document, position: tuple[int, int]
     ) -> asyncio.Future[None]:
-        """Return a suggestion is wanted at a position (in UTF-16). Done when `asked` is filled in."""
+        """Request a suggestion at a position (in UTF-16); done when `request` has its outcome."""
         ...
 
     def cancel(self, request: SuggestionRequest) -> None:
-        """It is not wanted any more."""
+        """Cancel a request."""
         ...
 
     async def close(self, document: Document) -> list[EngineJob]:
-        """Return the editor closes the document; what the model did since it was opened, once it is free."""
+        """Close a document; return the engine's work since it was opened, once the engine is free."""
         ...
 
     def peak_rss_mb(self) -> float:
-        """Return the most memory that the contender has had."""
+        """Return the peak memory of the backend's process."""
         ...
 
     async def end(self) -> None:
@@ -172,10 +176,10 @@ class Backend(Protocol):
 
 
 class ServerBackend:
-    """Our own server in a process of its own, over pipes.
+    """midfill's own server in a separate process, over pipes.
 
     Args:
-        engine: `midfill serve --engine`, for tests.
+        engine: the option --engine of `midfill serve`, for tests.
         options: settings.
     """
 
@@ -183,7 +187,7 @@ class ServerBackend:
 
     def __init__(self, engine: str | None = None, options: dict[str, Any] | None = None) -> None:
         self._command = [*SERVE_COMMAND, *(["--engine", engine] if engine else [])]
-        # What the typist accepts here is nobody's choice: it must not be counted as the user's.
+        # Do not count what the virtual user accepts as the user's acceptances.
         self._options = {"count_feedback": False} | (options or {})
         self._started: Client | None = None
         self._request: dict[int, SuggestionRequest] = {}
@@ -191,7 +195,7 @@ class ServerBackend:
         self._known = 0
 
     async def start(self, report: Progress) -> None:
-        """See `Contender.start`."""
+        """Start the server and load the model."""
         self._started = await Client.start(self._command)
         await self._started.load(self._options, lambda message: report(message, None))
 
@@ -202,7 +206,7 @@ class ServerBackend:
         return self._started
 
     def open(self, document: Document) -> None:
-        """See `Contender.open`."""
+        """Send `textDocument/didOpen`."""
         item = {
             "uri": document.uri,
             "languageId": document.language_id,
@@ -212,9 +216,12 @@ class ServerBackend:
         self._client.notify("textDocument/didOpen", {"textDocument": item})
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
-        """See `Contender.change`."""
+        """Send `textDocument/didChange`."""
         edits = [
-            {"range": {"start": place(change.start), "end": place(change.end)}, "text": change.text}
+            {
+                "range": {"start": lsp_position(change.start), "end": lsp_position(change.end)},
+                "text": change.text,
+            }
             for change in changes
         ]
         identifier = {"uri": document.uri, "version": document.version}
@@ -223,10 +230,10 @@ class ServerBackend:
     def ask(
         self, request: SuggestionRequest, document: Document, position: tuple[int, int]
     ) -> asyncio.Future[None]:
-        """See `Contender.ask`."""
+        """Send `textDocument/inlineCompletion`."""
         params = {
             "textDocument": {"uri": document.uri},
-            "position": place(position),
+            "position": lsp_position(position),
             "context": {"triggerKind": 2},
         }
         request.id, future = self._client.send_request("textDocument/inlineCompletion", params)
@@ -245,18 +252,18 @@ class ServerBackend:
         return filled
 
     def cancel(self, request: SuggestionRequest) -> None:
-        """See `Contender.take_back`: the server answers all the same."""
+        """Send `$/cancelRequest`; the server still answers the request."""
         self._client.cancel(request.id)
 
     async def close(self, document: Document) -> list[EngineJob]:
-        """See `Contender.close`. Raises `MidfillError` if the server does not answer."""
+        """Wait for all answers and close the document. Raises `MidfillError` after a timeout."""
         if self._futures:
             _, missing = await asyncio.wait(self._futures, timeout=_PATIENCE_S)
             if missing:
-                raise MidfillError(f"The server left a request unanswered for {_PATIENCE_S:.0f} s.")
+                raise MidfillError(f"The server did not answer a request within {_PATIENCE_S:.0f} s.")
             for future in self._futures:
                 if isinstance(error := future.exception(), ServerError) and error.code == 0:
-                    raise MidfillError("The server ended during the replay; its log says more.")
+                    raise MidfillError("The server ended during the replay; see its log.")
             self._futures.clear()
         self._client.notify("textDocument/didClose", {"textDocument": {"uri": document.uri}})
         costs = await self._costs()
@@ -268,7 +275,7 @@ class ServerBackend:
         return jobs
 
     async def _costs(self) -> dict[str, Any]:
-        """Return what has been added since the last time, when the engine is free of all of it."""
+        """Return the server's records since the last call, once the engine is free."""
         until = time.monotonic() + _PATIENCE_S
         while True:
             costs: dict[str, Any] = await self._client.request("midfill/costs", {"after": self._known})
@@ -280,28 +287,30 @@ class ServerBackend:
                 )
                 return costs
             if time.monotonic() > until:
-                raise MidfillError(f"The server's model has not come to rest within {_PATIENCE_S:.0f} s.")
+                raise MidfillError(f"The server's engine was still busy after {_PATIENCE_S:.0f} s.")
             await asyncio.sleep(_POLL_S)
 
     def peak_rss_mb(self) -> float:
-        """See `Contender.peak_rss_mb`."""
+        """Return the peak memory of the server."""
         return peak_rss_mb(self._client.process.pid)
 
     async def end(self) -> None:
-        """See `Contender.end`."""
+        """Shut the server down."""
         if self._started is not None:
             await self._started.close()
 
 
 class PipelineBackend:
-    """Our own pipeline in this process, for one of many typists: what a server does between pipe and engine.
+    """midfill's pipeline in this process, for one of many virtual users: everything between pipe and engine.
 
-    The engine is one for all of them and is started already. Each typist has a pipeline, as each window of an
-    editor has a server.
+    All virtual users share one engine, which is started already. Each has its own pipeline, as each window of
+    an editor has its own server.
 
     Args:
-        family: see `probing.identify`.
-        looks_ahead: as in a server; off to measure what requests alone cost.
+        engine: the shared engine.
+        family: the model's FIM template, from `probing.identify`.
+        settings: settings of the pipeline.
+        looks_ahead: whether to prefetch as a server does; off to measure requests alone.
     """
 
     name = "midfill"
@@ -317,21 +326,21 @@ class PipelineBackend:
         self._ids = itertools.count(1)
         self._known = 0
         self.answer: Answer | None = None
-        """The newest answer that was not taken back."""
+        """The latest answer to a request that was not cancelled."""
 
     async def start(self, report: Progress) -> None:
-        """See `Contender.start`: there is nothing to load."""
+        """Do nothing: the engine is started already."""
 
     def open(self, document: Document) -> None:
-        """See `Contender.open`."""
+        """Open a document in the pipeline."""
         self._document = document
         self._completer.context.opened(document)
-        # Until something is typed, the server takes the end of the text for the place.
+        # Until something is typed, the server takes the end of the text for the cursor.
         end = Point(len(document.lines) - 1, len(document.lines[-1]))
         self._completer.rest(Snapshot(document, document.clamp(end)))
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
-        """See `Contender.change`. One change, as a key makes it."""
+        """Apply the change of one key."""
         before, self._document = self._document, document
         change = changes[-1]
         if may_close(change):
@@ -344,7 +353,7 @@ class PipelineBackend:
     def ask(
         self, request: SuggestionRequest, document: Document, position: tuple[int, int]
     ) -> asyncio.Future[None]:
-        """See `Contender.ask`. A newer request takes the older one's place, as in the server."""
+        """Start a request; a newer one cancels the older ones, as in the server."""
         for task in self._tasks.values():
             task.cancel()
         request.id = next(self._ids)
@@ -367,15 +376,15 @@ class PipelineBackend:
         request.reason, request.detail = answer.reason, answer.detail
 
     def cancel(self, request: SuggestionRequest) -> None:
-        """See `Contender.take_back`."""
+        """Cancel the request's task."""
         if (task := self._tasks.get(request.id)) is not None:
             task.cancel()
 
     async def close(self, document: Document) -> list[EngineJob]:
-        """See `Contender.close`. Does not wait until the engine is free, since that serves others too."""
+        """Close the document. Does not wait until the engine is free, since it serves other users too."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._completer.forget(document.uri)
-        # What is cancelled ends when the loop comes to it.
+        # Let cancelled tasks end.
         await asyncio.sleep(0)
         work = self._costs.after(self._known)["work"]
         self._known = max([self._known, *(one["number"] for one in work)])
@@ -384,20 +393,20 @@ class PipelineBackend:
         return jobs
 
     def peak_rss_mb(self) -> float:
-        """See `Contender.peak_rss_mb`: that of all typists together."""
+        """Return the peak memory of this process, with all virtual users."""
         return peak_rss_mb(os.getpid())
 
     async def end(self) -> None:
-        """Drop what is computed; the engine goes on."""
+        """Cancel all work; the engine keeps running."""
         self._completer.drop_work()
         self._completer.context.close()
 
 
 class GenerateBackend:
-    """`transformers.generate` in fp32, one request at a time, nothing reused.
+    """`transformers.generate` in fp32, one request at a time, without any reuse.
 
-    Its prompts are plain prefix, suffix, middle of the size of ours. What it writes ends where ours does; a
-    request that is taken back is left between two tokens.
+    Prompts are plain prefix, suffix, middle, as long as ours. Its output ends where ours would; a cancelled
+    request ends between two tokens.
     """
 
     name = GENERATE
@@ -407,7 +416,7 @@ class GenerateBackend:
         self._settings = settings
         self._baseline: BaselineProcess | None = None
         self._tokenizer = load_tokenizer(model.path)
-        # In the name of a folder there is no family; of the catalogue's models there is.
+        # A model folder has no known template; the catalogue's models have.
         self._family = FAMILIES[settings.family or model.family or "qwen2.5-coder"]
         self._busy = asyncio.Lock()
         self._tasks: dict[int, asyncio.Task[None]] = {}
@@ -416,20 +425,20 @@ class GenerateBackend:
         self._jobs: list[EngineJob] = []
 
     async def start(self, report: Progress) -> None:
-        """See `Contender.start`."""
+        """Start the process and load the model."""
         report("loading the model into generate", None)
         self._baseline = await BaselineProcess.start(GENERATE, self._model.path, "cpu")
 
     def open(self, document: Document) -> None:
-        """See `Contender.open`."""
+        """Do nothing: each prompt is built from the whole document."""
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
-        """See `Contender.change`."""
+        """Do nothing: each prompt is built from the whole document."""
 
     def ask(
         self, request: SuggestionRequest, document: Document, position: tuple[int, int]
     ) -> asyncio.Future[None]:
-        """See `Contender.ask`."""
+        """Queue a request."""
         self._ids += 1
         request.id = self._ids
         snapshot = Snapshot(document, document.point(position, Encoding.UTF16))
@@ -438,7 +447,7 @@ class GenerateBackend:
         return task
 
     def cancel(self, request: SuggestionRequest) -> None:
-        """See `Contender.take_back`."""
+        """Cancel the request if it is running; a queued one notices by itself."""
         if request.id == self._running and self._baseline is not None:
             self._baseline.cancel(request.id)
 
@@ -477,7 +486,7 @@ class GenerateBackend:
         )
 
     def _prompt(self, snapshot: Snapshot) -> list[int]:
-        """Prefix, suffix, middle as in the family's paper, around the cursor of this moment."""
+        """Return the prompt around the cursor: prefix, suffix, middle as in the model's paper."""
         document, cursor = snapshot.document, snapshot.cursor
         above = "".join(document.lines[max(0, cursor.line - 256) : cursor.line]) + snapshot.line_before
         below = snapshot.line_after + "\n" + "\n".join(snapshot.lines_after(64))
@@ -490,31 +499,31 @@ class GenerateBackend:
         after = encode(below)[: self._settings.suffix_tokens]
         return [*bos, *prefix, *before, *suffix, *after, *middle]
 
-    async def close(self, document: Document) -> list[EngineJob]:  # noqa: ARG002 - see `Contender`
-        """See `Contender.close`."""
+    async def close(self, document: Document) -> list[EngineJob]:  # noqa: ARG002 - by the protocol
+        """Wait for all requests; return the work."""
         await asyncio.gather(*self._tasks.values())
         self._tasks.clear()
         jobs, self._jobs = self._jobs, []
         return jobs
 
     def peak_rss_mb(self) -> float:
-        """See `Contender.peak_rss_mb`."""
+        """Return the peak memory of the baseline's process."""
         return peak_rss_mb(self._baseline.pid) if self._baseline is not None else peak_rss_mb(os.getpid())
 
     async def end(self) -> None:
-        """See `Contender.end`."""
+        """End the process."""
         if self._baseline is not None:
             await self._baseline.close()
 
 
-def place(position: tuple[int, int] | None) -> dict[str, int]:
+def lsp_position(position: tuple[int, int] | None) -> dict[str, int]:
     """Return a position as LSP writes it."""
     line, character = position or (0, 0)
     return {"line": line, "character": character}
 
 
 def _job(work: dict[str, Any], request: Mapping[Any, SuggestionRequest]) -> EngineJob:
-    """Return a piece of work as `metrics.Work.as_dict` tells it, and the request that began it."""
+    """Return the engine's work from the server's record of it, with the session of its request."""
     began = request.get(work["request"])
     return EngineJob(
         -1 if began is None else began.session,

@@ -1,10 +1,10 @@
-"""Other engines on the same weights, each in a process of its own: `transformers.generate` and llama.cpp.
+"""Baselines: other engines on the same weights, each in its own process (`transformers.generate`, llama.cpp).
 
-As a program (`python -m midfill.bench.baselines KIND PATH OPTIONS`) it loads the model and then answers each
-line of JSON on stdin, `{"tokens", "num_new", "stop_ids"}`, with one of its own. `{"cancel": id}` leaves a
-request with this id between two tokens. It ends when its stdin does.
-llama.cpp runs as its own server, which listens on the loopback only; it may also be asked directly.
-`Rival` is the other side of that conversation. Importing this module imports no model library.
+Run as a program (`python -m midfill.bench.baselines KIND PATH OPTIONS`), this module loads the model and
+answers each line of JSON on stdin, `{"tokens", "num_new", "stop_ids"}`, with a line of JSON. `{"cancel": id}`
+ends the request with this id after its current token. The program ends when its stdin is closed. llama.cpp
+runs as its own server, which listens on the loopback only and may also be used directly. `BaselineProcess` is
+the client of that program. Importing this module imports no model library.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Run:
     """One answer of an engine.
 
     Attributes:
-        ids: the tokens, without the one that ended them.
-        prefill_s: from the start to the first token.
+        ids: the generated tokens, without the stop token.
+        prefill_s: seconds from the start to the first token.
         num_prefilled: tokens of the prompt that were computed in that time.
-        decode_s: from the first token to the last.
+        decode_s: seconds from the first token to the last.
     """
 
     ids: list[int]
@@ -51,26 +51,26 @@ class Run:
 
     @property
     def prefill_tok_s(self) -> float:
-        """Tokens read in a second."""
+        """Prompt tokens per second."""
         return self.num_prefilled / max(self.prefill_s, 1e-6)
 
     @property
     def decode_tok_s(self) -> float | None:
-        """Tokens written in a second; None if there are too few to tell."""
+        """Generated tokens per second; None if there are too few to tell."""
         return (len(self.ids) - 1) / max(self.decode_s, 1e-6) if len(self.ids) > 1 else None
 
 
 class BaselineError(MidfillError):
-    """A comparison that could not be made; the message is the reason."""
+    """A baseline cannot be used; the message is the reason."""
 
 
 def can_run_llama_cpp() -> bool:
-    """Return whether its package is installed."""
+    """Return whether the package xllamacpp is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
 class BaselineProcess:
-    """One such process. Make it with `start`."""
+    """A process that runs a baseline. Make it with `start`."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         self.name = name
@@ -79,17 +79,17 @@ class BaselineProcess:
 
     @property
     def pid(self) -> int:
-        """Of its process."""
+        """The process id."""
         return self._process.pid
 
     @classmethod
     async def start(
         cls, name: str, path: Path, device: str, context: int = 2048, *, batch_tokens: int | None = None
     ) -> BaselineProcess:
-        """Start the process and wait until it has loaded the model. Raises `RivalError`.
+        """Start the process and wait until it has loaded the model. Raises `BaselineError`.
 
-        `context` is the most tokens that prompt and output will have together. `batch_tokens` is how many of
-        a prompt llama.cpp computes before it looks for its client; its own default if None.
+        `context` is the maximum number of tokens of prompt and output together. `batch_tokens` is llama.cpp's
+        batch size, after which it checks whether its client is still there; None is its default.
         """
         options = json.dumps({"device": device, "context": context, "batch_tokens": batch_tokens})
         process = await asyncio.create_subprocess_exec(
@@ -109,23 +109,30 @@ class BaselineProcess:
         return baseline
 
     async def run(self, tokens: Sequence[int], num_new: int, stop_ids: Sequence[int] = ()) -> Run:
-        """Read the prompt and write `num_new` tokens, or up to a stop id where there are any.
-
-        Greedy; without stop ids nothing ends it early. Raises `RivalError`.
-        """
+        """Generate `num_new` tokens greedily, or fewer up to one of the stop ids. Raises `BaselineError`."""
         self._write({"tokens": list(tokens), "num_new": num_new, "stop_ids": list(stop_ids)})
         return Run(**await self._read())
 
     async def fill(self, id_: int, tokens: Sequence[int], num_new: int, place: list[Any]) -> dict[str, Any]:
-        """Write a suggestion for a place (`place.Place`), which ends where ours would, or by `cancel`.
+        """Generate a suggestion, which ends where ours would, or by `cancel`. For `generate` only.
 
-        For generate only. Returns "text", "num_generated", "prefill_s", "decode_s". Raises `RivalError`.
+        Args:
+            id_: for `cancel`.
+            tokens: the prompt.
+            num_new: maximum number of tokens.
+            place: the line before and after the cursor, and the lines below.
+
+        Returns:
+            "text", "num_generated", "prefill_s", "decode_s".
+
+        Raises:
+            BaselineError: the process failed.
         """
         self._write({"id": id_, "tokens": list(tokens), "num_new": num_new, "place": place})
         return await self._read()
 
     def cancel(self, id_: int) -> None:
-        """Leave this request after the token that is being computed; it is answered all the same."""
+        """End this request after its current token; it is still answered."""
         self._write({"cancel": id_})
 
     def _write(self, message: dict[str, Any]) -> None:
@@ -159,13 +166,13 @@ class BaselineProcess:
         return answer
 
 
-# From here on: the other process.
+# The code below runs in the baseline's process.
 
 _Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class _Inbox:
-    """Lines of stdin, read on a thread of its own, so that a request can be cancelled while it runs."""
+    """Reads lines of stdin in a thread, so that a request can be cancelled while it runs."""
 
     def __init__(self) -> None:
         self._messages: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
@@ -185,12 +192,12 @@ class _Inbox:
         return iter(self._messages.get, None)
 
     def cancelled(self, message: dict[str, Any]) -> bool:
-        """Return whether nobody wants this any more."""
+        """Return whether a request was cancelled."""
         return message.get("id") in self._cancelled
 
 
 def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
-    """Plain transformers: fp32 on a CPU, bfloat16 on a GPU."""
+    """Load the model into plain transformers: fp32 on a CPU, bfloat16 on a GPU."""
     import torch  # noqa: PLC0415 - only in this process
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
@@ -207,7 +214,7 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
     tokenizer = load_tokenizer(Path(path))
 
     class Clock:
-        """A streamer: it is given the prompt, then each token when it has been chosen."""
+        """A streamer that records when the prompt, and then each token, was passed to it."""
 
         def __init__(self) -> None:
             self.at_s: list[float] = []
@@ -276,7 +283,7 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
 
 
 def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[_Answer, str]:
-    """Its server, as xllamacpp packs it, on as many threads as there are cores; and its address."""
+    """Start llama.cpp's server (from xllamacpp) on all physical cores; return it with its address."""
     import xllamacpp  # noqa: PLC0415 - only in this process
 
     params = xllamacpp.CommonParams()
@@ -314,7 +321,7 @@ def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[
         with opener.open(request, timeout=_ANSWER_S) as reply:
             found = json.load(reply)
         timings = found["timings"]
-        # Its own clock: without the way over HTTP.
+        # Its own times, without HTTP.
         run = Run(
             found["tokens"], timings["prompt_ms"] / 1000, timings["prompt_n"], timings["predicted_ms"] / 1000
         )
@@ -324,10 +331,10 @@ def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[
 
 
 def main(kind: str, path: str, options: str) -> None:
-    """Load, then answer lines until stdin ends."""
+    """Load the model, then answer lines until stdin is closed."""
     given = json.loads(options)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
-        # What libraries print goes nowhere.
+        # Libraries may print to stdout; keep that away from the answers.
         os.dup2(2, 1)
 
         def reply(message: dict[str, Any]) -> None:
@@ -346,7 +353,7 @@ def main(kind: str, path: str, options: str) -> None:
                 reply(answer(message))
         except Exception as error:  # noqa: BLE001 - the reason is all that the other side can use
             reply({"error": f"{kind}: {type(error).__name__}: {error}".splitlines()[0]})
-    # Threads of a server or of a model must not hold the process.
+    # Exit even if threads of a server or a model still run.
     os._exit(0)
 
 

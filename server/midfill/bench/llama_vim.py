@@ -1,12 +1,12 @@
-"""llama.cpp's own server, driven as its Vim plugin drives it.
+"""The baseline llama.vim: llama.cpp's server with the requests and the cache of its Vim plugin.
 
-What the plugin does, from its source (https://github.com/ggml-org/llama.vim, version of 2025): sends whole
-lines above the cursor, the line up to the cursor (which goes behind the middle sentinel) and what
-follows; keeps answers and shows the rest of one whose text is being typed; asks for what would come
-next while one is shown. The first request has a shorter time limit, which counts from the first line
-end on. Its ring of chunks of other places stays empty while somebody types without a pause of three
-seconds, so it is left out. A request that is taken back is ended by closing its connection. (The plugin
-itself lets it run and waits; see `patient`.)
+From the plugin's source (https://github.com/ggml-org/llama.vim, version of 2025): it sends whole lines above
+the cursor, the line up to the cursor (after the middle sentinel) and the text that follows; keeps answers and
+shows the rest of one whose text is being typed; requests the next suggestion while one is shown. The first
+request has a shorter time limit, which counts from the first line end on. The plugin's ring of chunks of
+other files stays empty while somebody types without a pause of three seconds, so it is not implemented. A
+cancelled request is ended by closing its connection. (The plugin itself lets it run and waits; see
+`patient`.)
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _CONTEXT = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How it is driven.
+    """Options of the baseline.
 
     Attributes:
-        lines_before, lines_after: whole lines that are sent.
-        batch_tokens: of the server; it looks for closed connections between two batches only.
-        patient: a request that is taken back runs on, and what it gives is kept, as the plugin does it.
+        lines_before, lines_after: whole lines to send.
+        batch_tokens: the server's batch size; it notices closed connections between two batches only.
+        patient: let cancelled requests run on and keep their answers, as the plugin does.
     """
 
     lines_before: int = 256
@@ -58,7 +58,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """What is sent: text above, the line up to the cursor, text behind it."""
+    """The text of a request: above the cursor's line, the line up to the cursor, after the cursor."""
 
     prefix: str
     middle: str
@@ -67,7 +67,7 @@ class _Context:
 
 
 class LlamaVim:
-    """See the module. A `contenders.Contender`."""
+    """A `backends.Backend` that works like llama.vim."""
 
     name = LLAMA_CPP
 
@@ -83,22 +83,22 @@ class LlamaVim:
         self._ids = 0
 
     async def start(self, report: Progress) -> None:
-        """See `Contender.start`."""
+        """Start the server and load the model."""
         report("loading the model into llama.cpp", None)
         self._baseline = await BaselineProcess.start(
             LLAMA_CPP, self._gguf, "cpu", _CONTEXT, batch_tokens=self._options.batch_tokens
         )
 
     def open(self, document: Document) -> None:
-        """See `Contender.open`."""
+        """Do nothing: each request has the text."""
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
-        """See `Contender.change`."""
+        """Do nothing: each request has the text."""
 
     def ask(
         self, request: SuggestionRequest, document: Document, position: tuple[int, int]
     ) -> asyncio.Future[None]:
-        """See `Contender.ask`."""
+        """Start a request."""
         self._ids += 1
         request.id = self._ids
         task = asyncio.ensure_future(self._answer(request, document, position))
@@ -106,7 +106,7 @@ class LlamaVim:
         return task
 
     def cancel(self, request: SuggestionRequest) -> None:
-        """See `Contender.take_back`: closes the connection."""
+        """Close the request's connection, unless `patient`."""
         if not self._options.patient and request.id in self._tasks:
             self._tasks[request.id].cancel()
 
@@ -124,7 +124,7 @@ class LlamaVim:
             content, request.source = self._kept(context)
             if content is None:
                 await self._ask(request, context, _MAX_FIRST_PREDICT_MS)
-                # The same question as the plugin asks itself when an answer has come.
+                # The plugin searches its cache again when an answer has come.
                 content, request.source = self._kept(context)[0], "model"
             request.text = "" if content is None else _worthwhile(content, document, point)
         except asyncio.CancelledError:
@@ -142,7 +142,7 @@ class LlamaVim:
             await self._ask(request, context, _MAX_PREDICT_MS, idle=True)
 
     def _context(self, document: Document, number: int, before: str, after: str) -> _Context:
-        """Around a cursor. On a line of blanks the plugin starts from its beginning."""
+        """Return the text around a cursor. On a blank line the plugin starts at the line's begin."""
         lines, options = document.lines, self._options
         blank = not (before + after).strip()
         above = [_bare(line) for line in lines[max(0, number - options.lines_before) : number]]
@@ -152,7 +152,7 @@ class LlamaVim:
         return _Context("\n".join(above) + "\n", before, "\n".join([after, *below]) + "\n", indent)
 
     def _accepted(self, document: Document, number: int, before: str, text: str) -> _Context:
-        """Around the cursor that there will be when a suggestion has been accepted."""
+        """Return the text around the cursor after a suggestion was accepted."""
         *above, last = (before + text).split("\n")
         here = self._context(document, number, before, "")
         prefix = here.prefix + "".join(f"{line}\n" for line in above)
@@ -167,7 +167,7 @@ class LlamaVim:
         return self._key(context) in self._cache
 
     def _kept(self, context: _Context) -> tuple[str | None, str]:
-        """Return an answer for exactly this text, or the rest of one that is being typed; and which it is."""
+        """Return a kept answer for this text, or the rest of one that is being typed, with its source."""
         whole, suffix = self._key(context)
         if (exact := self._cache.get((whole, suffix))) is not None:
             return exact, "cache"
@@ -183,7 +183,7 @@ class LlamaVim:
     async def _ask(
         self, request: SuggestionRequest, context: _Context, limit_ms: int, *, idle: bool = False
     ) -> None:
-        """Send a request and keep its answer. One at a time: an older one is closed, or waited for."""
+        """Send a request and keep its answer; close an older one first, or await it if `patient`."""
         key = self._key(context)
         if self._running is not None and self._running_key != key:
             if not self._options.patient:
@@ -210,7 +210,7 @@ class LlamaVim:
             self._running = self._running_key = None
 
     def _keep(self, context: _Context, content: str) -> None:
-        """Keep an answer, also for when the window has moved down by a few lines."""
+        """Keep an answer, also under the keys for windows that have moved down by a few lines."""
         prefix = context.prefix
         for _ in range(1 + _LATER_WINDOWS):
             self._cache[prefix + context.middle, context.suffix] = content
@@ -267,7 +267,7 @@ class LlamaVim:
         return str(found["content"])
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Return one request over a connection of its own, which is closed if the task is cancelled."""
+        """Send a request over a new connection, which is closed if the task is cancelled."""
         if self._baseline is None:
             raise MidfillError("llama.cpp has not been started.")
         address = urlsplit(self._baseline.ready["address"])
@@ -284,12 +284,12 @@ class LlamaVim:
         finally:
             writer.close()
         if status != b"200":
-            raise MidfillError(f"llama.cpp answers {status.decode()}: {str(answer)[:200]}")
+            raise MidfillError(f"llama.cpp answered with HTTP status {status.decode()}: {str(answer)[:200]}")
         result: dict[str, Any] = answer
         return result
 
-    async def close(self, document: Document) -> list[EngineJob]:  # noqa: ARG002 - see `Contender`
-        """See `Contender.close`. Waits until the server is free, so that the next one is not slowed."""
+    async def close(self, document: Document) -> list[EngineJob]:  # noqa: ARG002 - by the protocol
+        """Cancel all requests and wait until the server is free, so that the next session is not delayed."""
         if self._running is not None:
             self._running.cancel()
         for task in self._tasks.values():
@@ -303,11 +303,11 @@ class LlamaVim:
         return jobs
 
     def peak_rss_mb(self) -> float:
-        """See `Contender.peak_rss_mb`."""
+        """Return the server's peak memory."""
         return peak_rss_mb(self._baseline.pid) if self._baseline is not None else 0.0
 
     async def end(self) -> None:
-        """See `Contender.end`."""
+        """End the server."""
         if self._baseline is not None:
             await self._baseline.close()
 
@@ -317,12 +317,12 @@ def _bare(line: str) -> str:
 
 
 def _worthwhile(content: str, document: Document, cursor: Point) -> str:
-    """What the plugin shows of an answer: nothing that repeats what stands below or behind the cursor."""
+    """Return what the plugin shows of an answer: "" if that repeats the text after or below the cursor."""
     line = _bare(document.lines[cursor.line])
     before, after = line[: cursor.column], line[cursor.column :]
     shown = content.rstrip("\n").split("\n")
     if not line.strip():
-        # On a line of blanks the answer begins at the line's start; what is there already is not repeated.
+        # On a blank line the answer begins at the line's start; do not repeat its indentation.
         lead = min(len(shown[0]) - len(shown[0].lstrip()), len(line))
         shown[0] = shown[0][lead:]
     below = [_bare(other) for other in document.lines[cursor.line + 1 :]]

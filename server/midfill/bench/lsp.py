@@ -1,8 +1,8 @@
-"""Speed of everything but the model: keys typed into the real server, over pipes.
+"""`midfill bench lsp`: the server's latency without the model, with keys typed over pipes.
 
-The server runs in a process of its own, with a script in place of the model, so that what is measured
-is reading, editing, prompt building, trimming and answering. With `busy`, a real model decodes on its
-thread of that process all the while, and competes for the interpreter.
+The server runs in its own process, with a scripted engine, so that reading, editing, prompt building,
+postprocessing and answering are measured. With `busy`, a real model decodes all the time on a thread of that
+process, and competes for the interpreter.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ _BUSY_TARGETS = {"p95_ms": 10.0}
 
 
 async def bench_lsp(num_keys: int, busy_model: str | None = None) -> dict[str, Any]:
-    """Type keys into the middle of a document; the latencies from change and request to answer.
+    """Type keys into the middle of a document; return the latencies from change and request to answer.
 
-    `busy_model` names the model that decodes meanwhile. Raises `MidfillError` if the server cannot
-    load it.
+    `busy_model` names the model that decodes meanwhile. Raises `MidfillError` if the server cannot load it.
     """
     with tempfile.TemporaryDirectory(prefix="midfill-bench-") as folder:
         script = Path(folder) / "script.json"
@@ -60,7 +59,7 @@ async def _type(client: Client, num_keys: int) -> list[float]:
     item = {"uri": _URI, "languageId": "python", "version": 1, "text": text}
     client.notify("textDocument/didOpen", {"textDocument": item})
     line, column = _NUM_LINES // 2, 0
-    # An empty line to type into.
+    # Make an empty line to type into.
     _insert(client, (line, 0), "\n", 2)
     latencies_ms = []
     for key in range(_NUM_WARM_UP + num_keys):

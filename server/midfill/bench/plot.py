@@ -1,4 +1,4 @@
-"""The picture of a replay: how long suggestions took, and what became of each request. By matplotlib."""
+"""Plot a replay with matplotlib: the latencies of suggestions, and the outcome of each request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BUDGETS_MS = (40, 85, 152)
 
 
 def need_matplotlib() -> None:
-    """Raise `MidfillError` if there is no matplotlib, before anything is measured."""
+    """Raise `MidfillError` if matplotlib is not installed, before anything is measured."""
     try:
         import matplotlib  # noqa: F401, ICN001, PLC0415 - an extra
     except ImportError as error:
@@ -30,7 +30,7 @@ def need_matplotlib() -> None:
 
 
 def plot(runs: Sequence[BackendRun], title: str, path: Path) -> None:
-    """Draw the latencies' distribution above the timeline of each contender. Raises `MidfillError`."""
+    """Draw the distribution of the latencies, and a timeline of each backend. Raises `MidfillError`."""
     need_matplotlib()
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
 
@@ -40,7 +40,7 @@ def plot(runs: Sequence[BackendRun], title: str, path: Path) -> None:
     _distribution(above, runs)
     for axes, run in zip(below, runs, strict=True):
         _timeline(axes, run)
-        # Contenders take turns: on one scale it can be seen when.
+        # Backends take turns; a shared time axis shows when.
         axes.sharex(below[0])
     try:
         figure.savefig(path, dpi=120)
@@ -49,7 +49,7 @@ def plot(runs: Sequence[BackendRun], title: str, path: Path) -> None:
 
 
 def _distribution(axes: Axes, runs: Sequence[BackendRun]) -> None:
-    """Cumulative shares, by contender and by where the suggestion came from."""
+    """Draw cumulative shares by backend and by source of the suggestion."""
     series: dict[str, list[float]] = {}
     for run in runs:
         for request in run.requests:
@@ -73,7 +73,7 @@ def _distribution(axes: Axes, runs: Sequence[BackendRun]) -> None:
             color="#777777",
         )
     _milliseconds(axes, "x")
-    axes.set_xlabel("from the request to the suggestion, ms (above: share of the next keys that come later)")
+    axes.set_xlabel("time from request to suggestion, ms (top: share of next keys that come later)")
     axes.set_ylabel("share of the suggestions")
     axes.grid(visible=True, alpha=0.2)
     longest = max((value for values in series.values() for value in values), default=0.0)
@@ -100,14 +100,14 @@ def _timeline(axes: Axes, run: BackendRun) -> None:
     _milliseconds(axes, "y")
     axes.set_title(run.name, fontsize=10)
     axes.set_xlabel("time of the request, s")
-    axes.set_ylabel("until the answer or the next key, ms")
+    axes.set_ylabel("time to the answer or the next key, ms")
     axes.grid(visible=True, alpha=0.2)
     if requests:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
 
 
 def _milliseconds(axes: Axes, axis: str) -> None:
-    """A logarithmic axis with plain numbers."""
+    """Make an axis logarithmic, with plain numbers."""
     from matplotlib.ticker import LogLocator  # noqa: PLC0415 - an extra
 
     (axes.set_xscale if axis == "x" else axes.set_yscale)("log", subs=())

@@ -1,11 +1,11 @@
-"""A person who types, against one or several contenders: every request, and what became of it.
+"""Type recorded sessions into one or several backends in real time, and record the outcome of each request.
 
-Plays episodes in real time. The editor asks after a key as the episode says, and takes a request back when
-the next key comes first. The user is an oracle: a suggestion that leads to the text that is to be typed is
-accepted when it appears; the keys that it saves are left out, and the typing goes on from there.
+Requests follow a key as recorded, and are cancelled when the next key comes first. The virtual user is an
+oracle: it accepts a suggestion at once if that leads to the text that it is going to type; the keys that this
+saves are skipped.
 
-Contenders take turns by episode, in an order that rotates, so that all see the same keys at the same times
-on the same machine; what differs is what they make unnecessary. `report` has the figures.
+Backends take turns by session, in rotating order, so that all get the same keys in the same minutes on the
+same machine. `replay_report` computes the figures.
 """
 
 from __future__ import annotations
@@ -27,18 +27,21 @@ _PROBE_S = 10.0
 
 @dataclass(slots=True)
 class BackendRun:
-    """What a contender did for the typist.
+    """The results of one backend.
 
     Attributes:
-        requests: in the order in which they were made.
-        jobs: what its model did for them.
-        num_keys: keys of the typist that were reached, accepted ones included.
-        num_skipped: of these, the keys that accepted suggestions made unnecessary.
-        seconds: of typing.
-        begun_s: `time.monotonic` of the first key of all contenders.
-        startup_s: from the start of the process to a model that is loaded.
-        first_suggestion_s: ... to the first suggestion, asked for then; None if none came.
-        late_s: how much later than it was due each key came. Whoever plays many typists at once must look.
+        name: the backend's name.
+        requests: all requests, in order.
+        jobs: the engine's work for them.
+        num_sessions: typing sessions that were played.
+        num_keys: keys that were reached, typed or skipped.
+        num_skipped: keys that accepted suggestions made unnecessary.
+        seconds: duration of the typing.
+        begun_s: `time.monotonic` at the first key of all backends.
+        startup_s: seconds from the start of the process until the model was loaded.
+        first_suggestion_s: seconds from the start to a first suggestion, requested then; None without one.
+        peak_rss_mb: peak memory.
+        late_s: delay of each key in seconds; shows whether a machine can play many virtual users at once.
     """
 
     name: str = "midfill"
@@ -57,14 +60,15 @@ class BackendRun:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How it is typed.
+    """How sessions are played.
 
     Attributes:
-        speed: all times are divided by it.
-        limit_s: ends the typing of a contender after so many seconds, if given.
+        speed: factor by which to type faster than recorded.
+        limit_s: maximum seconds of typing for each backend, if given.
         accepts: whether right suggestions are accepted; if not, they are typed through.
-        looks_inside: whether to note which requests are inside an earlier suggestion (`Asked.inside`). It
-            costs as much as a pipeline, which is too much for many typists in one process.
+        looks_inside: whether to determine which requests are inside an earlier suggestion
+            (`SuggestionRequest.inside`). That costs as much as a pipeline: too much for many virtual users in
+            one process.
     """
 
     speed: float = 1.0
@@ -79,9 +83,9 @@ async def replay(
     report: Callable[[str, float | None], None],
     pace: Pace | None = None,
 ) -> list[BackendRun]:
-    """Start the contenders, play the episodes to each of them, end them. Their sessions, in order.
+    """Start the backends, play the sessions to each of them, and end them; return a result for each.
 
-    Raises `MidfillError` if one cannot load its model or ends.
+    Raises `MidfillError` if one cannot load its model, or ends.
     """
     pace = pace or Pace()
     async with AsyncExitStack() as stack:
@@ -110,7 +114,7 @@ async def replay(
 
 
 async def _start(backend: Backend, report: Callable[[str, float | None], None]) -> BackendRun:
-    """Load its model and ask for one suggestion, as after opening an editor."""
+    """Start a backend and request one suggestion, as after opening an editor."""
     run = BackendRun(backend.name)
     begun = time.monotonic()
     await backend.start(report)
@@ -133,13 +137,13 @@ def _over(run: BackendRun, pace: Pace) -> bool:
 
 
 class SessionPlayer:
-    """One episode being typed for one contender."""
+    """Plays one typing session to one backend."""
 
     def __init__(
         self, run: BackendRun, backend: Backend, session: TypingSession, number: int, pace: Pace
     ) -> None:
         self._run = run
-        self._contender = backend
+        self._backend = backend
         self._session = session
         self._number = number
         self._speed = pace.speed
@@ -148,21 +152,21 @@ class SessionPlayer:
         self._begun_s = time.monotonic()
         left_s = None if pace.limit_s is None else pace.limit_s - run.seconds
         self._end_s = None if left_s is None else self._begun_s + left_s
-        # What the document is to become, key by key, for who accepts; and what it is now.
+        # The document after each key, to recognise right suggestions; and the document now.
         self._documents = session.documents() if pace.accepts else []
         self._document = Document.open(session.uri, session.language_id, 1, session.text)
         self._index = -1
         self._due_s = self._begun_s
-        # When the editor will ask for a suggestion; the request that is being answered.
+        # When the editor will request a suggestion; the request that is being answered.
         self._ask_s: float | None = None
-        self._flight: tuple[asyncio.Future[None], SuggestionRequest] | None = None
-        # What was suggested so far, with the document and the cursor that it was for.
+        self._pending: tuple[asyncio.Future[None], SuggestionRequest] | None = None
+        # Earlier requests, each with its document and cursor.
         self._suggested: list[tuple[Document, tuple[int, int], SuggestionRequest]] = []
 
     async def run(self) -> None:
-        """Open the document, type, close it."""
+        """Open the document, type the keys, and close it."""
         session, run = self._session, self._run
-        self._contender.open(self._document)
+        self._backend.open(self._document)
         while self._end_s is None or time.monotonic() < self._end_s:
             more = self._index + 1 < len(session.keys)
             gap_s = session.keys[self._index + 1].gap_s if more else session.rest_s
@@ -183,16 +187,16 @@ class SessionPlayer:
         self._cancel()
         run.seconds += time.monotonic() - self._begun_s
         run.num_sessions += 1
-        run.jobs += await self._contender.close(self._document)
+        run.jobs += await self._backend.close(self._document)
 
     async def _wait(self, until_s: float) -> int | None:
-        """Wait for the next key, asking meanwhile. The key up to which a suggestion leads, if one comes."""
+        """Wait for the next key, sending the request when due; return the key that a suggestion leads to."""
         if self._ask_s is not None and self._ask_s < until_s:
             await _sleep(self._ask_s)
             self._ask()
         self._ask_s = None
-        if self._flight is not None:
-            future, request = self._flight
+        if self._pending is not None:
+            future, request = self._pending
             await asyncio.wait({future}, timeout=max(0.0, until_s - time.monotonic()))
             if self._accepts and request.text and (reached := self._leads_to(request.text)) is not None:
                 return reached
@@ -200,7 +204,7 @@ class SessionPlayer:
         return None
 
     def _leads_to(self, text: str) -> int | None:
-        """Return the key after which the document is what it becomes when `text` is accepted now."""
+        """Return the index of the key after which the document equals that with `text` accepted now."""
         edited = self._documents[self._index].edit([self._insertion(text)], 0, Encoding.UTF16)
         for index in range(self._index + 1, len(self._documents)):
             document = self._documents[index]
@@ -213,25 +217,25 @@ class SessionPlayer:
         return Change(text, cursor, cursor)
 
     def _accept(self, reached: int) -> None:
-        """Insert the suggestion on the screen; the typing goes on behind it."""
-        if self._flight is None:
+        """Insert the suggestion, and continue typing after it."""
+        if self._pending is None:
             return
-        request = self._flight[1]
+        request = self._pending[1]
         request.accepted = True
         change = self._insertion(request.text)
         key = self._session.keys[reached]
         delay_s = self._session.keys[self._index].request_after_s
-        self._index, self._flight = reached, None
+        self._index, self._pending = reached, None
         self._due_s = time.monotonic()
         self._type(Key(0.0, (change,), key.cursor, delay_s))
 
     def _type(self, key: Key) -> None:
         self._document = self._document.edit(key.changes, self._document.version + 1, Encoding.UTF16)
-        self._contender.change(self._document, key.changes)
+        self._backend.change(self._document, key.changes)
         self._ask_s = None if key.request_after_s is None else self._due_s + key.request_after_s / self._speed
 
     def _ask(self) -> None:
-        """Send the request. When it is answered is noted, whatever the typist does then."""
+        """Send the request, and record when it is answered."""
         cursor = self._session.keys[self._index].cursor
         request = SuggestionRequest(
             self._number, time.monotonic(), inside=self._looks_inside and self._is_inside()
@@ -243,12 +247,12 @@ class SessionPlayer:
         def note(_: asyncio.Future[None]) -> None:
             request.answered_s = time.monotonic()
 
-        future = self._contender.ask(request, self._document, cursor)
+        future = self._backend.ask(request, self._document, cursor)
         future.add_done_callback(note)
-        self._flight = future, request
+        self._pending = future, request
 
     def _is_inside(self) -> bool:
-        """Whether what was typed since an earlier request is a beginning of what was suggested then."""
+        """Return whether the text typed since an earlier request is the begin of its suggestion."""
         for document, cursor, request in self._suggested:
             size = self._document.num_chars - document.num_chars
             if not request.text or not 0 < size < len(request.text):
@@ -259,13 +263,13 @@ class SessionPlayer:
         return False
 
     def _cancel(self) -> None:
-        """Cancel the request that is still being answered: the text has changed, or is being left."""
-        if self._flight is not None:
-            future, request = self._flight
+        """Cancel the pending request: the text has changed, or the session ends."""
+        if self._pending is not None:
+            future, request = self._pending
             if not future.done():
                 request.cancelled_s = time.monotonic()
-                self._contender.cancel(request)
-        self._flight = None
+                self._backend.cancel(request)
+        self._pending = None
 
 
 async def _sleep(until_s: float) -> None:

@@ -1,4 +1,4 @@
-"""The figures of a replay: one contender's, and several beside each other."""
+"""The figures of a replay: of one backend, and of several side by side."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from midfill.system.measure import kaplan_meier, percentiles, share
 
 _FREE = {"accepted", "shown", "empty"}
 _BY_MODEL = {"model", "joined", ""}
-"""Sources of a suggestion that the typist waited for while the model wrote it; "" if it is not told."""
+"""Sources of suggestions for which the model ran while the user waited; "" if the source is not known."""
 _AT_ONCE_MS = 5.0
 
 
 def summarise(run: BackendRun) -> dict[str, Any]:
-    """Return the figures, as `--json` prints them. Those that a contender does not tell are null.
+    """Return the figures as `--json` prints them. Figures that a backend does not report are null.
 
-    suggestion_ms: from a request to its answer, of the requests that were answered with a suggestion before
-        the next key. model_ran_ms: of these, those that waited for the model, if only to its end ("joined").
-    answer_ms: answers with nothing too. awaited_ms: to an answer, had nobody cancelled: cancelled requests
-        count as longer than they were.
-    first_token_warm_ms, first_token_cold_ms: from a request to the first token that its model gave, cancelled
-        ones too. Cold: until a prompt of the document has been computed once.
-    ms_per_token: of outputs of two tokens and more.
-    recomputed_tokens: prompt tokens that the model computed for a request, cancelled ones included; 0 where
-        it was not asked. recomputed_first_tokens: those of cold requests.
-    cancel_to_free_ms: from the next key, or whatever ended the interest in it, until the model was free.
-    cancel_to_answer_ms: from the next key to the answer to the cancelled request.
-    reused_share: suggestions without the model, of all that were shown.
-    inside_right_suggestion: requests in a text that is an earlier one with a beginning of its suggestion
-        typed since; the share of them that was answered with a suggestion without the model in less than
-        5 ms; the time to the answers.
-    generated_tokens: all that the model chose. wasted_tokens: of these, for nobody: those of work whose text
-        was never shown, and those behind the end of a suggestion.
-    unaccepted_tokens: of these, for a suggestion that was shown but not accepted.
-    keystrokes_saved: keys left out, less one for each acceptance.
-    samples: how many values the percentiles are of.
+    suggestion_ms: time from a request to a suggestion, of suggestions shown before the next key.
+        model_ran_ms: the same, of suggestions that waited for the model, also for one in flight ("joined").
+    answer_ms: time to an answer, with or without a suggestion. awaited_ms: the same without cancellations:
+        cancelled requests count as longer than observed (Kaplan-Meier).
+    first_token_warm_ms, first_token_cold_ms: time from a request to the first token, of cancelled requests
+        too. Cold: before the first prompt of the document has been computed.
+    ms_per_token: time per token, of outputs of at least two tokens.
+    recomputed_tokens: prompt tokens computed per request, cancelled ones included; 0 without the model.
+        recomputed_first_tokens: the same, of cold requests.
+    cancel_to_free_ms: time from the key, or whatever else ended a request, until the engine was free.
+    cancel_to_answer_ms: time from the key to the answer to the cancelled request.
+    reused_share: share of the shown suggestions for which the model did not run.
+    inside_right_suggestion: requests in a text that is an earlier one plus a typed part of its suggestion:
+        the share answered by a suggestion without the model in less than 5 ms, and the time to the answers.
+    generated_tokens: tokens that the model generated. wasted_tokens: those that were never shown: of other
+        outputs, or after the end of a suggestion.
+    unaccepted_tokens: tokens of suggestions that were shown but not accepted.
+    keystrokes_saved: skipped keys, less one for each acceptance.
+    outcomes: number of requests by outcome, see `backends.OUTCOMES`.
+    samples: number of values of the percentiles.
     """
     requests = run.requests
     outcomes = Counter(request.outcome for request in requests)
@@ -90,7 +90,7 @@ def summarise(run: BackendRun) -> dict[str, Any]:
 
 
 def _inside(requests: Sequence[SuggestionRequest]) -> dict[str, Any]:
-    """Return what became of the requests inside a suggestion that is right still."""
+    """Return the figures of requests inside an earlier suggestion that is being typed."""
     answered = [request for request in requests if request.outcome in _FREE]
     quick = [
         request
@@ -108,7 +108,7 @@ def _inside(requests: Sequence[SuggestionRequest]) -> dict[str, Any]:
 
 
 def _work_times(run: BackendRun) -> dict[str, list[float]]:
-    """Return what the jobs tell of times and of prompt tokens."""
+    """Return times and prompt tokens of the engine's jobs."""
     jobs: dict[tuple[int, int | None], list[EngineJob]] = {}
     for job in run.jobs:
         if not job.idle:
@@ -145,10 +145,10 @@ def _work_times(run: BackendRun) -> dict[str, list[float]]:
 
 
 def _freed_after_ms(request: SuggestionRequest, job: EngineJob) -> list[float]:
-    """How long the model went on after nobody wanted it: from the typist's key, if that is what ended it."""
+    """Return the milliseconds from the end of interest in a job, such as a key, until the engine was free."""
     if job.end != "cancelled" or job.freed_s is None or job.left_s is None:
         return []
-    # Work may outlive its request, because what is typed agrees with it; then a later edit ends it.
+    # A job outlives its request while the typed text agrees with it; then a later edit ends it.
     wanted_to_s = job.left_s
     if request.cancelled_s is not None and job.left_s - request.cancelled_s < _OUTLIVES_S:
         wanted_to_s = request.cancelled_s
@@ -156,11 +156,11 @@ def _freed_after_ms(request: SuggestionRequest, job: EngineJob) -> list[float]:
 
 
 _OUTLIVES_S = 0.02
-"""A server reads a cancellation within this time; work that is left later has been kept on purpose."""
+"""A server handles a cancellation within this time; a job that ended later was kept on purpose."""
 
 
 def _tokens(run: BackendRun) -> dict[str, int | None]:
-    """Tokens that were chosen, those that nobody saw, those that nobody wanted."""
+    """Return the numbers of generated tokens, of those never shown, and of those shown but not accepted."""
     counted = [job for job in run.jobs if job.num_generated is not None]
     if not counted:
         return dict.fromkeys(("generated_tokens", "wasted_tokens", "unaccepted_tokens"))
@@ -177,10 +177,10 @@ def _tokens(run: BackendRun) -> dict[str, int | None]:
 
 
 def _used(run: BackendRun) -> tuple[set[int], set[int]]:
-    """Return the jobs whose text was shown, and those whose text was accepted.
+    """Return the ids of the jobs whose text was shown, and of those whose text was accepted.
 
-    A suggestion for which the model ran comes from its own request's last job. One that was reused comes from
-    the newest job of the document that was left before and was not cancelled.
+    A suggestion for which the model ran comes from the last job of its request; a reused one, from the newest
+    job of the document that ended before and was not cancelled.
     """
     shown: set[int] = set()
     accepted: set[int] = set()
@@ -198,7 +198,7 @@ def _used(run: BackendRun) -> tuple[set[int], set[int]]:
             for job in good
             if job.session == request.session
             and (job.left_s or 0.0) <= request.answered_s
-            # Of work done ahead, only what is for this very text.
+            # Of prefetched jobs, only those for exactly this text.
             and (not job.idle or request.source in {"prefetch", "cache"})
         ]
         source = (
@@ -212,7 +212,7 @@ def _used(run: BackendRun) -> tuple[set[int], set[int]]:
 
 
 def compare(ours: BackendRun, others: Sequence[BackendRun]) -> dict[str, dict[str, Any]]:
-    """Ours divided by each other's, by name: below 1 is better for times, above 1 for the rest."""
+    """Return our figures divided by each baseline's: better below 1 for times, above 1 for the others."""
     found = {}
     for other in others:
         mine, theirs = summarise(ours), summarise(other)
@@ -247,27 +247,27 @@ _PERCENTS: dict[str, tuple[int, ...]] = {
 _ROWS = (
     ("suggestion_ms", "time to a suggestion, ms", "shown before the next key"),
     ("model_ran_ms", "... where the model ran, ms", ""),
-    ("answer_ms", "time to an answer, ms", "answers with nothing too"),
-    ("awaited_ms", "... if nobody cancelled, ms", "estimated: Kaplan-Meier"),
+    ("answer_ms", "time to an answer, ms", "also without a suggestion"),
+    ("awaited_ms", "... without cancellations, ms", "estimated (Kaplan-Meier)"),
     ("first_token_warm_ms", "time to the first token, warm, ms", "cancelled requests too"),
     ("first_token_cold_ms", "... the first in a document, ms", ""),
     ("ms_per_token", "ms per token", ""),
     ("recomputed_tokens", "prompt tokens computed", "per request, cancelled ones too"),
     ("recomputed_first_tokens", "... the first in a document", ""),
-    ("cancel_to_free_ms", "cancel to free, ms", "from the next key until the model is free"),
+    ("cancel_to_free_ms", "cancel to free, ms", "from the next key until the engine is free"),
     ("cancel_to_answer_ms", "... to the answer -32800, ms", ""),
     ("shown_before_next_key_share", "shown before the next key", "share of the requests"),
     ("reused_share", "suggestions without the model", ""),
-    ("inside_right_suggestion", "... inside a suggestion still right", "in less than 5 ms"),
+    ("inside_right_suggestion", "... while typing a suggestion", "in less than 5 ms"),
     ("cancelled_share", "cancelled", "share of the requests"),
     ("keystrokes_saved", "keystrokes saved", "less one for each acceptance"),
     ("keystrokes_saved_share", "... share of the keys", ""),
     ("generated_tokens", "tokens generated", ""),
-    ("wasted_tokens", "... for nobody", "cancelled, or never shown"),
+    ("wasted_tokens", "... never shown", "cancelled, or not used"),
     ("unaccepted_tokens", "... shown, not accepted", ""),
     ("outcomes", "outcomes", ""),
     ("sources", "suggestions from", ""),
-    ("reasons", "nothing, because", ""),
+    ("reasons", "no suggestion, because", ""),
     ("peak_rss_mb", "peak memory, MB", ""),
     ("startup_s", "start to model loaded, s", ""),
     ("first_suggestion_s", "start to first suggestion, s", ""),
@@ -275,7 +275,7 @@ _ROWS = (
 
 
 def table(summary: dict[str, Any]) -> Any:
-    """Return the figures for a person: a rich table, with a column for each contender."""
+    """Return the figures as a rich table with a column for each backend."""
     from rich.table import Table  # noqa: PLC0415 - only a person needs it
 
     others = summary.get("others", {})
@@ -296,7 +296,7 @@ def table(summary: dict[str, Any]) -> Any:
 
 
 def cell(key: str, value: Any) -> str:
-    """Return a figure for a person; shares as per cent."""
+    """Return a figure as text; shares in per cent."""
     if isinstance(value, dict):
         parts = (f"{name} {'-' if item is None else item}" for name, item in value.items())
         return "  ".join(parts) or "-"

@@ -1,12 +1,12 @@
-"""Many people who type, without a model: what `load` measures, computed from measured service times.
+"""Predict a load test without a model: a discrete event simulation of virtual users and engine replicas.
 
-A discrete event simulation of typists and replicas of an engine. Keys and requests come as in the episodes;
-a request is answered by what is there, joins what is being computed, or is computed; keys take requests back
-and end what they contradict, as in `suggestions`. A replica works in steps. Which request gets what of
-a step is decided by the engine's own scheduler and slots, on made-up tokens. Pure: no clock, no model.
+Keys and requests come as in the typing sessions. A request is answered from the cache, joins an in-flight
+completion, or starts one; keys cancel requests and end completions that they contradict, as in the real
+pipeline. A replica works in steps, which the engine's own scheduler and KV slots fill, on made-up tokens.
+Service times come from an `EngineProfile`. Pure: no clock, no model.
 
-What is left out: context from other files; guesses but for their mean effect on one request alone; the
-network, but for its mean delay.
+Not simulated: context from other files; speculative decoding except its mean effect on a single request; the
+network except its mean delay.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from midfill.errors import EngineOverloadedError
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSet:
-    """What serves.
+    """The replicas of an engine, and how requests are routed to them.
 
     Attributes:
-        replicas: engines, each as measured.
-        sticky: a typist's requests go to the same one, where the prompt is computed already, unless it is
-            much busier than another (`spill`); else each goes to the least loaded one.
-        spill: how many more requests than on the least loaded one that is.
-        same_files: whether typists at the same place of the same episode share what is computed, as in a
-            measured run; in a team hardly anybody types the same text.
+        replicas: number of engines, each as measured.
+        sticky: send a user's requests to the same replica, which has the prompt in its KV cache, unless that
+            is much busier than another (`spill`); otherwise send each to the least loaded replica.
+        spill: requests above those of the least loaded replica from which on a replica is too busy.
+        same_files: whether users who type the same session share the KV cache, as in a measured run; in a
+            team hardly any two users type the same text.
     """
 
     replicas: int = 1
@@ -51,16 +51,16 @@ class ReplicaSet:
 
 
 @dataclass(slots=True, eq=False)
-class _InFlightCompletion:
-    """A place that is being computed for a typist.
+class _InFlight:
+    """A completion that is being computed for a virtual user.
 
     Attributes:
         key: after which it was asked for.
         num_prompt: tokens of its prompt.
-        ahead: of its time, while the typist rests.
-        waiting: whether the typist waits for it.
+        ahead: whether it is a prefetch, while the user is idle.
+        waiting: whether the user waits for it.
         num_steps: that are done, the one of the first token included.
-        lingers: counts the moments in which nobody began to wait.
+        lingers: how often it was left without a waiting user.
     """
 
     virtual_user: _VirtualUser
@@ -78,7 +78,7 @@ class _InFlightCompletion:
     over: bool = False
 
     def agrees(self, key: int) -> bool:
-        """Return whether the text after that key agrees with what has been written by now."""
+        """Return whether the text after a key agrees with the tokens generated so far."""
         typed, same = _follows(self.cost, self.key, key)
         if same < 0:
             return False
@@ -101,22 +101,22 @@ def _follows(cost: CompletionCost, at: int, key: int) -> tuple[int, int]:
 
 @dataclass(slots=True, eq=False)
 class _Pass:
-    """A step that is under way, from `began_s` on: it takes `seconds`, and each part of it `part_s`."""
+    """A step that runs from `began_s` on for `seconds`, in parts of `part_s` each."""
 
     chunks: list[Chunk]
     began_s: float
     seconds: float
     part_s: float
-    leaves: bool = False  # when the part under way ends, if nobody waits for it by then
+    leaves: bool = False  # whether it is to be aborted at the end of the present part
 
     @property
     def work(self) -> list[tuple[int, int, list[int]]]:
-        """What is computed."""
+        """The tokens that the step computes."""
         return [(chunk.slot, chunk.start, chunk.tokens) for chunk in self.chunks]
 
 
 class _Replica:
-    """An engine."""
+    """A replica of the engine."""
 
     def __init__(self, simulation: Simulation, profile: EngineProfile, most: int) -> None:
         capacity = profile.capacity
@@ -130,9 +130,9 @@ class _Replica:
             step_sequences=capacity.sequences,
             max_waiting=MAX_WAITING if capacity.newest_first else 1_000_000,
         )
-        self.queue: deque[_InFlightCompletion] = deque()
-        self.completions: dict[Tokens, _InFlightCompletion] = {}
-        self.gone: list[_InFlightCompletion] = []
+        self.queue: deque[_InFlight] = deque()
+        self.completions: dict[Tokens, _InFlight] = {}
+        self.gone: list[_InFlight] = []
         self._pass: _Pass | None = None
         self._left: tuple[list[tuple[int, int, list[int]]], float] | None = None  # what, seconds of it done
         self._has_news = False
@@ -142,11 +142,11 @@ class _Replica:
 
     @property
     def load(self) -> int:
-        """Requests that are here."""
+        """Number of requests, running and queued."""
         return len(self.completions) + len(self.queue)
 
-    def take(self, completion: _InFlightCompletion, now: float) -> bool:
-        """Return a request comes. Returns whether it is let in."""
+    def take(self, completion: _InFlight, now: float) -> bool:
+        """Accept a request; return False if it is rejected for overload."""
         self._stops_warming |= self._profile.capacity.apart
         if self._profile.capacity.newest_first:
             try:
@@ -163,7 +163,7 @@ class _Replica:
         return True
 
     def warm(self, sequence: Tokens, now: float) -> None:
-        """Compute a prompt when there is nothing else to do; a newer one takes its place."""
+        """Compute a prompt ahead when idle; it replaces an older one."""
         capacity = self._profile.capacity
         if not capacity.warms or (capacity.apart and self.load):
             return
@@ -205,11 +205,11 @@ class _Replica:
             self._simulation.later(this.began_s + seconds, self.end, this)
 
     def look(self, now: float, *, news: bool = True) -> None:
-        """Something has changed: a step that nobody waits for is left when the part under way ends.
+        """React to a change: abort the step after its present part if it is not needed any more.
 
         Args:
             now: the time.
-            news: whether the engine is told; else it sees it when it is told something else.
+            news: whether the engine is notified; if not, it notices at the next notification.
         """
         self._has_news |= news
         this = self._pass
@@ -239,12 +239,10 @@ class _Replica:
             self.begin(now)
 
     def _admit(self) -> None:
-        """Who came first gets a place, where that decides. Idle work takes none from those who wait."""
+        """Admit queued requests, first come, first served; idle work only if no request waits."""
         capacity = self._profile.capacity
         while self.queue:
-            held = sum(
-                completion.waiting or not capacity.knows_idle for completion in self.completions.values()
-            )
+            held = sum(one.waiting or not capacity.knows_idle for one in self.completions.values())
             if held >= capacity.sequences:
                 return
             completion = next((one for one in self.queue if one.waiting), self.queue[0])
@@ -256,7 +254,7 @@ class _Replica:
                 self.completions[completion.sequence] = completion
 
     def end(self, now: float, this: _Pass) -> None:
-        """A step has ended: each request has a token more, or more of its prompt is computed."""
+        """End a step: each of its requests has one more token, or more of its prompt computed."""
         if this is not self._pass:
             return
         for chunk in this.chunks:
@@ -279,14 +277,14 @@ class _Replica:
                 completion.virtual_user.written(completion, now)
         self.begin(now)
 
-    def leave(self, completion: _InFlightCompletion) -> None:
-        """A request ends."""
+    def leave(self, completion: _InFlight) -> None:
+        """Remove a request."""
         if self.completions.pop(completion.sequence, None) is not None:
             self.scheduler.remove(completion.sequence)
 
 
 class _VirtualUser:
-    """Somebody who types, and the pipeline that answers."""
+    """A virtual user with the pipeline that answers it."""
 
     def __init__(self, simulation: Simulation, number: int, order: Iterator[int]) -> None:
         self._simulation = simulation
@@ -302,7 +300,7 @@ class _VirtualUser:
         self._visit += 1
         self._key = -1
         self._next_key_s = math.inf
-        self._completions: list[_InFlightCompletion] = []
+        self._completions: list[_InFlight] = []
         self._kept: dict[int, CompletionCost] = {}
         self._ahead: set[int] = set()
         self._request: SuggestionRequest | None = None
@@ -315,7 +313,7 @@ class _VirtualUser:
         self._warm_up_when_idle(now)
 
     def _warm_up_when_idle(self, now: float) -> None:
-        """Who rests for long has the prompt of the place computed; at first that of the end of the text."""
+        """Compute the prompt at the cursor ahead if the user stays idle; at first, at the end of the text."""
         if now + RENEW_S < self._next_key_s:
             self._simulation.later(now + RENEW_S, self._warm, (self._visit, self._key))
 
@@ -330,11 +328,11 @@ class _VirtualUser:
 
     @property
     def _owner(self) -> str | None:
-        """Whose computed prompts its requests may use."""
+        """The owner of the KV cache that its requests may reuse; None is everybody."""
         return None if self._simulation.replica_set.same_files else str(self.number)
 
     def type(self, now: float, _: Any) -> None:
-        """The next key, or the end of the episode."""
+        """Type the next key, or end the session."""
         session = self._session
         self._cancel(now)
         if self._key + 1 >= len(session.keys):
@@ -366,18 +364,18 @@ class _VirtualUser:
             if completion.waiting:
                 self._linger(completion, now)
 
-    def _linger(self, completion: _InFlightCompletion, now: float) -> None:
+    def _linger(self, completion: _InFlight, now: float) -> None:
         completion.waiting = False
         completion.replica.look(now, news=False)
         completion.lingers += 1
         self._simulation.later(now + LINGER_S, self._stop_lingering, (completion, completion.lingers))
 
-    def _stop_lingering(self, now: float, what: tuple[_InFlightCompletion, int]) -> None:
+    def _stop_lingering(self, now: float, what: tuple[_InFlight, int]) -> None:
         completion, lingers = what
         if not completion.waiting and completion.lingers == lingers and not completion.over:
             self._end(completion, now)
 
-    def _end(self, completion: _InFlightCompletion, now: float) -> None:
+    def _end(self, completion: _InFlight, now: float) -> None:
         if completion in self._completions:
             self._completions.remove(completion)
         if not completion.over:
@@ -386,7 +384,7 @@ class _VirtualUser:
             completion.replica.look(now)
 
     def ask(self, now: float, _: Any) -> None:
-        """The editor asks."""
+        """Send the editor's request."""
         request = self._request = SuggestionRequest(self._session_number, now)
         self._simulation.requests.append(request)
         if self._key not in self._session.costs and self._key not in self._session.covered:
@@ -395,7 +393,7 @@ class _VirtualUser:
         self._resolve(now)
 
     def _resolve(self, now: float) -> None:
-        """Answer with what there is, or join what is computed, or have it computed."""
+        """Answer from the cache, or join an in-flight completion, or start one."""
         for key, cost in reversed(self._kept.items()):
             if self._covers(key, cost):
                 at_s = now + self._simulation.profile.reuse_ms / 1000
@@ -409,15 +407,15 @@ class _VirtualUser:
         self._launch(now, self._cost(), self._key)
 
     def _covers(self, key: int, cost: CompletionCost) -> bool:
-        """Return whether what was suggested there holds here."""
+        """Return whether the suggestion of an earlier key answers the present request."""
         typed, same = _follows(cost, key, self._key)
         covered = self._session.covered
-        # Beyond the suggestion, what the model went on with may do, where it did for the typist who waited.
+        # Beyond the shown suggestion, the rest of the model's text may do, if it did in the profile.
         goes_on = self._key in covered and covered[self._key] == covered.get(key, key)
         return typed == same and (typed < cost.shown or (goes_on and typed < cost.chars))
 
     def _cost(self) -> CompletionCost:
-        """Return what is to be computed here. Where one typist who waits has it already, the rest of that."""
+        """Return the cost of a completion here; where the profile reused a result, that of its rest."""
         session = self._session
         if (cost := session.costs.get(self._key)) is not None:
             return cost
@@ -439,7 +437,7 @@ class _VirtualUser:
         tokens = self._simulation.prompt(self._session_number, key, cost, ahead=ahead)
         sequence = Tokens(self._owner, tokens, Priority.IDLE if ahead else Priority.INTERACTIVE)
         replica = self._simulation.route(self.number)
-        completion = _InFlightCompletion(
+        completion = _InFlight(
             self, self._visit, key, cost, now, sequence, len(tokens), replica, ahead=ahead, waiting=not ahead
         )
         self._simulation.launched.append(completion)
@@ -449,27 +447,27 @@ class _VirtualUser:
             return
         self._simulation.later(now + self._simulation.profile.deadline_s, self._time_out, completion)
 
-    def _time_out(self, now: float, completion: _InFlightCompletion) -> None:
+    def _time_out(self, now: float, completion: _InFlight) -> None:
         if not completion.over:
             self._end(completion, now)
             self._fail(completion, now)
 
-    def _fail(self, completion: _InFlightCompletion, now: float) -> None:
+    def _fail(self, completion: _InFlight, now: float) -> None:
         if completion in self._completions:
             self._completions.remove(completion)
         completion.over = True
         if completion.waiting and self._request is not None:
             self._answer(now, "", "none", "deadline")
 
-    def written(self, completion: _InFlightCompletion, now: float) -> None:
-        """The model has written one more token."""
+    def written(self, completion: _InFlight, now: float) -> None:
+        """Handle one more token of a completion."""
         if not completion.agrees(self._key):
             self._end(completion, now)
             if completion.waiting and self._request is not None:
                 self._resolve(now)
 
-    def finished(self, completion: _InFlightCompletion, now: float) -> None:
-        """The model has come to the end of a suggestion."""
+    def finished(self, completion: _InFlight, now: float) -> None:
+        """Handle the end of a completion."""
         if completion not in self._completions:
             return
         self._completions.remove(completion)
@@ -492,20 +490,16 @@ class _VirtualUser:
             self._resolve(now)
 
     def _answer(self, at_s: float, text: str, source: str, reason: str | None = None) -> None:
-        """The answer is there at that time. If the next key comes before, that takes the request back."""
+        """Answer the request at a time, unless the next key cancels it before."""
         if self._request is None or at_s >= self._next_key_s:
             return
         self._warm_up_when_idle(at_s)
         request, self._request = self._request, None
-        request.answered_s = at_s
-        request.text, request.source, request.reason = (
-            text,
-            source if text else "none",
-            None if text else reason,
-        )
+        request.answered_s, request.text = at_s, text
+        request.source, request.reason = (source, None) if text else ("none", reason)
 
     def _look_ahead(self, key: int, cost: CompletionCost, at_s: float) -> None:
-        """While the typist rests, what comes next is computed, as if the suggestion had been accepted."""
+        """Prefetch as if the suggestion had been accepted, if the user stays idle."""
         if at_s + REST_S < self._next_key_s:
             self._simulation.later(at_s + REST_S, self._prefetch, (self._visit, self._key, key, cost))
 
@@ -518,13 +512,13 @@ class _VirtualUser:
 
 @dataclass(slots=True)
 class Simulation:
-    """See the module. `run` once."""
+    """One simulation; call `run` once."""
 
     profile: EngineProfile
     plan: LoadPlan
     replica_set: ReplicaSet
     requests: list[SuggestionRequest] = field(default_factory=list)
-    launched: list[_InFlightCompletion] = field(default_factory=list)
+    launched: list[_InFlight] = field(default_factory=list)
     _events: list[tuple[float, int, Callable[[float, Any], None], Any]] = field(default_factory=list)
     _counter: Iterator[int] = field(default_factory=itertools.count)
     _replicas: list[_Replica] = field(default_factory=list)
@@ -544,7 +538,7 @@ class Simulation:
                 self._prompts[number, key] = before
 
     def run(self) -> dict[str, Any]:
-        """Return `load.figures` of it, and the share of the time that the replicas work."""
+        """Run the simulation; return `load.figures` of it."""
         for user in range(self.plan.users):
             delay_s, order = self.plan.order(user, len(self.profile.sessions))
             virtual_user = _VirtualUser(self, user, order)
@@ -555,19 +549,19 @@ class Simulation:
             action(now, what)
         for request in self.requests:
             if request.answered_s is None:
-                # Whoever stops typing takes back what was asked for last.
+                # The last request of each user is cancelled at the end.
                 request.cancelled_s = request.answered_s = self.plan.seconds
                 request.code = CANCELLED
         return figures(self.requests, [_job(completion) for completion in self.launched], 0.0, self.plan)
 
     def later(self, at_s: float, action: Callable[[float, Any], None], what: Any) -> None:
-        """Call `action(at_s, what)` then."""
+        """Schedule the call `action(at_s, what)`."""
         heapq.heappush(self._events, (at_s, next(self._counter), action, what))
 
     def prompt(
         self, session: int, key: int, cost: CompletionCost | None, *, ahead: bool = False
     ) -> list[int]:
-        """Tokens of a place that have in common what its prompts have in common; -1: the end of the text."""
+        """Return made-up tokens of a key's prompt (-1: end of the text), with the real common prefixes."""
         known = self._prompts.get((session, key))
         if known is None:
             before = max(at for number, at in self._prompts if number == session and at < key)
@@ -575,7 +569,7 @@ class Simulation:
         return [*known, *([-3] * (cost.steps + 1))] if ahead and cost is not None else list(known)
 
     def route(self, user: int) -> _Replica:
-        """Return which replica gets a request."""
+        """Return the replica for a user's request."""
         if self.replica_set.replicas == 1:
             return self._replicas[0]
         least = min(self._replicas, key=lambda replica: replica.load)
@@ -585,7 +579,7 @@ class Simulation:
         return own if own.load <= least.load + self.replica_set.spill else least
 
 
-def _job(completion: _InFlightCompletion) -> EngineJob:
+def _job(completion: _InFlight) -> EngineJob:
     reused = completion.sequence.num_reused  # None until its turn has come
     return EngineJob(
         -1,
@@ -600,5 +594,5 @@ def _job(completion: _InFlightCompletion) -> EngineJob:
 
 
 def predict(profile: EngineProfile, plan: LoadPlan, replica_set: ReplicaSet | None = None) -> dict[str, Any]:
-    """Return what `load.play` would measure; see `load.figures`."""
+    """Predict the figures that `load.play` would measure; see `load.figures`."""
     return Simulation(profile, plan, replica_set or ReplicaSet(same_files=True)).run()

@@ -1,8 +1,8 @@
-"""Typed sessions: what was open, which keys came when, and where suggestions were asked for.
+"""Recorded typing: documents, keys with their times, and requests for suggestions.
 
-An episode is one document and the keys typed into it at one place. `read_trace` takes it from a file of
-JSON lines, `{"t": milliseconds, "send": {"method", "params"}}`, with the messages of LSP. Knows nothing
-of servers; pure but for reading the file.
+A typing session is one document and the keys typed into it at one place. `read_trace` reads sessions from a
+file of JSON lines, `{"t": milliseconds, "send": {"method", "params"}}`, with LSP messages. Knows nothing of
+servers; pure except for reading the file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from midfill.text.documents import Change, Document, Encoding
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One edit of the typist.
+    """One edit by a key.
 
     Attributes:
-        gap_s: seconds since the key before, or since the document was opened.
-        changes: what it does to the text; positions count in UTF-16.
+        gap_s: seconds since the previous key, or since the document was opened.
+        changes: the changes of the text; positions in UTF-16.
         cursor: (line, character) after it.
-        request_after_s: seconds until the editor asks for a suggestion, if no other key comes first;
-            None if it does not ask.
+        request_after_s: seconds until the editor requests a suggestion, if no other key comes first; None if
+            it does not.
     """
 
     gap_s: float
@@ -39,7 +39,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class TypingSession:
-    """A document and what was typed into it.
+    """A document and the keys typed into it.
 
     Attributes:
         rest_s: seconds from the last key until the document is closed.
@@ -53,7 +53,7 @@ class TypingSession:
 
     @property
     def seconds(self) -> float:
-        """How long it takes."""
+        """Duration in seconds."""
         return sum(key.gap_s for key in self.keys) + self.rest_s
 
     def documents(self) -> list[Document]:
@@ -67,7 +67,7 @@ class TypingSession:
 
 
 def read_trace(path: Path) -> list[TypingSession]:
-    """Return sessions of a .jsonl or .jsonl.gz file. Raises `MidfillError` naming the file and the line."""
+    """Read the sessions of a .jsonl or .jsonl.gz file. Raises `MidfillError` naming file and line."""
     number = 0
     reader = _Reader()
     try:
@@ -77,20 +77,20 @@ def read_trace(path: Path) -> list[TypingSession]:
                     reader.read(json.loads(line))
             sessions = reader.end()
     except UnicodeDecodeError as error:
-        raise MidfillError(f"{path}, line {number + 1}: not text in UTF-8.") from error
+        raise MidfillError(f"{path}, line {number + 1}: this is not text in UTF-8.") from error
     except (OSError, EOFError) as error:
         raise MidfillError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error) or "not a message"
-        raise MidfillError(f"{path}, line {number}: not a row of a typing trace ({why}).") from error
+        raise MidfillError(f"{path}, line {number}: this is not a row of a typing trace ({why}).") from error
     if not sessions:
-        raise MidfillError(f"{path} has no session in which something is typed.")
+        raise MidfillError(f"{path} has no session with typing in it.")
     return sessions
 
 
 @dataclass(slots=True)
 class _Reader:
-    """Rows to episodes. One document is open at a time."""
+    """Converts rows to sessions. One document is open at a time."""
 
     sessions: list[TypingSession] = field(default_factory=list)
     open: TypingSession | None = None
@@ -98,7 +98,7 @@ class _Reader:
     key_s: float = 0.0
 
     def read(self, row: Any) -> None:
-        """Take one row. Raises `ValueError` (`MalformedError`), `KeyError` or `TypeError` if it is none."""
+        """Process one row. Raises `ValueError` (`MalformedError`), `KeyError` or `TypeError` if invalid."""
         now_s, method, params = float(row["t"]) / 1000, row["send"]["method"], row["send"].get("params")
         if now_s < self.last_s:
             raise MalformedError(f"its time {row['t']} is before that of the row above")
@@ -126,11 +126,11 @@ class _Reader:
         elif method == "textDocument/didClose":
             self._of(read_uri(params))
             self._close(now_s)
-        # `$/cancelRequest` and the like: the replay makes its own.
+        # `$/cancelRequest` and other messages are skipped: the replay sends its own.
         self.last_s = now_s
 
     def end(self) -> list[TypingSession]:
-        """Return all episodes in which something is typed."""
+        """Return all sessions with at least one key."""
         self._close(self.last_s)
         return self.sessions
 
@@ -146,12 +146,12 @@ class _Reader:
 
 
 def cursor_after(change: Change) -> tuple[int, int]:
-    """Return where an edit that has a range leaves the cursor: behind its text, in UTF-16."""
+    """Return the cursor (in UTF-16) after an edit that has a range: at the end of its text."""
     line, column = change.start or (0, 0)
     *above, last = change.text.split("\n")
     return line + len(above), len(last.encode("utf-16-le")) // 2 + (0 if above else column)
 
 
 def total_s(sessions: Iterable[TypingSession]) -> float:
-    """Return how long all of them take."""
+    """Return the duration of all sessions in seconds."""
     return sum(session.seconds for session in sessions)
