@@ -1,6 +1,6 @@
 """`midfill bench engine`: prefill and decoding speed of the local engine, beside baselines.
 
-All engines run the same weights and prompts in turn (ours, generate, llama.cpp, ...), after a warm-up, and the
+All engines run the same prompts in turn (ours, generate, llama.cpp, ours, ...), after a warm-up; their
 medians are compared. Baselines run in separate processes, so that the peak memory is our engine's. Uses the
 engine's contract only; knows no torch.
 """
