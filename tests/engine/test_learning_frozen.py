@@ -103,7 +103,7 @@ def test_gradients_are_those_of_the_rounded_weights(kind, examples, tmp_path, mo
 def test_what_is_computed_again_is_what_was_computed(kind, examples, tmp_path, monkeypatch):
     model = base(kind, tmp_path)
     found = gradients(adapted(model), examples[0])
-    monkeypatch.setattr("midfill.training.model.keep_less", lambda _: None)
+    monkeypatch.setattr("midfill.training.model.checkpoint_activations", lambda _: None)
     expected = gradients(adapted(model), examples[0])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
@@ -126,7 +126,7 @@ def test_less_is_kept_for_the_way_back(model, examples, monkeypatch):
         return sum(storages.values())
 
     less = kept(adapted(model))
-    monkeypatch.setattr("midfill.training.model.keep_less", lambda _: None)
+    monkeypatch.setattr("midfill.training.model.checkpoint_activations", lambda _: None)
     everything = kept(adapted(model))
     assert less < 0.6 * everything
 

@@ -184,18 +184,10 @@ class Registry:
             # Check the copy: the original may change meanwhile.
             adapter = peft_format.read(copy, layers)
             entries = self.entries()
-            for other in entries:
-                if other.digest == adapter.digest and other.name != name:
-                    raise AdapterError(f"This adapter is registered already, as {other.name!r}.")
-                if other.name == name and other.digest != adapter.digest:
-                    raise AdapterError(
-                        f"The name {name!r} is taken by another adapter. Choose another name, or remove that "
-                        f"adapter: midfill adapter rm {name}"
-                    )
-                if other.name == name:
-                    changed = replace(other, judgement=judgement or other.judgement)
-                    self._write([changed if entry is other else entry for entry in entries])
-                    return changed
+            if (known := _known(entries, name, adapter.digest)) is not None:
+                changed = replace(known, judgement=judgement or known.judgement)
+                self._write([changed if entry is known else entry for entry in entries])
+                return changed
             entry = Entry(
                 name=name,
                 digest=adapter.digest,
@@ -295,6 +287,24 @@ class Registry:
 
 
 _STORED = ("name", "digest", "base", "fingerprint", "created", "rank", "num_parameters", "source")
+
+
+def _known(entries: list[Entry], name: str, digest: str) -> Entry | None:
+    """Return the entry with this name and digest, or None.
+
+    Raises `AdapterError` if the name belongs to another adapter, or the adapter has another name.
+    """
+    for entry in entries:
+        if entry.digest == digest and entry.name != name:
+            raise AdapterError(f"This adapter is registered already, as {entry.name!r}.")
+        if entry.name == name and entry.digest != digest:
+            raise AdapterError(
+                f"The name {name!r} is taken by another adapter. Choose another name, or remove that "
+                f"adapter: midfill adapter rm {name}"
+            )
+        if entry.name == name:
+            return entry
+    return None
 
 
 def is_name(name: str) -> bool:

@@ -100,21 +100,28 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
         await plain.close()
         await adapted.close()
         forget_merged(model.path)  # delete hundreds of megabytes that are not used again
-    medians = {name: median(values) for name, values in times.items()}
-    # The fastest tenth is less disturbed by other programs.
-    quick = {name: percentile(values, 10) or 0.0 for name, values in times.items()}
     return {
         "model": info.name,
         "device": info.device,
         "dtype": info.dtype,
         "rank": plan.rank,
+        **_figures(times),
+        "swaps": swaps,
+        "peak_rss_mb": peak_rss_mb(os.getpid()),
+    }
+
+
+def _figures(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Return the figures of the times of tokens, each absolute and relative to the base."""
+    medians = {name: median(values) for name, values in times.items()}
+    # The fastest tenth is less disturbed by other programs.
+    quick = {name: percentile(values, 10) or 0.0 for name, values in times.items()}
+    return {
         "decode_ms": {name: round(value, 2) for name, value in medians.items()},
         "decode_ratio": {name: round(value / medians["base"], 3) for name, value in medians.items()},
         "quickest_tenth_ms": {name: round(value, 2) for name, value in quick.items()},
         "quickest_tenth_ratio": {name: round(value / quick["base"], 3) for name, value in quick.items()},
         "tokens": {name: len(values) for name, values in times.items()},
-        "swaps": swaps,
-        "peak_rss_mb": peak_rss_mb(os.getpid()),
     }
 
 

@@ -196,40 +196,54 @@ class _Inbox:
         return message.get("id") in self._cancelled
 
 
-def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
-    """Load the model into plain transformers: fp32 on a CPU, bfloat16 on a GPU."""
-    import torch  # noqa: PLC0415 - only in this process
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+class _TokenClock:
+    """A streamer that records when the prompt, and then each token, was passed to it."""
 
-    from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415 - takes seconds for a large vocabulary
+    def __init__(self) -> None:
+        self.at_s: list[float] = []
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    model = model.to(device).eval()
-    tokenizer = load_tokenizer(Path(path))
+    def put(self, value: Any) -> None:
+        value.cpu()
+        self.at_s.append(time.perf_counter())
 
-    class Clock:
-        """A streamer that records when the prompt, and then each token, was passed to it."""
+    def end(self) -> None:
+        pass
 
-        def __init__(self) -> None:
-            self.at_s: list[float] = []
 
-        def put(self, value: Any) -> None:
-            value.cpu()
-            self.at_s.append(time.perf_counter())
+class _Generate:
+    """Plain transformers: fp32 on a CPU, bfloat16 on a GPU."""
 
-        def end(self) -> None:
-            pass
+    def __init__(self, path: str, inbox: _Inbox, device: str) -> None:
+        import torch  # noqa: PLC0415 - only in this process
+        from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-    def run(message: dict[str, Any], stopped: Callable[[list[int]], bool]) -> Run:
+        from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415 - takes seconds for a large vocabulary
+
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32 if device == "cpu" else torch.bfloat16,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        self._model: Any = model.to(device).eval()
+        self._tokenizer = load_tokenizer(Path(path))
+        self._inbox = inbox
+        self._device = device
+
+    def answer(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Answer one message."""
+        if "place" in message:
+            return self.fill(message)
+        return asdict(self.run(message, lambda _ids: False))
+
+    def run(self, message: dict[str, Any], stopped: Callable[[list[int]], bool]) -> Run:
+        """Generate as the message says; `stopped` gets the tokens so far and ends the output."""
+        import torch  # noqa: PLC0415 - only in this process
+
         tokens, num_new, stop_ids = message["tokens"], message["num_new"], message.get("stop_ids") or []
-        clock = Clock()
-        prompt = torch.tensor([tokens], device=device)
+        clock = _TokenClock()
+        prompt = torch.tensor([tokens], device=self._device)
         ends = {"eos_token_id": stop_ids} if stop_ids else {"min_new_tokens": num_new}
 
         def criterion(ids: Any, _scores: Any, **_: Any) -> Any:
@@ -237,7 +251,7 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
             return torch.full((1,), done, dtype=torch.bool, device=ids.device)
 
         with torch.inference_mode():
-            out = model.generate(
+            out = self._model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=num_new,
@@ -255,7 +269,8 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
             ids.pop()
         return Run(ids, first - begun, len(tokens), decode_s)
 
-    def fill(message: dict[str, Any]) -> dict[str, Any]:
+    def fill(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Generate a suggestion with the stop rules and the cleaning of midfill's pipeline."""
         from midfill.completion.postprocess.clean import clean, stop  # noqa: PLC0415 - the same
         from midfill.completion.postprocess.cursor_context import Place  # noqa: PLC0415 - not for the comparison of speeds
         from midfill.completion.postprocess.received import received  # noqa: PLC0415 - the same
@@ -264,10 +279,13 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
         place = Place(before, after, tuple(following))
 
         def stopped(ids: list[int]) -> bool:
-            return inbox.cancelled(message) or stop(received(tokenizer.decode(ids), place), place) is not None
+            return (
+                self._inbox.cancelled(message)
+                or stop(received(self._tokenizer.decode(ids), place), place) is not None
+            )
 
-        done = run(message | {"stop_ids": sorted(tokenizer.control_ids)}, stopped)
-        raw = received(tokenizer.decode(done.ids), place)
+        done = self.run(message | {"stop_ids": sorted(self._tokenizer.control_ids)}, stopped)
+        raw = received(self._tokenizer.decode(done.ids), place)
         end = stop(raw, place)
         text, _ = clean(
             raw[:end], place, complete=end is not None or len(done.ids) < message["num_new"], forbidden=()
@@ -278,8 +296,6 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
             "prefill_s": done.prefill_s,
             "decode_s": done.decode_s,
         }
-
-    return lambda message: fill(message) if "place" in message else asdict(run(message, lambda _ids: False))
 
 
 def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[_Answer, str]:
@@ -344,7 +360,7 @@ def main(kind: str, path: str, options: str) -> None:
         try:
             inbox = _Inbox()
             if kind == GENERATE:
-                answer = _load_generate(path, inbox, given["device"])
+                answer: _Answer = _Generate(path, inbox, given["device"]).answer
                 reply({})
             else:
                 answer, address = _load_llama_cpp(path, given["context"], given["batch_tokens"])

@@ -45,19 +45,7 @@ def summarise(run: BackendRun) -> dict[str, Any]:
     answered = [request for request in requests if request.outcome in _FREE]
     shown = [request for request in answered if request.text]
     saved = run.num_skipped - outcomes["accepted"]
-    times = {
-        "suggestion_ms": [request.waited_ms for request in shown],
-        "model_ran_ms": [request.waited_ms for request in shown if request.source in _BY_MODEL],
-        "answer_ms": [request.waited_ms for request in answered],
-        **_work_times(run),
-        "cancel_to_answer_ms": [
-            (request.answered_s - request.cancelled_s) * 1000
-            for request in requests
-            if request.outcome == "cancelled"
-            and request.answered_s is not None
-            and request.cancelled_s is not None
-        ],
-    }
+    times = _times(run, answered, shown)
     cut_short = [request.waited_ms for request in requests if request.outcome in {"cancelled", "late"}]
     return {
         "requests": len(requests),
@@ -72,13 +60,7 @@ def summarise(run: BackendRun) -> dict[str, Any]:
         "cancelled_share": share(outcomes["cancelled"] + outcomes["late"], len(requests)),
         "outcomes": {outcome: outcomes[outcome] for outcome in OUTCOMES},
         "sources": dict(Counter(request.source for request in shown).most_common()),
-        "reasons": dict(
-            Counter(
-                request.reason
-                for request in requests
-                if request.outcome == "empty" or (request.outcome == "failed" and request.reason)
-            ).most_common()
-        ),
+        "reasons": _reasons(requests),
         "peak_rss_mb": run.peak_rss_mb,
         "startup_s": round(run.startup_s, 2),
         "first_suggestion_s": _rounded(run.first_suggestion_s),
@@ -87,6 +69,36 @@ def summarise(run: BackendRun) -> dict[str, Any]:
         "seconds": round(run.seconds, 1),
         "samples": {name: len(values) for name, values in times.items()},
     }
+
+
+def _times(
+    run: BackendRun, answered: Sequence[SuggestionRequest], shown: Sequence[SuggestionRequest]
+) -> dict[str, list[float]]:
+    """Return all values that percentiles are made of, by name."""
+    return {
+        "suggestion_ms": [request.waited_ms for request in shown],
+        "model_ran_ms": [request.waited_ms for request in shown if request.source in _BY_MODEL],
+        "answer_ms": [request.waited_ms for request in answered],
+        **_work_times(run),
+        "cancel_to_answer_ms": [
+            (request.answered_s - request.cancelled_s) * 1000
+            for request in run.requests
+            if request.outcome == "cancelled"
+            and request.answered_s is not None
+            and request.cancelled_s is not None
+        ],
+    }
+
+
+def _reasons(requests: Sequence[SuggestionRequest]) -> dict[str | None, int]:
+    """Return the numbers of requests without a suggestion, by reason."""
+    return dict(
+        Counter(
+            request.reason
+            for request in requests
+            if request.outcome == "empty" or (request.outcome == "failed" and request.reason)
+        ).most_common()
+    )
 
 
 def _inside(requests: Sequence[SuggestionRequest]) -> dict[str, Any]:

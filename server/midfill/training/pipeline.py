@@ -147,7 +147,7 @@ def train(  # noqa: PLR0913 - each is a different thing
         return {}
     adapter = run.folder / "adapter"
     measurements = _choose_and_save(run, adapted, base_dev, adapter, problem)
-    result = _judge(run, adapted, adapter, measurements, trained, time.monotonic() - begun_s)
+    result = _evaluate(run, adapted, adapter, measurements, trained, time.monotonic() - begun_s)
     entry = Registry().add(
         adapter,
         name=job.name,
@@ -186,7 +186,7 @@ def evaluate(  # noqa: PLR0913, PLR0917 - each is a different thing
         adapted.load(adapter)
         if problem := verdict.zero_scale_problem(adapted, run.examples.test):
             measurements = Measurements(problems=(problem,))
-    return _judge(run, adapted, adapter, measurements, None, time.monotonic() - begun_s)
+    return _evaluate(run, adapted, adapter, measurements, None, time.monotonic() - begun_s)
 
 
 def _check(adapter: Path, fingerprint: str | None, model: LocalModel) -> Measurements:
@@ -212,8 +212,8 @@ def _training_budget(budget_s: float, used_s: float, forward_s: float, examples:
     """Return the part of the budget that the evaluation leaves, and at least half of it."""
     passes = len(verdict.SCALES) * len(examples.dev) + 2 * len(examples.test) + 2 * len(examples.general)
     # An answer is a prompt and some new tokens; for those the engine's int8 compensates.
-    judging_s = forward_s * (passes + 2 * verdict.NUM_HOLES)
-    return max(budget_s / 2, budget_s - used_s - judging_s)
+    evaluation_s = forward_s * (passes + 2 * verdict.NUM_HOLES)
+    return max(budget_s / 2, budget_s - used_s - evaluation_s)
 
 
 def _train(run: _Run, adapted: Adapted, recipe: Recipe, budget_s: float, stop: Callable[[], bool]) -> Trained:
@@ -254,7 +254,7 @@ def _choose_and_save(
     return Measurements(problems=tuple(problems), scale=scale, dev=table)
 
 
-def _judge(  # noqa: PLR0913, PLR0917 - what the stages before it have made
+def _evaluate(  # noqa: PLR0913, PLR0917 - what the stages before it have made
     run: _Run,
     adapted: Adapted | None,
     adapter: Path,

@@ -73,8 +73,8 @@ def summarise(  # noqa: PLR0913, PLR0917 - what a plan is made of
     commits = len({example.commit for example in examples.test})
     tokens = [len(example.prompt) + len(example.target) for example in examples.train]
     mean = sum(tokens) / max(1, len(tokens))
-    judging_s = speed.forward_s * mean * (4 * len(examples.dev) + 2 * len(examples.test) + 64)
-    training_s = max(budget_s / 2, budget_s - judging_s)
+    evaluation_s = speed.forward_s * mean * (4 * len(examples.dev) + 2 * len(examples.test) + 64)
+    training_s = max(budget_s / 2, budget_s - evaluation_s)
     affordable = int(training_s / max(1e-9, speed.step_s * mean))
     return {
         "repository": selection.repository,
@@ -94,7 +94,7 @@ def summarise(  # noqa: PLR0913, PLR0917 - what a plan is made of
         "tokens_per_example": round(mean, 1),
         "eta": {
             "budget_s": round(budget_s),
-            "judging_s": round(judging_s),
+            "judging_s": round(evaluation_s),
             "examples_learnt": min(affordable, 3 * len(examples.train)),
             "steps": min(affordable, 3 * len(examples.train)) // _STEP_EXAMPLES,
         },

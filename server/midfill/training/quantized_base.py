@@ -56,7 +56,7 @@ class FrozenInt8Linear(nn.Linear):
 
 
 # A custom operator, so that the checkpointing policy sees one operator instead of its steps.
-@torch.library.custom_op("midfill::frozen_linear", mutates_args=())
+@torch.library.custom_op("midfill::int8_linear", mutates_args=())
 def _product(inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return `inputs @ (values * scales).T` for inputs of any number of dimensions."""
     rows = inputs.reshape(-1, inputs.shape[-1])
@@ -124,7 +124,7 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default}
 _KEPT = {
-    torch.ops.midfill.frozen_linear.default,
+    torch.ops.midfill.int8_linear.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001 - attention on a CPU
 }
 

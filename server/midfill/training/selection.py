@@ -199,7 +199,7 @@ class _Selector:
         texts = self._repository.texts(blob for _, blob in new)
         for path, blob in new:
             text = texts[blob]
-            file = self._judge(path, text.replace("\r\n", "\n")) if text is not None else "binary or large"
+            file = self._classify(path, text.replace("\r\n", "\n")) if text is not None else "binary or large"
             if isinstance(file, str):
                 self._files[path, blob] = None
                 # A secret in any version outweighs other reasons.
@@ -208,7 +208,7 @@ class _Selector:
             else:
                 self._files[path, blob] = file
 
-    def _judge(self, path: str, text: str) -> SourceFile | str:
+    def _classify(self, path: str, text: str) -> SourceFile | str:
         head = text[:_HEAD_CHARS]
         if _GNU.search(head) and not _GNU.search(self._licence):
             return "another licence"
