@@ -10,8 +10,7 @@ from torch import nn
 
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
-from midfill.training import data
-from midfill.training import quantized_base
+from midfill.training import data, quantized_base
 from midfill.training.model import Adapted, Recipe
 from midfill.training.trainer import Trainer
 

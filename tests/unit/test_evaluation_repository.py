@@ -11,11 +11,11 @@ from midfill.errors import MidfillError
 from midfill.evaluation import holes, records
 from midfill.evaluation.fillers import Filled, Hole, PipelineFiller
 from midfill.evaluation.repository import (
+    breaking_lengths,
     compare,
     describe,
     describe_difference,
     evaluate,
-    breaking_lengths,
     read_result,
     score,
     shown_text,

@@ -63,11 +63,11 @@ def replace(path: Path, text: str, *, private: bool = False) -> None:
     Raises:
         OSError: it cannot be written; the file is unchanged then.
     """
-    target = path.resolve()
-    if private and target.exists() and not (target.is_file() or target.is_dir()):
+    if private and path.exists() and not (path.is_file() or path.is_dir()):
         # A pipe or a device, such as /dev/stdout, cannot be replaced.
-        target.write_text(text, encoding="utf-8", newline="")
+        path.write_text(text, encoding="utf-8", newline="")
         return
+    target = path.resolve()
     if not private:
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(13, "the file is read-only", str(path))
