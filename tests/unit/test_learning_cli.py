@@ -82,8 +82,8 @@ def test_a_name_that_is_a_path_is_judged_nowhere(monkeypatch, tmp_path):
 def test_stats_show_adapters_beside_their_base(monkeypatch, tmp_path):
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
     assert "No suggestion" in run("stats").output
-    counts = feedback.Counts(offered=10, accepted=3, accepted_chars=50)
-    better = feedback.Counts(offered=10, accepted=5, accepted_chars=80)
+    counts = feedback.AcceptanceCounts(offered=10, accepted=3, accepted_chars=50)
+    better = feedback.AcceptanceCounts(offered=10, accepted=5, accepted_chars=80)
     feedback.add(
         feedback.counts_path(),
         {
@@ -100,9 +100,9 @@ def test_stats_compare_sessions_with_those_that_were_held_out(monkeypatch, tmp_p
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
     path, mine = feedback.counts_path(), feedback.key_of("tiny", "mine")
     for number in range(30):
-        counts = feedback.Counts(offered=20, accepted=8 + number % 3)
+        counts = feedback.AcceptanceCounts(offered=20, accepted=8 + number % 3)
         feedback.add(path, {mine: {"python": counts}}, f"a{number}")
-        counts = feedback.Counts(offered=20, accepted=4 + number % 3)
+        counts = feedback.AcceptanceCounts(offered=20, accepted=4 + number % 3)
         if number < 4:
             feedback.add(
                 path, {feedback.key_of("tiny", "mine", held_out=True): {"python": counts}}, f"b{number}"
@@ -118,7 +118,7 @@ def test_stats_compare_sessions_with_those_that_were_held_out(monkeypatch, tmp_p
 
 def test_one_held_out_session_is_too_few(monkeypatch, tmp_path):
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
-    counts = {"python": feedback.Counts(offered=2, accepted=1)}
+    counts = {"python": feedback.AcceptanceCounts(offered=2, accepted=1)}
     feedback.add(feedback.counts_path(), {feedback.key_of("tiny", "mine"): counts}, "a")
     [row] = json.loads(run("stats", "--json").output)["holdout"]
     assert row["interval"] is None

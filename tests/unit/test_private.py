@@ -9,7 +9,7 @@ from planted_adapters import write_adapter, write_base
 from midfill.adapters.bindings import Bindings
 from midfill.adapters.registry import Registry
 from midfill.completion.stats import acceptance as feedback
-from midfill.completion.stats.acceptance import Counts
+from midfill.completion.stats.acceptance import AcceptanceCounts
 from midfill.models import store
 from midfill.system import last_request, text_files
 from midfill.system.folders import data_folder, state_folder

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from midfill.bench.baselines import GENERATE, BaselineProcess
 from midfill.completion.completer import Answer, Completer, Trigger
 from midfill.completion.reasons import Reason
-from midfill.completion.stats.request_log import REQUEST, Costs, Metered
+from midfill.completion.stats.request_log import REQUEST, RequestStats, InstrumentedEngine
 from midfill.completion.suggestions import may_close
 from midfill.engine.api import Engine, Progress
 from midfill.errors import MidfillError
@@ -318,9 +318,9 @@ class PipelineBackend:
     def __init__(
         self, engine: Engine, family: tuple[str, Family], settings: Settings, *, looks_ahead: bool = True
     ) -> None:
-        self._costs = Costs()
+        self._costs = RequestStats()
         self._completer = Completer(settings, looks_ahead=looks_ahead)
-        self._completer.use(Metered(engine, self._costs), family)
+        self._completer.use(InstrumentedEngine(engine, self._costs), family)
         self._request: dict[int | str | float | None, SuggestionRequest] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._ids = itertools.count(1)
@@ -337,18 +337,18 @@ class PipelineBackend:
         self._completer.context.opened(document)
         # Until something is typed, the server takes the end of the text for the cursor.
         end = Point(len(document.lines) - 1, len(document.lines[-1]))
-        self._completer.rest(Snapshot(document, document.clamp(end)))
+        self._completer.on_idle(Snapshot(document, document.clamp(end)))
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
         """Apply the change of one key."""
         before, self._document = self._document, document
         change = changes[-1]
-        if may_close(change):
+        if may_auto_close(change):
             place = before.point(change.start or (0, 0), Encoding.UTF16)
-            self._completer.closing(Snapshot(before, place))
+            self._completer.before_auto_close(Snapshot(before, place))
         self._completer.context.edited(before, document)
         self._completer.edited(document)
-        self._completer.rest(Snapshot(document, document.end_of(change, Encoding.UTF16)))
+        self._completer.on_idle(Snapshot(document, document.end_of(change, Encoding.UTF16)))
 
     def ask(
         self, request: SuggestionRequest, document: Document, position: tuple[int, int]

@@ -273,7 +273,7 @@ class _Generate:
         """Generate a suggestion with the stop rules and the cleaning of midfill's pipeline."""
         from midfill.completion.postprocess.clean import clean, stop  # noqa: PLC0415 - the same
         from midfill.completion.postprocess.cursor_context import Place  # noqa: PLC0415 - not for the comparison of speeds
-        from midfill.completion.postprocess.received import received  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.normalization import received  # noqa: PLC0415 - the same
 
         before, after, following = message["place"]
         place = Place(before, after, tuple(following))

@@ -22,7 +22,7 @@ from typing import Any
 from midfill.bench.backends import CANCELLED, EngineJob, SuggestionRequest
 from midfill.bench.engine_profile import CompletionCost, EngineProfile, SessionProfile
 from midfill.bench.load import LoadPlan, figures
-from midfill.completion.completer import RENEW_S, REST_S
+from midfill.completion.completer import IDLE_DELAY_S, PREFETCH_DELAY_S
 from midfill.completion.suggestions import LINGER_S
 from midfill.engine.kv_slots import Slots
 from midfill.engine.local import MAX_WAITING
@@ -314,8 +314,8 @@ class _VirtualUser:
 
     def _warm_up_when_idle(self, now: float) -> None:
         """Compute the prompt at the cursor ahead if the user stays idle; at first, at the end of the text."""
-        if now + RENEW_S < self._next_key_s:
-            self._simulation.later(now + RENEW_S, self._warm, (self._visit, self._key))
+        if now + IDLE_DELAY_S < self._next_key_s:
+            self._simulation.later(now + IDLE_DELAY_S, self._warm, (self._visit, self._key))
 
     def _warm(self, now: float, what: tuple[int, int]) -> None:
         if what != (self._visit, self._key):
@@ -500,8 +500,8 @@ class _VirtualUser:
 
     def _look_ahead(self, key: int, cost: CompletionCost, at_s: float) -> None:
         """Prefetch as if the suggestion had been accepted, if the user stays idle."""
-        if at_s + REST_S < self._next_key_s:
-            self._simulation.later(at_s + REST_S, self._prefetch, (self._visit, self._key, key, cost))
+        if at_s + PREFETCH_DELAY_S < self._next_key_s:
+            self._simulation.later(at_s + PREFETCH_DELAY_S, self._prefetch, (self._visit, self._key, key, cost))
 
     def _prefetch(self, now: float, what: tuple[int, int, int, CompletionCost]) -> None:
         visit, at_key, key, cost = what

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from midfill.completion.context.files import Sieve
+from midfill.completion.context.files import FileFilter
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Hole
 from midfill.evaluation.git import Git, GitError
@@ -75,7 +75,7 @@ def choose(root: Path, settings: Settings, *, count: int, seed: int) -> list[Sam
     if not root.is_dir():
         raise MidfillError(f"{root} is not a folder. Give the folder of a repository.")
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
-    sources = list(_read(Sieve(root.resolve(), settings.excluded_files), _history(root), settings))
+    sources = list(_read(FileFilter(root.resolve(), settings.excluded_files), _history(root), settings))
     if not sources:
         raise MidfillError(
             f"{root} has no source files in a language that midfill knows. Files that git ignores, generated "
@@ -145,7 +145,7 @@ def _history(root: Path) -> dict[str, float]:
     return weights
 
 
-def _read(sieve: Sieve, weights: Mapping[str, float], settings: Settings) -> Iterator[_Source]:
+def _read(sieve: FileFilter, weights: Mapping[str, float], settings: Settings) -> Iterator[_Source]:
     """Iterate over hand-written source files in languages that are not disabled."""
     for name in sorted(sieve.walk()):
         file = sieve.read(name)

@@ -19,7 +19,7 @@ from midfill.completion.confidence import (
     Eagerness,
     Evidence,
     beginnings,
-    worth_showing,
+    length_to_show,
 )
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Filler
@@ -186,7 +186,7 @@ def summarise(results: Sequence[Result], eagerness: Eagerness, by: Calibration =
 
 def shown_text(result: Result, eagerness: Eagerness, by: Calibration = BUILT_IN) -> str:
     """Return the part of a suggestion that the user would see."""
-    return result.text[: worth_showing(result.evidence, eagerness, by)]
+    return result.text[: length_to_show(result.evidence, eagerness, by)]
 
 
 def _figures(results: Sequence[Result], eagerness: Eagerness, by: Calibration) -> dict[str, Any]:

@@ -28,9 +28,9 @@ from midfill.completion.completer import Answer, Completer, Trigger
 from midfill.completion.context.collector import IGNORE_FILES
 from midfill.completion.reasons import Reason
 from midfill.completion.stats import acceptance as feedback
-from midfill.completion.stats.acceptance import Journal
-from midfill.completion.stats.request_log import Costs, Metered
-from midfill.completion.suggestions import closing_changes
+from midfill.completion.stats.acceptance import AcceptanceTracker
+from midfill.completion.stats.request_log import RequestStats, InstrumentedEngine
+from midfill.completion.suggestions import auto_closing_changes
 from midfill.engine.api import Engine
 from midfill.errors import EngineUnavailableError, MidfillError
 from midfill.fim.probing import identify
@@ -77,7 +77,7 @@ class _State:
     """Everything that changes while the server runs; only the event loop touches it."""
 
     completer: Completer
-    costs: Costs = field(default_factory=Costs)
+    costs: RequestStats = field(default_factory=RequestStats)
     documents: dict[str, Document] = field(default_factory=dict)
     places: dict[str, Point] = field(default_factory=dict)
     notebooks: Notebooks = field(default_factory=Notebooks)
@@ -89,11 +89,11 @@ class _State:
     started: bool = False
     said: set[str] = field(default_factory=set)
     num_chars_closed: int = 0
-    journal: Journal = field(init=False)
+    journal: AcceptanceTracker = field(init=False)
     background: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.journal = Journal(self.documents)
+        self.journal = AcceptanceTracker(self.documents)
 
 
 class MidfillServer(LanguageServer):
@@ -214,7 +214,7 @@ class MidfillServer(LanguageServer):
                 await asyncio.gather(engine.start(report), asyncio.to_thread(secret_shapes.prepare))
                 family = await identify(engine, settings.family)
                 await self._calibrate(engine.model.name)
-                self.state.completer.use(Metered(engine, self.state.costs), family)
+                self.state.completer.use(InstrumentedEngine(engine, self.state.costs), family)
                 self.spawn(self._start_adapters(engine))
                 for uri in self.state.documents:
                     self._rest(uri)
@@ -378,7 +378,7 @@ class MidfillServer(LanguageServer):
             return
         version = document.version if edited.version is None else edited.version
         after, done = document, 0
-        for at in closing_changes(edited.changes) if closes else ():
+        for at in auto_closing_changes(edited.changes) if closes else ():
             after = after.edit(edited.changes[done:at], version, self.state.encoding)
             self._closing(after, edited.changes[at])
             done = at
@@ -396,7 +396,7 @@ class MidfillServer(LanguageServer):
     def _closing(self, document: Document, change: Change) -> None:
         """What a change puts in may in part come from the editor."""
         before = Snapshot(document, document.point(change.start or (0, 0), self.state.encoding))
-        self.state.completer.closing(self.state.notebooks.whole(before, self.state.documents))
+        self.state.completer.before_auto_close(self.state.notebooks.whole(before, self.state.documents))
 
     def did_save(self, params: types.DidSaveTextDocumentParams) -> None:
         """Whoever saves rests for a moment."""
@@ -409,7 +409,7 @@ class MidfillServer(LanguageServer):
         if (document := self.state.documents.get(uri)) is not None:
             end = Point(len(document.lines) - 1, len(document.lines[-1]))
             place = document.clamp(self.state.places.get(uri, end))
-            self.state.completer.rest(
+            self.state.completer.on_idle(
                 self.state.notebooks.whole(Snapshot(document, place), self.state.documents)
             )
 
@@ -506,7 +506,7 @@ class MidfillServer(LanguageServer):
             return None
         adapter = self.switch.name_for(snapshot.document) or engine.model.adapter
         model = feedback.key_of(engine.model.name, adapter, held_out=self.switch.held_out)
-        id_ = self.state.journal.offer(
+        id_ = self.state.journal.shown(
             snapshot.document, snapshot.cursor, answer.text, model, answer.num_replaced
         )
         return None if id_ is None else types.Command("midfill: accepted", ACCEPTED, arguments=[id_])

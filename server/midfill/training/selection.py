@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from midfill.completion.context.files import Sieve, SourceFile, is_foreign, judge, why_no_source
+from midfill.completion.context.files import FileFilter, SourceFile, is_third_party, judge, rejection_by_name
 from midfill.errors import MidfillError
 from midfill.settings import Settings
 from midfill.training.history import Change, Commit, Hunk, Repository
@@ -102,7 +102,7 @@ class _Selector:
     def __init__(self, repository: Repository, settings: Settings) -> None:
         self._repository = repository
         self._settings = settings
-        self._sieve = Sieve(repository.root, settings.excluded_files)
+        self._sieve = FileFilter(repository.root, settings.excluded_files)
         self._dropped_paths: dict[str, str] = {}
         self._files: dict[tuple[str, str], SourceFile | None] = {}
         self._dropped_commits: Counter[str] = Counter()
@@ -184,8 +184,8 @@ class _Selector:
         if path in self._dropped_paths:
             return False
         pure = PurePosixPath(path)
-        reason = why_no_source(pure, self._settings.excluded_files)
-        if reason is None and is_foreign(pure):
+        reason = rejection_by_name(pure, self._settings.excluded_files)
+        if reason is None and is_third_party(pure):
             reason = "vendored or hidden"
         if reason is None and self._sieve.ignores(path):
             reason = "ignored"

@@ -5,7 +5,7 @@ a word or a line of it, are found out by the edits that follow an offer. An acce
 again after 30 seconds and after 5 minutes. Counts are kept by model and language in one small file of the
 user's state folder; texts live in memory only, for those 5 minutes, and are never written anywhere.
 
-`Feedback` is pure; `Journal` gives it a clock and a file, on the event loop; `add` and `read` touch the disk.
+`Feedback` is pure; `AcceptanceTracker` gives it a clock and a file, on the event loop; `add` and `read` touch the disk.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ _MOST_SESSIONS = 2000
 
 
 @dataclass(slots=True, eq=False)
-class _Offer:
+class _ShownSuggestion:
     """A suggestion that the editor has, or what is left of it.
 
     Attributes:
@@ -159,7 +159,7 @@ class Feedback:
 
     def __init__(self) -> None:
         self._table: Table = {}
-        self._offers: OrderedDict[int, _Offer] = OrderedDict()
+        self._offers: OrderedDict[int, _ShownSuggestion] = OrderedDict()
         self._current: dict[str, int] = {}
         self._watched: list[_Watched] = []
         self._next_id = 1
@@ -174,7 +174,7 @@ class Feedback:
         current = self._offers.get(id_)
         if current is not None and (current.start, current.text) == (start, text):
             return id_
-        offer = _Offer(document.uri, (model, document.language_id), start, text, num_replaced)
+        offer = _ShownSuggestion(document.uri, (model, document.language_id), start, text, num_replaced)
         self._counts(offer.key).offered += 1
         id_, self._next_id = self._next_id, self._next_id + 1
         self._offers[id_] = offer
@@ -193,7 +193,7 @@ class Feedback:
         text = _plain(text)
         current = self._offers.get(self._current.get(uri, 0))
         touched = current is not None and end in {current.start, current.end}
-        places: list[_Offer | _Watched] = [*self._offers.values(), *self._watched]
+        places: list[_ShownSuggestion | _Watched] = [*self._offers.values(), *self._watched]
         for place in places:
             if place.uri == uri and not (touched and place is current):
                 place.start = _moved(place.start, start, end, text)
@@ -240,7 +240,7 @@ class Feedback:
         model, language = key
         return self._table.setdefault(model, {}).setdefault(language, Counts())
 
-    def _take(self, offer: _Offer, start: Point, end: Point, text: str, now_s: float) -> None:
+    def _take(self, offer: _ShownSuggestion, start: Point, end: Point, text: str, now_s: float) -> None:
         """An edit that ends where the offer would go: the offer accepted, a part of it, or other text."""
         if len(text) >= _MIN_PART and text.endswith(offer.text):
             # Editors may replace the word before the cursor along with it.
@@ -256,7 +256,7 @@ class Feedback:
             offer.start = _after(start, text)
             del self._current[offer.uri]
 
-    def _accept(self, offer: _Offer, start: Point, now_s: float) -> None:
+    def _accept(self, offer: _ShownSuggestion, start: Point, now_s: float) -> None:
         if self._current.get(offer.uri) is not None and self._offers.get(self._current[offer.uri]) is offer:
             del self._current[offer.uri]
         if offer.accepted or not offer.text:
@@ -279,7 +279,7 @@ class Feedback:
             counts.kept_5min += kept
 
 
-class Journal:
+class AcceptanceTracker:
     """`Feedback` with a clock and a file. Runs on the event loop; writes in a thread.
 
     Args:
