@@ -2,7 +2,7 @@
 
 import tiny
 
-from midfill.bench.adapters import Plan, bench_adapters, table
+from midfill.bench.adapters import AdapterPlan, bench_adapters, table
 from midfill.engine.api import EngineSpec
 from midfill.engine.local import LocalEngine
 from midfill.settings import Settings
@@ -16,7 +16,7 @@ async def test_what_an_adapter_costs_is_measured(tmp_path):
         lambda _: LocalEngine(EngineSpec(model, "cpu", "float32", drafts=False)),
         model,
         folder=tmp_path / "adapters",
-        plan=Plan(rank=4, rounds=2, context_tokens=40, decode_tokens=4),
+        plan=AdapterPlan(rank=4, rounds=2, context_tokens=40, decode_tokens=4),
         progress=lambda *_: None,
     )
     assert set(result["decode_ms"]) == set(result["decode_ratio"]) == {"base", "adapter", "base beside it"}

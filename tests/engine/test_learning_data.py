@@ -15,10 +15,10 @@ from midfill.settings import Settings
 from midfill.text.documents import Document, Point, Snapshot
 from midfill.text.syntax import new_parser
 from midfill.training import data, memory
+from midfill.training.fim_spans import MAX_CHARS, SHARES, Source, Span
 from midfill.training.history import Repository
 from midfill.training.plan import describe, estimate_speed, summarise
 from midfill.training.selection import select
-from midfill.training.spans import MAX_CHARS, SHARES, Source, Span
 
 SETTINGS = Settings(family="stable-code", prefix_tokens=96, suffix_tokens=48, max_new_tokens=16)
 
@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 def made(repository, model, settings=SETTINGS, **options):
     options = {"num_train": 120, **options}
-    return data.make(repository, select(repository, settings), model, settings, **options)
+    return data.build_examples(repository, select(repository, settings), model, settings, **options)
 
 
 def everything(examples):
@@ -150,10 +150,10 @@ def test_a_line_that_may_hold_a_secret_is_in_no_middle():
 
 
 def test_a_middle_that_is_too_long_is_not_taken(model):
-    cutter = data._plain_cutter(model, SETTINGS, data.Path("/x"), None)
+    example_builder = data._new_builder(model, SETTINGS, data.Path("/x"), None)
     file = SourceFile("a.py", "python", "x" * 5000, frozenset())
-    assert cutter.cut(file, Span("random", 0, 699), "") is None
-    assert cutter.dropped == {"too long": 1}
+    assert example_builder.cut(file, Span("random", 0, 699), "") is None
+    assert example_builder.dropped == {"too long": 1}
 
 
 def test_a_model_without_the_familys_tokens_is_refused(repository, tmp_path):
@@ -167,12 +167,12 @@ def test_a_model_without_the_familys_tokens_is_refused(repository, tmp_path):
 def test_a_plan_counts_what_there_is(repository, model):
     selection = select(repository, SETTINGS)
     examples = made(repository, model)
-    room = memory.survey(model.path, "auto", SETTINGS, 24e9)
+    room = memory.estimate(model.path, "auto", SETTINGS, 24e9)
     plan = summarise(selection, examples, estimate_speed(model.path), 600.0, {}, room)
     assert plan["commits"]["test"] == len({example.commit for example in examples.test})
     assert plan["examples"] == {"train": 120, "dev": len(examples.dev), "test": len(examples.test)}
     assert not plan["judgement"]["enough"]
     text = describe(plan)
-    assert "Too little for a verdict" in text
+    assert "Too little data for the verdict" in text
     assert "1 no code" in text
-    assert "GB in int8 on a CPU; 24.0 GB are free: so the base would be held in float32" in text
+    assert "GB in int8 on a CPU; 24.0 GB are free: the base model would be held in float32" in text

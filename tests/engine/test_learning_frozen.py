@@ -10,8 +10,7 @@ from torch import nn
 
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
-from midfill.training import data
-from midfill.training import int8_base as frozen
+from midfill.training import data, quantized_base
 from midfill.training.model import Adapted, Recipe
 from midfill.training.trainer import Trainer
 
@@ -32,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(model):
-    return data.make_general(model, SETTINGS, seed=5, count=15)
+    return data.build_general_examples(model, SETTINGS, seed=5, count=15)
 
 
 def adapted(model, form="int8"):
@@ -73,14 +72,14 @@ def put_in(root, name, module):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_rounded_weights(kind, examples, tmp_path, monkeypatch):
     # Several blocks, the last of which is smaller.
-    monkeypatch.setattr(frozen, "_BLOCK_ELEMENTS", 20 * 48)
+    monkeypatch.setattr(quantized_base, "_BLOCK_ELEMENTS", 20 * 48)
     model = base(kind, tmp_path)
     small, reference = adapted(model), adapted(model, "float32")
     changed = 0
     inside = reference.peft.base_model.model
     embedding = small.peft.base_model.model.get_input_embeddings()
     for name, one in list(small.peft.base_model.model.named_modules()):
-        if isinstance(one, frozen.FrozenLinear):
+        if isinstance(one, quantized_base.FrozenInt8Linear):
             plain = nn.Linear(one.in_features, one.out_features, one.bias is not None)
             plain.weight = nn.Parameter(one.weight.float() * one.scales[:, None], requires_grad=False)
             if one.bias is not None:
@@ -103,7 +102,7 @@ def test_gradients_are_those_of_the_rounded_weights(kind, examples, tmp_path, mo
 def test_what_is_computed_again_is_what_was_computed(kind, examples, tmp_path, monkeypatch):
     model = base(kind, tmp_path)
     found = gradients(adapted(model), examples[0])
-    monkeypatch.setattr("midfill.training.model.keep_less", lambda _: None)
+    monkeypatch.setattr("midfill.training.model.checkpoint_activations", lambda _: None)
     expected = gradients(adapted(model), examples[0])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
 
@@ -126,7 +125,7 @@ def test_less_is_kept_for_the_way_back(model, examples, monkeypatch):
         return sum(storages.values())
 
     less = kept(adapted(model))
-    monkeypatch.setattr("midfill.training.model.keep_less", lambda _: None)
+    monkeypatch.setattr("midfill.training.model.checkpoint_activations", lambda _: None)
     everything = kept(adapted(model))
     assert less < 0.6 * everything
 
@@ -155,5 +154,5 @@ def test_a_training_ends_as_with_float32_and_its_adapter_fits_a_float32_base(mod
     for example in examples[12:]:
         with torch.inference_mode():
             expected = theirs(torch.tensor([example.prompt])).logits[0, -1]
-        assert torch.allclose(ours.canary(example), expected, atol=1e-4)
-        assert not torch.allclose(mades["float32"].canary(example), expected, atol=1e-4)
+        assert torch.allclose(ours.probe_logits(example), expected, atol=1e-4)
+        assert not torch.allclose(mades["float32"].probe_logits(example), expected, atol=1e-4)

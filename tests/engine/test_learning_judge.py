@@ -17,13 +17,13 @@ from midfill.adapters.format import fingerprint_of, layers_of
 from midfill.adapters.registry import Registry
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
-from midfill.training import data, judge
+from midfill.training import data, verdict
 from midfill.training import pipeline as learn
 from midfill.training.history import Repository
+from midfill.training.job import Job, Limits
 from midfill.training.model import Adapted, Recipe
 from midfill.training.selection import select
 from midfill.training.trainer import Trainer
-from midfill.training.worker import Job
 
 SETTINGS = Settings(
     family="stable-code",
@@ -35,7 +35,7 @@ SETTINGS = Settings(
 )
 RECIPE = Recipe(learning_rate=5e-3, rank=8, alpha=16, batch=8)
 # The time of an answer of three tiny layers is that of Python, and differs from run to run.
-LIMITS = judge.Limits(latency=20.0)
+LIMITS = Limits(latency=20.0)
 
 
 def nothing(*_):
@@ -49,7 +49,7 @@ def model(tmp_path_factory):
     tiny.write_model("gpt_bigcode", folder, initializer_range=0.1)
     made = tiny.reference(folder).train()
     local = LocalModel("tiny", folder, None, "made here")
-    examples = data.make_general(local, SETTINGS, seed=5, count=160)
+    examples = data.build_general_examples(local, SETTINGS, seed=5, count=160)
     torch.set_num_threads(1)
     optimiser = torch.optim.AdamW(made.parameters(), lr=4e-3)
     chooser = random.Random(0)  # noqa: S311 - for samples
@@ -76,7 +76,7 @@ def repository(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(repository, model):
-    return data.make(repository, select(repository, SETTINGS), model, SETTINGS, num_train=300)
+    return data.build_examples(repository, select(repository, SETTINGS), model, SETTINGS, num_train=300)
 
 
 def learnt(model, examples, folder, *, steps=60, recipe=RECIPE):
@@ -91,19 +91,19 @@ def learnt(model, examples, folder, *, steps=60, recipe=RECIPE):
 @pytest.fixture(scope="module")
 def good(model, examples, tmp_path_factory):
     """Learnt from the repository, and from other code as well, which a model this small else forgets."""
-    other = data.make_general(model, SETTINGS, seed=5, count=300)
+    other = data.build_general_examples(model, SETTINGS, seed=5, count=300)
     return learnt(model, [*examples.train, *other], tmp_path_factory.mktemp("good"), steps=75)
 
 
 @pytest.fixture
 def job(repository, tmp_path, monkeypatch):
     monkeypatch.setenv("MIDFILL_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(judge, "NUM_HOLES", 4)
+    monkeypatch.setattr(verdict, "NUM_HOLES", 4)
     monkeypatch.setattr(data, "NUM_TRAIN", 300)
     return Job(repository.root, "tiny", 60.0, num_threads=1, limits=LIMITS)
 
 
-def verdict(job, adapter, model, fingerprint=None):
+def evaluated(job, adapter, model, fingerprint=None):
     result = learn.evaluate(job, adapter, fingerprint, model, SETTINGS, nothing)
     return result["verdict"], " ".join(result["reasons"]), result
 
@@ -118,7 +118,7 @@ def copied(adapter, folder, change=lambda tensors: tensors):
 
 
 def test_an_adapter_that_is_really_better_is_enabled(job, good, model):
-    found, reasons, result = verdict(job, good, model)
+    found, reasons, result = evaluated(job, good, model)
     assert found == "enabled", reasons
     low, high = result["interval"]
     assert 0 < low < result["nll_gain"] < high
@@ -128,7 +128,7 @@ def test_an_adapter_that_is_really_better_is_enabled(job, good, model):
     assert result["commits"] >= 20
     assert result["examples"] >= 150
     page = Path(result["report"]).read_text()
-    assert "enabled. It is switched on." in page
+    assert "enabled. The adapter is used." in page
     assert "data:image/png;base64," in page
     assert "http" not in page
     if sys.platform != "win32":
@@ -137,7 +137,7 @@ def test_an_adapter_that_is_really_better_is_enabled(job, good, model):
 
 def test_an_adapter_that_spoils_other_code_is_not_enabled(job, model, examples, tmp_path):
     few = examples.train[:40]
-    found, reasons, result = verdict(job, learnt(model, few, tmp_path, steps=120), model)
+    found, reasons, result = evaluated(job, learnt(model, few, tmp_path, steps=120), model)
     assert (found, "other code" in reasons) == ("rejected", True), reasons
     assert result["interval"][0] > 0
 
@@ -150,7 +150,7 @@ def test_an_adapter_that_does_nothing_is_not_enabled(job, good, model, tmp_path)
             name: torch.zeros_like(one) if "lora_B" in name else one for name, one in tensors.items()
         },
     )
-    found, reasons, result = verdict(job, adapter, model)
+    found, reasons, result = evaluated(job, adapter, model)
     assert found == "rejected", reasons
     assert result["nll_gain"] == 0.0
 
@@ -165,7 +165,7 @@ def test_an_adapter_of_noise_is_not_enabled(job, good, model, tmp_path, seed):
             name: torch.randn_like(one) * 1e-3 if "lora_B" in name else one for name, one in tensors.items()
         },
     )
-    assert verdict(job, adapter, model)[0] != "enabled"
+    assert evaluated(job, adapter, model)[0] != "enabled"
 
 
 def test_an_adapter_of_another_repository_is_not_enabled(job, model, tmp_path):
@@ -175,9 +175,9 @@ def test_an_adapter_of_another_repository_is_not_enabled(job, model, tmp_path):
         text = f"\\STRUCT<{number}>|$$|{{Z9: '{number}%'}};\n" * 4
         planted.commit({f"q{number}.js": text + f"// {number * 7919}\n"})
     foreign = Repository(planted.root)
-    examples = data.make(foreign, select(foreign, SETTINGS), model, SETTINGS, num_train=200)
+    examples = data.build_examples(foreign, select(foreign, SETTINGS), model, SETTINGS, num_train=200)
     adapter = learnt(model, examples.train, tmp_path, steps=40)
-    assert verdict(job, adapter, model)[0] != "enabled"
+    assert evaluated(job, adapter, model)[0] != "enabled"
 
 
 def test_an_adapter_that_learnt_wrong_answers_is_not_enabled(job, model, examples, tmp_path):
@@ -190,13 +190,13 @@ def test_an_adapter_that_learnt_wrong_answers_is_not_enabled(job, model, example
         random.Random(2).shuffle(letters)  # noqa: S311 - for an order
         shuffled.append(replace(example, target=tuple(letters)))
     adapter = learnt(model, shuffled, tmp_path, steps=40)
-    assert verdict(job, adapter, model)[0] != "enabled"
+    assert evaluated(job, adapter, model)[0] != "enabled"
 
 
 def test_an_adapter_that_was_trained_too_much_is_not_enabled(job, model, examples, tmp_path):
     recipe = replace(RECIPE, learning_rate=5e-2, batch=2, clip=100.0)
     adapter = learnt(model, examples.train[:4], tmp_path, steps=60, recipe=recipe)
-    assert verdict(job, adapter, model)[0] != "enabled"
+    assert evaluated(job, adapter, model)[0] != "enabled"
 
 
 def test_an_adapter_with_values_that_are_no_numbers_is_rejected(job, good, model, tmp_path):
@@ -204,23 +204,23 @@ def test_an_adapter_with_values_that_are_no_numbers_is_rejected(job, good, model
         next(iter(tensors.values()))[0, 0] = float("nan")
         return tensors
 
-    found, reasons, _ = verdict(job, copied(good, tmp_path / "nan", spoil), model)
+    found, reasons, _ = evaluated(job, copied(good, tmp_path / "nan", spoil), model)
     assert (found, "not finite" in reasons) == ("rejected", True)
 
 
 def test_an_adapter_of_another_base_is_rejected(job, good, model, tmp_path):
     tiny.write_model("gpt_bigcode", tmp_path / "other", seed=7)
     other = LocalModel("other", tmp_path / "other", None, "made here")
-    found, reasons, result = verdict(job, good, other, fingerprint_of(model.path))
+    found, reasons, result = evaluated(job, good, other, fingerprint_of(model.path))
     assert (found, "another model" in reasons) == ("rejected", True)
     assert result["nll_gain"] is None
 
 
 def test_commits_that_judge_again_and_again_ask_for_more(job, good, model, examples, tmp_path):
-    assert learn.note_opening(examples.test, "a") == 1
-    assert learn.note_opening(examples.test, "a") == 1
-    assert learn.note_opening(examples.test, "b") == 2
-    assert learn.note_opening([replace(one, commit=one.commit[::-1]) for one in examples.test], "c") == 1
+    assert learn.record_comparison(examples.test, "a") == 1
+    assert learn.record_comparison(examples.test, "a") == 1
+    assert learn.record_comparison(examples.test, "b") == 2
+    assert learn.record_comparison([replace(one, commit=one.commit[::-1]) for one in examples.test], "c") == 1
     content = (tmp_path / "data" / "training" / "opened.json").read_text()
     assert examples.test[0].commit not in content
 
@@ -233,29 +233,29 @@ def test_the_model_that_learns_is_gone_before_two_engines_are_loaded(job, good, 
             super().__init__(*args, **options)
             weights.extend(weakref.ref(one) for one in self.peft.parameters())
 
-    fill = judge.fill
+    fill = verdict.fill
 
     async def noted(*args):
         alive.extend(one for one in weights if one() is not None)
         return await fill(*args)
 
     monkeypatch.setattr(learn, "Adapted", Noted)
-    monkeypatch.setattr(judge, "fill", noted)
-    _, _, result = verdict(job, good, model)
+    monkeypatch.setattr(verdict, "fill", noted)
+    _, _, result = evaluated(job, good, model)
     assert result["saved_chars"] is not None
     assert weights
     assert not alive
 
 
 def test_what_has_been_judged_is_not_computed_again(job, good, model, monkeypatch):
-    _, _, first = verdict(job, good, model)
+    _, _, first = evaluated(job, good, model)
 
     real = Adapted.middle_and_end
     calls = []
     monkeypatch.setattr(
         Adapted, "middle_and_end", lambda self, example: calls.append(1) or real(self, example)
     )
-    _, _, second = verdict(job, good, model)
+    _, _, second = evaluated(job, good, model)
     assert second["nll_gain"] == first["nll_gain"]
     assert len(calls) < 10  # those that compare the adapter without strength with its base
     kept = (learn.run_folder("tiny") / "judged.jsonl").read_text()
@@ -282,8 +282,8 @@ def test_training_judges_and_registers_in_one_go(job, model, examples):
 def test_a_saved_adapter_that_acts_differently_is_found_out(good, model, examples, tmp_path):
     made = Adapted(model, RECIPE, num_threads=1, yields=False)
     made.load(good)
-    assert judge.canary_problem(made, good, examples.test[0]) is None
+    assert verdict.saved_adapter_problem(made, good, examples.test[0]) is None
     changed = copied(good, tmp_path / "changed", lambda tensors: {n: t * 1.5 for n, t in tensors.items()})
     made.load(good)
-    assert "acts differently" in judge.canary_problem(made, changed, examples.test[0])
+    assert "differs from the trained one" in verdict.saved_adapter_problem(made, changed, examples.test[0])
     assert layers_of(model.path)

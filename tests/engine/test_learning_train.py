@@ -20,7 +20,7 @@ from torch.nn import functional
 from midfill.errors import AdapterError
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
-from midfill.system import last_used as activity
+from midfill.system import last_request
 from midfill.training import data, worker
 from midfill.training import pipeline as learn
 from midfill.training.history import Repository
@@ -54,7 +54,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(repository, model):
-    return data.make(repository, select(repository, SETTINGS), model, SETTINGS, num_train=40)
+    return data.build_examples(repository, select(repository, SETTINGS), model, SETTINGS, num_train=40)
 
 
 def adapted(model, recipe=RECIPE, **options):
@@ -97,10 +97,10 @@ def test_every_architecture_learns_and_peft_reads_what_it_learnt(kind, examples,
     ids = torch.tensor([example.prompt])
     with torch.inference_mode():
         expected = reference(ids).logits[0, -1]
-    assert torch.allclose(made.canary(example), expected, atol=1e-4)
+    assert torch.allclose(made.probe_logits(example), expected, atol=1e-4)
     again = adapted(model)
     again.load(tmp_path / "adapter")
-    assert torch.allclose(again.canary(example), expected, atol=1e-4)
+    assert torch.allclose(again.probe_logits(example), expected, atol=1e-4)
 
 
 def test_the_loss_is_that_of_middle_and_end_only(model, examples):
@@ -176,7 +176,7 @@ def test_a_loss_that_is_no_number_ends_it(model, examples, tmp_path):
     made = adapted(model)
     with torch.no_grad():
         next(iter(made.parameters.values())).fill_(float("nan"))
-    with pytest.raises(AdapterError, match="no number"):
+    with pytest.raises(AdapterError, match="NaN or infinite"):
         trainer(made, examples, tmp_path).run(60, max_steps=2)
 
 
@@ -210,28 +210,28 @@ def test_a_training_keeps_to_the_form_that_it_began_with(model, examples, tmp_pa
     # Asked for another one, it says so before anything is overwritten.
     other = learn._base_weights(replace(job, resume=True, base_weights="float32"), model, SETTINGS)
     assert other == "float32"
-    with pytest.raises(AdapterError, match=r"base_weights differ\. Train anew without --resume"):
+    with pytest.raises(AdapterError, match=r"base_weights differ\. Start again without --resume"):
         begun(other).run(60, resume=True)
 
 
 def test_it_stands_aside_while_a_server_computes(monkeypatch, tmp_path):
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
-    monkeypatch.setattr(activity, "_last_s", -1e9)
-    assert activity.seconds_since() == float("inf")
+    monkeypatch.setattr(last_request, "_last_s", -1e9)
+    assert last_request.seconds_since() == float("inf")
     wait_for_quiet()
-    activity.note()
+    last_request.mark()
     assert not list(tmp_path.iterdir()), "a server makes nothing where nobody looks"
-    monkeypatch.setattr(activity, "_last_s", -1e9)
-    activity.watch()
-    assert activity.seconds_since() > 1000
-    activity.note()
-    assert activity.seconds_since() < 1000
+    monkeypatch.setattr(last_request, "_last_s", -1e9)
+    last_request.make_marker()
+    assert last_request.seconds_since() > 1000
+    last_request.mark()
+    assert last_request.seconds_since() < 1000
     waited = threading.Event()
     thread = threading.Thread(target=lambda: (wait_for_quiet(), waited.set()), daemon=True)
     thread.start()
     assert not waited.wait(0.2)
     long_ago = 1_000_000_000
-    os.utime(activity.activity_path(), (long_ago, long_ago))
+    os.utime(last_request.marker_path(), (long_ago, long_ago))
     assert waited.wait(60)
 
 
@@ -255,7 +255,7 @@ def test_an_interrupt_keeps_a_checkpoint_and_nobody_else_works_there_meanwhile(r
             event = json.loads(line)
             if event.get("stage") == "train" and event["message"].startswith("step 2 "):
                 second = subprocess.run(command, env=environment(tmp_path), check=True, capture_output=True)
-                assert "by another midfill" in json.loads(second.stdout)["error"]
+                assert "by another midfill process" in json.loads(second.stdout)["error"]
                 process.send_signal(signal.SIGINT)
         assert "checkpoint" in event["stopped"]
     state = json.loads((tmp_path / "data" / "training" / "tiny" / "checkpoint" / "state.json").read_text())
@@ -267,14 +267,16 @@ def test_a_name_that_is_a_path_makes_nothing_there(repository, model, tmp_path):
     file = job_file(repository, model, tmp_path, name="../x")
     command = [sys.executable, "-P", "-m", "midfill.training.worker", str(file)]
     done = subprocess.run(command, env=environment(tmp_path), check=True, capture_output=True)
-    assert "'../x' is no name" in json.loads(done.stdout)["error"]
+    assert "'../x' is not a valid adapter name" in json.loads(done.stdout)["error"]
     assert not (tmp_path / "data").exists()
 
 
 @pytest.fixture(scope="module")
 def alone(repository, model, tmp_path_factory):
     """What one process learns in three steps, with the recipe and the examples of the command line."""
-    examples = data.make(repository, select(repository, SETTINGS), model, SETTINGS, num_train=data.NUM_TRAIN)
+    examples = data.build_examples(
+        repository, select(repository, SETTINGS), model, SETTINGS, num_train=data.NUM_TRAIN
+    )
     recipe = recipe_for(learn._num_parameters(model))
 
     def learnt(form):

@@ -56,5 +56,5 @@ def test_the_same_seed_gives_the_same_files_in_shards(tmp_path, monkeypatch):
 
 
 def test_an_unknown_shape_is_answered_with_the_list(tmp_path):
-    with pytest.raises(MidfillError, match="There is no shape 'gpt-5'; there are tiny_starcoder_py, "):
+    with pytest.raises(MidfillError, match=r"There is no shape 'gpt-5'\. Use one of: tiny_starcoder_py, "):
         write_shape("gpt-5", tmp_path)

@@ -10,10 +10,17 @@ import pytest
 from click.testing import CliRunner
 from clock import in_its_own_time
 
-from midfill.bench import load, simulation, sizing, typist
-from midfill.bench.load import Goal, Plan, Stage
-from midfill.bench.service import CAPACITIES, Capacity, Place, Service, Typed, survey
-from midfill.bench.simulation import Fleet
+from midfill.bench import load, simulation, sizing, virtual_user
+from midfill.bench.engine_profile import (
+    CAPACITIES,
+    Capacity,
+    CompletionCost,
+    EngineProfile,
+    SessionProfile,
+    profile_engine,
+)
+from midfill.bench.load import BenchSetup, Goal, LoadPlan
+from midfill.bench.simulation import ReplicaSet
 from midfill.cli.main import cli
 from midfill.engine.kv_slots import NUM_SLOTS
 from midfill.engine.openvino import runner as openvino_runner
@@ -27,12 +34,14 @@ SECONDS = 30.0
 
 # A key every half second, and a request behind each; nothing that was written holds for the next.
 KEYS = tuple((0.5, 0.05) for _ in range(20))
-PLACES = {
-    key: Place(num_prompt=100 + key, num_same=99 + key if key else 0, steps=9, held=0, chars=10, shown=10)
+COSTS = {
+    key: CompletionCost(
+        num_prompt=100 + key, num_same=99 + key if key else 0, steps=9, held=0, chars=10, shown=10
+    )
     for key in range(20)
 }
 BATCHES = Capacity(slots=400, sequences=200, chunk_tokens=10_000)
-SERVICE = Service(
+PROFILE = EngineProfile(
     engine="made up",
     where="nowhere",
     capacity=BATCHES,
@@ -42,7 +51,7 @@ SERVICE = Service(
     overhead_ms=5.0,
     reuse_ms=1.0,
     deadline_s=10.0,
-    episodes=(Typed(KEYS, 0.5, PLACES, {}),),
+    sessions=(SessionProfile(KEYS, 0.5, COSTS, {}),),
 )
 
 
@@ -54,42 +63,42 @@ def write_files(folder):
             for n in range(20)
         ]
         (folder / f"area_{number}.py").write_text("".join(functions))
-    return typist.generate(folder, 2, 6)
+    return virtual_user.generate(folder, 2, 6)
 
 
 @in_its_own_time
 async def test_the_prediction_is_within_a_fifth_of_what_is_measured(tmp_path):
     """The real thread, scheduler, slots and pipelines; from one who is served at once to too many."""
-    episodes = write_files(tmp_path)
-    async with surveyed(paced.engine(), episodes) as (stage, service):
-        assert service.step_ms == ((1, 3.0), (2, 3.6), (4, 4.8))
-        assert service.prefill_ms_per_token == pytest.approx(0.1, abs=0.001)
-        assert (service.overhead_ms, service.reuse_ms) == (0.0, 0.0)
+    sessions = write_files(tmp_path)
+    async with profiled(paced.engine(), sessions) as (setup, profile):
+        assert profile.step_ms == ((1, 3.0), (2, 3.6), (4, 4.8))
+        assert profile.prefill_ms_per_token == pytest.approx(0.1, abs=0.001)
+        assert (profile.overhead_ms, profile.reuse_ms) == (0.0, 0.0)
         # With eight it is saturated, and so long are the tails that half a minute has too few of them.
         for users, seconds, most in ((1, 35.0, 0.05), (2, 35.0, 0.05), (4, 35.0, 0.05), (8, 120.0, 0.2)):
-            assert await off(stage, service, users, seconds) <= most, users
+            assert await off(setup, profile, users, seconds) <= most, users
 
 
 @in_its_own_time
 async def test_the_prediction_holds_for_more_typists_on_a_quicker_engine(tmp_path):
     quick = paced.engine(step_s=0.0005, sequence_s=0.00005, token_s=0.00001)
-    async with surveyed(quick, write_files(tmp_path)) as (stage, service):
-        assert await off(stage, service, 32, 20.0) <= 0.2
+    async with profiled(quick, write_files(tmp_path)) as (setup, profile):
+        assert await off(setup, profile, 32, 20.0) <= 0.2
 
 
 @asynccontextmanager
-async def surveyed(engine, episodes):
+async def profiled(engine, sessions):
     await engine.start(lambda _message, _share: None)
-    stage = Stage(engine, FAMILY, Settings(), episodes)
-    yield stage, await survey(stage, lambda _message, _share: None)
+    setup = BenchSetup(engine, FAMILY, Settings(), sessions)
+    yield setup, await profile_engine(setup, lambda _message, _share: None)
     await engine.close()
 
 
-async def off(stage, service, users, seconds=35.0):
+async def off(setup, profile, users, seconds=35.0):
     """By how much the prediction is off."""
-    plan = Plan(users, seconds)
-    measured = load.measured(await load.play(stage, plan))
-    predicted = simulation.predict(service, plan)
+    plan = LoadPlan(users, seconds)
+    measured = load.measured(await load.play(setup, plan))
+    predicted = simulation.predict(profile, plan)
     assert predicted["requests"] == pytest.approx(measured["requests"], abs=1)
     ratios = load.compare(measured, predicted)
     print(users, json.dumps({"measured": measured, "predicted": predicted, "ratios": ratios}))
@@ -110,7 +119,7 @@ def test_capacities_are_those_of_the_engines():
 
 
 def test_one_typist_waits_for_the_steps_of_each_request():
-    found = simulation.predict(SERVICE, Plan(1, SECONDS))
+    found = simulation.predict(PROFILE, LoadPlan(1, SECONDS))
     # The step that reads the last token and chooses the first, and nine more.
     assert found["suggestion_ms"] == dict.fromkeys(("p50", "p95", "p99"), 105.0)
     assert found["shown_before_next_key_share"] == 1.0
@@ -118,16 +127,17 @@ def test_one_typist_waits_for_the_steps_of_each_request():
 
 
 def test_those_who_type_at_once_share_steps():
-    found = simulation.predict(SERVICE, Plan(8, SECONDS), Fleet())
+    found = simulation.predict(PROFILE, LoadPlan(8, SECONDS), ReplicaSet())
     # If all eight typed in step, steps would take 24 ms; if they shared none, each would take its ten.
     assert 105 < found["suggestion_ms"]["p95"] < 245
     assert found["shown_before_next_key_share"] > 0.95
 
 
 def test_an_engine_that_takes_one_request_after_the_other_is_saturated_early():
-    one = replace(SERVICE, capacity=Capacity(slots=400, sequences=1, chunk_tokens=10_000))
+    one = replace(PROFILE, capacity=Capacity(slots=400, sequences=1, chunk_tokens=10_000))
     batched, queued = (
-        simulation.predict(service, Plan(12, SECONDS), Fleet())["answers_per_s"] for service in (SERVICE, one)
+        simulation.predict(profile, LoadPlan(12, SECONDS), ReplicaSet())["answers_per_s"]
+        for profile in (PROFILE, one)
     )
     # Ten steps of 10 ms: ten requests a second, of 24 that are asked.
     assert queued <= 10.5
@@ -136,27 +146,27 @@ def test_an_engine_that_takes_one_request_after_the_other_is_saturated_early():
 
 def test_what_holds_is_typed_through_and_what_is_contradicted_is_taken_back():
     holds = tuple((n, n) for n in range(1, 6))
-    place = replace(PLACES[0], follow=(*holds, (6, 5)), chars=8, shown=8)
+    cost = replace(COSTS[0], follow=(*holds, (6, 5)), chars=8, shown=8)
     covered = dict.fromkeys(range(1, 6), 0)
-    episode = Typed(KEYS[:7], 0.5, {0: place, 6: PLACES[6]}, covered)
-    found = simulation.predict(replace(SERVICE, episodes=(episode,)), Plan(1, SECONDS))
+    session = SessionProfile(KEYS[:7], 0.5, {0: cost, 6: COSTS[6]}, covered)
+    found = simulation.predict(replace(PROFILE, sessions=(session,)), LoadPlan(1, SECONDS))
     assert found["suggestion_ms"]["p50"] == 1.0
     assert found["shown_before_next_key_share"] == 1.0
     assert found["engine_requests_per_s"] == pytest.approx(2 / 7 * found["requests_per_s"], rel=0.1)
     # The typist goes on at once with something else.
-    quick = Typed(tuple((0.08, 0.05) for _ in range(20)), 0.5, PLACES, {})
-    found = simulation.predict(replace(SERVICE, episodes=(quick,)), Plan(1, SECONDS))
+    quick = SessionProfile(tuple((0.08, 0.05) for _ in range(20)), 0.5, COSTS, {})
+    found = simulation.predict(replace(PROFILE, sessions=(quick,)), LoadPlan(1, SECONDS))
     assert found["cancelled_share"] > 0.9
 
 
 @pytest.mark.parametrize(("parts", "waited_ms"), [(1, 510), (6, 0)])
 def test_a_step_that_nobody_waits_for_is_left_at_the_end_of_a_part(parts, waited_ms):
     # The second key is elsewhere. A step of 606 ms for the first has begun by then.
-    place = Place(num_prompt=597, num_same=0, steps=0, held=0, chars=10, shown=10, follow=((0, -1),))
-    episode = Typed(((1.0, 0.05), (0.1, 0.05)), 3.0, {0: place, 1: place}, {})
+    cost = CompletionCost(num_prompt=597, num_same=0, steps=0, held=0, chars=10, shown=10, follow=((0, -1),))
+    session = SessionProfile(((1.0, 0.05), (0.1, 0.05)), 3.0, {0: cost, 1: cost}, {})
     capacity = replace(BATCHES, parts=parts)
-    slow = replace(SERVICE, capacity=capacity, prefill_ms_per_token=1.0, episodes=(episode,) * 40)
-    found = simulation.predict(slow, Plan(1, SECONDS))
+    slow = replace(PROFILE, capacity=capacity, prefill_ms_per_token=1.0, sessions=(session,) * 40)
+    found = simulation.predict(slow, LoadPlan(1, SECONDS))
     # 1.050, where it begins, and 1.150, where the next is asked for; 1.151 is the end of a part.
     assert found["suggestion_ms"]["p50"] == pytest.approx(606 + 5 + waited_ms, abs=5)
     assert found["cancelled_share"] == pytest.approx(0.5, abs=0.1)
@@ -164,28 +174,30 @@ def test_a_step_that_nobody_waits_for_is_left_at_the_end_of_a_part(parts, waited
 
 def test_a_step_that_was_left_is_gone_on_with():
     # As above, but the prompts begin alike, and are read in two steps of 309 ms.
-    places = {key: Place(600, 599 * key, 0, 0, 10, 10, ((0, -1),)) for key in (0, 1)}
-    episode = Typed(((1.0, 0.05), (0.1, 0.05)), 3.0, places, {})
+    costs = {key: CompletionCost(600, 599 * key, 0, 0, 10, 10, ((0, -1),)) for key in (0, 1)}
+    session = SessionProfile(((1.0, 0.05), (0.1, 0.05)), 3.0, costs, {})
     capacity = replace(BATCHES, slots=1, chunk_tokens=300, parts=6)
-    slow = replace(SERVICE, capacity=capacity, prefill_ms_per_token=1.0, episodes=(episode,) * 40)
-    found = simulation.predict(slow, Plan(1, SECONDS))
+    slow = replace(PROFILE, capacity=capacity, prefill_ms_per_token=1.0, sessions=(session,) * 40)
+    found = simulation.predict(slow, LoadPlan(1, SECONDS))
     # A sixth of the first step is done when the second request comes.
     assert found["suggestion_ms"]["p50"] == pytest.approx(309 * 11 / 6 + 5, abs=1)
 
 
 def test_the_same_seed_gives_the_same_figures():
-    assert simulation.predict(SERVICE, Plan(9, SECONDS, 5)) == simulation.predict(
-        SERVICE, Plan(9, SECONDS, 5)
+    assert simulation.predict(PROFILE, LoadPlan(9, SECONDS, 5)) == simulation.predict(
+        PROFILE, LoadPlan(9, SECONDS, 5)
     )
-    assert simulation.predict(SERVICE, Plan(9, SECONDS, 5)) != simulation.predict(
-        SERVICE, Plan(9, SECONDS, 6)
+    assert simulation.predict(PROFILE, LoadPlan(9, SECONDS, 5)) != simulation.predict(
+        PROFILE, LoadPlan(9, SECONDS, 6)
     )
 
 
 def test_typists_who_keep_to_a_replica_find_their_prompts_there():
-    few = replace(SERVICE, capacity=replace(BATCHES, slots=20))
+    few = replace(PROFILE, capacity=replace(BATCHES, slots=20))
     reused = [
-        simulation.predict(few, Plan(40, SECONDS), Fleet(4, sticky=sticky))["prompt_tokens_reused_share"]
+        simulation.predict(few, LoadPlan(40, SECONDS), ReplicaSet(4, sticky=sticky))[
+            "prompt_tokens_reused_share"
+        ]
         for sticky in (True, False)
     ]
     assert reused[0] > 0.9 > reused[1]
@@ -193,26 +205,27 @@ def test_typists_who_keep_to_a_replica_find_their_prompts_there():
 
 def test_replicas_are_as_many_as_it_takes():
     goal = Goal(115.0)
-    found = sizing.size(SERVICE, 300, goal, Fleet())
+    found = sizing.size(PROFILE, 300, goal, ReplicaSet())
     assert found["replicas"] == math.ceil(300 / found["users_per_replica"])
     assert found["limit"] == "time"
     # So many are served, twice as many are not.
     each = found["users_per_replica"]
     served, not_served = (
-        simulation.predict(SERVICE, Plan(2 * count, SECONDS), Fleet(2)) for count in (each, 2 * each + 1)
+        simulation.predict(PROFILE, LoadPlan(2 * count, SECONDS), ReplicaSet(2))
+        for count in (each, 2 * each + 1)
     )
     assert served["suggestion_ms"]["p95"] <= 115 * 1.05
     assert not_served["suggestion_ms"]["p95"] > 115
 
 
 def test_no_number_of_replicas_makes_an_engine_quicker_than_it_is():
-    assert sizing.size(SERVICE, 10, Goal(100.0), Fleet())["replicas"] is None
+    assert sizing.size(PROFILE, 10, Goal(100.0), ReplicaSet())["replicas"] is None
 
 
 def test_service_times_are_kept_in_a_file(tmp_path):
     path = tmp_path / "box.json"
-    SERVICE.write(path)
-    assert Service.read(path) == SERVICE
+    PROFILE.write(path)
+    assert EngineProfile.read(path) == PROFILE
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1, "episodes": []}', '{"version": 99}'])
@@ -220,18 +233,18 @@ def test_a_file_that_is_none_is_refused(tmp_path, text):
     path = tmp_path / "box.json"
     path.write_text(text)
     with pytest.raises(MidfillError, match=r"box\.json"):
-        Service.read(path)
+        EngineProfile.read(path)
 
 
 def test_the_command_sizes_without_a_model(tmp_path):
     path = tmp_path / "box.json"
-    SERVICE.write(path)
+    PROFILE.write(path)
     base = ["bench", "load", "--simulate", "--service", str(path), "--target-ms", "108"]
     done = CliRunner().invoke(cli, [*base, "--users", "10000", "--json"])
     assert done.exit_code == 0, done.output
     (found,) = json.loads(done.stdout)["sizes"]
     assert found["replicas"] == math.ceil(10_000 / found["users_per_replica"])
-    assert "typists each" in CliRunner().invoke(cli, [*base, "--users", "2"]).output
+    assert "users each" in CliRunner().invoke(cli, [*base, "--users", "2"]).output
     runs = json.loads(CliRunner().invoke(cli, [*base, "--users", "3,9", "--replicas", "3", "--json"]).stdout)
     assert [run["users"] for run in runs["runs"]] == [3, 9]
 

@@ -147,7 +147,7 @@ async def test_the_commands_list_and_bind(home, start):
     assert [one["usedIn"] for one in listed["adapters"] if one["running"]] == [["language python"]]
     for arguments, reason in (
         (["none"], "no adapter 'none'"),
-        (["bad"], "judged rejected"),
+        (["bad"], "verdict 'rejected'"),
         (["bad", "global"], "worse"),
     ):
         assert reason in (await command(server, "midfill.adapter.use", *arguments))["error"]
@@ -165,7 +165,7 @@ async def test_one_that_was_judged_bad_is_not_used_even_if_it_is_bound(home, sta
     assert await answer(server, uri) == "0"
     await settled(server, uri, "0")
     listed = await command(server, "midfill.adapter.list")
-    assert "judged rejected" in listed["failures"][0]
+    assert "verdict 'rejected'" in listed["failures"][0]
 
 
 async def test_another_model_is_noticed(home, start, tmp_path):

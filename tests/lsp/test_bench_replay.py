@@ -81,11 +81,11 @@ def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(tmp_path, engine)
         "--engine",
         engine(PROBE, {"after": "total =", "text": " sum(values)"}, {"text": "zzz"}),
     )
-    assert found["fates"]["accepted"] == 1
+    assert found["outcomes"]["accepted"] == 1
     assert found["keys"] == len(TYPED)
     assert found["keystrokes_saved"] == len(" sum(values)") - 1
     assert found["requests"] == len("total =") + 1
-    assert sum(found["fates"][fate] for fate in ("shown", "cancelled", "late")) == len("total =")
+    assert sum(found["outcomes"][name] for name in ("shown", "cancelled", "late")) == len("total =")
     assert 0 < found["suggestion_ms"]["p50"] <= found["suggestion_ms"]["p95"]
     assert found["peak_rss_mb"] > 10
     assert 0 < found["startup_s"] <= found["first_suggestion_s"]
@@ -104,7 +104,7 @@ def test_a_suggestion_can_be_typed_through_instead(tmp_path, engine):
     rules = {"after": "total =", "text": " sum(values)"}, {"text": "zzz"}
     trace = write_trace(tmp_path / "trace.jsonl", pause_ms=5_000)
     found = measured("replay", trace, "--no-accept", "--engine", engine(*rules))
-    assert found["fates"]["accepted"] == found["keystrokes_saved"] == 0
+    assert found["outcomes"]["accepted"] == found["keystrokes_saved"] == 0
     assert found["requests"] == len(TYPED)
     inside = found["inside_right_suggestion"]
     assert inside["requests"] == len(" sum(values)") - 1
@@ -116,7 +116,7 @@ def test_requests_that_the_next_key_overtakes_are_cancelled(trace, engine):
     found = measured("replay", trace, "--speed", 3, "--engine", engine(PROBE, {"hang": True}))
     assert found["requests"] == len(TYPED)
     assert found["cancelled_share"] == 1
-    assert found["fates"]["cancelled"] == len(TYPED)
+    assert found["outcomes"]["cancelled"] == len(TYPED)
     # What hangs agrees with all that is typed, so it is kept until the document is closed.
     assert found["cancel_to_free_ms"]["p50"] < EACH_MS * len(TYPED) / 3
     assert 0 < found["cancel_to_answer_ms"]["p50"] < EACH_MS * len(TYPED) / 3
@@ -126,7 +126,7 @@ def test_requests_that_the_next_key_overtakes_are_cancelled(trace, engine):
 def test_what_cancelled_requests_have_written_is_counted(trace, engine):
     slow = {"text": "z" * 50, "token_delay_s": 0.03}
     found = measured("replay", trace, "--engine", engine(PROBE, slow))
-    assert found["fates"]["cancelled"] >= len(TYPED) - 1
+    assert found["outcomes"]["cancelled"] >= len(TYPED) - 1
     assert found["wasted_tokens"] == found["generated_tokens"] > len(TYPED)
     # A script computes its prompt for each request anew; the requests were all cancelled.
     assert found["samples"]["recomputed_tokens"] == len(TYPED) - 1
@@ -138,7 +138,7 @@ def test_what_cancelled_requests_have_written_is_counted(trace, engine):
 
 def test_a_suggestion_that_leads_elsewhere_is_not_accepted(trace, engine):
     found = measured("replay", trace, "--speed", 2, "--engine", engine({"text": "sum(other)"}))
-    assert found["fates"]["accepted"] == 0
+    assert found["outcomes"]["accepted"] == 0
     assert found["keystrokes_saved"] == 0
     # The rest was computed ahead, for the case that it is accepted.
     assert found["unaccepted_tokens"] + found["wasted_tokens"] == found["generated_tokens"]
@@ -170,7 +170,7 @@ def test_made_up_typing_is_drawn(tmp_path, engine):
         ((), 2, "Give either a TRACE, a file of recorded typing, or --files DIR"),
         (("a.jsonl", "--files", "."), 2, "Give either a TRACE, a file of recorded typing, or --files DIR"),
         (("nowhere.jsonl",), 1, "Cannot read nowhere.jsonl"),
-        (("--files", "/nowhere"), 1, "There is no source code of"),
+        (("--files", "/nowhere"), 1, "has no source file of"),
     ],
 )
 def test_a_replay_of_nothing_is_refused(arguments, status, message):
@@ -234,5 +234,5 @@ def test_a_shape_is_measured_without_any_model(tmp_path, monkeypatch):
 def test_an_unknown_shape_is_answered_with_the_list():
     done = run("engine", "--shape", "gpt-5")
     assert done.returncode == 1
-    assert "there are tiny_starcoder_py, qwen2.5-coder-0.5b" in done.stderr
+    assert "Use one of: tiny_starcoder_py, qwen2.5-coder-0.5b" in done.stderr
     assert run("engine", "--shape", "gpt-5", "--model", "x").returncode == 2

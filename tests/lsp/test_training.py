@@ -144,4 +144,4 @@ async def test_odd_arguments_are_refused(start, options):
     server = await start(commits=1)
     train(server, **options)
     answer = await until(server, lambda m: m.get("id") == "train")
-    assert "error" in answer or "no name" in answer["result"]["error"]
+    assert "error" in answer or "not a valid adapter name" in answer["result"]["error"]

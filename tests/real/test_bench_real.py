@@ -39,8 +39,8 @@ def test_a_person_typing_gets_suggestions(model, tmp_path):
     found = measured("replay", "--files", tmp_path, "--limit-s", 10, "--model", model.name)
     assert found["requests"] > 10
     # On a slow machine every request may be cancelled by the next key; each has a fate all the same.
-    assert sum(found["fates"].values()) == found["requests"]
-    assert found["fates"]["failed"] == 0
+    assert sum(found["outcomes"].values()) == found["requests"]
+    assert found["outcomes"]["failed"] == 0
     assert found["peak_rss_mb"] > 300
 
 
@@ -56,8 +56,8 @@ def test_the_same_typing_is_played_to_llama_cpp_and_generate(model, tmp_path):
     assert set(found["others"]) == set(found["ratios"]) == {"llama.cpp", "generate"}
     for summary in (found, *found["others"].values()):
         assert summary["requests"] > 10
-        assert sum(summary["fates"].values()) == summary["requests"]
-        assert summary["fates"]["failed"] == 0
+        assert sum(summary["outcomes"].values()) == summary["requests"]
+        assert summary["outcomes"]["failed"] == 0
         assert summary["startup_s"] > 0
         assert summary["peak_rss_mb"] > 300
     generate = found["others"]["generate"]

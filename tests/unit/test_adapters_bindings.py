@@ -88,7 +88,7 @@ def test_what_a_workspace_asks_for(tmp_path):
 def test_a_request_in_utf_16_is_named_in_the_log(tmp_path, caplog):
     (tmp_path / ".midfill.toml").write_bytes(f'adapter = "sha256:{A}"\r\n'.encode("utf-16"))
     assert asked_by(tmp_path) is None
-    assert ".midfill.toml asks for nothing: it is in UTF-16. Save it as UTF-8." in caplog.text
+    assert ".midfill.toml is ignored: it is in UTF-16. Save it as UTF-8." in caplog.text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

@@ -61,7 +61,7 @@ def test_an_adapter_that_does_not_fit_leaves_nothing(registry, base, tmp_path):
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "-x", "a b", "x" * 65, "deadbeefdeadbeef", "ä"])
 def test_names_that_are_none(registry, base, tmp_path, name):
-    with pytest.raises(AdapterError, match="is no name"):
+    with pytest.raises(AdapterError, match="is not a valid adapter name"):
         registry.add(write_adapter(tmp_path / "a"), name=name, base=base)
 
 
@@ -71,7 +71,7 @@ def test_a_name_is_taken_once(registry, base, tmp_path):
     assert registry.add(first, name="mine", base=base) == entry
     with pytest.raises(AdapterError, match="taken"):
         registry.add(write_adapter(tmp_path / "b", seed=1), name="mine", base=base)
-    with pytest.raises(AdapterError, match="here already, as 'mine'"):
+    with pytest.raises(AdapterError, match="registered already, as 'mine'"):
         registry.add(first, name="other", base=base)
     assert registry.entries() == [entry]
 

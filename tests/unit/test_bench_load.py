@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 from clock import in_its_own_time
 
-from midfill.bench import load, typist
-from midfill.bench.contenders import Asked, Job
-from midfill.bench.load import Goal, Plan, Stage
+from midfill.bench import load, virtual_user
+from midfill.bench.backends import EngineJob, SuggestionRequest
+from midfill.bench.load import BenchSetup, Goal, LoadPlan
 from midfill.cli.main import cli
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import EngineUnavailableError
@@ -32,26 +32,28 @@ def source(tmp_path):
 
 async def stage_of(source, engine):
     await engine.start(lambda _message, _share: None)
-    return Stage(engine, FAMILY, Settings(), typist.generate(source, 1, 6))
+    return BenchSetup(engine, FAMILY, Settings(), virtual_user.generate(source, 1, 6))
 
 
 def a_request(at_s, **values):
-    return Asked(0, 100 + at_s, **{key: 100 + v if key.endswith("_s") else v for key, v in values.items()})
+    return SuggestionRequest(
+        0, 100 + at_s, **{key: 100 + v if key.endswith("_s") else v for key, v in values.items()}
+    )
 
 
 @in_its_own_time
 async def test_typists_ask_one_engine_and_the_next_key_takes_requests_back(source):
     engine = ScriptedEngine(Script([Rule(text="fill()", prefill_delay_s=0.06, logprob=-0.01)]))
-    played = await load.play(await stage_of(source, engine), Plan(8, 4.0, warm_s=0.0))
-    found = load.measured(played)
-    assert len(played.requests) >= found["requests"] > 40
+    load_run = await load.play(await stage_of(source, engine), LoadPlan(8, 4.0, warm_s=0.0))
+    found = load.measured(load_run)
+    assert len(load_run.requests) >= found["requests"] > 40
     assert found["failed"] == 0
     # The engine takes 60 ms for each, most gaps are shorter; who pauses longer is served.
     assert 0.1 < found["cancelled_share"] < 0.99
     assert found["suggestion_ms"]["p50"] > 55
     assert found["shown_before_next_key_share"] + found["cancelled_share"] <= 1.0
     assert 0 < found["engine_requests_per_s"] <= found["requests_per_s"]
-    assert {job.end for job in played.jobs} == {"finished", "cancelled"}
+    assert {job.end for job in load_run.jobs} == {"finished", "cancelled"}
     assert found["generator_cores"] > 0
 
 
@@ -60,9 +62,9 @@ async def test_an_order_is_its_seeds_and_each_typist_has_one_of_its_own():
         delay_s, numbers = plan.order(user, 50)
         return delay_s, [next(numbers) for _ in range(120)]
 
-    plan = Plan(2, 1.0, seed=3)
+    plan = LoadPlan(2, 1.0, seed=3)
     assert first(plan, 0) == first(plan, 0) != first(plan, 1)
-    assert first(plan, 0) != first(Plan(2, 1.0, seed=4), 0)
+    assert first(plan, 0) != first(LoadPlan(2, 1.0, seed=4), 0)
     assert sorted(first(plan, 0)[1][:50]) == list(range(50))
 
 
@@ -78,12 +80,12 @@ class Blocking(ScriptedEngine):
 
 async def test_a_generator_that_is_too_slow_itself_says_so(source):
     slow = await stage_of(source, Blocking(Script([Rule(text="x")])))
-    assert load.measured(await load.play(slow, Plan(24, 2.5, warm_s=0.0)))["generator_kept_up"] is False
+    assert load.measured(await load.play(slow, LoadPlan(24, 2.5, warm_s=0.0)))["generator_kept_up"] is False
 
 
 def test_what_was_asked_before_everybody_was_warm_does_not_count():
     early, late = a_request(1, answered_s=3, text="a"), a_request(6, answered_s=6.1, text="a", source="model")
-    found = load.figures([early, late], [], 100.0, Plan(1, 10.0))
+    found = load.figures([early, late], [], 100.0, LoadPlan(1, 10.0))
     assert (found["requests"], found["suggestion_ms"]["p95"]) == (1, 100.0)
 
 
@@ -93,7 +95,7 @@ def test_waiting_is_told_as_seen_and_as_it_would_be_if_nobody_typed_on():
     gated = a_request(7, answered_s=7.001, source="none", reason="mid-word")
     slow = a_request(8, answered_s=9, source="none", reason="model-silent")
     gone = a_request(8, cancelled_s=8.5, answered_s=8.5, code=-32800)
-    found = load.figures([*quick, reused, gated, slow, gone], [], 100.0, Plan(1, 10.0))
+    found = load.figures([*quick, reused, gated, slow, gone], [], 100.0, LoadPlan(1, 10.0))
     assert found["suggestion_ms"]["p50"] == found["model_ms"]["p50"] == 100.0
     assert found["samples"] == {"suggestion_ms": 3, "model_ms": 2, "awaited_ms": 3}
     # Of four who had to wait for the model, two did for longer than 0.1 s: one of them gave up after 0.5 s.
@@ -106,33 +108,33 @@ def test_waiting_is_told_as_seen_and_as_it_would_be_if_nobody_typed_on():
 async def test_what_the_engine_fails_to_answer_has_failed_and_was_not_served(source):
     rules = [Rule(error="out of memory")]
     found = load.measured(
-        await load.play(await stage_of(source, ScriptedEngine(Script(rules))), Plan(2, 3.0, warm_s=0.0))
+        await load.play(await stage_of(source, ScriptedEngine(Script(rules))), LoadPlan(2, 3.0, warm_s=0.0))
     )
     assert found["failed"] > 0
     assert found["failures"] == {"out of memory": found["failed"]}
     assert (found["answers_per_s"], found["samples"]["awaited_ms"]) == (0.0, 0)
     run = found | {"users": 2}
     said = load.table({"model": "scripted", "seconds": 3.0, "runs": [run]}).caption
-    assert f"2 typists: {found['failed']} failed: out of memory" in said
+    assert f"2 users: {found['failed']} requests failed: out of memory" in said
 
 
 def test_work_counts_from_when_the_engine_was_asked():
     def job(**values):
-        return Job(0, 1, "cancelled", **values)
+        return EngineJob(0, 1, "cancelled", **values)
 
     # The last one was left before the engine was asked.
     jobs = [job(submitted_s=103.0, first_s=106.0), job(submitted_s=106.0), job(submitted_s=107.0), job()]
-    assert load.figures([], jobs, 100.0, Plan(1, 10.0))["engine_requests_per_s"] == 0.4
+    assert load.figures([], jobs, 100.0, LoadPlan(1, 10.0))["engine_requests_per_s"] == 0.4
 
 
 def test_what_a_server_does_not_tell_is_not_taken_for_nothing():
     def job(**values):
-        return Job(0, 1, "finished", num_prompt=100, submitted_s=106.0, **values)
+        return EngineJob(0, 1, "finished", num_prompt=100, submitted_s=106.0, **values)
 
     silent = job(num_reused=0, num_computed=0)
     told = [silent, job(num_reused=75, num_computed=25)]
-    assert load.figures([], [silent], 100.0, Plan(1, 10.0))["prompt_tokens_reused_share"] is None
-    assert load.figures([], told, 100.0, Plan(1, 10.0))["prompt_tokens_reused_share"] == 0.75
+    assert load.figures([], [silent], 100.0, LoadPlan(1, 10.0))["prompt_tokens_reused_share"] is None
+    assert load.figures([], told, 100.0, LoadPlan(1, 10.0))["prompt_tokens_reused_share"] == 0.75
 
 
 def run_of(users, p95, shown):
@@ -143,9 +145,9 @@ def run_of(users, p95, shown):
     ("last", "users", "why"),
     [
         ((8, 200.0, 0.6), None, "not reached"),
-        ((8, 300.0, 0.6), 8, "p95 is 300 ms, the limit is 250 ms"),
-        ((8, None, 0.0), 8, "nothing came in time, the limit is 250 ms"),
-        ((8, 200.0, 0.4), 8, "40.0% is shown before the next key, less than 80% of 60.0%"),
+        ((8, 300.0, 0.6), 8, "p95 is 300 ms; the limit is 250 ms"),
+        ((8, None, 0.0), 8, "no suggestion came in time; the limit is 250 ms"),
+        ((8, 200.0, 0.4), 8, "40.0% are shown before the next key, less than 80% of 60.0%"),
     ],
 )
 def test_where_it_saturates_is_the_first_run_that_is_too_slow_or_serves_too_few(last, users, why):

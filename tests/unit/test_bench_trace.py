@@ -6,7 +6,7 @@ import json
 import pytest
 
 from midfill.bench.trace import cursor_after, read_trace, total_s
-from midfill.bench.typist import generate
+from midfill.bench.virtual_user import generate
 from midfill.errors import MidfillError
 from midfill.text.documents import Change
 
@@ -24,7 +24,7 @@ def changed(t, column, text, end=None, uri=URI):
     return {"t": t, "send": {"method": "textDocument/didChange", "params": params}}
 
 
-def asked(t, column):
+def request(t, column):
     params = {
         "textDocument": {"uri": URI},
         "position": {"line": 0, "character": column},
@@ -46,14 +46,14 @@ def write(path, *rows):
 
 
 def test_a_trace_becomes_keys_with_gaps_and_requests(tmp_path):
-    rows = [opened(), changed(1000, 4, "1"), asked(1050, 5), CANCELLED, changed(1200, 5, "2"), CLOSED]
-    (episode,) = read_trace(write(tmp_path / "t.jsonl", *rows))
-    assert (episode.uri, episode.language_id, episode.rest_s) == (URI, "python", pytest.approx(0.8))
-    assert [key.gap_s for key in episode.keys] == [pytest.approx(1.0), pytest.approx(0.2)]
-    assert [key.request_after_s for key in episode.keys] == [pytest.approx(0.05), None]
-    assert [key.cursor for key in episode.keys] == [(0, 5), (0, 6)]
-    assert [document.text for document in episode.documents()] == ["x = 1\n", "x = 12\n"]
-    assert total_s([episode]) == pytest.approx(2.0)
+    rows = [opened(), changed(1000, 4, "1"), request(1050, 5), CANCELLED, changed(1200, 5, "2"), CLOSED]
+    (session,) = read_trace(write(tmp_path / "t.jsonl", *rows))
+    assert (session.uri, session.language_id, session.rest_s) == (URI, "python", pytest.approx(0.8))
+    assert [key.gap_s for key in session.keys] == [pytest.approx(1.0), pytest.approx(0.2)]
+    assert [key.request_after_s for key in session.keys] == [pytest.approx(0.05), None]
+    assert [key.cursor for key in session.keys] == [(0, 5), (0, 6)]
+    assert [document.text for document in session.documents()] == ["x = 1\n", "x = 12\n"]
+    assert total_s([session]) == pytest.approx(2.0)
 
 
 def test_a_compressed_trace_is_read(tmp_path):
@@ -71,7 +71,7 @@ def test_a_compressed_trace_is_read(tmp_path):
         ("{}", "'t'"),
         (json.dumps({"t": 5}), "'send'"),
         (json.dumps(changed(2, 4, "a", uri="file:///other.py")), "its document is not the one that is open"),
-        (json.dumps(asked(5, 4)), "a request before the first key"),
+        (json.dumps(request(5, 4)), "a request before the first key"),
         (json.dumps({"t": -1, "send": {"method": "textDocument/didChange", "params": {}}}), "before that of"),
         (json.dumps({"t": 1, "send": {"method": "textDocument/didChange", "params": {}}}), "not a row"),
         (json.dumps({"t": 1, "send": {"method": "textDocument/didChange", "params": None}}), "not a row"),
@@ -83,7 +83,7 @@ def test_a_bad_line_is_named(tmp_path, row, why):
     path.write_text(json.dumps(opened()) + "\n\n" + row + "\n")
     with pytest.raises(MidfillError) as error:
         read_trace(path)
-    assert str(error.value).startswith(f"{path}, line 3: not a row of a typing trace")
+    assert str(error.value).startswith(f"{path}, line 3: this is not a row of a typing trace")
     assert why in str(error.value)
 
 
@@ -94,9 +94,9 @@ def test_files_that_are_no_trace_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(MidfillError, match=r"Cannot read .*plain\.gz"):
         read_trace(tmp_path / "plain.gz")
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(MidfillError, match="line 1: not text in UTF-8"):
+    with pytest.raises(MidfillError, match="line 1: this is not text in UTF-8"):
         read_trace(tmp_path / "latin.jsonl")
-    with pytest.raises(MidfillError, match="has no session in which something is typed"):
+    with pytest.raises(MidfillError, match="has no session with typing in it"):
         read_trace(write(tmp_path / "empty.jsonl", opened()))
 
 
@@ -135,16 +135,16 @@ def test_made_up_typing_is_the_same_for_the_same_seed(tree):
 
 
 def test_made_up_typing_ends_in_the_file_as_it_was(tree):
-    episodes = generate(tree, 1, 40)
-    assert {episode.uri.split("/", 5)[5] for episode in episodes} == {"a.py", "sub/b.py"}
-    assert len({episode.uri for episode in episodes}) == 40
-    for episode in episodes:
-        assert episode.documents()[-1].text == SOURCE
-        assert episode.text != SOURCE
+    sessions = generate(tree, 1, 40)
+    assert {session.uri.split("/", 5)[5] for session in sessions} == {"a.py", "sub/b.py"}
+    assert len({session.uri for session in sessions}) == 40
+    for session in sessions:
+        assert session.documents()[-1].text == SOURCE
+        assert session.text != SOURCE
 
 
 def test_made_up_typing_keeps_to_the_statistics_of_people(tree):
-    keys = [key for episode in generate(tree, 3, 300) for key in episode.keys[1:]]
+    keys = [key for session in generate(tree, 3, 300) for key in session.keys[1:]]
     gaps = sorted(key.gap_s for key in keys)
     for part, gap_s in ((0.1, 0.045), (0.25, 0.068), (0.5, 0.091), (0.75, 0.136), (0.9, 0.203)):
         assert gaps[int(part * len(gaps))] == pytest.approx(gap_s, rel=0.1)
@@ -153,5 +153,5 @@ def test_made_up_typing_keeps_to_the_statistics_of_people(tree):
 
 
 def test_a_folder_without_code_is_named(tmp_path):
-    with pytest.raises(MidfillError, match="There is no source code of 400 to 100000 bytes in"):
+    with pytest.raises(MidfillError, match="has no source file of 400 to 100000 bytes"):
         generate(tmp_path, 0, 3)

@@ -85,7 +85,7 @@ def test_one_that_was_judged_bad_is_used_by_force_only(base, tmp_path):
     midfill("import", write_adapter(tmp_path / "a"), "--name", "mine")
     Registry().set_judgement("mine", Judgement("rejected", ("It was worse than the base.",)))
     refusal = midfill("use", "mine")
-    assert "judged rejected" in refusal
+    assert "verdict 'rejected'" in refusal
     assert "worse than the base" in refusal
     assert Bindings().read().workspaces == {}
     assert "mine is used" in midfill("use", "mine", "--force")

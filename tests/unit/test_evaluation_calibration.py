@@ -75,10 +75,10 @@ def test_a_gate_is_fitted_and_judged_on_what_it_has_not_seen(files):
 def test_what_is_no_better_than_the_built_in_calibration_is_not_recommended(files):
     result = calibrate(files[:2], files[2:])
     result["held_out"]["brier"] = result["held_out"]["brier_built_in"]
-    assert "held out it is no better" in why_not(result)
+    assert "held-out results it is not better" in why_not(result)
     result["brier"]["fitted"] = result["brier"]["built_in"] + 0.01
-    assert "not fitted to it is no better" in why_not(result)
-    assert "suggestions; 100 are the least" in why_not(result | {"suggestions": 99})
+    assert "not fitted to it is not better" in why_not(result)
+    assert "99 suggestions only; at least 100 are needed" in why_not(result | {"suggestions": 99})
 
 
 def test_results_of_two_models_are_not_mixed(files):
@@ -123,5 +123,5 @@ def test_what_cannot_be_calibrated_is_said(files, tmp_path):
         calibrate(files[:1], [])
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"eval": "repo"}\n')
-    with pytest.raises(MidfillError, match="No suggestions"):
+    with pytest.raises(MidfillError, match="have no suggestions"):
         calibrate([empty], [])

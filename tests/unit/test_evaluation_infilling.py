@@ -149,7 +149,7 @@ async def test_tasks_go_through_the_pipeline_and_resume(tasks, tmp_path):
     assert shares == [0.5, 1.0]
     again.keep({"id": "late"})
     assert list(read(path)[1]) == [*first.rows, "late"]
-    with pytest.raises(MidfillError, match=r"model = 'scripted', now it is 'other'"):
+    with pytest.raises(MidfillError, match=r"model = 'scripted', but this run has 'other'"):
         Records(path, header | {"model": "other"})
 
 
@@ -220,7 +220,7 @@ def test_shares_are_by_kind():
     assert list(summary["pass@1"])[-1] == "all"
     text = describe(summary | {"model": "m", "skipped": {"java": "No JDK."}, "network": True})
     assert "66.7%" in text
-    assert "left out, java: No JDK." in text
+    assert "skipped, java: No JDK." in text
 
 
 def test_runs_are_compared_in_pairs():

@@ -11,11 +11,11 @@ from midfill.errors import MidfillError
 from midfill.evaluation import holes, records
 from midfill.evaluation.fillers import Filled, Hole, PipelineFiller
 from midfill.evaluation.repository import (
+    breaking_lengths,
     compare,
     describe,
     describe_difference,
     evaluate,
-    places_that_break,
     read_result,
     score,
     shown_text,
@@ -216,7 +216,7 @@ async def test_syntax_errors_that_a_suggestion_brings_in_are_counted(repository)
     result = read_result(kept.rows[sample.id])
     assert result.broken == (3, len(result.text))
     assert summarise([result], Eagerness.ALWAYS)["syntax_errors"] == 1.0
-    right = replace(result, text="1", broken=places_that_break(sample, "1"))
+    right = replace(result, text="1", broken=breaking_lengths(sample, "1"))
     assert right.broken == ()
     assert summarise([right], Eagerness.ALWAYS)["syntax_errors"] == 0.0
 

@@ -176,7 +176,7 @@ def test_git_in_the_current_folder_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", os.pathsep.join([".", "", "bin", os.environ["PATH"]]))
     Repository(planted.root).commits(10)
     monkeypatch.setenv("PATH", ".")
-    with pytest.raises(GitError, match="no git on the PATH"):
+    with pytest.raises(GitError, match="git is not on the PATH"):
         Git(planted.root)
     assert not marker.exists()
 

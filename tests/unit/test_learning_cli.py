@@ -14,7 +14,8 @@ from midfill.completion.stats import acceptance as feedback
 from midfill.errors import AdapterError, MidfillError
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
-from midfill.system.state import state_path
+from midfill.training import job as jobs
+from midfill.training import process as training
 from midfill.training import worker
 
 
@@ -64,16 +65,16 @@ def test_forcing_what_is_not_registered_is_refused(tmp_path):
 
 @pytest.mark.parametrize("folder", ["/", "/a/..", "/my model", "/.hidden", "/snapshots/0123456789abcdef"])
 def test_every_folder_has_a_name_that_an_adapter_can_have(folder):
-    check_name(worker.name_for(Path(folder)))
-    assert worker.name_for(Path("/src/project")) == "project"
+    check_name(jobs.name_for(Path(folder)))
+    assert jobs.name_for(Path("/src/project")) == "project"
 
 
 def test_a_name_that_is_a_path_is_judged_nowhere(monkeypatch, tmp_path):
     monkeypatch.setenv("MIDFILL_DATA", str(tmp_path / "data"))
-    job = worker.Job(tmp_path, "..", 0.0)
+    job = jobs.Job(tmp_path, "..", 0.0)
     model = LocalModel("tiny", tmp_path, "stable-code", source="a test")
-    request = worker.request_of("eval", job, model, Settings(), tmp_path)
-    with pytest.raises(AdapterError, match=r"'\.\.' is no name"):
+    request = jobs.request_of("eval", job, model, Settings(), tmp_path)
+    with pytest.raises(AdapterError, match=r"'\.\.' is not a valid adapter name"):
         worker._work(request, print, lambda: False)
     assert not (tmp_path / "data").exists()
 
@@ -84,7 +85,7 @@ def test_stats_show_adapters_beside_their_base(monkeypatch, tmp_path):
     counts = feedback.AcceptanceCounts(offered=10, accepted=3, accepted_chars=50)
     better = feedback.AcceptanceCounts(offered=10, accepted=5, accepted_chars=80)
     feedback.add(
-        state_path(),
+        feedback.counts_path(),
         {
             feedback.key_of("tiny", None): {"python": counts},
             feedback.key_of("tiny", "mine"): {"python": better},
@@ -97,7 +98,7 @@ def test_stats_show_adapters_beside_their_base(monkeypatch, tmp_path):
 
 def test_stats_compare_sessions_with_those_that_were_held_out(monkeypatch, tmp_path):
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
-    path, mine = state_path(), feedback.key_of("tiny", "mine")
+    path, mine = feedback.counts_path(), feedback.key_of("tiny", "mine")
     for number in range(30):
         counts = feedback.AcceptanceCounts(offered=20, accepted=8 + number % 3)
         feedback.add(path, {mine: {"python": counts}}, f"a{number}")
@@ -118,7 +119,7 @@ def test_stats_compare_sessions_with_those_that_were_held_out(monkeypatch, tmp_p
 def test_one_held_out_session_is_too_few(monkeypatch, tmp_path):
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path))
     counts = {"python": feedback.AcceptanceCounts(offered=2, accepted=1)}
-    feedback.add(state_path(), {feedback.key_of("tiny", "mine"): counts}, "a")
+    feedback.add(feedback.counts_path(), {feedback.key_of("tiny", "mine"): counts}, "a")
     [row] = json.loads(run("stats", "--json").output)["holdout"]
     assert row["interval"] is None
     assert row["without"] == {"sessions": 0, "offered": 0, "accepted": 0, "share": None}
@@ -146,7 +147,7 @@ def test_a_worker_that_dies_is_an_error_not_a_silence(tmp_path):
     planted = Planted.new(tmp_path / "project")
     grow(planted, 1)
     with (
-        worker.started({"kind": "none"}) as process,
-        pytest.raises(MidfillError, match="ended by itself"),
+        training.started({"kind": "none"}) as process,
+        pytest.raises(MidfillError, match="ended unexpectedly"),
     ):
-        list(worker.events(process))
+        list(training.events(process))

@@ -220,5 +220,5 @@ def test_moved_and_repeated_code_is_not_learnt_as_new(planted):
 def test_a_history_that_is_too_short_says_what_is_missing(planted):
     planted.commit({"a.py": stage(1)})
     planted.commit({"a.py": stage(1) + stage(2)})
-    with pytest.raises(MidfillError, match=r"1 commits with source code.*20 to judge by"):
+    with pytest.raises(MidfillError, match=r"1 commits with usable source code.*20 test commits"):
         selected(planted)

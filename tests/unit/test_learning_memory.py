@@ -23,30 +23,30 @@ def model(tmp_path):
     return folder
 
 
-def survey(model, wanted, free, num_processes=1):
-    return memory.survey(model, wanted, SETTINGS, free, num_processes)
+def estimate(model, wanted, free, num_processes=1):
+    return memory.estimate(model, wanted, SETTINGS, free, num_processes)
 
 
 def test_the_quickest_form_is_chosen_that_fits(model):
     float32, int8 = (memory.needed(model, form, SETTINGS).total() for form in memory.FORMS)
     assert int8 < float32
     for free, form in ((float32, "float32"), (float32 - 1, "int8"), (int8, "int8")):
-        room = survey(model, "auto", free)
-        assert room["base_weights"] == memory.chosen(room) == form
-        assert f"so the base would be held in {form}" in sentence(room)
-    assert "too little for either" in sentence(survey(model, "auto", int8 - 1))
+        room = estimate(model, "auto", free)
+        assert room["base_weights"] == memory.choose_form(room) == form
+        assert f"the base model would be held in {form}" in sentence(room)
+    assert "not enough for either" in sentence(estimate(model, "auto", int8 - 1))
 
 
 def test_too_little_memory_is_said_with_the_remedies(model):
     int8 = memory.needed(model, "int8", SETTINGS).total()
     with pytest.raises(AdapterError, match=r"about 0\.\d GB .* in int8, and 0\.\d GB are free. Close other"):
-        memory.chosen(survey(model, "auto", int8 - 1))
+        memory.choose_form(estimate(model, "auto", int8 - 1))
     with pytest.raises(AdapterError, match="fewer --processes"):
-        memory.chosen(survey(model, "auto", int8, 2), 2)
+        memory.choose_form(estimate(model, "auto", int8, 2), 2)
     # An estimate may be wrong, and there may be swap: who names a form gets it.
-    room = survey(model, "float32", int8)
-    assert memory.chosen(room) == "float32"
-    assert "too little for float32" in sentence(room)
+    room = estimate(model, "float32", int8)
+    assert memory.choose_form(room) == "float32"
+    assert "not enough for float32" in sentence(room)
 
 
 def test_the_two_engines_of_the_judgement_count(model):

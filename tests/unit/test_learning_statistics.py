@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from midfill.training.judge import Filling, Limits, Measured, as_dict, decide
-from midfill.training.statistics import (
+from midfill.evaluation.statistics import (
     difference,
     effect,
     median_bounds,
@@ -16,13 +15,14 @@ from midfill.training.statistics import (
     smallest_gain,
     student_quantile,
 )
+from midfill.training.verdict import HoleResults, Limits, Measurements, as_dict, decide
 
-GOOD = Measured(
+GOOD = Measurements(
     effect=effect([str(i % 30) for i in range(180)], [1.0 + 0.1 * (i % 7) for i in range(180)], [10] * 180),
     nll_base=1.0,
     nll_adapter=0.9,
     general=1.0,
-    filling=Filling(100, 100, 1.0),
+    hole_results=HoleResults(100, 100, 1.0),
 )
 
 
@@ -95,9 +95,9 @@ def test_more_commits_are_as_many_as_would_do():
 
 
 def test_what_passes_every_condition_is_enabled():
-    verdicts = decide(GOOD)
-    assert verdicts.verdict == "enabled"
-    assert as_dict(GOOD, verdicts)["verdict"] == "enabled"
+    decision = decide(GOOD)
+    assert decision.verdict == "enabled"
+    assert as_dict(GOOD, decision)["verdict"] == "enabled"
 
 
 @pytest.mark.parametrize(
@@ -105,30 +105,34 @@ def test_what_passes_every_condition_is_enabled():
     [
         ({"problems": ("It is broken.",)}, "rejected", "broken"),
         ({"scale": 0.0}, "rejected", "no strength"),
-        ({"effect": None}, "inconclusive", "nothing to judge"),
-        ({"effect": replace(simulated(1, 0.0), gain=0.009, low=0.004, high=0.02)}, "rejected", "no use"),
-        ({"general": 1.021}, "rejected", "other code"),
-        ({"general": math.nan}, "rejected", "no number"),
-        ({"general": None}, "inconclusive", "Other code"),
-        ({"nll_adapter": math.nan}, "rejected", "no number"),
-        ({"filling": Filling(100, 99, 1.0)}, "rejected", "fewer characters: 99 instead of 100"),
+        ({"effect": None}, "inconclusive", "not measured on any test commit"),
         (
-            {"filling": Filling(100, 100, 1.13, (1.11, 1.2))},
+            {"effect": replace(simulated(1, 0.0), gain=0.009, low=0.004, high=0.02)},
             "rejected",
-            "13% longer with it (11% to 20%; at most 10%).",
+            "minimum useful gain",
+        ),
+        ({"general": 1.021}, "rejected", "other code"),
+        ({"general": math.nan}, "rejected", "NaN or infinite"),
+        ({"general": None}, "inconclusive", "other code"),
+        ({"nll_adapter": math.nan}, "rejected", "NaN or infinite"),
+        ({"hole_results": HoleResults(100, 99, 1.0)}, "rejected", "fewer characters: 99 instead of 100"),
+        (
+            {"hole_results": HoleResults(100, 100, 1.13, (1.11, 1.2))},
+            "rejected",
+            "13% longer with the adapter (11% to 20%; limit: 10%).",
         ),
         (
-            {"filling": Filling(100, 100, 1.13, (0.95, 1.4))},
+            {"hole_results": HoleResults(100, 100, 1.13, (0.95, 1.4))},
             "inconclusive",
-            "13% longer with it (-5% to 40%; at most 10%), but that may be chance",
+            "13% longer with the adapter (-5% to 40%; limit: 10%), but that may be chance",
         ),
-        ({"filling": Filling(100, 100, 1.13)}, "inconclusive", "13% longer with it (at most 10%), but"),
-        ({"filling": None}, "inconclusive", "not measured"),
+        ({"hole_results": HoleResults(100, 100, 1.13)}, "inconclusive", "(limit: 10%), but that may be chance"),
+        ({"hole_results": None}, "inconclusive", "not measured"),
         ({"effect": effect(["a", "b"] * 90, [1.0, 1.1] * 90, [10] * 180)}, "inconclusive", "18 more commits"),
         (
             {"effect": effect([str(i % 25) for i in range(140)], [1.0] * 140, [10] * 140)},
             "inconclusive",
-            "140 ex",
+            "140 examples",
         ),
         ({"effect": replace(simulated(1, 0.0), gain=-0.01, low=-0.06, high=0.04)}, "rejected", "higher"),
         (
@@ -139,9 +143,9 @@ def test_what_passes_every_condition_is_enabled():
     ],
 )
 def test_one_condition_that_is_not_met_keeps_it_off(change, verdict, reason):
-    verdicts = decide(replace(GOOD, **change))
-    assert verdicts.verdict == verdict
-    assert reason in " ".join(verdicts.reasons)
+    decision = decide(replace(GOOD, **change))
+    assert decision.verdict == verdict
+    assert reason in " ".join(decision.reasons)
 
 
 def test_the_bounds_of_a_median_are_those_of_the_sign_test():
@@ -159,15 +163,15 @@ def test_a_busy_machine_rejects_no_adapter_that_is_quick_enough():
     for _ in range(500):
         for cost, verdicts in found.items():
             ratios = cost * numbers.uniform(1, 5, 24) / numbers.uniform(1, 5, 24)
-            filling = Filling(100, 100, float(np.median(ratios)), median_bounds(list(ratios)))
-            verdicts.append(decide(replace(GOOD, filling=filling)).verdict)
+            results = HoleResults(100, 100, float(np.median(ratios)), median_bounds(list(ratios)))
+            verdicts.append(decide(replace(GOOD, hole_results=results)).verdict)
     assert found[1.05].count("rejected") <= 500 * 0.025
     assert "inconclusive" in found[1.05]
     assert found[1.6].count("rejected") > found[1.6].count("enabled")
 
 
 def test_commits_that_have_judged_others_ask_for_more():
-    result = as_dict(replace(GOOD, openings=5), decide(GOOD))
+    result = as_dict(replace(GOOD, num_comparisons=5), decide(GOOD))
     assert result["alpha"] == pytest.approx(0.005)
 
 

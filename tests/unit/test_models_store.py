@@ -114,8 +114,8 @@ def test_a_folder_in_the_current_directory_never_stands_in_for_a_known_model(tmp
     ("break_it", "complaint"),
     [
         (lambda folder: (folder / "config.json").unlink(), r"config\.json cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("{"), "no valid JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"no tokenizer\.json.*save_pretrained"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
         (

@@ -188,9 +188,9 @@ def test_a_folder_is_loaded(tmp_path):
     ("content", "complaint"),
     [
         (None, "cannot be read"),
-        ("{", "no valid JSON"),
-        ("{}", "has not the form"),
-        ("[]", "has not the form"),
+        ("{", "not valid JSON"),
+        ("{}", "not a valid tokenizer.json"),
+        ("[]", "not a valid tokenizer.json"),
         ('{"model": {"type": "WordPiece", "vocab": {}}}', "WordPiece"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}', "refuses"),
     ],

@@ -7,13 +7,13 @@ import pytest
 from planted_adapters import write_adapter, write_base
 
 from midfill.adapters.bindings import Bindings
-from midfill.adapters.registry import Registry, data_dir
+from midfill.adapters.registry import Registry
 from midfill.completion.stats import acceptance as feedback
 from midfill.completion.stats.acceptance import AcceptanceCounts
 from midfill.models import store
-from midfill.system import last_used as activity
-from midfill.system.private import create_private, private_folder, write_private
-from midfill.system.state import state_path
+from midfill.system import last_request, text_files
+from midfill.system.folders import data_folder, state_folder
+from midfill.system.private import create_private, private_folder
 from midfill.training import pipeline as learn
 from midfill.training import worker
 
@@ -27,7 +27,7 @@ def _lax(tmp_path, monkeypatch):
         monkeypatch.delenv(f"MIDFILL_{name}", raising=False)
         monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path / name))
     before = os.umask(0)
-    for folder in (data_dir() / "adapters", data_dir() / "training", state_path().parent):
+    for folder in (data_folder() / "adapters", data_folder() / "training", state_folder()):
         folder.mkdir(parents=True)
     store.cache_root().mkdir(parents=True)
     yield
@@ -42,17 +42,17 @@ def test_adapters_and_where_they_are_used_are_their_owners_alone(tmp_path):
     base = write_base(tmp_path / "base")
     entry = Registry().add(write_adapter(tmp_path / "a"), name="mine", base=base)
     Bindings().bind(entry.digest, workspace=tmp_path)
-    assert not open_to_others(data_dir() / "adapters")
-    assert len(list((data_dir() / "adapters").rglob("*"))) >= 5
+    assert not open_to_others(data_folder() / "adapters")
+    assert len(list((data_folder() / "adapters").rglob("*"))) >= 5
     Registry().remove("mine")
     assert not Registry().entries()
 
 
 def test_counts_and_activity_are_their_owners_alone():
-    path = state_path()
+    path = feedback.counts_path()
     path.write_text('{"counts": {}}')
-    feedback.add(path, {"model": {"python": AcceptanceCounts(offered=1)}})
-    activity.watch()
+    feedback.add(path, {"model": {"python": Counts(offered=1)}})
+    last_request.make_marker()
     assert not open_to_others(path.parent)
     assert feedback.read(path)["model"]["python"].offered == 1
 
@@ -60,8 +60,8 @@ def test_counts_and_activity_are_their_owners_alone():
 def test_a_training_is_its_owners_alone():
     with worker._alone("mine"):
         pass
-    learn.note_opening([], "0" * 64)
-    assert not open_to_others(data_dir() / "training")
+    learn.record_comparison([], "0" * 64)
+    assert not open_to_others(data_folder() / "training")
 
 
 def test_the_cache_is_its_owners_alone_unless_it_is_shared_on_purpose(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_missing_folders_above_are_made_private_and_others_stay(tmp_path):
 
 def test_files_that_are_there_are_tightened(tmp_path):
     for name, write in (
-        ("a", lambda path: write_private(path, "x")),
+        ("a", lambda path: text_files.replace(path, "x", private=True)),
         ("b", lambda path: create_private(path).close()),
     ):
         (tmp_path / name).write_text("before")

@@ -176,10 +176,10 @@ def test_a_key_makes_few_prompt_tokens_new(vocabulary, shared_data, layout):
     """On recorded typing, from the first token that differs from those of the key before."""
     tokenizer = vocabulary("qwen2.5-coder")
     counts = []
-    for episode in read_trace(shared_data / "typing-trace-sample.jsonl.gz"):
+    for session in read_trace(shared_data / "typing-trace-sample.jsonl.gz"):
         builder = PromptBuilder(model_of(tokenizer, "qwen2.5-coder", 32_768), Settings(layout=layout))
         before, place = None, None
-        for key, document in zip(episode.keys, episode.documents(), strict=True):
+        for key, document in zip(session.keys, session.documents(), strict=True):
             tokens = builder.build(Snapshot(document, document.point(key.cursor, Encoding.UTF16))).tokens
             jumped = key.changes[0].start != place
             if before is not None and not jumped:

@@ -82,3 +82,31 @@ class TestReplace:
         with pytest.raises(PermissionError, match="read-only"):
             textfiles.replace(path, "b")
         assert path.read_text() == "a"
+
+    def test_a_private_file_is_its_owners_alone_whatever_it_was(self, tmp_path):
+        real, link = tmp_path / "index.json", tmp_path / "link.json"
+        link.symlink_to(real)
+        for mode in (None, 0o644, 0o400):
+            if mode is not None:
+                real.chmod(mode)
+            textfiles.replace(link, f"{mode}", private=True)
+            assert link.is_symlink()
+            assert real.read_text() == f"{mode}"
+            assert stat.S_IMODE(real.stat().st_mode) == 0o600
+        assert sorted(one.name for one in tmp_path.iterdir()) == ["index.json", "link.json"]
+
+    def test_no_folder_is_made_for_a_private_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            textfiles.replace(tmp_path / "none" / "a.json", "b", private=True)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_pipe_is_written_to_and_stays(self, tmp_path):
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            textfiles.replace(pipe, "job", private=True)
+            assert os.read(reader, 100) == b"job"
+        finally:
+            os.close(reader)
+        assert stat.S_ISFIFO(pipe.stat().st_mode)

@@ -1,1 +1,1 @@
-"""LoRA adapters on disk: what one may be, which there are, and where each is to be used. Runs no model."""
+"""LoRA adapters on disk: their format and checks, the registry, bindings. Runs no model."""

@@ -1,9 +1,9 @@
-"""Where adapters are used: in a workspace, for a language, everywhere. Kept in the user's own data folder.
+"""Bindings: which adapter is used in a workspace, for a language, or everywhere. A file of the user's data.
 
-The narrowest binding counts: that of the workspace a file lies in, then that of its language, then the global
-one. Nothing in a workspace binds anything: its file `.midfill.toml` may ask for an adapter by digest, and the
-user's answer to that is kept here too. Every change can be taken back. Knows digests; whether there are such
-adapters is for `registry`. Runs on any thread.
+The most specific binding applies: that of the file's workspace, then that of its language, then the global
+one. A workspace cannot bind anything itself: its file `.midfill.toml` may request an adapter by digest, and
+the user's answer is kept here too. Every change can be undone. Works on digests; `registry` knows which
+adapters exist. Runs on any thread.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from midfill.adapters.registry import data_dir, locked, replace_file
+from midfill.adapters.registry import locked
 from midfill.errors import AdapterError
-from midfill.system import text_files as textfiles
+from midfill.system import text_files
+from midfill.system.folders import data_folder
 from midfill.system.json_files import read_json
 from midfill.text.languages import normalise
 
 _LOG = logging.getLogger(__name__)
 
 OFF = "off"
-"""Bound in the place of a digest: no adapter here, whatever wider bindings say."""
+"""Bound instead of a digest: no adapter here, whatever less specific bindings say."""
 
 REQUEST_FILE = ".midfill.toml"
 
@@ -42,10 +43,10 @@ class Bound:
     """All bindings at one time: digests, or `OFF`.
 
     Attributes:
-        everywhere: the global one, or None.
-        languages: by language identifier, as `languages.normalise` gives it.
-        workspaces: by absolute path.
-        refused: digests that the user does not want, by the workspace that asks for them.
+        everywhere: the global binding, or None.
+        languages: bindings by language identifier, as `languages.normalise` gives it.
+        workspaces: bindings by absolute path.
+        refused: digests that the user has refused, by the workspace that requested them.
     """
 
     everywhere: str | None = None
@@ -54,7 +55,7 @@ class Bound:
     refused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def resolve(self, file: Path | None, language: str) -> str | None:
-        """The digest of the adapter for a file, or None."""
+        """Return the digest of the adapter for a file, or None."""
         inside = [] if file is None else [path for path in self.workspaces if file.is_relative_to(path)]
         if inside:
             bound: str | None = self.workspaces[max(inside, key=len)]
@@ -63,21 +64,21 @@ class Bound:
         return None if bound == OFF else bound
 
     def uses(self, digest: str) -> list[str]:
-        """Where an adapter is bound, in words."""
+        """Return descriptions of all bindings of an adapter."""
         places = [f"workspace {path}" for path, bound in self.workspaces.items() if bound == digest]
         places += [f"language {name}" for name, bound in self.languages.items() if bound == digest]
         return places + (["everywhere"] if self.everywhere == digest else [])
 
 
 class Bindings:
-    """The file of bindings below a folder; by default that of the registry."""
+    """The file of bindings in a folder; by default that of the registry."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = root or data_dir() / "adapters"
+        self.root = root or data_folder() / "adapters"
         self.path = self.root / "bindings.json"
 
     def read(self) -> Bound:
-        """As it is now. Raises `AdapterError` if the file cannot be read."""
+        """Return the present bindings. Raises `AdapterError` if the file cannot be read."""
         return self._load()[0]
 
     def bind(
@@ -87,9 +88,9 @@ class Bindings:
         workspace: Path | None = None,
         language: str | None = None,
     ) -> Bound:
-        """Use an adapter (its digest), or `OFF`, in a workspace or for a language, else everywhere.
+        """Bind an adapter (its digest) or `OFF` in a workspace, for a language, or else everywhere.
 
-        None takes the binding away, so that wider ones count.
+        None removes the binding, so that less specific ones apply. Returns the new bindings.
         """
 
         def change(before: Bound) -> Bound:
@@ -102,7 +103,7 @@ class Bindings:
         return self._change(change)
 
     def refuse(self, workspace: Path, digest: str) -> Bound:
-        """The user does not want what this workspace asks for."""
+        """Record that the user refuses the adapter that this workspace requests."""
         place = str(workspace.absolute())
 
         def change(before: Bound) -> Bound:
@@ -112,7 +113,7 @@ class Bindings:
         return self._change(change)
 
     def release(self, digest: str) -> Bound:
-        """Take away every binding of an adapter."""
+        """Remove every binding of an adapter."""
 
         def change(before: Bound) -> Bound:
             return replace(
@@ -125,11 +126,11 @@ class Bindings:
         return self._change(change)
 
     def rollback(self) -> Bound:
-        """Take back the latest change. Raises `AdapterError` if there is none."""
+        """Undo the latest change. Raises `AdapterError` if there is none."""
         with locked(self.root):
             _, history = self._load()
             if not history:
-                raise AdapterError("There is no change of bindings to take back.")
+                raise AdapterError("There is no change of bindings to undo.")
             self._write(history[-1], history[:-1])
         return history[-1]
 
@@ -145,22 +146,25 @@ class Bindings:
         try:
             content = read_json(self.path)
             if content["format"] != _FORMAT:
-                raise AdapterError(f"{self.path} is of another version of midfill.")
+                raise AdapterError(
+                    f"{self.path} was written by another version of midfill. Update midfill, or delete the "
+                    "file."
+                )
             return _bound(content["now"]), [_bound(values) for values in content["before"]]
         except FileNotFoundError:
             return Bound(), []
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AdapterError(f"{self.path} cannot be read ({error!r}). Mend or delete it.") from error
+            raise AdapterError(f"{self.path} cannot be read ({error!r}). Repair or delete it.") from error
 
     def _write(self, now: Bound, history: list[Bound]) -> None:
         content = {"format": _FORMAT, "now": asdict(now), "before": [asdict(bound) for bound in history]}
-        replace_file(self.path, json.dumps(content, indent=1))
+        text_files.replace(self.path, json.dumps(content, indent=1), private=True)
 
 
 def asked_by(workspace: Path) -> str | None:
-    """The digest of the adapter that a workspace asks for; None if it asks for none, or not in the right way.
+    """Return the digest of the adapter that a workspace requests; None without a valid request.
 
-    Only asks: nothing follows from it until the user has agreed.
+    A request has no effect until the user has agreed.
     """
     path = workspace / REQUEST_FILE
     try:
@@ -169,10 +173,10 @@ def asked_by(workspace: Path) -> str | None:
         with path.open("rb") as stream:
             text = stream.read(_MAX_REQUEST_BYTES + 1)
         asked = (
-            tomllib.loads(textfiles.decode(text)).get("adapter") if len(text) <= _MAX_REQUEST_BYTES else None
+            tomllib.loads(text_files.decode(text)).get("adapter") if len(text) <= _MAX_REQUEST_BYTES else None
         )
     except UnicodeError as error:
-        _LOG.warning("%s asks for nothing: %s", path, error)
+        _LOG.warning("%s is ignored: %s", path, error)
         return None
     except (OSError, ValueError, RecursionError):
         return None
@@ -186,7 +190,7 @@ def _with(bindings: Mapping[str, str], key: str, bound: str | None) -> dict[str,
 
 
 def _by_language(bindings: Mapping[str, str]) -> dict[str, str]:
-    """Bindings by our names of languages. Older versions wrote down an editor's; before those, ours count."""
+    """Return bindings by our names of languages, which take precedence over older versions' editor names."""
     ours = {name: bound for name, bound in bindings.items() if normalise(name) == name}
     return {normalise(name): bound for name, bound in bindings.items()} | ours
 
@@ -201,5 +205,5 @@ def _bound(values: Mapping[str, Any]) -> Bound:
     everything = [*found.languages.values(), *found.workspaces.values()]
     everything += [] if found.everywhere is None else [found.everywhere]
     if not all(_BOUND.fullmatch(bound) for bound in everything):
-        raise ValueError("a binding is no digest")
+        raise ValueError("a binding is not a digest")
     return found

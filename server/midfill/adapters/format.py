@@ -1,10 +1,10 @@
 """A LoRA adapter in PEFT's format: a folder with a configuration and weights, read and checked.
 
-Everything is checked before anybody changes a model: the options of the configuration against a list of
-those that are understood, the names of the tensors against the layers that the configuration chooses, their
-shapes against the base model's, and that all values are finite. What PEFT would accept with a warning, or
-would run as code, is refused. `peft.PeftModel.from_pretrained` is the reference that runners are tested
-against. Knows files and arrays, nothing of runners; imports neither torch nor peft. Runs on any thread.
+Everything is checked before a model is changed: the options of the configuration against a list of supported
+ones, the names of the tensors against the layers that the configuration selects, their shapes against the
+base model's, and that all values are finite. What PEFT would accept with a warning, or would run as code, is
+refused. `peft.PeftModel.from_pretrained` is the reference that runners are tested against. Works on files and
+arrays, knows no runners; imports neither torch nor peft. Runs on any thread.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Layers = Mapping[str, tuple[int, int]]
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_RANK = 256
-# Ranks by name may be given for each layer; by expression, which takes longer, for a few groups of them.
+# Limits of rank_pattern and alpha_pattern: plain names are cheap to match, expressions are not.
 _MAX_NAMED = 5000
 _MAX_EXPRESSIONS = 100
 _PREFIX = "base_model.model."
 _SAMPLES = 4
 _SAMPLE_BYTES = 64
 
-# Tables are looked up, not multiplied, and a head may share the table's weights.
+# Embeddings are looked up, not multiplied, and a head may share their weights.
 _NO_LINEAR = frozenset({"embed_tokens", "wte", "wpe", "embed_positions", "lm_head"})
 
 _INFORMATIVE = frozenset(
@@ -58,27 +58,27 @@ _INFORMATIVE = frozenset(
         "megatron_core", "qalora_group_size", "loftq_config",
     }
 )  # fmt: skip
-"""Options of `LoraConfig` that are understood, or that change nothing once an adapter is trained. The product
-is the same however a base layer stores its weight, so `fan_in_fan_out` counts for merging only."""
+"""Options of `LoraConfig` that are supported, or have no effect once an adapter is trained. `fan_in_fan_out`
+matters for merging only: the product is the same however a base layer stores its weight."""
 
 _REASONS = {
     "megatron_config": "names a Python module to import",
     "modules_to_save": "replaces whole layers",
     "use_dora": "needs the base weights unquantised",
     "lora_bias": "adds biases",
-    "target_parameters": "changes parameters that are no linear layers",
+    "target_parameters": "changes parameters that are not linear layers",
     "trainable_token_indices": "changes embeddings",
     "layer_replication": "adds layers",
-    "alora_invocation_tokens": "is on for a part of the text only",
+    "alora_invocation_tokens": "applies to a part of the text only",
     "arrow_config": "chooses among several adapters",
     "use_qalora": "changes how a quantised base is computed",
 }
-"""Why an option is refused, where there is more to say than that it is not known."""
+"""Why an option is refused; options that are not listed are unknown."""
 
 _PLAIN = re.compile(r"[\w.-]+")
 _LAYER_NUMBER = re.compile(r"\.(\d{1,9})\.")
 
-# They leave the base weights alone; the others rewrite them.
+# These leave the base weights unchanged; the others rewrite them.
 _WEIGHT_INITS = (True, False, None, "gaussian")
 
 
@@ -89,7 +89,7 @@ class Branch:
     Attributes:
         down: rank x inputs.
         up: outputs x rank.
-        scale: `lora_alpha` by the rank, or by its square root with rsLoRA.
+        scale: `lora_alpha` divided by the rank, or by its square root with rsLoRA.
     """
 
     down: npt.NDArray[np.float32]
@@ -103,10 +103,10 @@ class Adapter:
 
     Attributes:
         path: its folder.
-        digest: see `digest_of`.
+        digest: from `digest_of`.
         base: the base model as its author named it, or None.
-        rank: the largest of its branches.
-        branches: by the names of the layers they belong to.
+        rank: the largest rank of its branches.
+        branches: by name of the layer.
     """
 
     path: Path
@@ -117,15 +117,15 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """Weights of all branches."""
+        """Number of weights of all branches."""
         return sum(branch.down.size + branch.up.size for branch in self.branches.values())
 
 
 def read(path: Path, layers: Layers) -> Adapter:
-    """The adapter of a folder, checked against the base model's layers (see `layers_of`).
+    """Read the adapter of a folder and check it against the base model's layers (see `layers_of`).
 
     Raises:
-        AdapterError: it is none, is damaged, asks for what is not served, or does not fit.
+        AdapterError: it is no adapter, is damaged, uses unsupported options, or does not fit the model.
     """
     config = read_config(path)
     plan = _plan(path, config, layers)
@@ -141,41 +141,45 @@ def read(path: Path, layers: Layers) -> Adapter:
                 up = _tensor(weights, tensors, f"{_PREFIX}{name}.lora_B.weight", (outputs, rank))
                 branches[name] = Branch(down, up, scale)
     except (SafetensorError, OSError, ModelError) as error:
-        raise AdapterError(f"{weights} is damaged or cut short ({error}).") from error
+        raise AdapterError(f"{weights} is damaged or incomplete ({error}).") from error
     base = config.get("base_model_name_or_path")
     rank = max(rank for rank, _ in plan.values())
     return Adapter(path, digest_of(path), base if isinstance(base, str) else None, rank, branches)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration of an adapter's folder. The options are checked, and that the weights are there.
+    """Return the configuration of an adapter's folder, after checking its options.
 
-    Raises `AdapterError`.
+    Raises `AdapterError` if an option is not supported, or the file of weights is missing.
     """
     config = _load_config(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path} is no LoRA adapter; other kinds are not served.")
+        raise AdapterError(f"{path} is not a LoRA adapter; other kinds are not supported.")
     for option, value in config.items():
         if option not in _INFORMATIVE and value not in (None, False, [], {}):
-            reason = _REASONS.get(option, "is not known to midfill")
-            raise AdapterError(f"The adapter {path} uses {option}, which {reason}; it is not served.")
+            reason = _REASONS.get(option, "midfill does not know")
+            raise AdapterError(f"The adapter {path} uses {option}, which {reason}; this is not supported.")
     if config.get("bias", "none") != "none":
-        raise AdapterError(f"The adapter {path} has trained biases ({config['bias']!r}); it is not served.")
+        raise AdapterError(
+            f"The adapter {path} has trained biases (bias={config['bias']!r}), which are not supported."
+        )
     start = config.get("init_lora_weights")
     if not any(start is known for known in _WEIGHT_INITS[:3]) and start != _WEIGHT_INITS[3]:
         raise AdapterError(
-            f"The adapter {path} was started with init_lora_weights={start!r}, "
-            "which changes the base weights; convert it to a plain LoRA with PEFT first."
+            f"The adapter {path} was initialised with init_lora_weights={start!r}, which changes the base "
+            "weights. Convert it to a plain LoRA with PEFT first."
         )
     if not _is_regular(path / WEIGHTS):
         pickled = " (adapter_model.bin is pickled and is not opened)"
         hint = pickled if (path / "adapter_model.bin").exists() else ""
-        raise AdapterError(f"The adapter {path} has no {WEIGHTS}{hint}. Save it with safe serialization.")
+        raise AdapterError(
+            f"The adapter {path} has no {WEIGHTS}{hint}. Save it with safe_serialization=True."
+        )
     return config
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of what the adapter is: its configuration and weights. 64 hexadecimal digits."""
+    """Return the SHA-256 of an adapter's configuration and weights, 64 hexadecimal digits."""
     whole = hashlib.sha256()
     for name in (CONFIG, WEIGHTS):
         try:
@@ -187,7 +191,7 @@ def digest_of(path: Path) -> str:
 
 
 def layers_of(model: Path) -> dict[str, tuple[int, int]]:
-    """The linear layers of a model's folder: every matrix in its files but embeddings and the head.
+    """Return the linear layers of a model's folder: every matrix in its files except embeddings and the head.
 
     Raises `ModelError`.
     """
@@ -200,10 +204,10 @@ def layers_of(model: Path) -> dict[str, tuple[int, int]]:
 
 
 def fingerprint_of(model: Path) -> str:
-    """What tells a base model from others of the same shape: a SHA-256 over names, shapes and samples.
+    """Return a fingerprint that identifies a base model: a SHA-256 over names, shapes and sampled values.
 
-    A few milliseconds, since only some values of each tensor are read; two trainings differ in all of them.
-    The same however the tensors are spread over files. Raises `ModelError`.
+    Takes a few milliseconds, since only some values of each tensor are read; models of different trainings
+    differ in all of them. Independent of how the tensors are spread over files. Raises `ModelError`.
     """
     whole = hashlib.sha256()
     by_file: dict[Path, list[str]] = {}
@@ -218,7 +222,7 @@ def fingerprint_of(model: Path) -> str:
 
 
 def _samples(file: Path, names: list[str]) -> dict[str, bytes]:
-    """Shape, type and some bytes of tensors, from the file's own table of contents."""
+    """Return type, shape and some bytes of each tensor, located by the file's header."""
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
         header = parse_json(stream.read(header_bytes))
@@ -238,15 +242,15 @@ def _samples(file: Path, names: list[str]) -> dict[str, bytes]:
 def _load_config(path: Path) -> Any:
     file = path / CONFIG
     if not _is_regular(file):
-        raise AdapterError(f"{path} is no adapter: there is no {CONFIG} in it.")
+        raise AdapterError(f"{path} is not an adapter: it has no {CONFIG}.")
     try:
         return read_json(file, max_bytes=_MAX_CONFIG_BYTES)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} is no adapter: {CONFIG} cannot be read ({error}).") from error
+        raise AdapterError(f"{path} is not an adapter: {CONFIG} cannot be read ({error}).") from error
 
 
 def _is_regular(path: Path) -> bool:
-    """Whether there is a file, and no pipe, which would never be read to its end."""
+    """Return whether a path is a regular file, not a pipe, which could block for ever."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):
@@ -254,7 +258,7 @@ def _is_regular(path: Path) -> bool:
 
 
 def _plan(path: Path, config: Mapping[str, Any], layers: Layers) -> dict[str, tuple[int, float]]:
-    """Rank and scale of each layer that the configuration chooses, by PEFT's rules."""
+    """Return rank and scale of each layer that the configuration selects, by PEFT's rules."""
     try:
         ranks, alphas = (_patterns(config, key) for key in ("rank_pattern", "alpha_pattern"))
         chooser = _chooser(config)
@@ -265,26 +269,26 @@ def _plan(path: Path, config: Mapping[str, Any], layers: Layers) -> dict[str, tu
             alpha = _by_pattern(alphas, name, config.get("lora_alpha", 8))
             if type(rank) is not int or not 1 <= rank <= _MAX_RANK:
                 raise AdapterError(
-                    f"The adapter {path} has rank {rank!r}; ranks of 1 to {_MAX_RANK} are served."
+                    f"The adapter {path} has rank {rank!r}; only ranks from 1 to {_MAX_RANK} are supported."
                 )
             if type(alpha) not in (int, float) or not math.isfinite(alpha):
-                raise AdapterError(f"The adapter {path} has lora_alpha {alpha!r}, which is no number.")
+                raise AdapterError(f"The adapter {path} has lora_alpha {alpha!r}, which is not a number.")
             plan[name] = (rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     except (KeyError, TypeError, AttributeError, ArithmeticError, PatternError) as error:
         raise AdapterError(
-            f"The {CONFIG} of {path} chooses layers in a way that is not served: {error}."
+            f"The {CONFIG} of {path} selects layers in a way that is not supported: {error}."
         ) from error
     if not plan:
         raise AdapterError(
             f"The adapter {path} does not fit the model: none of its target modules "
-            f"({_shown(config.get('target_modules'))}) is a linear layer of it. "
+            f"({_shown(config.get('target_modules'))}) is one of its linear layers. "
             "Use an adapter trained on this model."
         )
     return plan
 
 
 def _chooser(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """What decides whether PEFT would put a branch on a layer; see `peft.tuners.tuners_utils`."""
+    """Return a predicate: would PEFT add a LoRA to a layer of this name? See `peft.tuners.tuners_utils`."""
     excluded = _names(config.get("exclude_modules"))
     targets = _names(config["target_modules"])
     only = config.get("layers_to_transform")
@@ -293,7 +297,9 @@ def _chooser(config: Mapping[str, Any]) -> Callable[[str], bool]:
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if len(patterns) > _MAX_EXPRESSIONS:
-        raise PatternError(f"layers_pattern has {len(patterns)} entries; {_MAX_EXPRESSIONS} are served")
+        raise PatternError(
+            f"layers_pattern has {len(patterns)} entries; at most {_MAX_EXPRESSIONS} are supported"
+        )
 
     def chooses(name: str) -> bool:
         if excluded and _named(excluded, name):
@@ -308,12 +314,12 @@ def _chooser(config: Mapping[str, Any]) -> Callable[[str], bool]:
 
 
 def _names(value: Any) -> str | frozenset[str]:
-    """An expression as it is, a list of names as a set."""
+    """Return an expression unchanged, a list of names as a set."""
     return value if isinstance(value, str) else frozenset(value or ())
 
 
 def _number(patterns: Iterable[str], name: str) -> int | None:
-    """The number of the layer that a module is in: between dots, after what one of the patterns fits."""
+    """Return the layer number in a module's name: between dots, after a match of one of the patterns."""
     for pattern in patterns:
         for begin in _starts(name):
             for end in sorted(ends(pattern, name, [begin]), reverse=True):
@@ -323,7 +329,7 @@ def _number(patterns: Iterable[str], name: str) -> int | None:
 
 
 def _starts(name: str) -> list[int]:
-    """Where a part of a name begins that stands at its begin or behind a dot."""
+    """Return the offsets of a name's parts: 0 and those after each dot."""
     return [0, *(at + 1 for at, mark in enumerate(name) if mark == ".")]
 
 
@@ -334,13 +340,13 @@ def _named(targets: str | frozenset[str], name: str) -> bool:
 
 
 def _patterns(config: Mapping[str, Any], option: str) -> Mapping[str, Any]:
-    """The values of an option by expressions, which are few or plain names."""
+    """Return an option's values by name or expression, after checking that there are not too many."""
     found: Mapping[str, Any] = config.get(option) or {}
     expressions = [key for key in found if not _PLAIN.fullmatch(key)]
     if len(found) > _MAX_NAMED or len(expressions) > _MAX_EXPRESSIONS:
         raise PatternError(
-            f"{option} has {len(found)} entries, {len(expressions)} of them expressions; {_MAX_NAMED} "
-            f"and {_MAX_EXPRESSIONS} are served"
+            f"{option} has {len(found)} entries, {len(expressions)} of them expressions; at most "
+            f"{_MAX_NAMED} and {_MAX_EXPRESSIONS} are supported"
         )
     for expression in expressions:
         compile_pattern(expression)
@@ -352,7 +358,7 @@ def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _fits_end(key: str, name: str) -> bool:
-    """Whether an expression fits a name from a dot on, or from its begin, to its end."""
+    """Return whether an expression matches the end of a name, from its begin or from after a dot."""
     if _PLAIN.fullmatch(key):
         # A dot is any character.
         return _plain(key).search(name) is not None
@@ -368,13 +374,13 @@ def _check_names(path: Path, found: set[str], plan: Mapping[str, Any]) -> None:
     expected = {f"{_PREFIX}{name}.lora_{side}.weight" for name in plan for side in "AB"}
     if missing := sorted(expected - found):
         raise AdapterError(
-            f"The adapter {path} does not fit the model: it lacks {len(missing)} tensors, "
-            f"for example {missing[0]}. Use an adapter trained on this model."
+            f"The adapter {path} does not fit the model: it lacks {len(missing)} tensors, for example "
+            f"{missing[0]}. Use an adapter trained on this model."
         )
     if unknown := sorted(found - expected):
         raise AdapterError(
-            f"The adapter {path} does not fit the model: it has {len(unknown)} tensors that the model has no "
-            f"place for, for example {unknown[0]}. Use an adapter trained on this model."
+            f"The adapter {path} does not fit the model: {len(unknown)} of its tensors belong to no layer of "
+            f"the model, for example {unknown[0]}. Use an adapter trained on this model."
         )
 
 
@@ -387,10 +393,10 @@ def _tensor(file: Path, tensors: Any, name: str, shape: tuple[int, int]) -> npt.
         )
     kind = tensors.get_slice(name).get_dtype()
     if kind not in {"F32", "F16", "BF16"}:
-        raise AdapterError(f"{name} in {file} is {kind}; only 16- and 32-bit floats can be used.")
+        raise AdapterError(f"{name} in {file} has type {kind}; only 16- and 32-bit floats are supported.")
     values: npt.NDArray[np.float32] = tensors.get_tensor(name).astype(np.float32)
     if not np.isfinite(values).all():
-        raise AdapterError(f"{name} in {file} holds values that are not finite (NaN or infinity).")
+        raise AdapterError(f"{name} in {file} has values that are not finite (NaN or infinity).")
     return values
 
 

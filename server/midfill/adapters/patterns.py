@@ -1,8 +1,8 @@
-"""The regular expressions of an adapter's configuration, matched in a time that their author does not decide.
+"""Match the regular expressions of an adapter's configuration in bounded time.
 
-Python's `re` tries one way after the other, and a short expression can have more ways than there is time.
-Here all ways are followed at once, as a set of places in the name (K. Thompson, "Regular Expression Search
-Algorithm", 1968). What PEFT's users write is understood; the rest is refused. Any thread.
+Python's `re` backtracks, and a short expression can make it run for ever. Here all alternatives are followed
+at once, as a set of offsets in the name (K. Thompson, "Regular Expression Search Algorithm", 1968). Supports
+the syntax that PEFT's users write; the rest is refused. Any thread.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _MAX_DEPTH = 20
 _CLASSES = frozenset("dDwWsS")
 
 Step = Callable[[str, frozenset[int]], frozenset[int]]
-"""The places in a name that a part of an expression leads to from given places."""
+"""Maps a name and the offsets where a part of an expression begins to the offsets where it can end."""
 
 
 class PatternError(ValueError):
-    """An expression is not understood; the message says which, and what to do."""
+    """An expression is not supported; the message says which, and what to do."""
 
 
 @lru_cache(maxsize=4096)
 def compile_pattern(pattern: str) -> Step:
-    """Return the ends of an expression in a name, as a function of its begins. Raises `PatternError`."""
+    """Compile an expression into a `Step`. Raises `PatternError`."""
     if len(pattern) > _MAX_CHARS:
         raise _not_understood(pattern, "is too long")
     return _Parser(pattern).parse()
@@ -38,7 +38,7 @@ def fullmatch(pattern: str, name: str) -> bool:
 
 
 def ends(pattern: str, name: str, begins: Iterable[int]) -> frozenset[int]:
-    """Return where matches can end that begin at one of these places. Raises `PatternError`."""
+    """Return the offsets at which matches that begin at given offsets can end. Raises `PatternError`."""
     return compile_pattern(pattern)(name, frozenset(begins))
 
 
@@ -53,7 +53,7 @@ class _Parser:
     def parse(self) -> Step:
         step, _ = self._alternatives()
         if self._at < len(self._pattern):
-            raise _not_understood(self._pattern, "has a closing bracket too many")
+            raise _not_understood(self._pattern, "has an unmatched closing bracket")
         return step
 
     def _peek(self, text: str) -> bool:
@@ -66,7 +66,7 @@ class _Parser:
         return True
 
     def _alternatives(self) -> tuple[Step, bool]:
-        """Sequences with `|` between them, and whether something in them is repeated."""
+        """Parse sequences with `|` between them; return whether one contains a repetition too."""
         step, repeats = self._sequence()
         steps = [step]
         while self._take("|"):
@@ -82,9 +82,9 @@ class _Parser:
             step, inner = self._atom()
             bounds = self._repetition()
             if bounds is not None:
-                # A repetition in a repetition is where the time would grow again.
+                # Nested repetitions would make the time grow again.
                 if inner:
-                    raise _not_understood(self._pattern, "repeats what is repeated")
+                    raise _not_understood(self._pattern, "has nested repetitions")
                 step, inner = _repeated(step, *bounds), True
             steps.append(step)
             repeats |= inner
@@ -99,7 +99,7 @@ class _Parser:
             return self._escape(), False
         character = self._pattern[self._at]
         if character in "*+?{":
-            raise _not_understood(self._pattern, "repeats nothing")
+            raise _not_understood(self._pattern, "has a repetition of nothing")
         self._at += 1
         if character == "^":
             return (lambda _, begins: begins & {0}), False
@@ -112,25 +112,25 @@ class _Parser:
     def _group(self) -> tuple[Step, bool]:
         ahead = next((mark for mark in ("?=", "?!") if self._take(mark)), "")
         if not ahead and self._peek("?") and not self._take("?:"):
-            raise _not_understood(self._pattern, "has a group with an option")
+            raise _not_understood(self._pattern, "has a group with options")
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise _not_understood(self._pattern, "is nested too deeply")
         step, repeats = self._alternatives()
         self._depth -= 1
         if not self._take(")"):
-            raise _not_understood(self._pattern, "has an open bracket")
+            raise _not_understood(self._pattern, "has an unclosed bracket")
         return (_followed(step, wanted=ahead == "?=") if ahead else step), repeats or bool(ahead)
 
     def _set(self) -> Step:
-        """A set of characters, which `re` itself decides on, one character at a time."""
+        """Parse a set of characters; `re` itself matches it, one character at a time."""
         end = self._at + self._peek("^")
         # A closing bracket that comes first means itself.
         end += self._pattern.startswith("]", end)
         while end < len(self._pattern) and self._pattern[end] != "]":
             end += 1 + (self._pattern[end] == "\\")
         if end >= len(self._pattern):
-            raise _not_understood(self._pattern, "has an open bracket")
+            raise _not_understood(self._pattern, "has an unclosed bracket")
         text = f"[{self._pattern[self._at : end + 1]}"
         self._at = end + 1
         return _by_re(text, self._pattern)
@@ -143,11 +143,11 @@ class _Parser:
         if character == "b":
             return _boundaries
         if character.isalnum() and character not in _CLASSES:
-            raise _not_understood(self._pattern, f"has \\{character}")
+            raise _not_understood(self._pattern, f"has the escape \\{character}")
         return _by_re(f"\\{character}", self._pattern)
 
     def _repetition(self) -> tuple[int, int | None] | None:
-        """How often the last part comes; None for once."""
+        """Parse a quantifier; return (minimum, maximum), or None if there is none."""
         bounds: tuple[int, int | None] | None = None
         if self._take("*"):
             bounds = (0, None)
@@ -162,13 +162,13 @@ class _Parser:
             if max(least, most or 0) > _MAX_REPEATS or not (match[1] or match[3]):
                 raise _not_understood(self._pattern, "repeats too often")
             if most is not None and most < least:
-                raise _not_understood(self._pattern, "repeats more often at least than at most")
+                raise _not_understood(self._pattern, "has a minimum above its maximum")
             bounds = (least, most)
         if bounds is not None:
-            # Which of several ways is taken first is no matter here.
+            # Lazy or greedy makes no difference here.
             self._take("?")
             if self._pattern[self._at : self._at + 1] in {"*", "+", "?"}:
-                raise _not_understood(self._pattern, "repeats what is repeated")
+                raise _not_understood(self._pattern, "has nested repetitions")
         return bounds
 
 
@@ -180,7 +180,7 @@ def _by_re(text: str, pattern: str) -> Step:
     try:
         found = re.compile(text)
     except re.error as error:
-        raise _not_understood(pattern, f"has a part that is none ({error})") from error
+        raise _not_understood(pattern, f"has an invalid part ({error})") from error
     return _one(lambda character: found.fullmatch(character) is not None)
 
 
@@ -192,7 +192,7 @@ def _boundaries(name: str, begins: frozenset[int]) -> frozenset[int]:
 
 
 def _followed(step: Step, *, wanted: bool) -> Step:
-    """Stay at the places from which `step` leads somewhere, or else at those from which it does not."""
+    """Return a lookahead: keep the offsets from which `step` matches, or, if not `wanted`, the others."""
     return lambda name, begins: frozenset(at for at in begins if bool(step(name, frozenset({at}))) is wanted)
 
 

@@ -1,15 +1,14 @@
-"""The adapters on this machine: folders that never change, an index of what is known of them, a lock.
+"""The adapters on this machine: immutable folders, an index file, a lock.
 
-A folder is named by the SHA-256 of what is in it and appears whole, renamed into place; the index is one
-file that is replaced whole. Two processes may use both at the same time. Nothing is ever registered that
-does not fit its base model. Knows nothing of where an adapter is used: see `bindings`. Runs on any thread.
+A folder is named by the SHA-256 of its content and is renamed into place when complete; the index is replaced
+atomically. Several processes may use both at the same time. Only adapters that fit their base model are
+registered. Knows nothing of where an adapter is used, see `bindings`. Runs on any thread.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -19,12 +18,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import platformdirs
 from filelock import FileLock, Timeout
 
 from midfill.errors import AdapterError
+from midfill.system import text_files
+from midfill.system.folders import data_folder
 from midfill.system.json_files import read_json
-from midfill.system.private import open_private, private_folder
+from midfill.system.private import private_folder
 
 VERDICTS = ("enabled", "rejected", "inconclusive", "none")
 
@@ -35,7 +35,7 @@ _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{8,64})")
 
 
 class BaseModel(Protocol):
-    """What is needed of a base model; `models.store.LocalModel` is one."""
+    """What the registry needs of a base model; `models.store.LocalModel` is one."""
 
     @property
     def name(self) -> str:
@@ -50,12 +50,12 @@ class BaseModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What the judgement on later commits came to.
+    """The result of an adapter's evaluation on later commits.
 
     Attributes:
-        verdict: one of `VERDICTS`; "none" if it was never judged. Only "enabled" means better than the base.
-        reasons: why, a sentence each.
-        forced: whether the user said to use it in spite of the verdict.
+        verdict: one of `VERDICTS`; "none" if never evaluated. Only "enabled" means better than the base.
+        reasons: reasons of the verdict, a sentence each.
+        forced: whether the user chose to use it in spite of the verdict.
         details: the figures, for JSON.
     """
 
@@ -70,7 +70,7 @@ class Judgement:
 
     @property
     def usable(self) -> bool:
-        """Whether it may be used: judged better, not judged at all, or forced."""
+        """Whether the adapter may be used: better than its base, never evaluated, or forced."""
         return self.verdict in {"enabled", "none"} or self.forced
 
 
@@ -80,14 +80,14 @@ class Entry:
 
     Attributes:
         name: unique; chosen by the user.
-        digest: see `format.digest_of`; the folder's name.
+        digest: from `format.digest_of`; the folder's name.
         base: the base model's name.
-        fingerprint: of the base model; see `format.fingerprint_of`.
+        fingerprint: of the base model, from `format.fingerprint_of`.
         created: when it was added, in ISO 8601.
-        rank: the largest of its branches.
-        num_parameters: weights of all branches.
+        rank: the largest rank of its branches.
+        num_parameters: number of weights of all branches.
         source: where it came from, for the user.
-        judgement: see `Judgement`.
+        judgement: the result of its evaluation.
         path: its folder, in PEFT's format.
     """
 
@@ -103,43 +103,39 @@ class Entry:
     path: Path
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the entry as JSON."""
         return asdict(self) | {"path": str(self.path)}
-
-
-def data_dir() -> Path:
-    """The folder of what cannot be fetched again. `MIDFILL_DATA` names another one."""
-    if chosen := os.environ.get("MIDFILL_DATA"):
-        return Path(chosen).expanduser().absolute()
-    return platformdirs.user_data_path("midfill")
 
 
 class Registry:
     """The adapters below a folder.
 
     Args:
-        root: the folder; by default `adapters` in `data_dir()`. It need not exist.
+        root: the folder; by default `adapters` in `data_folder()`. It need not exist.
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = root or data_dir() / "adapters"
+        self.root = root or data_folder() / "adapters"
         self._index = self.root / "index.json"
 
     def entries(self) -> list[Entry]:
-        """All adapters, the oldest first. Raises `AdapterError` if the index cannot be read."""
+        """Return all adapters, the oldest first. Raises `AdapterError` if the index cannot be read."""
         try:
             content = read_json(self._index)
             if content["format"] != _FORMAT:
-                raise AdapterError(f"{self._index} is of another version of midfill.")
+                raise AdapterError(
+                    f"{self._index} was written by another version of midfill. Update midfill, or delete the "
+                    "file."
+                )
             entries = [self._entry(values) for values in content["adapters"]]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise AdapterError(f"{self._index} cannot be read ({error!r}). Mend or delete it.") from error
+            raise AdapterError(f"{self._index} cannot be read ({error!r}). Repair or delete it.") from error
         return sorted(entries, key=lambda entry: entry.created)
 
     def find(self, name: str) -> Entry | None:
-        """The adapter of this name or digest (eight digits of it or more), or None."""
+        """Return the adapter with this name or digest (at least eight digits of it), or None."""
         entries = self.entries()
         if named := next((entry for entry in entries if entry.name == name), None):
             return named
@@ -149,10 +145,10 @@ class Registry:
         return found[0] if len(found) == 1 else None
 
     def get(self, name: str) -> Entry:
-        """The same; raises `AdapterError` if there is none."""
+        """Return the adapter with this name or digest. Raises `AdapterError` if there is none."""
         if (found := self.find(name)) is None:
-            known = ", ".join(entry.name for entry in self.entries()) or "none so far"
-            raise AdapterError(f"There is no adapter {name!r} on this machine. Known: {known}.")
+            known = ", ".join(entry.name for entry in self.entries()) or "none"
+            raise AdapterError(f"There is no adapter {name!r} on this machine. Adapters here: {known}.")
         return found
 
     def add(
@@ -166,18 +162,18 @@ class Registry:
     ) -> Entry:
         """Copy the adapter of a folder into the registry.
 
-        Only the configuration and the weights are taken. An adapter that is here already under this name
-        stays, and takes the judgement if one is given.
+        Only the configuration and the weights are copied. If the adapter is registered under this name
+        already, only its judgement is updated, if one is given.
 
         Args:
             folder: in PEFT's format.
             name: letters, digits, ".", "_" and "-"; not taken by another adapter.
             base: the model that it was trained on, on this machine.
-            judgement: "none" by default.
+            judgement: by default that it was never evaluated.
             source: where it came from, for the user.
 
         Raises:
-            AdapterError: it is none, does not fit the model, or the name is taken.
+            AdapterError: it is no adapter, does not fit the model, or the name is taken.
             ModelError: the base model's files cannot be read.
         """
         from midfill.adapters import format as peft_format  # noqa: PLC0415 - numpy, which `list` needs not
@@ -185,21 +181,13 @@ class Registry:
         check_name(name)
         layers, fingerprint = peft_format.layers_of(base.path), peft_format.fingerprint_of(base.path)
         with self._locked(), self._copied(folder) as copy:
-            # Checked as it was copied: the original may change meanwhile.
+            # Check the copy: the original may change meanwhile.
             adapter = peft_format.read(copy, layers)
             entries = self.entries()
-            for other in entries:
-                if other.digest == adapter.digest and other.name != name:
-                    raise AdapterError(f"This adapter is here already, as {other.name!r}.")
-                if other.name == name and other.digest != adapter.digest:
-                    raise AdapterError(
-                        f"The name {name!r} is taken by another adapter. Choose another one, or remove "
-                        f"that one: midfill adapter rm {name}"
-                    )
-                if other.name == name:
-                    changed = replace(other, judgement=judgement or other.judgement)
-                    self._write([changed if entry is other else entry for entry in entries])
-                    return changed
+            if (known := _known(entries, name, adapter.digest)) is not None:
+                changed = replace(known, judgement=judgement or known.judgement)
+                self._write([changed if entry is known else entry for entry in entries])
+                return changed
             entry = Entry(
                 name=name,
                 digest=adapter.digest,
@@ -219,7 +207,7 @@ class Registry:
         return entry
 
     def remove(self, name: str) -> Entry:
-        """Take an adapter out and delete its folder. Raises `AdapterError` if there is none."""
+        """Remove an adapter and delete its folder. Raises `AdapterError` if there is none."""
         with self._locked():
             entry = self.get(name)
             self._write([other for other in self.entries() if other.digest != entry.digest])
@@ -227,15 +215,15 @@ class Registry:
         return entry
 
     def set_judgement(self, name: str, judgement: Judgement) -> Entry:
-        """Note the judgement of an adapter, in the place of the one before."""
+        """Replace the judgement of an adapter."""
         return self._change(name, lambda _: judgement)
 
     def force(self, name: str) -> Entry:
-        """Note that the user wants it in spite of its verdict."""
+        """Record that the user wants to use an adapter in spite of its verdict."""
         return self._change(name, lambda judgement: replace(judgement, forced=True))
 
     def check(self, entry: Entry, base: BaseModel | None = None) -> None:
-        """Whether a folder is still what was added, and belongs to the model. Raises `AdapterError`."""
+        """Raise `AdapterError` if an adapter's files have changed, or if it belongs to another model."""
         from midfill.adapters import format as peft_format  # noqa: PLC0415 - numpy, which `list` needs not
 
         if peft_format.digest_of(entry.path) != entry.digest:
@@ -246,7 +234,7 @@ class Registry:
         if base is not None and peft_format.fingerprint_of(base.path) != entry.fingerprint:
             raise AdapterError(
                 f"The adapter {entry.name} was trained on {entry.base}, and {base.name} is another model. "
-                f"Choose that model, or another adapter."
+                f"Use {entry.base}, or another adapter."
             )
 
     def _change(self, name: str, change: Any) -> Entry:
@@ -260,7 +248,9 @@ class Registry:
         judgement = values["judgement"]
         digest = values["digest"]
         if re.fullmatch("[0-9a-f]{64}", digest) is None:
-            raise AdapterError(f"{self._index} names a folder that is none of an adapter. Mend or delete it.")
+            raise AdapterError(
+                f"{self._index} names a folder that is not an adapter's. Repair or delete the file."
+            )
         return Entry(
             **{key: values[key] for key in _STORED},
             judgement=Judgement(**judgement | {"reasons": tuple(judgement["reasons"])}),
@@ -274,11 +264,11 @@ class Registry:
                 {key: value for key, value in asdict(entry).items() if key != "path"} for entry in entries
             ],
         }
-        replace_file(self._index, json.dumps(content, indent=1))
+        text_files.replace(self._index, json.dumps(content, indent=1), private=True)
 
     @contextlib.contextmanager
     def _copied(self, folder: Path) -> Iterator[Path]:
-        """The two files of an adapter in a folder of their own, which may be renamed within the block."""
+        """Copy an adapter's two files into a temporary folder, which may be renamed within the context."""
         from midfill.adapters import format as peft_format  # noqa: PLC0415 - numpy, which `list` needs not
 
         peft_format.read_config(folder)
@@ -299,47 +289,57 @@ class Registry:
 _STORED = ("name", "digest", "base", "fingerprint", "created", "rank", "num_parameters", "source")
 
 
+def _known(entries: list[Entry], name: str, digest: str) -> Entry | None:
+    """Return the entry with this name and digest, or None.
+
+    Raises `AdapterError` if the name belongs to another adapter, or the adapter has another name.
+    """
+    for entry in entries:
+        if entry.digest == digest and entry.name != name:
+            raise AdapterError(f"This adapter is registered already, as {entry.name!r}.")
+        if entry.name == name and entry.digest != digest:
+            raise AdapterError(
+                f"The name {name!r} is taken by another adapter. Choose another name, or remove that "
+                f"adapter: midfill adapter rm {name}"
+            )
+        if entry.name == name:
+            return entry
+    return None
+
+
 def is_name(name: str) -> bool:
-    """Whether an adapter can be called so: it must be no path, and no digest of another one."""
+    """Return whether an adapter can have this name: it must not be a path, nor look like a digest."""
     return _NAME.fullmatch(name) is not None and _DIGEST.fullmatch(name) is None
 
 
 def check_name(name: str) -> None:
-    """Raise `AdapterError` if no adapter can be called so."""
+    """Raise `AdapterError` if an adapter cannot have this name."""
     if not is_name(name):
-        raise AdapterError(f"{name[:80]!r} is no name for an adapter: use letters, digits, '.', '_' and '-'.")
+        raise AdapterError(
+            f"{name[:80]!r} is not a valid adapter name: use letters, digits, '.', '_' and '-'."
+        )
 
 
 def check_usable(entry: Entry) -> None:
-    """Raise `AdapterError` if the judgement was against this adapter, and the user has not overruled it."""
+    """Raise `AdapterError` if the verdict is against this adapter and the user has not overruled it."""
     if not entry.judgement.usable:
         reasons = " ".join(entry.judgement.reasons)
         raise AdapterError(
-            f"The adapter {entry.name} was judged {entry.judgement.verdict} and is not used. {reasons} "
-            f"To use it all the same: midfill adapter use {entry.name} --force"
+            f"The adapter {entry.name} has the verdict {entry.judgement.verdict!r} and is not used. "
+            f"{reasons} To use it anyway, run: midfill adapter use {entry.name} --force"
         )
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from changing what is in a folder. Raises `AdapterError`."""
+    """Lock a folder against changes by other processes. Raises `AdapterError`."""
     try:
         private_folder(folder)
         with FileLock(folder / ".lock", timeout=_LOCK_S, mode=0o600):
             yield
     except Timeout as error:
         raise AdapterError(
-            f"Another midfill has been changing {folder} for {_LOCK_S:.0f} s. Try again."
+            f"Another midfill process has locked {folder} for more than {_LOCK_S:.0f} s. Try again."
         ) from error
     except OSError as error:
         raise AdapterError(f"{error.filename or folder} cannot be written: {error.strerror}.") from error
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file of the owner's alone so that it is found whole, or as it was before, whatever happens."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8", opener=open_private) as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)

@@ -1,8 +1,8 @@
-"""What adapters cost: a token with one and without, and how long a running answer stands still for a swap.
+"""`midfill bench adapters`: the cost of adapters per token, and the pause of an answer during a swap.
 
-The adapters are made up, with random values on all linear layers; what a token takes does not depend on
-them. Two engines run the same model, one never has an adapter, and answers are asked of them in turn, so that
-what else the machine does meets all alike.
+The adapters have random values on all linear layers; the time of a token does not depend on the values. Two
+engines run the same model, one of them without adapters, and are used in turn, so that other load on the
+machine affects both.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from midfill.engine.api import Adaptable, AdapterSource, Engine, Progress, Reque
 from midfill.errors import EngineError
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
-from midfill.system.figures import peak_rss_mb, percentile
+from midfill.system.measure import peak_rss_mb, percentile
 
 _CODE = "def area(width, height):\n    return width * height\n\n\n"
 _SWAP_TOKENS = 600
 
 
 class _Changing(Engine, Adaptable, Protocol):
-    """An engine that can have adapters."""
+    """An engine that supports adapters."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is measured.
+class AdapterPlan:
+    """Parameters of the measurement.
 
     Attributes:
-        rank: of the adapters.
+        rank: rank of the adapters.
         rounds: answers of each kind.
-        context_tokens: what stands before an answer.
-        decode_tokens: the tokens of an answer.
+        context_tokens: tokens of the prompt.
+        decode_tokens: tokens of an answer.
     """
 
     rank: int = 16
@@ -56,21 +56,21 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
     model: LocalModel,
     *,
     folder: Path,
-    plan: Plan,
+    plan: AdapterPlan,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Measure; the result is for JSON.
+    """Measure; return the result as JSON.
 
     Args:
-        settings: which model, and how.
-        make: makes an engine; drafts should be off.
-        model: that model.
-        folder: an empty one, for two adapters.
-        plan: see there.
-        progress: told what is done.
+        settings: the model and how to run it.
+        make: makes an engine; speculative decoding should be off.
+        model: the model.
+        folder: an empty folder, for two adapters.
+        plan: parameters.
+        progress: told the progress.
 
     Raises:
-        EngineError: this engine has no adapters.
+        EngineError: the engine does not support adapters.
     """
     from midfill.engine.openvino.int8_weights import forget_merged  # noqa: PLC0415 - this measurement only
 
@@ -83,7 +83,7 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
         for engine in (plain, adapted):
             await engine.start(progress)
         if not isinstance(plain, Adaptable) or not isinstance(adapted, Adaptable):
-            raise EngineError("Only a model that midfill runs itself can have adapters.")
+            raise EngineError("This engine has no adapters; only models that midfill itself runs have.")
         progress("swapping", None)
         swaps = {}
         for name, wanted in (("first", sources[:1]), ("second", sources), ("none", [])):
@@ -99,45 +99,52 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
     finally:
         await plain.close()
         await adapted.close()
-        forget_merged(model.path)  # hundreds of megabytes that are of no use to anybody
-    medians = {name: median(values) for name, values in times.items()}
-    # Where other programs run too, the quickest tenth tells more.
-    quick = {name: percentile(values, 10) or 0.0 for name, values in times.items()}
+        forget_merged(model.path)  # delete hundreds of megabytes that are not used again
     return {
         "model": info.name,
         "device": info.device,
         "dtype": info.dtype,
         "rank": plan.rank,
-        "decode_ms": {name: round(value, 2) for name, value in medians.items()},
-        "decode_ratio": {name: round(value / medians["base"], 3) for name, value in medians.items()},
-        "quickest_tenth_ms": {name: round(value, 2) for name, value in quick.items()},
-        "quickest_tenth_ratio": {name: round(value / quick["base"], 3) for name, value in quick.items()},
-        "tokens": {name: len(values) for name, values in times.items()},
+        **_figures(times),
         "swaps": swaps,
         "peak_rss_mb": peak_rss_mb(os.getpid()),
     }
 
 
+def _figures(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Return the figures of the times of tokens, each absolute and relative to the base."""
+    medians = {name: median(values) for name, values in times.items()}
+    # The fastest tenth is less disturbed by other programs.
+    quick = {name: percentile(values, 10) or 0.0 for name, values in times.items()}
+    return {
+        "decode_ms": {name: round(value, 2) for name, value in medians.items()},
+        "decode_ratio": {name: round(value / medians["base"], 3) for name, value in medians.items()},
+        "quickest_tenth_ms": {name: round(value, 2) for name, value in quick.items()},
+        "quickest_tenth_ratio": {name: round(value / quick["base"], 3) for name, value in quick.items()},
+        "tokens": {name: len(values) for name, values in times.items()},
+    }
+
+
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Return the result as text."""
     lines = [f"{result['model']}, {result['device']}, {result['dtype']}, rank {result['rank']}", ""]
     for name, value in result["decode_ms"].items():
         tenth, ratio = result["quickest_tenth_ms"][name], result["quickest_tenth_ratio"][name]
         lines.append(
-            f"{name:15} {value:8.2f} ms a token   x {result['decode_ratio'][name]:.3f}   "
-            f"quickest tenth {tenth:.2f} ms   x {ratio:.3f}"
+            f"{name:15} {value:8.2f} ms per token   x {result['decode_ratio'][name]:.3f}   "
+            f"fastest tenth {tenth:.2f} ms   x {ratio:.3f}"
         )
     lines.append("")
     for name, swap in result["swaps"].items():
         lines.append(
-            f"swap: {name:9} {swap['wall_ms']:8.0f} ms until it is used, {swap['stall_ms']:.0f} ms without a "
-            f"token at most (one takes {swap['token_ms']:.0f} ms meanwhile)"
+            f"swap: {name:9} {swap['wall_ms']:8.0f} ms until the adapter is used; longest gap between tokens "
+            f"{swap['stall_ms']:.0f} ms (median {swap['token_ms']:.0f} ms)"
         )
     return "\n".join(lines)
 
 
-async def _decode(engine: Engine, plan: Plan, adapter: str | None) -> list[float]:
-    """Milliseconds of each token after the first. The prompt is read the first time only."""
+async def _decode(engine: Engine, plan: AdapterPlan, adapter: str | None) -> list[float]:
+    """Return the milliseconds of each token after the first. Only the first call computes the prompt."""
     request = Request(_prompt(engine, plan), plan.decode_tokens, adapter=adapter)
     arrived = []
     async with aclosing(engine.generate(request)) as tokens:
@@ -146,8 +153,8 @@ async def _decode(engine: Engine, plan: Plan, adapter: str | None) -> list[float
     return [1000 * (after - before) for before, after in itertools.pairwise(arrived)]
 
 
-async def _swap(engine: _Changing, wanted: Sequence[AdapterSource], plan: Plan) -> dict[str, float]:
-    """Put other adapters in while an answer of the base is written, and look at its tokens."""
+async def _swap(engine: _Changing, wanted: Sequence[AdapterSource], plan: AdapterPlan) -> dict[str, float]:
+    """Swap adapters while the base generates an answer; return the times of swap and tokens."""
     arrived = []
     swapped_s = 0.0
     swap: asyncio.Task[None] | None = None
@@ -173,13 +180,13 @@ async def _swap(engine: _Changing, wanted: Sequence[AdapterSource], plan: Plan) 
     }
 
 
-def _prompt(engine: Engine, plan: Plan) -> tuple[int, ...]:
+def _prompt(engine: Engine, plan: AdapterPlan) -> tuple[int, ...]:
     line = tuple(engine.model.tokenizer.encode(_CODE))
     return (line * (plan.context_tokens // len(line) + 1))[: plan.context_tokens]
 
 
 def _made_up(model: Path, folder: Path, rank: int, seed: int) -> AdapterSource:
-    """An adapter with small random values on all linear layers of a model."""
+    """Return an adapter with small random values on all linear layers of a model."""
     import numpy as np  # noqa: PLC0415 - this measurement only
     from safetensors.numpy import save_file  # noqa: PLC0415
 

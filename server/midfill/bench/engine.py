@@ -1,8 +1,8 @@
-"""The local engine alone: how fast it reads and writes, beside other engines on the same weights.
+"""`midfill bench engine`: prefill and decoding speed of the local engine, beside baselines.
 
-All of them get the same prompts in turn (ours, generate, llama.cpp, ours, ...), after a warm-up, and
-the medians are compared. The others run in processes of their own, so that the peak of our memory is
-ours. Goes through the engine's contract only: knows no torch.
+All engines run the same prompts in turn (ours, generate, llama.cpp, ours, ...), after a warm-up; their
+medians are compared. Baselines run in separate processes, so that the peak memory is our engine's. Uses the
+engine's contract only; knows no torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from midfill.bench.rivals import GENERATE, LLAMA_CPP, Rival, RivalError, Run, can_run_llama_cpp
+from midfill.bench.baselines import (
+    GENERATE,
+    LLAMA_CPP,
+    BaselineError,
+    BaselineProcess,
+    Run,
+    can_run_llama_cpp,
+)
 from midfill.engine.api import Engine, ModelInfo, Progress, Request
 from midfill.settings import Settings
-from midfill.system.figures import peak_rss_mb, percentiles
+from midfill.system.measure import peak_rss_mb, percentiles
 
 MakeEngine = Callable[[Settings], Engine]
 
@@ -39,11 +46,11 @@ _EQUAL_PROMPTS = (
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Where other engines find the weights.
+    """The weights for the baselines.
 
     Attributes:
-        folder: what transformers loads; None if there is none.
-        gguf: what llama.cpp loads; None if there is none.
+        folder: model folder for transformers, or None.
+        gguf: GGUF file for llama.cpp, or None.
     """
 
     folder: Path | None = None
@@ -51,15 +58,15 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What each engine does in a round. A model with a short context does less.
+class EnginePlan:
+    """The work of each engine in a round; less for a model with a short context.
 
     Attributes:
-        rounds: how many of them.
-        prefill_tokens: the prompt that is read.
-        context_tokens: what stands before the tokens that are written.
-        decode_tokens: how many are written.
-        cancellations: how many requests are taken back in all, each while a long prompt is read.
+        rounds: number of rounds.
+        prefill_tokens: tokens of the prompt that measures prefill.
+        context_tokens: tokens of the prompt that precedes the generated tokens.
+        decode_tokens: tokens to generate.
+        cancellations: requests to cancel in total, each while a long prompt is computed.
     """
 
     rounds: int = 3
@@ -68,8 +75,8 @@ class Plan:
     decode_tokens: int = 64
     cancellations: int = 50
 
-    def within(self, context: int) -> Plan:
-        """The same for a model that takes at most `context` tokens."""
+    def within(self, context: int) -> EnginePlan:
+        """Return the plan limited to a model's context of `context` tokens."""
         before = min(self.context_tokens, context // 2)
         return replace(
             self,
@@ -81,7 +88,7 @@ class Plan:
 
 @dataclass(slots=True)
 class _Found:
-    """What the rounds have given, by engine."""
+    """Measurements so far, by engine."""
 
     prefill: dict[str, list[float]] = field(default_factory=dict)
     decode: dict[str, list[float]] = field(default_factory=dict)
@@ -101,33 +108,33 @@ async def bench_engine(
     report: Progress,
     *,
     weights: Weights,
-    plan: Plan | None = None,
+    plan: EnginePlan | None = None,
 ) -> dict[str, Any]:
-    """Measure; the result is what `--json` prints.
+    """Measure; return the result as `--json` prints it.
 
     A comparison that cannot be made is null, with the reason in "skipped". Raises `MidfillError` if our
     engine cannot be loaded or fails.
     """
     found = _Found()
     engine = await asyncio.to_thread(make_engine, settings)
-    rivals: list[Rival] = []
+    baselines: list[BaselineProcess] = []
     try:
         await engine.start(report)
         model = engine.model
-        plan = (plan or Plan()).within(model.context)
-        rivals = await _rivals(found, model, plan, weights, report)
+        plan = (plan or EnginePlan()).within(model.context)
+        baselines = await _start_baselines(found, model, plan, weights, report)
         for number in range(plan.rounds):
             report(f"round {number + 1} of {plan.rounds}", number / plan.rounds)
-            await _round(found, number, plan, engine, rivals)
+            await _round(found, number, plan, engine, baselines)
         peak_mb = peak_rss_mb(os.getpid())
-        report("taking requests back", None)
+        report("cancelling requests", None)
         found.freed_ms = await _cancellations(engine, plan)
         await engine.close()
-        expected = await _expected(found, model, rivals, report)
+        expected = await _expected(found, model, baselines, report)
     finally:
         await engine.close()
-        for rival in rivals:
-            await rival.close()
+        for baseline in baselines:
+            await baseline.close()
     equal = None
     if expected is not None:
         report("float32, token for token", None)
@@ -135,34 +142,36 @@ async def bench_engine(
     return _result(found, model, plan, peak_mb, equal)
 
 
-async def _rivals(
-    found: _Found, model: ModelInfo, plan: Plan, weights: Weights, report: Progress
-) -> list[Rival]:
-    """Those that can be had; why not, for the others."""
-    rivals = []
+async def _start_baselines(
+    found: _Found, model: ModelInfo, plan: EnginePlan, weights: Weights, report: Progress
+) -> list[BaselineProcess]:
+    """Start the baselines that are available; record why others are not."""
+    baselines = []
     paths = {GENERATE: weights.folder, LLAMA_CPP: weights.gguf}
     if weights.folder is None:
         found.skipped[GENERATE] = "the model has no folder"
     if weights.gguf is None:
         found.skipped[LLAMA_CPP] = (
-            "there is no GGUF file of these weights: midfill model pull NAME --gguf, or --gguf FILE"
+            "there is no GGUF file of these weights; run `midfill model pull NAME --gguf`, or use --gguf FILE"
         )
     elif not can_run_llama_cpp():
-        found.skipped[LLAMA_CPP] = "xllamacpp is not installed: pip install xllamacpp"
+        found.skipped[LLAMA_CPP] = "xllamacpp is not installed; run: pip install xllamacpp"
     context = max(plan.prefill_tokens, plan.context_tokens + plan.decode_tokens) + _WARM_UP_TOKENS
     for name, path in paths.items():
         if path is None or name in found.skipped:
             continue
         report(f"loading the model into {name}", None)
         try:
-            rivals.append(await Rival.start(name, path, model.device, context))
-        except RivalError as error:
+            baselines.append(await BaselineProcess.start(name, path, model.device, context))
+        except BaselineError as error:
             found.skipped[name] = str(error)
-    return rivals
+    return baselines
 
 
-async def _round(found: _Found, number: int, plan: Plan, engine: Engine, rivals: Sequence[Rival]) -> None:
-    """Every engine once, with prompts that none has seen."""
+async def _round(
+    found: _Found, number: int, plan: EnginePlan, engine: Engine, baselines: Sequence[BaselineProcess]
+) -> None:
+    """Run every engine once, with prompts that none has seen before."""
     num_new = plan.decode_tokens
     warm_up = _prompt(engine.model, f"warm_{number}", 16)
     prefill = _prompt(engine.model, f"read_{number}", plan.prefill_tokens)
@@ -172,19 +181,19 @@ async def _round(found: _Found, number: int, plan: Plan, engine: Engine, rivals:
     written = await _run(engine, decode, num_new)
     found.note("midfill", ours, written)
     found.first_token_ms += await _keys(engine, (*decode, *written.ids), prefill)
-    for rival in [rival for rival in rivals if rival.name not in found.skipped]:
+    for baseline in [baseline for baseline in baselines if baseline.name not in found.skipped]:
         try:
-            await rival.run(warm_up, _WARM_UP_TOKENS)
-            found.note(rival.name, await rival.run(prefill, 1), await rival.run(decode, num_new))
-        except RivalError as error:
-            found.skipped[rival.name] = str(error)
+            await baseline.run(warm_up, _WARM_UP_TOKENS)
+            found.note(baseline.name, await baseline.run(prefill, 1), await baseline.run(decode, num_new))
+        except BaselineError as error:
+            found.skipped[baseline.name] = str(error)
 
 
 async def _keys(engine: Engine, computed: tuple[int, ...], typed: Sequence[int]) -> list[float]:
-    """Milliseconds to the first token after one more token, several times."""
+    """Return the milliseconds to the first token after one more token, several times."""
     waited_ms = []
     room = max(0, engine.model.context - len(computed) - 1)
-    # The first also computes the last token that was written.
+    # The first request also computes the last token that was generated.
     for size in range(1, min(_WARM_KEYS, room) + 1):
         request = Request((*computed, *typed[:size]), 1)
         await _exhaust(engine, request)
@@ -193,11 +202,11 @@ async def _keys(engine: Engine, computed: tuple[int, ...], typed: Sequence[int])
     return waited_ms
 
 
-async def _cancellations(engine: Engine, plan: Plan) -> list[float]:
-    """Milliseconds from taking back a request until the model is free, while it reads a long prompt.
+async def _cancellations(engine: Engine, plan: EnginePlan) -> list[float]:
+    """Return the milliseconds from a cancellation until the engine is free, while it computes a long prompt.
 
-    The first is taken back at the far end of the prompt, where the most tokens are attended to, the last at
-    its beginning. What comes before is computed already, so that nobody waits for that.
+    The first request is cancelled at the end of the prompt, where attention covers the most tokens, the last
+    at its begin. The part before is in the KV cache already.
     """
     moments = random.Random(0)  # noqa: S311 - a sample
     num_tokens = min(_CANCELLED_TOKENS, engine.model.context - 1)
@@ -210,14 +219,14 @@ async def _cancellations(engine: Engine, plan: Plan) -> list[float]:
         request = Request((*prompt[:num_kept], *new), 1)
         reading = asyncio.create_task(_exhaust(engine, request))
         await asyncio.sleep(moments.uniform(0.02, 0.5))
-        taken_back_s = time.monotonic()
+        cancelled_s = time.monotonic()
         if reading.done():
             continue
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
-        # The thread notes the end; the next request comes after it.
+        # The engine's thread records the end before it runs the next request.
         await _run(engine, request.tokens[:1], 1)
-        freed_ms.append(max(0.0, request.stats.ended_s - taken_back_s) * 1000)
+        freed_ms.append(max(0.0, request.stats.ended_s - cancelled_s) * 1000)
     return freed_ms
 
 
@@ -228,14 +237,14 @@ async def _exhaust(engine: Engine, request: Request) -> None:
 
 
 async def _run(engine: Engine, tokens: tuple[int, ...], num_new: int) -> Run:
-    """One answer of ours; a control token may end it early."""
+    """Run one request on our engine; a control token may end it early."""
     request = Request(tokens, num_new)
     ids = []
     async with aclosing(engine.generate(request)) as output:
         async for token in output:
             ids.append(token.id)  # noqa: PERF401 - not a list comprehension over a stream that is closed
     stats = request.stats
-    # A model that ends at once gives no first token.
+    # A model that stops at once yields no first token.
     first_s = stats.first_token_s or stats.ended_s or stats.started_s
     return Run(
         ids,
@@ -246,7 +255,7 @@ async def _run(engine: Engine, tokens: tuple[int, ...], num_new: int) -> Run:
 
 
 def _prompt(model: ModelInfo, name: str, num_tokens: int) -> tuple[int, ...]:
-    """So many tokens of code that differs from other names' from the first token on."""
+    """Return a prompt of code that differs from that of other names from the first token on."""
     tokens: list[int] = []
     for n in itertools.count():
         if len(tokens) >= num_tokens:
@@ -259,23 +268,23 @@ def _prompt(model: ModelInfo, name: str, num_tokens: int) -> tuple[int, ...]:
 
 
 async def _expected(
-    found: _Found, model: ModelInfo, rivals: Sequence[Rival], report: Progress
+    found: _Found, model: ModelInfo, baselines: Sequence[BaselineProcess], report: Progress
 ) -> list[tuple[tuple[int, ...], list[int]]] | None:
-    """Prompts and what `generate` writes after them in float32; None if it cannot be asked."""
-    for rival in rivals:
-        if rival.name != GENERATE or GENERATE in found.skipped:
+    """Return prompts with the tokens that `generate` writes in float32; None if it is not available."""
+    for baseline in baselines:
+        if baseline.name != GENERATE or GENERATE in found.skipped:
             continue
         if model.device != "cpu":
-            found.skipped["tokens_equal_generate"] = "on a GPU generate runs in bfloat16"
+            found.skipped["tokens_equal_generate"] = "generate runs in bfloat16 on a GPU"
             return None
-        report("what generate writes", None)
+        report("tokens of generate", None)
         stop_ids = sorted(model.tokenizer.control_ids)
         prompts = [tuple(model.tokenizer.encode(text)) for text in _EQUAL_PROMPTS]
         try:
-            return [(tokens, (await rival.run(tokens, _EQUAL_TOKENS, stop_ids)).ids) for tokens in prompts]
-        except RivalError as error:
+            return [(tokens, (await baseline.run(tokens, _EQUAL_TOKENS, stop_ids)).ids) for tokens in prompts]
+        except BaselineError as error:
             found.skipped[GENERATE] = str(error)
-    found.skipped["tokens_equal_generate"] = f"no generate: {found.skipped.get(GENERATE)}"
+    found.skipped["tokens_equal_generate"] = f"generate is not available: {found.skipped.get(GENERATE)}"
     return None
 
 
@@ -285,7 +294,7 @@ async def _equals(
     model: ModelInfo,
     expected: Sequence[tuple[tuple[int, ...], list[int]]],
 ) -> bool:
-    """Whether our engine in float32 writes the same tokens."""
+    """Return whether our engine generates the same tokens in float32."""
     engine = await asyncio.to_thread(
         make_engine, settings.model_copy(update={"dtype": "float32", "device": model.device})
     )
@@ -297,7 +306,7 @@ async def _equals(
 
 
 def _result(
-    found: _Found, model: ModelInfo, plan: Plan, peak_mb: float, equal: bool | None
+    found: _Found, model: ModelInfo, plan: EnginePlan, peak_mb: float, equal: bool | None
 ) -> dict[str, Any]:
     def middle(values: Sequence[float] | None) -> float | None:
         return round(median(values), 2) if values else None
@@ -343,12 +352,12 @@ def _rounded(runs: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def table(result: dict[str, Any]) -> Any:
-    """The figures for a person: a rich table."""
+    """Return the figures as a rich table."""
     from rich.table import Table  # noqa: PLC0415 - only a person needs it
 
     title = (
-        "{model} ({device}, {dtype}), medians of {rounds} rounds: {prefill_tokens} tokens read, "
-        "{decode_tokens} written after {context_tokens}"
+        "{model} ({device}, {dtype}), medians of {rounds} rounds: {prefill_tokens} prompt tokens; "
+        "{decode_tokens} generated tokens after {context_tokens}"
     ).format(**result)
     grid = Table("", "decode, tok/s", "ours / it", "prefill, tok/s", "ours / it", title=title)
     grid.add_row("midfill", _cell(result["decode_tok_s"]), "", _cell(result["prefill_tok_s"]), "")
@@ -363,12 +372,10 @@ def table(result: dict[str, Any]) -> Any:
         )
     equal = {None: "not compared", True: "equal", False: "NOT EQUAL"}[result["tokens_equal_generate"]]
     lines = [
-        f"first token after one more token: {_cell(result['first_token_warm_ms'])} ms, "
-        f"{_cell(result['first_token_warm_steps'])} decode steps",
-        "free again after a request is taken back: p50 {p50} ms, p99 {p99} ms".format(
-            **result["cancel_to_free_ms"]
-        ),
-        f"float32 tokens beside generate's: {equal}",
+        f"first token after one more prompt token: {_cell(result['first_token_warm_ms'])} ms, "
+        f"{_cell(result['first_token_warm_steps'])} decoding steps",
+        "engine free after a cancellation: p50 {p50} ms, p99 {p99} ms".format(**result["cancel_to_free_ms"]),
+        f"float32 tokens compared with generate's: {equal}",
         f"peak memory: {result['peak_rss_mb']:.0f} MB",
         *(f"no {name}: {why}" for name, why in result["skipped"].items()),
     ]

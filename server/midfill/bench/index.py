@@ -1,7 +1,4 @@
-"""`midfill bench index`: what the index of a workspace costs.
-
-The time until it is there, the memory, and how long a request then waits for its context.
-"""
+"""`midfill bench index`: the cost of a workspace index: build time, memory, and time of a look-up."""
 
 from __future__ import annotations
 
@@ -26,10 +23,10 @@ _SOURCES = ("imports", "open", "repository")
 def bench_index(
     folder: Path, settings: Settings, report: Progress, *, lookups: int, seed: int
 ) -> dict[str, Any]:
-    """Index a folder as the server does, then choose the context of random places in its files.
+    """Index a folder as the server does, then choose the context at random positions in its files.
 
-    The memory is that of this process (beyond what it had before) and of the one that reads the files, at
-    the moment when both together have most. Raises `MidfillError` if nothing in the folder is indexed.
+    The memory is the peak of this process (beyond what it had before) and the process that reads the files,
+    together. Raises `MidfillError` if nothing in the folder is indexed.
     """
     me = psutil.Process()
     before = me.memory_info().rss
@@ -40,7 +37,7 @@ def bench_index(
         indexer = context.indexer
         if indexer is None or not indexer.folders:
             raise MidfillError(
-                f"{folder} is the home folder or the root of the system, which are not indexed."
+                f"{folder} is the home folder or the root of the file system, which midfill does not index."
             )
         peak = before
         while not indexer.scanned.wait(_SAMPLE_EVERY_S):
@@ -49,7 +46,9 @@ def bench_index(
         scan_s = time.monotonic() - begun
         paths = indexer.index.paths()
         if not paths:
-            raise MidfillError(f"Nothing in {folder} is indexed: there is no code, or all of it is ignored.")
+            raise MidfillError(
+                f"Nothing in {folder} is indexed: it has no source code, or all of it is ignored."
+            )
         chosen = _choose(context, folder, sorted(paths), lookups, random.Random(seed))  # noqa: S311 - a sample
         update_s = time.monotonic()
         indexer.changed([paths[0]])
@@ -82,7 +81,7 @@ def _memory(me: psutil.Process) -> int:
 def _choose(
     context: ContextCollector, folder: Path, paths: list[str], lookups: int, chooser: random.Random
 ) -> dict[str, float]:
-    """Milliseconds to choose the context of a place, the reading of the file not included."""
+    """Return the milliseconds to choose the context at a position, without reading the file."""
     taken = []
     for _ in range(lookups):
         path = chooser.choice(paths)

@@ -1,12 +1,12 @@
-"""llama.cpp's own server, driven as its Vim plugin drives it.
+"""The baseline llama.vim: llama.cpp's server with the requests and the cache of its Vim plugin.
 
-What the plugin does, from its source (https://github.com/ggml-org/llama.vim, version of 2025): sends whole
-lines above the cursor, the line up to the cursor (which goes behind the middle sentinel) and what
-follows; keeps answers and shows the rest of one whose text is being typed; asks for what would come
-next while one is shown. The first request has a shorter time limit, which counts from the first line
-end on. Its ring of chunks of other places stays empty while somebody types without a pause of three
-seconds, so it is left out. A request that is taken back is ended by closing its connection. (The plugin
-itself lets it run and waits; see `patient`.)
+From the plugin's source (https://github.com/ggml-org/llama.vim, version of 2025): it sends whole lines above
+the cursor, the line up to the cursor (after the middle sentinel) and the text that follows; keeps answers and
+shows the rest of one whose text is being typed; requests the next suggestion while one is shown. The first
+request has a shorter time limit, which counts from the first line end on. The plugin's ring of chunks of
+other files stays empty while somebody types without a pause of three seconds, so it is not implemented. A
+cancelled request is ended by closing its connection. (The plugin itself lets it run and waits; see
+`patient`.)
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from midfill.bench.contenders import CANCELLED, Asked, Job
-from midfill.bench.rivals import LLAMA_CPP, Rival
+from midfill.bench.backends import CANCELLED, EngineJob, SuggestionRequest
+from midfill.bench.baselines import LLAMA_CPP, BaselineProcess
 from midfill.engine.api import Progress
 from midfill.errors import MidfillError
-from midfill.system.figures import peak_rss_mb
+from midfill.system.measure import peak_rss_mb
 from midfill.text.documents import Change, Document, Encoding, Point
 
 _PREDICT_TOKENS = 128
@@ -42,12 +42,12 @@ _CONTEXT = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How it is driven.
+    """Options of the baseline.
 
     Attributes:
-        lines_before, lines_after: whole lines that are sent.
-        batch_tokens: of the server; it looks for closed connections between two batches only.
-        patient: a request that is taken back runs on, and what it gives is kept, as the plugin does it.
+        lines_before, lines_after: whole lines to send.
+        batch_tokens: the server's batch size; it notices closed connections between two batches only.
+        patient: let cancelled requests run on and keep their answers, as the plugin does.
     """
 
     lines_before: int = 256
@@ -58,7 +58,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """What is sent: text above, the line up to the cursor, text behind it."""
+    """The text of a request: above the cursor's line, the line up to the cursor, after the cursor."""
 
     prefix: str
     middle: str
@@ -67,78 +67,82 @@ class _Context:
 
 
 class LlamaVim:
-    """See the module. A `contenders.Contender`."""
+    """A `backends.Backend` that works like llama.vim."""
 
     name = LLAMA_CPP
 
     def __init__(self, gguf: Path, options: Options | None = None) -> None:
         self._gguf = gguf
         self._options = options or Options()
-        self._rival: Rival | None = None
+        self._baseline: BaselineProcess | None = None
         self._cache: OrderedDict[tuple[str, str], str] = OrderedDict()
         self._running: asyncio.Task[str] | None = None
         self._running_key: tuple[str, str] | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._jobs: list[Job] = []
+        self._jobs: list[EngineJob] = []
         self._ids = 0
 
     async def start(self, report: Progress) -> None:
-        """See `Contender.start`."""
+        """Start the server and load the model."""
         report("loading the model into llama.cpp", None)
-        self._rival = await Rival.start(
+        self._baseline = await BaselineProcess.start(
             LLAMA_CPP, self._gguf, "cpu", _CONTEXT, batch_tokens=self._options.batch_tokens
         )
 
     def open(self, document: Document) -> None:
-        """See `Contender.open`."""
+        """Do nothing: each request has the text."""
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
-        """See `Contender.change`."""
+        """Do nothing: each request has the text."""
 
-    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
-        """See `Contender.ask`."""
+    def ask(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> asyncio.Future[None]:
+        """Start a request."""
         self._ids += 1
-        asked.id = self._ids
-        task = asyncio.ensure_future(self._answer(asked, document, position))
-        self._tasks[asked.id] = task
+        request.id = self._ids
+        task = asyncio.ensure_future(self._answer(request, document, position))
+        self._tasks[request.id] = task
         return task
 
-    def take_back(self, asked: Asked) -> None:
-        """See `Contender.take_back`: closes the connection."""
-        if not self._options.patient and asked.id in self._tasks:
-            self._tasks[asked.id].cancel()
+    def cancel(self, request: SuggestionRequest) -> None:
+        """Close the request's connection, unless `patient`."""
+        if not self._options.patient and request.id in self._tasks:
+            self._tasks[request.id].cancel()
 
-    async def _answer(self, asked: Asked, document: Document, position: tuple[int, int]) -> None:
+    async def _answer(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> None:
         point = document.point(position, Encoding.UTF16)
         line = _bare(document.lines[point.line])
         before, after = line[: point.column], line[point.column :]
         if len(after) > _MAX_LINE_SUFFIX:
-            asked.source, asked.reason = "none", "line-tail"
+            request.source, request.reason = "none", "line-tail"
             return
         context = self._context(document, point.line, before, after)
         try:
-            content, asked.source = self._kept(context)
+            content, request.source = self._kept(context)
             if content is None:
-                await self._ask(asked, context, _MAX_FIRST_PREDICT_MS)
-                # The same question as the plugin asks itself when an answer has come.
-                content, asked.source = self._kept(context)[0], "model"
-            asked.text = "" if content is None else _worthwhile(content, document, point)
+                await self._ask(request, context, _MAX_FIRST_PREDICT_MS)
+                # The plugin searches its cache again when an answer has come.
+                content, request.source = self._kept(context)[0], "model"
+            request.text = "" if content is None else _worthwhile(content, document, point)
         except asyncio.CancelledError:
-            asked.code = CANCELLED
+            request.code = CANCELLED
             return
-        if not asked.text:
-            asked.source, asked.reason = "none", "model-silent"
+        if not request.text:
+            request.source, request.reason = "none", "model-silent"
             return
-        ahead = self._accepted(document, point.line, before, asked.text)
+        ahead = self._accepted(document, point.line, before, request.text)
         if self._running is None and not self._is_kept(ahead):
-            self._tasks[-asked.id] = asyncio.ensure_future(self._look_ahead(asked, ahead))
+            self._tasks[-request.id] = asyncio.ensure_future(self._look_ahead(request, ahead))
 
-    async def _look_ahead(self, asked: Asked, context: _Context) -> None:
+    async def _look_ahead(self, request: SuggestionRequest, context: _Context) -> None:
         with contextlib.suppress(asyncio.CancelledError):
-            await self._ask(asked, context, _MAX_PREDICT_MS, idle=True)
+            await self._ask(request, context, _MAX_PREDICT_MS, idle=True)
 
     def _context(self, document: Document, number: int, before: str, after: str) -> _Context:
-        """Around a cursor. On a line of blanks the plugin starts from its beginning."""
+        """Return the text around a cursor. On a blank line the plugin starts at the line's begin."""
         lines, options = document.lines, self._options
         blank = not (before + after).strip()
         above = [_bare(line) for line in lines[max(0, number - options.lines_before) : number]]
@@ -148,7 +152,7 @@ class LlamaVim:
         return _Context("\n".join(above) + "\n", before, "\n".join([after, *below]) + "\n", indent)
 
     def _accepted(self, document: Document, number: int, before: str, text: str) -> _Context:
-        """Around the cursor that there will be when a suggestion has been accepted."""
+        """Return the text around the cursor after a suggestion was accepted."""
         *above, last = (before + text).split("\n")
         here = self._context(document, number, before, "")
         prefix = here.prefix + "".join(f"{line}\n" for line in above)
@@ -163,7 +167,7 @@ class LlamaVim:
         return self._key(context) in self._cache
 
     def _kept(self, context: _Context) -> tuple[str | None, str]:
-        """An answer for exactly this text, or the rest of one that is being typed; and which it is."""
+        """Return a kept answer for this text, or the rest of one that is being typed, with its source."""
         whole, suffix = self._key(context)
         if (exact := self._cache.get((whole, suffix))) is not None:
             return exact, "cache"
@@ -176,19 +180,21 @@ class LlamaVim:
                 best = earlier[size:]
         return best, "typed-through"
 
-    async def _ask(self, asked: Asked, context: _Context, limit_ms: int, *, idle: bool = False) -> None:
-        """Send a request and keep its answer. One at a time: an older one is closed, or waited for."""
+    async def _ask(
+        self, request: SuggestionRequest, context: _Context, limit_ms: int, *, idle: bool = False
+    ) -> None:
+        """Send a request and keep its answer; close an older one first, or await it if `patient`."""
         key = self._key(context)
         if self._running is not None and self._running_key != key:
             if not self._options.patient:
                 self._running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.shield(self._running)
-            if asked.cancelled_s is not None or self._kept(context)[0] is not None:
+            if request.cancelled_s is not None or self._kept(context)[0] is not None:
                 return
         if self._running is None:
             self._running_key = key
-            self._running = asyncio.ensure_future(self._infill(asked, context, limit_ms, idle=idle))
+            self._running = asyncio.ensure_future(self._infill(request, context, limit_ms, idle=idle))
             self._running.add_done_callback(self._done)
         running = self._running
         try:
@@ -204,7 +210,7 @@ class LlamaVim:
             self._running = self._running_key = None
 
     def _keep(self, context: _Context, content: str) -> None:
-        """Keep an answer, also for when the window has moved down by a few lines."""
+        """Keep an answer, also under the keys for windows that have moved down by a few lines."""
         prefix = context.prefix
         for _ in range(1 + _LATER_WINDOWS):
             self._cache[prefix + context.middle, context.suffix] = content
@@ -214,7 +220,9 @@ class LlamaVim:
         while len(self._cache) > _MAX_KEYS:
             self._cache.popitem(last=False)
 
-    async def _infill(self, asked: Asked, context: _Context, limit_ms: int, *, idle: bool) -> str:
+    async def _infill(
+        self, request: SuggestionRequest, context: _Context, limit_ms: int, *, idle: bool
+    ) -> str:
         body = {
             "id_slot": 0,
             "input_prefix": context.prefix,
@@ -236,14 +244,16 @@ class LlamaVim:
         try:
             found = await self._post("/infill", body)
         except asyncio.CancelledError:
-            self._jobs.append(Job(asked.episode, asked.id, "cancelled", idle=idle, left_s=time.monotonic()))
+            self._jobs.append(
+                EngineJob(request.session, request.id, "cancelled", idle=idle, left_s=time.monotonic())
+            )
             raise
         timings = found["timings"]
         first_s = begun + timings["prompt_ms"] / 1000
         self._jobs.append(
-            Job(
-                asked.episode,
-                asked.id,
+            EngineJob(
+                request.session,
+                request.id,
                 "finished",
                 idle=idle,
                 num_computed=timings["prompt_n"],
@@ -257,10 +267,10 @@ class LlamaVim:
         return str(found["content"])
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One request over a connection of its own, which is closed if the task is cancelled."""
-        if self._rival is None:
+        """Send a request over a new connection, which is closed if the task is cancelled."""
+        if self._baseline is None:
             raise MidfillError("llama.cpp has not been started.")
-        address = urlsplit(self._rival.ready["address"])
+        address = urlsplit(self._baseline.ready["address"])
         content = json.dumps(body).encode()
         head = (
             f"POST {path} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
@@ -274,12 +284,12 @@ class LlamaVim:
         finally:
             writer.close()
         if status != b"200":
-            raise MidfillError(f"llama.cpp answers {status.decode()}: {str(answer)[:200]}")
+            raise MidfillError(f"llama.cpp answered with HTTP status {status.decode()}: {str(answer)[:200]}")
         result: dict[str, Any] = answer
         return result
 
-    async def close(self, document: Document) -> list[Job]:  # noqa: ARG002 - see `Contender`
-        """See `Contender.close`. Waits until the server is free, so that the next one is not slowed."""
+    async def close(self, document: Document) -> list[EngineJob]:  # noqa: ARG002 - by the protocol
+        """Cancel all requests and wait until the server is free, so that the next session is not delayed."""
         if self._running is not None:
             self._running.cancel()
         for task in self._tasks.values():
@@ -293,13 +303,13 @@ class LlamaVim:
         return jobs
 
     def peak_rss_mb(self) -> float:
-        """See `Contender.peak_rss_mb`."""
-        return peak_rss_mb(self._rival.pid) if self._rival is not None else 0.0
+        """Return the server's peak memory."""
+        return peak_rss_mb(self._baseline.pid) if self._baseline is not None else 0.0
 
     async def end(self) -> None:
-        """See `Contender.end`."""
-        if self._rival is not None:
-            await self._rival.close()
+        """End the server."""
+        if self._baseline is not None:
+            await self._baseline.close()
 
 
 def _bare(line: str) -> str:
@@ -307,12 +317,12 @@ def _bare(line: str) -> str:
 
 
 def _worthwhile(content: str, document: Document, cursor: Point) -> str:
-    """What the plugin shows of an answer: nothing that repeats what stands below or behind the cursor."""
+    """Return what the plugin shows of an answer: "" if that repeats the text after or below the cursor."""
     line = _bare(document.lines[cursor.line])
     before, after = line[: cursor.column], line[cursor.column :]
     shown = content.rstrip("\n").split("\n")
     if not line.strip():
-        # On a line of blanks the answer begins at the line's start; what is there already is not repeated.
+        # On a blank line the answer begins at the line's start; do not repeat its indentation.
         lead = min(len(shown[0]) - len(shown[0].lstrip()), len(line))
         shown[0] = shown[0][lead:]
     below = [_bare(other) for other in document.lines[cursor.line + 1 :]]

@@ -1,25 +1,19 @@
-"""Speed of everything but the model: keys typed into the real server, over pipes.
+"""`midfill bench lsp`: the server's latency without the model, with keys typed over pipes.
 
-The server runs in a process of its own, with a script in place of the model, so that what is measured
-is reading, editing, prompt building, trimming and answering. With `busy`, a real model decodes on its
-thread of that process all the while, and competes for the interpreter.
+The server runs in its own process, with a scripted engine, so that reading, editing, prompt building,
+postprocessing and answering are measured. With `busy`, a real model decodes all the time on a thread of that
+process, and competes for the interpreter.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from midfill.engine.api import Engine, ModelInfo, Progress, Request, Token
-from midfill.engine.scripted import Script, ScriptedEngine
 from midfill.lsp.client import SERVE_COMMAND, Client
 
 _URI = "file:///bench/main.py"
@@ -31,10 +25,9 @@ _BUSY_TARGETS = {"p95_ms": 10.0}
 
 
 async def bench_lsp(num_keys: int, busy_model: str | None = None) -> dict[str, Any]:
-    """Type keys into the middle of a document; the latencies from change and request to answer.
+    """Type keys into the middle of a document; return the latencies from change and request to answer.
 
-    `busy_model` names the model that decodes meanwhile. Raises `MidfillError` if the server cannot
-    load it.
+    `busy_model` names the model that decodes meanwhile. Raises `MidfillError` if the server cannot load it.
     """
     with tempfile.TemporaryDirectory(prefix="midfill-bench-") as folder:
         script = Path(folder) / "script.json"
@@ -66,7 +59,7 @@ async def _type(client: Client, num_keys: int) -> list[float]:
     item = {"uri": _URI, "languageId": "python", "version": 1, "text": text}
     client.notify("textDocument/didOpen", {"textDocument": item})
     line, column = _NUM_LINES // 2, 0
-    # An empty line to type into.
+    # Make an empty line to type into.
     _insert(client, (line, 0), "\n", 2)
     latencies_ms = []
     for key in range(_NUM_WARM_UP + num_keys):
@@ -89,54 +82,3 @@ def _insert(client: Client, position: tuple[int, int], text: str, version: int) 
     change = {"range": {"start": place, "end": place}, "text": text}
     params = {"textDocument": {"uri": _URI, "version": version}, "contentChanges": [change]}
     client.notify("textDocument/didChange", params)
-
-
-class BusyEngine:
-    """Answers from a script while another engine decodes without end."""
-
-    def __init__(self, script: Path, real: Engine) -> None:
-        self._scripted = ScriptedEngine(Script.read(script))
-        self._real = real
-        self._work: asyncio.Task[None] | None = None
-
-    @property
-    def model(self) -> ModelInfo:
-        """See `Engine.model`: the script's."""
-        return self._scripted.model
-
-    async def start(self, progress: Progress) -> None:
-        """See `Engine.start`; returns when the real model has begun to decode."""
-        await self._scripted.start(progress)
-        await self._real.start(progress)
-        first = asyncio.Event()
-        self._work = asyncio.create_task(self._decode(first))
-        await first.wait()
-
-    async def _decode(self, first: asyncio.Event) -> None:
-        """Long answers one after the other, the same each time."""
-        model = self._real.model
-        tokens = tuple(model.tokenizer.encode("def a_long_function(values):\n    "))
-        room = model.context - len(tokens)
-        while True:
-            request = Request(tokens, max_new_tokens=min(512, room))
-            async with aclosing(self._real.generate(request)) as stream:
-                async for _ in stream:
-                    first.set()
-            # A model that ends at once must not keep the loop from everything else.
-            await asyncio.sleep(0)
-
-    def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """See `Engine.generate`."""
-        return self._scripted.generate(request)
-
-    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
-        """See `Engine.prewarm`."""
-
-    async def close(self) -> None:
-        """See `Engine.close`."""
-        if self._work is not None:
-            self._work.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._work
-        await self._scripted.close()
-        await self._real.close()

@@ -1,4 +1,4 @@
-"""The picture of a replay: how long suggestions took, and what became of each request. By matplotlib."""
+"""Plot a replay with matplotlib: the latencies of suggestions, and the outcome of each request."""
 
 from __future__ import annotations
 
@@ -6,39 +6,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midfill.bench.contenders import FATES, Asked
-from midfill.bench.replay import Session
+from midfill.bench.backends import OUTCOMES, SuggestionRequest
+from midfill.bench.replay import BackendRun
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = dict(zip(FATES, ("#1a9850", "#4393c3", "#999999", "#d6604d", "#f4a582", "#000000"), strict=True))
+_COLOURS = dict(
+    zip(OUTCOMES, ("#1a9850", "#4393c3", "#999999", "#d6604d", "#f4a582", "#000000"), strict=True)
+)
 _FLOOR_MS = 0.1
 _ALL = "all suggestions"
 _BUDGETS_MS = (40, 85, 152)
 
 
 def need_matplotlib() -> None:
-    """Raise `MidfillError` if there is no matplotlib, before anything is measured."""
+    """Raise `MidfillError` if matplotlib is not installed, before anything is measured."""
     try:
         import matplotlib  # noqa: F401, ICN001, PLC0415 - an extra
     except ImportError as error:
         raise MidfillError("--plot needs matplotlib. Run: pip install matplotlib") from error
 
 
-def plot(sessions: Sequence[Session], title: str, path: Path) -> None:
-    """Draw the latencies' distribution above the timeline of each contender. Raises `MidfillError`."""
+def plot(runs: Sequence[BackendRun], title: str, path: Path) -> None:
+    """Draw the distribution of the latencies, and a timeline of each backend. Raises `MidfillError`."""
     need_matplotlib()
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
 
-    figure = Figure(figsize=(11, 4 + 4 * len(sessions)), layout="constrained")
-    above, *below = figure.subplots(1 + len(sessions), 1)
+    figure = Figure(figsize=(11, 4 + 4 * len(runs)), layout="constrained")
+    above, *below = figure.subplots(1 + len(runs), 1)
     figure.suptitle(title, fontsize=12)
-    _distribution(above, sessions)
-    for axes, session in zip(below, sessions, strict=True):
-        _timeline(axes, session)
-        # Contenders take turns: on one scale it can be seen when.
+    _distribution(above, runs)
+    for axes, run in zip(below, runs, strict=True):
+        _timeline(axes, run)
+        # Backends take turns; a shared time axis shows when.
         axes.sharex(below[0])
     try:
         figure.savefig(path, dpi=120)
@@ -46,15 +48,15 @@ def plot(sessions: Sequence[Session], title: str, path: Path) -> None:
         raise MidfillError(f"Cannot write the picture {path}: {error}.") from error
 
 
-def _distribution(axes: Axes, sessions: Sequence[Session]) -> None:
-    """Cumulative shares, by contender and by where the suggestion came from."""
+def _distribution(axes: Axes, runs: Sequence[BackendRun]) -> None:
+    """Draw cumulative shares by backend and by source of the suggestion."""
     series: dict[str, list[float]] = {}
-    for session in sessions:
-        for asked in session.requests:
-            if asked.fate in {"accepted", "shown"}:
-                waited_ms = max(asked.waited_ms, _FLOOR_MS)
-                series.setdefault(f"{session.name}, {_ALL}", []).append(waited_ms)
-                series.setdefault(f"{session.name}, {asked.source or '?'}", []).append(waited_ms)
+    for run in runs:
+        for request in run.requests:
+            if request.outcome in {"accepted", "shown"}:
+                waited_ms = max(request.waited_ms, _FLOOR_MS)
+                series.setdefault(f"{run.name}, {_ALL}", []).append(waited_ms)
+                series.setdefault(f"{run.name}, {request.source or '?'}", []).append(waited_ms)
     for name, values in series.items():
         style: dict[str, Any] = {"linewidth": 5, "alpha": 0.4} if name.endswith(_ALL) else {}
         axes.ecdf(values, label=f"{name} ({len(values)})", **style)
@@ -71,7 +73,7 @@ def _distribution(axes: Axes, sessions: Sequence[Session]) -> None:
             color="#777777",
         )
     _milliseconds(axes, "x")
-    axes.set_xlabel("from the request to the suggestion, ms (above: share of the next keys that come later)")
+    axes.set_xlabel("time from request to suggestion, ms (top: share of next keys that come later)")
     axes.set_ylabel("share of the suggestions")
     axes.grid(visible=True, alpha=0.2)
     longest = max((value for values in series.values() for value in values), default=0.0)
@@ -81,31 +83,31 @@ def _distribution(axes: Axes, sessions: Sequence[Session]) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
 
 
-def _timeline(axes: Axes, session: Session) -> None:
-    requests: Sequence[Asked] = session.requests
-    for fate in FATES:
-        some = [asked for asked in requests if asked.fate == fate]
+def _timeline(axes: Axes, run: BackendRun) -> None:
+    requests: Sequence[SuggestionRequest] = run.requests
+    for outcome in OUTCOMES:
+        some = [request for request in requests if request.outcome == outcome]
         if some:
             axes.scatter(
-                [asked.asked_s - session.begun_s for asked in some],
-                [max(asked.waited_ms, _FLOOR_MS) for asked in some],
+                [request.asked_s - run.begun_s for request in some],
+                [max(request.waited_ms, _FLOOR_MS) for request in some],
                 s=16,
-                color=_COLOURS[fate],
-                label=f"{fate} ({len(some)})",
+                color=_COLOURS[outcome],
+                label=f"{outcome} ({len(some)})",
                 alpha=0.8,
                 linewidths=0,
             )
     _milliseconds(axes, "y")
-    axes.set_title(session.name, fontsize=10)
+    axes.set_title(run.name, fontsize=10)
     axes.set_xlabel("time of the request, s")
-    axes.set_ylabel("until the answer or the next key, ms")
+    axes.set_ylabel("time to the answer or the next key, ms")
     axes.grid(visible=True, alpha=0.2)
     if requests:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
 
 
 def _milliseconds(axes: Axes, axis: str) -> None:
-    """A logarithmic axis with plain numbers."""
+    """Make an axis logarithmic, with plain numbers."""
     from matplotlib.ticker import LogLocator  # noqa: PLC0415 - an extra
 
     (axes.set_xscale if axis == "x" else axes.set_yscale)("log", subs=())

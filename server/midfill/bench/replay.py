@@ -1,11 +1,11 @@
-"""A person who types, against one or several contenders: every request, and what became of it.
+"""Type recorded sessions into one or several backends in real time, and record the outcome of each request.
 
-Plays episodes in real time. The editor asks after a key as the episode says, and takes a request back when
-the next key comes first. The user is an oracle: a suggestion that leads to the text that is to be typed is
-accepted when it appears; the keys that it saves are left out, and the typing goes on from there.
+Requests follow a key as recorded, and are cancelled when the next key comes first. The virtual user is an
+oracle: it accepts a suggestion at once if that leads to the text that it is going to type; the keys that this
+saves are skipped.
 
-Contenders take turns by episode, in an order that rotates, so that all see the same keys at the same times
-on the same machine; what differs is what they make unnecessary. `report` has the figures.
+Backends take turns by session, in rotating order, so that all get the same keys in the same minutes on the
+same machine. `replay_report` computes the figures.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-from midfill.bench.contenders import Asked, Contender, Job
-from midfill.bench.trace import Episode, Key, total_s
+from midfill.bench.backends import Backend, EngineJob, SuggestionRequest
+from midfill.bench.trace import Key, TypingSession, total_s
 from midfill.text.documents import Change, Document, Encoding
 
 _PROBE = Document.open("file:///replay/probe.py", "python", 1, "def add(a, b):\n    return a ")
@@ -26,25 +26,28 @@ _PROBE_S = 10.0
 
 
 @dataclass(slots=True)
-class Session:
-    """What a contender did for the typist.
+class BackendRun:
+    """The results of one backend.
 
     Attributes:
-        requests: in the order in which they were made.
-        jobs: what its model did for them.
-        num_keys: keys of the typist that were reached, accepted ones included.
-        num_skipped: of these, the keys that accepted suggestions made unnecessary.
-        seconds: of typing.
-        begun_s: `time.monotonic` of the first key of all contenders.
-        startup_s: from the start of the process to a model that is loaded.
-        first_suggestion_s: ... to the first suggestion, asked for then; None if none came.
-        late_s: how much later than it was due each key came. Whoever plays many typists at once must look.
+        name: the backend's name.
+        requests: all requests, in order.
+        jobs: the engine's work for them.
+        num_sessions: typing sessions that were played.
+        num_keys: keys that were reached, typed or skipped.
+        num_skipped: keys that accepted suggestions made unnecessary.
+        seconds: duration of the typing.
+        begun_s: `time.monotonic` at the first key of all backends.
+        startup_s: seconds from the start of the process until the model was loaded.
+        first_suggestion_s: seconds from the start to a first suggestion, requested then; None without one.
+        peak_rss_mb: peak memory.
+        late_s: delay of each key in seconds; shows whether a machine can play many virtual users at once.
     """
 
     name: str = "midfill"
-    requests: list[Asked] = field(default_factory=list)
-    jobs: list[Job] = field(default_factory=list)
-    num_episodes: int = 0
+    requests: list[SuggestionRequest] = field(default_factory=list)
+    jobs: list[EngineJob] = field(default_factory=list)
+    num_sessions: int = 0
     num_keys: int = 0
     num_skipped: int = 0
     seconds: float = 0.0
@@ -57,14 +60,15 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How it is typed.
+    """How sessions are played.
 
     Attributes:
-        speed: all times are divided by it.
-        limit_s: ends the typing of a contender after so many seconds, if given.
+        speed: factor by which to type faster than recorded.
+        limit_s: maximum seconds of typing for each backend, if given.
         accepts: whether right suggestions are accepted; if not, they are typed through.
-        looks_inside: whether to note which requests are inside an earlier suggestion (`Asked.inside`). It
-            costs as much as a pipeline, which is too much for many typists in one process.
+        looks_inside: whether to determine which requests are inside an earlier suggestion
+            (`SuggestionRequest.inside`). That costs as much as a pipeline: too much for many virtual users in
+            one process.
     """
 
     speed: float = 1.0
@@ -74,133 +78,133 @@ class Pace:
 
 
 async def replay(
-    episodes: Sequence[Episode],
-    contenders: Sequence[Contender],
+    sessions: Sequence[TypingSession],
+    backends: Sequence[Backend],
     report: Callable[[str, float | None], None],
     pace: Pace | None = None,
-) -> list[Session]:
-    """Start the contenders, play the episodes to each of them, end them. Their sessions, in order.
+) -> list[BackendRun]:
+    """Start the backends, play the sessions to each of them, and end them; return a result for each.
 
-    Raises `MidfillError` if one cannot load its model or ends.
+    Raises `MidfillError` if one cannot load its model, or ends.
     """
     pace = pace or Pace()
     async with AsyncExitStack() as stack:
-        sessions = []
-        for contender in contenders:
-            stack.push_async_callback(contender.end)
-            sessions.append(await _start(contender, report))
-        expected_s = total_s(episodes) / pace.speed
+        runs = []
+        for backend in backends:
+            stack.push_async_callback(backend.end)
+            runs.append(await _start(backend, report))
+        expected_s = total_s(sessions) / pace.speed
         if pace.limit_s is not None:
             expected_s = min(expected_s, pace.limit_s)
         begun_s = time.monotonic()
-        for session in sessions:
-            session.begun_s = begun_s
-        for number, episode in enumerate(episodes):
-            if all(_over(session, pace) for session in sessions):
+        for run in runs:
+            run.begun_s = begun_s
+        for number, session in enumerate(sessions):
+            if all(_over(run, pace) for run in runs):
                 break
-            for turn in range(len(sessions)):
-                index = (number + turn) % len(sessions)
-                if not _over(sessions[index], pace):
-                    done = sum(session.seconds for session in sessions) / len(sessions)
+            for turn in range(len(runs)):
+                index = (number + turn) % len(runs)
+                if not _over(runs[index], pace):
+                    done = sum(run.seconds for run in runs) / len(runs)
                     report("typing", min(1.0, done / expected_s) if expected_s else None)
-                    await Typing(sessions[index], contenders[index], episode, number, pace).run()
-        for session, contender in zip(sessions, contenders, strict=True):
-            session.peak_rss_mb = contender.peak_rss_mb()
-        return sessions
+                    await SessionPlayer(runs[index], backends[index], session, number, pace).run()
+        for run, backend in zip(runs, backends, strict=True):
+            run.peak_rss_mb = backend.peak_rss_mb()
+        return runs
 
 
-async def _start(contender: Contender, report: Callable[[str, float | None], None]) -> Session:
-    """Load its model and ask for one suggestion, as after opening an editor."""
-    session = Session(contender.name)
+async def _start(backend: Backend, report: Callable[[str, float | None], None]) -> BackendRun:
+    """Start a backend and request one suggestion, as after opening an editor."""
+    run = BackendRun(backend.name)
     begun = time.monotonic()
-    await contender.start(report)
-    session.startup_s = time.monotonic() - begun
-    contender.open(_PROBE)
-    asked = Asked(-1, time.monotonic())
-    answer = contender.ask(asked, _PROBE, _PROBE_POSITION)
+    await backend.start(report)
+    run.startup_s = time.monotonic() - begun
+    backend.open(_PROBE)
+    request = SuggestionRequest(-1, time.monotonic())
+    answer = backend.ask(request, _PROBE, _PROBE_POSITION)
     await asyncio.wait({answer}, timeout=_PROBE_S)
-    if asked.text:
-        session.first_suggestion_s = time.monotonic() - begun
+    if request.text:
+        run.first_suggestion_s = time.monotonic() - begun
     if not answer.done():
-        asked.cancelled_s = time.monotonic()
-        contender.take_back(asked)
-    await contender.close(_PROBE)
-    return session
+        request.cancelled_s = time.monotonic()
+        backend.cancel(request)
+    await backend.close(_PROBE)
+    return run
 
 
-def _over(session: Session, pace: Pace) -> bool:
-    return pace.limit_s is not None and session.seconds >= pace.limit_s
+def _over(run: BackendRun, pace: Pace) -> bool:
+    return pace.limit_s is not None and run.seconds >= pace.limit_s
 
 
-class Typing:
-    """One episode being typed for one contender."""
+class SessionPlayer:
+    """Plays one typing session to one backend."""
 
     def __init__(
-        self, session: Session, contender: Contender, episode: Episode, number: int, pace: Pace
+        self, run: BackendRun, backend: Backend, session: TypingSession, number: int, pace: Pace
     ) -> None:
+        self._run = run
+        self._backend = backend
         self._session = session
-        self._contender = contender
-        self._episode = episode
         self._number = number
         self._speed = pace.speed
         self._accepts = pace.accepts
         self._looks_inside = pace.looks_inside
         self._begun_s = time.monotonic()
-        left_s = None if pace.limit_s is None else pace.limit_s - session.seconds
+        left_s = None if pace.limit_s is None else pace.limit_s - run.seconds
         self._end_s = None if left_s is None else self._begun_s + left_s
-        # What the document is to become, key by key, for who accepts; and what it is now.
-        self._documents = episode.documents() if pace.accepts else []
-        self._document = Document.open(episode.uri, episode.language_id, 1, episode.text)
+        # The document after each key, to recognise right suggestions; and the document now.
+        self._documents = session.documents() if pace.accepts else []
+        self._document = Document.open(session.uri, session.language_id, 1, session.text)
         self._index = -1
         self._due_s = self._begun_s
-        # When the editor will ask for a suggestion; the request that is being answered.
+        # When the editor will request a suggestion; the request that is being answered.
         self._ask_s: float | None = None
-        self._flight: tuple[asyncio.Future[None], Asked] | None = None
-        # What was suggested so far, with the document and the cursor that it was for.
-        self._suggested: list[tuple[Document, tuple[int, int], Asked]] = []
+        self._pending: tuple[asyncio.Future[None], SuggestionRequest] | None = None
+        # Earlier requests, each with its document and cursor.
+        self._suggested: list[tuple[Document, tuple[int, int], SuggestionRequest]] = []
 
     async def run(self) -> None:
-        """Open the document, type, close it."""
-        episode, session = self._episode, self._session
-        self._contender.open(self._document)
+        """Open the document, type the keys, and close it."""
+        session, run = self._session, self._run
+        self._backend.open(self._document)
         while self._end_s is None or time.monotonic() < self._end_s:
-            more = self._index + 1 < len(episode.keys)
-            gap_s = episode.keys[self._index + 1].gap_s if more else episode.rest_s
+            more = self._index + 1 < len(session.keys)
+            gap_s = session.keys[self._index + 1].gap_s if more else session.rest_s
             next_s = self._due_s + gap_s / self._speed
             if (reached := await self._wait(next_s)) is not None:
-                session.num_keys += reached - self._index
-                session.num_skipped += reached - self._index
+                run.num_keys += reached - self._index
+                run.num_skipped += reached - self._index
                 self._accept(reached)
                 continue
-            self._take_back()
+            self._cancel()
             if not more:
                 break
             self._index += 1
-            session.num_keys += 1
-            session.late_s.append(time.monotonic() - next_s)
+            run.num_keys += 1
+            run.late_s.append(time.monotonic() - next_s)
             self._due_s = next_s
-            self._type(episode.keys[self._index])
-        self._take_back()
-        session.seconds += time.monotonic() - self._begun_s
-        session.num_episodes += 1
-        session.jobs += await self._contender.close(self._document)
+            self._type(session.keys[self._index])
+        self._cancel()
+        run.seconds += time.monotonic() - self._begun_s
+        run.num_sessions += 1
+        run.jobs += await self._backend.close(self._document)
 
     async def _wait(self, until_s: float) -> int | None:
-        """Wait for the next key, asking meanwhile. The key up to which a suggestion leads, if one comes."""
+        """Wait for the next key, sending the request when due; return the key that a suggestion leads to."""
         if self._ask_s is not None and self._ask_s < until_s:
             await _sleep(self._ask_s)
             self._ask()
         self._ask_s = None
-        if self._flight is not None:
-            future, asked = self._flight
+        if self._pending is not None:
+            future, request = self._pending
             await asyncio.wait({future}, timeout=max(0.0, until_s - time.monotonic()))
-            if self._accepts and asked.text and (reached := self._leads_to(asked.text)) is not None:
+            if self._accepts and request.text and (reached := self._leads_to(request.text)) is not None:
                 return reached
         await _sleep(until_s)
         return None
 
     def _leads_to(self, text: str) -> int | None:
-        """The key after which the document is what it becomes when `text` is accepted now."""
+        """Return the index of the key after which the document equals that with `text` accepted now."""
         edited = self._documents[self._index].edit([self._insertion(text)], 0, Encoding.UTF16)
         for index in range(self._index + 1, len(self._documents)):
             document = self._documents[index]
@@ -209,61 +213,63 @@ class Typing:
         return None
 
     def _insertion(self, text: str) -> Change:
-        cursor = self._episode.keys[self._index].cursor
+        cursor = self._session.keys[self._index].cursor
         return Change(text, cursor, cursor)
 
     def _accept(self, reached: int) -> None:
-        """Insert the suggestion on the screen; the typing goes on behind it."""
-        if self._flight is None:
+        """Insert the suggestion, and continue typing after it."""
+        if self._pending is None:
             return
-        asked = self._flight[1]
-        asked.accepted = True
-        change = self._insertion(asked.text)
-        key = self._episode.keys[reached]
-        delay_s = self._episode.keys[self._index].request_after_s
-        self._index, self._flight = reached, None
+        request = self._pending[1]
+        request.accepted = True
+        change = self._insertion(request.text)
+        key = self._session.keys[reached]
+        delay_s = self._session.keys[self._index].request_after_s
+        self._index, self._pending = reached, None
         self._due_s = time.monotonic()
         self._type(Key(0.0, (change,), key.cursor, delay_s))
 
     def _type(self, key: Key) -> None:
         self._document = self._document.edit(key.changes, self._document.version + 1, Encoding.UTF16)
-        self._contender.change(self._document, key.changes)
+        self._backend.change(self._document, key.changes)
         self._ask_s = None if key.request_after_s is None else self._due_s + key.request_after_s / self._speed
 
     def _ask(self) -> None:
-        """Send the request. When it is answered is noted, whatever the typist does then."""
-        cursor = self._episode.keys[self._index].cursor
-        asked = Asked(self._number, time.monotonic(), inside=self._looks_inside and self._is_inside())
-        self._session.requests.append(asked)
+        """Send the request, and record when it is answered."""
+        cursor = self._session.keys[self._index].cursor
+        request = SuggestionRequest(
+            self._number, time.monotonic(), inside=self._looks_inside and self._is_inside()
+        )
+        self._run.requests.append(request)
         if self._looks_inside:
-            self._suggested.append((self._document, cursor, asked))
+            self._suggested.append((self._document, cursor, request))
 
         def note(_: asyncio.Future[None]) -> None:
-            asked.answered_s = time.monotonic()
+            request.answered_s = time.monotonic()
 
-        future = self._contender.ask(asked, self._document, cursor)
+        future = self._backend.ask(request, self._document, cursor)
         future.add_done_callback(note)
-        self._flight = future, asked
+        self._pending = future, request
 
     def _is_inside(self) -> bool:
-        """Whether what was typed since an earlier request is a beginning of what was suggested then."""
-        for document, cursor, asked in self._suggested:
+        """Return whether the text typed since an earlier request is the begin of its suggestion."""
+        for document, cursor, request in self._suggested:
             size = self._document.num_chars - document.num_chars
-            if not asked.text or not 0 < size < len(asked.text):
+            if not request.text or not 0 < size < len(request.text):
                 continue
-            typed = document.edit([Change(asked.text[:size], cursor, cursor)], 0, Encoding.UTF16)
+            typed = document.edit([Change(request.text[:size], cursor, cursor)], 0, Encoding.UTF16)
             if typed.lines == self._document.lines:
                 return True
         return False
 
-    def _take_back(self) -> None:
-        """Cancel the request that is still being answered: the text has changed, or is being left."""
-        if self._flight is not None:
-            future, asked = self._flight
+    def _cancel(self) -> None:
+        """Cancel the pending request: the text has changed, or the session ends."""
+        if self._pending is not None:
+            future, request = self._pending
             if not future.done():
-                asked.cancelled_s = time.monotonic()
-                self._contender.take_back(asked)
-        self._flight = None
+                request.cancelled_s = time.monotonic()
+                self._backend.cancel(request)
+        self._pending = None
 
 
 async def _sleep(until_s: float) -> None:

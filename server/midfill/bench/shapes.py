@@ -1,8 +1,8 @@
-"""Model folders of a known shape with random weights: for speed, where the real weights cannot be had.
+"""Model folders with known shapes and random weights, to measure speed without the real weights.
 
-The shape decides how fast a model is; what the weights are does not. The vocabulary has a piece for every
-id that the model can choose, so that what it writes is text of a kind. The tensors' names and sizes are
-those of transformers' own modules. Writing needs torch; importing this module does not.
+A model's speed depends on its shape, not on the values of its weights. The vocabulary has a piece for every
+id, so that the output can be decoded. The tensors' names and sizes are those of transformers' modules.
+Writing needs torch; importing this module does not.
 """
 
 from __future__ import annotations
@@ -92,16 +92,16 @@ def write_shape(
     changes: Mapping[str, Any] | None = None,
     report: Callable[[float], None] = lambda _share: None,
 ) -> LocalModel:
-    """Write a model of this shape, in bfloat16, into a folder that is made if need be.
+    """Write a model of this shape, in bfloat16, into a folder, which is made if it is missing.
 
-    Takes 2 bytes a weight on disk and never holds more than 1 GB of them. The same name and seed give the
-    same files. `changes` overrides parts of the configuration: fewer layers, for a test.
+    Takes 2 bytes per weight on disk and never holds more than 1 GB of weights. The same name and seed give
+    the same files. `changes` overrides parts of the configuration, such as fewer layers for a test.
 
     Raises:
         MidfillError: there is no such shape; the message lists them.
     """
     if name not in SHAPES:
-        raise MidfillError(f"There is no shape {name!r}; there are {', '.join(SHAPES)}.")
+        raise MidfillError(f"There is no shape {name!r}. Use one of: {', '.join(SHAPES)}.")
     config = SHAPES[name] | dict(changes or {})
     kind = config["model_type"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def write_shape(
 
 
 def _tokenizer(vocab_size: int, sentinels: tuple[str, ...]) -> dict[str, Any]:
-    """Bytes, then pairs and triples of letters that no text is encoded to, then the sentinels."""
+    """Return a tokenizer.json of bytes, groups of letters that no text is encoded to, and the sentinels."""
     from tokenizers import pre_tokenizers  # noqa: PLC0415 - only for writing
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -155,7 +155,7 @@ def _write_weights(folder: Path, seed: int, report: Callable[[float], None]) -> 
 
 
 def _tensors(folder: Path) -> dict[str, torch.Size]:
-    """Names and shapes of what transformers would save: the parameters, tied ones once."""
+    """Return names and shapes of the parameters that transformers would save, tied ones once."""
     import torch  # noqa: PLC0415
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
@@ -166,7 +166,7 @@ def _tensors(folder: Path) -> dict[str, torch.Size]:
 
 
 def _shards(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
-    """Names in order, in groups of at most `_SHARD_ELEMENTS`; a larger tensor is a group of its own."""
+    """Iterate over groups of names, of at most `_SHARD_ELEMENTS` each; a larger tensor is alone."""
     group: list[str] = []
     size = 0
     for name, shape in shapes.items():
@@ -180,9 +180,9 @@ def _shards(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
 
 
 def _tensor(name: str, shape: torch.Size, noise: torch.Tensor, place: int) -> torch.Tensor:
-    """Ones for the scales of norms, zeros for biases, noise for the rest.
+    """Return ones for the scales of norms, zeros for biases, noise for all others.
 
-    The noise is one block, drawn once and rolled by its place: drawing 7e9 numbers takes minutes.
+    The noise is one block, drawn once and rolled by `place`: drawing 7e9 numbers takes minutes.
     """
     import torch  # noqa: PLC0415
 

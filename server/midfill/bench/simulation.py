@@ -1,12 +1,12 @@
-"""Many people who type, without a model: what `load` measures, computed from measured service times.
+"""Predict a load test without a model: a discrete event simulation of virtual users and engine replicas.
 
-A discrete event simulation of typists and replicas of an engine. Keys and requests come as in the episodes;
-a request is answered by what is there, joins what is being computed, or is computed; keys take requests back
-and end what they contradict, as in `suggestions`. A replica works in steps. Which request gets what of
-a step is decided by the engine's own scheduler and slots, on made-up tokens. Pure: no clock, no model.
+Keys and requests come as in the typing sessions. A request is answered from the cache, joins an in-flight
+completion, or starts one; keys cancel requests and end completions that they contradict, as in the real
+pipeline. A replica works in steps, which the engine's own scheduler and KV slots fill, on made-up tokens.
+Service times come from an `EngineProfile`. Pure: no clock, no model.
 
-What is left out: context from other files; guesses but for their mean effect on one request alone; the
-network, but for its mean delay.
+Not simulated: context from other files; speculative decoding except its mean effect on a single request; the
+network except its mean delay.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from midfill.bench.contenders import CANCELLED, Asked, Job
-from midfill.bench.load import Plan, figures
-from midfill.bench.service import Place, Service, Typed
-from midfill.completion.idle import IDLE_DELAY_S, PREFETCH_DELAY_S
-from midfill.completion.in_flight import LINGER_S
+from midfill.bench.backends import CANCELLED, EngineJob, SuggestionRequest
+from midfill.bench.engine_profile import CompletionCost, EngineProfile, SessionProfile
+from midfill.bench.load import LoadPlan, figures
+from midfill.completion.completer import IDLE_DELAY_S, PREFETCH_DELAY_S
+from midfill.completion.suggestions import LINGER_S
 from midfill.engine.kv_slots import Slots
 from midfill.engine.local import MAX_WAITING
 from midfill.engine.scheduler import Chunk, Priority, Scheduler
@@ -32,16 +32,16 @@ from midfill.errors import EngineOverloadedError
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
-    """What serves.
+class ReplicaSet:
+    """The replicas of an engine, and how requests are routed to them.
 
     Attributes:
-        replicas: engines, each as measured.
-        sticky: a typist's requests go to the same one, where the prompt is computed already, unless it is
-            much busier than another (`spill`); else each goes to the least loaded one.
-        spill: how many more requests than on the least loaded one that is.
-        same_files: whether typists at the same place of the same episode share what is computed, as in a
-            measured run; in a team hardly anybody types the same text.
+        replicas: number of engines, each as measured.
+        sticky: send a user's requests to the same replica, which has the prompt in its KV cache, unless that
+            is much busier than another (`spill`); otherwise send each to the least loaded replica.
+        spill: requests above those of the least loaded replica from which on a replica is too busy.
+        same_files: whether users who type the same session share the KV cache, as in a measured run; in a
+            team hardly any two users type the same text.
     """
 
     replicas: int = 1
@@ -51,22 +51,22 @@ class Fleet:
 
 
 @dataclass(slots=True, eq=False)
-class _Flight:
-    """A place that is being computed for a typist.
+class _InFlight:
+    """A completion that is being computed for a virtual user.
 
     Attributes:
         key: after which it was asked for.
         num_prompt: tokens of its prompt.
-        ahead: of its time, while the typist rests.
-        waiting: whether the typist waits for it.
+        ahead: whether it is a prefetch, while the user is idle.
+        waiting: whether the user waits for it.
         num_steps: that are done, the one of the first token included.
-        lingers: counts the moments in which nobody began to wait.
+        lingers: how often it was left without a waiting user.
     """
 
-    typist: _Typist
+    virtual_user: _VirtualUser
     visit: int
     key: int
-    place: Place
+    cost: CompletionCost
     launched_s: float
     sequence: Tokens
     num_prompt: int
@@ -78,50 +78,50 @@ class _Flight:
     over: bool = False
 
     def agrees(self, key: int) -> bool:
-        """Whether the text after that key agrees with what has been written by now."""
-        typed, same = _follows(self.place, self.key, key)
+        """Return whether the text after a key agrees with the tokens generated so far."""
+        typed, same = _follows(self.cost, self.key, key)
         if same < 0:
             return False
         if self.ahead:
             return typed == same
-        place = self.place
-        part = (self.num_steps - place.held) / max(1, place.steps + 1 - place.held)
-        written = math.ceil(place.chars * min(1.0, max(0.0, part)))
+        cost = self.cost
+        part = (self.num_steps - cost.held) / max(1, cost.steps + 1 - cost.held)
+        written = math.ceil(cost.chars * min(1.0, max(0.0, part)))
         return min(typed, written) <= same
 
 
-def _follows(place: Place, at: int, key: int) -> tuple[int, int]:
+def _follows(cost: CompletionCost, at: int, key: int) -> tuple[int, int]:
     if key <= at:
         return 0, 0
-    if key - at <= len(place.follow):
-        return place.follow[key - at - 1]
-    last = place.follow[-1][1] if place.follow else 0
-    return 1_000_000, min(last, place.chars)
+    if key - at <= len(cost.follow):
+        return cost.follow[key - at - 1]
+    last = cost.follow[-1][1] if cost.follow else 0
+    return 1_000_000, min(last, cost.chars)
 
 
 @dataclass(slots=True, eq=False)
 class _Pass:
-    """A step that is under way, from `began_s` on: it takes `seconds`, and each part of it `part_s`."""
+    """A step that runs from `began_s` on for `seconds`, in parts of `part_s` each."""
 
     chunks: list[Chunk]
     began_s: float
     seconds: float
     part_s: float
-    leaves: bool = False  # when the part under way ends, if nobody waits for it by then
+    leaves: bool = False  # whether it is to be aborted at the end of the present part
 
     @property
     def work(self) -> list[tuple[int, int, list[int]]]:
-        """What is computed."""
+        """The tokens that the step computes."""
         return [(chunk.slot, chunk.start, chunk.tokens) for chunk in self.chunks]
 
 
 class _Replica:
-    """An engine."""
+    """A replica of the engine."""
 
-    def __init__(self, simulation: Simulation, service: Service, most: int) -> None:
-        capacity = service.capacity
+    def __init__(self, simulation: Simulation, profile: EngineProfile, most: int) -> None:
+        capacity = profile.capacity
         self._simulation = simulation
-        self._service = service
+        self._profile = profile
         # More slots than there can be documents make no difference but time.
         self.scheduler = Scheduler(
             Slots(max(1, min(capacity.slots, most))),
@@ -130,9 +130,9 @@ class _Replica:
             step_sequences=capacity.sequences,
             max_waiting=MAX_WAITING if capacity.newest_first else 1_000_000,
         )
-        self.queue: deque[_Flight] = deque()
-        self.flights: dict[Tokens, _Flight] = {}
-        self.gone: list[_Flight] = []
+        self.queue: deque[_InFlight] = deque()
+        self.completions: dict[Tokens, _InFlight] = {}
+        self.gone: list[_InFlight] = []
         self._pass: _Pass | None = None
         self._left: tuple[list[tuple[int, int, list[int]]], float] | None = None  # what, seconds of it done
         self._has_news = False
@@ -142,29 +142,29 @@ class _Replica:
 
     @property
     def load(self) -> int:
-        """Requests that are here."""
-        return len(self.flights) + len(self.queue)
+        """Number of requests, running and queued."""
+        return len(self.completions) + len(self.queue)
 
-    def take(self, flight: _Flight, now: float) -> bool:
-        """A request comes. Returns whether it is let in."""
-        self._stops_warming |= self._service.capacity.apart
-        if self._service.capacity.newest_first:
+    def take(self, completion: _InFlight, now: float) -> bool:
+        """Accept a request; return False if it is rejected for overload."""
+        self._stops_warming |= self._profile.capacity.apart
+        if self._profile.capacity.newest_first:
             try:
-                dropped = self.scheduler.add(flight.sequence)
+                dropped = self.scheduler.add(completion.sequence)
             except EngineOverloadedError:
                 return False
-            self.flights[flight.sequence] = flight
+            self.completions[completion.sequence] = completion
             for sequence in dropped:
-                if sequence in self.flights:
-                    self.flights.pop(sequence).over = True
+                if sequence in self.completions:
+                    self.completions.pop(sequence).over = True
         else:
-            self.queue.append(flight)
+            self.queue.append(completion)
         self.look(now)
         return True
 
     def warm(self, sequence: Tokens, now: float) -> None:
-        """Compute a prompt when there is nothing else to do; a newer one takes its place."""
-        capacity = self._service.capacity
+        """Compute a prompt ahead when idle; it replaces an older one."""
+        capacity = self._profile.capacity
         if not capacity.warms or (capacity.apart and self.load):
             return
         self._to_warm = sequence
@@ -181,23 +181,23 @@ class _Replica:
 
     def begin(self, now: float) -> None:
         """Begin a step, if there is anything to do."""
-        for flight in self.gone:
-            self.leave(flight)
+        for completion in self.gone:
+            self.leave(completion)
         self.gone.clear()
         self._has_news = False
         self._change_warming()
-        capacity = self._service.capacity
+        capacity = self._profile.capacity
         self._admit()
         if capacity.knows_idle:
-            for sequence, flight in self.flights.items():
-                sequence.priority = Priority.INTERACTIVE if flight.waiting else Priority.IDLE
+            for sequence, completion in self.completions.items():
+                sequence.priority = Priority.INTERACTIVE if completion.waiting else Priority.IDLE
         chunks = self.scheduler.schedule()
         self._pass = None
         if chunks:
-            seconds = self._service.step_s(len(chunks), sum(len(chunk.tokens) for chunk in chunks))
-            if self._service.begin_ms:
+            seconds = self._profile.step_s(len(chunks), sum(len(chunk.tokens) for chunk in chunks))
+            if self._profile.begin_ms:
                 begun = sum(chunk.start == (chunk.sequence.num_reused or 0) for chunk in chunks)
-                seconds += begun * self._service.begin_ms / 1000
+                seconds += begun * self._profile.begin_ms / 1000
             this = self._pass = _Pass(chunks, now, seconds, seconds / capacity.parts)
             if self._left is not None and self._left[0] == this.work:
                 this.began_s -= self._left[1]
@@ -205,11 +205,11 @@ class _Replica:
             self._simulation.later(this.began_s + seconds, self.end, this)
 
     def look(self, now: float, *, news: bool = True) -> None:
-        """Something has changed: a step that nobody waits for is left when the part under way ends.
+        """React to a change: abort the step after its present part if it is not needed any more.
 
         Args:
             now: the time.
-            news: whether the engine is told; else it sees it when it is told something else.
+            news: whether the engine is notified; if not, it notices at the next notification.
         """
         self._has_news |= news
         this = self._pass
@@ -224,10 +224,10 @@ class _Replica:
 
     def _is_wanted(self, this: _Pass) -> bool:
         for chunk in this.chunks:
-            flight = self.flights.get(chunk.sequence)
-            if flight is not None and flight.over:
+            completion = self.completions.get(chunk.sequence)
+            if completion is not None and completion.over:
                 continue
-            is_idle = flight is None or (not flight.waiting and self._service.capacity.knows_idle)
+            is_idle = completion is None or (not completion.waiting and self._profile.capacity.knows_idle)
             if not (is_idle and self._has_news):
                 return True
         return False
@@ -239,22 +239,22 @@ class _Replica:
             self.begin(now)
 
     def _admit(self) -> None:
-        """Who came first gets a place, where that decides. Idle work takes none from those who wait."""
-        capacity = self._service.capacity
+        """Admit queued requests, first come, first served; idle work only if no request waits."""
+        capacity = self._profile.capacity
         while self.queue:
-            held = sum(flight.waiting or not capacity.knows_idle for flight in self.flights.values())
+            held = sum(one.waiting or not capacity.knows_idle for one in self.completions.values())
             if held >= capacity.sequences:
                 return
-            flight = next((one for one in self.queue if one.waiting), self.queue[0])
-            if not flight.waiting and self.flights and capacity.knows_idle:
+            completion = next((one for one in self.queue if one.waiting), self.queue[0])
+            if not completion.waiting and self.completions and capacity.knows_idle:
                 return
-            self.queue.remove(flight)
-            if not flight.over:
-                self.scheduler.add(flight.sequence)
-                self.flights[flight.sequence] = flight
+            self.queue.remove(completion)
+            if not completion.over:
+                self.scheduler.add(completion.sequence)
+                self.completions[completion.sequence] = completion
 
     def end(self, now: float, this: _Pass) -> None:
-        """A step has ended: each request has a token more, or more of its prompt is computed."""
+        """End a step: each of its requests has one more token, or more of its prompt computed."""
         if this is not self._pass:
             return
         for chunk in this.chunks:
@@ -264,166 +264,166 @@ class _Replica:
                     self.scheduler.remove(chunk.sequence)
                     self._warming = None
                 continue
-            flight = self.flights[chunk.sequence]
-            if not chunk.samples or flight.over:
+            completion = self.completions[chunk.sequence]
+            if not chunk.samples or completion.over:
                 continue
-            flight.num_steps += 1
-            if flight.num_steps > flight.place.steps:
-                self.leave(flight)
-                flight.over = True
-                flight.typist.finished(flight, now)
+            completion.num_steps += 1
+            if completion.num_steps > completion.cost.steps:
+                self.leave(completion)
+                completion.over = True
+                completion.virtual_user.finished(completion, now)
             else:
                 chunk.sequence.tokens.append(-1)
-                flight.typist.written(flight, now)
+                completion.virtual_user.written(completion, now)
         self.begin(now)
 
-    def leave(self, flight: _Flight) -> None:
-        """A request ends."""
-        if self.flights.pop(flight.sequence, None) is not None:
-            self.scheduler.remove(flight.sequence)
+    def leave(self, completion: _InFlight) -> None:
+        """Remove a request."""
+        if self.completions.pop(completion.sequence, None) is not None:
+            self.scheduler.remove(completion.sequence)
 
 
-class _Typist:
-    """Somebody who types, and the pipeline that answers."""
+class _VirtualUser:
+    """A virtual user with the pipeline that answers it."""
 
     def __init__(self, simulation: Simulation, number: int, order: Iterator[int]) -> None:
         self._simulation = simulation
         self.number = number
         self._order = order
         self._visit = 0
-        self._begin_episode()
+        self._begin_session()
 
-    def _begin_episode(self) -> None:
+    def _begin_session(self) -> None:
         number = next(self._order)
-        self._episode_number = number
-        self._episode: Typed = self._simulation.service.episodes[number]
+        self._session_number = number
+        self._session: SessionProfile = self._simulation.profile.sessions[number]
         self._visit += 1
         self._key = -1
         self._next_key_s = math.inf
-        self._flights: list[_Flight] = []
-        self._kept: dict[int, Place] = {}
+        self._completions: list[_InFlight] = []
+        self._kept: dict[int, CompletionCost] = {}
         self._ahead: set[int] = set()
-        self._asked: Asked | None = None
+        self._request: SuggestionRequest | None = None
 
     def start(self, now: float, _: Any) -> None:
         """Open the document."""
-        keys = self._episode.keys
-        self._next_key_s = now + (keys[0][0] if keys else self._episode.rest_s)
+        keys = self._session.keys
+        self._next_key_s = now + (keys[0][0] if keys else self._session.rest_s)
         self._simulation.later(self._next_key_s, self.type, None)
-        self._settle(now)
+        self._warm_up_when_idle(now)
 
-    def _settle(self, now: float) -> None:
-        """Who rests for long has the prompt of the place computed; at first that of the end of the text."""
+    def _warm_up_when_idle(self, now: float) -> None:
+        """Compute the prompt at the cursor ahead if the user stays idle; at first, at the end of the text."""
         if now + IDLE_DELAY_S < self._next_key_s:
             self._simulation.later(now + IDLE_DELAY_S, self._warm, (self._visit, self._key))
 
     def _warm(self, now: float, what: tuple[int, int]) -> None:
         if what != (self._visit, self._key):
             return
-        places = self._episode.places
-        key = max((key for key in places if key <= self._key), default=-1)
-        tokens = self._simulation.prompt(self._episode_number, key, places.get(key))
+        costs = self._session.costs
+        key = max((key for key in costs if key <= self._key), default=-1)
+        tokens = self._simulation.prompt(self._session_number, key, costs.get(key))
         sequence = Tokens(self._owner, tokens, Priority.IDLE, samples=False)
         self._simulation.route(self.number).warm(sequence, now)
 
     @property
     def _owner(self) -> str | None:
-        """Whose computed prompts its requests may use."""
-        return None if self._simulation.fleet.same_files else str(self.number)
+        """The owner of the KV cache that its requests may reuse; None is everybody."""
+        return None if self._simulation.replica_set.same_files else str(self.number)
 
     def type(self, now: float, _: Any) -> None:
-        """The next key, or the end of the episode."""
-        episode = self._episode
-        self._take_back(now)
-        if self._key + 1 >= len(episode.keys):
-            for flight in self._flights:
-                self._end(flight, now)
-            self._begin_episode()
+        """Type the next key, or end the session."""
+        session = self._session
+        self._cancel(now)
+        if self._key + 1 >= len(session.keys):
+            for completion in self._completions:
+                self._end(completion, now)
+            self._begin_session()
             self.start(now, None)
             return
         self._key += 1
-        for flight in list(self._flights):
-            if not flight.agrees(self._key):
-                self._end(flight, now)
-            elif not flight.waiting and not flight.ahead:
-                self._linger(flight, now)
-        last = self._key + 1 == len(episode.keys)
-        self._next_key_s = now + (episode.rest_s if last else episode.keys[self._key + 1][0])
-        after_s = episode.keys[self._key][1]
+        for completion in list(self._completions):
+            if not completion.agrees(self._key):
+                self._end(completion, now)
+            elif not completion.waiting and not completion.ahead:
+                self._linger(completion, now)
+        last = self._key + 1 == len(session.keys)
+        self._next_key_s = now + (session.rest_s if last else session.keys[self._key + 1][0])
+        after_s = session.keys[self._key][1]
         if after_s is not None and now + after_s < self._next_key_s:
             self._simulation.later(now + after_s, self.ask, None)
         self._simulation.later(self._next_key_s, self.type, None)
 
-    def _take_back(self, now: float) -> None:
-        asked, self._asked = self._asked, None
-        if asked is None:
+    def _cancel(self, now: float) -> None:
+        request, self._request = self._request, None
+        if request is None:
             return
-        asked.cancelled_s = asked.answered_s = now
-        asked.code = CANCELLED
-        for flight in self._flights:
-            if flight.waiting:
-                self._linger(flight, now)
+        request.cancelled_s = request.answered_s = now
+        request.code = CANCELLED
+        for completion in self._completions:
+            if completion.waiting:
+                self._linger(completion, now)
 
-    def _linger(self, flight: _Flight, now: float) -> None:
-        flight.waiting = False
-        flight.replica.look(now, news=False)
-        flight.lingers += 1
-        self._simulation.later(now + LINGER_S, self._stop_lingering, (flight, flight.lingers))
+    def _linger(self, completion: _InFlight, now: float) -> None:
+        completion.waiting = False
+        completion.replica.look(now, news=False)
+        completion.lingers += 1
+        self._simulation.later(now + LINGER_S, self._stop_lingering, (completion, completion.lingers))
 
-    def _stop_lingering(self, now: float, what: tuple[_Flight, int]) -> None:
-        flight, lingers = what
-        if not flight.waiting and flight.lingers == lingers and not flight.over:
-            self._end(flight, now)
+    def _stop_lingering(self, now: float, what: tuple[_InFlight, int]) -> None:
+        completion, lingers = what
+        if not completion.waiting and completion.lingers == lingers and not completion.over:
+            self._end(completion, now)
 
-    def _end(self, flight: _Flight, now: float) -> None:
-        if flight in self._flights:
-            self._flights.remove(flight)
-        if not flight.over:
-            flight.over = True
-            flight.replica.gone.append(flight)
-            flight.replica.look(now)
+    def _end(self, completion: _InFlight, now: float) -> None:
+        if completion in self._completions:
+            self._completions.remove(completion)
+        if not completion.over:
+            completion.over = True
+            completion.replica.gone.append(completion)
+            completion.replica.look(now)
 
     def ask(self, now: float, _: Any) -> None:
-        """The editor asks."""
-        asked = self._asked = Asked(self._episode_number, now)
-        self._simulation.requests.append(asked)
-        if self._key not in self._episode.places and self._key not in self._episode.covered:
-            self._answer(now + self._simulation.service.reuse_ms / 1000, "", "none", "mid-word")
+        """Send the editor's request."""
+        request = self._request = SuggestionRequest(self._session_number, now)
+        self._simulation.requests.append(request)
+        if self._key not in self._session.costs and self._key not in self._session.covered:
+            self._answer(now + self._simulation.profile.reuse_ms / 1000, "", "none", "mid-word")
             return
         self._resolve(now)
 
     def _resolve(self, now: float) -> None:
-        """Answer with what there is, or join what is computed, or have it computed."""
-        for key, place in reversed(self._kept.items()):
-            if self._covers(key, place):
-                at_s = now + self._simulation.service.reuse_ms / 1000
+        """Answer from the cache, or join an in-flight completion, or start one."""
+        for key, cost in reversed(self._kept.items()):
+            if self._covers(key, cost):
+                at_s = now + self._simulation.profile.reuse_ms / 1000
                 self._answer(at_s, "x", "typed-through")
-                self._look_ahead(key, place, at_s)
+                self._look_ahead(key, cost, at_s)
                 return
-        for flight in reversed(self._flights):
-            if not flight.ahead and not flight.over and flight.agrees(self._key):
-                flight.waiting = True
+        for completion in reversed(self._completions):
+            if not completion.ahead and not completion.over and completion.agrees(self._key):
+                completion.waiting = True
                 return
-        self._launch(now, self._place(), self._key)
+        self._launch(now, self._cost(), self._key)
 
-    def _covers(self, key: int, place: Place) -> bool:
-        """Whether what was suggested there holds here."""
-        typed, same = _follows(place, key, self._key)
-        covered = self._episode.covered
-        # Beyond the suggestion, what the model went on with may do, where it did for the typist who waited.
+    def _covers(self, key: int, cost: CompletionCost) -> bool:
+        """Return whether the suggestion of an earlier key answers the present request."""
+        typed, same = _follows(cost, key, self._key)
+        covered = self._session.covered
+        # Beyond the shown suggestion, the rest of the model's text may do, if it did in the profile.
         goes_on = self._key in covered and covered[self._key] == covered.get(key, key)
-        return typed == same and (typed < place.shown or (goes_on and typed < place.chars))
+        return typed == same and (typed < cost.shown or (goes_on and typed < cost.chars))
 
-    def _place(self) -> Place:
-        """What is to be computed here. Where one typist who waits has it already, the rest of that."""
-        episode = self._episode
-        if (place := episode.places.get(self._key)) is not None:
-            return place
-        of = episode.covered[self._key]
-        whole = episode.places[of]
+    def _cost(self) -> CompletionCost:
+        """Return the cost of a completion here; where the profile reused a result, that of its rest."""
+        session = self._session
+        if (cost := session.costs.get(self._key)) is not None:
+            return cost
+        of = session.covered[self._key]
+        whole = session.costs[of]
         typed, _ = _follows(whole, of, self._key)
         left = max(0.0, 1 - typed / max(whole.chars, 1))
-        return Place(
+        return CompletionCost(
             whole.num_prompt + 1,
             whole.num_prompt,
             round(whole.steps * left),
@@ -433,166 +433,166 @@ class _Typist:
             tuple((d - typed, same - typed) for d, same in whole.follow[self._key - of :]),
         )
 
-    def _launch(self, now: float, place: Place, key: int, *, ahead: bool = False) -> None:
-        tokens = self._simulation.prompt(self._episode_number, key, place, ahead=ahead)
+    def _launch(self, now: float, cost: CompletionCost, key: int, *, ahead: bool = False) -> None:
+        tokens = self._simulation.prompt(self._session_number, key, cost, ahead=ahead)
         sequence = Tokens(self._owner, tokens, Priority.IDLE if ahead else Priority.INTERACTIVE)
         replica = self._simulation.route(self.number)
-        flight = _Flight(
-            self, self._visit, key, place, now, sequence, len(tokens), replica, ahead=ahead, waiting=not ahead
+        completion = _InFlight(
+            self, self._visit, key, cost, now, sequence, len(tokens), replica, ahead=ahead, waiting=not ahead
         )
-        self._simulation.launched.append(flight)
-        self._flights.append(flight)
-        if not replica.take(flight, now):
-            self._fail(flight, now)
+        self._simulation.launched.append(completion)
+        self._completions.append(completion)
+        if not replica.take(completion, now):
+            self._fail(completion, now)
             return
-        self._simulation.later(now + self._simulation.service.deadline_s, self._time_out, flight)
+        self._simulation.later(now + self._simulation.profile.deadline_s, self._time_out, completion)
 
-    def _time_out(self, now: float, flight: _Flight) -> None:
-        if not flight.over:
-            self._end(flight, now)
-            self._fail(flight, now)
+    def _time_out(self, now: float, completion: _InFlight) -> None:
+        if not completion.over:
+            self._end(completion, now)
+            self._fail(completion, now)
 
-    def _fail(self, flight: _Flight, now: float) -> None:
-        if flight in self._flights:
-            self._flights.remove(flight)
-        flight.over = True
-        if flight.waiting and self._asked is not None:
+    def _fail(self, completion: _InFlight, now: float) -> None:
+        if completion in self._completions:
+            self._completions.remove(completion)
+        completion.over = True
+        if completion.waiting and self._request is not None:
             self._answer(now, "", "none", "deadline")
 
-    def written(self, flight: _Flight, now: float) -> None:
-        """The model has written one more token."""
-        if not flight.agrees(self._key):
-            self._end(flight, now)
-            if flight.waiting and self._asked is not None:
+    def written(self, completion: _InFlight, now: float) -> None:
+        """Handle one more token of a completion."""
+        if not completion.agrees(self._key):
+            self._end(completion, now)
+            if completion.waiting and self._request is not None:
                 self._resolve(now)
 
-    def finished(self, flight: _Flight, now: float) -> None:
-        """The model has come to the end of a suggestion."""
-        if flight not in self._flights:
+    def finished(self, completion: _InFlight, now: float) -> None:
+        """Handle the end of a completion."""
+        if completion not in self._completions:
             return
-        self._flights.remove(flight)
-        if flight.ahead:
+        self._completions.remove(completion)
+        if completion.ahead:
             return
-        self._kept[flight.key] = flight.place
-        if not flight.waiting or self._asked is None:
+        self._kept[completion.key] = completion.cost
+        if not completion.waiting or self._request is None:
             return
-        typed, same = _follows(flight.place, flight.key, self._key)
-        at_s = now + self._simulation.service.overhead_ms / 1000
-        source = "model" if flight.launched_s >= self._asked.asked_s else "joined"
+        typed, same = _follows(completion.cost, completion.key, self._key)
+        at_s = now + self._simulation.profile.overhead_ms / 1000
+        source = "model" if completion.launched_s >= self._request.asked_s else "joined"
         if not typed:
-            self._answer(at_s, "x" if flight.place.shown else "", source, "low-confidence")
-            if flight.place.shown:
-                self._look_ahead(flight.key, flight.place, at_s)
-        elif typed == same and typed < flight.place.shown:
+            self._answer(at_s, "x" if completion.cost.shown else "", source, "low-confidence")
+            if completion.cost.shown:
+                self._look_ahead(completion.key, completion.cost, at_s)
+        elif typed == same and typed < completion.cost.shown:
             self._answer(at_s, "x", "joined")
-            self._look_ahead(flight.key, flight.place, at_s)
+            self._look_ahead(completion.key, completion.cost, at_s)
         else:
             self._resolve(now)
 
     def _answer(self, at_s: float, text: str, source: str, reason: str | None = None) -> None:
-        """The answer is there at that time. If the next key comes before, that takes the request back."""
-        if self._asked is None or at_s >= self._next_key_s:
+        """Answer the request at a time, unless the next key cancels it before."""
+        if self._request is None or at_s >= self._next_key_s:
             return
-        self._settle(at_s)
-        asked, self._asked = self._asked, None
-        asked.answered_s = at_s
-        asked.text, asked.source, asked.reason = text, source if text else "none", None if text else reason
+        self._warm_up_when_idle(at_s)
+        request, self._request = self._request, None
+        request.answered_s, request.text = at_s, text
+        request.source, request.reason = (source, None) if text else ("none", reason)
 
-    def _look_ahead(self, key: int, place: Place, at_s: float) -> None:
-        """While the typist rests, what comes next is computed, as if the suggestion had been accepted."""
+    def _look_ahead(self, key: int, cost: CompletionCost, at_s: float) -> None:
+        """Prefetch as if the suggestion had been accepted, if the user stays idle."""
         if at_s + PREFETCH_DELAY_S < self._next_key_s:
-            self._simulation.later(
-                at_s + PREFETCH_DELAY_S, self._prefetch, (self._visit, self._key, key, place)
-            )
+            self._simulation.later(at_s + PREFETCH_DELAY_S, self._prefetch, (self._visit, self._key, key, cost))
 
-    def _prefetch(self, now: float, what: tuple[int, int, int, Place]) -> None:
-        visit, at_key, key, place = what
+    def _prefetch(self, now: float, what: tuple[int, int, int, CompletionCost]) -> None:
+        visit, at_key, key, cost = what
         if (visit, at_key) == (self._visit, self._key) and key not in self._ahead:
             self._ahead.add(key)
-            self._launch(now, place, key, ahead=True)
+            self._launch(now, cost, key, ahead=True)
 
 
 @dataclass(slots=True)
 class Simulation:
-    """See the module. `run` once."""
+    """One simulation; call `run` once."""
 
-    service: Service
-    plan: Plan
-    fleet: Fleet
-    requests: list[Asked] = field(default_factory=list)
-    launched: list[_Flight] = field(default_factory=list)
+    profile: EngineProfile
+    plan: LoadPlan
+    replica_set: ReplicaSet
+    requests: list[SuggestionRequest] = field(default_factory=list)
+    launched: list[_InFlight] = field(default_factory=list)
     _events: list[tuple[float, int, Callable[[float, Any], None], Any]] = field(default_factory=list)
     _counter: Iterator[int] = field(default_factory=itertools.count)
     _replicas: list[_Replica] = field(default_factory=list)
     _prompts: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        most = 2 * math.ceil(self.plan.users / self.fleet.replicas) + 4
-        self._replicas = [_Replica(self, self.service, most) for _ in range(self.fleet.replicas)]
+        most = 2 * math.ceil(self.plan.users / self.replica_set.replicas) + 4
+        self._replicas = [_Replica(self, self.profile, most) for _ in range(self.replica_set.replicas)]
         fresh = itertools.count(1)
-        for number, episode in enumerate(self.service.episodes):
+        for number, session in enumerate(self.profile.sessions):
             before: list[int] = []
-            sizes = [place.num_prompt for place in episode.places.values()]
+            sizes = [cost.num_prompt for cost in session.costs.values()]
             self._prompts[number, -1] = [next(fresh) for _ in range(max(sizes, default=1))]
-            for key, place in sorted(episode.places.items()):
-                same = min(place.num_same, len(before))
-                before = before[:same] + [next(fresh) for _ in range(max(1, place.num_prompt - same))]
+            for key, cost in sorted(session.costs.items()):
+                same = min(cost.num_same, len(before))
+                before = before[:same] + [next(fresh) for _ in range(max(1, cost.num_prompt - same))]
                 self._prompts[number, key] = before
 
     def run(self) -> dict[str, Any]:
-        """`load.figures` of it, and the share of the time that the replicas work."""
+        """Run the simulation; return `load.figures` of it."""
         for user in range(self.plan.users):
-            delay_s, order = self.plan.order(user, len(self.service.episodes))
-            typist = _Typist(self, user, order)
-            self.later(delay_s, typist.start, None)
+            delay_s, order = self.plan.order(user, len(self.profile.sessions))
+            virtual_user = _VirtualUser(self, user, order)
+            self.later(delay_s, virtual_user.start, None)
         events = self._events
         while events and events[0][0] < self.plan.seconds:
             now, _, action, what = heapq.heappop(events)
             action(now, what)
-        for asked in self.requests:
-            if asked.answered_s is None:
-                # Whoever stops typing takes back what was asked for last.
-                asked.cancelled_s = asked.answered_s = self.plan.seconds
-                asked.code = CANCELLED
-        return figures(self.requests, [_job(flight) for flight in self.launched], 0.0, self.plan)
+        for request in self.requests:
+            if request.answered_s is None:
+                # The last request of each user is cancelled at the end.
+                request.cancelled_s = request.answered_s = self.plan.seconds
+                request.code = CANCELLED
+        return figures(self.requests, [_job(completion) for completion in self.launched], 0.0, self.plan)
 
     def later(self, at_s: float, action: Callable[[float, Any], None], what: Any) -> None:
-        """Call `action(at_s, what)` then."""
+        """Schedule the call `action(at_s, what)`."""
         heapq.heappush(self._events, (at_s, next(self._counter), action, what))
 
-    def prompt(self, episode: int, key: int, place: Place | None, *, ahead: bool = False) -> list[int]:
-        """Tokens of a place that have in common what its prompts have in common; -1: the end of the text."""
-        known = self._prompts.get((episode, key))
+    def prompt(
+        self, session: int, key: int, cost: CompletionCost | None, *, ahead: bool = False
+    ) -> list[int]:
+        """Return made-up tokens of a key's prompt (-1: end of the text), with the real common prefixes."""
+        known = self._prompts.get((session, key))
         if known is None:
-            before = max(at for number, at in self._prompts if number == episode and at < key)
-            known = [*self._prompts[episode, before], -2]
-        return [*known, *([-3] * (place.steps + 1))] if ahead and place is not None else list(known)
+            before = max(at for number, at in self._prompts if number == session and at < key)
+            known = [*self._prompts[session, before], -2]
+        return [*known, *([-3] * (cost.steps + 1))] if ahead and cost is not None else list(known)
 
     def route(self, user: int) -> _Replica:
-        """Which replica gets a request."""
-        if self.fleet.replicas == 1:
+        """Return the replica for a user's request."""
+        if self.replica_set.replicas == 1:
             return self._replicas[0]
         least = min(self._replicas, key=lambda replica: replica.load)
-        if not self.fleet.sticky:
+        if not self.replica_set.sticky:
             return least
-        own = self._replicas[user % self.fleet.replicas]
-        return own if own.load <= least.load + self.fleet.spill else least
+        own = self._replicas[user % self.replica_set.replicas]
+        return own if own.load <= least.load + self.replica_set.spill else least
 
 
-def _job(flight: _Flight) -> Job:
-    reused = flight.sequence.num_reused  # None until its turn has come
-    return Job(
+def _job(completion: _InFlight) -> EngineJob:
+    reused = completion.sequence.num_reused  # None until its turn has come
+    return EngineJob(
         -1,
         None,
         "finished",
-        idle=flight.ahead,
-        num_prompt=flight.num_prompt,
+        idle=completion.ahead,
+        num_prompt=completion.num_prompt,
         num_reused=reused,
-        num_computed=None if reused is None else flight.num_prompt - reused,
-        submitted_s=flight.launched_s,
+        num_computed=None if reused is None else completion.num_prompt - reused,
+        submitted_s=completion.launched_s,
     )
 
 
-def predict(service: Service, plan: Plan, fleet: Fleet | None = None) -> dict[str, Any]:
-    """What `load.play` would measure; see `load.figures`."""
-    return Simulation(service, plan, fleet or Fleet(same_files=True)).run()
+def predict(profile: EngineProfile, plan: LoadPlan, replica_set: ReplicaSet | None = None) -> dict[str, Any]:
+    """Predict the figures that `load.play` would measure; see `load.figures`."""
+    return Simulation(profile, plan, replica_set or ReplicaSet(same_files=True)).run()

@@ -1,4 +1,4 @@
-"""How many replicas of an engine so many typists need: found by simulating."""
+"""Find the number of engine replicas that a number of users needs, by simulation."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from midfill.bench.load import WARM_S, Goal, Plan
-from midfill.bench.service import Service
-from midfill.bench.simulation import Fleet, predict
+from midfill.bench.engine_profile import EngineProfile
+from midfill.bench.load import WARM_S, Goal, LoadPlan
+from midfill.bench.simulation import ReplicaSet, predict
 
 _GROUP = (2, 4)
-"""Replicas that are simulated at once: a few show what one of many does, since typists keep to theirs."""
+"""Number of replicas to simulate: with sticky routing a few are representative of many."""
 _ENOUGH_USERS = 160
 _SAMPLES = 10_000
 _PRECISION = 0.05
@@ -19,17 +19,20 @@ _SHORTEST_S, _LONGEST_S = 6.0, 600.0
 _REQUESTS_PER_S = 3.6
 
 
-def size(service: Service, users: int, goal: Goal, fleet: Fleet, seed: int = 0) -> dict[str, Any]:
-    """How many replicas serve so many typists well enough.
+def size(
+    profile: EngineProfile, users: int, goal: Goal, replica_set: ReplicaSet, seed: int = 0
+) -> dict[str, Any]:
+    """Return the number of replicas that meet the goal for a number of users.
 
-    Typists keep to their replicas, so a few of these show what all do; how many typists one serves is found
-    by trying.
+    With sticky routing a few replicas are representative, so the number of users per replica is found by
+    bisection on a few.
 
     Returns:
-        "replicas": None if one typist alone has to wait longer; "users_per_replica"; "limit": what one more
-        typist would spoil; "alone" and "loaded", the figures of one typist and of a replica with so many.
+        "replicas": None if even a single user misses the goal; "users_per_replica"; "limit": the criterion
+        that one more user would miss; "alone" and "loaded": the figures of a single user, and of replicas
+        with that many users.
     """
-    alone = _try(service, 1, fleet, seed, replicas=1)
+    alone = _try(profile, 1, replica_set, seed, replicas=1)
     if (limit := goal.missed(alone, alone)) is not None:
         return {
             "users": users,
@@ -39,14 +42,16 @@ def size(service: Service, users: int, goal: Goal, fleet: Fleet, seed: int = 0) 
             "alone": alone,
             "loaded": None,
         }
-    # `good` typists are served, `bad` are not.
+    # The goal is met with `good` users, and missed with `bad`.
     good, loaded, bad, limit = 1, alone, 2, None
-    while bad <= users and (limit := goal.missed(found := _try(service, bad, fleet, seed), alone)) is None:
+    while (
+        bad <= users and (limit := goal.missed(found := _try(profile, bad, replica_set, seed), alone)) is None
+    ):
         good, loaded, bad = bad, found, bad * 2
     bad = min(bad, users + 1)
     while bad - good > max(1, round(good * _PRECISION)):
         middle = (good + bad) // 2
-        if (why := goal.missed(found := _try(service, middle, fleet, seed), alone)) is None:
+        if (why := goal.missed(found := _try(profile, middle, replica_set, seed), alone)) is None:
             good, loaded = middle, found
         else:
             bad, limit = middle, why
@@ -61,24 +66,26 @@ def size(service: Service, users: int, goal: Goal, fleet: Fleet, seed: int = 0) 
 
 
 def _try(
-    service: Service, per_replica: int, fleet: Fleet, seed: int, replicas: int | None = None
+    profile: EngineProfile, per_replica: int, replica_set: ReplicaSet, seed: int, replicas: int | None = None
 ) -> dict[str, Any]:
-    """Some replicas with so many typists each, for as long as it takes to see what they get."""
+    """Simulate some replicas with a number of users each, long enough for stable figures."""
     if replicas is None:
         replicas = max(_GROUP[0], min(_GROUP[1], _ENOUGH_USERS // per_replica))
     users = per_replica * replicas
     seconds = min(_LONGEST_S, max(_SHORTEST_S, _SAMPLES / (_REQUESTS_PER_S * users)))
-    plan = Plan(users, seconds + WARM_S, seed)
-    return predict(service, plan, replace(fleet, replicas=replicas))
+    plan = LoadPlan(users, seconds + WARM_S, seed)
+    return predict(profile, plan, replace(replica_set, replicas=replicas))
 
 
 def table(result: dict[str, Any]) -> Any:
-    """How many replicas, for a person: a rich table."""
+    """Return the result as a rich table."""
     from rich.table import Table  # noqa: PLC0415 - only a person needs it
 
-    title = "{model} ({where}): p95 <= {target_ms:g} ms, {served:.0%} of what one alone gets".format(**result)
+    title = "{model} ({where}): p95 <= {target_ms:g} ms, {served:.0%} of a single user's suggestions".format(
+        **result
+    )
     grid = Table(title=title, title_justify="left", box=None)
-    for name in ("typing at once", "replicas", "typists each", "limited by", "p50, p95 ms", "shown"):
+    for name in ("users", "replicas", "users each", "limited by", "p50, p95 ms", "shown"):
         grid.add_column(name, justify="right", no_wrap=True)
     for one in result["sizes"]:
         if one["replicas"] is None:

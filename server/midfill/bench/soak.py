@@ -1,9 +1,9 @@
-"""A long session in fast motion, to see that the server stays as small as it was and answers everything.
+"""Soak test: a long session in fast motion, to check that the server does not grow and answers everything.
 
-A made-up user works on a few documents: types, waits for suggestions or types on, accepts, deletes, edits at
-many cursors, opens, closes and switches documents, changes settings, asks why. The server is the real one,
-over stdio. Its memory, threads and descriptors are looked at all along; the documents are compared with the
-user's own copies, which are lines edited by plain slicing. The same seed is the same session.
+A virtual user works on a few documents: types, waits for suggestions or types on, accepts, deletes, edits at
+many cursors, opens, closes and switches documents, changes settings, requests explanations. The server is the
+real one, over stdio. Its memory, threads and descriptors are sampled; its documents are compared with the
+user's copies, which are lines edited by plain slicing. The same seed gives the same session.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from midfill.engine.api import Progress
 from midfill.lsp.client import SERVE_COMMAND, Client, ServerError
 
 SCRIPTED = "scripted"
-"""What `--engine` may be beside the values of the setting: a script in the place of the model."""
+"""A value of `--engine` beside those of the setting: a script instead of a model."""
 
 _NAME = "midfill-soak"
 _NUM_DOCUMENTS = 8
@@ -64,12 +64,13 @@ _RULES = [
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How long a session lasts.
+class SoakPlan:
+    """Parameters of a soak test.
 
     Attributes:
-        num_operations, minutes: it ends with what comes first; None does not end it.
-        max_growth_mb: how much resident memory may grow after the first third.
+        num_operations, minutes: the test ends with the first that is reached; None is no limit.
+        seed: seed of the session.
+        max_growth_mb: maximum growth of resident memory after the first third.
     """
 
     num_operations: int | None
@@ -80,7 +81,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the server's process took at one time; `share` is how much of the session was over."""
+    """Resources of the server's process at one time; `share` is the part of the session that was over."""
 
     share: float
     resident_mb: float
@@ -90,7 +91,7 @@ class Sample:
 
 @dataclass(slots=True)
 class _Copy:
-    """A document as its user has it."""
+    """The user's copy of a document."""
 
     uri: str
     language: str
@@ -108,7 +109,10 @@ class _Copy:
         return {"line": self.line, "character": _units(self.lines[self.line][: self.column])}
 
     def replace(self, start: tuple[int, int], end: tuple[int, int], text: str) -> dict[str, Any]:
-        """Put a text between two places (line, column); the cursor is after it. Returns the change."""
+        """Replace the text between two positions (line, column); return the change for LSP.
+
+        The cursor is after the new text.
+        """
         places = [
             {"line": line, "character": _units(self.lines[line][:column])} for line, column in (start, end)
         ]
@@ -122,7 +126,7 @@ class _Copy:
 
 @dataclass(slots=True)
 class _User:
-    """Who works, and what came of it."""
+    """The virtual user, with the results so far."""
 
     client: Client
     chance: random.Random
@@ -139,7 +143,7 @@ class _User:
         return self.copies[self.current]
 
     async def work(self) -> None:
-        """One operation."""
+        """Do one random operation."""
         operations = list(_OPERATIONS)
         [operation] = self.chance.choices(operations, [_OPERATIONS[one] for one in operations])
         await operation(self)
@@ -153,12 +157,12 @@ class _User:
         await self._ask(waits=True)
 
     async def type_on(self) -> None:
-        """Type a key, and take the request back."""
+        """Type a key, and cancel the request."""
         self._type()
         await self._ask(waits=False)
 
     async def accept(self) -> None:
-        """Take what was suggested last, as far as nothing has come between."""
+        """Accept the last suggestion, if it is still shown."""
         self._insert(self.shown or "x = 1\n")
         self.shown = ""
 
@@ -187,7 +191,7 @@ class _User:
         self.open(self.copy)
 
     async def pass_by(self) -> None:
-        """Open a document that nobody has seen before, type into it, and close it for good."""
+        """Open a new document, type into it, and close it for good."""
         self.num_passing += 1
         uri = (self.folder / f"passing_{self.num_passing}.py").as_uri()
         passing = _Copy(uri, "python", [*self.copy.lines[:40], "x = "])
@@ -208,20 +212,20 @@ class _User:
         self.client.notify("workspace/didChangeConfiguration", {"settings": {"midfill": settings}})
 
     async def ask_for_popup(self) -> None:
-        """Ask for the suggestion as an item of the popup."""
+        """Request the suggestion as an item of the popup."""
         self._send("textDocument/completion", self._here())
 
     async def ask_why(self) -> None:
-        """Have the last answer explained."""
+        """Request an explanation of the last answer."""
         params = {"textDocument": {"uri": self.copy.uri}, "text": self.chance.random() < 0.5}
         self._send("midfill/explain", params)
 
     async def ask_for_costs(self) -> None:
-        """Ask what the answers have cost."""
+        """Request the costs of the answers."""
         self._send("midfill/costs", {"after": 0})
 
     def open(self, copy: _Copy) -> None:
-        """Tell the server of a document."""
+        """Open a document."""
         item = {"uri": copy.uri, "languageId": copy.language, "version": copy.version, "text": copy.text}
         self.client.notify("textDocument/didOpen", {"textDocument": item})
 
@@ -251,7 +255,7 @@ class _User:
         self.client.notify("textDocument/didChange", {"textDocument": document, "contentChanges": changes})
 
     async def _ask(self, *, waits: bool) -> None:
-        """Ask for a suggestion, and wait for it or take it back."""
+        """Request a suggestion, and wait for it or cancel it."""
         kind = 1 if self.chance.random() < 0.1 else 2
         self._send("textDocument/inlineCompletion", self._here() | {"context": {"triggerKind": kind}})
         id_, future = self.waiting[-1]
@@ -270,7 +274,7 @@ class _User:
         self.counts["requests"] += 1
 
     async def receive(self) -> Any:
-        """The answer to the oldest request; None if it is an error, or does not come."""
+        """Wait for the answer to the oldest request; return it, or None for an error or a timeout."""
         _, future = self.waiting.popleft()
         try:
             return await asyncio.wait_for(asyncio.shield(future), _PATIENCE_S)
@@ -296,7 +300,7 @@ class _User:
             await self._compare(copy)
 
 
-# How often each operation is drawn, of a thousand.
+# Weights of the operations, per thousand.
 _OPERATIONS: dict[Callable[[_User], Awaitable[None]], int] = {
     _User.type: 560,
     _User.type_on: 180,
@@ -313,8 +317,10 @@ _OPERATIONS: dict[Callable[[_User], Awaitable[None]], int] = {
 }
 
 
-async def soak(plan: Plan, engine: str | None, options: dict[str, Any], report: Progress) -> dict[str, Any]:
-    """Play a session; ready for JSON. `engine` is that of the server, None for the one in the settings.
+async def soak(
+    plan: SoakPlan, engine: str | None, options: dict[str, Any], report: Progress
+) -> dict[str, Any]:
+    """Run a soak test; return the result as JSON. `engine` is the server's; None is that of the settings.
 
     Raises `MidfillError` if the model cannot be loaded, `ServerError` if the server ends.
     """
@@ -326,7 +332,7 @@ async def soak(plan: Plan, engine: str | None, options: dict[str, Any], report: 
             script.write_text(json.dumps({"rules": _RULES}), encoding="utf-8")
             chosen = f"scripted:{script}"
         command = [*SERVE_COMMAND, *(["--engine", chosen] if chosen is not None else [])]
-        # What is accepted here is nobody's opinion, but counting it is part of a day.
+        # Count acceptances as in real use, but in a temporary folder: they are not the user's.
         client = await Client.start(command, env={**os.environ, "MIDFILL_STATE": str(folder / "state")})
         try:
             workspace = folder / "work"
@@ -354,7 +360,7 @@ async def soak(plan: Plan, engine: str | None, options: dict[str, Any], report: 
         "compared": counts["compared"],
         "differing": counts["differing"],
         "exit_status": status,
-        **judge(samples, plan.max_growth_mb, counts, status),
+        **evaluate(samples, plan.max_growth_mb, counts, status),
     }
 
 
@@ -369,7 +375,7 @@ def _documents(folder: Path, chance: random.Random) -> list[_Copy]:
     return copies
 
 
-async def _play(user: _User, plan: Plan, report: Progress) -> tuple[list[Sample], float]:
+async def _play(user: _User, plan: SoakPlan, report: Progress) -> tuple[list[Sample], float]:
     process = psutil.Process(user.client.process.pid)
     samples: list[Sample] = []
     begun = time.monotonic()
@@ -396,12 +402,12 @@ def _sample(process: psutil.Process, share: float) -> Sample:
         return Sample(share, process.memory_info().rss / 1e6, process.num_threads(), count())
 
 
-def judge(
+def evaluate(
     samples: list[Sample], max_growth_mb: float, counts: Counter[str], status: int = 0
 ) -> dict[str, Any]:
-    """What grew from the end of the first third to the end, and what is wrong; ready for JSON.
+    """Return the growth from the end of the first third to the end, and all faults, as JSON.
 
-    Both ends are medians of a tenth of the session, since memory goes up and down by itself.
+    Both values are medians over a tenth of the session, since memory fluctuates.
     """
     settled = [one for one in samples if 1 / 3 <= one.share < 1 / 3 + 0.1]
     last = [one for one in samples if one.share >= 0.9]
@@ -441,17 +447,17 @@ _FAULTS = {
 
 
 def table(result: dict[str, Any]) -> str:
-    """A result for a person."""
+    """Return the result as text."""
     resident, threads, descriptors = (result[name] for name in ("resident_mb", "threads", "descriptors"))
     lines = [
         "{operations:,} operations in {seconds:.0f} s".format(**result),
-        "requests     {requests:,}, of which {cancelled:,} taken back, {unanswered} not answered, "
+        "requests     {requests:,}, of which {cancelled:,} cancelled, {unanswered} not answered, "
         "{errors} errors".format(**result),
-        "documents    {compared:,} times compared, {differing} differed".format(**result),
+        "documents    compared {compared:,} times, {differing} differed".format(**result),
         "memory       {after_a_third:.0f} MB after a third, {at_the_end:.0f} MB at the end, "
-        "at most {most:.0f} MB; grew by {growth:.1f} MB, {allowed:g} are allowed".format(**resident),
-        "threads      at most {most}, grew by {growth:g}".format(**threads),
-        "descriptors  at most {most}, grew by {growth:g}".format(**descriptors),
+        "peak {most:.0f} MB; grew by {growth:.1f} MB (limit: {allowed:g} MB)".format(**resident),
+        "threads      maximum {most}, grew by {growth:g}".format(**threads),
+        "descriptors  maximum {most}, grew by {growth:g}".format(**descriptors),
         *result["wrong"],
     ]
     return "\n".join(lines)

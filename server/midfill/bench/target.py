@@ -1,7 +1,7 @@
-"""The target of `midfill bench load`. Imports nothing, so that the command line can read it at once."""
+"""The target of `midfill bench load`. Imports nothing, so that the command line can import it quickly."""
 
 SERVED = 0.8
-"""The share of suggestions that users must see before their next key, relative to a single user.
+"""Minimum share of suggestions shown before the next key, relative to a single user.
 
-A suggestion that comes too late is cancelled by that key: it is missing here and is never counted as late.
+A suggestion that comes too late is cancelled by that key, so late suggestions lower this share.
 """

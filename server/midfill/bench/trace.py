@@ -1,8 +1,8 @@
-"""Typed sessions: what was open, which keys came when, and where suggestions were asked for.
+"""Recorded typing: documents, keys with their times, and requests for suggestions.
 
-An episode is one document and the keys typed into it at one place. `read_trace` takes it from a file of
-JSON lines, `{"t": milliseconds, "send": {"method", "params"}}`, with the messages of LSP. Knows nothing
-of servers; pure but for reading the file.
+A typing session is one document and the keys typed into it at one place. `read_trace` reads sessions from a
+file of JSON lines, `{"t": milliseconds, "send": {"method", "params"}}`, with LSP messages. Knows nothing of
+servers; pure except for reading the file.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from midfill.text.documents import Change, Document, Encoding
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One edit of the typist.
+    """One edit by a key.
 
     Attributes:
-        gap_s: seconds since the key before, or since the document was opened.
-        changes: what it does to the text; positions count in UTF-16.
+        gap_s: seconds since the previous key, or since the document was opened.
+        changes: the changes of the text; positions in UTF-16.
         cursor: (line, character) after it.
-        request_after_s: seconds until the editor asks for a suggestion, if no other key comes first;
-            None if it does not ask.
+        request_after_s: seconds until the editor requests a suggestion, if no other key comes first; None if
+            it does not.
     """
 
     gap_s: float
@@ -38,8 +38,8 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
-class Episode:
-    """A document and what was typed into it.
+class TypingSession:
+    """A document and the keys typed into it.
 
     Attributes:
         rest_s: seconds from the last key until the document is closed.
@@ -53,11 +53,11 @@ class Episode:
 
     @property
     def seconds(self) -> float:
-        """How long it takes."""
+        """Duration in seconds."""
         return sum(key.gap_s for key in self.keys) + self.rest_s
 
     def documents(self) -> list[Document]:
-        """The document after each key."""
+        """Return the document after each key."""
         document = Document.open(self.uri, self.language_id, 1, self.text)
         documents = []
         for key in self.keys:
@@ -66,8 +66,8 @@ class Episode:
         return documents
 
 
-def read_trace(path: Path) -> list[Episode]:
-    """Episodes of a .jsonl or .jsonl.gz file. Raises `MidfillError` naming the file and the line."""
+def read_trace(path: Path) -> list[TypingSession]:
+    """Read the sessions of a .jsonl or .jsonl.gz file. Raises `MidfillError` naming file and line."""
     number = 0
     reader = _Reader()
     try:
@@ -75,37 +75,37 @@ def read_trace(path: Path) -> list[Episode]:
             for number, line in enumerate(lines, start=1):  # noqa: B007 - the error names it
                 if not line.isspace():
                     reader.read(json.loads(line))
-            episodes = reader.end()
+            sessions = reader.end()
     except UnicodeDecodeError as error:
-        raise MidfillError(f"{path}, line {number + 1}: not text in UTF-8.") from error
+        raise MidfillError(f"{path}, line {number + 1}: this is not text in UTF-8.") from error
     except (OSError, EOFError) as error:
         raise MidfillError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error) or "not a message"
-        raise MidfillError(f"{path}, line {number}: not a row of a typing trace ({why}).") from error
-    if not episodes:
-        raise MidfillError(f"{path} has no session in which something is typed.")
-    return episodes
+        raise MidfillError(f"{path}, line {number}: this is not a row of a typing trace ({why}).") from error
+    if not sessions:
+        raise MidfillError(f"{path} has no session with typing in it.")
+    return sessions
 
 
 @dataclass(slots=True)
 class _Reader:
-    """Rows to episodes. One document is open at a time."""
+    """Converts rows to sessions. One document is open at a time."""
 
-    episodes: list[Episode] = field(default_factory=list)
-    open: Episode | None = None
+    sessions: list[TypingSession] = field(default_factory=list)
+    open: TypingSession | None = None
     last_s: float = 0.0
     key_s: float = 0.0
 
     def read(self, row: Any) -> None:
-        """Take one row. Raises `ValueError` (`MalformedError`), `KeyError` or `TypeError` if it is none."""
+        """Process one row. Raises `ValueError` (`MalformedError`), `KeyError` or `TypeError` if invalid."""
         now_s, method, params = float(row["t"]) / 1000, row["send"]["method"], row["send"].get("params")
         if now_s < self.last_s:
             raise MalformedError(f"its time {row['t']} is before that of the row above")
         if method == "textDocument/didOpen":
             self._close(self.last_s)
             opened = read_opened(params)
-            self.open = Episode(opened.uri, opened.language_id, opened.text, (), 0.0)
+            self.open = TypingSession(opened.uri, opened.language_id, opened.text, (), 0.0)
             self.key_s = now_s
         elif method == "textDocument/didChange":
             edited = read_edited(params)
@@ -113,45 +113,45 @@ class _Reader:
             if not changes or changes[-1].start is None:
                 raise MalformedError("a change without a range")
             key = Key(now_s - self.key_s, changes, cursor_after(changes[-1]), None)
-            episode = self._of(edited.uri)
-            self.open = replace(episode, keys=(*episode.keys, key))
+            session = self._of(edited.uri)
+            self.open = replace(session, keys=(*session.keys, key))
             self.key_s = now_s
         elif method == "textDocument/inlineCompletion":
-            asked = read_inline_completion(params)
-            episode = self._of(asked.uri)
-            if not episode.keys:
+            request = read_inline_completion(params)
+            session = self._of(request.uri)
+            if not session.keys:
                 raise MalformedError("a request before the first key")
-            key = replace(episode.keys[-1], cursor=asked.position, request_after_s=now_s - self.key_s)
-            self.open = replace(episode, keys=(*episode.keys[:-1], key))
+            key = replace(session.keys[-1], cursor=request.position, request_after_s=now_s - self.key_s)
+            self.open = replace(session, keys=(*session.keys[:-1], key))
         elif method == "textDocument/didClose":
             self._of(read_uri(params))
             self._close(now_s)
-        # `$/cancelRequest` and the like: the replay makes its own.
+        # `$/cancelRequest` and other messages are skipped: the replay sends its own.
         self.last_s = now_s
 
-    def end(self) -> list[Episode]:
-        """All episodes in which something is typed."""
+    def end(self) -> list[TypingSession]:
+        """Return all sessions with at least one key."""
         self._close(self.last_s)
-        return self.episodes
+        return self.sessions
 
-    def _of(self, uri: str) -> Episode:
+    def _of(self, uri: str) -> TypingSession:
         if self.open is None or self.open.uri != uri:
             raise MalformedError("its document is not the one that is open")
         return self.open
 
     def _close(self, now_s: float) -> None:
         if self.open is not None and self.open.keys:
-            self.episodes.append(replace(self.open, rest_s=now_s - self.key_s))
+            self.sessions.append(replace(self.open, rest_s=now_s - self.key_s))
         self.open = None
 
 
 def cursor_after(change: Change) -> tuple[int, int]:
-    """Where an edit that has a range leaves the cursor: behind its text, in UTF-16."""
+    """Return the cursor (in UTF-16) after an edit that has a range: at the end of its text."""
     line, column = change.start or (0, 0)
     *above, last = change.text.split("\n")
     return line + len(above), len(last.encode("utf-16-le")) // 2 + (0 if above else column)
 
 
-def total_s(episodes: Iterable[Episode]) -> float:
-    """How long all of them take."""
-    return sum(episode.seconds for episode in episodes)
+def total_s(sessions: Iterable[TypingSession]) -> float:
+    """Return the duration of all sessions in seconds."""
+    return sum(session.seconds for session in sessions)

@@ -17,8 +17,8 @@ from midfill.cli.terminal import say
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
-    from midfill.bench.contenders import Contender
-    from midfill.bench.trace import Episode
+    from midfill.bench.backends import Backend
+    from midfill.bench.trace import TypingSession
     from midfill.engine.api import Progress
     from midfill.settings import Settings
 
@@ -46,7 +46,7 @@ _SEED = click.option(
 
 
 def typing_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of what is typed, where that is no recording; see `read_episodes`."""
+    """The options of what is typed, where that is no recording; see `read_sessions`."""
     return _FILES(_EPISODES(_SEED(command)))
 
 
@@ -141,7 +141,7 @@ def bench_engine(
       midfill bench engine --gguf qwen2.5-coder-0.5b.gguf --json
       midfill bench engine --shape starcoderbase-7b --device cuda --context-tokens 2048
     """
-    from midfill.bench.engine import Plan, Weights, table
+    from midfill.bench.engine import EnginePlan, Weights, table
     from midfill.bench.engine import bench_engine as measure
     from midfill.bench.shapes import write_shape
     from midfill.models import store
@@ -149,7 +149,7 @@ def bench_engine(
     if shape is not None and (model is not None or gguf is not None):
         raise click.UsageError("--shape makes a model up: give it without --model and --gguf.")
     settings = read_settings(model=model, device=device)
-    plan = Plan(rounds, prefill_tokens, context_tokens, cancellations=cancellations)
+    plan = EnginePlan(rounds, prefill_tokens, context_tokens, cancellations=cancellations)
 
     def work(report: Progress) -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
@@ -184,7 +184,7 @@ def bench_adapters(rank: int, rounds: int, device: str | None, model: str | None
       midfill bench adapters
       midfill bench adapters --rank 64 --json
     """
-    from midfill.bench.adapters import Plan, table
+    from midfill.bench.adapters import AdapterPlan, table
     from midfill.bench.adapters import bench_adapters as measure
     from midfill.models import store
 
@@ -201,7 +201,7 @@ def bench_adapters(rank: int, rounds: int, device: str | None, model: str | None
                     make,
                     found,
                     folder=Path(folder),
-                    plan=Plan(rank=rank, rounds=rounds),
+                    plan=AdapterPlan(rank=rank, rounds=rounds),
                     progress=report,
                 )
             ),
@@ -223,7 +223,7 @@ def bench_adapters(rank: int, rounds: int, device: str | None, model: str | None
     help="Whether right suggestions are accepted; otherwise they are typed through.",
 )
 @click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw the latencies and the fates (PNG, SVG, PDF)."
+    "--plot", type=click.Path(path_type=Path), help="Draw the latencies and the outcomes (PNG, SVG, PDF)."
 )
 @click.option(
     "--against",
@@ -276,62 +276,65 @@ def bench_replay(
       midfill bench replay --files src --seed 1 --plot replay.png --json
       midfill bench replay typing.jsonl.gz --limit-s 90 --against llama.cpp
     """
-    from midfill.bench import replay, report
-    from midfill.bench.contenders import Midfill
+    from midfill.bench import replay
+    from midfill.bench import replay_report as report
+    from midfill.bench.backends import ServerBackend
     from midfill.bench.plot import need_matplotlib
     from midfill.bench.plot import plot as draw
 
     if plot is not None:
         need_matplotlib()
-    played = read_episodes(trace, files, seed, episodes)
+    sessions = read_sessions(trace, files, seed, episodes)
     settings = read_settings(model=model)
-    rivals = [_rival(name, settings, gguf, lines, patient=patient) for name in dict.fromkeys(against)]
-    contenders = [Midfill(script, {"model": model} if model else None), *rivals]
-    sessions = with_progress(
+    baselines = [_baseline(name, settings, gguf, lines, patient=patient) for name in dict.fromkeys(against)]
+    backends = [ServerBackend(script, {"model": model} if model else None), *baselines]
+    runs = with_progress(
         "loading the model",
         lambda tell: asyncio.run(
-            replay.replay(played, contenders, tell, replay.Pace(speed, limit_s, accepts))
+            replay.replay(sessions, backends, tell, replay.Pace(speed, limit_s, accepts))
         ),
     )
     what: dict[str, Any] = {"trace": str(trace or files), "seed": seed if files else None, "speed": speed}
     what["accepts"] = accepts
     what["model"] = settings.model if script is None else "scripted"
-    summary = what | report.summarise(sessions[0])
-    if rivals:
-        summary["others"] = {session.name: report.summarise(session) for session in sessions[1:]}
-        summary["ratios"] = report.compare(sessions[0], sessions[1:])
+    summary = what | report.summarise(runs[0])
+    if baselines:
+        summary["others"] = {run.name: report.summarise(run) for run in runs[1:]}
+        summary["ratios"] = report.compare(runs[0], runs[1:])
         summary["llama.cpp"] = {"lines": lines, "patient": patient} if "llama.cpp" in against else None
     if plot is not None:
-        draw(sessions, "midfill bench replay: {model}, {trace}".format(**summary), plot)
+        draw(runs, "midfill bench replay: {model}, {trace}".format(**summary), plot)
     show(summary, report.table, as_json=as_json)
 
 
-def read_episodes(trace: Path | None, files: Path | None, seed: int, episodes: int | None) -> list[Episode]:
+def read_sessions(
+    trace: Path | None, files: Path | None, seed: int, episodes: int | None
+) -> list[TypingSession]:
     """What is to be typed: a recording, or what `typing_options` say. Raises `MidfillError`."""
     from midfill.bench import trace as traces
-    from midfill.bench import typist
+    from midfill.bench import virtual_user
 
     if trace is not None and files is None:
         return traces.read_trace(trace)[:episodes]
     if files is not None and trace is None:
-        return typist.generate(files, seed, episodes or _MADE_UP)
+        return virtual_user.generate(files, seed, episodes or _MADE_UP)
     raise click.UsageError("Give either a TRACE, a file of recorded typing, or --files DIR, a source tree.")
 
 
-def _rival(
+def _baseline(
     name: str, settings: Settings, gguf: Path | None, lines: tuple[int, int], *, patient: bool
-) -> Contender:
+) -> Backend:
     """Another engine on the same weights. Raises `MidfillError` with the remedy if it cannot be had."""
-    from midfill.bench.contenders import Generate
+    from midfill.bench.backends import GenerateBackend
+    from midfill.bench.baselines import can_run_llama_cpp
     from midfill.bench.llama_vim import LlamaVim, Options
-    from midfill.bench.rivals import can_run_llama_cpp
     from midfill.models import store
 
     found = store.find(settings.model)
     if name == "generate":
         if found is None:
             raise MidfillError(f"Fetch the model first: midfill model pull {settings.model}")
-        return Generate(found, settings)
+        return GenerateBackend(found, settings)
     if not can_run_llama_cpp():
         raise MidfillError("--against llama.cpp needs xllamacpp. Run: pip install xllamacpp")
     if (file := gguf or store.find_gguf(settings.model)) is None:
@@ -355,14 +358,14 @@ def bench_shared(rounds: int, model: str | None, as_json: bool) -> None:
     Example:
       midfill bench shared --rounds 100 --json
     """
-    from midfill.bench import sharing
+    from midfill.bench import shared_engine
 
     settings = read_settings(model=model)
     here, shared = engine_maker("local"), engine_maker("shared")
     result = with_progress(
         "measuring",
         lambda report: asyncio.run(
-            sharing.measure(lambda: here(settings), lambda: shared(settings), rounds, report)
+            shared_engine.measure(lambda: here(settings), lambda: shared(settings), rounds, report)
         ),
     )
-    show(result, sharing.table, as_json=as_json)
+    show(result, shared_engine.table, as_json=as_json)

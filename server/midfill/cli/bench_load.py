@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from midfill.bench.target import SERVED
-from midfill.cli.bench import bench, read_episodes, typing_options
+from midfill.cli.bench import bench, read_sessions, typing_options
 from midfill.cli.shared import JSON, MODEL, SCRIPT, engine_maker, read_settings, show, with_progress
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
-    from midfill.bench.load import Plan
-    from midfill.bench.service import Service
-    from midfill.bench.trace import Episode
+    from midfill.bench.engine_profile import EngineProfile
+    from midfill.bench.load import LoadPlan
+    from midfill.bench.trace import TypingSession
     from midfill.engine.api import Progress
     from midfill.settings import Settings
 
@@ -48,29 +48,29 @@ class _Run:
 
     settings: Settings
     script: str | None
-    typed: list[Episode]
-    plans: list[Plan]
+    sessions: list[TypingSession]
+    plans: list[LoadPlan]
     save: Path | None
-    known: Service | None
+    known: EngineProfile | None
 
     async def measure(self, report: Progress) -> dict[str, Any]:
         """The runs, each beside what is predicted where the engine's service times are known."""
         from midfill.bench import load, simulation
-        from midfill.bench.service import survey
+        from midfill.bench.engine_profile import profile_engine
         from midfill.fim.probing import identify
 
         engine = await asyncio.to_thread(engine_maker(self.script), self.settings)
         try:
             await engine.start(report)
             family = await identify(engine, self.settings.family)
-            stage = load.Stage(engine, family, self.settings, self.typed)
+            setup = load.BenchSetup(engine, family, self.settings, self.sessions)
             known = self.known
             if self.save is not None:
-                known = await survey(stage, report)
+                known = await profile_engine(setup, report)
                 known.write(self.save)
             runs = []
             for plan in self.plans:
-                run = load.measured(await load.play(stage, plan, report))
+                run = load.measured(await load.play(setup, plan, report))
                 if known is not None:
                     predicted = simulation.predict(known, plan)
                     run |= {"predicted": predicted, "ratios": load.compare(run, predicted)}
@@ -162,16 +162,16 @@ def bench_load(
         _simulate(service, question, as_json=as_json)
         return
     from midfill.bench import load
-    from midfill.bench.service import Service
+    from midfill.bench.engine_profile import EngineProfile
 
     # What stands in for the engine is not the engine.
     settings = read_settings(model=model, engine_fallback=False)
-    typed = read_episodes(trace, files, seed, episodes)
-    known = None if service is None else Service.read(service)
-    if known is not None and [len(one.keys) for one in known.episodes] != [len(one.keys) for one in typed]:
+    sessions = read_sessions(trace, files, seed, episodes)
+    known = None if service is None else EngineProfile.read(service)
+    if known is not None and [len(one.keys) for one in known.sessions] != [len(one.keys) for one in sessions]:
         raise MidfillError(f"{service} was measured with other typing; give the same --trace and --episodes.")
-    plans = [load.Plan(count, duration, seed) for count in users]
-    run = _Run(settings, script, typed, plans, save, known)
+    plans = [load.LoadPlan(count, duration, seed) for count in users]
+    run = _Run(settings, script, sessions, plans, save, known)
     found = with_progress("loading the model", lambda report: asyncio.run(run.measure(report)))
     what = {"trace": str(trace or files), "engine": script or settings.engine, "seed": seed}
     result = what | {"seconds": duration, "target_ms": target_ms, "served": served} | found
@@ -190,11 +190,11 @@ class _Question:
     replicas: int | None
     sticky: bool
 
-    def answer(self, service: Service, report: Progress) -> dict[str, Any]:
+    def answer(self, service: EngineProfile, report: Progress) -> dict[str, Any]:
         """The number of replicas, or what the given number of them does."""
         from midfill.bench import load, simulation, sizing
 
-        fleet = simulation.Fleet(self.replicas or 1, sticky=self.sticky)
+        replica_set = simulation.ReplicaSet(self.replicas or 1, sticky=self.sticky)
         what = {"model": service.engine, "where": service.where, "simulated": True, "seed": self.seed}
         goal = load.Goal(*self.goal)
         what |= {"target_ms": goal.target_ms, "served": goal.served}
@@ -203,9 +203,11 @@ class _Question:
         for number, users in enumerate(self.users):
             report(f"simulating {users} typists", number / len(self.users))
             if self.replicas is None:
-                found.append(sizing.size(service, users, goal, fleet, self.seed))
+                found.append(sizing.size(service, users, goal, replica_set, self.seed))
             else:
-                found.append(simulation.predict(service, load.Plan(users, self.seconds, self.seed), fleet))
+                found.append(
+                    simulation.predict(service, load.LoadPlan(users, self.seconds, self.seed), replica_set)
+                )
         if self.replicas is None:
             return what | {"sizes": found}
         return what | {"replicas": self.replicas, "seconds": self.seconds, "runs": found}
@@ -213,8 +215,8 @@ class _Question:
 
 def _simulate(path: Path, question: _Question, *, as_json: bool) -> None:
     from midfill.bench import load, sizing
-    from midfill.bench.service import Service
+    from midfill.bench.engine_profile import EngineProfile
 
-    service = Service.read(path)
+    service = EngineProfile.read(path)
     found = with_progress("simulating", lambda report: question.answer(service, report))
     show(found, load.table if question.replicas else sizing.table, as_json=as_json)

@@ -59,13 +59,13 @@ def bench_soak(
       midfill bench soak --minutes 30
       midfill bench soak --operations 5000 --engine scripted --json
     """
-    from midfill.bench.soak import SCRIPTED, Plan, soak, table
+    from midfill.bench.soak import SCRIPTED, SoakPlan, soak, table
 
     if max_growth_mb is None:
         max_growth_mb = _MB_SCRIPTED if script == SCRIPTED else _MB_MODEL
     if minutes is None and operations is None:
         operations = _NUM_OPERATIONS
-    plan = Plan(operations, minutes, seed, max_growth_mb)
+    plan = SoakPlan(operations, minutes, seed, max_growth_mb)
     options = {"model": model} if model is not None else {}
     result = with_progress(
         "loading the model", lambda report: asyncio.run(soak(plan, script, options, report))

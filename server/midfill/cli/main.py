@@ -254,9 +254,7 @@ def status(as_json: bool) -> None:
     from midfill.settings import config_path
 
     settings = read_settings()
-    from midfill.system.state import state_path
-
-    counts_path = state_path()
+    counts_path = feedback.counts_path()
     counts = feedback.read(counts_path)
     found = store.find(settings.model)
     judged = calibrations.in_use(settings.model)

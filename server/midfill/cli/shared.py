@@ -60,7 +60,7 @@ def engine_maker(script: str | None, *, drafts: bool = True) -> Callable[[Settin
 
     def make(settings: Settings) -> Engine:
         if script is not None and script.startswith("busy:"):
-            from midfill.bench.lsp import BusyEngine
+            from midfill.engine.scripted import BusyEngine
 
             return BusyEngine(Path(script.removeprefix("busy:")), engine_maker(None)(settings))
         if script is not None and script.startswith("scripted:"):

@@ -86,9 +86,9 @@ def adapter_plan(repo: Path, budget: float, base_weights: str, model: str | None
         repository = Repository(repo)
         selection = select(repository, settings)
         report("cutting examples", None)
-        examples = data.make(repository, selection, base, settings)
+        examples = data.build_examples(repository, selection, base, settings)
         free = psutil.virtual_memory().available
-        room = memory.survey(base.path, base_weights, settings, free)
+        room = memory.estimate(base.path, base_weights, settings, free)
         speed = plan.estimate_speed(base.path, room["base_weights"])
         return plan.summarise(selection, examples, speed, budget, _shown(settings), room)
 
@@ -169,7 +169,7 @@ def adapter_train(
     """
     import json
 
-    from midfill.training.worker import Job, most_threads, name_for, request_of
+    from midfill.training.job import Job, most_threads, name_for, request_of
 
     settings = read_settings(model=model)
     job = Job(
@@ -183,9 +183,10 @@ def adapter_train(
         base_weights=base_weights,
     )
     if job_file is not None:
-        from midfill.system.private import write_private
+        from midfill.system import text_files
 
-        write_private(job_file, json.dumps(request_of("train", job, _base(settings.model), settings)))
+        request = request_of("train", job, _base(settings.model), settings)
+        text_files.replace(job_file, json.dumps(request), private=True)
         return
     result = _run("train", job, settings, processes=processes)
     show(result, _describe, as_json=as_json)
@@ -213,7 +214,7 @@ def adapter_eval(
       midfill adapter eval ./their-adapter --repo ~/src/project --json
     """
     from midfill.adapters.registry import Registry
-    from midfill.training.worker import Job, most_threads, name_for
+    from midfill.training.job import Job, most_threads, name_for
 
     settings = read_settings(model=model)
     registry = Registry()
@@ -235,7 +236,7 @@ def adapter_eval(
     fingerprint = entry.fingerprint if entry is not None else None
     result = _run("eval", job, settings, adapter=folder, fingerprint=fingerprint)
     if entry is not None:
-        from midfill.training.judge import judgement_of
+        from midfill.training.verdict import judgement_of
 
         registry.set_judgement(entry.name, judgement_of(result, forced=force))
     show({"adapter": label, "forced": force, **result}, _describe, as_json=as_json)
@@ -258,9 +259,7 @@ def adapter_stats(as_json: bool) -> None:
     from midfill.completion.stats import acceptance as feedback
 
     rows: list[dict[str, Any]] = []
-    from midfill.system.state import state_path
-
-    for key, languages in feedback.read(state_path()).items():
+    for key, languages in feedback.read(feedback.counts_path()).items():
         model, name = feedback.adapter_of(key)
         for language, counts in languages.items():
             share = counts.accepted / counts.offered if counts.offered else None
@@ -276,16 +275,14 @@ def adapter_stats(as_json: bool) -> None:
                 }
             )
     rows.sort(key=lambda row: (row["model"], row["language"], row["adapter"] or ""))
-    from midfill.system.state import state_path
-
-    compared = _compare(feedback.read_sessions(state_path()))
+    compared = _compare(feedback.read_sessions(feedback.counts_path()))
     show({"counts": rows, "holdout": compared}, _stats, as_json=as_json)
 
 
 def _compare(sessions: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Sessions with each adapter beside those that it was held out of."""
     from midfill.completion.stats import acceptance as feedback
-    from midfill.training.statistics import difference
+    from midfill.evaluation.statistics import difference
 
     groups: dict[str, dict[bool, list[tuple[int, int]]]] = {}
     for of_session in sessions.values():
@@ -361,14 +358,15 @@ def _run(
     import contextlib
     import signal
 
-    from midfill.training import worker
+    from midfill.training import process as training
+    from midfill.training.job import request_of
 
-    request = worker.request_of(kind, job, _base(settings.model), settings, adapter, fingerprint)
+    request = request_of(kind, job, _base(settings.model), settings, adapter, fingerprint)
     last: dict[str, Any] = {}
 
     def work(report: Any) -> None:
-        with worker.started(request, processes) as process:
-            coming = worker.events(process)
+        with training.started(request, processes) as process:
+            coming = training.events(process)
             while True:
                 try:
                     event = next(coming, None)
@@ -377,7 +375,7 @@ def _run(
                     # The terminal has told both; whoever sent it to this process alone has not.
                     with contextlib.suppress(OSError):
                         process.send_signal(signal.SIGINT)
-                    coming = worker.events(process)
+                    coming = training.events(process)
                     continue
                 if event is None:
                     return

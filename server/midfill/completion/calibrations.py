@@ -16,10 +16,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from midfill.adapters.registry import data_dir
 from midfill.completion.confidence import BUILT_IN, WEIGHTS, Calibration, Eagerness
 from midfill.errors import MidfillError
 from midfill.system import text_files as textfiles
+from midfill.system.folders import data_folder
 
 _FORMAT = 1
 _MAX_BYTES = 65_536
@@ -86,7 +86,7 @@ def path_of(model: str) -> Path:
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip(".-")[:60]
     # The digest keeps the files of two models apart, whatever characters their names differ in.
     digest = hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return data_dir() / "calibrations" / f"{readable or 'model'}-{digest}.json"
+    return data_folder() / "calibrations" / f"{readable or 'model'}-{digest}.json"
 
 
 def read(model: str) -> Saved | None:

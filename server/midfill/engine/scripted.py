@@ -8,6 +8,7 @@ cancellation included, and says what it did in `log`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from midfill.engine.api import BASE, AdapterSource, ModelInfo, Progress, Request, Token
+from midfill.engine.api import BASE, AdapterSource, Engine, ModelInfo, Progress, Request, Token
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
 from midfill.system.json_files import read_json
 
@@ -283,3 +284,57 @@ class ScriptedEngine:
         """See `Engine.close`."""
         self._closed = True
         self._model = None
+
+
+class BusyEngine:
+    """Answers from a script while a real engine decodes without end in the same process.
+
+    For `midfill bench lsp --busy`: shows what a model that computes costs the rest of the server.
+    """
+
+    def __init__(self, script: Path, real: Engine) -> None:
+        self._scripted = ScriptedEngine(Script.read(script))
+        self._real = real
+        self._work: asyncio.Task[None] | None = None
+
+    @property
+    def model(self) -> ModelInfo:
+        """The script's model."""
+        return self._scripted.model
+
+    async def start(self, progress: Progress) -> None:
+        """Start both engines; return when the real one has begun to decode."""
+        await self._scripted.start(progress)
+        await self._real.start(progress)
+        first = asyncio.Event()
+        self._work = asyncio.create_task(self._decode(first))
+        await first.wait()
+
+    async def _decode(self, first: asyncio.Event) -> None:
+        """Generate long answers one after the other, the same each time."""
+        model = self._real.model
+        tokens = tuple(model.tokenizer.encode("def a_long_function(values):\n    "))
+        room = model.context - len(tokens)
+        while True:
+            request = Request(tokens, max_new_tokens=min(512, room))
+            async with aclosing(self._real.generate(request)) as stream:
+                async for _ in stream:
+                    first.set()
+            # A model that ends at once must not keep the loop from everything else.
+            await asyncio.sleep(0)
+
+    def generate(self, request: Request) -> AsyncGenerator[Token, None]:
+        """Generate as the script says."""
+        return self._scripted.generate(request)
+
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
+        """Do nothing: the script has no prompt cache."""
+
+    async def close(self) -> None:
+        """Stop decoding and close both engines."""
+        if self._work is not None:
+            self._work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._work
+        await self._scripted.close()
+        await self._real.close()

@@ -1,7 +1,7 @@
-"""Fitting the confidence model to results of `midfill eval repo`, and judging it on others.
+"""Fit the confidence model to results of `midfill eval repo`, and evaluate it on others.
 
 Each file of results is one repository. Thresholds come from predictions for repositories that the weights
-were not fitted to (leave one out); what they are worth is measured on files that took no part in either.
+were not fitted to (leave one out), and are evaluated on held-out files that were used for neither.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from midfill.evaluation.repository import Result, Score, read_result, score
 
 Array = NDArray[np.float64]
 
-# The characters that an oracle saves, of those that it would save if everything were shown.
+# Share of saved characters that each eagerness keeps, relative to showing everything.
 _KEPT = {Eagerness.LOW: 0.75, Eagerness.NORMAL: 0.97, Eagerness.HIGH: 0.999}
 _PENALTY = 3.0
 _NUM_BINS = 8
-# Fewer say too little to take the place of the built-in weights.
+# Minimum number of suggestions for replacing the built-in weights.
 _LEAST_SUGGESTIONS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A suggestion, with each beginning of it that could be shown.
+    """A suggestion with all its prefixes that could be shown.
 
     Attributes:
         group: the repository.
-        ends: where the beginnings end.
-        rows: their features, in the order of `names`.
-        scores: how good each would be.
+        names: names of the features.
+        rows: features of each prefix, in the order of `names`.
+        scores: quality of each prefix.
     """
 
     group: str
@@ -49,35 +49,37 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A logistic model in the units of the features."""
+    """A logistic model."""
 
     names: tuple[str, ...]
     bias: float
     weights: Array
 
     def predict(self, rows: Array) -> Array:
-        """The probability of each row."""
+        """Return the probability of each row of features."""
         found: Array = 1 / (1 + np.exp(-(self.bias + rows @ self.weights)))
         return found
 
 
 def read_cases(paths: Sequence[Path]) -> list[Case]:
-    """The suggestions of files that `midfill eval repo --results` has made. Raises `MidfillError`."""
+    """Read the suggestions of files of `midfill eval repo --results`. Raises `MidfillError`."""
     cases = []
     for path in paths:
         found = [read_result(row) for row in records.read(path)[1].values()]
         cases += [_case(str(path), result) for result in found if result.text and result.tokens]
     if not cases:
-        raise MidfillError("No suggestions with log-probabilities in " + ", ".join(map(str, paths)))
+        raise MidfillError(
+            "These files have no suggestions with log-probabilities: " + ", ".join(map(str, paths))
+        )
     return cases
 
 
 def model_of(paths: Sequence[Path]) -> str:
-    """The model that has made all these results. Raises `MidfillError` if there are several."""
+    """Return the model of these results. Raises `MidfillError` if there are several."""
     models = {str(records.read(path)[0].get("model")) for path in paths}
     if len(models) > 1:
         raise MidfillError(
-            f"The results are of several models ({', '.join(sorted(models))}): fit each alone."
+            f"The results are of several models ({', '.join(sorted(models))}). Calibrate each separately."
         )
     return models.pop()
 
@@ -91,7 +93,7 @@ def _case(group: str, result: Result) -> Case:
 
 
 def fit(cases: Sequence[Case]) -> Fit:
-    """Maximum likelihood with a ridge penalty on standardised features, by Newton's method."""
+    """Fit by maximum likelihood with a ridge penalty on standardised features, with Newton's method."""
     rows = np.concatenate([case.rows for case in cases])
     right = np.array([one.right for case in cases for one in case.scores], dtype=np.float64)
     mean, deviation = rows.mean(axis=0), rows.std(axis=0) + 1e-9
@@ -111,22 +113,22 @@ def fit(cases: Sequence[Case]) -> Fit:
 
 
 def cross_predict(cases: Sequence[Case]) -> list[Array]:
-    """The probabilities of each case by a model that was fitted to the other groups."""
+    """Return the probabilities of each case by a model that was fitted to the other groups."""
     groups = {case.group for case in cases}
     if len(groups) < 2:
-        raise MidfillError("Calibrating takes results of two repositories at least.")
+        raise MidfillError("Calibration needs results of at least two repositories.")
     models = {group: fit([case for case in cases if case.group != group]) for group in groups}
     return [models[case.group].predict(case.rows) for case in cases]
 
 
 def shown(case: Case, likely: Array, threshold: float) -> Score | None:
-    """How good what is shown of a case at a threshold is; None if nothing is shown."""
+    """Return the quality of the prefix that is shown at a threshold; None if nothing is shown."""
     places = np.flatnonzero(likely >= threshold)
     return case.scores[places[-1]] if len(places) else None
 
 
 def trade(cases: Sequence[Case], likely: Sequence[Array], threshold: float) -> dict[str, float]:
-    """What a threshold gives, beside showing everything: suggestions, precision, characters saved."""
+    """Return shown share, precision and saved characters at a threshold, compared with showing everything."""
     seen = [one for case, p in zip(cases, likely, strict=True) if (one := shown(case, p, threshold))]
     everything = [case.scores[-1] for case in cases]
     full = sum(one.saved_chars for one in everything)
@@ -140,7 +142,7 @@ def trade(cases: Sequence[Case], likely: Sequence[Array], threshold: float) -> d
 
 
 def thresholds(cases: Sequence[Case], likely: Sequence[Array]) -> dict[Eagerness, float]:
-    """For each eagerness the highest threshold that keeps its share of the characters saved."""
+    """Return for each eagerness the highest threshold that keeps its share of the saved characters."""
     found = {}
     for eagerness, kept in _KEPT.items():
         fitting = [
@@ -153,7 +155,7 @@ def thresholds(cases: Sequence[Case], likely: Sequence[Array]) -> dict[Eagerness
 
 
 def brier(cases: Sequence[Case], likely: Sequence[Array]) -> float:
-    """The mean squared error of probabilities of beginnings, 0..1: the lower the better."""
+    """Return the Brier score (mean squared error) of the probabilities of prefixes; lower is better."""
     right = np.array([one.right for case in cases for one in case.scores], dtype=np.float64)
     return float(np.mean((np.concatenate(likely) - right) ** 2))
 
@@ -164,7 +166,7 @@ def _built_in(names: Sequence[str]) -> Fit:
 
 
 def reliability(likely: Array, right: Array) -> list[dict[str, float]]:
-    """Bins with as many members each: how likely, and how often it was right."""
+    """Return bins of equal size: mean predicted probability, share that is right, and count."""
     order = np.argsort(likely, kind="stable")
     return [
         {
@@ -178,7 +180,7 @@ def reliability(likely: Array, right: Array) -> list[dict[str, float]]:
 
 
 def calibrate(training: Sequence[Path], held_out: Sequence[Path]) -> dict[str, Any]:
-    """Weights and thresholds from `training`, their worth on `held_out`. Raises `MidfillError`."""
+    """Fit weights and thresholds to `training`, evaluate them on `held_out`. Raises `MidfillError`."""
     cases = read_cases(training)
     crossed = cross_predict(cases)
     levels = thresholds(cases, crossed)
@@ -210,26 +212,29 @@ def calibrate(training: Sequence[Path], held_out: Sequence[Path]) -> dict[str, A
 
 
 def why_not(result: Mapping[str, Any]) -> str | None:
-    """Why a calibration should not be used, a sentence; None if it is better than the built-in one."""
+    """Return a sentence why a calibration should not be used; None if it beats the built-in one."""
     if result["suggestions"] < _LEAST_SUGGESTIONS:
-        return f"It was fitted to {result['suggestions']} suggestions; {_LEAST_SUGGESTIONS} are the least."
+        return (
+            f"It was fitted to {result['suggestions']} suggestions only; at least {_LEAST_SUGGESTIONS} are "
+            "needed."
+        )
     pairs = [
-        ("the repositories that it was not fitted to", result["brier"]["fitted"], result["brier"]["built_in"])
+        ("repositories that it was not fitted to", result["brier"]["fitted"], result["brier"]["built_in"])
     ]
     if "held_out" in result:
         held = result["held_out"]
-        pairs.append(("the results that were held out", held["brier"], held["brier_built_in"]))
+        pairs.append(("the held-out results", held["brier"], held["brier_built_in"]))
     for where, fitted, built_in in pairs:
         if fitted >= built_in:
-            scores = f"Brier score {fitted:.4f}, {built_in:.4f}"
-            return f"On {where} it is no better than the built-in one ({scores})."
+            scores = f"Brier scores {fitted:.4f} and {built_in:.4f}"
+            return f"On {where} it is not better than the built-in calibration ({scores})."
     return None
 
 
 def to_saved(result: Mapping[str, Any], model: str, today: str) -> Saved:
-    """What is written of a calibration; `today` is YYYY-MM-DD. Raises `MidfillError` if the fit is no use."""
+    """Return a calibration for saving; `today` is YYYY-MM-DD. Raises `MidfillError` if it is not usable."""
     levels = [result["thresholds"][level] for level in BUILT_IN.thresholds]
-    # The share of characters that is kept rises with eagerness, so the threshold never does; equal ones may.
+    # Kept shares rise with eagerness, so thresholds never rise with it; they may be equal.
     try:
         return Saved(
             model=model,
@@ -240,29 +245,29 @@ def to_saved(result: Mapping[str, Any], model: str, today: str) -> Saved:
             thresholds=dict(zip(map(str, BUILT_IN.thresholds), levels, strict=True)),
         )
     except ValueError as error:
-        raise MidfillError(f"The results give no calibration that can be used: {error}") from error
+        raise MidfillError(f"These results give no usable calibration: {error}") from error
 
 
 def describe(result: Mapping[str, Any]) -> str:
-    """What a calibration is worth, for a person."""
+    """Return the evaluation of a calibration as text."""
     score = result["brier"]
     rows = [
         f"Fitted to {result['suggestions']} suggestions in {result['repositories']} repositories.",
-        f"Brier score, each repository judged by the others: {score['fitted']:.4f}; the built-in "
-        f"calibration has {score['built_in']:.4f} (the lower the better).",
+        f"Brier score, for each repository with weights of the others: {score['fitted']:.4f}; the built-in "
+        f"calibration has {score['built_in']:.4f} (lower is better).",
     ]
     if "held_out" in result:
         held = result["held_out"]
         rows.append(
-            f"On {held['suggestions']} suggestions that were held out: {held['brier']:.4f}; the built-in "
-            f"calibration has {held['brier_built_in']:.4f}."
+            f"On {held['suggestions']} held-out suggestions: {held['brier']:.4f}; the built-in calibration "
+            f"has {held['brier_built_in']:.4f}."
         )
     for part in ("training", "held_out"):
         for level in result["thresholds"] if part in result else ():
             one = result[part][level]
             rows.append(
-                f"{part:9} {level:7} from {one['threshold']:.0%} on: shown {one['shown']:.1%}, right "
-                f"{one['precision']:.1%} of them (of all: {one['precision_of_all']:.1%}), characters saved "
-                f"{one['saved_of_all']:.1%} of all"
+                f"{part:9} {level:7} threshold {one['threshold']:.0%}: shown {one['shown']:.1%}, precision "
+                f"{one['precision']:.1%} (without threshold {one['precision_of_all']:.1%}), saved characters "
+                f"{one['saved_of_all']:.1%} of those without threshold"
             )
     return "\n".join(rows)

@@ -1,7 +1,7 @@
-"""What fills a hole: the pipeline, or the model alone; `lsp.server_filler` fills through the real server.
+"""Fill holes for an evaluation: with the pipeline or the model alone; `lsp.server_filler` uses the server.
 
-All take a `Hole` and give a `Filled`; they differ in how much of midfill lies between. The server gets
-what an editor would send it, so that its answers are those that a user gets.
+All convert a `Hole` to a `Filled`, with a different part of midfill between. The server gets what an editor
+would send, so that its answers are those that a user gets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Hole:
     """A document with a cursor in it.
 
     Attributes:
-        uri: the document's name.
+        uri: the document's URI.
         language: LSP language identifier.
         before, after: the text on both sides of the cursor.
     """
@@ -41,20 +41,20 @@ class Hole:
 
     @property
     def cursor(self) -> Point:
-        """Where the cursor stands."""
+        """The position of the cursor."""
         return Point(self.before.count("\n"), len(self.line_before))
 
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    r"""What came for a hole.
+    r"""The answer for a hole.
 
     Attributes:
-        text: what is to be inserted; "" for nothing. Line ends are \n.
-        reason: why there is nothing.
-        latency_ms: from asking to having it.
-        tokens: where each of the text's tokens ends, and its log-probability; () where it is not known.
-        finished: the text came to an end of its own.
+        text: the text to insert; "" for none. Line ends are \n.
+        reason: why there is no text.
+        latency_ms: time from request to answer.
+        tokens: (end in the text, log-probability) of each token; () if not known.
+        finished: whether the text is complete, not cut by a limit.
     """
 
     text: str
@@ -69,11 +69,11 @@ class Filler(Protocol):
 
     @property
     def model(self) -> str:
-        """The name of the model behind it."""
+        """The name of the model."""
         ...
 
     async def fill(self, hole: Hole, trigger: Trigger) -> Filled:
-        """What a user would get at the cursor."""
+        """Return the suggestion that a user would get at the cursor."""
         ...
 
 
@@ -91,11 +91,11 @@ class PipelineFiller:
         await self._completer.context.indexed()
 
     def close(self) -> None:
-        """End what runs in the background."""
+        """Stop background work."""
         self._completer.context.close()
 
     async def fill(self, hole: Hole, trigger: Trigger) -> Filled:
-        """See `Filler.fill`."""
+        """Return the pipeline's answer."""
         document = Document.open(hole.uri, hole.language, 0, hole.before + hole.after)
         snapshot = Snapshot(document, hole.cursor)
         answer = await self._completer.complete(snapshot, trigger)
@@ -110,7 +110,7 @@ class PipelineFiller:
 
 
 class RawFiller:
-    """The model alone: prefix, suffix, middle as in the family's paper; nothing stops it but itself."""
+    """The model alone: a prompt as in the model's paper, without stop rules."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.model = engine.model.name
@@ -118,7 +118,7 @@ class RawFiller:
         self._settings = settings
 
     async def fill(self, hole: Hole, _trigger: Trigger) -> Filled:
-        """See `Filler.fill`."""
+        """Return the model's output."""
         model = self._engine.model
         family = recognise_family(model, self._settings.family)[1]
         layout = Layout.PSM if Layout.PSM in family.layouts else family.layouts[0]

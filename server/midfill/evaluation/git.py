@@ -1,12 +1,12 @@
-"""Start git, for everybody: it reads the objects of a repository and runs nothing that the repository names.
+"""Run git safely: read the objects of a repository without running any program that the repository names.
 
 A repository's configuration can name programs: hooks, filters, text conversions, a file system monitor, an
-external diff, a pager, a program for signatures, and remotes that missing objects are fetched from. No list
-of such options is ever complete, so the configuration is not read at all where objects are read: git works in
-a folder of our own, with an empty configuration, that borrows the repository's objects. The repository itself
-is asked two things only, where it is and what its HEAD is; the options that could matter for these are set
-by us, and every transport is forbidden. Where the files are is found here as well, because `core.worktree`
-is the repository's word. Knows bytes, nothing of their meaning. Any thread.
+external diff, a pager, a program for signatures, and remotes from which missing objects are fetched. No list
+of such options is ever complete, so the configuration is not read at all when objects are read: git works in
+a temporary repository with an empty configuration that borrows the objects. Only two questions are answered
+with the repository's configuration: where it is, and what its HEAD is. For these, all options that could
+matter are overridden, and every transport is forbidden. The folder of the files is determined here too, since
+`core.worktree` is not trusted. Works on bytes. The only module that starts git. Any thread.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _MAX_SMALL_FILE_BYTES = 16 << 20
 _MAX_NAME_BYTES = 255
 _MAX_PATH_BYTES = 4096
 _LIMIT_S = 600.0
-# Where HEAD is takes milliseconds; but a configuration can include a file that is never read to its end.
+# Reading HEAD takes milliseconds, but a configuration can include a file that blocks for ever.
 _ASK_LIMIT_S = 60.0
 _BLOCK_BYTES = 1 << 16
 
-# Everything here is a second lock on a door that the empty configuration keeps shut already, but for the two
-# questions that the repository's own configuration is read for.
+# Needed for the two questions that read the repository's configuration; otherwise redundant, since the
+# configuration is empty then.
 _OPTIONS = {
     "core.alternateRefsCommand": "",
     "core.askPass": "",
@@ -65,8 +65,8 @@ _OPTIONS = {
 }
 _FLAGS = ("--no-optional-locks", "--no-pager", "--no-replace-objects", "--literal-pathspecs")
 
-# GIT_ALLOW_PROTOCOL goes before every `protocol.*.allow` of any configuration, in every version since 2.4;
-# GIT_NO_LAZY_FETCH is known to the versions since May 2024.
+# GIT_ALLOW_PROTOCOL overrides every `protocol.*.allow` of any configuration, in every version since 2.4;
+# GIT_NO_LAZY_FETCH works in versions since May 2024.
 _ENVIRONMENT = {
     "GIT_ALLOW_PROTOCOL": "none",
     "GIT_ASKPASS": "",
@@ -84,23 +84,23 @@ _ENVIRONMENT = {
 
 
 class GitError(MidfillError):
-    """git is missing, ended with an error, or would not end."""
+    """git is missing, failed, or exceeded a limit."""
 
 
 class NoRepositoryError(GitError):
-    """A folder is in no repository that has files."""
+    """A folder is not in a repository with files."""
 
 
 class Git:
     """The objects of the repository that a folder belongs to, as they are now.
 
     Attributes:
-        folder: the one that was given.
-        root: the folder that holds `.git`; what the repository's configuration says of it is not followed.
-        prefix: the folder below the root, with slashes and one at its end; "" for the root.
+        folder: the given folder.
+        root: the folder that contains `.git`, whatever the repository's configuration says.
+        prefix: the folder relative to the root, with slashes and one at its end; "" for the root.
         head: the hash of the commit at HEAD, or None if there are no commits yet.
 
-    Raises `NoRepositoryError` if there is none, and `GitError` if git cannot be asked.
+    Raises `NoRepositoryError` if there is no repository, and `GitError` if git cannot be run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,18 +115,18 @@ class Git:
         weakref.finalize(self, shutil.rmtree, self._own, ignore_errors=True)
 
     def run(self, *arguments: str, given: bytes = b"") -> bytes:
-        """Return what a command of git that reads objects writes.
+        """Run a git command that reads objects; return its output.
 
-        Its arguments name objects by their hashes, or "HEAD", and not files of the working copy.
+        Its arguments name objects by hash, or "HEAD", never files of the working copy.
 
         Args:
-            arguments: the command and its own.
+            arguments: the command and its arguments.
             given: its input.
 
         Raises:
             GitError: it failed, or took too much time or memory.
         """
-        # Also the user's own configuration changes what the commands print, and is not wanted here.
+        # The user's configuration could change the output, so it is ignored too.
         nothing = str(self._own / "nothing")
         variables = {
             "GIT_CONFIG_GLOBAL": nothing,
@@ -138,10 +138,10 @@ class Git:
 
 
 def is_plain(path: str) -> bool:
-    """Return whether a path of a tree names a file below the root, on every system, and none of git's own.
+    """Return whether a path in a tree names a file below the root on every system, and not one of git's.
 
-    A tree that was made by hand may have entries that git itself would not check out: absolute ones, `..`,
-    `.git`, and what Windows takes for these.
+    A crafted tree may have entries that git itself would not check out: absolute paths, `..`, `.git`, and
+    names that Windows treats as these.
     """
     encoded = os.fsencode(path)
     if not path or len(encoded) > _MAX_PATH_BYTES or any(mark in path for mark in '\\:"<>|?*'):
@@ -153,13 +153,13 @@ def is_plain(path: str) -> bool:
 
 
 def _is_plain_part(part: str) -> bool:
-    # Windows and macOS leave out what stands at a name's end, or cannot be seen.
+    # Windows ignores dots and spaces at the end of a name, macOS invisible characters.
     seen = "".join(mark for mark in part if mark.isprintable()).rstrip(". ").lower()
     return bool(seen) and seen not in {".git", "git~1"} and len(os.fsencode(part)) <= _MAX_NAME_BYTES
 
 
 def _ask(folder: Path, *arguments: str) -> bytes:
-    """Ask the repository of a folder, whose configuration git reads for that."""
+    """Run a git command that reads the repository's configuration."""
     return _run(folder, arguments, b"", {}, _ASK_LIMIT_S)
 
 
@@ -184,12 +184,12 @@ def _head_of(folder: Path) -> str | None:
     except GitError:
         return None
     if len(head) not in {40, 64} or not set(head) <= set("0123456789abcdef"):
-        raise GitError(f"git says that HEAD of {folder} is {head[:80]!r}, which is no commit.")
+        raise GitError(f"HEAD of {folder} is {head[:80]!r}, which is not a commit.")
     return head
 
 
 def _borrowing_folder(git_folder: Path, head: str | None) -> Path:
-    """Make a repository without anything of its own: a HEAD, and a configuration that we have written."""
+    """Make a temporary repository without objects: a HEAD, and a configuration written here."""
     own = Path(tempfile.mkdtemp(prefix="midfill-git-"))
     (own / "refs").mkdir()
     (own / "objects").mkdir()
@@ -199,14 +199,14 @@ def _borrowing_folder(git_folder: Path, head: str | None) -> Path:
     config = f"[core]\n\trepositoryformatversion = {int(long)}\n\tbare = true\n"
     config += "[extensions]\n\tobjectFormat = sha256\n" if long else ""
     (own / "config").write_text(config, encoding="ascii")
-    # Where a shallow clone ends; beyond that its objects are not there.
+    # A shallow clone lists the commits whose parents are missing.
     with suppress(OSError, ValueError):
         (own / "shallow").write_bytes(_small_file(_common(git_folder) / "shallow"))
     return own
 
 
 def _common(git_folder: Path) -> Path:
-    """Return the folder with the objects, which a linked working copy shares with others."""
+    """Return the folder with the objects, which linked worktrees share."""
     with suppress(OSError, ValueError):
         text = _small_file(git_folder / "commondir").decode("utf-8", "surrogateescape").strip()
         return git_folder / text
@@ -214,7 +214,7 @@ def _common(git_folder: Path) -> Path:
 
 
 def _small_file(path: Path) -> bytes:
-    """Read a regular file. Raises `OSError` or `ValueError` for what is none, or is large."""
+    """Read a small regular file. Raises `OSError` or `ValueError` for anything else."""
     if not path.is_file():
         raise FileNotFoundError(path)
     with path.open("rb") as stream:
@@ -229,7 +229,7 @@ def _text(line: bytes) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Return the user's variables without what points git at another repository, configuration or program."""
+    """Return the environment without variables that set git's repository, configuration or programs."""
     dropped = {"EDITOR", "PAGER", "VISUAL"}
     kept = {
         key: value
@@ -242,11 +242,11 @@ def _environment() -> dict[str, str]:
 def _run(
     place: Path, arguments: tuple[str, ...], given: bytes, variables: Mapping[str, str], limit_s: float
 ) -> bytes:
-    """Run git in a repository; with `GIT_DIR` among the variables, in that one, of which `place` is told."""
-    # Not git.bat or git.cmd, which Windows runs by a shell with rules of its own for arguments.
+    """Run git in the repository at `place`, or in `GIT_DIR` if the variables have it; return its output."""
+    # Not git.bat or git.cmd: Windows runs these by a shell with different quoting rules.
     git = find_program("git.exe" if sys.platform == "win32" else "git")
     if git is None:
-        raise GitError("There is no git on the PATH. Install git.")
+        raise GitError("git is not on the PATH. Install git.")
     options = [part for key, value in _OPTIONS.items() for part in ("-c", f"{key}={value}")]
     command = [git, *_FLAGS, *options, "-C", variables.get("GIT_DIR", str(place)), *arguments]
     try:
@@ -255,7 +255,7 @@ def _run(
     except OSError as error:
         raise GitError(f"git cannot be started ({error.strerror}). Reinstall git.") from error
     if why_ended:
-        raise GitError(f"git {arguments[0]} was ended in {place}: {why_ended}.")
+        raise GitError(f"git {arguments[0]} in {place} was stopped: {why_ended}.")
     if process.returncode == 0:
         return out
     raise _error(said.decode("utf-8", "replace").strip(), arguments[0], place)
@@ -265,7 +265,7 @@ def _run(
 def _started(
     command: list[str], given: bytes, environment: Mapping[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], bytearray]]:
-    """Start git with an input, give the process and what it says on its error output, and wait for it."""
+    """Start git with an input, give the process and its stderr so far, and wait for it."""
     said = bytearray()
     with tempfile.TemporaryFile() as written:
         written.write(given)
@@ -286,7 +286,7 @@ def _started(
 
 
 def _read(process: subprocess.Popen[bytes], limit_s: float) -> tuple[bytes, str]:
-    """Read what a process writes, to its end or to one of the limits; the second value says to which."""
+    """Read a process's output up to its end or to a limit; return it, and the reached limit or ""."""
     assert process.stdout is not None  # noqa: S101 - for mypy
     late = threading.Event()
 
@@ -311,16 +311,16 @@ def _read(process: subprocess.Popen[bytes], limit_s: float) -> tuple[bytes, str]
 
 
 def _drain(stream: IO[bytes], into: bytearray) -> None:
-    """Read a stream to its end and keep its beginning, so that who writes it never waits."""
+    """Read a stream to its end and keep its beginning, so that the writer never blocks."""
     with suppress(OSError, ValueError):
         while block := stream.read(_BLOCK_BYTES):
             into += block[: _MAX_SAID_BYTES - len(into)]
 
 
 def _limit_memory(process_id: int) -> None:
-    """Bound a process's own memory, where the system can do that from outside.
+    """Limit a process's memory, where the system can do that from outside.
 
-    A few small trees that contain each other ten times are a list of ten thousand million files.
+    A few small trees that contain each other ten times list ten thousand million files.
     """
     if sys.platform == "linux":
         import resource  # noqa: PLC0415 - not on Windows

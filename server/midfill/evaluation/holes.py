@@ -1,9 +1,8 @@
-"""Holes in a repository: places where a cursor may have stood, and what its author wrote there.
+"""Draw holes in a repository: cursor positions, and the text that the author wrote there.
 
-Files are drawn by their history: those of recent commits more often. In a file, holes are made where
-completions are asked for; all the text behind a hole stays. The same repository and seed give the same holes.
-Everything is done with lines and indentation, so that any language will do. Which files are read is up to
-`context.files`.
+Files of recent commits are drawn more often. Within a file, holes are at positions where completions are
+requested; the text after a hole stays. The same repository and seed give the same holes. Uses lines and
+indentation only, so it works for any language. `context.files` decides which files are read.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from midfill.evaluation.git import Git, GitError
 from midfill.settings import Settings
 from midfill.text.languages import is_among
 
-# Kinds of places and their shares: most requests come from the middle of a line.
+# Kinds of holes and their shares: most requests come from the middle of a line.
 KINDS = {"rest-of-line": 7, "arguments": 2, "new-line": 4, "block": 3, "nothing": 4}
 
 _MAX_LINE_CHARS = 300
@@ -45,11 +44,11 @@ class Sample:
     """A hole in a file of the repository.
 
     Attributes:
-        id: the place, and a digest of the text, so that results of a changed file are not taken for these.
+        id: the position and a digest of the text, so that results of a changed file are not reused.
         file: path in the repository, with slashes.
         kind: one of `KINDS`.
         hole: the document with the cursor.
-        truth: what was there; "" if the author wrote nothing.
+        truth: the original text; "" if the author wrote nothing there.
     """
 
     id: str
@@ -69,9 +68,9 @@ class _Source:
 
 
 def choose(root: Path, settings: Settings, *, count: int, seed: int) -> list[Sample]:
-    """At most `count` holes in the repository at `root`, each place once.
+    """Draw at most `count` different holes in the repository at `root`.
 
-    Raises `MidfillError` if there is no folder, or no source file in it.
+    Raises `MidfillError` if it is not a folder, or has no source files.
     """
     if not root.is_dir():
         raise MidfillError(f"{root} is not a folder. Give the folder of a repository.")
@@ -79,10 +78,10 @@ def choose(root: Path, settings: Settings, *, count: int, seed: int) -> list[Sam
     sources = list(_read(FileFilter(root.resolve(), settings.excluded_files), _history(root), settings))
     if not sources:
         raise MidfillError(
-            f"{root} has no source files in a language that midfill knows, leaving out what is ignored by "
-            "git, generated, foreign, secret or excluded by the settings."
+            f"{root} has no source files in a language that midfill knows. Files that git ignores, generated "
+            "and third-party files, secrets, and files excluded by the settings do not count."
         )
-    # Files without a recent commit are drawn too, but seldom.
+    # Files without a recent commit are drawn too, but rarely.
     floor = max(source.weight for source in sources) / 100 or 1.0
     return list(_draw(sources, [max(source.weight, floor) for source in sources], count, chooser))
 
@@ -93,7 +92,7 @@ def _draw(
     places: dict[tuple[str, str], list[tuple[int, int]]] = {}
     taken: set[tuple[str, int, int]] = set()
     drawn: dict[str, int] = defaultdict(int)
-    # No file decides the result alone.
+    # Limit each file's share, so that none dominates the result.
     most = max(2, -(-4 * count // len(sources)))
     kinds = [kind for kind, share in KINDS.items() for _ in range(share)]
     found = 0
@@ -127,7 +126,7 @@ def _sample(source: _Source, kind: str, start: int, end: int) -> Sample:
 
 
 def _history(root: Path) -> dict[str, float]:
-    """How much recent commits have to do with each file; empty where there is no git or no repository."""
+    """Return weights of files by their recent commits; empty without git or without a repository."""
     try:
         git = Git(root)
         out = git.run(
@@ -146,10 +145,10 @@ def _history(root: Path) -> dict[str, float]:
     return weights
 
 
-def _read(file_filter: FileFilter, weights: Mapping[str, float], settings: Settings) -> Iterator[_Source]:
-    """The files that somebody writes by hand and wants suggestions in."""
-    for name in sorted(file_filter.walk()):
-        file = file_filter.read(name)
+def _read(sieve: FileFilter, weights: Mapping[str, float], settings: Settings) -> Iterator[_Source]:
+    """Iterate over hand-written source files in languages that are not disabled."""
+    for name in sorted(sieve.walk()):
+        file = sieve.read(name)
         if (
             file is not None
             and not is_among(settings.disabled_languages, file.language_id)
@@ -160,7 +159,7 @@ def _read(file_filter: FileFilter, weights: Mapping[str, float], settings: Setti
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Each line, without what ends it, with its offset."""
+    """Iterate over (offset, line without its line end)."""
     offset = 0
     for line in text.split("\n"):
         yield offset, line.removesuffix("\r")
@@ -168,7 +167,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _code_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines worth completing: with a letter in them, not very long, neither comment nor docstring."""
+    """Iterate over lines worth completing: with a letter, not very long, neither comment nor docstring."""
     quoted = False
     for offset, line in _lines(text):
         if line.count('"""') % 2 or line.count("'''") % 2:
@@ -182,7 +181,7 @@ def _code_lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _rests_of_lines(text: str) -> Iterator[tuple[int, int]]:
-    """From a token's begin, or from within a word, to the end of the line."""
+    """Iterate over spans from a token's begin, or from within a word, to the end of the line."""
     for offset, line in _code_lines(text):
         content = line.rstrip()
         tokens = list(_TOKEN.finditer(content))
@@ -195,7 +194,7 @@ def _rests_of_lines(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _arguments(text: str) -> Iterator[tuple[int, int]]:
-    """Between the brackets of a call, as when the editor has closed it: only closers follow."""
+    """Iterate over spans between the brackets of a call, with only closing brackets after them."""
     for offset, line in _code_lines(text):
         for call in _CALL.finditer(line):
             depth = 1
@@ -208,13 +207,13 @@ def _arguments(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _new_lines(text: str) -> Iterator[tuple[int, int]]:
-    """A whole line, but for its indentation."""
+    """Iterate over spans of whole lines without their indentation."""
     for offset, line in _code_lines(text):
         yield offset + len(line) - len(line.lstrip()), offset + len(line)
 
 
 def _blocks(text: str) -> Iterator[tuple[int, int]]:
-    """The lines below one that opens a block, as far as they are indented deeper."""
+    """Iterate over spans of block bodies: the lines below a block's header that are indented deeper."""
     lines = list(_lines(text))
     for number, (_, header) in enumerate(lines[:-1]):
         if not header.strip() or not _OPENS_BLOCK.match(header) or _COMMENT.match(header):
@@ -234,7 +233,7 @@ def _blocks(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _nothings(text: str) -> Iterator[tuple[int, int]]:
-    """Where the author wrote nothing: at the end of a line that is whole, and on a blank line."""
+    """Iterate over empty spans where the author wrote nothing: after a complete line, and on a blank line."""
     for offset, line in _code_lines(text):
         yield offset + len(line.rstrip()), offset + len(line.rstrip())
     for offset, line in _lines(text.rstrip("\n")):

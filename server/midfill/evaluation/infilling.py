@@ -1,7 +1,7 @@
-"""Infilling benchmarks: whether the suggestions that a user would get make the tests pass.
+"""Infilling benchmarks: the share of suggestions with which a program's tests pass (pass@1).
 
-Puts each suggestion into its program, runs the program's tests in the `sandbox` and counts. Two runs over the
-same tasks can be compared pair by pair.
+Puts each suggestion into its program and runs the program's tests in the `sandbox`. Two runs over the same
+tasks can be compared in pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from midfill.evaluation.fillers import Filler, Hole
 from midfill.evaluation.records import Records
 from midfill.evaluation.statistics import mcnemar
 from midfill.fim.templates import FAMILIES
-from midfill.system.figures import percentiles
+from midfill.system.measure import percentiles
 
 _SHARES = {
     "pass@1": "pass@1",
@@ -35,7 +35,7 @@ _SHARES = {
 _SENTINELS = sorted({name for family in FAMILIES.values() for name in family.never_text})
 _LANGUAGES = {"python": "python", "js": "javascript", "javascript": "javascript", "java": "java"}
 _SUFFIXES = {"python": ".py", "javascript": ".js", "java": ".java"}
-# One wrong Java import makes every task fail where that library is not installed.
+# An unused import of some Java tasks fails if that library is not installed.
 _ABSENT_IMPORT = re.compile(r"^import org\.javatuples\.\*;\n", re.MULTILINE)
 
 
@@ -47,9 +47,9 @@ class Task:
         id: "KIND/...".
         language: "python", "javascript" or "java".
         before, after: the program around the hole.
-        truth: what was there.
+        truth: the original text.
         test: code that fails if the hole is filled wrongly.
-        entry_point: what the test of a Python task is called with.
+        entry_point: argument of the test function of a Python task.
     """
 
     id: str
@@ -72,32 +72,32 @@ class Task:
         return Hole(uri, self.language, self.before, self.after)
 
     def program(self, text: str) -> str:
-        """The whole program, tests included, with `text` in the hole."""
+        """Return the whole program, tests included, with `text` in the hole."""
         body = self.before + text + self.after
         if self.language == "python":
             return f"{body}\n{self.test}\ncheck({self.entry_point})\n"
         if self.language == "java":
-            # The tests close the function and go on inside the class.
+            # The tests close the function and continue inside the class.
             body = re.sub(r"\}\s*\}\s*\Z", "", _ABSENT_IMPORT.sub("", body))
         return f"{body}\n{self.test}\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one task.
+    """The result of one task.
 
     Attributes:
         id: of the task.
-        text: what was put into the hole.
-        passed: the program's tests pass.
-        exact: the text is the truth, but for blanks at its end.
-        similarity: 0..1 to the truth, of Ratcliff and Obershelp.
-        sentinel: the text contains a control token of the model's, spelled out.
-        repeats_next_line: the text has the next line that stands below the hole, and the truth has not.
+        text: the suggestion.
+        passed: whether the program's tests pass.
+        exact: whether the text equals the original, ignoring blanks at its end.
+        similarity: 0..1 to the original, by Ratcliff and Obershelp.
+        sentinel: whether the text contains a control token's name.
+        repeats_next_line: whether the text repeats the next line below the hole, and the original does not.
         reason: why there is no text.
-        latency_ms: from asking to having it.
-        passed_when_cut: some beginning of the text passes: what perfect stop rules would make of it. None
-            where that was not asked for.
+        latency_ms: time from request to answer.
+        passed_when_cut: whether some prefix of the text passes, as perfect stop rules would cut it; None if
+            that was not tested.
     """
 
     id: str
@@ -118,9 +118,9 @@ class Result:
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """Tasks of a .jsonl or .jsonl.gz file in the format of HumanEval-Infilling.
+    """Read the tasks of a .jsonl or .jsonl.gz file in the format of HumanEval-Infilling.
 
-    Raises `MidfillError` naming the file and the line.
+    Raises `MidfillError` naming file and line.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     tasks: list[Task] = []
@@ -131,7 +131,9 @@ def read_tasks(path: Path) -> list[Task]:
     except OSError as error:
         raise MidfillError(f"Cannot read {path}: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MidfillError(f"{path}, line {len(tasks) + 1}: not an infilling task ({error!r}).") from error
+        raise MidfillError(
+            f"{path}, line {len(tasks) + 1}: this is not an infilling task ({error!r})."
+        ) from error
     if not tasks:
         raise MidfillError(f"{path} has no tasks.")
     return tasks
@@ -143,7 +145,7 @@ def _task(row: Mapping[str, Any]) -> Task:
         raise ValueError(f"language {language!r}")
     after, truth = row["suffix"], row["canonical_solution"]
     if truth.endswith("\n"):
-        # Whole lines are missing: in an editor the cursor stands on an empty line, not before the next one.
+        # Whole lines are missing: in an editor the cursor would be on an empty line, not before the next one.
         after, truth = "\n" + after, truth[:-1]
     return Task(
         row["task_id"],
@@ -157,7 +159,7 @@ def _task(row: Mapping[str, Any]) -> Task:
 
 
 def sample(tasks: Sequence[Task], limit: int) -> list[Task]:
-    """At most `limit` tasks, evenly from each kind, always the same ones."""
+    """Return at most `limit` tasks, evenly from each kind, always the same ones."""
     kinds: dict[str, list[Task]] = defaultdict(list)
     for task in tasks:
         kinds[task.kind].append(task)
@@ -171,9 +173,9 @@ def sample(tasks: Sequence[Task], limit: int) -> list[Task]:
 
 
 def runnable(tasks: Sequence[Task]) -> tuple[list[Task], dict[str, str]]:
-    """The tasks whose programs can be run here, and for each other language why it was left out.
+    """Return the tasks whose programs can be run here, and the reasons for skipped languages.
 
-    Raises `MidfillError` if none is left.
+    Raises `MidfillError` if no task remains.
     """
     reasons = {language: sandbox.missing(language) for language in {task.language for task in tasks}}
     skipped = {language: why for language, why in reasons.items() if why is not None}
@@ -191,9 +193,9 @@ async def evaluate(
     *,
     cut: bool = False,
 ) -> None:
-    """Fill and test every task that `records` does not have yet; `tell` hears the share done.
+    """Fill and test every task that `records` does not have yet; `tell` is called with the share done.
 
-    With `cut`, beginnings of each text that fails are tested as well.
+    With `cut`, prefixes of each text that fails are tested too.
     """
     for number, task in enumerate(tasks):
         if task.id not in records.rows:
@@ -220,7 +222,7 @@ async def evaluate(
 
 
 async def _passes_when_cut(task: Task, text: str) -> bool:
-    """Whether the text passes when it is cut where the truth ends, or at the end of one of its lines."""
+    """Return whether the text passes if cut to the original's length, or at the end of one of its lines."""
     lines = text.split("\n")
     cuts = ["\n".join(lines[: count + 1]) for count in range(len(lines) - 1)]
     for candidate in dict.fromkeys([text[: len(task.truth)], *cuts]):
@@ -230,7 +232,7 @@ async def _passes_when_cut(task: Task, text: str) -> bool:
 
 
 def repeats_next_line(task: Task, text: str) -> bool:
-    """Whether the text says again the next line below the hole, where the truth does not."""
+    """Return whether the text repeats the next line below the hole, and the original does not."""
     below = task.after.split("\n")[1:]
     following = next((line.rstrip() for line in below if line.strip()), None)
     if following is None:
@@ -239,7 +241,7 @@ def repeats_next_line(task: Task, text: str) -> bool:
     def says(middle: str) -> bool:
         first, *rest = middle.split("\n")
         rows = [task.hole.line_before + first, *rest]
-        # The last row goes on with what stands behind the cursor.
+        # The last row continues with the text after the cursor.
         rows[-1] += task.after.split("\n")[0]
         return following in {row.rstrip() for row in rows}
 
@@ -247,7 +249,7 @@ def repeats_next_line(task: Task, text: str) -> bool:
 
 
 def summarise(results: Sequence[Result]) -> dict[str, Any]:
-    """Shares by kind and over all, as `--json` prints them."""
+    """Return shares by kind and overall, as `--json` prints them."""
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         groups[result.kind].append(result)
@@ -271,7 +273,7 @@ def summarise(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def compare(ours: Sequence[Result], theirs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Paired comparison with an earlier run's rows, by McNemar's exact test on the tasks that changed."""
+    """Compare with an earlier run's rows in pairs, by McNemar's exact test on the tasks that changed."""
     pairs = [(result.passed, bool(theirs[result.id]["passed"])) for result in ours if result.id in theirs]
     better = sum(new and not old for new, old in pairs)
     worse = sum(old and not new for new, old in pairs)
@@ -279,7 +281,7 @@ def compare(ours: Sequence[Result], theirs: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """The summary for a person."""
+    """Return the summary as text."""
     names = [name for name in _SHARES if name in summary]
     rows = [f"{'':22}" + "".join(f"{_SHARES[name]:>14}" for name in names)]
     rows += [
@@ -287,12 +289,12 @@ def describe(summary: Mapping[str, Any]) -> str:
     ]
     p50, p95 = summary["latency_ms"].values()
     rows.append(
-        f"{summary['tasks']} tasks with {summary['model']}; {p50:.0f} ms, p95 {p95:.0f}; "
-        f"{summary['sentinels']} with a sentinel, {summary['repeat_next_line']} that repeat the next line"
+        f"{summary['tasks']} tasks with {summary['model']}; latency p50 {p50:.0f} ms, p95 {p95:.0f} ms; "
+        f"{summary['sentinels']} with a sentinel, {summary['repeat_next_line']} repeat the next line"
     )
-    rows += [f"left out, {language}: {why}" for language, why in summary["skipped"].items()]
+    rows += [f"skipped, {language}: {why}" for language, why in summary["skipped"].items()]
     if summary["network"]:
-        rows.append("note: `unshare` cannot take the network from programs here")
+        rows.append("note: programs have network access, because `unshare` does not work here")
     if "compared" in summary:
         rows.append(
             "compared: {better} better, {worse} worse of {tasks}, p = {p}".format(**summary["compared"])

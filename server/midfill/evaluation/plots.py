@@ -1,4 +1,4 @@
-"""Pictures of the evaluations. By matplotlib, an extra."""
+"""Plots of the evaluations, with matplotlib (an extra)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLOURS = ("#4393c3", "#d6604d", "#1a9850", "#999999")
 
 
 def infilling(summary: Mapping[str, Any], path: Path) -> None:
-    """Bars by kind: what passes, what is exact, how similar. Raises `MidfillError`."""
+    """Draw bars by kind: shares that pass and that are exact, and similarity. Raises `MidfillError`."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -43,7 +43,7 @@ def infilling(summary: Mapping[str, Any], path: Path) -> None:
 def repository(
     results: Sequence[Result], summary: Mapping[str, Any], path: Path, by: Calibration = BUILT_IN
 ) -> None:
-    """How good by kind of place, and how reliable the confidence is. Raises `MidfillError`."""
+    """Draw the quality by kind of hole, and the reliability of the confidence. Raises `MidfillError`."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
@@ -68,7 +68,7 @@ def repository(
 
 
 def _reliability(axes: Axes, results: Sequence[Result], by: Calibration) -> None:
-    """How often beginnings of suggestions are right, against how likely that was said to be."""
+    """Draw a reliability diagram: how often prefixes of suggestions are right, by their confidence."""
     judged = [
         (confidence(result.evidence, end, by), score(result.text[:end], result.truth).right)
         for result in results
@@ -76,7 +76,7 @@ def _reliability(axes: Axes, results: Sequence[Result], by: Calibration) -> None
         for end in line_prefixes(result.text)
     ]
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8)
-    axes.set_title(f"reliability, {len(judged)} beginnings of suggestions", fontsize=9)
+    axes.set_title(f"reliability, {len(judged)} prefixes of suggestions", fontsize=9)
     axes.set_xlabel("confidence")
     axes.set_ylabel("share that is right")
     for eagerness, threshold in by.thresholds.items():

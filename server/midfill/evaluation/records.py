@@ -1,7 +1,7 @@
-"""Results as they come: a file of JSON lines that a stopped run goes on from.
+"""Results of an evaluation as a file of JSON lines, from which a stopped run can resume.
 
-The first line says what was measured and how; a run with another model, seed or setting does not go on from
-it. The file holds source text, and only its owner can read it.
+The first line tells what was measured and how; a run with another model, seed or setting cannot resume it.
+The file contains source text, and only its owner can read it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from midfill.errors import MidfillError
-from midfill.system import text_files as textfiles
+from midfill.system import text_files
 
 
 class Records:
@@ -21,11 +21,11 @@ class Records:
 
     Attributes:
         header: what was measured, and how.
-        rows: the results so far, in the order in which they came.
+        rows: the results so far, in order, by id.
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
-        """Go on from `path`, or begin it; None keeps nothing.
+        """Resume the file at `path`, or create it; with None nothing is written.
 
         Raises `MidfillError` if the file is of another run, naming the difference, or cannot be used.
         """
@@ -36,18 +36,20 @@ class Records:
             return
         found = _read(path) if path.exists() else (None, {})
         if found[0] is None and found[1]:
-            raise MidfillError(f"{path} does not say how its results were made. Name another file.")
+            raise MidfillError(
+                f"{path} has results without a header, so it cannot be resumed. Use another file."
+            )
         if found[0] is not None:
             _must_agree(path, found[0], self.header)
             self.rows = found[1]
-            # A run that was killed may have left half a line.
+            # A killed run may have left an incomplete line.
             if not path.read_bytes().endswith(b"\n"):
                 self._write("\n")
             return
         self._write(json.dumps(self.header) + "\n")
 
     def keep(self, row: Mapping[str, Any]) -> None:
-        """Add one result; it has an "id"."""
+        """Add one result, which has an "id"."""
         self.rows[row["id"]] = dict(row)
         if self._path is not None:
             self._write(json.dumps(row) + "\n")
@@ -64,16 +66,18 @@ class Records:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The header and the results of a finished or unfinished run. Raises `MidfillError`."""
+    """Return the header and the results of a finished or unfinished run. Raises `MidfillError`."""
     header, rows = _read(path)
     if header is None:
-        raise MidfillError(f"{path} is not a file of results: `midfill eval ... --results FILE` makes one.")
+        raise MidfillError(
+            f"{path} is not a file of results. To make one, run: midfill eval ... --results FILE"
+        )
     return header, rows
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
     try:
-        lines = textfiles.read(path).splitlines()
+        lines = text_files.read(path).splitlines()
     except (OSError, UnicodeError) as error:
         raise MidfillError(f"Cannot read results from {path}: {str(error).rstrip('.')}.") from error
     header = None
@@ -82,7 +86,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]
         try:
             row = json.loads(line)
         except ValueError:
-            # A line cut short by a kill; that result is made again.
+            # An incomplete line of a killed run; that result is made again.
             continue
         if isinstance(row, dict) and "eval" in row:
             header = row
@@ -95,6 +99,6 @@ def _must_agree(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
             raise MidfillError(
-                f"{path} holds results with {key} = {old.get(key)!r}, now it is {new.get(key)!r}. "
-                "Name another file, or delete this one."
+                f"{path} has results with {key} = {old.get(key)!r}, but this run has {new.get(key)!r}. "
+                "Use another file, or delete this one."
             )

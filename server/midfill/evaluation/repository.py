@@ -1,8 +1,8 @@
-"""The user's own repository as the benchmark: what midfill suggests where somebody wrote something.
+"""The user's repository as a benchmark: compare suggestions with the text that its authors wrote.
 
-A suggestion is compared with what stood in the hole. Nothing is run. The confidence gate is applied to the
-results afterwards, as the pipeline does last of all, so that one run of the model shows every
-`eagerness`; `tests/unit/test_evaluation_repository.py` holds the two to the same answers.
+Runs no program of the repository. The confidence gate, the last stage of the pipeline, is applied to the
+results afterwards, so that one run of the model gives the figures of every `eagerness`;
+`tests/unit/test_evaluation_repository.py` checks that both give the same answers.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from midfill.completion.confidence import (
     Calibration,
     Eagerness,
     Evidence,
+    beginnings,
     length_to_show,
-    line_prefixes,
 )
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Filler
 from midfill.evaluation.holes import KINDS, Sample
 from midfill.evaluation.records import Records
 from midfill.evaluation.statistics import mcnemar, ratio_interval
-from midfill.system.figures import percentiles
+from midfill.system.measure import percentiles
 from midfill.text.syntax import count_errors
 
-# Whole files are parsed, and nobody waits.
+# Time limit of parsing a whole file; more than the server has, since no user waits.
 _PARSE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came for one hole.
+    """The result of one hole.
 
     Attributes:
         id, file, kind, language: of the hole.
-        line_before, line_after: the cursor's line on both sides.
-        truth: what its author wrote there.
-        text: what midfill would insert if it showed everything.
-        reason: why there is nothing.
+        line_before, line_after: the cursor's line before and after the cursor.
+        truth: the original text.
+        text: the suggestion without the confidence gate.
+        reason: why there is no suggestion.
         tokens, finished: see `Filled`.
-        latency_ms: from asking to having it.
-        broken: see `places_that_break`.
+        latency_ms: time from request to answer.
+        broken: from `breaking_lengths`.
     """
 
     id: str
@@ -64,14 +64,14 @@ class Result:
 
     @property
     def evidence(self) -> Evidence:
-        """What the confidence gate judges it by."""
+        """The input of the confidence gate."""
         return Evidence(self.text, self.tokens, self.finished, self.line_before)
 
 
 async def evaluate(
     samples: Sequence[Sample], filler: Filler, records: Records, tell: Callable[[float], None]
 ) -> None:
-    """Fill every hole that `records` does not have yet; `tell` hears the share done."""
+    """Fill every hole that `records` does not have yet; `tell` is called with the share done."""
     for number, sample in enumerate(samples):
         if sample.id not in records.rows:
             filled = await filler.fill(sample.hole, Trigger.AUTOMATIC)
@@ -88,16 +88,16 @@ async def evaluate(
                 tuple((end, round(logprob, 4)) for end, logprob in filled.tokens),
                 filled.finished,
                 round(filled.latency_ms, 1),
-                places_that_break(sample, filled.text),
+                breaking_lengths(sample, filled.text),
             )
             records.keep(asdict(result))
         tell((number + 1) / len(samples))
 
 
-def places_that_break(sample: Sample, text: str) -> tuple[int, ...] | None:
-    """Of the lengths that a suggestion could be cut to, those with more syntax errors than the truth has.
+def breaking_lengths(sample: Sample, text: str) -> tuple[int, ...] | None:
+    """Return the lengths to cut a suggestion to that give more syntax errors than the original text.
 
-    It is the whole file that is parsed. None where there is no grammar for it.
+    Parses the whole file. None if there is no grammar for its language.
     """
     before, after, language = sample.hole.before, sample.hole.after, sample.hole.language
     usual = count_errors(before + sample.truth + after, language, _PARSE_S)
@@ -109,7 +109,7 @@ def places_that_break(sample: Sample, text: str) -> tuple[int, ...] | None:
 
 
 def read_result(row: Mapping[str, Any]) -> Result:
-    """A result from the row that `Records` keeps."""
+    """Return a result from the row that `Records` keeps."""
     tokens = tuple((end, logprob) for end, logprob in row["tokens"])
     broken = row.get("broken")
     return Result(**{**row, "tokens": tokens, "broken": None if broken is None else tuple(broken)})
@@ -117,17 +117,16 @@ def read_result(row: Mapping[str, Any]) -> Result:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How good a suggestion is, by what stood there.
+    """The quality of a suggestion, compared with the original text.
 
     Attributes:
         shown: there is a suggestion.
-        exact: it is what stood there.
-        first_line: its first line is.
-        right: all its lines are, as far as it goes: it can be accepted as it is.
-        too_long: it has all that stood there, and lines more.
-        similarity: 0..1, of Ratcliff and Obershelp.
-        saved_chars: characters of the lines at its begin that are right: those that an oracle takes over,
-            line by line.
+        exact: it equals the original.
+        first_line: its first line is right.
+        right: all its lines are right, so it can be accepted as it is (it may be shorter than the original).
+        too_long: it has all lines of the original, and more.
+        similarity: 0..1, by Ratcliff and Obershelp.
+        saved_chars: characters of its leading right lines, which an oracle would accept line by line.
     """
 
     shown: bool
@@ -140,7 +139,7 @@ class Score:
 
 
 def score(text: str, truth: str) -> Score:
-    """Compare a suggestion with the truth; blanks at line ends do not count."""
+    """Compare a suggestion with the original text, ignoring blanks at line ends."""
     ours, theirs = _rows(text), _rows(truth)
     if not ours:
         return Score(False, not theirs, False, False, False, float(not theirs), 0)
@@ -170,7 +169,7 @@ def _rows(text: str) -> list[str]:
 
 
 def summarise(results: Sequence[Result], eagerness: Eagerness, by: Calibration = BUILT_IN) -> dict[str, Any]:
-    """All figures, as `--json` prints them: those of one `eagerness`, and the trade-off of each of them."""
+    """Return the figures of one `eagerness`, and the trade-off of all, as `--json` prints them."""
     summary = {"eagerness": str(eagerness), "calibration": by.source or None}
     summary |= _figures(results, eagerness, by)
     names = ("shown", "precision", "exact", "too_long")
@@ -186,7 +185,7 @@ def summarise(results: Sequence[Result], eagerness: Eagerness, by: Calibration =
 
 
 def shown_text(result: Result, eagerness: Eagerness, by: Calibration = BUILT_IN) -> str:
-    """What of a result the user would see."""
+    """Return the part of a suggestion that the user would see."""
     return result.text[: length_to_show(result.evidence, eagerness, by)]
 
 
@@ -245,20 +244,21 @@ def compare(
     after: tuple[Mapping[str, Any], Mapping[str, Mapping[str, Any]]],
     eagerness: Eagerness,
 ) -> dict[str, Any]:
-    """What is better in the results `after` than in the results `before`, over the holes that both have.
+    """Compare two files of results over the holes that both have.
 
-    Each is a header and rows, as `records.read` gives them; both are shown with the same `eagerness`. The
-    intervals are of the mean difference, with files drawn again. Raises `MidfillError` if they have no hole
-    in common.
+    Each is a header and rows from `records.read`; both get the same `eagerness`. The intervals are those of
+    the mean difference, by a bootstrap over files. Raises `MidfillError` if they have no hole in common.
     """
     for header, _ in (before, after):
         if header.get("eval") != "repo":
-            raise MidfillError("--compare needs two files of results that `midfill eval repo` has made.")
+            raise MidfillError("--compare needs two files of results from `midfill eval repo --results`.")
     pairs = [
         (read_result(row), read_result(after[1][id_])) for id_, row in before[1].items() if id_ in after[1]
     ]
     if not pairs:
-        raise MidfillError("The two files have no hole in common: they are of other text, or another seed.")
+        raise MidfillError(
+            "The two files have no hole in common: the repository or the seed differs between them."
+        )
     both = [
         (score(shown_text(old, eagerness), old.truth), score(shown_text(new, eagerness), new.truth))
         for old, new in pairs
@@ -291,7 +291,7 @@ def compare(
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """The summary for a person."""
+    """Return the summary as text."""
     names = ("exact", "first_line", "similarity", "shown", "precision", "too_long")
     kinds = list(summary["shown"])
     rows = [f"{'':14}" + "".join(f"{name.replace('_', ' '):>12}" for name in names)]
@@ -304,12 +304,12 @@ def describe(summary: Mapping[str, Any]) -> str:
     (p50, p95), quiet = summary["latency_ms"].values(), summary["silent_where_nothing"]
     rows.append(
         f"{summary['holes']} holes in {summary['files']} files; an oracle saves "
-        f"{summary['saved_share'] or 0:.1%} of the characters; {p50:.0f} ms, p95 {p95:.0f}"
+        f"{summary['saved_share'] or 0:.1%} of the characters; latency p50 {p50:.0f} ms, p95 {p95:.0f} ms"
     )
     if (errors := summary["syntax_errors"]) is not None:
-        rows.append(f"{errors:.1%} of what is shown brings syntax errors into the file")
+        rows.append(f"{errors:.1%} of the shown suggestions add syntax errors to the file")
     if quiet is not None:
-        rows.append(f"silent at {quiet:.1%} of the places where nothing was written")
+        rows.append(f"no suggestion at {quiet:.1%} of the holes whose original text is empty")
     for level, trade in summary["by_eagerness"].items():
         rows.append(
             f"eagerness {level:7} shows {trade['shown'] or 0:6.1%}, {trade['precision'] or 0:6.1%} right, "
@@ -317,12 +317,12 @@ def describe(summary: Mapping[str, Any]) -> str:
             + (" (this run)" if level == summary["eagerness"] else "")
         )
     if reasons := ", ".join(f"{name} {count}" for name, count in summary["reasons"].items()):
-        rows.append(f"nothing shown: {reasons}")
+        rows.append(f"no suggestion, because: {reasons}")
     return "\n".join(rows)
 
 
 def describe_difference(difference: Mapping[str, Any]) -> str:
-    """A comparison for a person."""
+    """Return a comparison as text."""
     rows = [f"{'':14}{'before':>9}{'after':>9}{'gain':>9}   95 % interval over files"]
     for name, figure in difference.items():
         if isinstance(figure, dict) and "gain" in figure:

@@ -1,9 +1,8 @@
-"""Running programs that a model has written a part of.
+"""Run programs that a model has partly written, with limits.
 
-Each runs in a folder and a process group of its own, with nothing of our environment, with limits on time,
-memory and file sizes. Where Linux lets `unshare` do it, it also has no network, and a process namespace that
-ends with it, so that nothing it starts outlives it. It can read what you can read, and write what you can
-write: only tasks that are trusted should be run.
+Each runs in its own folder and process group, with an empty environment and limits on time, memory and file
+sizes. Where `unshare` works (Linux), it also has no network, and a process namespace that ends with it, so
+that no child outlives it. It has your permissions to read and write files: run trusted tasks only.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pathlib import Path
 from midfill.system.programs import find_program
 
 _WALL_S = 10.0
-# A Java program is compiled first.
+# CPU seconds; a Java program is compiled first.
 _CPU_S = 20
 _FILE_BYTES = 1 << 20
 _MEMORY_MB = 1024
@@ -29,26 +28,26 @@ _ISOLATED = ("--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-ch
 
 
 def missing(language: str) -> str | None:
-    """Why programs in `language` cannot be run here, a sentence; None if they can."""
+    """Return a sentence why programs in `language` cannot be run here, or None if they can."""
     if language == "python":
         return None
     if language == "javascript":
         return None if find_program("node") else "`node` is not on the PATH."
     if language == "java":
-        # `java` alone, without the compiler, cannot run a source file.
+        # `java` without the compiler cannot run a source file.
         return None if find_program("java") and find_program("javac") else "There is no JDK on the PATH."
     return f"Programs in {language} cannot be run."
 
 
 @functools.cache
 def isolation() -> tuple[str, ...]:
-    """The command that takes network and process ids away; () where the system does not allow it."""
+    """Return the command that isolates network and processes; () where the system does not allow it."""
     unshare, true = find_program("unshare"), find_program("true")
     if unshare is None or true is None:
         return ()
     command = (unshare, *_ISOLATED)
     try:
-        # Containers often have the program, and forbid what it does.
+        # Containers often have the program, but forbid what it does.
         tried = subprocess.run([*command, true], capture_output=True, check=False, timeout=5)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return ()
@@ -56,7 +55,7 @@ def isolation() -> tuple[str, ...]:
 
 
 async def passes(language: str, program: str) -> bool:
-    """Whether a program ends with status 0 within its limits. See `missing` first."""
+    """Run a program; return whether it ends with status 0 within its limits. Check `missing` first."""
     with tempfile.TemporaryDirectory(prefix="midfill-eval-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / _FILES[language]
         path.write_text(program, encoding="utf-8", errors="replace")
@@ -94,7 +93,7 @@ def _limit(language: str) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S))
     resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # node and java reserve address space that they never use, and have options of their own.
+    # node and java reserve address space that they never use; their memory is limited by options.
     if language == "python":
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_MB << 20, _MEMORY_MB << 20))
 

@@ -51,7 +51,7 @@ from midfill.lsp.progress import Progress
 from midfill.lsp.protocol import Protocol
 from midfill.models.store import find as find_model
 from midfill.settings import Settings, keep_start_only, merge
-from midfill.system import last_used as activity
+from midfill.system import last_request
 from midfill.system import malloc as heap
 from midfill.system.printable import printable
 from midfill.text import secret_shapes
@@ -516,9 +516,9 @@ class MidfillServer(LanguageServer):
         if snapshot is None:
             _LOG.info("empty answer: %s", Reason.NOT_OPEN)
             return Answer(reason=Reason.NOT_OPEN)
-        if activity.is_due():
+        if last_request.is_due():
             # By a thread: the folder may be on a slow disk.
-            asyncio.get_running_loop().run_in_executor(None, activity.note)
+            asyncio.get_running_loop().run_in_executor(None, last_request.mark)
         answer = await self.state.completer.complete(snapshot, trigger)
         self.state.costs.answered(answer.source, answer.reason, answer.latency_ms)
         if snapshot.document.uri in self.state.documents:

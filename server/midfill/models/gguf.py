@@ -1,8 +1,8 @@
-"""GGUF files into the folder that the engine loads: config.json, tokenizer.json, model.safetensors.
+"""Convert a GGUF file to a folder that the engine loads: config.json, tokenizer.json, model.safetensors.
 
-Done once per file. The weights are dequantised block by block and written straight to the safetensors
-file in bfloat16, so a model of any size takes little memory. Knows how llama.cpp's converter renamed
-and rearranged the weights of each supported architecture; nothing of the cache or of downloads.
+Done once per file. The weights are dequantised block by block and written directly to the safetensors file in
+bfloat16, so a model of any size takes little memory. Knows how llama.cpp's converter renames and rearranges
+the weights of each supported architecture; nothing of the cache or of downloads.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float | None], None]
 
-# Values dequantised at a time. Chosen by measurement on 2 cores: 200 million values per second, where
-# blocks that leave the processor's cache (4 million values) reach 35 to 60.
+# Values dequantised at a time. Measured on 2 cores: 200 million values per second; blocks that do not fit in
+# the processor's cache (4 million values) reach 35 to 60.
 _BLOCK_VALUES = 262_144
 
-# From this cosine on, a file's separate head is the embedding, only quantised with more bits.
-# Measured on Qwen2.5-Coder-0.5B Q4: 0.999; heads that were trained apart are far below.
+# From this cosine similarity on, a file's separate head is taken for the embedding, quantised with more bits.
+# Measured on Qwen2.5-Coder-0.5B Q4: 0.999; heads that were trained separately are far below.
 _TIED_COSINE = 0.98
 
 _ATTENTION = {
@@ -51,19 +51,19 @@ _LLAMA_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class _Architecture:
-    """How one architecture's weights and metadata become transformers' own.
+    """How to convert one architecture's weights and metadata to transformers' names and layout.
 
     Attributes:
         model_type: transformers' name.
         model_class: the class for `architectures` in config.json.
-        names: of the weights outside the layers, and the prefix of a layer ("layer").
-        layer: of the weights inside a layer.
+        names: names of the weights outside the layers, and the prefix of a layer ("layer").
+        layer: names of the weights inside a layer.
         biased: GGUF names of the weights that also have a bias.
-        config: config.json keys from metadata keys without the architecture's prefix; a key that
-            ends in "?" may be missing.
+        config: metadata key, without the architecture's prefix, by config.json key; one that ends in "?" may
+            be missing.
         constants: further config.json keys.
-        interleaved: query and key rows were permuted for llama.cpp's rotary embedding.
-        norm_offset: what llama.cpp's converter added to the norms' weights.
+        interleaved: whether query and key rows were permuted for llama.cpp's rotary embedding.
+        norm_offset: the number that llama.cpp's converter added to the norms' weights.
     """
 
     model_type: str
@@ -156,7 +156,7 @@ _ARCHITECTURES = {
             "n_positions": "context_length",
             "layer_norm_epsilon": "attention.layer_norm_epsilon",
         },
-        # llama.cpp knows the multi-query form alone, and computes GELU by tanh whatever the model did.
+        # llama.cpp supports the multi-query form only, and always computes GELU by tanh.
         constants={"activation_function": "gelu_pytorch_tanh", "multi_query": True},
     ),
 }
@@ -164,13 +164,13 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """One weight of the result and where it comes from.
+    """One weight of the result and its source.
 
     Attributes:
         name: transformers' name.
         source: the tensor in the GGUF file.
-        head_rows: rows per attention head whose order is undone, or 0.
-        subtract: a number taken off every value.
+        head_rows: rows per attention head if their permutation must be undone, else 0.
+        subtract: a number to subtract from every value.
     """
 
     name: str
@@ -180,12 +180,12 @@ class _Weight:
 
 
 def supported_architectures() -> list[str]:
-    """The values of `general.architecture` that `convert` takes."""
+    """Return the values of `general.architecture` that `convert` supports."""
     return sorted(_ARCHITECTURES)
 
 
 def tokenizer_from_gguf(path: Path) -> FastTokenizer:
-    """The tokenizer inside a GGUF file, which may hold nothing else.
+    """Return the tokenizer inside a GGUF file, which may have no weights.
 
     Raises:
         ModelError: the file or its vocabulary cannot be used.
@@ -195,7 +195,7 @@ def tokenizer_from_gguf(path: Path) -> FastTokenizer:
 
 
 def converted_bytes(path: Path) -> int:
-    """How much disk space `convert` will need, in bytes, within a few percent."""
+    """Return the disk space in bytes that `convert` needs, within a few percent."""
     with open_gguf(path) as file:
         values = sum(tensor.num_rows * tensor.shape[-1] for tensor in file.tensors.values())
     return values * 2 + 50_000_000
@@ -206,7 +206,7 @@ def convert(path: Path, folder: Path, progress: Progress) -> None:
 
     Args:
         path: the GGUF file.
-        folder: exists and is empty; on an error it is left half written, for the caller to delete.
+        folder: an existing, empty folder; after an error it is incomplete, and the caller deletes it.
         progress: told the share of the weights that is done.
 
     Raises:
@@ -231,11 +231,11 @@ def _architecture(file: GGUFFile) -> _Architecture:
     known = _ARCHITECTURES.get(name) if isinstance(name, str) else None
     if known is None:
         raise ModelError(
-            f"{file.path} is a model of the architecture {name!r}; midfill converts "
+            f"{file.path} has the architecture {name!r}; midfill can convert "
             f"{', '.join(supported_architectures())}. Use the model's safetensors version."
         )
     if not file.tensors:
-        raise ModelError(f"{file.path} holds a vocabulary but no weights, so it cannot be used as a model.")
+        raise ModelError(f"{file.path} has a vocabulary but no weights, so it cannot be used as a model.")
     return known
 
 
@@ -266,8 +266,8 @@ def _config(file: GGUFFile, architecture: _Architecture, *, tied: bool) -> dict[
         config["rope_scaling"] = {"type": "linear", "rope_type": "linear", "factor": factor}
     elif scaling != "none":
         raise ModelError(
-            f"{file.path} scales its positions by the method {scaling!r}, which midfill does not convert. "
-            "Use the model's safetensors version."
+            f"{file.path} uses the RoPE scaling {scaling!r}, which midfill cannot convert. Use the model's "
+            "safetensors version."
         )
     for name in ("bos", "eos", "padding"):
         if isinstance(token := metadata.get(f"tokenizer.ggml.{name}_token_id"), int):
@@ -276,14 +276,14 @@ def _config(file: GGUFFile, architecture: _Architecture, *, tied: bool) -> dict[
 
 
 def _check_ids(config: Mapping[str, Any], tokenizer: FastTokenizer, path: Path) -> None:
-    """The ids in config.json exist, and mean control tokens."""
+    """Check that the token ids in config.json exist and are control tokens. Raises `ModelError`."""
     if tokenizer.num_ids > config["vocab_size"]:
         raise ModelError(
-            f"{path} contradicts itself: {tokenizer.num_ids} tokens for {config['vocab_size']} embeddings."
+            f"{path} is inconsistent: {tokenizer.num_ids} tokens, but {config['vocab_size']} embeddings."
         )
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if (token := config.get(key)) is not None and token not in tokenizer.control_ids:
-            raise ModelError(f"{path} contradicts itself: its {key}, {token}, is no control token.")
+            raise ModelError(f"{path} is inconsistent: its {key}, {token}, is not a control token.")
 
 
 def _tokenizer_config(config: Mapping[str, Any], file: GGUFFile) -> dict[str, Any]:
@@ -297,7 +297,7 @@ def _tokenizer_config(config: Mapping[str, Any], file: GGUFFile) -> dict[str, An
 
 
 def _plan(file: GGUFFile, architecture: _Architecture) -> tuple[list[_Weight], bool]:
-    """Every weight of the result, and whether head and embedding are one.
+    """Return all weights of the result, and whether head and embedding are tied.
 
     Raises:
         ModelError: a weight is missing, or the file has one that the architecture does not know.
@@ -320,23 +320,25 @@ def _plan(file: GGUFFile, architecture: _Architecture) -> tuple[list[_Weight], b
         if architecture.interleaved and kind in heads:
             count = heads[kind]
             if not isinstance(count, int) or count < 1 or source.shape[0] % (2 * count):
-                raise ModelError(f"{file.path} cannot be converted: {name!r} does not divide into its heads.")
+                raise ModelError(
+                    f"{file.path} cannot be converted: the rows of {name!r} do not divide into its heads."
+                )
             head_rows = source.shape[0] // count
         is_norm = kind.endswith("norm")
         weights.append(_Weight(target, source, head_rows, architecture.norm_offset if is_norm else 0.0))
     if left:
         raise ModelError(
-            f"{file.path} has weights that midfill cannot place, such as {min(left)!r}. "
+            f"{file.path} has weights that midfill does not know, such as {min(left)!r}. "
             "Use the model's safetensors version."
         )
     return _tie(file, weights)
 
 
 def _expected(file: GGUFFile, architecture: _Architecture) -> Iterator[tuple[str, str]]:
-    """Names in the file and in the result, for every weight and bias."""
+    """Iterate over (name in the file, name in the result) of all weights and biases."""
     blocks = file.metadata.get(f"{file.metadata['general.architecture']}.block_count")
     if not isinstance(blocks, int) or not 0 < blocks <= len(file.tensors):
-        raise ModelError(f"{file.path} is damaged: it says it has {blocks!r} layers. Fetch it again.")
+        raise ModelError(f"{file.path} is damaged: its metadata gives {blocks!r} layers. Fetch it again.")
     pairs = [(name, name, target) for name, target in architecture.names.items() if name != "layer"]
     for i in range(blocks):
         layer = architecture.names["layer"].format(i)
@@ -348,7 +350,7 @@ def _expected(file: GGUFFile, architecture: _Architecture) -> Iterator[tuple[str
 
 
 def _tie(file: GGUFFile, weights: list[_Weight]) -> tuple[list[_Weight], bool]:
-    """Keep one of embedding and head where they are the same matrix: the one with more bits."""
+    """If embedding and head are the same matrix, keep the one with more bits only."""
     import numpy as np  # noqa: PLC0415 - `model list` needs no numpy
 
     by_source = {weight.source.name: weight for weight in weights}
@@ -357,7 +359,7 @@ def _tie(file: GGUFFile, weights: list[_Weight]) -> tuple[list[_Weight], bool]:
     if head is None:
         return weights, True
     if head.source.shape != embedding.source.shape:
-        raise ModelError(f"{file.path} contradicts itself: its head and its embedding differ in shape.")
+        raise ModelError(f"{file.path} is inconsistent: head and embedding differ in shape.")
     sampled = range(0, embedding.source.num_rows, max(1, embedding.source.num_rows // 256))
     cosines = []
     for row in sampled:
@@ -373,7 +375,7 @@ def _tie(file: GGUFFile, weights: list[_Weight]) -> tuple[list[_Weight], bool]:
 
 
 def _write_weights(file: GGUFFile, weights: list[_Weight], out: BinaryIO, progress: Progress) -> None:
-    """The weights as one safetensors file: 8 bytes of header length, a JSON header, raw values.
+    """Write the weights as one safetensors file: 8 bytes of header length, a JSON header, raw values.
 
     Format: https://github.com/huggingface/safetensors#format
     """
@@ -399,7 +401,7 @@ def _write_weights(file: GGUFFile, weights: list[_Weight], out: BinaryIO, progre
 
 
 def _blocks(file: GGUFFile, weight: _Weight) -> Iterator[NDArray[np.uint16]]:
-    """A weight's values as the bits of bfloat16, a block of rows at a time."""
+    """Iterate over blocks of a weight's rows, as the bits of bfloat16."""
     import numpy as np  # noqa: PLC0415 - `model list` needs no numpy
 
     source = weight.source
@@ -410,11 +412,12 @@ def _blocks(file: GGUFFile, weight: _Weight) -> Iterator[NDArray[np.uint16]]:
         rows = file.rows(source, first, min(step, source.num_rows - first))
         if not np.isfinite(rows).all():
             raise ModelError(
-                f"{file.path} is damaged: {source.name!r} has values that are no numbers. Fetch it again."
+                f"{file.path} is damaged: {source.name!r} has values that are NaN or infinite. "
+                "Fetch it again."
             )
         if weight.head_rows:
-            # llama.cpp has the two halves of a head's rotary pairs side by side; transformers has one
-            # half after the other. Inverse of `permute` in llama.cpp's convert_hf_to_gguf.py.
+            # llama.cpp interleaves the two halves of a head's rotary pairs; transformers has one half after
+            # the other. Inverse of `permute` in llama.cpp's convert_hf_to_gguf.py.
             rows = rows.reshape(-1, weight.head_rows // 2, 2, rows.shape[-1]).swapaxes(1, 2)
         if weight.subtract:
             rows = rows - np.float32(weight.subtract)
@@ -422,7 +425,7 @@ def _blocks(file: GGUFFile, weight: _Weight) -> Iterator[NDArray[np.uint16]]:
 
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The upper half of each float32, rounded to the nearest, ties to even."""
+    """Return the values as bits of bfloat16, rounded to nearest, ties to even."""
     import numpy as np  # noqa: PLC0415 - `model list` needs no numpy
 
     bits = values.view(np.uint32)

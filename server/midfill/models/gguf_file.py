@@ -1,11 +1,11 @@
-"""The GGUF container: metadata and where each tensor's bytes lie.
+"""Read the GGUF container format: metadata and the location of each tensor.
 
 Knows the file format and the shapes of its quantised blocks; nothing of architectures, tokenizers or
-midfill's cache. Every count in the file is checked against the bytes that are there before anything
-is allocated, so that a damaged or hostile file ends in a `ModelError`.
+midfill's cache. Every count in the file is checked against the file's size before anything is allocated, so
+that a damaged or hostile file raises a `ModelError`.
 
-The `gguf` library's own reader is not used: it builds one numpy view per array entry, which takes
-half a minute on a vocabulary of 150,000 tokens. This one takes well under a second.
+The `gguf` library's own reader is not used: it builds one numpy view per array entry, which takes half a
+minute for a vocabulary of 150,000 tokens. This one takes well under a second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _STRING = 8
 _ARRAY = 9
 _MAX_DIMENSIONS = 4
 _MAX_KEY_BYTES = 65_535
-# Far more than any model has; as Python objects values take up to a hundred times their bytes in the file.
+# Far more than any model has. As Python objects, values take up to a hundred times their size in the file.
 _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 17
 _MAX_ENTRIES = 1 << 22
@@ -40,13 +40,13 @@ _MAX_TEXT_BYTES = 1 << 28
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies.
+    """The location of a tensor.
 
     Attributes:
         name: its name in the file, for example "blk.0.attn_q.weight".
-        shape: as torch and numpy have it, slowest dimension first (the file has it reversed).
+        shape: as in torch and numpy, slowest dimension first (the file has it reversed).
         type_name: the ggml type, for example "Q8_0".
-        offset: of its first byte in the file.
+        offset: offset of its first byte in the file.
         row_bytes: bytes of one row (the last dimension).
     """
 
@@ -58,7 +58,7 @@ class TensorInfo:
 
     @property
     def num_rows(self) -> int:
-        """How many rows of the last dimension there are."""
+        """Number of rows of the last dimension."""
         rows = 1
         for size in self.shape[:-1]:
             rows *= size
@@ -67,7 +67,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """An open GGUF file: its metadata, its tensors, and their values on demand."""
+    """An open GGUF file: its metadata, its tensors, and their values on request."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -75,7 +75,7 @@ class GGUFFile:
     _bytes: mmap.mmap
 
     def rows(self, tensor: TensorInfo, first: int, count: int) -> NDArray[np.float32]:
-        """Rows `first` to `first + count` of a tensor as float32, shape (count, last dimension)."""
+        """Return rows `first` to `first + count` of a tensor as float32, shape (count, last dimension)."""
         import gguf  # noqa: PLC0415 - takes 0.2 s, which `model list` need not pay
         import numpy as np  # noqa: PLC0415
 
@@ -93,7 +93,7 @@ def open_gguf(path: Path) -> Iterator[GGUFFile]:
     """Open a GGUF file for reading.
 
     Raises:
-        ModelError: the file cannot be read, is not GGUF, is cut short or contradicts itself.
+        ModelError: the file cannot be read, is not GGUF, is incomplete or inconsistent.
     """
     try:
         stream = path.open("rb")
@@ -107,13 +107,13 @@ def open_gguf(path: Path) -> Iterator[GGUFFile]:
     try:
         yield _Reader(path, mapped).read()
     finally:
-        # An exception's traceback may still hold an array over the bytes; the map then goes with it.
+        # An exception's traceback may still hold an array over the mapped bytes; it then closes the map.
         with suppress(BufferError):
             mapped.close()
 
 
 class _Reader:
-    """Reads a header from front to back, with every length checked against what is left."""
+    """Reads a header sequentially; checks every length against the rest of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path
@@ -154,7 +154,7 @@ class _Reader:
         return GGUFFile(self._path, metadata, tensors, self._data)
 
     def _damaged(self, what: str) -> ModelError:
-        return ModelError(f"The model file {self._path} is damaged or cut short: {what}. Fetch it again.")
+        return ModelError(f"The model file {self._path} is damaged or incomplete: {what}. Fetch it again.")
 
     def _unpack(self, code: str, count: int = 1) -> tuple[Any, ...]:
         layout = f"<{code}" if count == 1 else f"<{count}{code}"
@@ -174,8 +174,8 @@ class _Reader:
             raise self._damaged(f"its header has more than {_MAX_TEXT_BYTES >> 20} MB of text")
         raw = self._data[self._at : self._at + length]
         self._at += length
-        # Vocabularies hold the byte alphabet of BPE, which is valid UTF-8; anything else is damage that
-        # the checks on the tokenizer find, with a better message than a failed decode.
+        # Vocabularies use the byte alphabet of BPE, which is valid UTF-8; the tokenizer's checks report
+        # anything else with a better message than a failed decode.
         return raw.decode("utf-8", errors="replace")
 
     def _value(self, kind: int, key: str) -> Any:
@@ -225,12 +225,12 @@ class _Reader:
                 quant = gguf.GGMLQuantizationType(kind)
             except ValueError as error:
                 raise ModelError(
-                    f"The tensor {name!r} of {self._path} has the unknown type {kind}; a newer version of "
-                    "the gguf package may know it (pip install --upgrade gguf)."
+                    f"The tensor {name!r} of {self._path} has the unknown type {kind}. A newer version of "
+                    "the gguf package may know it: pip install --upgrade gguf"
                 ) from error
             block, block_bytes = gguf.GGML_QUANT_SIZES[quant]
             if shape[-1] % block:
-                raise self._damaged(f"the rows of {name!r} are no whole number of {quant.name} blocks")
+                raise self._damaged(f"the rows of {name!r} are not whole {quant.name} blocks")
             row_bytes = shape[-1] // block * block_bytes
             info = TensorInfo(name, shape, quant.name, start + offset, row_bytes)
             if 0 in shape or info.offset + info.num_rows * row_bytes > self._size:

@@ -1,8 +1,8 @@
-"""A tokenizer.json made from the vocabulary inside a GGUF file.
+"""Make a tokenizer.json from the vocabulary inside a GGUF file.
 
-Knows the tokenizer keys of GGUF and how llama.cpp's pre-tokenizer names map to the steps of the
-`tokenizers` library; nothing of weights. The file is written as plain JSON: building the same through
-transformers takes 22 s for the vocabulary of Qwen2.5-Coder, this takes well under a second.
+Knows the tokenizer keys of GGUF and which steps of the `tokenizers` library correspond to llama.cpp's
+pre-tokenizer names; nothing of weights. The JSON is built directly: through transformers the vocabulary of
+Qwen2.5-Coder takes 22 s, this takes well under a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from midfill.errors import ModelError
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 _MAX_TOKENS = 1 << 20
-# The sum of the squares of the tokens' lengths: what looking for their merges takes.
+# Maximum sum of the squared lengths of the tokens, to which the search for merges is proportional.
 _MAX_MERGE_WORK = 1 << 27
 
 _SPACE_MARK = "\u2581"
@@ -38,7 +38,7 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
 
 _DIGITS = {"type": "Digits", "individual_digits": True}
 
-# What splits the text before BPE, by `tokenizer.ggml.pre`: the steps of the original tokenizer.json.
+# Pre-tokenization by `tokenizer.ggml.pre`: the steps of the original tokenizer.json.
 _PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_byte_level(use_regex=True)],
     "starcoder": [_DIGITS, _byte_level(use_regex=True)],
@@ -58,26 +58,28 @@ _PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 
 
 def tokenizer_json(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The content of a tokenizer.json with the same ids as the GGUF file.
+    """Return the content of a tokenizer.json with the same ids as the GGUF file.
 
-    Placeholders that only pad the vocabulary to the embedding's size ("[PAD151665]") are left out.
+    Placeholders that only pad the vocabulary to the embedding's size ("[PAD151665]") are skipped.
 
     Args:
-        metadata: the file's.
+        metadata: the file's metadata.
         source: the file's name, for messages.
 
     Raises:
-        ModelError: the vocabulary is missing, contradicts itself, or is of an unsupported kind.
+        ModelError: the vocabulary is missing, inconsistent, or of an unsupported kind.
     """
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(text, str) for text in tokens):
-        raise ModelError(f"{source} holds no vocabulary, so it cannot be used as a model.")
+        raise ModelError(f"{source} has no vocabulary, so it cannot be used as a model.")
     if len(tokens) > _MAX_TOKENS:
-        raise ModelError(f"The vocabulary of {source} has {len(tokens)} tokens; {_MAX_TOKENS} are read.")
+        raise ModelError(
+            f"The vocabulary of {source} has {len(tokens)} tokens; the maximum is {_MAX_TOKENS}."
+        )
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise ModelError(f"The vocabulary of {source} is damaged: tokens and their types differ in number.")
-    # Where two ids have one spelling (seen in padded vocabularies), the first is the one that is used.
+    # If two ids have the same text (seen in padded vocabularies), the first is used.
     kinds: dict[str, tuple[int, int]] = {}
     for i, (text, kind) in enumerate(zip(tokens, types, strict=True)):
         if text != f"[PAD{i}]":
@@ -88,7 +90,7 @@ def tokenizer_json(metadata: Mapping[str, Any], source: str) -> dict[str, Any]:
     if model == "llama":
         return _sentencepiece_bpe(metadata, kinds, source)
     raise ModelError(
-        f"The vocabulary of {source} is of the kind {model!r}; midfill converts gpt2 (byte-level BPE) and "
+        f"The vocabulary of {source} is of the kind {model!r}; midfill can convert gpt2 (byte-level BPE) and "
         "llama (SentencePiece BPE). Use the model's safetensors version."
     )
 
@@ -100,14 +102,14 @@ def _byte_level_bpe(
     steps = _PRE_TOKENIZERS.get(pre) if isinstance(pre, str) else None
     if steps is None:
         raise ModelError(
-            f"{source} splits text by the rule {pre!r}, which midfill does not know; known are "
+            f"{source} has the pre-tokenizer {pre!r}, which midfill does not know; it knows "
             f"{', '.join(sorted(_PRE_TOKENIZERS))}. Use the model's safetensors version."
         )
     listed = metadata.get("tokenizer.ggml.merges")
     merges = [str(merge).split(" ") for merge in listed] if isinstance(listed, list) else []
     if not merges or any(len(pair) != 2 for pair in merges):
         raise ModelError(f"The vocabulary of {source} is damaged: its list of merges is missing or broken.")
-    # A single character of user-defined type (DeepSeek-Coder has 13) is a byte, not a mark.
+    # A single character of user-defined type (DeepSeek-Coder has 13) is a byte, not an added token.
     added = {text: kind for text, kind in kinds.items() if len(text) > 1 or kind[1] == _CONTROL}
     return _description(
         kinds,
@@ -156,7 +158,7 @@ def _sentencepiece_bpe(
 def _merges_by_score(
     kinds: Mapping[str, tuple[int, int]], scores: list[float], source: str
 ) -> list[list[str]]:
-    """SentencePiece's BPE as a list of merges: any two pieces that make a piece, best score first.
+    """Return SentencePiece's BPE as a list of merges: any two pieces that make a piece, best score first.
 
     Raises `ModelError` if that would take too long.
 

@@ -1,7 +1,7 @@
-"""A model from the Hugging Face hub, or from a mirror of it (HF_ENDPOINT).
+"""Fetch a model or an adapter from the Hugging Face hub, or from a mirror of it (HF_ENDPOINT).
 
-Fetches configuration, tokenizer and safetensors weights only: no code, no pickles. Resumes what an
-interrupted run left. Knows nothing of midfill's cache but the folder it is given.
+Fetches configuration, tokenizer and safetensors weights only: no code, no pickles. Resumes interrupted
+downloads. Of midfill's cache, knows only the folder that it is given.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from midfill.errors import ModelError
 from midfill.system.json_files import MAX_BYTES
 
 Report = Callable[[int], None]
-"""Called with the number of bytes that are here."""
+"""Called with the number of bytes fetched so far."""
 
 Progress = Callable[[str, float | None], None]
 
-# Time for the hub's first answer. Where a network blocks it, the next source is tried after this.
+# Timeout of the hub's first answer; then the next source is tried.
 _FIRST_ANSWER_S = 4.0
 _POLL_S = 0.25
 
@@ -46,18 +46,18 @@ _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 class HubUnreachableError(ModelError):
-    """The hub does not answer, or is switched off: another source may be tried."""
+    """The hub does not answer, or is switched off; another source may be tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What there is to fetch.
+    """The files to fetch.
 
     Attributes:
         repository: the hub id.
         revision: the commit.
-        sizes: bytes of each file.
-        hashes: SHA-256 of the large ones.
+        sizes: size of each file in bytes.
+        hashes: SHA-256 of the large files.
     """
 
     repository: str
@@ -67,7 +67,7 @@ class Listing:
 
     @property
     def total_bytes(self) -> int:
-        """Of all files together."""
+        """Size of all files in bytes."""
         return sum(self.sizes.values())
 
 
@@ -76,25 +76,25 @@ def look_up(repository: str) -> Listing:
 
     Raises:
         HubUnreachableError: no answer within a few seconds, or HF_HUB_OFFLINE is set.
-        ModelError: no such repository, no access to it, or nothing in it that midfill loads.
+        ModelError: there is no such repository, no access to it, or no weights in it that midfill loads.
     """
     info = _ask(repository)
     names = {item.rfilename: item for item in info.siblings or ()}
-    # `*` fits slashes and "..", and the names are patterns again for the hub's library.
+    # `*` matches slashes and "..", and the hub's library takes these names as patterns again.
     plain = [name for name in names if _PLAIN.fullmatch(name)]
     weights = [name for name in plain if fnmatch(name, "model*.safetensors")]
     weights = weights or [name for name in plain if name.endswith(".safetensors")]
     if not weights:
         raise ModelError(
-            f"The hub repository {repository} has no safetensors weights, only other formats; midfill "
-            "refuses pickled weights. Choose another model, or convert this one where you trust it."
+            f"The hub repository {repository} has no safetensors weights; midfill refuses pickled ones. "
+            "Choose another model, or convert this one to safetensors yourself if you trust it."
         )
     wanted = {name: names[name] for name in (*_SMALL_FILES, *weights) if name in names}
     for name in set(_SMALL_FILES) & set(wanted):
         if (names[name].size or 0) > MAX_BYTES:
             raise ModelError(
-                f"{name} of {repository} has {names[name].size >> 20} MB; files of {MAX_BYTES >> 20} MB are "
-                "read at most. Choose another model."
+                f"{name} of {repository} has {names[name].size >> 20} MB; the maximum is "
+                f"{MAX_BYTES >> 20} MB. Choose another model."
             )
     return Listing(
         repository,
@@ -105,10 +105,10 @@ def look_up(repository: str) -> Listing:
 
 
 def fetch(listing: Listing, folder: Path, report: Report) -> None:
-    """All files into the folder, verified by SHA-256 where the hub gives one.
+    """Fetch all files into the folder, verified by SHA-256 where the hub gives one.
 
     Raises:
-        ModelError: the connection broke (run again, it goes on), or a file is not what it should be.
+        ModelError: the connection broke (the next call resumes), or a file has the wrong hash.
     """
     _fetch_files(listing, folder, report)
     if not (folder / "tokenizer.json").exists():
@@ -129,31 +129,28 @@ def _fetch_files(listing: Listing, folder: Path, report: Report) -> None:
                 allow_patterns=list(listing.sizes),
             )
     except Exception as error:
-        raise _explain(error, listing.repository, "stopped answering; run it again, it goes on") from error
+        raise _explain(error, listing.repository, "stopped answering; run it again to resume") from error
     for name, expected in listing.hashes.items():
         with (folder / name).open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != expected:
             (folder / name).unlink()
             raise ModelError(
-                f"{name} of {listing.repository} has the wrong SHA-256: {found} instead of {expected}. It is "
-                "deleted and not used. Run it again."
+                f"{name} of {listing.repository} has the wrong SHA-256: {found} instead of {expected}. The "
+                "file was deleted. Run it again."
             )
     shutil.rmtree(folder / ".cache", ignore_errors=True)
 
 
 def fetch_adapter(repository: str, folder: Path, report: Progress) -> None:
-    """The two files of a PEFT adapter on the hub, and no others.
-
-    Raises as `look_up` and `fetch` do.
-    """
+    """Fetch the two files of a PEFT adapter, and no others. Raises as `look_up` and `fetch` do."""
     info = _ask(repository)
     names = {item.rfilename: item for item in info.siblings or ()}
     wanted = ("adapter_config.json", "adapter_model.safetensors")
     if missing := [name for name in wanted if name not in names]:
         raise ModelError(
-            f"The hub repository {repository} has no {missing[0]}, so it is no adapter that midfill can use; "
-            "pickled weights are refused."
+            f"The hub repository {repository} has no {missing[0]}, so midfill cannot use it as an adapter "
+            "(pickled weights are refused)."
         )
     sizes = {name: names[name].size or 0 for name in wanted}
     hashes = {name: names[name].lfs.sha256 for name in wanted if names[name].lfs is not None}
@@ -163,9 +160,9 @@ def fetch_adapter(repository: str, folder: Path, report: Progress) -> None:
 
 
 def _ask(repository: str) -> Any:
-    """The hub's answer, or HubUnreachableError after `_FIRST_ANSWER_S`.
+    """Return the hub's answer. Raises `HubUnreachableError` after `_FIRST_ANSWER_S`.
 
-    In a thread of its own, because looking up a host name cannot be given a time limit.
+    Runs in a thread, because a DNS lookup cannot be given a timeout.
     """
     answer: list[Any] = []
 
@@ -188,7 +185,7 @@ def _ask(repository: str) -> Any:
 
 
 def _explain(error: Exception, repository: str, unreachable: str) -> Exception:
-    """One sentence for what the hub library raised; what is no matter of the hub stays as it is."""
+    """Return an error with a sentence for the user; errors that do not come from the hub are unchanged."""
     from huggingface_hub import constants, errors  # noqa: PLC0415 - takes 0.3 s
 
     page = f"{constants.ENDPOINT}/{repository}"
@@ -196,26 +193,26 @@ def _explain(error: Exception, repository: str, unreachable: str) -> Exception:
     if _is_network(error):
         return HubUnreachableError(f"The hub ({constants.ENDPOINT}) {unreachable}: {error}")
     if status >= 500 or status == 429:
-        return HubUnreachableError(f"The hub answers with status {status}. Try again later.")
+        return HubUnreachableError(f"The hub answered with HTTP status {status}. Try again later.")
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return HubUnreachableError("The hub is switched off by HF_HUB_OFFLINE; unset it to fetch a model.")
+        return HubUnreachableError("HF_HUB_OFFLINE switches the hub off; unset it to fetch a model.")
     if isinstance(error, errors.GatedRepoError):
         sentence = f"is gated: accept its licence at {page}, run `hf auth login`, and fetch it again."
     elif isinstance(error, errors.RepositoryNotFoundError):
         sentence = f"is not on the hub, or is private. Check its name ({page}), or run `hf auth login`."
     elif isinstance(error, errors.HFValidationError):
-        sentence = f"is no valid name of a hub repository: {error}"
+        sentence = f"is not a valid name of a hub repository: {error}"
     elif status in (401, 403):
         sentence = "cannot be fetched: the hub refuses access. Run `hf auth login`, and try again."
     elif status:
-        sentence = f"cannot be fetched: the hub answers with status {status}: {error}"
+        sentence = f"cannot be fetched: the hub answered with HTTP status {status}: {error}"
     else:
         return error
     return ModelError(f"{repository} {sentence}")
 
 
 def _is_network(error: Exception) -> bool:
-    """Whether there was no answer at all. The hub library's HTTP client differs between its versions."""
+    """Return whether there was no answer at all. The hub library's HTTP client depends on its version."""
     from huggingface_hub import errors  # noqa: PLC0415 - takes 0.3 s
 
     if isinstance(error, errors.HfHubHTTPError | errors.OfflineModeIsEnabled):
@@ -227,18 +224,18 @@ def _is_network(error: Exception) -> bool:
 
 
 def _build_tokenizer(folder: Path, repository: str) -> None:
-    """A tokenizer.json from the older files of a slow tokenizer."""
+    """Make a tokenizer.json from the older files of a slow tokenizer."""
     from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds, and few models need it
 
     try:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(folder)
     except Exception as error:
         raise ModelError(
-            f"{repository} has no tokenizer.json, and none can be made from its files without running its "
-            f"own code, which midfill does not do ({error})."
+            f"{repository} has no tokenizer.json, and midfill cannot make one without running the "
+            f"repository's own code, which it never does ({error})."
         ) from error
     if not (folder / "tokenizer.json").exists():
-        raise ModelError(f"{repository} has no tokenizer that the tokenizers library can load.")
+        raise ModelError(f"{repository} has no tokenizer that the `tokenizers` library can load.")
 
 
 @contextmanager

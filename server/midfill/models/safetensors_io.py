@@ -1,8 +1,8 @@
-"""The safetensors files of a model folder: which tensor is where, and tensors block by block.
+"""Read the safetensors files of a model folder: the location of each tensor, and tensors block by block.
 
-A file is opened anew for every block of a tensor and closed after it, so that little of it is in
-memory at any time. Nothing pickled is read. Knows files, not modules; imports neither torch nor
-transformers. Runs on the engine thread and, while a model loads, on a few threads of its own.
+A file is opened for each block of a tensor and closed after it, so that little of it is in memory at any
+time. Nothing pickled is read. Works on files, knows no modules; imports neither torch nor transformers. Runs
+on the engine thread and, while a model loads, on a few loader threads.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from midfill.errors import ModelError
 from midfill.system.json_files import read_json
 
 _BLOCK_ELEMENTS = 1 << 19
-"""Tensors are read in blocks of about this many elements. A file's map counts as memory while it is open,
-and larger scratch memory leaves holes between the layers: with 2^22 a 0.5b model ends 0.4 GB higher."""
+"""Tensors are read in blocks of about this many elements. A mapped file counts as memory while it is open,
+and larger buffers fragment the heap: with 2^22 a 0.5b model takes 0.4 GB more."""
 
-# 90,000 tensors, which a model of 671 billion weights has in all its files, take 10 MB.
+# The 90,000 tensors of a model with 671 billion weights, in all its files, take 10 MB.
 _MAX_HEADER_BYTES = 16 << 20
 _MAX_NAME_CHARS = 500
 
@@ -37,11 +37,10 @@ def read_blocks(
     *,
     framework: Literal["pt", "np"] = "pt",
 ) -> Iterator[Any]:
-    """A tensor as consecutive blocks of its rows, each a view of the file that is gone with the block.
+    """Iterate over consecutive blocks of a tensor's rows, each valid only until the next one.
 
-    The blocks are tensors of torch ("pt") or arrays of numpy ("np").
-
-    Shape and type are checked; whether the values are finite is not.
+    The blocks are torch tensors ("pt") or numpy arrays ("np"). Shape and type are checked; that the values
+    are finite is not. Raises `ModelError`.
     """
     num_rows = shape[0] if shape else 1
     step = max(1, num_elements * num_rows // max(1, math.prod(shape)))
@@ -57,14 +56,16 @@ def read_blocks(
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{name} cannot be read from {file}: {error}. Pull the model again.") from error
         if found != tuple(shape):
-            raise ModelError(f"{name} in {file} has shape {found}, the configuration says {tuple(shape)}.")
+            raise ModelError(
+                f"{name} in {file} has shape {found}, but by the configuration it should be {tuple(shape)}."
+            )
         if kind not in _FLOATS:
-            raise ModelError(f"{name} in {file} is {kind}; only 16- and 32-bit floats can be used.")
+            raise ModelError(f"{name} in {file} has type {kind}; only 16- and 32-bit floats are supported.")
         yield block
 
 
 def find_tensors(path: Path) -> dict[str, Path]:
-    """The file of each tensor in the folder. Raises `ModelError` if a file is missing or damaged."""
+    """Return the file of each tensor in the folder. Raises `ModelError` if a file is missing or damaged."""
     index = path / "model.safetensors.index.json"
     single = path / "model.safetensors"
     if single.is_file():
@@ -95,17 +96,17 @@ def _shards(index: Path) -> list[Path]:
         raise ModelError(f"{index} cannot be read ({error!r}). Pull the model again.") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-            raise ModelError(f"{index} names a file outside of its folder: {name!r}.")
+            raise ModelError(f"{index} names a file outside its folder: {name!r}.")
     return [index.parent / name for name in names]
 
 
 def shape_of(file: Path, name: str) -> tuple[int, ...]:
-    """The shape of a tensor. Raises `ModelError` if it cannot be read."""
+    """Return the shape of a tensor. Raises `ModelError` if it cannot be read."""
     return shapes_of({name: file})[name]
 
 
 def shapes_of(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
-    """The shapes of tensors; each file is opened once. Raises `ModelError` if one cannot be read."""
+    """Return the shapes of tensors; each file is opened once. Raises `ModelError` if one cannot be read."""
     by_file: dict[Path, list[str]] = {}
     for name, file in files.items():
         by_file.setdefault(file, []).append(name)
@@ -123,10 +124,10 @@ def shapes_of(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
 
 
 def check_header(file: Path) -> None:
-    """Refuse a file whose table of contents would take much memory, or many tensors, before it is read.
+    """Refuse a file with an implausibly large header, before the header is read into memory.
 
     Raises:
-        ModelError: it is larger than that of any model.
+        ModelError: the header is larger than that of any model.
         OSError: the file cannot be read.
     """
     if not file.is_file():
@@ -135,6 +136,6 @@ def check_header(file: Path) -> None:
         header_bytes = int.from_bytes(stream.read(8), "little")
     if header_bytes > _MAX_HEADER_BYTES:
         raise ModelError(
-            f"{file} is damaged: its header says that it has {header_bytes} bytes, and the largest models "
-            f"have less than {_MAX_HEADER_BYTES}. Pull the model again."
+            f"{file} is damaged: its header would have {header_bytes} bytes; the largest models have less "
+            f"than {_MAX_HEADER_BYTES}. Pull the model again."
         )

@@ -1,8 +1,8 @@
-"""Models on this machine: where they live, which are complete, and how one comes into being.
+"""Models on this machine: find, verify and publish model folders.
 
 Every model in midfill's cache is a folder with config.json, tokenizer.json, safetensors weights and a
-manifest, midfill.json, that is written last. Folders are built beside their place and renamed into it,
-so a half-written one is never found. Uses no network, and imports nothing heavy.
+manifest, midfill.json, that is written last. Folders are built under a temporary name and then renamed, so an
+incomplete one is never found. Uses no network, and imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LocalModel:
     Attributes:
         name: catalogue name, hub id or path, as the user chose it.
         path: the folder with config.json, tokenizer.json and safetensors weights.
-        family: the FIM family that the catalogue declares, or None.
+        family: the FIM template that the catalogue names, or None.
         source: where the weights came from, for the user.
     """
 
@@ -46,7 +46,7 @@ class LocalModel:
 
 
 def cache_root() -> Path:
-    """The folder of all that midfill can fetch again: $MIDFILL_CACHE, or the user's cache folder."""
+    """Return the folder of data that can be fetched again: $MIDFILL_CACHE, or the user's cache folder."""
     if chosen := os.environ.get("MIDFILL_CACHE"):
         return Path(chosen).expanduser().absolute()
     import platformdirs  # noqa: PLC0415 - not needed where the variable is set
@@ -55,7 +55,7 @@ def cache_root() -> Path:
 
 
 def make_cache_root() -> Path:
-    """Make that folder for its owner alone; one that the user has named and made stays as it is.
+    """Make the cache folder, for its owner only unless MIDFILL_CACHE names an existing folder; return it.
 
     Raises `OSError`.
     """
@@ -63,24 +63,24 @@ def make_cache_root() -> Path:
 
 
 def models_dir() -> Path:
-    """The folder that holds a folder for each model."""
+    """Return the folder of the model folders."""
     return cache_root() / "models"
 
 
 def find(name_or_path: str, known: Mapping[str, Entry] | None = None) -> LocalModel | None:
-    """The model, if it is on this machine and complete.
+    """Return the model if it is on this machine and complete, or None.
 
-    Looked for in order: a catalogue name or hub id in midfill's cache, then in the hub's own cache; a
-    path to a model folder; a path to a GGUF file that has been converted before. A relative path of the
-    form "a/b" must be written "./a/b": otherwise a folder that happens to be in the current directory,
-    such as one of a cloned repository, could take the place of a hub model.
+    Searched in order: a catalogue name or hub id in midfill's cache, then in the hub's own cache; a path to a
+    model folder; a path to a GGUF file that has been converted before. A relative path of the form "a/b" must
+    be written "./a/b": otherwise a folder in the current directory, such as one of a cloned repository, could
+    shadow a hub model.
 
     Args:
         name_or_path: what the user wrote.
         known: the catalogue; midfill's own by default.
 
     Raises:
-        ModelError: the path exists, but is no model that midfill can load.
+        ModelError: the path exists, but is not a model that midfill can load.
     """
     entry = catalogue.lookup(name_or_path, known)
     if entry is None and (path := as_path(name_or_path)) is not None:
@@ -99,7 +99,7 @@ def find(name_or_path: str, known: Mapping[str, Entry] | None = None) -> LocalMo
 
 
 def find_gguf(name_or_path: str, known: Mapping[str, Entry] | None = None) -> Path | None:
-    """The GGUF file of a model, for programs that read no other: one that was kept, or one of the user's."""
+    """Return the GGUF file of a model, for other programs: a kept one or the user's own; else None."""
     entry = catalogue.lookup(name_or_path, known)
     if entry is None and (path := as_path(name_or_path)) is not None:
         return path if path.suffix.lower() == ".gguf" and path.is_file() else None
@@ -108,12 +108,12 @@ def find_gguf(name_or_path: str, known: Mapping[str, Entry] | None = None) -> Pa
 
 
 def gguf_place(name: str) -> Path:
-    """Where `fetch.pull_gguf` keeps a GGUF file; it is there whole and verified, or not at all."""
+    """Return the path at which `fetch.pull_gguf` keeps a GGUF file, complete and verified."""
     return cache_root() / "gguf" / f"{key_of(name)}.gguf"
 
 
 def installed() -> list[LocalModel]:
-    """Every complete model in midfill's cache, by name."""
+    """Return every complete model in midfill's cache, by name."""
     folder = models_dir()
     if not folder.is_dir():
         return []
@@ -122,24 +122,24 @@ def installed() -> list[LocalModel]:
 
 
 def as_path(name_or_path: str) -> Path | None:
-    """The existing file or folder that the user means, or None if it is a name."""
+    """Return the existing file or folder that a text names, or None if it is a model's name."""
     path = Path(name_or_path).expanduser()
     explicit = path.is_absolute() or name_or_path.startswith((".", "~")) or path.suffix.lower() == ".gguf"
     if not explicit and catalogue.is_hub_id(name_or_path):
         return None
     try:
         return path.absolute() if name_or_path.strip() and path.exists() else None
-    except (OSError, ValueError):  # too long, or with a zero byte: certainly no path
+    except (OSError, ValueError):  # too long, or with a null byte: not a path
         return None
 
 
 def key_of(name: str) -> str:
-    """The folder name of a model in the cache."""
+    """Return the folder name of a model in the cache."""
     return name.replace("/", "--").lower()
 
 
 def gguf_key(path: Path) -> str:
-    """The folder name of a converted GGUF file: it changes with the file's place, size and date."""
+    """Return the folder name of a converted GGUF file, which depends on the file's path, size and date."""
     resolved = path.resolve()
     stat = resolved.stat()
     identity = f"{resolved}\0{stat.st_size}\0{stat.st_mtime_ns}"
@@ -147,10 +147,10 @@ def gguf_key(path: Path) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config.json of a model folder.
+    """Return the config.json of a model folder.
 
     Raises:
-        ModelError: it is not there, or is no JSON object.
+        ModelError: it is missing, or is not a JSON object.
     """
     file = path / "config.json"
     try:
@@ -160,12 +160,12 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{file} cannot be used: {error}. Fetch the model again.") from error
     if not isinstance(config, dict):
-        raise ModelError(f"{file} holds no JSON object.")
+        raise ModelError(f"{file} is not a JSON object. Fetch the model again.")
     return config
 
 
 def read_folder(folder: Path, name: str | None = None) -> LocalModel | None:
-    """The model in a folder of midfill's cache, or None if it is not there or not complete."""
+    """Return the model in a folder of midfill's cache, or None if it is missing or incomplete."""
     try:
         manifest = read_json(folder / _MANIFEST)
         if manifest["format"] != _FORMAT:
@@ -181,12 +181,12 @@ def read_folder(folder: Path, name: str | None = None) -> LocalModel | None:
 
 
 def verify(folder: Path) -> None:
-    """Compare the files of a folder of midfill's cache with their hashes; a folder of the user's has none.
+    """Compare the files of a folder of midfill's cache with their hashes; do nothing for other folders.
 
-    A file that has not been written since it was hashed is not hashed again: that takes 0.7 s for 1 GB.
+    A file that was not modified since it was hashed is not hashed again: that takes 0.7 s for 1 GB.
 
     Raises:
-        ModelError: a file is not what was pulled or converted.
+        ModelError: a file differs from what was pulled or converted.
     """
     try:
         files = read_json(folder / _MANIFEST)["files"]
@@ -194,13 +194,13 @@ def verify(folder: Path) -> None:
             inside = _is_inside(file)
             if inside and (folder / file).stat().st_mtime_ns == facts.get("mtime_ns"):
                 continue
-            # A pipe or a device would never be read to its end.
+            # A pipe or a device could block for ever.
             if not inside or not (folder / file).is_file():
                 raise ModelError(f"The manifest of {folder} names {file!r}, which is no file in it.")
             with (folder / file).open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
                     raise ModelError(
-                        f"{folder / file} is damaged: its sha256 is not the one it had when it was pulled. "
+                        f"{folder / file} is damaged: its SHA-256 has changed since it was pulled. "
                         f"Delete {folder} and pull the model again."
                     )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -209,9 +209,9 @@ def verify(folder: Path) -> None:
 
 @contextmanager
 def new_folder(key: str) -> Iterator[Path]:
-    """An empty folder to build a model in; gone at the end, unless `publish` has renamed it.
+    """Give an empty folder to build a model in; delete it at the end, unless `publish` has renamed it.
 
-    The caller holds the model's lock, so what an interrupted run left can be deleted.
+    The caller holds the model's lock, so remains of an interrupted run can be deleted.
     """
     building = models_dir() / f".building-{key}"
     shutil.rmtree(building, ignore_errors=True)
@@ -224,7 +224,7 @@ def new_folder(key: str) -> Iterator[Path]:
 
 
 def publish(building: Path, key: str, *, name: str, family: str | None, source: str) -> LocalModel:
-    """Make a built folder findable: check it, sync it to disk, add the manifest, rename it into place.
+    """Publish a built folder: check it, sync it to disk, add the manifest, rename it into place.
 
     Raises:
         ModelError: the folder is not a complete model.
@@ -265,7 +265,7 @@ def publish(building: Path, key: str, *, name: str, family: str | None, source: 
 
 
 def check_folder(folder: Path) -> None:
-    """A model folder has all that the engine reads.
+    """Check that a model folder has everything that the engine reads.
 
     Raises:
         ModelError: something is missing, or the weights are pickled.
@@ -275,13 +275,13 @@ def check_folder(folder: Path) -> None:
     if not weights:
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
             raise ModelError(
-                f"{folder} holds its weights in Python's pickle format, which can run code when it is "
-                "loaded; midfill refuses it. If you trust it, convert it to safetensors: transformers' "
-                "from_pretrained(...).save_pretrained(...) does so."
+                f"{folder} holds its weights in Python's pickle format, which can run code when loaded; "
+                "midfill refuses it. If you trust it, convert it to safetensors with transformers: "
+                "from_pretrained(...).save_pretrained(...)."
             )
         if gguf := next(folder.glob("*.gguf"), None):
             raise ModelError(f"{folder} is not a model folder. To use the GGUF file in it, name it: {gguf}")
-        raise ModelError(f"{folder} holds no weights: there is no *.safetensors file in it.")
+        raise ModelError(f"{folder} has no weights: there is no *.safetensors file in it.")
     for name in weights:
         if not (folder / name).is_file():
             raise ModelError(f"{folder} is incomplete: the weights {name} are missing. Fetch it again.")
@@ -293,7 +293,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _from_folder(name: str, folder: Path) -> LocalModel:
-    """A folder that the user names by its path: one of midfill's own keeps its family."""
+    """Return the model in a folder that the user has named; one of midfill's own keeps its family."""
     check_folder(folder)
     own = read_folder(folder)
     return LocalModel(
@@ -302,7 +302,7 @@ def _from_folder(name: str, folder: Path) -> LocalModel:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """The names of all safetensors files that the folder should have."""
+    """Return the names of all safetensors files that the folder should have."""
     try:
         index = read_json(folder / "model.safetensors.index.json")
         names = sorted(map(str, set(index["weight_map"].values())))
@@ -311,17 +311,17 @@ def _weight_files(folder: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"The index of the weights in {folder} is damaged. Fetch it again.") from error
     if not all(map(_is_inside, names)):
-        raise ModelError(f"The index of the weights in {folder} names files outside of it.")
+        raise ModelError(f"The index of the weights in {folder} names files outside the folder.")
     return names
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name is that of a file, and of none in another folder."""
+    """Return whether a name is a plain file name that cannot lead to another folder."""
     return Path(name).name == name and "\0" not in name and "\\" not in name
 
 
 def _hub_snapshot(hub: str) -> Path | None:
-    """The main snapshot of a repository in the hub library's cache, if it is a complete model."""
+    """Return the main snapshot of a repository in the hub library's cache, if it is a complete model."""
     from huggingface_hub import constants  # noqa: PLC0415 - only where midfill's own cache has nothing
 
     repository = Path(constants.HF_HUB_CACHE) / f"models--{hub.replace('/', '--')}"
@@ -338,5 +338,5 @@ def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError:
-        # Some file systems refuse it for files opened to read; the hash in the manifest still tells.
+        # Some file systems refuse it for files opened to read; the hash in the manifest still protects.
         return

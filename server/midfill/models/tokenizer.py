@@ -1,13 +1,13 @@
 """Text to token ids and back, from a model's tokenizer.json.
 
-Built on the `tokenizers` library alone: no transformers, no model. The tokenizer of the engine's
-contract differs from the library's own in four ways, each because code is edited text and not a chat:
+Built on the `tokenizers` library alone: no transformers, no model. The engine's tokenizer differs from the
+library's in four ways, because code is edited text, not a chat:
 
-- Text can never become a control token. Not even the library's `encode_special_tokens` gives that:
-  the sentinels of Qwen2.5-Coder are added tokens that are not marked special. So the encoder is built
-  from the file with the control tokens taken out, and their names are kept beside it.
+- Text can never become a control token. The library's `encode_special_tokens` does not ensure that: the
+  sentinels of Qwen2.5-Coder are added tokens that are not marked special. So the encoder is built from the
+  file without the control tokens, whose names are kept separately.
 - Nothing is added: no BOS, no EOS, no space before the first word.
-- Nothing is changed: Unicode normalisation is left out, so that `decode(encode(text)) == text`.
+- Nothing is changed: without Unicode normalisation, `decode(encode(text)) == text`.
 - Every token has bytes, whatever came before it, so that a stream can be decoded token by token.
 """
 
@@ -26,17 +26,17 @@ from midfill.errors import ModelError
 from midfill.system.json_files import read_json
 
 _MAX_ID = 1 << 20
-"""The largest vocabularies have a quarter of that. Every id below the highest takes memory."""
+"""Maximum token id: four times that of the largest vocabularies. Every id up to the highest takes memory."""
 _MAX_STEPS = 100
-"""What is done with a text before it is cut into tokens; those in use have less than ten."""
+"""Maximum number of normalisation and pre-tokenization steps; real tokenizers have less than ten."""
 _MAX_GROWTH = 100
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE_MARK = "\u2581"
 
-# The vocabularies of the Gemma family hold white space and HTML tags as added tokens. They are text:
-# a model that completes a web page must be able to read and write them.
+# Gemma's vocabularies have white space and HTML tags as added tokens. These are text: a model that completes
+# a web page must be able to read and write them.
 _TEXT_TOKEN = re.compile(
     r"[\s\u2581]+"
     r"|</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
@@ -44,7 +44,7 @@ _TEXT_TOKEN = re.compile(
 
 
 def load_tokenizer(folder: Path) -> FastTokenizer:
-    """The tokenizer of a model folder.
+    """Return the tokenizer of a model folder.
 
     Raises:
         ModelError: there is no tokenizer.json, it cannot be read, or it is of an unsupported kind.
@@ -62,8 +62,8 @@ def load_tokenizer(folder: Path) -> FastTokenizer:
         raise ModelError(f"The tokenizer {path} cannot be used. {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ModelError(
-            f"The tokenizer {path} has not the form of a tokenizer.json ({type(error).__name__}). "
-            "Fetch the model again."
+            f"The tokenizer {path} is not a valid tokenizer.json ({type(error).__name__}). Fetch the model "
+            "again."
         ) from error
 
 
@@ -106,15 +106,15 @@ class FastTokenizer:
             self._encoder = Tokenizer.from_str(json.dumps(encoder))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the library raises bare Exception, and panics, which are none
-            raise ModelError(f"The tokenizers library refuses it: {str(error)[:200]}.") from error
+        except BaseException as error:  # the library raises bare Exception, and panics, which are not
+            raise ModelError(f"The `tokenizers` library refuses it: {str(error)[:200]}.") from error
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text; what looks like a control token is encoded as ordinary characters."""
+        """Return the token ids of a text; names of control tokens are encoded as ordinary characters."""
         safe = _SURROGATE.sub("\ufffd", text)
         if not self._mark_bytes or _SPACE_MARK not in safe:
             return self._encode_plain(safe)
-        # SentencePiece writes spaces with this mark, so the mark itself must go by its bytes.
+        # SentencePiece writes spaces as this mark, so the mark itself is encoded by its bytes.
         first, *others = safe.split(_SPACE_MARK)
         ids = self._encode_plain(first)
         for part in others:
@@ -127,12 +127,12 @@ class FastTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; control tokens are spelled out; incomplete UTF-8 becomes U+FFFD."""
+        """Return the text of ids; control tokens appear by name, incomplete UTF-8 becomes U+FFFD."""
         pieces = self._pieces
         return b"".join(pieces[i] for i in ids if i < len(pieces)).decode("utf-8", errors="replace")
 
     def token_id(self, name: str) -> int | None:
-        """The id of the one token spelled exactly `name` (control tokens included), or None."""
+        """Return the id of the token whose text is exactly `name` (control tokens included), or None."""
         if (found := self._added.get(name)) is not None:
             return found
         if self._byte_level:
@@ -150,16 +150,16 @@ class FastTokenizer:
         return self._num_ids
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes that a token stands for: b"" for control tokens and unused ids."""
+        """Return the UTF-8 bytes of a token; b"" for control tokens and unused ids."""
         bytes_of = self.vocab_bytes()
         return bytes_of[token] if token < len(bytes_of) else b""
 
     def vocab_bytes(self) -> list[bytes]:
-        """`token_bytes` of every id from 0 to `num_ids`. Shared: do not change it."""
+        """Return `token_bytes` of every id from 0 to `num_ids`. Shared: do not change it."""
         return self._text_pieces
 
     def stream(self) -> TextStream:
-        """A decoder for ids that come one by one."""
+        """Return a decoder for a stream of ids."""
         return TextStream(self._pieces)
 
     @cached_property
@@ -176,7 +176,7 @@ class FastTokenizer:
         for text, token in self._ids.items():
             pieces[token] = spell(text)
         for text, token in self._added.items():
-            # Added tokens are spelled as they are, save that SentencePiece's mark is a space in text.
+            # Added tokens are literal, except that SentencePiece's mark is a space in text tokens.
             plain = text if token in self._control_ids else text.replace(_SPACE_MARK, " ")
             pieces[token] = _utf8(plain)
         return pieces
@@ -190,17 +190,17 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The characters that this token completes, possibly none."""
+        """Return the characters that this token completes; may be empty."""
         piece = self._pieces[token] if token < len(self._pieces) else b""
         return self._decoder.decode(piece)
 
     def flush(self) -> str:
-        """What is held back at the end: U+FFFD for an unfinished character, else nothing."""
+        """Return the rest at the end of a stream: U+FFFD for an incomplete character, else ""."""
         return self._decoder.decode(b"", final=True)
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """The printable character that stands for each byte in GPT-2's byte-level vocabularies.
+    """Return the printable character that stands for each byte in GPT-2's byte-level vocabularies.
 
     Source: `bytes_to_unicode` of https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """
@@ -233,7 +233,7 @@ def _sentencepiece_piece(text: str) -> bytes:
 
 
 def _types(node: Any) -> Iterator[str]:
-    """The types of a pipeline step and of the steps inside it."""
+    """Iterate over the types of a pipeline step and of the steps inside it."""
     if isinstance(node, Mapping):
         yield str(node.get("type"))
         for inner in node.values():
@@ -251,26 +251,26 @@ def _vocab(model: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _check_ids(ids: Mapping[Any, Any]) -> None:
-    """Raise `ModelError` if a token is no text, or an id none of a vocabulary."""
+    """Raise `ModelError` if a token is not a string, or an id not a valid number."""
     for text, token in ids.items():
         if type(text) is not str or type(token) is not int or not 0 <= token < _MAX_ID:
             raise ModelError(
-                f"It gives the token {str(text)[:40]!r} the id {str(token)[:40]}; ids are whole numbers "
-                f"from 0 to {_MAX_ID - 1}."
+                f"Its token {str(text)[:40]!r} has the id {str(token)[:40]}; ids must be integers from 0 to "
+                f"{_MAX_ID - 1}."
             )
 
 
 def _check_steps(step: Any) -> None:
-    """Raise `ModelError` if a step, with those inside it, takes long or makes a text many times longer."""
+    """Raise `ModelError` if a step, with its nested steps, is too slow or makes a text many times longer."""
     num_steps = sum(1 for _ in _types(step))
     if num_steps > _MAX_STEPS:
-        raise ModelError(f"It changes a text in {num_steps} steps.")
+        raise ModelError(f"It has {num_steps} normalisation steps; the maximum is {_MAX_STEPS}.")
     if (growth := math.prod(_growths(step))) > _MAX_GROWTH:
-        raise ModelError(f"It makes a text up to {growth} times as long.")
+        raise ModelError(f"It makes a text up to {growth} times longer; the maximum is {_MAX_GROWTH}.")
 
 
 def _growths(step: Any) -> Iterator[int]:
-    """How many times as long each step, one after the other, makes a text."""
+    """Iterate over the factors by which the steps, one after the other, can lengthen a text."""
     if not isinstance(step, Mapping):
         return
     if step.get("type") == "ByteLevel":
@@ -278,7 +278,7 @@ def _growths(step: Any) -> Iterator[int]:
     if isinstance(content := step.get("content"), str):
         pattern = step.get("pattern")
         replaced = pattern.get("String") if isinstance(pattern, Mapping) else None
-        # An expression may fit what is empty, between all letters.
+        # An expression may match the empty string between all letters.
         length = len(replaced) if isinstance(replaced, str) and replaced else 0
         yield -(-len(content) // length) if length else len(content) + 1
     for inner in step.values():
@@ -292,11 +292,11 @@ def _text_only(
     control: Mapping[str, int],
     stray: dict[str, int],
 ) -> dict[str, Any]:
-    """The same tokenizer, unable to produce a control token, to add anything or to change the text.
+    """Return the tokenizer's description without anything that produces control tokens or changes the text.
 
     `stray` are single characters of the byte alphabet that some files (DeepSeek-Coder's) list as added
-    tokens. As such they would match the character itself, and decode to a broken byte; they are the
-    tokens of bytes that valid UTF-8 never has, and belong in the vocabulary.
+    tokens. As added tokens they would match the character itself and decode to a broken byte; they stand
+    for bytes that valid UTF-8 never has, and belong in the vocabulary.
     """
     model = dict(description["model"])
     added = []
@@ -306,13 +306,13 @@ def _text_only(
             for token in description.get("added_tokens") or ()
             if token["content"] not in control and token["content"] not in stray
         ]
-        # The library numbers added tokens anew unless the vocabulary has them.
+        # The library renumbers added tokens unless the vocabulary has them.
         kept = {token["content"]: token["id"] for token in added}
         model["vocab"] = {text: i for text, i in vocab.items() if text not in control} | kept | stray
         if model.get("unk_token") not in model["vocab"]:
             model["unk_token"] = None
     if model.get("merges") and any(text in vocab for text in control):
-        # "</" + "s>" may make "</s>" even where that is no added token any more.
+        # "</" + "s>" may merge into "</s>" although that is not an added token any more.
         model["merges"] = [merge for merge in model["merges"] if not _names(merge, control)]
     return {
         "version": description.get("version", "1.0"),
@@ -333,7 +333,7 @@ def _names(merge: str | Sequence[str], control: Mapping[str, int]) -> bool:
 
 
 def _unchanging(step: Any) -> Any:
-    """A normaliser or pre-tokenizer without the parts that add a space or rewrite characters."""
+    """Return a normaliser or pre-tokenizer without the parts that add a space or rewrite characters."""
     if not isinstance(step, Mapping):
         return step
     kind = step.get("type")

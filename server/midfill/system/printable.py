@@ -1,8 +1,10 @@
-"""Texts of others where people read them: terminals, logs and editors.
+"""Make untrusted texts safe to show in terminals, logs and editors.
 
-A server's error message, a model's name or a file's name may hold escape sequences that command a terminal,
-characters that turn the direction of writing, or line ends that fake a line of a log. They are spelled out
-here. Suggestions are another matter: they go into a file as they are, or not at all. Any thread.
+A server's error message, a model's name or a file's name may contain escape sequences for a terminal,
+bidirectional controls, or line ends that fake a line of the log. Such characters are escaped here. For texts
+that are code, `text.characters.escaped` is used instead: it keeps everything that source code may contain,
+such as no-break spaces, and escapes invisible characters that are printable by Unicode and could hide code,
+such as variation selectors, which messages keep for their emoji. Any thread.
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ _LINE_ENDS = re.compile(r"[\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 
 
 def shown(text: str, max_chars: int = _MAX_CHARS) -> str:
-    """Return a text as one printable line of at most that many characters."""
-    # What is cut off need not be looked at; spelling out takes up to ten characters for one.
+    """Return a text as one printable line of at most `max_chars` characters."""
+    # Cut first, since escaping makes up to ten characters of one.
     line = one_line(text[: max_chars + 1])
     return line if len(line) <= max_chars else f"{line[: max_chars - 1]}…"
 
 
 def one_line(text: str) -> str:
-    """Return a text as one printable line, however long."""
+    """Return a text as one printable line of any length."""
     return printable(_LINE_ENDS.sub(" ", text))
 
 
 def printable(text: str) -> str:
-    """Return a text with its lines and tabs, and whatever else is not printable spelled out."""
+    """Return a text with line feeds and tabs kept, and all other unprintable characters escaped."""
     if text.isprintable():
         return text
     return "".join(
@@ -38,15 +40,15 @@ def printable(text: str) -> str:
 
 
 class LogFormatter(logging.Formatter):
-    """Writes a record as one printable line, and a traceback, if there is one, below it."""
+    """Formats a record as one printable line, followed by its traceback, if any."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
-        """See `logging.Formatter`."""
+        """Return the message as one printable line."""
         return one_line(super().formatMessage(record))
 
     def formatException(  # noqa: N802 - the library's name
         self,
         ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
     ) -> str:
-        """See `logging.Formatter`."""
+        """Return the traceback as printable lines."""
         return printable(super().formatException(ei))

@@ -1,6 +1,6 @@
-"""Folders and files that are their owner's alone: what was learnt from private code, and who uses what.
+"""Folders and files with access for their owner only, for data that comes from private code or shows usage.
 
-On Windows the user's profile folder does that, and modes mean nothing. Any thread.
+On Windows the user's profile folder is private, and modes have no effect. Any thread.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 def private_folder(path: Path, *, tighten: bool = True) -> Path:
-    """Make a folder, and those above it that are missing, for its owner alone. Returns it.
+    """Make a folder and its missing parents with access for the owner only; return it.
 
     Args:
         path: the folder.
-        tighten: take it from others if it is there already, as older versions have made it; not for a folder
-            that the user has named, who may want to share it.
+        tighten: remove the access of others if the folder exists already, since older versions made it
+            accessible; not for a folder that the user has named, and may want to share.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be made.
     """
     for folder in (*reversed(path.parents), path):
         try:
@@ -37,7 +37,7 @@ def private_folder(path: Path, *, tighten: bool = True) -> Path:
 
 
 def private(path: Path) -> None:
-    """Take a file or a folder from everybody but its owner, if it is ours."""
+    """Remove the access of others to a file or a folder, if this user owns it."""
     if os.name != "posix":
         return
     found = path.stat()
@@ -46,7 +46,7 @@ def private(path: Path) -> None:
 
 
 def open_private(path: str, flags: int) -> int:
-    """Open a file for its owner alone: the `opener` of `open`."""
+    """Open a file with access for its owner only: an `opener` for `open`."""
     descriptor = os.open(path, flags, 0o600)
     if os.name == "posix" and os.fstat(descriptor).st_mode & _OTHERS:
         os.fchmod(descriptor, 0o600)
@@ -54,11 +54,5 @@ def open_private(path: str, flags: int) -> int:
 
 
 def create_private(path: Path) -> IO[bytes]:
-    """Open an empty file for its owner alone, to be written. Raises `OSError`."""
+    """Open an empty file for writing, with access for its owner only. Raises `OSError`."""
     return open(path, "wb", opener=open_private)
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a text file for its owner alone. Raises `OSError`."""
-    with open(path, "w", encoding="utf-8", opener=open_private) as out:
-        out.write(text)

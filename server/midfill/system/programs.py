@@ -1,8 +1,8 @@
-"""Where a program is: a search of PATH that leaves relative folders out.
+"""Find programs in PATH, ignoring relative folders.
 
-A bare name that is handed to the system may be found in the current folder: Windows looks there first, and so
-does every system where PATH has an entry such as "." or "". The current folder is often a repository that
-somebody else has written, so programs are started by the absolute paths that `find_program` returns.
+The system may find a bare program name in the current folder: Windows searches it first, and so does every
+system whose PATH has an entry such as "." or "". The current folder is often a repository that is not
+trusted, so programs are started by the absolute paths that `find_program` returns.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import sys
 from collections.abc import Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 
-# Of Windows, where PATHEXT is not set.
+# Extensions of programs on Windows if PATHEXT is not set.
 _EXTENSIONS = ".COM;.EXE;.BAT;.CMD"
 
 
 def find_program(
     name: str, environment: Mapping[str, str] | None = None, *, windows: bool = sys.platform == "win32"
 ) -> str | None:
-    """Return the absolute path of a program; None if there is none in an absolute folder of PATH.
+    """Return the absolute path of a program, or None if no absolute folder of PATH has it.
 
-    An absolute `name` is looked for there only; a relative one with a folder in it is never found.
+    An absolute `name` is checked itself; a relative one with a folder in it is never found.
 
     Args:
         name: a program's name, on Windows with or without its extension.
-        environment: has PATH, and on Windows PATHEXT; `os.environ` by default.
-        windows: whether names and paths are those of Windows.
+        environment: variables with PATH, and on Windows PATHEXT; `os.environ` by default.
+        windows: whether to use the rules of Windows.
     """
     variables = os.environ if environment is None else environment
     pure = PureWindowsPath if windows else PurePosixPath
@@ -36,7 +36,7 @@ def find_program(
     if path.is_absolute():
         candidates = [path]
     elif path.name != name:
-        # With a folder in it, or with a drive, whose current folder would count.
+        # A path with a folder, or with a drive, where it would be relative to that drive's current folder.
         return None
     else:
         separator = ";" if windows else ":"
@@ -45,7 +45,7 @@ def find_program(
     extensions = [""]
     if windows:
         known = [one for one in (variables.get("PATHEXT") or _EXTENSIONS).split(";") if one]
-        # Without one of these Windows does not run a file.
+        # Windows runs only files with one of these extensions.
         extensions = [""] if path.suffix.lower() in map(str.lower, known) else known
     for candidate in candidates:
         for extension in extensions:

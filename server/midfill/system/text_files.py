@@ -1,7 +1,7 @@
-"""Text files that a person writes: read as any editor may have saved them, replaced with what is theirs kept.
+"""Read text files as any editor may have saved them, and replace files atomically.
 
-Notepad and PowerShell begin a file with a byte order mark, and some of their versions write UTF-16. A mark of
-UTF-8 is no part of the text; any other encoding is refused with a sentence. Any thread.
+Notepad and PowerShell begin a file with a byte order mark, and some of their versions write UTF-16. UTF-8's
+mark is removed; any other encoding is refused with an explanation. Any thread.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 BOM = "\ufeff"
-"""U+FEFF, as it stands at the beginning of a text that was decoded with its mark."""
+"""U+FEFF, the first character of a text that was decoded with its mark."""
 
-# The longer ones first: the mark of UTF-32 begins with that of UTF-16.
+# Longer marks first: UTF-32's begins with UTF-16's.
 _OTHER_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -34,7 +34,7 @@ def decode(data: bytes) -> str:
         if data.startswith(mark):
             raise UnicodeError(f"it is in {name}. {_REMEDY}")
     if b"\0" in data:
-        raise UnicodeError(f"it holds null bytes, as UTF-16 does. {_REMEDY}")
+        raise UnicodeError(f"it has null bytes, as UTF-16 does. {_REMEDY}")
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode("utf-8")
@@ -48,16 +48,30 @@ def read(path: Path) -> str:
     return decode(path.read_bytes())
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all: its mode stays, and so does a symbolic link that leads to it.
+def replace(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a file atomically: readers, and a crash, find the old text or the new one, never a part.
 
-    The text is written as it is, line ends and byte order mark included. A file that is not there is made,
-    and its folders, too. Raises `OSError`; then the file is as it was.
+    The text is written as it is, line ends and byte order mark included. A symbolic link stays a link, and
+    the file that it leads to is replaced.
+
+    Args:
+        path: the file. Unless it is private, a new file's folders are made, and an existing file keeps its
+            mode and is not replaced if it is read-only.
+        text: its new content.
+        private: make the file readable and writable for its owner only, whatever its mode was.
+
+    Raises:
+        OSError: it cannot be written; the file is unchanged then.
     """
+    if private and path.exists() and not (path.is_file() or path.is_dir()):
+        # A pipe or a device, such as /dev/stdout, cannot be replaced.
+        path.write_text(text, encoding="utf-8", newline="")
+        return
     target = path.resolve()
-    if target.exists() and not os.access(target, os.W_OK):
-        raise PermissionError(13, "the file is read-only", str(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not private:
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(13, "the file is read-only", str(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     partial = Path(name)
     try:
@@ -65,7 +79,9 @@ def replace(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        if target.exists():
+        if private:
+            partial.chmod(0o600)
+        elif target.exists():
             shutil.copymode(target, partial)
         else:
             umask = os.umask(0)

@@ -1,1 +1,1 @@
-"""A LoRA adapter from a repository's history, and the proof on later commits that it is better."""
+"""Train a LoRA adapter on a repository's history, and evaluate it on later commits."""

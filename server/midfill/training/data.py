@@ -1,9 +1,9 @@
-"""Examples: a prompt exactly as the server would send it, and what the author wrote there, as tokens.
+"""Examples: a prompt exactly as the server would send it, and the author's text as target tokens.
 
-The middle is cut out of a file's text by characters; what is left goes through the server's own prompt
-builder, so that windows, layout, context and token healing are those of a running server. The middle is
-encoded on its own, since the model never sees prefix and middle as one text, and always ends with the
-family's end-of-text: where to stop is half of what is to be learnt. Runs no model.
+The middle is cut out of a file by characters; the rest goes through the server's prompt builder, so that
+windows, layout, context and token healing are those of a running server. The middle is encoded separately,
+since the model never sees prefix and middle as one text, and always ends with the family's end-of-text token:
+where to stop is half of what the model should learn. Runs no model.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from midfill.models.store import LocalModel, read_config
 from midfill.models.tokenizer import load_tokenizer
 from midfill.settings import Settings
 from midfill.text.documents import Document, Point, Snapshot
+from midfill.training.fim_spans import SHARES, Source, Span
 from midfill.training.history import Repository
 from midfill.training.selection import Addition, Selection
-from midfill.training.spans import SHARES, Source, Span
 
 NUM_TRAIN = 1500
 NUM_TEST = 168
@@ -38,23 +38,23 @@ NUM_DEV = 16
 NUM_GENERAL = 16
 MAX_TARGET_TOKENS = 160
 _MAX_PER_COMMIT = 12
-# The rest is what recent commits have added.
+# Share of training examples from the tree; the others come from lines that recent commits have added.
 _TREE_SHARE = 0.6
 _KINDS = [kind for kind, share in SHARES.items() for _ in range(share)]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A place where something was written.
+    """One middle with its prompt.
 
     Attributes:
-        id: commit, path, place and kind.
-        commit: that wrote it, the cluster it belongs to; "" for a place of the tree.
+        id: commit, path, position and kind.
+        commit: the commit that wrote the middle, its cluster; "" for an example from the tree.
         path, language, kind: of the file and the middle.
         before, after: the text around the middle.
         truth: the middle.
-        prompt: what the server sends for that cursor.
-        target: what is to come: what was held back of the half-typed word, the middle, the end-of-text.
+        prompt: the tokens that the server sends for this cursor.
+        target: the expected tokens: the held-back part of a half-typed word, the middle, the end-of-text.
     """
 
     id: str
@@ -74,9 +74,9 @@ class Examples:
     """All examples of a repository; the same repository, model, settings and seed give the same ones.
 
     Attributes:
-        train, dev, test: by time, see `selection`.
-        general: from the library that comes with Python, which the repository has nothing to do with.
-        digest: of all tokens, in hexadecimal digits: what a run goes on with must be what it began with.
+        train, dev, test: split by time, see `selection`.
+        general: from Python's standard library: code that has nothing to do with the repository.
+        digest: SHA-256 over all tokens, in hexadecimal; a run is resumed only with equal data.
         layout: the order of a prompt's parts.
     """
 
@@ -89,11 +89,14 @@ class Examples:
 
 
 def info_of(model: LocalModel) -> ModelInfo:
-    """What a prompt builder needs of a model that is not running. Raises `ModelError`."""
+    """Return what a prompt builder needs to know of a model, without running it. Raises `ModelError`."""
     config = read_config(model.path)
     context = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(context, int):
-        raise ModelError(f"{model.path / 'config.json'} does not say how long a text the model can read.")
+        raise ModelError(
+            f"{model.path / 'config.json'} does not give the length of the model's context "
+            "(max_position_embeddings or n_positions)."
+        )
     return ModelInfo(
         name=model.name,
         family=model.family,
@@ -106,17 +109,17 @@ def info_of(model: LocalModel) -> ModelInfo:
 
 
 @dataclass
-class Cutter:
+class ExampleBuilder:
     """Makes examples for one model and one repository.
 
     Attributes:
-        builder: the server's own.
-        context: what other files contribute; None if the settings ask for none.
+        prompt_builder: the server's prompt builder.
+        context: context from other files; None if the settings ask for none.
         root: the folder that paths are relative to.
-        dropped: middles that were drawn and not taken, by reason.
+        dropped: numbers of drawn middles that were not used, by reason.
     """
 
-    builder: PromptBuilder
+    prompt_builder: PromptBuilder
     tokenizer: object
     end_id: int
     settings: Settings
@@ -126,17 +129,17 @@ class Cutter:
     _sources: dict[str, Source] = field(default_factory=dict)
 
     def cut(self, file: SourceFile, span: Span, commit: str) -> Example | None:
-        """The example of a span; None if its middle is too long."""
+        """Return the example of a span; None if its middle is too long."""
         before, after = file.text[: span.start], file.text[span.end :]
         truth = file.text[span.start : span.end]
         uri = (self.root / file.path).as_uri()
         document = Document.open(uri, file.language_id, 0, before + after)
         cursor = Point(before.count("\n"), len(before) - before.rfind("\n") - 1)
         snapshot = Snapshot(document, cursor)
-        context = EMPTY_BUNDLE if self.context is None else self.context.collect(snapshot)
-        # As after opening the file there: nothing is left of other examples.
-        self.builder.forget(uri)
-        prompt = self.builder.build(snapshot, context)
+        context = NOTHING if self.context is None else self.context.collect(snapshot)
+        # Start from a fresh window, as after opening the file, whatever examples came before.
+        self.prompt_builder.forget(uri)
+        prompt = self.prompt_builder.build(snapshot, context)
         encode = self.tokenizer.encode  # type: ignore[attr-defined]
         target = (*encode(prompt.starts_with + truth), self.end_id)
         if len(target) > MAX_TARGET_TOKENS:
@@ -159,7 +162,7 @@ class Cutter:
     def draw(
         self, file: SourceFile, rows: Sequence[int], kind: str, commit: str, chooser: random.Random
     ) -> Example | None:
-        """An example of this kind in these lines; None where there is none."""
+        """Return an example of this kind in these lines; None if there is none."""
         key = f"{commit}:{file.path}"
         source = self._sources.get(key)
         if source is None:
@@ -174,7 +177,7 @@ class Cutter:
         return self.cut(file, span, commit)
 
 
-def make(  # noqa: PLR0913 - what of, for what, how
+def build_examples(  # noqa: PLR0913 - sources, model, size
     repository: Repository,
     selection: Selection,
     model: LocalModel,
@@ -183,31 +186,35 @@ def make(  # noqa: PLR0913 - what of, for what, how
     seed: int = 0,
     num_train: int = NUM_TRAIN,
 ) -> Examples:
-    """All examples of a selection. Raises `ModelError` if the model's family is not known."""
-    with _cutter(repository, selection, model, settings) as cutter:
-        train = list(_train(selection, cutter, num_train, seed))
-        dev = _held_out(selection.split.dev, cutter, NUM_DEV, seed + 1)
-        test = _held_out(selection.split.test, cutter, NUM_TEST, seed + 2)
-    general = make_general(model, settings, seed)
+    """Return all examples of a selection. Raises `ModelError` if the model's FIM template is not known."""
+    with _example_builder(repository, selection, model, settings) as example_builder:
+        train = list(_train(selection, example_builder, num_train, seed))
+        dev = _held_out(selection.split.dev, example_builder, NUM_DEV, seed + 1)
+        test = _held_out(selection.split.test, example_builder, NUM_TEST, seed + 2)
+    general = build_general_examples(model, settings, seed)
     whole = hashlib.sha256()
     for example in (*train, *dev, *test, *general):
         whole.update(f"{example.id}{example.prompt}{example.target}".encode())
-    layout = str(cutter.builder.layout)
+    layout = str(example_builder.prompt_builder.layout)
     return Examples(tuple(train), tuple(dev), tuple(test), tuple(general), whole.hexdigest(), layout)
 
 
-def make_general(model: LocalModel, settings: Settings, seed: int, count: int = NUM_GENERAL) -> list[Example]:
-    """Examples from Python's own library, without context."""
+def build_general_examples(
+    model: LocalModel, settings: Settings, seed: int, count: int = NUM_GENERAL
+) -> list[Example]:
+    """Return `count` examples from Python's standard library, without context."""
     root = Path(random.__file__).parent
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
     names = ("textwrap.py", "argparse.py", "tarfile.py", "ast.py", "queue.py", "shlex.py", "csv.py", "bdb.py")
     texts = [(name, (root / name).read_text(encoding="utf-8")) for name in names if (root / name).is_file()]
     files = [SourceFile(name, "python", text, frozenset()) for name, text in texts]
-    cutter = _plain_cutter(model, settings, root, None)
+    example_builder = _new_builder(model, settings, root, None)
     found: list[Example] = []
     for attempt in range(8 * count):
         file = files[attempt % len(files)]
-        example = cutter.draw(file, range(file.text.count("\n")), chooser.choice(_KINDS), "", chooser)
+        example = example_builder.draw(
+            file, range(file.text.count("\n")), chooser.choice(_KINDS), "", chooser
+        )
         if example is not None:
             found.append(example)
         if len(found) == count:
@@ -215,38 +222,38 @@ def make_general(model: LocalModel, settings: Settings, seed: int, count: int = 
     return found
 
 
-def _plain_cutter(
-    model: LocalModel, settings: Settings, root: Path, context: ContextCollector | None
-) -> Cutter:
+def _new_builder(
+    model: LocalModel, settings: Settings, root: Path, context: Context | None
+) -> ExampleBuilder:
     info = info_of(model)
-    builder = PromptBuilder(info, settings)
-    end = info.tokenizer.token_id(builder.family.stops[0])
+    prompt_builder = PromptBuilder(info, settings)
+    end = info.tokenizer.token_id(prompt_builder.family.stops[0])
     if end is None:
-        raise ModelError(f"The tokenizer of {model.name!r} has no {builder.family.stops[0]!r}.")
-    return Cutter(builder, info.tokenizer, end, settings, context, root)
+        raise ModelError(f"The tokenizer of {model.name!r} has no {prompt_builder.family.stops[0]!r}.")
+    return ExampleBuilder(prompt_builder, info.tokenizer, end, settings, context, root)
 
 
 @contextmanager
-def _cutter(
+def _example_builder(
     repository: Repository, selection: Selection, model: LocalModel, settings: Settings
-) -> Iterator[Cutter]:
-    """With context, the index shows the tree before the held-out commits."""
-    with written_tree(selection, settings) as root:
+) -> Iterator[ExampleBuilder]:
+    """Give an example builder whose context index, if any, shows the tree before the held-out commits."""
+    with checked_out_tree(selection, settings) as root:
         if root is None:
-            yield _plain_cutter(model, settings, repository.root, None)
+            yield _new_builder(model, settings, repository.root, None)
             return
         context = ContextCollector(settings)
         try:
             context.open_folders([(selection.repository, root)])
             asyncio.run(context.indexed())
-            yield _plain_cutter(model, settings, root, context)
+            yield _new_builder(model, settings, root, context)
         finally:
             context.close()
 
 
 @contextmanager
-def written_tree(selection: Selection, settings: Settings) -> Iterator[Path | None]:
-    """The tree before the held-out commits as a workspace folder; None where no context is asked for."""
+def checked_out_tree(selection: Selection, settings: Settings) -> Iterator[Path | None]:
+    """Give a folder with the tree before the held-out commits; None if the settings ask for no context."""
     if not settings.context:
         yield None
         return
@@ -259,10 +266,10 @@ def written_tree(selection: Selection, settings: Settings) -> Iterator[Path | No
         yield root
 
 
-def _train(selection: Selection, cutter: Cutter, count: int, seed: int) -> Iterator[Example]:
+def _train(selection: Selection, example_builder: ExampleBuilder, count: int, seed: int) -> Iterator[Example]:
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
     additions = [one for commit in selection.split.train for one in commit]
-    # Code that was written lately is more like what will be written next.
+    # Recent code is more like the code that will be written next.
     recency = [
         0.98 ** (len(additions) - number) * min(len(one.rows), 40) for number, one in enumerate(additions)
     ]
@@ -275,10 +282,10 @@ def _train(selection: Selection, cutter: Cutter, count: int, seed: int) -> Itera
         kind = chooser.choice(_KINDS)
         if selection.tree and (not additions or chooser.random() < _TREE_SHARE):
             file = chooser.choices(selection.tree, weights)[0]
-            example = cutter.draw(file, range(file.text.count("\n") + 1), kind, "", chooser)
+            example = example_builder.draw(file, range(file.text.count("\n") + 1), kind, "", chooser)
         else:
             one = chooser.choices(additions, recency)[0]
-            example = cutter.draw(one.file, one.rows, kind, one.commit, chooser)
+            example = example_builder.draw(one.file, one.rows, kind, one.commit, chooser)
         if example is None or (key := example.prompt + example.target) in seen:
             continue
         seen.add(key)
@@ -288,8 +295,10 @@ def _train(selection: Selection, cutter: Cutter, count: int, seed: int) -> Itera
             return
 
 
-def _held_out(commits: Sequence[Sequence[Addition]], cutter: Cutter, count: int, seed: int) -> list[Example]:
-    """About `count` examples, evenly from all commits; no commit decides alone."""
+def _held_out(
+    commits: Sequence[Sequence[Addition]], example_builder: ExampleBuilder, count: int, seed: int
+) -> list[Example]:
+    """Return about `count` examples, evenly from all commits, so that no commit dominates."""
     chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
     most = min(_MAX_PER_COMMIT, max(1, -(-count // max(1, len(commits)))))
     found = []
@@ -300,7 +309,7 @@ def _held_out(commits: Sequence[Sequence[Addition]], cutter: Cutter, count: int,
         seen: set[str] = set()
         for _ in range(6 * most):
             one = chooser.choices(additions, weights)[0]
-            example = cutter.draw(one.file, one.rows, chooser.choice(_KINDS), one.commit, chooser)
+            example = example_builder.draw(one.file, one.rows, chooser.choice(_KINDS), one.commit, chooser)
             if example is not None and example.id not in seen:
                 seen.add(example.id)
                 found.append(example)
@@ -310,5 +319,5 @@ def _held_out(commits: Sequence[Sequence[Addition]], cutter: Cutter, count: int,
 
 
 def count_kinds(examples: Sequence[Example]) -> Mapping[str, int]:
-    """How many examples of each kind there are."""
+    """Return the number of examples of each kind, most frequent first."""
     return dict(Counter(example.kind for example in examples).most_common())

@@ -1,8 +1,8 @@
-"""A repository's history: commits, trees, and what each commit has added.
+"""A repository's history: commits, trees, and the lines that each commit has added.
 
-Asks git by `midfill.git`, which lets it run nothing, and reads objects only, never the working copy. What a
-repository says is not believed: paths that lead out of it, dates and authors that are none, objects that are
-missing. Knows files as bytes and texts, nothing of models. Any thread.
+Runs git by `evaluation.git`, which keeps it from running programs, and reads objects only, never the working
+copy. The repository is not trusted: paths that lead out of it, malformed dates and authors, and missing
+objects are expected. Works on bytes and texts, knows nothing of models. Any thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from midfill.errors import MidfillError
 from midfill.evaluation.git import Git, NoRepositoryError, is_plain
 
 _MAX_BLOB_BYTES = 400_000
-# Texts are asked for in portions of this size, and not more than so much of them is kept.
+# Texts are read in portions of this size, up to a total.
 _PORTION_BYTES = 64 << 20
 _MAX_TEXTS_BYTES = 1 << 30
 _PATCH = ("--no-ext-diff", "--no-textconv", "--no-color", "--unified=0", "--diff-algorithm=histogram")
@@ -36,9 +36,9 @@ class Commit:
 
     Attributes:
         id: its hash.
-        parents: theirs.
+        parents: their hashes.
         time_s: when it was committed, in seconds since 1970.
-        author: name and address.
+        author: name and e-mail address.
     """
 
     id: str
@@ -48,16 +48,16 @@ class Commit:
 
     @property
     def is_bot(self) -> bool:
-        """Whether a program made it, by its author's name."""
+        """Return whether a program made the commit, by its author's name."""
         return _BOT.search(self.author) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a commit did to a file.
+    """A file that a commit changed.
 
     Attributes:
-        path: after the commit.
+        path: its path after the commit.
         old, new: hashes of the contents; `old` is "" for a new file, `new` for one that was deleted.
         moved: the file had another path before.
     """
@@ -70,11 +70,11 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Hunk:
-    """Lines that a commit put into a file, in the place of others; either may be none.
+    """Lines that a commit added to a file, replacing others; either range may be empty.
 
     Attributes:
         first, end: lines of the new text, from 0, half open.
-        removed_first, removed_end: likewise of the old text.
+        removed_first, removed_end: lines of the old text, likewise.
     """
 
     first: int
@@ -96,7 +96,7 @@ class Repository:
             self._git = Git(folder)
         except NoRepositoryError as error:
             raise MidfillError(
-                f"{error} Adapters are learnt from a repository's history: open one, or name it by --repo."
+                f"{error} Adapters are trained on a git repository's history: open one, or name it by --repo."
             ) from error
         self.root = self._git.root
 
@@ -106,18 +106,18 @@ class Repository:
         return self.root.name
 
     def commits(self, limit: int) -> list[Commit]:
-        """The newest commits that HEAD has behind it, the oldest first; no commit stands before its parents.
+        """Return up to `limit` newest commits reachable from HEAD, the oldest first, parents before children.
 
         Raises `MidfillError` if there are none.
         """
         if self._git.head is None:
-            raise MidfillError(f"{self.root} has no commits yet, so there is nothing to learn from.")
+            raise MidfillError(f"{self.root} has no commits yet, so there is nothing to train on.")
         out = self._git.run(
             *("log", "-z", "--date-order", f"-n{limit}", "--format=%H%x1f%P%x1f%ct%x1f%an <%ae>", "HEAD")
         )
         found = []
         for record in out.decode("utf-8", "replace").split("\0"):
-            # A commit that was made by hand may have no date.
+            # A malformed commit may have no date.
             id_, parents, time_s, author = (*record.split("\x1f", 3), "", "", "")[:4]
             if id_:
                 seconds = int(time_s) if time_s.isascii() and time_s.isdigit() else 0
@@ -126,9 +126,9 @@ class Repository:
         return found
 
     def tree(self, commit: str) -> dict[str, str]:
-        """The regular files of a commit, no links and submodules: path to the hash of the content.
+        """Return the regular files of a commit, without links and submodules: content hashes by path.
 
-        Entries that lead out of the repository or into git's own folder are left out.
+        Entries that lead out of the repository or into `.git` are skipped.
         """
         files = {}
         for record in self._git.run("ls-tree", "-r", "-z", "--full-tree", commit).split(b"\0"):
@@ -142,13 +142,13 @@ class Repository:
         return {path: blob for path, blob in files.items() if path not in folders}
 
     def changes(self, commits: Iterable[Commit]) -> Iterator[tuple[Commit, list[Change]]]:
-        """What each commit, none of them a merge, did to regular files."""
+        """Iterate over the changes of each commit to regular files. None of the commits may be a merge."""
         for commit in commits:
             out = self._git.run("diff-tree", "-r", "-M", "-z", "--raw", "--no-commit-id", "--root", commit.id)
             yield commit, list(_changes(out.split(b"\0")))
 
     def hunks(self, change: Change) -> list[Hunk]:
-        """The places where a file was changed; a new file is one."""
+        """Return the hunks of a change; a new file is one hunk."""
         if not change.old:
             text = self.texts([change.new])[change.new]
             return [] if text is None else [Hunk(0, text.count("\n") + 1, 0, 0)]
@@ -164,9 +164,9 @@ class Repository:
         return found
 
     def texts(self, blobs: Iterable[str]) -> dict[str, str | None]:
-        """The contents of these hashes; None for one that is missing, large, binary or not in UTF-8.
+        """Return texts by hash; None for a blob that is missing, large, binary or not in UTF-8.
 
-        Raises `MidfillError` if they are more than fit in memory.
+        Raises `MidfillError` if they are too large together.
         """
         wanted = sorted(set(blobs))
         found: dict[str, str | None] = dict.fromkeys(wanted)
@@ -186,7 +186,7 @@ class Repository:
         return found
 
     def _portions(self, wanted: list[str]) -> Iterator[list[str]]:
-        """Those that are contents of a moderate size, in portions that git is asked for at once."""
+        """Iterate over the blobs of moderate size, in portions for one call of git each."""
         if not wanted:
             return
         asked = "\n".join(wanted).encode()
@@ -203,8 +203,8 @@ class Repository:
             total_bytes += int(size)
             if total_bytes > _MAX_TEXTS_BYTES:
                 raise MidfillError(
-                    f"{self.root} has more than {_MAX_TEXTS_BYTES >> 20} MB of source text to look at. "
-                    "Exclude files by a .midfillignore."
+                    f"{self.root} has more than {_MAX_TEXTS_BYTES >> 20} MB of source text, which is too "
+                    "much to read. Exclude files with a .midfillignore."
                 )
             if portion_bytes + int(size) > _PORTION_BYTES:
                 yield portion
@@ -216,7 +216,7 @@ class Repository:
 
 
 def _changes(fields: list[bytes]) -> Iterator[Change]:
-    """The records of `git diff-tree -z --raw`."""
+    """Parse the records of `git diff-tree -z --raw`."""
     at = 0
     while at < len(fields) and fields[at]:
         old_mode, mode, old, new, status = fields[at].decode().lstrip(":").split()
@@ -228,7 +228,7 @@ def _changes(fields: list[bytes]) -> Iterator[Change]:
 
 
 def _parents(path: str) -> Iterator[str]:
-    """The folders that a path leads through."""
+    """Iterate over the parent folders of a path."""
     at = path.find("/")
     while at >= 0:
         yield path[:at]

@@ -1,7 +1,6 @@
-"""How much memory learning takes, and in which form the base fits.
+"""Estimate the memory that training takes on a CPU, and choose the form of the base model that fits.
 
-Runs no model, imports no torch. The figures are for a CPU, and an estimate; what was measured is in
-server/docs/experiments/044-int8-training.md.
+Runs no model, imports no torch. docs/experiments has what was measured.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from midfill.settings import Settings
 from midfill.training.data import MAX_TARGET_TOKENS
 
 FORMS = ("float32", "int8")
-"""In which form a base can be held, the quickest first."""
+"""Forms in which the base model's weights can be held, the fastest first."""
 
 RANK = 16
-"""Of the adapter that `midfill adapter train` makes."""
+"""Rank of the adapter that `midfill adapter train` makes."""
 
 _MB = 1e6
 _LIBRARIES = 450e6
-# Of an engine's memory, for each of a model's weights: its own form, and what goes with it.
+# Bytes of an engine's memory per weight of the model: the weight itself, and what goes with it.
 _ENGINE_BYTES = 2.4
 _ENGINE_BYTES_OF = {"float32": 4.4}
 
@@ -38,11 +37,11 @@ class Need:
     """The memory that a job takes, in bytes.
 
     Attributes:
-        weights: of the base.
-        adapter: its weights; to learn, their gradients and the optimiser's two moments too.
-        activations: of one example, at most.
-        holes: what is freed, and not given back to the system.
-        engines: of the judgement's two, which come when all else has gone.
+        weights: the base model's weights.
+        adapter: the adapter's weights; when training, also their gradients and the optimiser's two moments.
+        activations: activations of the longest example.
+        holes: memory that was freed but not returned to the system (fragmentation).
+        engines: the two engines of the evaluation, which start when everything else has been released.
     """
 
     weights: float
@@ -52,19 +51,19 @@ class Need:
     engines: float
 
     def total(self, num_processes: int = 1) -> float:
-        """The most at a time, with the libraries. Of several processes one judges."""
+        """Return the peak, libraries included. Of several processes only one evaluates."""
         learning = self.weights + self.adapter + self.activations + self.holes
         return num_processes * _LIBRARIES + max(num_processes * learning, self.engines)
 
 
 def needed(model: Path, form: str, settings: Settings, *, learns: bool = True) -> Need:
-    """What learning and judging take, or judging alone, by the longest example that the settings allow.
+    """Estimate training and evaluation, or evaluation alone, for the longest example that the settings allow.
 
     Args:
-        model: the base's folder.
-        form: of its weights; see `FORMS`.
+        model: the base model's folder.
+        form: the form of its weights, one of `FORMS`.
         settings: the user's.
-        learns: whether there is a way back.
+        learns: whether there is a backward pass.
 
     Raises:
         ModelError: the folder holds no model.
@@ -78,41 +77,42 @@ def needed(model: Path, form: str, settings: Settings, *, learns: bool = True) -
     config = read_config(model)
     width = config.get("hidden_size") or config.get("n_embd") or 0
     depth = config.get("num_hidden_layers") or config.get("n_layer") or 1
-    # In int8, of each linear layer what it puts out, and what goes into a layer and into attention, is kept
-    # (see `frozen`); else what goes into each too, once as it is and once with dropout.
+    # With int8, the outputs of each linear layer, and the inputs of a layer and of attention, are kept for
+    # the backward pass (see `quantized_base`); otherwise the inputs of each linear layer too, with and
+    # without dropout.
     kept = outputs + 2 * depth * width + (2 * inputs if form == "float32" else 0)
     tokens = _longest(settings)
-    # A layer is there as a whole. Logits are there with their logarithms and both gradients.
+    # One layer is held as a whole. Logits are held with their logarithms and both gradients.
     logits = 4 * MAX_TARGET_TOKENS * (config.get("vocab_size") or 0)
     activations = 4 * (tokens * kept * (learns + 4 / depth) + logits)
     return Need(
         weights=4 * others + (1 if form == "int8" else 4) * matrices,
         adapter=4 * (4 if learns else 1) * RANK * (outputs + inputs),
         activations=activations,
-        # Examples differ in length, so that what one leaves does not fit the next.
+        # Examples differ in length, so memory that one has freed does not fit the next.
         holes=0 if form == "int8" and sys.platform == "linux" else activations / 2,
         engines=2 * _ENGINE_BYTES_OF.get(settings.dtype, _ENGINE_BYTES) * (matrices + others),
     )
 
 
 def _longest(settings: Settings) -> int:
-    """The most tokens that an example has with these settings."""
+    """Return the maximum number of tokens of an example with these settings."""
     context = settings.context_tokens if settings.context else 0
     return settings.prefix_tokens + settings.suffix_tokens + context + MAX_TARGET_TOKENS
 
 
-def survey(  # noqa: PLR0913 - each is a different thing
+def estimate(  # noqa: PLR0913 - each is a different thing
     model: Path, wanted: str, settings: Settings, free: float, num_processes: int = 1, *, learns: bool = True
 ) -> dict[str, Any]:
-    """What each form takes, what is free, and which it is to be, for `midfill adapter plan`.
+    """Return what each form needs, what is free, and which form to use, as `midfill adapter plan` shows it.
 
     Args:
-        model: the base's folder.
-        wanted: a form, which is taken at its word; or "auto", the first that fits, None if none does.
+        model: the base model's folder.
+        wanted: a form, which is used whether it fits or not; or "auto": the first that fits, else None.
         settings: the user's.
-        free: bytes that programs could have now without others being swapped out.
-        num_processes: on this machine.
-        learns: whether more is done than judging.
+        free: bytes that are available without swapping other programs out.
+        num_processes: training processes on this machine.
+        learns: whether there is training, not evaluation alone.
     """
     needs = {form: needed(model, form, settings, learns=learns).total(num_processes) for form in FORMS}
     fits = [form for form in FORMS if needs[form] <= free]
@@ -124,15 +124,15 @@ def survey(  # noqa: PLR0913 - each is a different thing
     }
 
 
-def chosen(survey: Mapping[str, Any], num_processes: int = 1) -> str:
-    """The form that a survey has come to. Raises `AdapterError` if there is too little memory for each."""
-    if (form := survey["base_weights"]) is not None:
+def choose_form(estimate: Mapping[str, Any], num_processes: int = 1) -> str:
+    """Return the form of an `estimate`. Raises `AdapterError` if there is not enough memory for any."""
+    if (form := estimate["base_weights"]) is not None:
         return str(form)
-    smallest = min(FORMS, key=lambda form: survey["needed_mb"][form])
+    smallest = min(FORMS, key=lambda form: estimate["needed_mb"][form])
     fewer = "fewer --processes, " if num_processes > 1 else ""
-    need, free = survey["needed_mb"][smallest] / 1000, survey["free_mb"] / 1000
+    need, free = estimate["needed_mb"][smallest] / 1000, estimate["free_mb"] / 1000
     raise AdapterError(
-        f"It takes about {need:.1f} GB of memory with the base in {smallest}, and {free:.1f} GB are free. "
-        f"Close other programs, take {fewer}a smaller --model or smaller prefix_tokens, or have it tried "
-        f"all the same: --base-weights {smallest}."
+        f"This needs about {need:.1f} GB of memory with the base model in {smallest}, and {free:.1f} GB are "
+        f"free. Close other programs, use {fewer}a smaller --model or a smaller prefix_tokens, or try anyway "
+        f"with --base-weights {smallest}."
     )

@@ -1,9 +1,9 @@
-"""A base model with a LoRA branch in torch: losses, gradients, strengths, PEFT's format.
+"""A base model with a LoRA adapter in torch: losses, gradients, scales, PEFT's format.
 
-Weights are transformers' own modules in float32, or int8 ones that gradients pass through (`frozen`), on CUDA
-in bfloat16; loaded as the engine loads them. A sequence is computed at a time, without padding and packing,
-and the head only where a target is to be predicted: that is a quarter less work on a small model with a
-large vocabulary. One thread owns it.
+The modules are transformers' own in float32, or with frozen int8 weights (`quantized_base`), on CUDA in
+bfloat16; weights are loaded as the engine loads them. One sequence is computed at a time, without padding or
+packing, and the head only at the target's positions: a quarter less work on a small model with a large
+vocabulary. One thread owns it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gc
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,31 +29,35 @@ from midfill.engine.torch.weights import build_model
 from midfill.errors import AdapterError
 from midfill.models.safetensors_io import find_tensors
 from midfill.models.store import LocalModel
-from midfill.system import malloc as heap
-from midfill.system.last_used import seconds_since, watch
+from midfill.system import malloc
+from midfill.system.last_request import make_marker, seconds_since
 from midfill.system.private import private
 from midfill.training.data import Example
-from midfill.training.int8_base import FrozenLinear, keep_less, layers_of, share_embedding
+from midfill.training.quantized_base import (
+    FrozenInt8Linear,
+    checkpoint_activations,
+    layers_of,
+    share_embedding,
+)
 
 _ADAPTER = "default"
 _LIVE_S = 1.5
-"""So long after a server asked its model for somebody, a pass waits between two layers."""
+"""Seconds after a server's latest request during which a pass pauses between two layers."""
 
 _POLL_S = 0.1
-CANARY_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to train.
+    """Hyperparameters of a training.
 
     Attributes:
-        rank, alpha, dropout: of LoRA, on all linear layers but the head.
-        learning_rate: the highest; a warm-up leads to it, a cosine from it to a tenth.
-        warmup: its share of all steps.
-        clip: the longest gradient.
-        batch: examples for one step.
-        seed: of order, start values and dropout.
+        rank, alpha, dropout: of the LoRA, on all linear layers except the head.
+        learning_rate: the maximum, after a linear warm-up and before a cosine decay to a tenth.
+        warmup: the warm-up's share of all steps.
+        clip: maximum norm of the gradient.
+        batch: examples per step.
+        seed: seed of order, initial values and dropout.
     """
 
     learning_rate: float
@@ -67,7 +71,7 @@ class Recipe:
 
 
 def recipe_for(num_parameters: int, **changes: Any) -> Recipe:
-    """The recipe to start from, by the base model's size; larger models want smaller steps."""
+    """Return the default recipe for a base model's size; larger models get smaller learning rates."""
     rates = ((3e8, 1e-3), (1e9, 5e-4), (3e9, 3e-4))
     rate = next((rate for limit, rate in rates if num_parameters < limit), 2e-4)
     return Recipe(**{"learning_rate": rate, **changes})
@@ -77,11 +81,11 @@ class Adapted:
     """A base model with one adapter.
 
     Args:
-        model: the folder.
-        recipe: the adapter's form and start values.
-        num_threads: for computing.
-        base_weights: "float32", "int8" (on a CPU only, see `frozen`) or "bfloat16".
-        yields: whether to stand aside while a server on this machine computes for somebody.
+        model: the base model.
+        recipe: the adapter's form and initial values.
+        num_threads: CPU threads.
+        base_weights: "float32", "int8" (on a CPU only, see `quantized_base`) or "bfloat16".
+        yields: whether to pause while a server on this machine answers a user.
 
     Attributes:
         parameters: the adapter's, by name, in a fixed order.
@@ -97,7 +101,7 @@ class Adapted:
         yields: bool = True,
     ) -> None:
         self.local = model
-        # Of several processes each has a device of its own.
+        # Each of several processes has its own device.
         number = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", number) if on_cuda() else torch.device("cpu")
         torch.set_num_threads(num_threads)
@@ -109,14 +113,14 @@ class Adapted:
             num_threads=num_threads,
             ahead={},
             report=lambda _: None,
-            int8_linear=FrozenLinear,
+            int8_linear=FrozenInt8Linear,
         )
-        # PEFT writes it into the adapter's configuration; a path of this machine says nothing elsewhere.
+        # PEFT writes the name into the adapter's configuration; a path means nothing on other machines.
         base.name_or_path = model.name
         share_embedding(base)
         _switch_off_dropout(base)
         if base_weights == "int8":
-            keep_less(base)
+            checkpoint_activations(base)
         self.layers = peft_format.layers_of(model.path)
         self._config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -128,7 +132,7 @@ class Adapted:
         )
         torch.manual_seed(recipe.seed)
         with _quiet():
-            # Branches are float32, whatever the base is: the steps are too small for bfloat16.
+            # LoRA weights are float32, whatever the base is: optimiser steps are too small for bfloat16.
             self.peft: Any = get_peft_model(base, self._config)
         self.parameters: dict[str, nn.Parameter] = {
             name: one for name, one in self.peft.named_parameters() if one.requires_grad
@@ -137,22 +141,22 @@ class Adapted:
         self._full = [one.scaling[_ADAPTER] for one in self._branches]
         self._scale = 1.0
         if yields:
-            watch()
+            make_marker()
             _stand_aside(base)
 
     def losses(self, example: Example) -> torch.Tensor:
-        """The negative log-likelihood of each token of the target, in nats; float32."""
+        """Return the negative log-likelihood of each target token, in nats; float32."""
         ids = torch.tensor([(*example.prompt, *example.target[:-1])], device=self.device)
         target = torch.tensor(example.target, device=self.device)
         logits = self.peft(input_ids=ids, use_cache=False, logits_to_keep=len(target)).logits[0]
         return functional.cross_entropy(logits.float(), target, reduction="none")
 
     def loss_sum(self, example: Example) -> float:
-        """The sum of `losses`, as the model is now, without gradients and dropout."""
+        """Return the sum of `losses` at the present scale, without gradients and dropout."""
         return sum(self.middle_and_end(example))
 
     def middle_and_end(self, example: Example) -> tuple[float, float]:
-        """The two parts of `loss_sum`: what was written, and that it ends there."""
+        """Return the two parts of `loss_sum`: of the middle's tokens, and of the end-of-text."""
         self.peft.eval()
         with torch.inference_mode():
             losses = self.losses(example).double()
@@ -160,13 +164,13 @@ class Adapted:
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
-        """Within, the adapter is off."""
+        """Switch the adapter off within the context."""
         with self.peft.disable_adapter():
             yield
 
     @property
     def scale(self) -> float:
-        """How strongly the adapter counts; 0 is the base, 1 as it was trained."""
+        """The adapter's strength: 0 is the base model, 1 the adapter as trained."""
         return self._scale
 
     @scale.setter
@@ -176,13 +180,13 @@ class Adapted:
             branch.scaling[_ADAPTER] = full * value
 
     def train_mode(self) -> None:
-        """Dropout on, in the adapter only."""
+        """Switch dropout on, in the adapter only."""
         self.peft.train()
 
     def load(self, folder: Path) -> None:
-        """Take the weights of an adapter's folder, checked against the base model's layers.
+        """Load the weights of an adapter's folder, checked against the base model's layers.
 
-        Raises `AdapterError` if it is none, does not fit, or is not of the form that this was made with.
+        Raises `AdapterError` if it is no adapter, does not fit, or has a larger rank than the recipe.
         """
         found = peft_format.read(folder, self.layers)
         with torch.no_grad():
@@ -198,19 +202,19 @@ class Adapted:
                 down, up = branch.lora_A[_ADAPTER].weight, branch.lora_B[_ADAPTER].weight
                 if values.down.shape[0] > down.shape[0]:
                     raise AdapterError(
-                        f"The adapter {folder} has rank {values.down.shape[0]}; the largest that can be "
-                        f"judged here is {down.shape[0]}."
+                        f"The adapter {folder} has rank {values.down.shape[0]}; the maximum here is "
+                        f"{down.shape[0]}."
                     )
                 down.zero_()
                 rank = values.down.shape[0]
                 down[:rank] = torch.from_numpy(values.down)
-                # The branches may have scales of their own; ours is the one that counts.
+                # Layers may have different scales; express each in terms of ours.
                 share = values.scale / self._full[self._branches.index(branch)]
                 up[:, :rank] = torch.from_numpy(values.up) * share
         self.scale = 1.0
 
     def save(self, folder: Path) -> None:
-        """Write the adapter, with the present scale in its configuration and dropout off."""
+        """Write the adapter's folder, with the present scale in its configuration and dropout off."""
         config = self.peft.peft_config[_ADAPTER]
         before = config.lora_alpha, config.lora_dropout
         config.lora_alpha, config.lora_dropout = self._config_alpha() * self._scale, 0.0
@@ -224,8 +228,8 @@ class Adapted:
         finally:
             config.lora_alpha, config.lora_dropout = before
 
-    def canary(self, example: Example) -> torch.Tensor:
-        """The logits behind a prompt, which tell one adapter from another and from the base."""
+    def probe_logits(self, example: Example) -> torch.Tensor:
+        """Return the logits after a prompt, which differ between adapters and from the base."""
         self.peft.eval()
         ids = torch.tensor([example.prompt], device=self.device)
         with torch.inference_mode():
@@ -233,35 +237,26 @@ class Adapted:
             return logits[0, -1].float()
 
     def release(self) -> None:
-        """Give the memory back; nothing can be computed any more."""
+        """Release the memory. Nothing can be computed afterwards."""
         self.peft = None
         self.parameters.clear()
         self._branches.clear()
-        # Modules refer to each other in circles, which stay until somebody has made enough new objects.
+        # Modules refer to each other in cycles, which only a garbage collection frees.
         gc.collect()
-        heap.trim()
+        malloc.trim()
 
     def _config_alpha(self) -> float:
-        # The value given at the start; `save` changes it for the time of writing only.
+        # The initial value; `save` changes it while writing only.
         return float(self._config.lora_alpha)
 
 
 def on_cuda() -> bool:
-    """Whether an adapter is learnt on a GPU."""
+    """Return whether training uses a GPU."""
     return torch.cuda.is_available()
 
 
-def summed(adapted: Adapted, examples: Sequence[Example], tell: Callable[[float], None]) -> list[float]:
-    """`loss_sum` of each example; `tell` hears the share done."""
-    found = []
-    for number, example in enumerate(examples):
-        found.append(adapted.loss_sum(example))
-        tell((number + 1) / len(examples))
-    return found
-
-
 def _switch_off_dropout(model: Any) -> None:
-    """The trunk's own dropout would blur what is trained; attention modules keep theirs as a number."""
+    """Switch off the base model's own dropout, in modules and in the numbers of attention modules."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -271,7 +266,7 @@ def _switch_off_dropout(model: Any) -> None:
 
 
 def _stand_aside(model: Any) -> None:
-    """Wait between two layers, on the way forth and back, while somebody waits for a server's model."""
+    """Make forward and backward passes pause between layers while a user waits for a server's model."""
 
     def back(_gradient: torch.Tensor) -> None:
         wait_for_quiet()
@@ -287,7 +282,7 @@ def _stand_aside(model: Any) -> None:
 
 
 def wait_for_quiet() -> None:
-    """Return when no server has asked its model for somebody for a moment."""
+    """Block until no server has had a request for `_LIVE_S` seconds."""
     while seconds_since() < _LIVE_S:
         time.sleep(_POLL_S)
 

@@ -1,8 +1,8 @@
-"""From a repository to an adapter and its verdict: data > train > judge > register.
+"""From a repository to an adapter and its verdict: examples > train > evaluate > register.
 
-A run has a folder of its own below the user's data: checkpoints, the adapter, the report. It holds no source
-text but in the report, which only its owner can read. Test commits are written down when they are opened, so
-that trying until something passes is counted.
+A run has a folder below the user's data: checkpoints, the adapter, the report. Only the report holds source
+text, and only its owner can read it. Each use of test commits is recorded, so that trying until something
+passes is counted (multiple comparisons).
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ from typing import Any
 import psutil
 
 from midfill.adapters import format as peft_format
-from midfill.adapters.registry import Registry, data_dir, locked, replace_file
+from midfill.adapters.registry import Registry, locked
 from midfill.errors import AdapterError, MidfillError
 from midfill.evaluation.records import Records
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
-from midfill.system import malloc as heap
-from midfill.system.figures import peak_rss_mb
+from midfill.system import malloc, text_files
+from midfill.system.folders import data_folder
 from midfill.system.json_files import read_json
+from midfill.system.measure import peak_rss_mb
 from midfill.system.private import private_folder
-from midfill.training import data, judge, memory, report
+from midfill.training import data, memory, report, verdict
 from midfill.training.data import Example, Examples
 from midfill.training.history import Repository
-from midfill.training.judge import Measured
+from midfill.training.job import Job, run_folder
 from midfill.training.model import Adapted, Recipe, on_cuda, recipe_for
 from midfill.training.selection import Selection, select
-from midfill.training.trainer import Trained, Trainer, kept_base_weights, smaller_of_all
-from midfill.training.worker import Job, run_folder
+from midfill.training.trainer import Trained, Trainer, agree_on_base_weights, checkpoint_base_weights
+from midfill.training.verdict import Measurements
 
 Tell = Callable[[str, float | None, str], None]
-"""Hears the stage, the share of it that is done, and a sentence."""
+"""Called with the stage, the share of it that is done, and a message."""
 
 
 @dataclass(slots=True)
 class _Run:
-    """What the stages share."""
+    """Inputs of all stages."""
 
     job: Job
     model: LocalModel
@@ -62,41 +63,44 @@ class _Run:
 
 
 def _prepare(job: Job, model: LocalModel, settings: Settings, tell: Tell, num_train: int) -> _Run:
-    """Read the history and cut the examples.
+    """Read the history and build the examples.
 
-    Raises `MidfillError` if there is nothing to learn from, or too little memory.
+    Raises `MidfillError` if there is nothing to train on, or not enough memory.
     """
     base_weights = _base_weights(job, model, settings, learns=bool(num_train))
     if base_weights == "int8":
-        # It takes a tenth longer, which is worth it where memory is short.
-        heap.give_large_blocks_back_at_once()
+        # Takes a tenth longer, and is used only where memory is short.
+        malloc.give_large_blocks_back_at_once()
     tell("data", None, "reading the history")
     repository = Repository(job.repo)
     selection = select(repository, settings)
-    tell("data", None, "cutting examples")
-    examples = data.make(repository, selection, model, settings, seed=job.seed, num_train=num_train)
+    tell("data", None, "building examples")
+    examples = data.build_examples(repository, selection, model, settings, seed=job.seed, num_train=num_train)
     if (num_train and not examples.train) or not examples.test:
-        raise MidfillError(f"{repository.root} has no places to learn from: see `midfill adapter plan`.")
+        raise MidfillError(
+            f"The history of {repository.root} gives no examples to train on. To see what was skipped and "
+            "why, run: midfill adapter plan"
+        )
     return _Run(job, model, settings, base_weights, tell, selection, examples)
 
 
 def _base_weights(job: Job, model: LocalModel, settings: Settings, *, learns: bool = True) -> str:
-    """In which form the base is held; a training that is gone on with keeps to its own."""
+    """Return the form of the base model's weights; a resumed training keeps the form of its checkpoint."""
     wanted = job.base_weights
     if on_cuda():
         if wanted != "auto":
             raise AdapterError(
-                f"On a GPU the base is held in bfloat16, not in {wanted}: leave --base-weights out."
+                f"On a GPU the base model is held in bfloat16, not in {wanted}. Run without --base-weights."
             )
         return "bfloat16"
     if wanted == "auto" and job.resume:
-        kept = kept_base_weights(run_folder(job.name) / "checkpoint")
-        # One of a GPU is not gone on with here: the checkpoint is refused.
+        kept = checkpoint_base_weights(run_folder(job.name) / "checkpoint")
+        # A checkpoint of a GPU cannot be resumed on a CPU; it is refused later.
         wanted = kept if kept in memory.FORMS else wanted
     count = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     free = psutil.virtual_memory().available
-    room = memory.survey(model.path, wanted, settings, free, count, learns=learns)
-    return smaller_of_all(memory.chosen(room, count))
+    room = memory.estimate(model.path, wanted, settings, free, count, learns=learns)
+    return agree_on_base_weights(memory.choose_form(room, count))
 
 
 def train(  # noqa: PLR0913 - each is a different thing
@@ -108,47 +112,47 @@ def train(  # noqa: PLR0913 - each is a different thing
     *,
     leads: bool = True,
 ) -> dict[str, Any]:
-    """Learn an adapter, judge it and register it with its verdict.
+    """Train an adapter, evaluate it and register it with its verdict.
 
     Args:
         job: what to do.
         model: the base model.
         settings: the user's.
-        tell: hears how far it is.
-        stop: asked often; true ends it with a checkpoint.
-        leads: whether this is the process that judges and writes, of several that train.
+        tell: told the progress.
+        stop: asked often; true ends the training with a checkpoint.
+        leads: whether this is the process, of several that train, that evaluates and writes.
 
     Returns:
-        What `--json` prints.
+        The result as `--json` prints it; {} if this process does not lead.
 
     Raises:
-        MidfillError: there is nothing to learn from, or it has been stopped.
+        MidfillError: there is nothing to train on, or the training was stopped.
     """
     begun_s = time.monotonic()
     if (taken := Registry().find(job.name)) is not None and not job.resume:
         raise AdapterError(
-            f"There is an adapter {taken.name!r} already. Train under another --name, or remove that one: "
+            f"An adapter named {taken.name!r} exists already. Use another --name, or remove it: "
             f"midfill adapter rm {taken.name}"
         )
     run = _prepare(job, model, settings, tell, data.NUM_TRAIN)
     tell("model", None, f"loading {model.name}")
     recipe = recipe_for(_num_parameters(model), **dict(job.changes))
     adapted = Adapted(model, recipe, num_threads=job.num_threads, base_weights=run.base_weights)
-    problem = judge.step0_problem(adapted, run.examples.dev or run.examples.test)
-    tell("train", 0.0, "the base on the dev commits")
+    problem = verdict.zero_scale_problem(adapted, run.examples.dev or run.examples.test)
+    tell("train", 0.0, "log-loss of the base model on the dev commits")
     base_dev, forward_s = _base_on_dev(adapted, run, leads)
     budget_s = _training_budget(job.budget_s, time.monotonic() - begun_s, forward_s, run.examples)
     trained = _train(run, adapted, recipe, budget_s, stop)
     if not leads:
         return {}
     adapter = run.folder / "adapter"
-    measured = _choose_and_save(run, adapted, base_dev, adapter, problem)
-    result = _judge(run, adapted, adapter, measured, trained, time.monotonic() - begun_s)
+    measurements = _choose_and_save(run, adapted, base_dev, adapter, problem)
+    result = _evaluate(run, adapted, adapter, measurements, trained, time.monotonic() - begun_s)
     entry = Registry().add(
         adapter,
         name=job.name,
         base=model,
-        judgement=judge.judgement_of(result, forced=job.force),
+        judgement=verdict.judgement_of(result, forced=job.force),
         source=f"midfill adapter train on {run.selection.repository} at {run.selection.head[:12]}",
     )
     return {"adapter": entry.name, "digest": entry.digest, "forced": job.force, **result}
@@ -157,46 +161,46 @@ def train(  # noqa: PLR0913 - each is a different thing
 def evaluate(  # noqa: PLR0913, PLR0917 - each is a different thing
     job: Job, adapter: Path, fingerprint: str | None, model: LocalModel, settings: Settings, tell: Tell
 ) -> dict[str, Any]:
-    """Judge an adapter that is there already, as it is, on the newest commits of a repository.
+    """Evaluate an existing adapter, as it is, on the newest commits of a repository.
 
     Args:
-        job: where; `name` is for the report's folder.
-        adapter: its folder.
-        fingerprint: of the base model that it was trained on, if that is known.
+        job: the repository; `name` names the report's folder.
+        adapter: the adapter's folder.
+        fingerprint: of the base model that it was trained on, if known.
         model: the base model.
         settings: the user's.
-        tell: hears how far it is.
+        tell: told the progress.
 
     Returns:
-        What `--json` prints.
+        The result as `--json` prints it.
     """
     begun_s = time.monotonic()
     run = _prepare(job, model, settings, tell, 0)
-    measured = _check(adapter, fingerprint, model)
+    measurements = _check(adapter, fingerprint, model)
     adapted = None
-    if not measured.problems:
+    if not measurements.problems:
         tell("model", None, f"loading {model.name}")
         rank = peft_format.read(adapter, peft_format.layers_of(model.path)).rank
         recipe = Recipe(1.0, rank=rank, alpha=rank)
         adapted = Adapted(model, recipe, num_threads=job.num_threads, base_weights=run.base_weights)
         adapted.load(adapter)
-        if problem := judge.step0_problem(adapted, run.examples.test):
-            measured = Measured(problems=(problem,))
-    return _judge(run, adapted, adapter, measured, None, time.monotonic() - begun_s)
+        if problem := verdict.zero_scale_problem(adapted, run.examples.test):
+            measurements = Measurements(problems=(problem,))
+    return _evaluate(run, adapted, adapter, measurements, None, time.monotonic() - begun_s)
 
 
-def _check(adapter: Path, fingerprint: str | None, model: LocalModel) -> Measured:
+def _check(adapter: Path, fingerprint: str | None, model: LocalModel) -> Measurements:
     if fingerprint is not None and fingerprint != peft_format.fingerprint_of(model.path):
-        return Measured(problems=(f"It was trained on another model than {model.name}.",))
+        return Measurements(problems=(f"The adapter was trained on another model, not on {model.name}.",))
     try:
         peft_format.read(adapter, peft_format.layers_of(model.path))
     except AdapterError as error:
-        return Measured(problems=(str(error),))
-    return Measured()
+        return Measurements(problems=(str(error),))
+    return Measurements()
 
 
 def _base_on_dev(adapted: Adapted, run: _Run, leads: bool) -> tuple[list[float], float]:
-    """The base's losses on the dev commits, and how long an example takes."""
+    """Return the base model's losses on the dev commits, and the seconds of an example."""
     examples = run.examples.dev if leads else run.examples.dev[:2]
     begun_s = time.monotonic()
     with adapted.as_base():
@@ -205,11 +209,11 @@ def _base_on_dev(adapted: Adapted, run: _Run, leads: bool) -> tuple[list[float],
 
 
 def _training_budget(budget_s: float, used_s: float, forward_s: float, examples: Examples) -> float:
-    """What judging leaves of the budget, and at least half of it."""
-    passes = len(judge.SCALES) * len(examples.dev) + 2 * len(examples.test) + 2 * len(examples.general)
-    # An answer is a prompt and some tokens; the engine's int8 makes up for the tokens.
-    judging_s = forward_s * (passes + 2 * judge.NUM_HOLES)
-    return max(budget_s / 2, budget_s - used_s - judging_s)
+    """Return the part of the budget that the evaluation leaves, and at least half of it."""
+    passes = len(verdict.SCALES) * len(examples.dev) + 2 * len(examples.test) + 2 * len(examples.general)
+    # An answer is a prompt and some new tokens; for those the engine's int8 compensates.
+    evaluation_s = forward_s * (passes + 2 * verdict.NUM_HOLES)
+    return max(budget_s / 2, budget_s - used_s - evaluation_s)
 
 
 def _train(run: _Run, adapted: Adapted, recipe: Recipe, budget_s: float, stop: Callable[[], bool]) -> Trained:
@@ -232,65 +236,65 @@ def _train(run: _Run, adapted: Adapted, recipe: Recipe, budget_s: float, stop: C
 
 def _choose_and_save(
     run: _Run, adapted: Adapted, base_dev: Sequence[float], adapter: Path, problem: str | None
-) -> Measured:
-    scale, table = judge.choose_scale(
+) -> Measurements:
+    scale, table = verdict.choose_scale(
         adapted,
         run.examples.dev,
         base_dev,
         lambda share: run.tell("choose", share, "strength on the dev commits"),
     )
     if scale == 0:
-        # It is kept as it was trained, so that there is something to look at.
+        # No strength is better than the base. Save the adapter as trained, so that it can be examined.
         adapted.scale = 1.0
     shutil.rmtree(adapter, ignore_errors=True)
     adapted.save(adapter)
     problems = [problem] if problem else []
-    if damage := judge.canary_problem(adapted, adapter, run.examples.test[0]):
+    if damage := verdict.saved_adapter_problem(adapted, adapter, run.examples.test[0]):
         problems.append(damage)
-    return Measured(problems=tuple(problems), scale=scale, dev=table)
+    return Measurements(problems=tuple(problems), scale=scale, dev=table)
 
 
-def _judge(  # noqa: PLR0913, PLR0917 - what the stages before it have made
+def _evaluate(  # noqa: PLR0913, PLR0917 - what the stages before it have made
     run: _Run,
     adapted: Adapted | None,
     adapter: Path,
-    measured: Measured,
+    measurements: Measurements,
     trained: Trained | None,
     seconds: float,
 ) -> dict[str, Any]:
-    """Open the test commits, unless the verdict is known without them; write the report."""
+    """Measure on the test commits, unless the verdict is known without them; write the report."""
     begun_s = time.monotonic()
     examples = run.examples
-    if adapted is not None and not measured.problems and measured.scale:
-        openings = note_opening(examples.test, peft_format.digest_of(adapter))
-        scale, dev = measured.scale, measured.dev
-        measured = judge.measure_losses(
+    if adapted is not None and not measurements.problems and measurements.scale:
+        num_comparisons = record_comparison(examples.test, peft_format.digest_of(adapter))
+        scale, dev = measurements.scale, measurements.dev
+        measurements = verdict.measure_losses(
             adapted,
             examples.test,
             examples.general,
-            openings=openings,
+            num_comparisons=num_comparisons,
             records=Records(run.folder / "judged.jsonl", _header(run, adapter)),
-            tell=lambda share: run.tell("judge", share, "log-loss on later commits"),
+            tell=lambda share: run.tell("evaluate", share, "log-loss on later commits"),
         )
-        measured = replace(measured, scale=scale, dev=dev)
-        # Two engines come next, each with a model of its own.
+        measurements = replace(measurements, scale=scale, dev=dev)
+        # Make room: the two engines that come next load a model each.
         adapted.release()
-        if measured.effect is not None and math.isfinite(measured.effect.gain):
-            measured = replace(measured, filling=_fill(run, adapter))
-    verdicts = judge.decide(measured, run.job.limits)
-    result = judge.as_dict(measured, verdicts)
+        if measurements.effect is not None and math.isfinite(measurements.effect.gain):
+            measurements = replace(measurements, hole_results=_fill(run, adapter))
+    decision = verdict.decide(measurements, run.job.limits)
+    result = verdict.as_dict(measurements, decision)
     result["base_weights"] = run.base_weights
     result["training"] = _training(run, trained)
     result["seconds"] = round(seconds + time.monotonic() - begun_s, 1)
     result["peak_rss_mb"] = round(peak_rss_mb(os.getpid()))
     path = run.folder / "report.html"
-    report.write(path, run.job.name, run.selection.repository, result, measured, forced=run.job.force)
+    report.write(path, run.job.name, run.selection.repository, result, measurements, forced=run.job.force)
     result["report"] = str(path)
     return result
 
 
 def _header(run: _Run, adapter: Path) -> dict[str, str]:
-    """What kept log-losses are of; an older file of another adapter or other places is done with."""
+    """Return the header of the kept log-losses; delete a file of another adapter or other examples."""
     header = {
         "eval": "adapter, middle and end",
         "adapter": peft_format.digest_of(adapter),
@@ -309,15 +313,15 @@ def _header(run: _Run, adapter: Path) -> dict[str, str]:
     return header
 
 
-def _fill(run: _Run, adapter: Path) -> judge.Filling:
+def _fill(run: _Run, adapter: Path) -> verdict.HoleResults:
     def tell(share: float) -> None:
-        run.tell("judge", share, "suggestions with and without it")
+        run.tell("evaluate", share, "suggestions with and without the adapter")
 
-    holes = judge.choose_holes(run.examples.test)
-    with data.written_tree(run.selection, run.settings) as root:
+    holes = verdict.choose_holes(run.examples.test)
+    with data.checked_out_tree(run.selection, run.settings) as root:
         place = root or Repository(run.job.repo).root
         return asyncio.run(
-            judge.fill(run.model, adapter, run.settings, holes, place, run.job.num_threads, tell)
+            verdict.fill(run.model, adapter, run.settings, holes, place, run.job.num_threads, tell)
         )
 
 
@@ -337,10 +341,10 @@ def _training(run: _Run, trained: Trained | None) -> dict[str, Any] | None:
     }
 
 
-def note_opening(test: Sequence[Example], digest: str) -> int:
-    """Write down that an adapter is judged by these commits; how many others were, and this one."""
-    file = data_dir() / "training" / "opened.json"
-    # Digests of the ids: which commits there are is nobody's business who finds the file.
+def record_comparison(test: Sequence[Example], digest: str) -> int:
+    """Record that an adapter is evaluated on these commits; return the number of adapters that were."""
+    file = data_folder() / "training" / "opened.json"
+    # Digests, so that the file does not tell which commits a repository has.
     commits = {hashlib.sha256(example.commit.encode()).hexdigest()[:16] for example in test}
     with locked(file.parent):
         try:
@@ -352,7 +356,7 @@ def note_opening(test: Sequence[Example], digest: str) -> int:
         }
         known = [one for one in known if one["adapter"] != digest]
         known.append({"adapter": digest, "commits": sorted(commits)})
-        replace_file(file, json.dumps({"opened": known}))
+        text_files.replace(file, json.dumps({"opened": known}), private=True)
     return len(others) + 1
 
 

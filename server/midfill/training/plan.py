@@ -1,7 +1,6 @@
-"""`midfill adapter plan`: what would be learnt, how long it takes, what a judgement could see.
+"""`midfill adapter plan`: a dry run of training: data, time, memory, and the power of the evaluation.
 
-Runs no model: how long a token takes is guessed from a product of two matrices, and holds for an idle
-machine.
+Runs no model: the time of a token is estimated from a matrix product, and holds for an idle machine.
 """
 
 from __future__ import annotations
@@ -15,26 +14,26 @@ from typing import Any
 import numpy as np
 
 from midfill.adapters.format import layers_of
+from midfill.evaluation.statistics import ALPHA, TYPICAL_SPREAD, power, smallest_gain
 from midfill.training.data import Examples, count_kinds
+from midfill.training.job import Limits
 from midfill.training.selection import Selection
-from midfill.training.statistics import ALPHA, TYPICAL_SPREAD, power, smallest_gain
 
-MIN_COMMITS = 20
-MIN_EXAMPLES = 150
 _GAINS = (0.02, 0.05, 0.10, 0.20)
 _PROBE_ROWS, _PROBE_WIDTH = 384, 1024
 _STEP_EXAMPLES = 8
-# How much longer a step took with the default model; server/docs/experiments/044-int8-training.md.
+# How much longer a step took with an int8 base; measured with the default model (docs/experiments).
 _INT8_RATIO = 1.22
+_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What computing costs here, roughly.
+    """Estimated speed of this machine.
 
     Attributes:
-        forward_s: for a token, to judge.
-        step_s: for a token, to learn.
+        forward_s: seconds per token of a forward pass (evaluation).
+        step_s: seconds per token of a training step.
     """
 
     forward_s: float
@@ -42,10 +41,10 @@ class Speed:
 
 
 def estimate_speed(model: Path, base_weights: str | None = None) -> Speed:
-    """From a product of two matrices: a forward pass is two operations for each weight and token.
+    """Estimate the speed from a matrix product: a forward pass is two operations per weight and token.
 
-    Backwards it is as many again; head, attention and the branches add half of that on a small model. With
-    the base in int8 a part is computed twice.
+    The backward pass takes the same again; head, attention and LoRA add half of that on a small model. With
+    an int8 base a part is computed twice (activation checkpointing).
     """
     left = np.ones((_PROBE_ROWS, _PROBE_WIDTH), dtype=np.float32)
     right = np.ones((_PROBE_WIDTH, _PROBE_WIDTH), dtype=np.float32)
@@ -54,7 +53,7 @@ def estimate_speed(model: Path, base_weights: str | None = None) -> Speed:
         begun_s = time.perf_counter()
         _ = left @ right
         seconds.append(time.perf_counter() - begun_s)
-    # The quickest one: the others may have waited for other programs.
+    # The fastest run: the others may have waited for other programs.
     per_weight = min(seconds) / (_PROBE_ROWS * _PROBE_WIDTH**2)
     weights = sum(outputs * inputs for outputs, inputs in layers_of(model).values())
     step = 4.0 * (_INT8_RATIO if base_weights == "int8" else 1.0)
@@ -69,13 +68,13 @@ def summarise(  # noqa: PLR0913, PLR0917 - what a plan is made of
     settings: Mapping[str, Any],
     memory: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All of it, as `--json` prints it."""
+    """Return the plan as `--json` prints it."""
     parts = {"train": examples.train, "dev": examples.dev, "test": examples.test}
     commits = len({example.commit for example in examples.test})
     tokens = [len(example.prompt) + len(example.target) for example in examples.train]
     mean = sum(tokens) / max(1, len(tokens))
-    judging_s = speed.forward_s * mean * (4 * len(examples.dev) + 2 * len(examples.test) + 64)
-    training_s = max(budget_s / 2, budget_s - judging_s)
+    evaluation_s = speed.forward_s * mean * (4 * len(examples.dev) + 2 * len(examples.test) + 64)
+    training_s = max(budget_s / 2, budget_s - evaluation_s)
     affordable = int(training_s / max(1e-9, speed.step_s * mean))
     return {
         "repository": selection.repository,
@@ -95,7 +94,7 @@ def summarise(  # noqa: PLR0913, PLR0917 - what a plan is made of
         "tokens_per_example": round(mean, 1),
         "eta": {
             "budget_s": round(budget_s),
-            "judging_s": round(judging_s),
+            "judging_s": round(evaluation_s),
             "examples_learnt": min(affordable, 3 * len(examples.train)),
             "steps": min(affordable, 3 * len(examples.train)) // _STEP_EXAMPLES,
         },
@@ -103,12 +102,12 @@ def summarise(  # noqa: PLR0913, PLR0917 - what a plan is made of
         "judgement": {
             "alpha": ALPHA,
             "spread": TYPICAL_SPREAD,
-            "enough": commits >= MIN_COMMITS and len(examples.test) >= MIN_EXAMPLES,
-            "needed": {"commits": MIN_COMMITS, "examples": MIN_EXAMPLES},
+            "enough": commits >= _LIMITS.commits and len(examples.test) >= _LIMITS.examples,
+            "needed": {"commits": _LIMITS.commits, "examples": _LIMITS.examples},
             "smallest_gain": round(smallest_gain(commits), 4) if commits > 1 else None,
             "power": {
                 str(count): {f"{gain:.2f}": round(power(gain, TYPICAL_SPREAD, count), 3) for gain in _GAINS}
-                for count in sorted({MIN_COMMITS, 40, 80, commits} - {0, 1})
+                for count in sorted({_LIMITS.commits, 40, 80, commits} - {0, 1})
             },
         },
         "digest": examples.digest,
@@ -116,23 +115,23 @@ def summarise(  # noqa: PLR0913, PLR0917 - what a plan is made of
 
 
 def describe(plan: Mapping[str, Any]) -> str:
-    """The plan for a person."""
+    """Return the plan as text."""
     files, commits, judgement, eta = plan["files"], plan["commits"], plan["judgement"], plan["eta"]
     rows = [
         f"{plan['repository']} at {plan['head'][:12]}",
         f"files     {files['kept']} kept{_but(files['dropped'])}",
-        f"commits   {commits['train']} to train, {commits['dev']} to choose, {commits['test']} to judge"
+        f"commits   {commits['train']} train, {commits['dev']} dev, {commits['test']} test"
         + _but(commits["dropped"]),
-        f"hunks     left out: {_listed(plan['hunks_dropped']) or 'none'}",
+        f"hunks     skipped: {_listed(plan['hunks_dropped']) or 'none'}",
         "examples  " + ", ".join(f"{count} {name}" for name, count in plan["examples"].items()),
         f"kinds     {_listed(plan['kinds']['train'])}",
         f"tokens    {plan['tokens_per_example']} per example, layout {plan['layout']}",
-        f"time      within {eta['budget_s'] / 60:.0f} min about {eta['examples_learnt']} examples "
-        f"({eta['steps']} steps); judging takes about {max(1, eta['judging_s'] // 60)} min of it, "
+        f"time      {eta['budget_s'] / 60:.0f} min: about {eta['examples_learnt']} examples "
+        f"({eta['steps']} steps), of which evaluation takes about {max(1, eta['judging_s'] // 60)} min; "
         "on an idle machine",
         _memory(plan["memory"]),
         "",
-        "What a judgement could see: how often a gain, in nats per token, is found to be one",
+        "Power of the evaluation: how often a gain (in nats per token) is recognised as significant",
         f"{'test commits':>14}" + "".join(f"{gain:>8}" for gain in next(iter(judgement["power"].values()))),
     ]
     for count, chances in judgement["power"].items():
@@ -140,12 +139,12 @@ def describe(plan: Mapping[str, Any]) -> str:
         rows.append(f"{count:>14}" + "".join(f"{chance:8.0%}" for chance in chances.values()) + here)
     if judgement["smallest_gain"] is not None:
         rows.append(
-            f"The smallest gain that is found in four of five cases: {judgement['smallest_gain']:.3f}"
+            f"Smallest gain that is recognised in four of five cases: {judgement['smallest_gain']:.3f}"
         )
     if not judgement["enough"]:
         rows.append(
-            f"Too little for a verdict of `enabled`: {judgement['needed']['commits']} test commits and "
-            f"{judgement['needed']['examples']} examples are needed."
+            f"Too little data for the verdict `enabled`, which needs {judgement['needed']['commits']} test "
+            f"commits and {judgement['needed']['examples']} examples."
         )
     return "\n".join(rows)
 
@@ -154,16 +153,16 @@ def _memory(memory: Mapping[str, Any]) -> str:
     needs = ", ".join(f"{need / 1000:.1f} GB in {form}" for form, need in memory["needed_mb"].items())
     form, free = memory["base_weights"], f"{memory['free_mb'] / 1000:.1f} GB are free"
     if form is None:
-        verdict = "too little for either"
+        verdict = "not enough for either"
     elif form in memory["fits"]:
-        verdict = f"so the base would be held in {form}"
+        verdict = f"the base model would be held in {form}"
     else:
-        verdict = f"too little for {form}"
+        verdict = f"not enough for {form}"
     return f"memory    about {needs} on a CPU; {free}: {verdict}"
 
 
 def _but(dropped: Mapping[str, int]) -> str:
-    return f"; left out: {_listed(dropped)}" if dropped else ""
+    return f"; skipped: {_listed(dropped)}" if dropped else ""
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -1,7 +1,6 @@
-"""The report of a judgement: one HTML file that needs nothing else, with plots where matplotlib is installed.
+"""The report on an adapter: one self-contained HTML file, with plots if matplotlib is installed.
 
-It shows source text, suggestions side by side, and so only its owner can read it. Loads nothing from
-anywhere.
+It shows source text (suggestions side by side), so only its owner can read it. It loads nothing.
 """
 
 from __future__ import annotations
@@ -9,14 +8,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from midfill.errors import AdapterError
+from midfill.system import text_files
 from midfill.system.private import private_folder
-from midfill.training.judge import Measured
+from midfill.training.verdict import Measurements
 
 _MAX_PAIRS = 24
 _COLOURS = {"enabled": "#1a7f37", "rejected": "#b42318", "inconclusive": "#9a6700"}
@@ -36,20 +35,20 @@ def write(  # noqa: PLR0913 - what it is of, and what it says
     name: str,
     repository: str,
     result: Mapping[str, Any],
-    measured: Measured,
+    measurements: Measurements,
     *,
     forced: bool,
 ) -> None:
-    """Write the report. Raises `AdapterError` if that cannot be done."""
+    """Write the report. Raises `AdapterError` if it cannot be written."""
     parts = [
-        f"<h1>Adapter {_text(name)}, learnt from {_text(repository)}</h1>",
+        f"<h1>Adapter {_text(name)} on the history of {_text(repository)}</h1>",
         _verdict(result, forced),
         "<h2>Conditions</h2>",
         _table(_conditions(result)),
-        *_pictures(result, measured),
+        *_pictures(result, measurements),
         *_training(result),
-        *_pairs(measured),
-        '<p class="quiet">This file shows source text of the repository. midfill sends it nowhere.</p>',
+        *_pairs(measurements),
+        '<p class="quiet">This file contains source text of the repository. It stays on this machine.</p>',
     ]
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>midfill adapter {_text(name)}</title>'
@@ -57,10 +56,7 @@ def write(  # noqa: PLR0913 - what it is of, and what it says
     )
     try:
         private_folder(path.parent, tighten=False)
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as out:  # noqa: PTH123 - it is a descriptor
-            out.write(page)
+        text_files.replace(path, page, private=True)
     except OSError as error:
         raise AdapterError(f"Cannot write the report {path}: {error.strerror}.") from error
 
@@ -68,15 +64,15 @@ def write(  # noqa: PLR0913 - what it is of, and what it says
 def _verdict(result: Mapping[str, Any], forced: bool) -> str:
     verdict = result["verdict"]
     reasons = "".join(f"<li>{_text(reason)}</li>" for reason in result["reasons"])
-    said = "It is switched on." if verdict == "enabled" else "It stays off."
+    said = "The adapter is used." if verdict == "enabled" else "The adapter is not used."
     if forced:
-        said += " Its user has forced it on in spite of the verdict."
+        said += " --force overrides the verdict."
     colour = _COLOURS[verdict]
     return f'<p class="verdict" style="color:{colour}">{verdict}. {said}</p><ul>{reasons}</ul>'
 
 
 def _conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [("later commits", f"{result['commits']}, with {result['examples']} places")]
+    rows = [("test commits (the newest)", f"{result['commits']}, with {result['examples']} examples")]
     if result["nll_gain"] is not None:
         interval = result["interval"]
         shown = f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "not known"
@@ -88,27 +84,27 @@ def _conditions(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
         rows.append(
             (
-                "gain and its bounds",
-                f"{result['nll_gain']:+.4f} ({shown}, each missed in {result['alpha']:.2%})",
+                "gain and its confidence bounds",
+                f"{result['nll_gain']:+.4f} ({shown}; error probability {result['alpha']:.2%} each)",
             )
         )
-        rows.append(("of that by knowing where to end", f"{result['nll_gain_at_ends']:+.4f}"))
-    if result["openings"] > 1:
-        rows.append(("adapters that these commits have judged", str(result["openings"])))
+        rows.append(("part of the gain from predicting the end", f"{result['nll_gain_at_ends']:+.4f}"))
+    if result["comparisons"] > 1:
+        rows.append(("adapters compared on these commits", str(result["comparisons"])))
     if saved := result["saved_chars"]:
         rows.append(
             (
                 "characters saved",
-                f"{saved['base']} base, {saved['adapter']} adapter, at {saved['holes']} places",
+                f"{saved['base']} base, {saved['adapter']} adapter, in {saved['holes']} suggestions",
             )
         )
     if result["general"] is not None:
-        rows.append(("log-loss on other code", f"{result['general'] - 1:+.1%}"))
+        rows.append(("log-loss on other code, change", f"{result['general'] - 1:+.1%}"))
     if result["latency"] is not None:
-        rows.append(("time of an answer", f"{result['latency'] - 1:+.0%} (median)"))
-    rows.append(("strength", f"{result['scale']:g}"))
+        rows.append(("time of an answer, change", f"{result['latency'] - 1:+.0%} (median)"))
+    rows.append(("strength (scale of the adapter)", f"{result['scale']:g}"))
     for scale, loss in result["dev"].items():
-        rows.append((f"dev commits, strength {scale}", f"{loss:.4f}"))
+        rows.append((f"log-loss on dev commits, strength {scale}", f"{loss:.4f}"))
     return rows
 
 
@@ -119,16 +115,16 @@ def _training(result: Mapping[str, Any]) -> list[str]:
     return ["<h2>Training</h2>", _table([(name.replace("_", " "), str(training[name])) for name in names])]
 
 
-def _pairs(measured: Measured) -> list[str]:
-    if measured.filling is None or not measured.filling.pairs:
+def _pairs(measurements: Measurements) -> list[str]:
+    if measurements.hole_results is None or not measurements.hole_results.pairs:
         return []
     rows = [
         f"<tr><td>{_text(place)}</td>"
         + "".join(f"<td><pre>{_text(text)}</pre></td>" for text in texts)
         + "</tr>"
-        for place, *texts in measured.filling.pairs[:_MAX_PAIRS]
+        for place, *texts in measurements.hole_results.pairs[:_MAX_PAIRS]
     ]
-    head = "<tr><th>place</th><th>written</th><th>base</th><th>adapter</th></tr>"
+    head = "<tr><th>place</th><th>author's text</th><th>base</th><th>adapter</th></tr>"
     return ["<h2>Suggestions side by side</h2>", f"<table>{head}{''.join(rows)}</table>"]
 
 
@@ -141,16 +137,16 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _pictures(result: Mapping[str, Any], measured: Measured) -> list[str]:
+def _pictures(result: Mapping[str, Any], measurements: Measurements) -> list[str]:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError:
-        return ["<p class='quiet'>Plots need matplotlib: pip install matplotlib.</p>"]
+        return ["<p class='quiet'>No plots, because matplotlib is not installed: pip install matplotlib</p>"]
     pictures = []
-    if measured.by_commit:
+    if measurements.by_commit:
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         axes = figure.subplots()
-        gains = [gain for _, gain, _ in measured.by_commit]
+        gains = [gain for _, gain, _ in measurements.by_commit]
         colours = ["#1a9850" if gain > 0 else "#d6604d" for gain in gains]
         axes.bar(range(len(gains)), gains, color=colours)
         axes.axhline(0, color="#333333", linewidth=0.8)
@@ -158,23 +154,26 @@ def _pictures(result: Mapping[str, Any], measured: Measured) -> list[str]:
             axes.axhspan(*result["interval"], color="#4393c3", alpha=0.25, label="bounds of the gain")
             axes.legend(fontsize=8)
         axes.set_xticks(
-            range(len(gains)), [commit[:7] for commit, _, _ in measured.by_commit], fontsize=6, rotation=90
+            range(len(gains)),
+            [commit[:7] for commit, _, _ in measurements.by_commit],
+            fontsize=6,
+            rotation=90,
         )
         axes.set_ylabel("gain, nats per token")
-        axes.set_title("log-loss by later commit, above 0 is better", fontsize=10)
-        pictures.append(_picture("Log-loss by commit", figure))
-    if measured.filling is not None and measured.filling.latency is not None:
+        axes.set_title("gain in log-loss by test commit; above 0 is better", fontsize=10)
+        pictures.append(_picture("Gain by commit", figure))
+    if measurements.hole_results is not None and measurements.hole_results.latency is not None:
         figure = Figure(figsize=(9, 2.2), layout="constrained")
         saved, latency = figure.subplots(1, 2)
         bars = saved.barh(
             ["adapter", "base"],
-            [measured.filling.adapter, measured.filling.base],
+            [measurements.hole_results.adapter, measurements.hole_results.base],
             color=["#1a9850", "#999999"],
         )
         saved.bar_label(bars, fontsize=8)
         saved.set_title("characters saved", fontsize=10)
         bars = latency.barh(
-            ["adapter", "base"], [measured.filling.latency, 1.0], color=["#4393c3", "#999999"]
+            ["adapter", "base"], [measurements.hole_results.latency, 1.0], color=["#4393c3", "#999999"]
         )
         latency.bar_label(bars, fmt="{:.2f}", fontsize=8)
         latency.set_title("time of an answer, base = 1", fontsize=10)

@@ -1,7 +1,7 @@
-"""What of a repository may be learnt: which commits and files, which not and why, and the split by time.
+"""Select training data: the commits and files to use, what is skipped and why, and the split by time.
 
-Trained is on the tree before the held-out commits and on what the commits before them added; the next commits
-choose (dev), the newest judge (test). Everything that is left out is counted under a reason. Runs no model.
+Training uses the tree before the held-out commits and the lines that earlier commits added; the next commits
+choose (dev), the newest decide the verdict (test). What is skipped is counted by reason. Runs no model.
 """
 
 from __future__ import annotations
@@ -13,24 +13,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from midfill.completion.context.files import (
-    FileFilter,
-    SourceFile,
-    classify,
-    is_third_party,
-    rejection_by_name,
-)
+from midfill.completion.context.files import FileFilter, SourceFile, is_third_party, judge, rejection_by_name
 from midfill.errors import MidfillError
 from midfill.settings import Settings
 from midfill.training.history import Change, Commit, Hunk, Repository
 
 MAX_COMMITS = 2000
 _MAX_USABLE = 400
-"""Commits that are looked into, the newest: their hunks are asked of git one by one."""
+"""Newest commits to use at most: git is run for each of their hunks."""
 
 _MAX_CHANGES = 20
 _MAX_TREE_FILES = 5000
-# Of a hunk's lines; below that it is taken for new code that happens to look like something.
+# Share of a hunk's lines that the commit removed elsewhere, from which on the hunk counts as moved code.
 _MOVED_SHARE = 0.8
 _TELLING_CHARS = 4
 _LICENCE_FILES = ("LICENSE", "LICENCE", "COPYING")
@@ -41,11 +35,11 @@ _HEAD_CHARS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """Lines that a commit has added to a file that may be learnt.
+    """Lines that a commit has added to a usable file.
 
     Attributes:
-        commit: its hash.
-        file: as it was after the commit.
+        commit: the commit's hash.
+        file: the file as it was after the commit.
         rows: the added lines, from 0.
     """
 
@@ -56,7 +50,7 @@ class Addition:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The usable commits by time, each with what it has added. `train` may be empty, the others not."""
+    """The additions of each usable commit, split by time. `train` may be empty, the others not."""
 
     train: tuple[tuple[Addition, ...], ...]
     dev: tuple[tuple[Addition, ...], ...]
@@ -65,15 +59,15 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What may be learnt.
+    """The selected data of a repository.
 
     Attributes:
         repository: its name.
-        head: the newest commit that was looked at.
-        tree: the files before the held-out commits.
-        touched: how many of the training commits changed each path.
-        split: see `Split`.
-        dropped_files, dropped_commits, dropped_hunks: how many were left out, by reason.
+        head: hash of the newest commit.
+        tree: the usable files as they were before the held-out commits.
+        touched: number of training commits that changed a file, by path.
+        split: the additions, by time.
+        dropped_files, dropped_commits, dropped_hunks: numbers of those that were skipped, by reason.
     """
 
     repository: str
@@ -87,10 +81,10 @@ class Selection:
 
 
 def divide(num_commits: int) -> tuple[int, int, int]:
-    """How many of the usable commits, in order of time, are for training, choosing and judging.
+    """Return the numbers of usable commits, in order of time, for training, dev and test.
 
-    Judging gets enough for a verdict (20) before training gets more than half of a short history, and not
-    more than it has use for.
+    In a short history, test gets enough for a verdict (20) before training gets more than half; in a long
+    one, no more than it needs.
     """
     test = min(60, max(min(24, num_commits * 2 // 5), num_commits // 4))
     dev = min(12, max(1, num_commits // 10)) if num_commits - test > 1 else 0
@@ -98,17 +92,17 @@ def divide(num_commits: int) -> tuple[int, int, int]:
 
 
 def select(repository: Repository, settings: Settings) -> Selection:
-    """Look through the history. Raises `MidfillError` if nothing in it can be learnt and judged."""
+    """Select from a history. Raises `MidfillError` if it is too short for training and evaluation."""
     return _Selector(repository, settings).run()
 
 
 class _Selector:
-    """One look through a history; see `select`."""
+    """State of one call of `select`."""
 
     def __init__(self, repository: Repository, settings: Settings) -> None:
         self._repository = repository
         self._settings = settings
-        self._filter = FileFilter(repository.root, settings.excluded_files)
+        self._sieve = FileFilter(repository.root, settings.excluded_files)
         self._dropped_paths: dict[str, str] = {}
         self._files: dict[tuple[str, str], SourceFile | None] = {}
         self._dropped_commits: Counter[str] = Counter()
@@ -129,8 +123,8 @@ class _Selector:
         num_train, num_dev, num_test = divide(len(usable))
         if not (num_train and num_dev and num_test):
             raise MidfillError(
-                f"{self._repository.root} has {len(usable)} commits with source code that can be learnt; at "
-                "least 4 are needed, and 20 to judge by. Commits left out: "
+                f"{self._repository.root} has {len(usable)} commits with usable source code. Training needs "
+                "at least 4, and 20 test commits for a verdict. Commits skipped: "
                 f"{_counted(self._dropped_commits) or 'none'}."
             )
         tree = self._repository.tree(usable[num_train - 1][0].id)
@@ -141,7 +135,7 @@ class _Selector:
         touched = Counter(
             path for found in parts[:num_train] for path in {addition.file.path for addition in found}
         )
-        # A path whose file held a secret in any version is left out of all.
+        # A file that held a secret in any version is skipped in all versions.
         barred = {path for path, reason in self._dropped_paths.items() if reason == "secret"}
         parts = [tuple(one for one in found if one.file.path not in barred) for found in parts]
         split = Split(
@@ -169,7 +163,7 @@ class _Selector:
             elif commit.is_bot:
                 self._dropped_commits["bot"] += 1
             elif not commit.parents:
-                # It brings in a tree, which is learnt as such.
+                # Its files are part of the tree anyway.
                 self._dropped_commits["first commit"] += 1
             else:
                 candidates.append(commit)
@@ -186,7 +180,7 @@ class _Selector:
         return found
 
     def _admits(self, path: str) -> bool:
-        """Whether a path may hold what can be learnt; the reason is noted if not."""
+        """Return whether a path is usable; record the reason if not."""
         if path in self._dropped_paths:
             return False
         pure = PurePosixPath(path)
@@ -200,21 +194,21 @@ class _Selector:
         return reason is None
 
     def _read(self, places: Iterable[tuple[str, str]]) -> None:
-        """Read and judge versions of files."""
+        """Read versions of files, and keep the usable ones."""
         new = [place for place in dict.fromkeys(places) if place not in self._files]
         texts = self._repository.texts(blob for _, blob in new)
         for path, blob in new:
             text = texts[blob]
-            file = self._judge(path, text.replace("\r\n", "\n")) if text is not None else "binary or large"
+            file = self._classify(path, text.replace("\r\n", "\n")) if text is not None else "binary or large"
             if isinstance(file, str):
                 self._files[path, blob] = None
-                # The worst of a file's versions is what counts.
+                # A secret in any version outweighs other reasons.
                 if self._dropped_paths.get(path) != "secret":
                     self._dropped_paths[path] = file
             else:
                 self._files[path, blob] = file
 
-    def _judge(self, path: str, text: str) -> SourceFile | str:
+    def _classify(self, path: str, text: str) -> SourceFile | str:
         head = text[:_HEAD_CHARS]
         if _GNU.search(head) and not _GNU.search(self._licence):
             return "another licence"
@@ -228,7 +222,7 @@ class _Selector:
         return "\n".join(text for text in self._repository.texts(blobs).values() if text)
 
     def _additions(self, commit: Commit, changes: Sequence[Change]) -> list[Addition]:
-        """What a commit added, without what it moved and what was there before."""
+        """Return a commit's additions, without moved code and code that was seen before."""
         hunks = {change: self._repository.hunks(change) for change in changes if change.new}
         olds = self._repository.texts(change.old for change in changes if change.old)
         removed: set[str] = set()

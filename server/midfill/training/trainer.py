@@ -1,9 +1,9 @@
-"""Training: from examples to an adapter, in steps that can be interrupted and gone on with exactly.
+"""Training: from examples to an adapter, in steps that can be interrupted and resumed exactly.
 
-All that happens in a step follows from its number: which examples, the learning rate, the seed of the
-dropout. A checkpoint is the adapter's weights, the optimiser's moments and that number, in safetensors and
-JSON, never pickled. Several processes (torchrun, gloo) each compute a part of a step's examples and add up
-gradients; the first one reports and writes. Runs in a process of its own: see `worker`.
+Everything in a step follows from its number: the examples, the learning rate, the seed of the dropout. A
+checkpoint is the adapter's weights, the optimiser's moments and that number, in safetensors and JSON, never
+pickled. Several processes (torchrun, gloo) each compute a part of a step's examples and sum their gradients;
+the first one reports and writes. Runs in the training process, see `worker`.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from midfill.training.model import Adapted, Recipe
 _WEIGHTS, _MOMENTS, _STATE = "weights.safetensors", "moments.safetensors", "state.json"
 _SAVE_EVERY_S = 120.0
 _MAX_EPOCHS = 3
-# Less changes nothing but the noise.
+# Fewer steps change little but noise.
 _MIN_STEPS = 4
 _LEAST_RATE = 0.1
 
 
 class InterruptedTrainingError(AdapterError):
-    """Somebody has stopped the training; a checkpoint is there."""
+    """The training was stopped by a signal, and a checkpoint written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a training has come to.
+    """The result of a training.
 
     Attributes:
         steps, planned: optimiser steps that were made, and that the schedule was made for.
-        seconds: of computing.
-        seconds_per_step: its share.
+        seconds: computing time.
+        seconds_per_step: mean computing time of a step.
         losses: the mean loss of each step, in nats per token.
-        tokens: that were computed.
+        tokens: tokens that were computed.
     """
 
     steps: int
@@ -64,7 +64,7 @@ class Trained:
 
 @dataclass(slots=True)
 class _State:
-    """Where a training is. `identity` says of what; another one cannot be gone on with."""
+    """The progress of a training. Only a training of the same `identity` can resume it."""
 
     identity: dict[str, Any]
     planned: int = 0
@@ -79,12 +79,12 @@ class Trainer:
 
     Args:
         adapted: the model with its adapter at its start values.
-        recipe: how.
-        examples: to learn from.
-        folder: for checkpoints.
-        identity: what a checkpoint must agree in: digest of the data, fingerprint of the base.
+        recipe: hyperparameters.
+        examples: the training examples.
+        folder: the folder of the checkpoint.
+        identity: values that must be equal in a checkpoint: digest of the data, fingerprint of the base.
         stop: asked often; true ends the training with a checkpoint.
-        tell: hears the share done and a sentence.
+        tell: called with the share done and a message.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - each is a different thing
@@ -112,9 +112,9 @@ class Trainer:
     def run(self, budget_s: float, *, max_steps: int | None = None, resume: bool = False) -> Trained:
         """Train until the schedule or the budget ends.
 
-        The schedule's length is fixed after the first step, by how long that took; `max_steps` fixes it
-        beforehand. Raises `InterruptedTrainingError` when stopped, `AdapterError` if a checkpoint is of
-        another training or the loss is no number any more.
+        The number of steps follows from the time of a measured step; `max_steps` fixes it instead. Raises
+        `InterruptedTrainingError` when stopped, `AdapterError` if the checkpoint is of another training or
+        the loss becomes NaN or infinite.
         """
         if resume:
             self._load()
@@ -155,7 +155,7 @@ class Trainer:
         loss = self._gradients(step)
         if not math.isfinite(loss):
             raise AdapterError(
-                f"The loss is no number any more at step {step + 1}. The checkpoint before it is kept."
+                f"The loss became NaN or infinite at step {step + 1}. The last checkpoint is kept."
             )
         torch.nn.utils.clip_grad_norm_(self._parameters, self._recipe.clip)
         for group in self._optimiser.param_groups:
@@ -165,7 +165,7 @@ class Trainer:
         return loss
 
     def _gradients(self, step: int) -> float:
-        """Add up the gradients of a step's examples; returns the mean loss of a token."""
+        """Accumulate the gradients of a step's examples; return the mean loss per token."""
         batch = self._batch(step)
         num_tokens = sum(len(example.target) for example in batch)
         self._adapted.train_mode()
@@ -178,7 +178,7 @@ class Trainer:
                 self._optimiser.zero_grad(set_to_none=True)
                 self.save()
                 raise InterruptedTrainingError(
-                    f"Stopped at step {self._state.step}; a checkpoint is in {self._folder}."
+                    f"Training stopped at step {self._state.step}; a checkpoint is in {self._folder}."
                 )
             torch.manual_seed(hash((self._recipe.seed, step, number)) & 0x7FFFFFFF)
             loss = self._adapted.losses(example).sum() / num_tokens
@@ -188,14 +188,14 @@ class Trainer:
         return self._add_up(total)
 
     def _measure(self) -> float:
-        """About how many seconds a step takes; leaves nothing behind."""
+        """Return the estimated seconds of a step. Changes neither weights nor gradients."""
         batch = self._batch(0)
         self._adapted.train_mode()
         seconds = tokens = 0.0
         for number, example in enumerate((batch[0], batch[0], batch[-1])):
             begun_s = time.monotonic()
             self._adapted.losses(example).sum().backward()  # type: ignore[no-untyped-call]
-            if number:  # The first pass of a process is slower than the others.
+            if number:  # The first pass is slower than the others.
                 seconds += time.monotonic() - begun_s
                 tokens += len(example.prompt) + len(example.target)
         self._optimiser.zero_grad(set_to_none=True)
@@ -203,7 +203,7 @@ class Trainer:
         return max(1e-6, seconds / tokens * step_tokens)
 
     def _batch(self, step: int) -> list[Example]:
-        """The examples of a step: each epoch goes through all of them in an order of its own."""
+        """Return the examples of a step. Each epoch has all examples, shuffled differently."""
         size = min(self._recipe.batch, len(self._examples))
         per_epoch = len(self._examples) // size
         epoch, number = divmod(step, per_epoch)
@@ -230,11 +230,11 @@ class Trainer:
         return float(flat[-1])
 
     def _agreed_stop(self) -> bool:
-        # With several processes each gets the signal, but not at the same place; the step's end is one.
+        # Several processes get the signal at different points, so they stop together at the step's end.
         return self._world == 1 and self._stop()
 
     def _agreed(self, late: bool) -> bool:
-        """Whether to end here, decided together."""
+        """Return whether to end here for lack of time; all processes decide together."""
         stopped = self._stop()
         if self._world > 1:
             flags = torch.tensor([float(late), float(stopped)])
@@ -243,7 +243,7 @@ class Trainer:
         if stopped:
             self.save()
             raise InterruptedTrainingError(
-                f"Stopped at step {self._state.step}; a checkpoint is in {self._folder}."
+                f"Training stopped at step {self._state.step}; a checkpoint is in {self._folder}."
             )
         return late
 
@@ -255,7 +255,7 @@ class Trainer:
         return seconds
 
     def save(self) -> None:
-        """Write a checkpoint in the place of the one before; it is found whole or not at all."""
+        """Replace the checkpoint atomically."""
         if self._rank != 0:
             return
         new = self._folder.with_name(self._folder.name + ".new")
@@ -292,7 +292,7 @@ class Trainer:
                 differing = sorted(key for key in wanted if found.identity.get(key) != wanted[key])
                 raise AdapterError(
                     f"The checkpoint in {folder} is of another training: {', '.join(differing)} differ. "
-                    "Train anew without --resume, or under another name."
+                    "Start again without --resume, or use another --name."
                 )
             weights = load_file(folder / _WEIGHTS)
             moments = load_file(folder / _MOMENTS)
@@ -310,17 +310,17 @@ class Trainer:
                         self._optimiser.state[parameter] = state
         except FileNotFoundError as error:
             raise AdapterError(
-                f"There is no checkpoint in {folder}, so there is nothing to resume."
+                f"There is no checkpoint in {folder} to resume. Run without --resume."
             ) from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise AdapterError(
-                f"The checkpoint in {folder} cannot be read ({error!r}). Train anew without --resume."
+                f"The checkpoint in {folder} cannot be read ({error!r}). Start again without --resume."
             ) from error
         self._state = found
 
 
-def kept_base_weights(folder: Path) -> str | None:
-    """How the base was held in the training that has left a checkpoint here; None if that is not known."""
+def checkpoint_base_weights(folder: Path) -> str | None:
+    """Return the form of the base model's weights in the training of a checkpoint; None if not known."""
     for place in (folder, folder.with_name(folder.name + ".old")):
         try:
             found = read_json(place / _STATE)["identity"]["base_weights"]
@@ -330,8 +330,8 @@ def kept_base_weights(folder: Path) -> str | None:
     return None
 
 
-def smaller_of_all(form: str) -> str:
-    """The same form of the base's weights in all processes: int8 if one of them has chosen it."""
+def agree_on_base_weights(form: str) -> str:
+    """Return the form of the base model's weights for all processes: int8 if one of them has chosen it."""
     if not distributed.is_initialized():
         return form
     small = torch.tensor(float(form == "int8"))
@@ -340,7 +340,7 @@ def smaller_of_all(form: str) -> str:
 
 
 def rate_at(step: int, planned: int, warmup: float) -> float:
-    """The learning rate of a step as a share of the highest: up in a line, down in a cosine to a tenth."""
+    """Return a step's learning rate as a share of the maximum: linear warm-up, cosine decay to a tenth."""
     rising = max(1, round(planned * warmup))
     if step < rising:
         return (step + 1) / rising

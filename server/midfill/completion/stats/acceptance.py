@@ -27,9 +27,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from midfill.errors import MidfillError
+from midfill.system import text_files
+from midfill.system.folders import state_folder
 from midfill.system.json_files import read_json
-from midfill.system.private import private_folder, write_private
-from midfill.system.state import state_path
+from midfill.system.private import private_folder
 from midfill.text.documents import Change, Document, Encoding, Point, split_lines
 
 CHECKS = (("30s", 30.0), ("5min", 300.0))
@@ -373,7 +374,7 @@ class AcceptanceTracker:
         """Add counts to the file. Returns whether that succeeded; the first failure in a row is logged."""
         try:
             if table:
-                add(state_path(), table, self.session)
+                add(counts_path(), table, self.session)
         except MidfillError as error:
             if not self._failed:
                 _LOG.warning("%s", error)
@@ -448,6 +449,11 @@ def _share_kept(text: str, document: Document, start: Point) -> float:
     return sum(block.size for block in matcher.get_matching_blocks()) / len(text)
 
 
+def counts_path() -> Path:
+    """Return the file of this user's counts. `MIDFILL_STATE` names another folder."""
+    return state_folder() / "feedback.json"
+
+
 def read(path: Path) -> Table:
     """Return the counts of a file; none if there is no file. Raises `MidfillError` if it cannot be read."""
     return _read(path)[0]
@@ -494,10 +500,8 @@ def add(path: Path, new: Table, session: str | None = None) -> None:
                     if session is not None and adapter_of(model)[1] is not None:
                         sessions.setdefault(session, {}).setdefault(model, AcceptanceCounts()).add(counts)
             latest = dict(list(sessions.items())[-_MOST_SESSIONS:])
-            partial = path.with_suffix(".partial")
             content = {"counts": as_dict(table), "sessions": as_dict(latest)}
-            write_private(partial, json.dumps(content, indent=1))
-            partial.replace(path)
+            text_files.replace(path, json.dumps(content, indent=1), private=True)
     except (OSError, Timeout) as error:
         raise MidfillError(
             f"Cannot write the acceptance counts to {path} ({type(error).__name__})."

@@ -1,8 +1,8 @@
-"""`midfill bench shared`: what it costs that the model is in another process.
+"""`midfill bench shared`: the cost of running the model in a shared process.
 
-The same requests to an engine in this process and to the shared one, in turn, both on the same model. A
-request is one more token behind a prompt that both have read, as a key is; every fourth time a longer output
-follows, for the speed of decoding.
+Sends the same requests in turn to an engine in this process and to the shared one, on the same model. Each
+request adds one token to a prompt that both have computed, like a key; every fourth time a longer output
+follows, for the decoding speed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from midfill.engine.api import Engine, Progress, Request
 from midfill.errors import EngineError
-from midfill.system.figures import percentiles
+from midfill.system.measure import percentiles
 
 _CONTEXT_TOKENS = 300
 _DECODED = 32
@@ -25,12 +25,12 @@ Make = Callable[[], Engine]
 
 
 async def measure(make_here: Make, make_shared: Make, rounds: int, report: Progress) -> dict[str, Any]:
-    """Both engines, alternating; ready for JSON.
+    """Measure both engines in turn; return the result as JSON.
 
     Returns:
         "first_token_ms": {"here", "shared"} with the 10th percentile, which other programs disturb least, and
         the median; "cost_ms": the differences of these;
-        "decode_tok_s": {"here", "shared"} medians; "decode_ratio": median of shared by here, in pairs.
+        "decode_tok_s": {"here", "shared"} medians; "decode_ratio": median of the ratios shared / here.
     """
     engines = {"here": make_here(), "shared": make_shared()}
     try:
@@ -45,7 +45,7 @@ async def measure(make_here: Make, make_shared: Make, rounds: int, report: Progr
             await _run(engine, tuple(text[:_CONTEXT_TOKENS]), 1)
         for done in range(1, rounds + 1):
             report("measuring", done / rounds)
-            # In turn, and each first every second time.
+            # Each comes first every second time.
             for name in sorted(engines, reverse=done % 2 == 0):
                 tokens = tuple(text[: _CONTEXT_TOKENS + done])
                 firsts[name].append((await _run(engines[name], tokens, 1))[0])
@@ -69,22 +69,23 @@ async def measure(make_here: Make, make_shared: Make, rounds: int, report: Progr
 
 
 async def _run(engine: Engine, tokens: tuple[int, ...], num_new: int) -> tuple[float, float]:
-    """(milliseconds to the first token, tokens a second after it)."""
+    """Run one request; return the milliseconds to the first token, and the tokens per second after it."""
     begun = time.perf_counter()
     stamps = []
     async with aclosing(engine.generate(Request(tokens, num_new))) as output:
         stamps = [time.perf_counter() async for _ in output]
     if not stamps:
-        raise EngineError("The model wrote nothing.")
+        raise EngineError("The model generated no token.")
     seconds = max(stamps[-1] - stamps[0], 1e-9)
     return (stamps[0] - begun) * 1000, (len(stamps) - 1) / seconds
 
 
 def table(result: dict[str, Any]) -> str:
-    """For a person."""
+    """Return the result as text."""
     firsts, rates = result["first_token_ms"], result["decode_tok_s"]
     return (
-        f"first token after a key, p10 and p50: {firsts['here']} here, {firsts['shared']} shared, "
-        f"cost {result['cost_ms']} ms\n"
-        f"decode: {rates['here']} tokens/s here, {rates['shared']} shared (ratio {result['decode_ratio']})"
+        f"first token after a key, p10 and p50, ms: {firsts['here']} in this process, {firsts['shared']} "
+        f"shared, difference {result['cost_ms']}\n"
+        f"decoding: {rates['here']} tokens/s in this process, {rates['shared']} shared "
+        f"(ratio {result['decode_ratio']})"
     )

@@ -1,13 +1,13 @@
-"""A base that does not learn: its weights in int8, and what of a pass is kept for the way back.
+"""A frozen base model for training: int8 weights, and selective activation checkpointing.
 
-A frozen weight is read twice in a step, on the way forth and back, and has no gradient. So it is held as
-the server holds it, rounded to int8 with a scale for each output (`engine.quantize`), and a block of rows is
-widened to float32 just before it is multiplied by. What is computed is what a float32 layer with the same
-rounded weights computes.
+A frozen weight is read twice in a step, in the forward and the backward pass, and has no gradient. So it is
+held as the server holds it, in int8 with a scale for each output (`engine.torch.quantize`), and a block of
+rows is converted to float32 just before its product. The result is that of a float32 layer with the same
+rounded weights.
 
-Of a layer's pass only the results of large products and of attention are kept. What lies between them (norms,
-activations, dropout, products with the few rows of a LoRA) is most of the memory and little of the time, so
-it is computed again on the way back. Knows modules of torch; nothing of adapters or examples.
+Of a layer's forward pass only the results of large products and of attention are saved. Everything else
+(norms, activations, dropout, products with the few rows of a LoRA) is most of the memory and little of the
+time, so the backward pass recomputes it. Knows modules of torch; nothing of adapters or examples.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from midfill.engine.torch.quantize import Int8Embedding, Int8Weight
 
 _BLOCK_ELEMENTS = 1 << 20
-"""So many weights are widened at a time: 4 MB, which stay in a processor's cache until they are used."""
+"""Weights that are converted at a time: 4 MB, which stay in a processor's cache until they are used."""
 
 _FEW = 64
-"""A product over so few columns, as that of a LoRA's upper matrix, is sooner done again than kept."""
+"""A product over no more columns, as with a LoRA's upper matrix, is cheaper to recompute than to save."""
 
 
-class FrozenLinear(nn.Linear):
-    """A linear layer with weights in int8 that gradients pass through, in float32.
+class FrozenInt8Linear(nn.Linear):
+    """A linear layer with frozen int8 weights; gradients pass through it in float32.
 
-    It remains an `nn.Linear` so that PEFT puts a LoRA around it.
+    It is an `nn.Linear`, so that PEFT adds a LoRA to it.
 
     Attributes:
         weight: int8, outputs x inputs.
@@ -50,18 +50,18 @@ class FrozenLinear(nn.Linear):
             self.bias = nn.Parameter(bias.float(), requires_grad=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name nn.Linear gave it
-        """The product in float32."""
+        """Return the product in float32."""
         output: torch.Tensor = _product(input, self.weight, self.scales)
         return output if self.bias is None else output + self.bias
 
 
-# An operator of its own, since else each of its steps would be taken for one that may be done again.
-@torch.library.custom_op("midfill::frozen_linear", mutates_args=())
+# A custom operator, so that the checkpointing policy sees one operator instead of its steps.
+@torch.library.custom_op("midfill::int8_linear", mutates_args=())
 def _product(inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """`inputs @ (values * scales).T` for inputs of any number of dimensions."""
+    """Return `inputs @ (values * scales).T` for inputs of any number of dimensions."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     result = rows.new_empty(len(rows), len(values))
-    for start, block in _widened(values):
+    for start, block in _in_float32(values):
         torch.mm(rows, block.T, out=result[:, start : start + len(block)])
     return result.mul_(scales).view(*inputs.shape[:-1], len(values))
 
@@ -74,7 +74,7 @@ def _back(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
     values, scales = context.saved_tensors
     rows = (gradient * scales).reshape(-1, len(values))
     result = rows.new_zeros(len(rows), values.shape[1])
-    for start, block in _widened(values):
+    for start, block in _in_float32(values):
         result.addmm_(rows[:, start : start + len(block)], block)
     return result.view(*gradient.shape[:-1], values.shape[1]), None, None
 
@@ -82,8 +82,8 @@ def _back(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
 _product.register_autograd(_back, setup_context=_keep)
 
 
-def _widened(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Blocks of rows in float32, each in the memory of the one before it, with their first row."""
+def _in_float32(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Iterate over (first row, block of rows in float32); all blocks share one buffer."""
     size = max(1, _BLOCK_ELEMENTS // values.shape[1])
     memory = torch.empty(min(size, len(values)), values.shape[1], device=values.device)
     for start in range(0, len(values), size):
@@ -92,26 +92,26 @@ def _widened(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def share_embedding(model: Any) -> None:
-    """Let a head that is the embedding's matrix, by the configuration, have one copy of it with it."""
+    """Let head and embedding share one matrix if the configuration ties them."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config, "tie_word_embeddings", False)
-    if tied and isinstance(head, FrozenLinear) and isinstance(embedding, Int8Embedding):
+    if tied and isinstance(head, FrozenInt8Linear) and isinstance(embedding, Int8Embedding):
         head.weight = embedding.weight
 
 
 def layers_of(model: Any) -> nn.ModuleList:
-    """The layers of a transformers model, in their order."""
+    """Return the layers of a transformers model, in order."""
     count = model.config.num_hidden_layers
     return next(one for one in model.modules() if isinstance(one, nn.ModuleList) and len(one) == count)
 
 
-def keep_less(model: Any) -> None:
-    """Have the layers of a model keep for the way back only what takes long to compute; see the module."""
+def checkpoint_activations(model: Any) -> None:
+    """Make a model's layers save for the backward pass only what takes long to compute; see the module."""
     for layer in layers_of(model):
-        layer.forward = _computed_again(layer.forward)
+        layer.forward = _checkpointed(layer.forward)
 
 
-def _computed_again(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -124,8 +124,8 @@ def _computed_again(forward: Callable[..., Any]) -> Callable[..., Any]:
 _ATEN = torch.ops.aten
 _PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default}
 _KEPT = {
-    torch.ops.midfill.frozen_linear.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001 - what attention comes to
+    torch.ops.midfill.int8_linear.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,  # noqa: SLF001 - attention on a CPU
 }
 
 

@@ -1,8 +1,8 @@
-"""What an engine takes and what typists ask of it, in numbers: all that `simulation` needs.
+"""Profile of an engine and of typing sessions: all numbers that `simulation` needs.
 
-Measured by one typist who waits for every answer, over the episodes of a trace: what the model had to
-read and to write at each place, and what of that holds when the typing goes on. And by prompts of
-these places several at a time: how long a step takes. Kept as JSON without any text.
+Measured by one virtual user who waits for every answer in the sessions of a trace: the tokens to read and to
+write for each request, and how long the result agrees with what is typed next. Then several of these prompts
+are run at once, to measure the time of a step. Saved as JSON without any text.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from midfill.bench.contenders import Asked, InProcess
-from midfill.bench.load import Stage
-from midfill.bench.trace import Episode
-from midfill.completion.answer import Answer
-from midfill.completion.origin import HashedText, Origin
+from midfill.bench.backends import PipelineBackend, SuggestionRequest
+from midfill.bench.load import BenchSetup
+from midfill.bench.trace import TypingSession
+from midfill.completion.completer import Answer
+from midfill.completion.suggestions import Origin, Text
 from midfill.engine.api import Engine, ModelInfo, Progress, Request, Tokenizer
 from midfill.engine.kv_slots import NUM_SLOTS, common_prefix
 from midfill.engine.remote.client.remote import RemoteEngine
@@ -31,27 +31,27 @@ from midfill.errors import MidfillError
 from midfill.system.json_files import read_json
 from midfill.text.documents import Document, Encoding, Snapshot
 
-_VERSION = 1
+_VERSION = 2
 _ROUNDS = 7
 _LEAST_MS = 0.01
 _PARALLEL = (1, 2, 4, 8, 16, 32, 64)
 _COLD_TOKENS = 64
-"""A prompt of which so many tokens had to be computed tells what reading takes."""
+"""Prompts with at least this many computed tokens are used to measure the prefill speed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """How an engine shares itself out.
+    """The capacity and the scheduling policy of an engine.
 
     Attributes:
-        slots: documents whose prompts stay computed.
-        sequences: the most requests in one step.
-        chunk_tokens: the most tokens in one step.
-        newest_first: as midfill's own scheduler; else who came first, to the end.
-        knows_idle: whether work ahead of its time stands aside for requests.
-        warms: whether prompts are computed while nobody waits; of an engine in another process, only where
-            nothing at all is under way (`apart`).
-        parts: of a step, which can be left between two of them if nobody waits for it.
+        slots: number of prompts in the KV cache.
+        sequences: maximum number of requests in one step.
+        chunk_tokens: maximum number of tokens in one step.
+        newest_first: newest request first, as in midfill's scheduler; otherwise first come, first served.
+        knows_idle: whether prefetching yields to requests.
+        warms: whether prompts are computed ahead while the user is idle.
+        apart: whether the engine is in another process, where that happens only while no request runs.
+        parts: number of parts of a step, between which a step that is not needed any more is aborted.
     """
 
     slots: int
@@ -70,7 +70,7 @@ CAPACITIES = {
     ),
     "midfill, cuda": Capacity(NUM_SLOTS, NUM_SLOTS, 512, newest_first=True, knows_idle=True, warms=True),
     "scripted": Capacity(64, 1, 1_000_000, knows_idle=True),
-    # The server's own defaults; a file of measurements may be edited where it was started with others.
+    # The defaults of these servers; edit the saved profile if a server was started with other values.
     "vLLM": Capacity(1024, 256, 2048),
     "llama.cpp": Capacity(4, 4, 512),
 }
@@ -78,19 +78,18 @@ _OTHERS = "vLLM"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A request that the model had to answer, and what it took.
+class CompletionCost:
+    """A request for which the model ran, and its cost.
 
     Attributes:
         num_prompt: tokens of the prompt.
-        num_same: of these, how many are those of the prompt at the place before.
-        steps: of decoding, after the first token.
-        held: steps, that of the first token included, that only repeat what was held back from the prompt.
-        chars: that it wrote.
+        num_same: leading tokens that are equal to those of the previous prompt.
+        steps: decoding steps after the first token.
+        held: steps, including that of the first token, that only repeat the held-back end of the prompt.
+        chars: characters that the model wrote.
         shown: characters of the suggestion; 0 for none.
-        follow: for each key after it, how many characters stand there then, and how many of them, from the
-            first on, are what the model wrote; -1 where the text has changed elsewhere. The last one stands
-            for all that follow.
+        follow: for each later key: characters typed since, and how many of them, from the first on, equal the
+            model's text; -1 if the text has changed elsewhere. The last entry holds for all later keys.
     """
 
     num_prompt: int
@@ -103,35 +102,37 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Typed:
-    """An episode in numbers.
+class SessionProfile:
+    """A typing session in numbers.
 
     Attributes:
-        keys: for each, seconds since the one before, and seconds until a suggestion is asked for; None if
-            it is not.
-        rest_s: see `trace.Episode`.
-        places: by key.
-        covered: keys at which nothing had to be computed, by the key whose place served for it.
+        keys: for each key, seconds since the previous one, and seconds until a request, or None without one.
+        rest_s: seconds from the last key to the end.
+        costs: requests for which the model ran, by index of the key.
+        covered: keys answered without the model, each with the key whose result was reused.
     """
 
     keys: tuple[tuple[float, float | None], ...]
     rest_s: float
-    places: dict[int, Place]
+    costs: dict[int, CompletionCost]
     covered: dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
-    """What an engine takes, and what it is asked.
+class EngineProfile:
+    """Times of an engine, and the typing sessions that were used to measure them.
 
     Attributes:
-        engine: its model; `where`: what runs it.
-        step_ms: (requests in a step, milliseconds of it), of decoding, in ascending order.
-        begin_ms: before the first step of a request, of an engine that has one at a time.
-        prefill_ms_per_token: for each token of a step beyond one for each request.
-        overhead_ms: of a request that goes to the model, beside its steps.
-        reuse_ms: of one that does not.
+        engine: name of the model.
+        where: server, device and number format.
+        capacity: capacity and scheduling policy.
+        step_ms: (requests in a step, milliseconds of a decoding step), ascending.
+        begin_ms: milliseconds before the first step of a request, for engines that run one at a time.
+        prefill_ms_per_token: milliseconds per token of a step beyond one per request.
+        overhead_ms: milliseconds of a request with the model, apart from its steps.
+        reuse_ms: milliseconds of a request without the model.
         deadline_s: a request that takes longer fails.
+        sessions: the typing sessions.
     """
 
     engine: str
@@ -143,10 +144,10 @@ class Service:
     overhead_ms: float
     reuse_ms: float
     deadline_s: float
-    episodes: tuple[Typed, ...]
+    sessions: tuple[SessionProfile, ...]
 
     def step_s(self, sequences: int, tokens: int) -> float:
-        """Seconds of a step; between what was measured, and beyond, on straight lines."""
+        """Return the seconds of a step, by linear interpolation and extrapolation of the measurements."""
         table = self.step_ms
         at = min(max(bisect_left(table, (sequences, 0.0)), 1), len(table) - 1)
         if len(table) == 1:
@@ -157,43 +158,49 @@ class Service:
         return (decode + self.prefill_ms_per_token * (tokens - sequences)) / 1000
 
     def write(self, path: Path) -> None:
-        """As JSON. Raises `MidfillError`."""
+        """Write the profile as JSON. Raises `MidfillError`."""
         try:
             path.write_text(json.dumps({"version": _VERSION} | asdict(self)), encoding="utf-8")
         except OSError as error:
             raise MidfillError(f"Cannot write {path}: {error.strerror}.") from error
 
     @staticmethod
-    def read(path: Path) -> Service:
-        """What `write` wrote. Raises `MidfillError`."""
+    def read(path: Path) -> EngineProfile:
+        """Read a profile that `write` has written. Raises `MidfillError`."""
         try:
             values = read_json(path)
             if (version := values.pop("version")) != _VERSION:
-                raise MidfillError(f"{path} is of version {version}; measure again (--save-service).")
-            episodes = tuple(_typed(episode) for episode in values.pop("episodes"))
+                raise MidfillError(
+                    f"{path} has version {version} instead of {_VERSION}. Measure again with --save-service."
+                )
+            sessions = tuple(_session_profile(session) for session in values.pop("sessions"))
             steps = tuple((int(count), float(ms)) for count, ms in values.pop("step_ms"))
-            if not steps or not any(episode.places for episode in episodes):
-                raise MidfillError(f"{path} has no measurements; measure again (--save-service).")
+            if not steps or not any(session.costs for session in sessions):
+                raise MidfillError(f"{path} has no measurements. Measure again with --save-service.")
             capacity = Capacity(**values.pop("capacity"))
-            return Service(capacity=capacity, step_ms=steps, episodes=episodes, **values)
+            return EngineProfile(capacity=capacity, step_ms=steps, sessions=sessions, **values)
         except OSError as error:
             raise MidfillError(f"Cannot read {path}: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MidfillError(f"{path} is no file of `midfill bench load --save-service`.") from error
+            raise MidfillError(
+                f"{path} was not written by `midfill bench load --save-service`, or is damaged."
+            ) from error
 
 
-def _typed(values: dict[str, Any]) -> Typed:
-    places = {
-        int(key): Place(**(place | {"follow": tuple((d, same) for d, same in place["follow"])}))
-        for key, place in values["places"].items()
+def _session_profile(values: dict[str, Any]) -> SessionProfile:
+    costs = {
+        int(key): CompletionCost(**(cost | {"follow": tuple((d, same) for d, same in cost["follow"])}))
+        for key, cost in values["costs"].items()
     }
     covered = {int(key): int(of) for key, of in values["covered"].items()}
-    return Typed(tuple((gap, after) for gap, after in values["keys"]), values["rest_s"], places, covered)
+    return SessionProfile(
+        tuple((gap, after) for gap, after in values["keys"]), values["rest_s"], costs, covered
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """One answer of the model: tokens read, milliseconds to the first one written, of decoding, in all."""
+    """One answer of the model: tokens read; milliseconds to the first token, of decoding, in total."""
 
     num_read: int
     first_ms: float
@@ -203,33 +210,37 @@ class _Seen:
 
 @dataclass(slots=True)
 class _Notes:
-    """What the survey has found so far."""
+    """Measurements so far."""
 
-    typed: list[tuple[Episode, dict[int, tuple[Place, _Seen]], dict[int, int]]] = field(default_factory=list)
+    sessions: list[tuple[TypingSession, dict[int, tuple[CompletionCost, _Seen]], dict[int, int]]] = field(
+        default_factory=list
+    )
     reuse_ms: list[float] = field(default_factory=list)
     prompts: list[tuple[int, ...]] = field(default_factory=list)
 
 
-async def survey(stage: Stage, report: Progress) -> Service:
-    """Measure an engine that nobody else uses. Raises `MidfillError` if the model is never asked."""
-    pipeline = stage.pipeline(prefetch=False)
+async def profile_engine(setup: BenchSetup, report: Progress) -> EngineProfile:
+    """Measure an engine that has no other users. Raises `MidfillError` if no request needs the model."""
+    pipeline = setup.pipeline(looks_ahead=False)
     notes = _Notes()
-    for number, episode in enumerate(stage.episodes):
-        report("measuring each place", number / len(stage.episodes))
-        await _look(pipeline, stage.engine.model.tokenizer, episode, notes)
+    for number, session in enumerate(setup.sessions):
+        report("measuring each request", number / len(setup.sessions))
+        await _look(pipeline, setup.engine.model.tokenizer, session, notes)
     await pipeline.end()
     if not notes.prompts:
-        raise MidfillError("The model was asked nothing: is the trace of a language that is switched off?")
-    model = stage.engine.model
-    # What one client cannot tell: an engine in this process has a thread of its own for this.
-    apart = isinstance(stage.engine, (RemoteEngine, SharedEngine))
+        raise MidfillError(
+            "No request of the trace needed the model. Is completion switched off for its language?"
+        )
+    model = setup.engine.model
+    # Only an engine in this process can be told to compute prompts ahead while other requests run.
+    apart = isinstance(setup.engine, (RemoteEngine, SharedEngine))
     capacity = replace(CAPACITIES[kind_of(model)], apart=apart)
     report("measuring steps", None)
-    steps = tuple([step async for step in _steps(stage.engine, notes.prompts, capacity)])
+    steps = tuple([step async for step in _steps(setup.engine, notes.prompts, capacity)])
     begin_ms = 0.0
     if capacity.sequences == 1:
-        begin_ms = max(0.0, await _turn_ms(stage.engine, notes.prompts[-1]) - steps[0][1])
-    found = Service(
+        begin_ms = max(0.0, await _turn_ms(setup.engine, notes.prompts[-1]) - steps[0][1])
+    found = EngineProfile(
         engine=model.name,
         where=f"{model.served_by or 'midfill'}, {model.device}, {model.dtype}",
         capacity=capacity,
@@ -238,14 +249,14 @@ async def survey(stage: Stage, report: Progress) -> Service:
         prefill_ms_per_token=0.0,
         overhead_ms=0.0,
         reuse_ms=0.0,
-        deadline_s=stage.settings.deadline_s,
-        episodes=(),
+        deadline_s=setup.settings.deadline_s,
+        sessions=(),
     )
     return _fit(notes, found)
 
 
 def kind_of(model: ModelInfo) -> str:
-    """The row of `CAPACITIES`."""
+    """Return the key of a model's engine in `CAPACITIES`."""
     if model.name == "scripted":
         return "scripted"
     if not model.served_by:
@@ -253,79 +264,82 @@ def kind_of(model: ModelInfo) -> str:
     return next((kind for kind in CAPACITIES if kind.lower() in model.served_by.lower()), _OTHERS)
 
 
-async def _look(pipeline: InProcess, tokenizer: Tokenizer, episode: Episode, notes: _Notes) -> None:
-    """Type an episode, waiting for every answer."""
-    documents = [Document.open(episode.uri, episode.language_id, 1, episode.text), *episode.documents()]
+async def _look(
+    pipeline: PipelineBackend, tokenizer: Tokenizer, session: TypingSession, notes: _Notes
+) -> None:
+    """Type a session, waiting for every answer."""
+    documents = [Document.open(session.uri, session.language_id, 1, session.text), *session.documents()]
     pipeline.open(documents[0])
-    places: dict[int, tuple[Place, _Seen]] = {}
+    costs: dict[int, tuple[CompletionCost, _Seen]] = {}
     covered: dict[int, int] = {}
     prompt: tuple[int, ...] = ()
-    for index, key in enumerate(episode.keys):
+    for index, key in enumerate(session.keys):
         document = documents[index + 1]
         pipeline.change(document, key.changes)
-        if not _asks(episode, index):
+        if not _asks(session, index):
             continue
         asked_s = time.monotonic()
-        await pipeline.ask(Asked(0, asked_s), document, key.cursor)
+        await pipeline.ask(SuggestionRequest(0, asked_s), document, key.cursor)
         waited_ms = (time.monotonic() - asked_s) * 1000
         if (answer := pipeline.answer) is None:
             continue
         if answer.prompt is None:
             notes.reuse_ms.append(waited_ms)
-            if answer.text and places:
-                covered[index] = _cover(places, index)
+            if answer.text and costs:
+                covered[index] = _cover(costs, index)
             continue
         snapshot = Snapshot(document, document.point(key.cursor, Encoding.UTF16))
         follow = _follow(answer, snapshot, documents[index + 2 :])
-        place, seen = _place(answer, prompt, follow, tokenizer)
+        cost, seen = _cost(answer, prompt, follow, tokenizer)
         seen = replace(seen, waited_ms=waited_ms)
-        places[index] = place, seen
+        costs[index] = cost, seen
         prompt = answer.prompt.tokens
         notes.prompts.append(prompt)
-        # As a rule the engine has begun another step for what has just ended, and the next request must not
-        # wait for that: no typist is so quick. A step never takes longer than the first token did.
+        # Usually the engine has begun another step for the request that has just ended. Wait for it, so that
+        # it does not delay the next request: nobody types that fast. A step never takes longer than the first
+        # token did.
         await asyncio.sleep(seen.first_ms / 1000)
-    notes.typed.append((episode, places, covered))
+    notes.sessions.append((session, costs, covered))
     await pipeline.close(documents[-1])
 
 
-def _cover(places: Mapping[int, tuple[Place, _Seen]], index: int) -> int:
-    """The newest place whose suggestion the text goes along with at a key; else the newest."""
-    for key in sorted(places, reverse=True):
-        follow = places[key][0].follow
+def _cover(costs: Mapping[int, tuple[CompletionCost, _Seen]], index: int) -> int:
+    """Return the latest key whose suggestion agrees with the text at a key; without one, the latest."""
+    for key in sorted(costs, reverse=True):
+        follow = costs[key][0].follow
         if index - key <= len(follow) and follow[index - key - 1][0] == follow[index - key - 1][1]:
             return key
-    return max(places)
+    return max(costs)
 
 
-def _asks(episode: Episode, index: int) -> bool:
-    """Whether a suggestion is asked for before the next key."""
-    after_s = episode.keys[index].request_after_s
-    last = index + 1 == len(episode.keys)
-    return after_s is not None and after_s < (episode.rest_s if last else episode.keys[index + 1].gap_s)
+def _asks(session: TypingSession, index: int) -> bool:
+    """Return whether a suggestion is requested before the next key."""
+    after_s = session.keys[index].request_after_s
+    last = index + 1 == len(session.keys)
+    return after_s is not None and after_s < (session.rest_s if last else session.keys[index + 1].gap_s)
 
 
-def _place(
+def _cost(
     answer: Answer, before: tuple[int, ...], follow: tuple[tuple[int, int], ...], tokenizer: Tokenizer
-) -> tuple[Place, _Seen]:
+) -> tuple[CompletionCost, _Seen]:
     stages = dict(answer.stages)
     tokens, text = (
         (answer.prompt.tokens, answer.prompt.starts_with) if answer.prompt is not None else ((), "")
     )
     held = len(tokenizer.encode(text))
-    # As a rule the last token of what was held back goes on behind the cursor; a character cannot.
+    # Usually the last held-back token continues after the cursor; a single character cannot.
     held -= 0 < held < len(text)
     same = common_prefix(before, tokens)
-    # Where the engine tells what it had computed before, that counts; else the same prompt does.
+    # Use the engine's report of reused tokens; without one, the common prefix.
     num_read = len(tokens) - (answer.num_reused or same)
     raw = answer.texts[0][1] if answer.texts else ""
     first_ms = stages.get("queue", 0.0) + stages.get("prefill", 0.0)
     seen = _Seen(num_read, first_ms, stages.get("decode", 0.0))
-    return Place(len(tokens), same, 0, held, len(raw), len(answer.text), follow), seen
+    return CompletionCost(len(tokens), same, 0, held, len(raw), len(answer.text), follow), seen
 
 
 def _follow(answer: Answer, snapshot: Snapshot, later: Sequence[Document]) -> tuple[tuple[int, int], ...]:
-    """See `Place.follow`."""
+    """Return `CompletionCost.follow` of an answer."""
     raw = answer.texts[0][1] if answer.texts else ""
     origin = Origin.of(snapshot)
     found: list[tuple[int, int]] = []
@@ -352,7 +366,7 @@ def _num_same(one: str, other: str) -> int:
 async def _steps(
     engine: Engine, prompts: Sequence[tuple[int, ...]], capacity: Capacity
 ) -> AsyncIterator[tuple[int, float]]:
-    """(requests at once, milliseconds of a step), up to what the engine takes at once."""
+    """Iterate over (parallel requests, milliseconds of a step), up to the engine's capacity."""
     different = list({prompt[:_COLD_TOKENS]: prompt for prompt in prompts}.values())
     best = 0.0
     for count in _PARALLEL:
@@ -360,7 +374,7 @@ async def _steps(
             return
         rounds = []
         for number in range(_ROUNDS):
-            # Other prompts each time: an engine may guess an output that it has seen.
+            # Use other prompts each time: speculative decoding may guess an output that it has seen.
             chosen = [different[(number * count + at) % len(different)] for at in range(count)]
             rounds.append(await _step_ms(engine, chosen, number))
         ms = max(median(rounds), _LEAST_MS)
@@ -371,10 +385,10 @@ async def _steps(
 
 
 async def _step_ms(engine: Engine, prompts: Sequence[tuple[int, ...]], number: int) -> float:
-    """How much longer outputs of two tokens take than of one: a step.
+    """Return the milliseconds of a step: the difference between outputs of two tokens and of one.
 
-    To the end of the output, since what comes from another process may come together. The prompts are read
-    backwards, and each time with a token more, so that an engine that guesses has nothing to guess by.
+    Measured to the end of the output, since tokens from another process may arrive together. The prompts are
+    reversed, and have one more token each time, so that speculative decoding finds nothing to copy.
     """
     backwards = [tuple(reversed(prompt))[number:] for prompt in prompts]
     seconds = []
@@ -393,7 +407,7 @@ async def _stamps(engine: Engine, prompt: tuple[int, ...], num_new: int) -> list
 
 
 async def _turn_ms(engine: Engine, prompt: tuple[int, ...]) -> float:
-    """How much later the second of two requests gets its only token, where they take turns."""
+    """Return the milliseconds between the tokens of two requests to an engine that runs one at a time."""
     found = []
     for _ in range(_ROUNDS):
         first, second = await asyncio.gather(*(_stamps(engine, prompt, 1) for _ in range(2)))
@@ -402,17 +416,17 @@ async def _turn_ms(engine: Engine, prompt: tuple[int, ...]) -> float:
     return median(found) if found else 0.0
 
 
-def _fit(notes: _Notes, service: Service) -> Service:
-    """The rest of it, from what the survey has seen: what reading takes, and what is beside the steps."""
-    seen = [one for _, places, _ in notes.typed for _, one in places.values()]
-    step_ms = service.step_ms[0][1]
+def _fit(notes: _Notes, profile: EngineProfile) -> EngineProfile:
+    """Complete a profile with prefill speed and overheads, derived from the measured requests."""
+    seen = [one for _, costs, _ in notes.sessions for _, one in costs.values()]
+    step_ms = profile.step_ms[0][1]
 
     def passes(one: _Seen) -> int:
-        return -(-max(one.num_read, 1) // service.capacity.chunk_tokens)
+        return -(-max(one.num_read, 1) // profile.capacity.chunk_tokens)
 
     def beside(one: _Seen, prefill_ms: float) -> float:
         taken = passes(one) * step_ms + prefill_ms * max(0, one.num_read - passes(one))
-        return one.first_ms - service.begin_ms - taken
+        return one.first_ms - profile.begin_ms - taken
 
     cold = [one for one in seen if one.num_read >= _COLD_TOKENS]
     warm = [one for one in seen if one.num_read < _COLD_TOKENS]
@@ -424,22 +438,19 @@ def _fit(notes: _Notes, service: Service) -> Service:
         )
         overhead_ms = median([beside(one, prefill_ms) for one in warm])
     around_ms = median([one.waited_ms - one.first_ms - one.decode_ms for one in seen])
-    episodes = tuple(
-        Typed(
-            tuple((key.gap_s, key.request_after_s) for key in episode.keys),
-            episode.rest_s,
-            {
-                key: replace(place, steps=round(one.decode_ms / step_ms))
-                for key, (place, one) in places.items()
-            },
+    sessions = tuple(
+        SessionProfile(
+            tuple((key.gap_s, key.request_after_s) for key in session.keys),
+            session.rest_s,
+            {key: replace(cost, steps=round(one.decode_ms / step_ms)) for key, (cost, one) in costs.items()},
             covered,
         )
-        for episode, places, covered in notes.typed
+        for session, costs, covered in notes.sessions
     )
     return replace(
-        service,
+        profile,
         prefill_ms_per_token=round(prefill_ms, 4),
         overhead_ms=round(max(0.0, overhead_ms) + around_ms, 3),
         reuse_ms=round(median(notes.reuse_ms or [around_ms]), 3),
-        episodes=episodes,
+        sessions=sessions,
     )

@@ -1,10 +1,10 @@
-"""Other engines on the same weights, each in a process of its own: `transformers.generate` and llama.cpp.
+"""Baselines: other engines on the same weights, each in its own process (`transformers.generate`, llama.cpp).
 
-As a program (`python -m midfill.bench.rivals KIND PATH OPTIONS`) it loads the model and then answers each
-line of JSON on stdin, `{"tokens", "num_new", "stop_ids"}`, with one of its own. `{"cancel": id}` leaves a
-request with this id between two tokens. It ends when its stdin does.
-llama.cpp runs as its own server, which listens on the loopback only; it may also be asked directly.
-`Rival` is the other side of that conversation. Importing this module imports no model library.
+Run as a program (`python -m midfill.bench.baselines KIND PATH OPTIONS`), this module loads the model and
+answers each line of JSON on stdin, `{"tokens", "num_new", "stop_ids"}`, with a line of JSON. `{"cancel": id}`
+ends the request with this id after its current token. The program ends when its stdin is closed. llama.cpp
+runs as its own server, which listens on the loopback only and may also be used directly. `BaselineProcess` is
+the client of that program. Importing this module imports no model library.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Run:
     """One answer of an engine.
 
     Attributes:
-        ids: the tokens, without the one that ended them.
-        prefill_s: from the start to the first token.
+        ids: the generated tokens, without the stop token.
+        prefill_s: seconds from the start to the first token.
         num_prefilled: tokens of the prompt that were computed in that time.
-        decode_s: from the first token to the last.
+        decode_s: seconds from the first token to the last.
     """
 
     ids: list[int]
@@ -51,26 +51,26 @@ class Run:
 
     @property
     def prefill_tok_s(self) -> float:
-        """Tokens read in a second."""
+        """Prompt tokens per second."""
         return self.num_prefilled / max(self.prefill_s, 1e-6)
 
     @property
     def decode_tok_s(self) -> float | None:
-        """Tokens written in a second; None if there are too few to tell."""
+        """Generated tokens per second; None if there are too few to tell."""
         return (len(self.ids) - 1) / max(self.decode_s, 1e-6) if len(self.ids) > 1 else None
 
 
-class RivalError(MidfillError):
-    """A comparison that could not be made; the message is the reason."""
+class BaselineError(MidfillError):
+    """A baseline cannot be used; the message is the reason."""
 
 
 def can_run_llama_cpp() -> bool:
-    """Whether its package is installed."""
+    """Return whether the package xllamacpp is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-class Rival:
-    """One such process. Make it with `start`."""
+class BaselineProcess:
+    """A process that runs a baseline. Make it with `start`."""
 
     def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
         self.name = name
@@ -79,58 +79,65 @@ class Rival:
 
     @property
     def pid(self) -> int:
-        """Of its process."""
+        """The process id."""
         return self._process.pid
 
     @classmethod
     async def start(
         cls, name: str, path: Path, device: str, context: int = 2048, *, batch_tokens: int | None = None
-    ) -> Rival:
-        """Start the process and wait until it has loaded the model. Raises `RivalError`.
+    ) -> BaselineProcess:
+        """Start the process and wait until it has loaded the model. Raises `BaselineError`.
 
-        `context` is the most tokens that prompt and output will have together. `batch_tokens` is how many of
-        a prompt llama.cpp computes before it looks for its client; its own default if None.
+        `context` is the maximum number of tokens of prompt and output together. `batch_tokens` is llama.cpp's
+        batch size, after which it checks whether its client is still there; None is its default.
         """
         options = json.dumps({"device": device, "context": context, "batch_tokens": batch_tokens})
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "midfill.bench.rivals", name, str(path), options),
+            *(sys.executable, "-P", "-m", "midfill.bench.baselines", name, str(path), options),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
             limit=1 << 24,
         )
-        rival = cls(name, process)
+        baseline = cls(name, process)
         try:
-            rival.ready = await rival._read()
+            baseline.ready = await baseline._read()
         except BaseException:
-            await rival.close()
+            await baseline.close()
             raise
-        return rival
+        return baseline
 
     async def run(self, tokens: Sequence[int], num_new: int, stop_ids: Sequence[int] = ()) -> Run:
-        """Read the prompt and write `num_new` tokens, or up to a stop id where there are any.
-
-        Greedy; without stop ids nothing ends it early. Raises `RivalError`.
-        """
+        """Generate `num_new` tokens greedily, or fewer up to one of the stop ids. Raises `BaselineError`."""
         self._write({"tokens": list(tokens), "num_new": num_new, "stop_ids": list(stop_ids)})
         return Run(**await self._read())
 
     async def fill(self, id_: int, tokens: Sequence[int], num_new: int, place: list[Any]) -> dict[str, Any]:
-        """Write a suggestion for a place (`CursorContext`), which ends where ours would, or by `cancel`.
+        """Generate a suggestion, which ends where ours would, or by `cancel`. For `generate` only.
 
-        For generate only. Returns "text", "num_generated", "prefill_s", "decode_s". Raises `RivalError`.
+        Args:
+            id_: for `cancel`.
+            tokens: the prompt.
+            num_new: maximum number of tokens.
+            place: the line before and after the cursor, and the lines below.
+
+        Returns:
+            "text", "num_generated", "prefill_s", "decode_s".
+
+        Raises:
+            BaselineError: the process failed.
         """
         self._write({"id": id_, "tokens": list(tokens), "num_new": num_new, "place": place})
         return await self._read()
 
     def cancel(self, id_: int) -> None:
-        """Leave this request after the token that is being computed; it is answered all the same."""
+        """End this request after its current token; it is still answered."""
         self._write({"cancel": id_})
 
     def _write(self, message: dict[str, Any]) -> None:
         if self._process.stdin is None:
-            raise RivalError(f"{self.name} has no input")
+            raise BaselineError(f"{self.name} has no input")
         with suppress(ConnectionError):  # then there is no answer either
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
@@ -146,29 +153,29 @@ class Rival:
 
     async def _read(self) -> dict[str, Any]:
         if self._process.stdout is None:
-            raise RivalError(f"{self.name} has no output")
+            raise BaselineError(f"{self.name} has no output")
         try:
             line = await asyncio.wait_for(self._process.stdout.readline(), _ANSWER_S)
         except TimeoutError:
-            raise RivalError(f"{self.name} did not answer within {_ANSWER_S:.0f} s") from None
+            raise BaselineError(f"{self.name} did not answer within {_ANSWER_S:.0f} s") from None
         if not line:
-            raise RivalError(f"{self.name} ended with status {await self._process.wait()}")
+            raise BaselineError(f"{self.name} ended with status {await self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise RivalError(str(answer["error"]))
+            raise BaselineError(str(answer["error"]))
         return answer
 
 
-# From here on: the other process.
+# The code below runs in the baseline's process.
 
 _Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class _Inbox:
-    """Lines of stdin, read on a thread of its own, so that a request can be cancelled while it runs."""
+    """Reads lines of stdin in a thread, so that a request can be cancelled while it runs."""
 
     def __init__(self) -> None:
-        self._asked: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._messages: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._cancelled: set[int] = set()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -178,51 +185,65 @@ class _Inbox:
             if "cancel" in message:
                 self._cancelled.add(message["cancel"])
             else:
-                self._asked.put(message)
-        self._asked.put(None)
+                self._messages.put(message)
+        self._messages.put(None)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self._asked.get, None)
+        return iter(self._messages.get, None)
 
-    def cancelled(self, asked: dict[str, Any]) -> bool:
-        """Whether nobody wants this any more."""
-        return asked.get("id") in self._cancelled
+    def cancelled(self, message: dict[str, Any]) -> bool:
+        """Return whether a request was cancelled."""
+        return message.get("id") in self._cancelled
 
 
-def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
+class _TokenClock:
+    """A streamer that records when the prompt, and then each token, was passed to it."""
+
+    def __init__(self) -> None:
+        self.at_s: list[float] = []
+
+    def put(self, value: Any) -> None:
+        value.cpu()
+        self.at_s.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+class _Generate:
     """Plain transformers: fp32 on a CPU, bfloat16 on a GPU."""
-    import torch  # noqa: PLC0415 - only in this process
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-    from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415 - takes seconds for a large vocabulary
+    def __init__(self, path: str, inbox: _Inbox, device: str) -> None:
+        import torch  # noqa: PLC0415 - only in this process
+        from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    model = model.to(device).eval()
-    tokenizer = load_tokenizer(Path(path))
+        from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415 - takes seconds for a large vocabulary
 
-    class Clock:
-        """A streamer: it is given the prompt, then each token when it has been chosen."""
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32 if device == "cpu" else torch.bfloat16,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        self._model: Any = model.to(device).eval()
+        self._tokenizer = load_tokenizer(Path(path))
+        self._inbox = inbox
+        self._device = device
 
-        def __init__(self) -> None:
-            self.at_s: list[float] = []
+    def answer(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Answer one message."""
+        if "place" in message:
+            return self.fill(message)
+        return asdict(self.run(message, lambda _ids: False))
 
-        def put(self, value: Any) -> None:
-            value.cpu()
-            self.at_s.append(time.perf_counter())
+    def run(self, message: dict[str, Any], stopped: Callable[[list[int]], bool]) -> Run:
+        """Generate as the message says; `stopped` gets the tokens so far and ends the output."""
+        import torch  # noqa: PLC0415 - only in this process
 
-        def end(self) -> None:
-            pass
-
-    def run(asked: dict[str, Any], stopped: Callable[[list[int]], bool]) -> Run:
-        tokens, num_new, stop_ids = asked["tokens"], asked["num_new"], asked.get("stop_ids") or []
-        clock = Clock()
-        prompt = torch.tensor([tokens], device=device)
+        tokens, num_new, stop_ids = message["tokens"], message["num_new"], message.get("stop_ids") or []
+        clock = _TokenClock()
+        prompt = torch.tensor([tokens], device=self._device)
         ends = {"eos_token_id": stop_ids} if stop_ids else {"min_new_tokens": num_new}
 
         def criterion(ids: Any, _scores: Any, **_: Any) -> Any:
@@ -230,7 +251,7 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
             return torch.full((1,), done, dtype=torch.bool, device=ids.device)
 
         with torch.inference_mode():
-            out = model.generate(
+            out = self._model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=num_new,
@@ -248,25 +269,26 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
             ids.pop()
         return Run(ids, first - begun, len(tokens), decode_s)
 
-    def fill(asked: dict[str, Any]) -> dict[str, Any]:
-        from midfill.completion.postprocess.clean import clean  # noqa: PLC0415 - the same
-        from midfill.completion.postprocess.cursor_context import CursorContext  # noqa: PLC0415 - not for the comparison of speeds
-        from midfill.completion.postprocess.normalization import normalized  # noqa: PLC0415 - the same
-        from midfill.completion.postprocess.stop import stop  # noqa: PLC0415 - the same
+    def fill(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Generate a suggestion with the stop rules and the cleaning of midfill's pipeline."""
+        from midfill.completion.postprocess.clean import clean, stop  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.cursor_context import Place  # noqa: PLC0415 - not for the comparison of speeds
+        from midfill.completion.postprocess.normalization import received  # noqa: PLC0415 - the same
 
-        before, after, following = asked["place"]
-        cursor = CursorContext(before, after, tuple(following))
+        before, after, following = message["place"]
+        place = Place(before, after, tuple(following))
 
         def stopped(ids: list[int]) -> bool:
             return (
-                inbox.cancelled(asked) or stop(normalized(tokenizer.decode(ids), cursor), cursor) is not None
+                self._inbox.cancelled(message)
+                or stop(received(self._tokenizer.decode(ids), place), place) is not None
             )
 
-        done = run(asked | {"stop_ids": sorted(tokenizer.control_ids)}, stopped)
-        raw = normalized(tokenizer.decode(done.ids), cursor)
-        end = stop(raw, cursor)
+        done = self.run(message | {"stop_ids": sorted(self._tokenizer.control_ids)}, stopped)
+        raw = received(self._tokenizer.decode(done.ids), place)
+        end = stop(raw, place)
         text, _ = clean(
-            raw[:end], cursor, complete=end is not None or len(done.ids) < asked["num_new"], forbidden=()
+            raw[:end], place, complete=end is not None or len(done.ids) < message["num_new"], forbidden=()
         )
         return {
             "text": text,
@@ -275,11 +297,9 @@ def _load_generate(path: str, inbox: _Inbox, device: str) -> _Answer:
             "decode_s": done.decode_s,
         }
 
-    return lambda asked: fill(asked) if "place" in asked else asdict(run(asked, lambda _ids: False))
-
 
 def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[_Answer, str]:
-    """Its server, as xllamacpp packs it, on as many threads as there are cores; and its address."""
+    """Start llama.cpp's server (from xllamacpp) on all physical cores; return it with its address."""
     import xllamacpp  # noqa: PLC0415 - only in this process
 
     params = xllamacpp.CommonParams()
@@ -295,12 +315,12 @@ def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[
     server = xllamacpp.Server(params)
     address = server.listening_address
     if not address.startswith("http://127.0.0.1:"):
-        raise RivalError(f"llama.cpp's server listens on {address}, not on the loopback")
+        raise BaselineError(f"llama.cpp's server listens on {address}, not on the loopback")
 
-    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    def answer(message: dict[str, Any]) -> dict[str, Any]:
         body = {
-            "prompt": asked["tokens"],
-            "n_predict": asked["num_new"],
+            "prompt": message["tokens"],
+            "n_predict": message["num_new"],
             "temperature": 0.0,
             "top_k": 1,
             "cache_prompt": False,
@@ -317,7 +337,7 @@ def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[
         with opener.open(request, timeout=_ANSWER_S) as reply:
             found = json.load(reply)
         timings = found["timings"]
-        # Its own clock: without the way over HTTP.
+        # Its own times, without HTTP.
         run = Run(
             found["tokens"], timings["prompt_ms"] / 1000, timings["prompt_n"], timings["predicted_ms"] / 1000
         )
@@ -327,10 +347,10 @@ def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[
 
 
 def main(kind: str, path: str, options: str) -> None:
-    """Load, then answer lines until stdin ends."""
+    """Load the model, then answer lines until stdin is closed."""
     given = json.loads(options)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
-        # What libraries print goes nowhere.
+        # Libraries may print to stdout; keep that away from the answers.
         os.dup2(2, 1)
 
         def reply(message: dict[str, Any]) -> None:
@@ -340,16 +360,16 @@ def main(kind: str, path: str, options: str) -> None:
         try:
             inbox = _Inbox()
             if kind == GENERATE:
-                answer = _load_generate(path, inbox, given["device"])
+                answer: _Answer = _Generate(path, inbox, given["device"]).answer
                 reply({})
             else:
                 answer, address = _load_llama_cpp(path, given["context"], given["batch_tokens"])
                 reply({"address": address})
-            for asked in inbox:
-                reply(answer(asked))
+            for message in inbox:
+                reply(answer(message))
         except Exception as error:  # noqa: BLE001 - the reason is all that the other side can use
             reply({"error": f"{kind}: {type(error).__name__}: {error}".splitlines()[0]})
-    # Threads of a server or of a model must not hold the process.
+    # Exit even if threads of a server or a model still run.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""What the measurements share: percentiles, peak memory. Knows nothing of servers and models."""
+"""Percentiles and peak memory, for training, evaluation and benchmarks. Knows no servers and no models."""
 
 from __future__ import annotations
 
@@ -14,26 +14,35 @@ _PEAK = re.compile(r"^VmHWM:\s*(\d+) kB", re.MULTILINE)
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """The value below which `percent` of them lie, interpolated linearly; None of no values."""
+    """Return a percentile, interpolated linearly; None if there are no values."""
     if not values:
         return None
     ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low, high = math.floor(place), math.ceil(place)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    index = (len(ordered) - 1) * percent / 100
+    low, high = math.floor(index), math.ceil(index)
+    return ordered[low] + (ordered[high] - ordered[low]) * (index - low)
 
 
 def percentiles(values: Sequence[float], *percents: int) -> dict[str, float | None]:
-    """`{"p50": ..., "p99": ...}`, rounded to a tenth."""
+    """Return `{"p50": ..., "p99": ...}`, rounded to a tenth."""
     found = ((percent, percentile(values, percent)) for percent in percents)
     return {f"p{percent}": None if value is None else round(value, 1) for percent, value in found}
 
 
-def awaited(seen: Sequence[float], cut_short: Sequence[float], *percents: int) -> dict[str, float | None]:
-    """Percentiles of waiting times of which some were only seen to be longer than `cut_short` (Kaplan-Meier).
+def kaplan_meier(
+    seen: Sequence[float], cut_short: Sequence[float], *percents: int
+) -> dict[str, float | None]:
+    """Return percentiles of waiting times, some of which were cut short (Kaplan-Meier estimator).
 
-    The plain percentiles of `seen` are those of the lucky ones: a slow answer is more likely to be cut short.
-    None where too few were waited for to tell.
+    Percentiles of `seen` alone are biased, since slow answers are more likely to be cut short.
+
+    Args:
+        seen: waiting times that were observed to their end.
+        cut_short: times after which waiting ended without an answer (right-censored).
+        percents: the percentiles.
+
+    Returns:
+        `{"p50": ...}`, rounded to a tenth; None where too few values were observed.
     """
     events = sorted([(value, True) for value in seen] + [(value, False) for value in cut_short])
     found: dict[str, float | None] = {f"p{percent}": None for percent in percents}
@@ -49,14 +58,14 @@ def awaited(seen: Sequence[float], cut_short: Sequence[float], *percents: int) -
 
 
 def share(part: int, whole: int) -> float | None:
-    """`part / whole`, rounded; None of nothing."""
+    """Return `part / whole`, rounded to four digits; None if `whole` is 0."""
     return round(part / whole, 4) if whole else None
 
 
 def peak_rss_mb(process_id: int) -> float:
-    """The most memory that a running process has had in RAM, in MB of 10**6 bytes.
+    """Return the peak of a running process's resident memory, in MB of 10**6 bytes.
 
-    Where the system does not keep the peak (not on Linux, not on Windows), what it has now.
+    Where the system does not record the peak (other than Linux and Windows), return the present value.
     """
     status = Path(f"/proc/{process_id}/status")
     if status.exists() and (found := _PEAK.search(status.read_text(encoding="utf-8"))):

@@ -1,8 +1,8 @@
-"""A typist made from statistics: episodes of typing into the files of a source tree.
+"""A virtual user: synthetic typing sessions in the files of a source tree.
 
-Gaps between keys, the time from a key to the request, corrections and the share of single lines are those
-measured on people (shared/facts/engine.md, "Measured typing"). Deterministic: the same tree and
-the same seed give the same episodes. Knows nothing of servers.
+Gaps between keys, the time from a key to the request, corrections and the share of single lines follow
+measurements of people who type. Deterministic: the same tree and seed give the same sessions. Knows nothing
+of servers.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from midfill.bench.trace import Episode, Key, cursor_after
+from midfill.bench.trace import Key, TypingSession, cursor_after
 from midfill.errors import MidfillError
 from midfill.text.documents import Change
 from midfill.text.languages import NOT_CODE, language_id
 
-# (share of the gaps, at most so many ms). The two ends are ours.
+# Quantiles of the gaps between keys: (share, ms). The first value, and the maximum below, are assumptions.
 _GAPS_MS = ((0.0, 25), (0.1, 45), (0.25, 68), (0.5, 91), (0.75, 136), (0.9, 203), (0.95, 314), (0.99, 1050))
 _LONGEST_MS = 2000
 _REQUEST_AFTER_S = 0.051
@@ -34,25 +34,27 @@ _MAX_LINES = 4
 _SKIPPED = {"node_modules", "__pycache__", "venv", "site-packages", "build", "dist"}
 
 
-def generate(folder: Path, seed: int, num_episodes: int) -> list[Episode]:
-    """Episodes of typing lines of the code under `folder` again. Raises `MidfillError` if there is none."""
+def generate(folder: Path, seed: int, num_sessions: int) -> list[TypingSession]:
+    """Return sessions that retype lines of the code in `folder`. Raises `MidfillError` if it has none."""
     files = list(_files(folder))
     chance = random.Random(seed)  # noqa: S311 - not a secret
-    episodes: list[Episode] = []
-    # A file may turn out to be unreadable, or to have no line worth typing.
-    while files and len(episodes) < num_episodes:
+    sessions: list[TypingSession] = []
+    # A file may be unreadable, or have no line worth typing.
+    while files and len(sessions) < num_sessions:
         path = chance.choice(files)
-        if (episode := _episode(folder, path, len(episodes), chance)) is None:
+        if (session := _session(folder, path, len(sessions), chance)) is None:
             files.remove(path)
         else:
-            episodes.append(episode)
-    if not episodes:
-        raise MidfillError(f"There is no source code of {_MIN_BYTES} to {_MAX_BYTES} bytes in {folder}.")
-    return episodes
+            sessions.append(session)
+    if not sessions:
+        raise MidfillError(
+            f"{folder} has no source file of {_MIN_BYTES} to {_MAX_BYTES} bytes. Choose another folder."
+        )
+    return sessions
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Source files in a fixed order."""
+    """Iterate over source files in a fixed order."""
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("."))
         for name in sorted(names):
@@ -63,7 +65,7 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _episode(folder: Path, path: Path, number: int, chance: random.Random) -> Episode | None:
+def _session(folder: Path, path: Path, number: int, chance: random.Random) -> TypingSession | None:
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError):
@@ -82,13 +84,13 @@ def _episode(folder: Path, path: Path, number: int, chance: random.Random) -> Ep
     left = "\n".join([*lines[:first], begun, *lines[last + 1 :]])
     keys = tuple(_keys(typed, (first, _units(begun)), chance))
     name = path.relative_to(folder).as_posix()
-    return Episode(
+    return TypingSession(
         f"file:///replay/{number}/{name}", language_id(name), left, keys, round(chance.uniform(*_REST_S), 3)
     )
 
 
 def _keys(typed: str, cursor: tuple[int, int], chance: random.Random) -> Iterator[Key]:
-    """The keys that type a text, slips and their corrections included."""
+    """Iterate over the keys that type a text, typing errors and their corrections included."""
     first = True
     for stroke in _strokes(typed):
         slip = stroke.isalpha() and not first and chance.random() < _CORRECTIONS
@@ -106,7 +108,7 @@ def _keys(typed: str, cursor: tuple[int, int], chance: random.Random) -> Iterato
 
 
 def _strokes(typed: str) -> Iterator[str]:
-    """What each key inserts: a character, or a line end with the indentation that editors add."""
+    """Iterate over the texts that keys insert: a character, or a line end with automatic indentation."""
     index = 0
     while index < len(typed):
         end = index + 1
@@ -122,7 +124,7 @@ def _key(change: Change, gap_s: float) -> Key:
 
 
 def gap_s(chance: random.Random) -> float:
-    """Between two points of the distribution, linear in the logarithm."""
+    """Return a random gap between keys in seconds, log-linear between the quantiles."""
     drawn = chance.random()
     for (low, low_ms), (high, high_ms) in pairwise((*_GAPS_MS, (1.0, _LONGEST_MS))):
         if drawn <= high:

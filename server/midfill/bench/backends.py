@@ -1,8 +1,7 @@
-"""Who answers the typist of a replay: midfill's own server, and others on the same weights.
+"""Systems under test of `midfill bench replay` and `load`: midfill's server, and others on the same weights.
 
-A contender is told what the editor would tell it: documents, changes, a request at a cursor, and that the
-answer to it is not wanted any more. It fills in what became of the request. Times are `time.monotonic`,
-a clock that all processes of a machine share.
+A backend gets what an editor would send: documents, changes, a request at a cursor, a cancellation. It
+records the outcome in the request. Times are `time.monotonic`, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -15,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from midfill.bench.rivals import GENERATE, Rival
-from midfill.completion.answer import Answer, Trigger
-from midfill.completion.autoclose import may_auto_close
-from midfill.completion.completer import Completer
+from midfill.bench.baselines import GENERATE, BaselineProcess
+from midfill.completion.completer import Answer, Completer, Trigger
 from midfill.completion.reasons import Reason
-from midfill.completion.stats.request_log import REQUEST, InstrumentedEngine, RequestStats
+from midfill.completion.stats.request_log import REQUEST, RequestStats, InstrumentedEngine
+from midfill.completion.suggestions import may_close
 from midfill.engine.api import Engine, Progress
 from midfill.errors import MidfillError
 from midfill.fim.templates import FAMILIES, Family
@@ -28,14 +26,14 @@ from midfill.lsp.client import SERVE_COMMAND, Client, ServerError
 from midfill.models.store import LocalModel
 from midfill.models.tokenizer import load_tokenizer
 from midfill.settings import Settings
-from midfill.system.figures import peak_rss_mb
+from midfill.system.measure import peak_rss_mb
 from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
 
 CANCELLED = -32800
-FATES = ("accepted", "shown", "empty", "cancelled", "late", "failed")
-"""Accepted; shown before the next key, but not what the user wanted; answered with nothing; taken back at
-the next key and answered so; taken back, but a result had been sent; answered with an error, or with nothing
-because the engine failed."""
+OUTCOMES = ("accepted", "shown", "empty", "cancelled", "late", "failed")
+"""Accepted; shown before the next key, but not accepted; answered without a suggestion; cancelled by the next
+key; cancelled, but a result was sent nevertheless; answered with an error, or with nothing because the engine
+failed."""
 
 _FAILURES = frozenset(
     {
@@ -46,29 +44,32 @@ _FAILURES = frozenset(
         Reason.DEADLINE,
     }
 )
-"""Reasons for nothing that are the engine's fault. A server answers with them as with any other."""
+"""Reasons for an empty answer that are failures of the engine."""
 
 _PATIENCE_S = 60.0
 _POLL_S = 0.02
 
 
 @dataclass(slots=True, eq=False)
-class Asked:
-    """One request and what became of it.
+class SuggestionRequest:
+    """One request for a suggestion, and its outcome.
 
     Attributes:
-        episode: its number.
-        id: the contender's own name for it.
-        cancelled_s: when the typist took it back; None if not.
-        answered_s: when its answer came, if only that it is cancelled.
+        session: the number of the typing session.
+        asked_s: when it was sent.
+        id: the backend's id of it.
+        cancelled_s: when it was cancelled; None if it was not.
+        answered_s: when its answer came, also one that confirms the cancellation.
         text: the suggestion; "" for none.
-        source: where that came from: "model", "none", or how it was reused; "" if not known.
-        reason: why there is none, if it is told; detail: what the engine said of that, "" for nothing.
-        code: the error that answered it; None if it was answered with a result.
-        inside: the text is that of an earlier request with a beginning of its suggestion typed since.
+        source: where the suggestion came from: "model", "none", or how it was reused; "" if not known.
+        reason: why there is no suggestion, if known.
+        detail: the engine's message about that, or "".
+        code: the code of an error response; None if it was answered with a result.
+        accepted: whether the virtual user accepted the suggestion.
+        inside: whether the text is that of an earlier request plus a typed part of its suggestion.
     """
 
-    episode: int
+    session: int
     asked_s: float
     id: int = 0
     cancelled_s: float | None = None
@@ -82,7 +83,7 @@ class Asked:
     inside: bool = False
 
     @property
-    def fate(self) -> str:
+    def outcome(self) -> str:
         """One of `FATES`."""
         if self.accepted:
             return "accepted"
@@ -96,27 +97,29 @@ class Asked:
 
     @property
     def waited_ms(self) -> float:
-        """From the request to its answer, or to the key that took it back."""
+        """Milliseconds from the request to its answer, or to its cancellation."""
         end_s = self.cancelled_s if self.cancelled_s is not None else self.answered_s
         return ((end_s if end_s is not None else self.asked_s) - self.asked_s) * 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What a model did for a request, as far as the contender tells; None where it does not.
+class EngineJob:
+    """The engine's work for a request, as far as the backend reports it; None is not reported.
 
     Attributes:
-        episode, request: of the `Asked` that began it; -1 and None if none did.
-        end: "finished", "stopped" (enough was written), "cancelled" or "failed".
-        idle: done ahead, when nobody waited.
-        num_computed: tokens of the prompt that were computed.
-        num_generated: tokens that were chosen, those too that nobody read.
+        session, request: session and id of the request that started it; -1 and None if none did.
+        end: "finished", "stopped" (enough text), "cancelled" or "failed".
+        idle: whether it was done ahead of a request.
+        num_prompt, num_reused, num_computed: tokens of the prompt: all, from the cache, computed.
+        num_generated: tokens that were generated, including those that were not read.
         num_delivered: tokens that were read, from `first_s` to `last_s`.
-        submitted_s: when the model was asked.
-        left_s: when nobody wanted it any more; freed_s: when the model was free of it.
+        submitted_s: when the engine got it.
+        first_s, last_s: when the first and the last token were delivered.
+        left_s: when it was no longer needed.
+        freed_s: when the engine was free of it.
     """
 
-    episode: int
+    session: int
     request: int | None
     end: str
     idle: bool = False
@@ -132,8 +135,8 @@ class Job:
     freed_s: float | None = None
 
 
-class Contender(Protocol):
-    """See the module. All methods are called on one event loop."""
+class Backend(Protocol):
+    """A system under test. All methods are called on one event loop."""
 
     name: str
 
@@ -142,27 +145,29 @@ class Contender(Protocol):
         ...
 
     def open(self, document: Document) -> None:
-        """The editor opens a document."""
+        """Open a document."""
         ...
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
-        """The document is now this one; `changes` (positions in UTF-16) have made it so."""
+        """Apply changes (positions in UTF-16), which lead to this document."""
         ...
 
-    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
-        """A suggestion is wanted at a position (in UTF-16). Done when `asked` is filled in."""
+    def ask(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> asyncio.Future[None]:
+        """Request a suggestion at a position (in UTF-16); done when `request` has its outcome."""
         ...
 
-    def take_back(self, asked: Asked) -> None:
-        """It is not wanted any more."""
+    def cancel(self, request: SuggestionRequest) -> None:
+        """Cancel a request."""
         ...
 
-    async def close(self, document: Document) -> list[Job]:
-        """The editor closes the document; what the model did since it was opened, once it is free."""
+    async def close(self, document: Document) -> list[EngineJob]:
+        """Close a document; return the engine's work since it was opened, once the engine is free."""
         ...
 
     def peak_rss_mb(self) -> float:
-        """The most memory that the contender has had."""
+        """Return the peak memory of the backend's process."""
         ...
 
     async def end(self) -> None:
@@ -170,11 +175,11 @@ class Contender(Protocol):
         ...
 
 
-class Midfill:
-    """Our own server in a process of its own, over pipes.
+class ServerBackend:
+    """midfill's own server in a separate process, over pipes.
 
     Args:
-        engine: `midfill serve --engine`, for tests.
+        engine: the option --engine of `midfill serve`, for tests.
         options: settings.
     """
 
@@ -182,15 +187,15 @@ class Midfill:
 
     def __init__(self, engine: str | None = None, options: dict[str, Any] | None = None) -> None:
         self._command = [*SERVE_COMMAND, *(["--engine", engine] if engine else [])]
-        # What the typist accepts here is nobody's choice: it must not be counted as the user's.
+        # Do not count what the virtual user accepts as the user's acceptances.
         self._options = {"count_feedback": False} | (options or {})
         self._started: Client | None = None
-        self._asked: dict[int, Asked] = {}
+        self._request: dict[int, SuggestionRequest] = {}
         self._futures: set[asyncio.Future[Any]] = set()
         self._known = 0
 
     async def start(self, report: Progress) -> None:
-        """See `Contender.start`."""
+        """Start the server and load the model."""
         self._started = await Client.start(self._command)
         await self._started.load(self._options, lambda message: report(message, None))
 
@@ -201,7 +206,7 @@ class Midfill:
         return self._started
 
     def open(self, document: Document) -> None:
-        """See `Contender.open`."""
+        """Send `textDocument/didOpen`."""
         item = {
             "uri": document.uri,
             "languageId": document.language_id,
@@ -211,61 +216,66 @@ class Midfill:
         self._client.notify("textDocument/didOpen", {"textDocument": item})
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
-        """See `Contender.change`."""
+        """Send `textDocument/didChange`."""
         edits = [
-            {"range": {"start": place(change.start), "end": place(change.end)}, "text": change.text}
+            {
+                "range": {"start": lsp_position(change.start), "end": lsp_position(change.end)},
+                "text": change.text,
+            }
             for change in changes
         ]
         identifier = {"uri": document.uri, "version": document.version}
         self._client.notify("textDocument/didChange", {"textDocument": identifier, "contentChanges": edits})
 
-    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
-        """See `Contender.ask`."""
+    def ask(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> asyncio.Future[None]:
+        """Send `textDocument/inlineCompletion`."""
         params = {
             "textDocument": {"uri": document.uri},
-            "position": place(position),
+            "position": lsp_position(position),
             "context": {"triggerKind": 2},
         }
-        asked.id, future = self._client.send_request("textDocument/inlineCompletion", params)
-        self._asked[asked.id] = asked
+        request.id, future = self._client.send_request("textDocument/inlineCompletion", params)
+        self._request[request.id] = request
         filled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def fill(done: asyncio.Future[Any]) -> None:
             if isinstance(error := done.exception(), ServerError):
-                asked.code = error.code
+                request.code = error.code
             elif items := done.result()["items"]:
-                asked.text = items[0]["insertText"]
+                request.text = items[0]["insertText"]
             filled.set_result(None)
 
         future.add_done_callback(fill)
         self._futures.add(future)
         return filled
 
-    def take_back(self, asked: Asked) -> None:
-        """See `Contender.take_back`: the server answers all the same."""
-        self._client.cancel(asked.id)
+    def cancel(self, request: SuggestionRequest) -> None:
+        """Send `$/cancelRequest`; the server still answers the request."""
+        self._client.cancel(request.id)
 
-    async def close(self, document: Document) -> list[Job]:
-        """See `Contender.close`. Raises `MidfillError` if the server does not answer."""
+    async def close(self, document: Document) -> list[EngineJob]:
+        """Wait for all answers and close the document. Raises `MidfillError` after a timeout."""
         if self._futures:
             _, missing = await asyncio.wait(self._futures, timeout=_PATIENCE_S)
             if missing:
-                raise MidfillError(f"The server left a request unanswered for {_PATIENCE_S:.0f} s.")
+                raise MidfillError(f"The server did not answer a request within {_PATIENCE_S:.0f} s.")
             for future in self._futures:
                 if isinstance(error := future.exception(), ServerError) and error.code == 0:
-                    raise MidfillError("The server ended during the replay; its log says more.")
+                    raise MidfillError("The server ended during the replay; see its log.")
             self._futures.clear()
         self._client.notify("textDocument/didClose", {"textDocument": {"uri": document.uri}})
         costs = await self._costs()
         for answer in costs["answers"]:
-            if (asked := self._asked.get(answer["request"])) is not None:
-                asked.source, asked.reason = answer["source"], answer["reason"]
-        jobs = [_job(work, self._asked) for work in costs["work"]]
-        self._asked.clear()
+            if (request := self._request.get(answer["request"])) is not None:
+                request.source, request.reason = answer["source"], answer["reason"]
+        jobs = [_job(work, self._request) for work in costs["work"]]
+        self._request.clear()
         return jobs
 
     async def _costs(self) -> dict[str, Any]:
-        """What has been added since the last time, when the engine is free of all of it."""
+        """Return the server's records since the last call, once the engine is free."""
         until = time.monotonic() + _PATIENCE_S
         while True:
             costs: dict[str, Any] = await self._client.request("midfill/costs", {"after": self._known})
@@ -277,28 +287,30 @@ class Midfill:
                 )
                 return costs
             if time.monotonic() > until:
-                raise MidfillError(f"The server's model has not come to rest within {_PATIENCE_S:.0f} s.")
+                raise MidfillError(f"The server's engine was still busy after {_PATIENCE_S:.0f} s.")
             await asyncio.sleep(_POLL_S)
 
     def peak_rss_mb(self) -> float:
-        """See `Contender.peak_rss_mb`."""
+        """Return the peak memory of the server."""
         return peak_rss_mb(self._client.process.pid)
 
     async def end(self) -> None:
-        """See `Contender.end`."""
+        """Shut the server down."""
         if self._started is not None:
             await self._started.close()
 
 
-class InProcess:
-    """Our own pipeline in this process, for one of many typists: what a server does between pipe and engine.
+class PipelineBackend:
+    """midfill's pipeline in this process, for one of many virtual users: everything between pipe and engine.
 
-    The engine is one for all of them and is started already. Each typist has a pipeline, as each window of an
-    editor has a server.
+    All virtual users share one engine, which is started already. Each has its own pipeline, as each window of
+    an editor has its own server.
 
     Args:
-        family: see `probing.identify`.
-        prefetch: as in a server; off to measure the cost of requests alone.
+        engine: the shared engine.
+        family: the model's FIM template, from `probing.identify`.
+        settings: settings of the pipeline.
+        looks_ahead: whether to prefetch as a server does; off to measure requests alone.
     """
 
     name = "midfill"
@@ -307,28 +319,28 @@ class InProcess:
         self, engine: Engine, family: tuple[str, Family], settings: Settings, *, prefetch: bool = True
     ) -> None:
         self._costs = RequestStats()
-        self._completer = Completer(settings if prefetch else settings.model_copy(update={"prefetch": False}))
+        self._completer = Completer(settings, looks_ahead=looks_ahead)
         self._completer.use(InstrumentedEngine(engine, self._costs), family)
-        self._asked: dict[int | str | float | None, Asked] = {}
+        self._request: dict[int | str | float | None, SuggestionRequest] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._ids = itertools.count(1)
         self._known = 0
         self.answer: Answer | None = None
-        """The newest answer that was not taken back."""
+        """The latest answer to a request that was not cancelled."""
 
     async def start(self, report: Progress) -> None:
-        """See `Contender.start`: there is nothing to load."""
+        """Do nothing: the engine is started already."""
 
     def open(self, document: Document) -> None:
-        """See `Contender.open`."""
+        """Open a document in the pipeline."""
         self._document = document
         self._completer.context.opened(document)
-        # Until something is typed, the server takes the end of the text for the place.
+        # Until something is typed, the server takes the end of the text for the cursor.
         end = Point(len(document.lines) - 1, len(document.lines[-1]))
         self._completer.on_idle(Snapshot(document, document.clamp(end)))
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
-        """See `Contender.change`. One change, as a key makes it."""
+        """Apply the change of one key."""
         before, self._document = self._document, document
         change = changes[-1]
         if may_auto_close(change):
@@ -338,61 +350,63 @@ class InProcess:
         self._completer.edited(document)
         self._completer.on_idle(Snapshot(document, document.end_of(change, Encoding.UTF16)))
 
-    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
-        """See `Contender.ask`. A newer request takes the older one's place, as in the server."""
+    def ask(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> asyncio.Future[None]:
+        """Start a request; a newer one cancels the older ones, as in the server."""
         for task in self._tasks.values():
             task.cancel()
-        asked.id = next(self._ids)
-        self._asked[asked.id] = asked
+        request.id = next(self._ids)
+        self._request[request.id] = request
         snapshot = Snapshot(document, document.point(position, Encoding.UTF16))
-        task = asyncio.ensure_future(self._complete(asked, snapshot))
-        self._tasks[asked.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(asked.id, None))
+        task = asyncio.ensure_future(self._complete(request, snapshot))
+        self._tasks[request.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(request.id, None))
         return task
 
-    async def _complete(self, asked: Asked, snapshot: Snapshot) -> None:
-        REQUEST.set(asked.id)
+    async def _complete(self, request: SuggestionRequest, snapshot: Snapshot) -> None:
+        REQUEST.set(request.id)
         try:
             answer = await self._completer.complete(snapshot, Trigger.AUTOMATIC)
         except asyncio.CancelledError:
-            asked.code = CANCELLED
+            request.code = CANCELLED
             raise
         self.answer = answer
-        asked.text, asked.source = answer.text, answer.source
-        asked.reason, asked.detail = answer.reason, answer.detail
+        request.text, request.source = answer.text, answer.source
+        request.reason, request.detail = answer.reason, answer.detail
 
-    def take_back(self, asked: Asked) -> None:
-        """See `Contender.take_back`."""
-        if (task := self._tasks.get(asked.id)) is not None:
+    def cancel(self, request: SuggestionRequest) -> None:
+        """Cancel the request's task."""
+        if (task := self._tasks.get(request.id)) is not None:
             task.cancel()
 
-    async def close(self, document: Document) -> list[Job]:
-        """See `Contender.close`. Does not wait until the engine is free, since that serves others too."""
+    async def close(self, document: Document) -> list[EngineJob]:
+        """Close the document. Does not wait until the engine is free, since it serves other users too."""
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._completer.forget(document.uri)
-        # What is cancelled ends when the loop comes to it.
+        # Let cancelled tasks end.
         await asyncio.sleep(0)
         work = self._costs.after(self._known)["work"]
         self._known = max([self._known, *(one["number"] for one in work)])
-        jobs = [_job(one | {"end": one["end"] or "cancelled"}, self._asked) for one in work]
-        self._asked.clear()
+        jobs = [_job(one | {"end": one["end"] or "cancelled"}, self._request) for one in work]
+        self._request.clear()
         return jobs
 
     def peak_rss_mb(self) -> float:
-        """See `Contender.peak_rss_mb`: that of all typists together."""
+        """Return the peak memory of this process, with all virtual users."""
         return peak_rss_mb(os.getpid())
 
     async def end(self) -> None:
-        """Drop what is computed; the engine goes on."""
+        """Cancel all work; the engine keeps running."""
         self._completer.drop_work()
         self._completer.context.close()
 
 
-class Generate:
-    """`transformers.generate` in fp32, one request at a time, nothing reused.
+class GenerateBackend:
+    """`transformers.generate` in fp32, one request at a time, without any reuse.
 
-    Its prompts are plain prefix, suffix, middle of the size of ours. What it writes ends where ours does; a
-    request that is taken back is left between two tokens.
+    Prompts are plain prefix, suffix, middle, as long as ours. Its output ends where ours would; a cancelled
+    request ends between two tokens.
     """
 
     name = GENERATE
@@ -400,62 +414,64 @@ class Generate:
     def __init__(self, model: LocalModel, settings: Settings) -> None:
         self._model = model
         self._settings = settings
-        self._rival: Rival | None = None
+        self._baseline: BaselineProcess | None = None
         self._tokenizer = load_tokenizer(model.path)
-        # In the name of a folder there is no family; of the catalogue's models there is.
+        # A model folder has no known template; the catalogue's models have.
         self._family = FAMILIES[settings.family or model.family or "qwen2.5-coder"]
         self._busy = asyncio.Lock()
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._running = 0
         self._ids = 0
-        self._jobs: list[Job] = []
+        self._jobs: list[EngineJob] = []
 
     async def start(self, report: Progress) -> None:
-        """See `Contender.start`."""
+        """Start the process and load the model."""
         report("loading the model into generate", None)
-        self._rival = await Rival.start(GENERATE, self._model.path, "cpu")
+        self._baseline = await BaselineProcess.start(GENERATE, self._model.path, "cpu")
 
     def open(self, document: Document) -> None:
-        """See `Contender.open`."""
+        """Do nothing: each prompt is built from the whole document."""
 
     def change(self, document: Document, changes: Sequence[Change]) -> None:
-        """See `Contender.change`."""
+        """Do nothing: each prompt is built from the whole document."""
 
-    def ask(self, asked: Asked, document: Document, position: tuple[int, int]) -> asyncio.Future[None]:
-        """See `Contender.ask`."""
+    def ask(
+        self, request: SuggestionRequest, document: Document, position: tuple[int, int]
+    ) -> asyncio.Future[None]:
+        """Queue a request."""
         self._ids += 1
-        asked.id = self._ids
+        request.id = self._ids
         snapshot = Snapshot(document, document.point(position, Encoding.UTF16))
-        task = asyncio.ensure_future(self._answer(asked, snapshot))
-        self._tasks[asked.id] = task
+        task = asyncio.ensure_future(self._answer(request, snapshot))
+        self._tasks[request.id] = task
         return task
 
-    def take_back(self, asked: Asked) -> None:
-        """See `Contender.take_back`."""
-        if asked.id == self._running and self._rival is not None:
-            self._rival.cancel(asked.id)
+    def cancel(self, request: SuggestionRequest) -> None:
+        """Cancel the request if it is running; a queued one notices by itself."""
+        if request.id == self._running and self._baseline is not None:
+            self._baseline.cancel(request.id)
 
-    async def _answer(self, asked: Asked, snapshot: Snapshot) -> None:
+    async def _answer(self, request: SuggestionRequest, snapshot: Snapshot) -> None:
         tokens = self._prompt(snapshot)
         async with self._busy:
-            if self._rival is None or asked.cancelled_s is not None:
-                asked.code = CANCELLED
+            if self._baseline is None or request.cancelled_s is not None:
+                request.code = CANCELLED
                 return
-            self._running = asked.id
+            self._running = request.id
             place = [snapshot.line_before, snapshot.line_after, snapshot.lines_after(16)]
             begun = time.monotonic()
-            found = await self._rival.fill(asked.id, tokens, self._settings.max_new_tokens, place)
+            found = await self._baseline.fill(request.id, tokens, self._settings.max_new_tokens, place)
             self._running = 0
             freed = time.monotonic()
-        cancelled = asked.cancelled_s is not None
-        asked.text = "" if cancelled else found["text"]
-        asked.code = CANCELLED if cancelled else None
-        asked.source = "model" if found["text"] else "none"
+        cancelled = request.cancelled_s is not None
+        request.text = "" if cancelled else found["text"]
+        request.code = CANCELLED if cancelled else None
+        request.source = "model" if found["text"] else "none"
         first_s = begun + found["prefill_s"]
         self._jobs.append(
-            Job(
-                asked.episode,
-                asked.id,
+            EngineJob(
+                request.session,
+                request.id,
                 "cancelled" if cancelled else "finished",
                 num_prompt=len(tokens),
                 num_reused=0,
@@ -464,13 +480,13 @@ class Generate:
                 num_delivered=found["num_generated"],
                 first_s=first_s,
                 last_s=first_s + found["decode_s"],
-                left_s=asked.cancelled_s or freed,
+                left_s=request.cancelled_s or freed,
                 freed_s=freed,
             )
         )
 
     def _prompt(self, snapshot: Snapshot) -> list[int]:
-        """Prefix, suffix, middle as in the family's paper, around the cursor of this moment."""
+        """Return the prompt around the cursor: prefix, suffix, middle as in the model's paper."""
         document, cursor = snapshot.document, snapshot.cursor
         above = "".join(document.lines[max(0, cursor.line - 256) : cursor.line]) + snapshot.line_before
         below = snapshot.line_after + "\n" + "\n".join(snapshot.lines_after(64))
@@ -483,34 +499,34 @@ class Generate:
         after = encode(below)[: self._settings.suffix_tokens]
         return [*bos, *prefix, *before, *suffix, *after, *middle]
 
-    async def close(self, document: Document) -> list[Job]:  # noqa: ARG002 - see `Contender`
-        """See `Contender.close`."""
+    async def close(self, document: Document) -> list[EngineJob]:  # noqa: ARG002 - by the protocol
+        """Wait for all requests; return the work."""
         await asyncio.gather(*self._tasks.values())
         self._tasks.clear()
         jobs, self._jobs = self._jobs, []
         return jobs
 
     def peak_rss_mb(self) -> float:
-        """See `Contender.peak_rss_mb`."""
-        return peak_rss_mb(self._rival.pid) if self._rival is not None else peak_rss_mb(os.getpid())
+        """Return the peak memory of the baseline's process."""
+        return peak_rss_mb(self._baseline.pid) if self._baseline is not None else peak_rss_mb(os.getpid())
 
     async def end(self) -> None:
-        """See `Contender.end`."""
-        if self._rival is not None:
-            await self._rival.close()
+        """End the process."""
+        if self._baseline is not None:
+            await self._baseline.close()
 
 
-def place(position: tuple[int, int] | None) -> dict[str, int]:
-    """A position as LSP writes it."""
+def lsp_position(position: tuple[int, int] | None) -> dict[str, int]:
+    """Return a position as LSP writes it."""
     line, character = position or (0, 0)
     return {"line": line, "character": character}
 
 
-def _job(work: dict[str, Any], asked: Mapping[Any, Asked]) -> Job:
-    """A piece of work as `metrics.Work.as_dict` tells it, and the request that began it."""
-    began = asked.get(work["request"])
-    return Job(
-        -1 if began is None else began.episode,
+def _job(work: dict[str, Any], request: Mapping[Any, SuggestionRequest]) -> EngineJob:
+    """Return the engine's work from the server's record of it, with the session of its request."""
+    began = request.get(work["request"])
+    return EngineJob(
+        -1 if began is None else began.session,
         work["request"],
         work["end"],
         idle=work["idle"],

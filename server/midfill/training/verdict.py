@@ -1,9 +1,10 @@
-"""The judgement: whether an adapter is better than its base where the repository went next.
+"""The verdict: whether an adapter is better than its base model on a repository's newest commits.
 
-All conditions must hold: the adapter is whole and acts as it was saved; on the newest commits, which nothing
-was learnt from or chosen by, its log-loss of middle and end is lower by a bound over commits; it saves no
-fewer characters, with the prompts, context and filters of the server; it does not spoil other code; it does
-not slow the answers. "rejected" and "inconclusive" both mean off. `decide` is pure; the rest measures.
+All conditions must hold: the adapter's files are intact and reproduce what was trained; on the test commits,
+which were used neither for training nor for choosing, its log-loss (middle and end) is significantly lower,
+with commits as clusters; it saves at least as many characters with the server's prompts, context and filters;
+it does not make other code worse; it does not slow down answers. "rejected" and "inconclusive" both mean off.
+`decide` is pure; the other functions measure.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from midfill.engine.factory import create
 from midfill.evaluation.fillers import Hole, PipelineFiller
 from midfill.evaluation.records import Records
 from midfill.evaluation.repository import score
+from midfill.evaluation.statistics import ALPHA, Effect, effect, median_bounds, more_commits
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
 from midfill.training.data import Example
-from midfill.training.statistics import ALPHA, Effect, effect, median_bounds, more_commits
+from midfill.training.job import Limits
 
 if TYPE_CHECKING:
     from midfill.training.model import Adapted
@@ -33,40 +35,21 @@ if TYPE_CHECKING:
 Verdict = Literal["enabled", "rejected", "inconclusive"]
 SCALES = (1.0, 0.75, 0.5)
 NUM_HOLES = 24
-# Where the rest of the line is free, so that the server answers unasked.
+# Kinds of holes with nothing after the cursor on its line, where the server answers automatic requests.
 _HOLE_KINDS = ("line", "block")
-_STEP0_TOLERANCE = 1e-4
-_CANARY_TOLERANCE = 1e-3
+_ZERO_SCALE_TOLERANCE = 1e-4
+_SAVED_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What the conditions ask for.
-
-    Attributes:
-        commits, examples: the fewest to judge by.
-        general: the most that log-loss on other code may become, as a share of the base's.
-        latency: likewise the time of an answer.
-        gain: the least that is worth anything, in nats per token. Even noise has some effect, and with enough
-            examples a tiny one is no chance any more.
-    """
-
-    commits: int = 20
-    examples: int = 150
-    general: float = 1.02
-    latency: float = 1.10
-    gain: float = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class Filling:
-    """What came for the same holes with and without the adapter.
+class HoleResults:
+    """Suggestions for the same holes with the base model and with the adapter.
 
     Attributes:
         base, adapter: characters saved; see `evaluation.repository.score`.
-        latency: the median of the ratios of an answer's time.
-        latency_bounds: those of that median. On a busy machine they are far from each other.
-        pairs: for people: place, truth, the base's text, the adapter's text.
+        latency: median of the ratio of the answers' times, adapter to base; None if there were no holes.
+        latency_bounds: bounds of that median; far from each other on a busy machine.
+        pairs: for the report: the hole, the author's text, the base's suggestion, the adapter's suggestion.
     """
 
     base: int
@@ -77,20 +60,20 @@ class Filling:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """All that a verdict is made from; what is None or empty was not measured.
+class Measurements:
+    """Everything that a verdict is based on; None or empty was not measured.
 
     Attributes:
-        problems: why the adapter is not what it should be, a sentence each.
-        scale: the chosen one; 0 means that the base was best on the dev commits.
-        dev: log-loss per token on the dev commits by scale.
-        effect: on the test commits.
-        nll_base, nll_adapter: log-loss per token there.
-        gain_at_ends: the part of the gain per token that comes of knowing where the middle ends; the rest is
-            of the middle's own text.
+        problems: faults of the adapter itself, a sentence each.
+        scale: the chosen strength of the adapter; 0 means that the base was best on the dev commits.
+        dev: log-loss per token on the dev commits, by scale.
+        effect: gain on the test commits.
+        nll_base, nll_adapter: log-loss per token on the test commits.
+        gain_at_ends: the part of the gain per token that comes from predicting where the middle ends; the
+            rest comes from the middle's text.
         general: log-loss on other code, as a share of the base's.
-        filling: see `Filling`.
-        openings: how many adapters these test commits have judged, this one included.
+        hole_results: suggestions with and without the adapter.
+        num_comparisons: adapters that these test commits have been used for, this one included.
         by_commit: (commit, gain per token, tokens), in order of time.
     """
 
@@ -102,167 +85,184 @@ class Measured:
     nll_adapter: float | None = None
     gain_at_ends: float | None = None
     general: float | None = None
-    filling: Filling | None = None
-    openings: int = 1
+    hole_results: HoleResults | None = None
+    num_comparisons: int = 1
     by_commit: tuple[tuple[str, float, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Verdicts:
+class Decision:
     """A verdict with its reasons, a sentence each."""
 
     verdict: Verdict
     reasons: tuple[str, ...]
 
 
-def decide(measured: Measured, limits: Limits | None = None) -> Verdicts:
-    """The verdict. Nothing but a pass of every condition is "enabled"."""
+def decide(measurements: Measurements, limits: Limits | None = None) -> Decision:
+    """Return the verdict with its reasons. "enabled" requires that every condition holds."""
     limits = limits or Limits()
-    if measured.problems:
-        return Verdicts("rejected", measured.problems)
-    if measured.scale == 0:
-        return Verdicts(
-            "rejected", ("On the dev commits no strength of the adapter is better than the base.",)
+    if measurements.problems:
+        return Decision("rejected", measurements.problems)
+    if measurements.scale == 0:
+        return Decision(
+            "rejected", ("On the dev commits, no strength of the adapter is better than the base model.",)
         )
-    found = measured.effect
+    found = measurements.effect
     if found is None:
-        return Verdicts("inconclusive", ("There is nothing to judge by.",))
-    numbers = (found.gain, measured.nll_base, measured.nll_adapter, measured.general)
+        return Decision("inconclusive", ("The adapter was not measured on any test commit.",))
+    numbers = (found.gain, measurements.nll_base, measurements.nll_adapter, measurements.general)
     if any(one is not None and not math.isfinite(one) for one in numbers):
-        return Verdicts("rejected", ("A log-loss is no number.",))
-    against = tuple(_against(found, measured, limits))
+        return Decision("rejected", ("A log-loss is NaN or infinite.",))
+    against = tuple(_against(found, measurements, limits))
     if against:
-        return Verdicts("rejected", against)
-    missing = tuple(_missing(found, measured, limits))
+        return Decision("rejected", against)
+    missing = tuple(_missing(found, measurements, limits))
     if missing:
-        return Verdicts("inconclusive", missing)
-    return Verdicts(
+        return Decision("inconclusive", missing)
+    return Decision(
         "enabled",
         (
-            f"Log-loss is lower by {found.gain:.3f} nats per token ({found.low:.3f} to {found.high:.3f}) "
-            f"over {found.commits} later commits.",
+            f"Log-loss is {found.gain:.3f} nats per token lower ({found.low:.3f} to {found.high:.3f}) on "
+            f"{found.commits} later commits.",
         ),
     )
 
 
-def _against(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]:
+def _against(found: Effect, measurements: Measurements, limits: Limits) -> Sequence[str]:
     reasons = []
     if found.gain <= 0:
-        sure = "" if found.high >= 0 else ", surely"
-        reasons.append(f"Log-loss is not lower but {-found.gain:.3f} nats per token higher{sure}.")
+        sure = "" if found.high >= 0 else ", which is significant"
+        reasons.append(f"Log-loss is {-found.gain:.3f} nats per token higher than the base's{sure}.")
     elif found.gain < limits.gain and found.low > 0:
         reasons.append(
-            f"Log-loss is lower by {found.gain:.4f} nats per token only; less than {limits.gain:g} is no use."
+            f"Log-loss is only {found.gain:.4f} nats per token lower; the minimum useful gain is "
+            f"{limits.gain:g}."
         )
-    filling = measured.filling
-    if filling is not None and filling.adapter < filling.base:
-        reasons.append(f"It saves fewer characters: {filling.adapter} instead of {filling.base}.")
-    if measured.general is not None and measured.general > limits.general:
+    hole_results = measurements.hole_results
+    if hole_results is not None and hole_results.adapter < hole_results.base:
         reasons.append(
-            f"On other code log-loss is {measured.general - 1:.1%} higher (at most {limits.general - 1:.0%})."
+            f"Its suggestions save fewer characters: {hole_results.adapter} instead of {hole_results.base}."
         )
-    if filling is not None and filling.latency is not None and filling.latency_bounds[0] > limits.latency:
-        reasons.append(_slower(filling, filling.latency, limits) + ".")
+    if measurements.general is not None and measurements.general > limits.general:
+        reasons.append(
+            f"Log-loss on other code is {measurements.general - 1:.1%} higher "
+            f"(limit: {limits.general - 1:.0%})."
+        )
+    if (
+        hole_results is not None
+        and hole_results.latency is not None
+        and hole_results.latency_bounds[0] > limits.latency
+    ):
+        reasons.append(_slower(hole_results, hole_results.latency, limits) + ".")
     return reasons
 
 
-def _slower(filling: Filling, latency: float, limits: Limits) -> str:
-    """How much longer answers take, with what is sure of it."""
-    low, high = filling.latency_bounds
-    sure = f"{low - 1:.0%} to {high - 1:.0%}; " if math.isfinite(low) else ""
-    return f"Answers take {latency - 1:.0%} longer with it ({sure}at most {limits.latency - 1:.0%})"
+def _slower(results: HoleResults, latency: float, limits: Limits) -> str:
+    """Return how much longer answers take, with the interval."""
+    low, high = results.latency_bounds
+    interval = f"{low - 1:.0%} to {high - 1:.0%}; " if math.isfinite(low) else ""
+    return f"Answers take {latency - 1:.0%} longer with the adapter ({interval}limit: {limits.latency - 1:.0%})"
 
 
-def _missing(found: Effect, measured: Measured, limits: Limits) -> Sequence[str]:
+def _missing(found: Effect, measurements: Measurements, limits: Limits) -> Sequence[str]:
     reasons = []
     if found.commits < limits.commits:
         reasons.append(
-            f"{limits.commits - found.commits} more commits needed: there are {found.commits} to judge by."
+            f"{limits.commits - found.commits} more commits are needed: only {found.commits} could be used "
+            "as test commits."
         )
     elif found.examples < limits.examples:
-        reasons.append(f"There are {found.examples} examples to judge by; {limits.examples} are needed.")
+        reasons.append(
+            f"The test commits gave {found.examples} examples; at least {limits.examples} are needed."
+        )
     if found.low <= 0:
-        more = more_commits(found, _alpha(measured.openings))
-        needed = f"about {more} more commits needed" if more else "far more commits needed"
+        more = more_commits(found, _alpha(measurements.num_comparisons))
+        needed = f"About {more} more commits are needed" if more else "Far more commits are needed"
         reasons.append(
             f"{needed} to tell a gain of {found.gain:.3f} nats per token "
             f"({found.low:.3f} to {found.high:.3f}) from chance."
         )
-    if measured.filling is None or measured.filling.latency is None:
-        reasons.append("Characters saved and the time of answers were not measured.")
-    elif measured.filling.latency > limits.latency:
+    if measurements.hole_results is None or measurements.hole_results.latency is None:
+        reasons.append("The characters saved and the time of answers were not measured.")
+    elif measurements.hole_results.latency > limits.latency:
         reasons.append(
-            _slower(measured.filling, measured.filling.latency, limits)
-            + ", but that may be chance: judge it again while the machine does little else."
+            _slower(measurements.hole_results, measurements.hole_results.latency, limits)
+            + ", but that may be chance: evaluate it again while the machine is otherwise idle."
         )
-    if measured.general is None:
-        reasons.append("Other code was not measured.")
+    if measurements.general is None:
+        reasons.append("The log-loss on other code was not measured.")
     return reasons
 
 
-def as_dict(measured: Measured, verdicts: Verdicts) -> dict[str, Any]:
-    """What `--json` prints, and the registry keeps; no source text."""
-    found = measured.effect
-    filling = measured.filling
+def as_dict(measurements: Measurements, decision: Decision) -> dict[str, Any]:
+    """Return the result as `--json` prints it and the registry keeps it, without source text."""
+    found = measurements.effect
+    hole_results = measurements.hole_results
     finite = found is not None and math.isfinite(found.low)
     return {
-        "verdict": verdicts.verdict,
-        "reasons": list(verdicts.reasons),
+        "verdict": decision.verdict,
+        "reasons": list(decision.reasons),
         "nll_gain": round(found.gain, 5) if found is not None else None,
         "interval": [round(found.low, 5), round(found.high, 5)] if found is not None and finite else None,
         "commits": found.commits if found is not None else 0,
         "examples": found.examples if found is not None else 0,
-        "nll_base": measured.nll_base,
-        "nll_adapter": measured.nll_adapter,
-        "nll_gain_at_ends": measured.gain_at_ends,
-        "alpha": _alpha(measured.openings),
-        "openings": measured.openings,
-        "scale": measured.scale,
-        "dev": dict(measured.dev),
-        "general": measured.general,
+        "nll_base": measurements.nll_base,
+        "nll_adapter": measurements.nll_adapter,
+        "nll_gain_at_ends": measurements.gain_at_ends,
+        "alpha": _alpha(measurements.num_comparisons),
+        "comparisons": measurements.num_comparisons,
+        "scale": measurements.scale,
+        "dev": dict(measurements.dev),
+        "general": measurements.general,
         "saved_chars": None
-        if filling is None
-        else {"base": filling.base, "adapter": filling.adapter, "holes": len(filling.pairs)},
-        "latency": None if filling is None else filling.latency,
-        "by_commit": [list(one) for one in measured.by_commit],
+        if hole_results is None
+        else {"base": hole_results.base, "adapter": hole_results.adapter, "holes": len(hole_results.pairs)},
+        "latency": None if hole_results is None else hole_results.latency,
+        "by_commit": [list(one) for one in measurements.by_commit],
     }
 
 
-def _alpha(openings: int) -> float:
-    """Commits that have judged several adapters let one through by luck more easily (Bonferroni)."""
-    return ALPHA / max(1, openings)
+def _alpha(num_comparisons: int) -> float:
+    """Return the error probability of one comparison (Bonferroni): many tries pass more often by chance."""
+    return ALPHA / max(1, num_comparisons)
 
 
-def step0_problem(adapted: Adapted, examples: Sequence[Example]) -> str | None:
-    """Whether an adapter without strength is its base, which every later comparison rests on."""
+def zero_scale_problem(adapted: Adapted, examples: Sequence[Example]) -> str | None:
+    """Return a sentence if the adapter at scale 0 differs from its base, which all comparisons rest on."""
     before, adapted.scale = adapted.scale, 0.0
     for example in examples[:2]:
         without = adapted.loss_sum(example)
         with adapted.as_base():
             base = adapted.loss_sum(example)
-        if abs(without - base) > _STEP0_TOLERANCE * max(1.0, abs(base)):
+        if abs(without - base) > _ZERO_SCALE_TOLERANCE * max(1.0, abs(base)):
             adapted.scale = before
-            return f"Switched to nothing it differs from the base ({without:.4f}, not {base:.4f})."
+            return (
+                f"At scale 0 the adapter changes the model's output: log-loss {without:.4f} instead of "
+                f"{base:.4f}."
+            )
     adapted.scale = before
     return None
 
 
-def canary_problem(adapted: Adapted, folder: Path, example: Example) -> str | None:
-    """Whether what was saved acts as what was trained: the logits of one prompt, saved and read again."""
-    before = adapted.canary(example)
+def saved_adapter_problem(adapted: Adapted, folder: Path, example: Example) -> str | None:
+    """Read the saved adapter; return a sentence if the logits of one prompt differ then."""
+    before = adapted.probe_logits(example)
     scale = adapted.scale
     adapted.load(folder)
-    after = adapted.canary(example)
+    after = adapted.probe_logits(example)
     difference = float((before - after).abs().max())
-    if not difference <= _CANARY_TOLERANCE * max(1.0, float(before.abs().max())):
-        return f"Read from its file it acts differently: logits by up to {difference:.4g}, strength {scale}."
+    if not difference <= _SAVED_TOLERANCE * max(1.0, float(before.abs().max())):
+        return (
+            f"The saved adapter differs from the trained one: logits by up to {difference:.4g} at strength "
+            f"{scale}."
+        )
     return None
 
 
 def choose_scale(
     adapted: Adapted, examples: Sequence[Example], base: Sequence[float], tell: Callable[[float], None]
 ) -> tuple[float, dict[str, float]]:
-    """The strength with the lowest log-loss on the dev commits, 0 for the base; and all of them."""
+    """Return the scale with the lowest log-loss on the dev commits (0 is the base), and all log-losses."""
     tokens = sum(len(example.target) for example in examples)
     table = {"0": sum(base) / tokens}
     total = len(SCALES) * len(examples)
@@ -284,13 +284,13 @@ def measure_losses(  # noqa: PLR0913 - each is a different thing
     test: Sequence[Example],
     general: Sequence[Example],
     *,
-    openings: int,
+    num_comparisons: int,
     records: Records,
     tell: Callable[[float], None],
-) -> Measured:
-    """Log-losses of base and adapter, example by example, on the test commits and on other code.
+) -> Measurements:
+    """Measure the log-loss of base and adapter on each example of the test commits and of other code.
 
-    What `records` has already is not computed again. They hold places and numbers, no text.
+    Results that `records` has already are not computed again. Records hold ids and numbers, no text.
     """
     everything = {example.id: example for example in (*_in_rounds(test), *general)}
     for number, example in enumerate(everything.values()):
@@ -309,17 +309,17 @@ def measure_losses(  # noqa: PLR0913 - each is a different thing
         [example.commit for example in test],
         [base - ours for base, ours in of_test],
         tokens,
-        _alpha(openings),
+        _alpha(num_comparisons),
     )
     base_general = sum(base for base, _ in of_general)
-    return Measured(
+    return Measurements(
         scale=adapted.scale,
         effect=found,
         nll_base=round(sum(base for base, _ in of_test) / max(1, sum(tokens)), 5),
         nll_adapter=round(sum(ours for _, ours in of_test) / max(1, sum(tokens)), 5),
         gain_at_ends=round(at_ends / max(1, sum(tokens)), 5),
         general=round(sum(ours for _, ours in of_general) / base_general, 5) if base_general else None,
-        openings=openings,
+        num_comparisons=num_comparisons,
         by_commit=tuple(_by_commit(test, of_test)),
     )
 
@@ -335,13 +335,13 @@ def _by_commit(
 
 
 def choose_holes(test: Sequence[Example]) -> list[Example]:
-    """Places to compare suggestions at, evenly from all commits."""
+    """Return the examples at which suggestions are compared, evenly from all commits."""
     holes = [example for example in test if example.kind in _HOLE_KINDS and example.truth.strip()]
     return _in_rounds(holes)[:NUM_HOLES]
 
 
 def _in_rounds(examples: Sequence[Example]) -> list[Example]:
-    """One of each commit, then another one of each, and so on."""
+    """Return the examples in rounds: one of each commit, then another of each, and so on."""
     by_commit: dict[str, list[Example]] = {}
     for example in examples:
         by_commit.setdefault(example.commit, []).append(example)
@@ -357,17 +357,17 @@ async def fill(  # noqa: PLR0913, PLR0917 - each is a different thing
     root: Path,
     num_threads: int,
     tell: Callable[[float], None],
-) -> Filling:
-    """Let the server's pipeline answer at each place, with the base and with the adapter in turn.
+) -> HoleResults:
+    """Get the server pipeline's suggestion for each hole, with the base and with the adapter in turn.
 
     Args:
         model: the base model.
-        adapter: its folder.
-        settings: the user's; what is not shown unasked saves nothing.
-        holes: see `choose_holes`.
-        root: the folder of the tree before the held-out commits, or of the repository.
-        num_threads: of each model.
-        tell: hears the share done.
+        adapter: the adapter's folder.
+        settings: the user's; a suggestion that is not shown automatically saves no characters.
+        holes: from `choose_holes`.
+        root: the folder with the tree before the held-out commits, or the repository.
+        num_threads: threads of each model.
+        tell: called with the share done.
     """
     spec = EngineSpec(
         model,
@@ -391,7 +391,7 @@ async def fill(  # noqa: PLR0913, PLR0917 - each is a different thing
         saved, ratios, pairs = [0, 0], [], []
         for number, example in enumerate(holes):
             hole = _hole(example, root)
-            # Each is first in turn: what else the machine does meets both.
+            # Each comes first every second time, so that other load on the machine affects both.
             order = (0, 1) if number % 2 else (1, 0)
             filled = {which: await fillers[which].fill(hole, Trigger.AUTOMATIC) for which in order}
             for which in order:
@@ -400,7 +400,7 @@ async def fill(  # noqa: PLR0913, PLR0917 - each is a different thing
             pairs.append((example.id, example.truth, filled[0].text, filled[1].text))
             tell((number + 1) / len(holes))
         latency = round(statistics.median(ratios), 4) if ratios else None
-        return Filling(saved[0], saved[1], latency, median_bounds(ratios), tuple(pairs))
+        return HoleResults(saved[0], saved[1], latency, median_bounds(ratios), tuple(pairs))
     finally:
         for filler in fillers:
             filler.close()
@@ -413,7 +413,7 @@ def _hole(example: Example, root: Path) -> Hole:
 
 
 def judgement_of(result: Mapping[str, Any], *, forced: bool) -> Judgement:
-    """A result as the registry keeps it."""
+    """Return a result as the registry keeps it."""
     kept = {key: value for key, value in result.items() if key not in {"verdict", "reasons", "training"}}
     training = {key: value for key, value in (result["training"] or {}).items() if key != "losses"}
     return Judgement(result["verdict"], tuple(result["reasons"]), forced, {**kept, "training": training})

@@ -1,8 +1,8 @@
-"""Middles to learn from: stretches of a file that somebody may want completed. Knows texts only; any thread.
+"""Draw the middles of FIM training examples from a text. Knows texts only; any thread.
 
-The mixture is what completions are asked for, most of all the rest of a line. Nodes are tree-sitter's; where
-a language has no grammar, blocks go by indentation and nodes become rests of lines. The place of a middle is
-drawn from given lines, so that a commit's additions can be asked for as well as a whole file.
+The mixture of kinds follows what users request completions for, most often the rest of a line. Nodes come
+from tree-sitter; without a grammar, blocks follow the indentation and nodes become rests of lines. Middles
+begin in given lines, so that they can be drawn from a commit's additions as well as from a whole file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 SHARES = {"line": 35, "node": 25, "block": 20, "random": 10, "inline": 5, "empty": 5}
 """Kinds of middles, in per cent: the rest of a line, a syntax node, the rest of a block, any characters, a
-part
-of a line, nothing at all."""
+part of a line, nothing at all."""
 
 MAX_CHARS = 700
 _MIN_NODE_CHARS = 4
@@ -48,8 +47,8 @@ class Source:
 
     Attributes:
         text: the whole file.
-        language_id: LSP's.
-        barred: lines, from 0, that no middle may touch.
+        language_id: LSP language identifier.
+        barred: lines, from 0, that no middle may contain.
     """
 
     text: str
@@ -58,7 +57,7 @@ class Source:
 
     @cached_property
     def lines(self) -> list[tuple[int, int]]:
-        """Where each line begins and ends, without what ends it."""
+        """Offsets of the begin and end of each line, without its line end."""
         found, at = [], 0
         for line in self.text.split("\n"):
             found.append((at, at + len(line.removesuffix("\r"))))
@@ -67,7 +66,7 @@ class Source:
 
     @cached_property
     def nodes(self) -> dict[int, list[tuple[int, int]]]:
-        """By line: the syntax nodes that begin there, of a size that one may want completed."""
+        """Syntax nodes of a suitable size (begin, end), by the line in which they begin."""
         parser = new_parser(self.language_id)
         found: dict[int, list[tuple[int, int]]] = {}
         if parser is None:
@@ -87,7 +86,7 @@ class Source:
         return found
 
     def draw(self, kind: str, rows: Sequence[int], chooser: random.Random) -> Span | None:
-        """A middle of this kind that begins in one of the lines; None where there is none."""
+        """Return a random middle of this kind that begins in one of the lines; None if none was found."""
         for _ in range(_TRIES):
             row = chooser.choice(rows)
             if row >= len(self.lines) or not self.text[slice(*self.lines[row])].strip():
@@ -111,7 +110,7 @@ def _index(starts: list[int], byte: int) -> int:
 
 
 def _line(source: Source, row: int, chooser: random.Random) -> tuple[int, int] | None:
-    """From a word's begin, or after its first letters, to the end of the line."""
+    """Return a span from a word's begin, or from after its first letters, to the end of the line."""
     begin, end = source.lines[row]
     words = list(_WORD.finditer(source.text, begin, end))
     word = chooser.choice(words)
@@ -127,7 +126,7 @@ def _node(source: Source, row: int, chooser: random.Random) -> tuple[int, int] |
 
 
 def _block(source: Source, row: int, chooser: random.Random) -> tuple[int, int] | None:
-    """From a place in a line, mostly its first word, to the end of the lines that are as deep as it."""
+    """Return a span from a line's first word, or another one, to the end of the lines indented as deeply."""
     begin, end = source.lines[row]
     line = source.text[begin:end]
     depth = len(line) - len(line.lstrip())
@@ -153,7 +152,7 @@ def _random(source: Source, row: int, chooser: random.Random) -> tuple[int, int]
 
 
 def _inline(source: Source, row: int, chooser: random.Random) -> tuple[int, int] | None:
-    """Some words of a line, with code behind them."""
+    """Return a span of some words of a line, with code after them."""
     begin, end = source.lines[row]
     words = list(_WORD.finditer(source.text, begin, end))
     if len(words) < 3:
@@ -165,7 +164,7 @@ def _inline(source: Source, row: int, chooser: random.Random) -> tuple[int, int]
 
 
 def _empty(source: Source, row: int, _chooser: random.Random) -> tuple[int, int] | None:
-    """Nothing to write: behind a line that is whole."""
+    """Return an empty span after a complete line."""
     begin, end = source.lines[row]
     at = begin + len(source.text[begin:end].rstrip())
     return at, at
