@@ -2,10 +2,10 @@
 
 from clock import in_its_own_time
 
-from midfill.bench.contenders import InProcess
+from midfill.bench.backends import PipelineBackend
 from midfill.bench.replay import Pace, replay
-from midfill.bench.report import summarise
-from midfill.bench.trace import Episode, Key
+from midfill.bench.replay_report import summarise
+from midfill.bench.trace import Key, TypingSession
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.fim.templates import FAMILIES
 from midfill.settings import Settings
@@ -22,7 +22,7 @@ def episode():
         Key(EACH_S, (Change(char, (1, column), (1, column)),), (1, column + 1), 0.05)
         for column, char in enumerate(TYPED)
     ]
-    return Episode("file:///replay/main.py", "python", "values = [1, 2]\n\n", tuple(keys), 0.5)
+    return TypingSession("file:///replay/main.py", "python", "values = [1, 2]\n\n", tuple(keys), 0.5)
 
 
 async def played(*rules, pace=None):
@@ -31,7 +31,7 @@ async def played(*rules, pace=None):
     await engine.start(lambda _message, _share: None)
     # A token is a character here.
     settings = Settings(prefetch=False, max_new_tokens=64)
-    typist = InProcess(engine, ("qwen2.5-coder", FAMILIES["qwen2.5-coder"]), settings)
+    typist = PipelineBackend(engine, ("qwen2.5-coder", FAMILIES["qwen2.5-coder"]), settings)
     (session,) = await replay([episode()], [typist], lambda _message, _share: None, pace)
     await engine.close()
     return summarise(session)

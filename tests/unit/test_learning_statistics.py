@@ -126,7 +126,11 @@ def test_what_passes_every_condition_is_enabled():
             "inconclusive",
             "13% longer with the adapter (-5% to 40%; limit: 10%), but that may be chance",
         ),
-        ({"hole_results": HoleResults(100, 100, 1.13)}, "inconclusive", "(limit: 10%), but that may be chance"),
+        (
+            {"hole_results": HoleResults(100, 100, 1.13)},
+            "inconclusive",
+            "(limit: 10%), but that may be chance",
+        ),
         ({"hole_results": None}, "inconclusive", "not measured"),
         ({"effect": effect(["a", "b"] * 90, [1.0, 1.1] * 90, [10] * 180)}, "inconclusive", "18 more commits"),
         (

@@ -51,7 +51,7 @@ def test_adapters_and_where_they_are_used_are_their_owners_alone(tmp_path):
 def test_counts_and_activity_are_their_owners_alone():
     path = feedback.counts_path()
     path.write_text('{"counts": {}}')
-    feedback.add(path, {"model": {"python": Counts(offered=1)}})
+    feedback.add(path, {"model": {"python": AcceptanceCounts(offered=1)}})
     last_request.make_marker()
     assert not open_to_others(path.parent)
     assert feedback.read(path)["model"]["python"].offered == 1

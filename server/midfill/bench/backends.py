@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from midfill.bench.baselines import GENERATE, BaselineProcess
-from midfill.completion.completer import Answer, Completer, Trigger
+from midfill.completion.answer import Answer, Trigger
+from midfill.completion.autoclose import may_auto_close
+from midfill.completion.completer import Completer
 from midfill.completion.reasons import Reason
-from midfill.completion.stats.request_log import REQUEST, RequestStats, InstrumentedEngine
-from midfill.completion.suggestions import may_close
+from midfill.completion.stats.request_log import REQUEST, InstrumentedEngine, RequestStats
 from midfill.engine.api import Engine, Progress
 from midfill.errors import MidfillError
 from midfill.fim.templates import FAMILIES, Family
@@ -84,7 +85,7 @@ class SuggestionRequest:
 
     @property
     def outcome(self) -> str:
-        """One of `FATES`."""
+        """One of `OUTCOMES`."""
         if self.accepted:
             return "accepted"
         if self.code == CANCELLED:
@@ -310,7 +311,7 @@ class PipelineBackend:
         engine: the shared engine.
         family: the model's FIM template, from `probing.identify`.
         settings: settings of the pipeline.
-        looks_ahead: whether to prefetch as a server does; off to measure requests alone.
+        prefetch: whether to prefetch as a server does; off to measure requests alone.
     """
 
     name = "midfill"
@@ -319,7 +320,7 @@ class PipelineBackend:
         self, engine: Engine, family: tuple[str, Family], settings: Settings, *, prefetch: bool = True
     ) -> None:
         self._costs = RequestStats()
-        self._completer = Completer(settings, looks_ahead=looks_ahead)
+        self._completer = Completer(settings if prefetch else settings.model_copy(update={"prefetch": False}))
         self._completer.use(InstrumentedEngine(engine, self._costs), family)
         self._request: dict[int | str | float | None, SuggestionRequest] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}

@@ -271,24 +271,25 @@ class _Generate:
 
     def fill(self, message: dict[str, Any]) -> dict[str, Any]:
         """Generate a suggestion with the stop rules and the cleaning of midfill's pipeline."""
-        from midfill.completion.postprocess.clean import clean, stop  # noqa: PLC0415 - the same
-        from midfill.completion.postprocess.cursor_context import Place  # noqa: PLC0415 - not for the comparison of speeds
-        from midfill.completion.postprocess.normalization import received  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.clean import clean  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.cursor_context import CursorContext  # noqa: PLC0415 - not for the comparison of speeds
+        from midfill.completion.postprocess.normalization import normalized  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.stop import stop  # noqa: PLC0415 - the same
 
         before, after, following = message["place"]
-        place = Place(before, after, tuple(following))
+        cursor = CursorContext(before, after, tuple(following))
 
         def stopped(ids: list[int]) -> bool:
             return (
                 self._inbox.cancelled(message)
-                or stop(received(self._tokenizer.decode(ids), place), place) is not None
+                or stop(normalized(self._tokenizer.decode(ids), cursor), cursor) is not None
             )
 
         done = self.run(message | {"stop_ids": sorted(self._tokenizer.control_ids)}, stopped)
-        raw = received(self._tokenizer.decode(done.ids), place)
-        end = stop(raw, place)
+        raw = normalized(self._tokenizer.decode(done.ids), cursor)
+        end = stop(raw, cursor)
         text, _ = clean(
-            raw[:end], place, complete=end is not None or len(done.ids) < message["num_new"], forbidden=()
+            raw[:end], cursor, complete=end is not None or len(done.ids) < message["num_new"], forbidden=()
         )
         return {
             "text": text,

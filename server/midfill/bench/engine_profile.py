@@ -21,8 +21,8 @@ from typing import Any
 from midfill.bench.backends import PipelineBackend, SuggestionRequest
 from midfill.bench.load import BenchSetup
 from midfill.bench.trace import TypingSession
-from midfill.completion.completer import Answer
-from midfill.completion.suggestions import Origin, Text
+from midfill.completion.answer import Answer
+from midfill.completion.origin import HashedText, Origin
 from midfill.engine.api import Engine, ModelInfo, Progress, Request, Tokenizer
 from midfill.engine.kv_slots import NUM_SLOTS, common_prefix
 from midfill.engine.remote.client.remote import RemoteEngine
@@ -221,7 +221,7 @@ class _Notes:
 
 async def profile_engine(setup: BenchSetup, report: Progress) -> EngineProfile:
     """Measure an engine that has no other users. Raises `MidfillError` if no request needs the model."""
-    pipeline = setup.pipeline(looks_ahead=False)
+    pipeline = setup.pipeline(prefetch=False)
     notes = _Notes()
     for number, session in enumerate(setup.sessions):
         report("measuring each request", number / len(setup.sessions))

@@ -113,9 +113,9 @@ class BenchSetup:
     settings: Settings
     sessions: Sequence[TypingSession]
 
-    def pipeline(self, *, looks_ahead: bool = True) -> PipelineBackend:
+    def pipeline(self, *, prefetch: bool = True) -> PipelineBackend:
         """Return a pipeline for a virtual user."""
-        return PipelineBackend(self.engine, self.family, self.settings, looks_ahead=looks_ahead)
+        return PipelineBackend(self.engine, self.family, self.settings, prefetch=prefetch)
 
 
 @dataclass(frozen=True, slots=True)

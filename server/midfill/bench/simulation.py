@@ -22,8 +22,8 @@ from typing import Any
 from midfill.bench.backends import CANCELLED, EngineJob, SuggestionRequest
 from midfill.bench.engine_profile import CompletionCost, EngineProfile, SessionProfile
 from midfill.bench.load import LoadPlan, figures
-from midfill.completion.completer import IDLE_DELAY_S, PREFETCH_DELAY_S
-from midfill.completion.suggestions import LINGER_S
+from midfill.completion.idle import IDLE_DELAY_S, PREFETCH_DELAY_S
+from midfill.completion.in_flight import LINGER_S
 from midfill.engine.kv_slots import Slots
 from midfill.engine.local import MAX_WAITING
 from midfill.engine.scheduler import Chunk, Priority, Scheduler
@@ -501,7 +501,9 @@ class _VirtualUser:
     def _look_ahead(self, key: int, cost: CompletionCost, at_s: float) -> None:
         """Prefetch as if the suggestion had been accepted, if the user stays idle."""
         if at_s + PREFETCH_DELAY_S < self._next_key_s:
-            self._simulation.later(at_s + PREFETCH_DELAY_S, self._prefetch, (self._visit, self._key, key, cost))
+            self._simulation.later(
+                at_s + PREFETCH_DELAY_S, self._prefetch, (self._visit, self._key, key, cost)
+            )
 
     def _prefetch(self, now: float, what: tuple[int, int, int, CompletionCost]) -> None:
         visit, at_key, key, cost = what

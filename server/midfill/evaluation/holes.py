@@ -145,10 +145,10 @@ def _history(root: Path) -> dict[str, float]:
     return weights
 
 
-def _read(sieve: FileFilter, weights: Mapping[str, float], settings: Settings) -> Iterator[_Source]:
+def _read(file_filter: FileFilter, weights: Mapping[str, float], settings: Settings) -> Iterator[_Source]:
     """Iterate over hand-written source files in languages that are not disabled."""
-    for name in sorted(sieve.walk()):
-        file = sieve.read(name)
+    for name in sorted(file_filter.walk()):
+        file = file_filter.read(name)
         if (
             file is not None
             and not is_among(settings.disabled_languages, file.language_id)

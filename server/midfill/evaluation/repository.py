@@ -18,8 +18,8 @@ from midfill.completion.confidence import (
     Calibration,
     Eagerness,
     Evidence,
-    beginnings,
     length_to_show,
+    line_prefixes,
 )
 from midfill.errors import MidfillError
 from midfill.evaluation.fillers import Filler

@@ -136,7 +136,7 @@ class ExampleBuilder:
         document = Document.open(uri, file.language_id, 0, before + after)
         cursor = Point(before.count("\n"), len(before) - before.rfind("\n") - 1)
         snapshot = Snapshot(document, cursor)
-        context = NOTHING if self.context is None else self.context.collect(snapshot)
+        context = EMPTY_BUNDLE if self.context is None else self.context.collect(snapshot)
         # Start from a fresh window, as after opening the file, whatever examples came before.
         self.prompt_builder.forget(uri)
         prompt = self.prompt_builder.build(snapshot, context)
@@ -223,7 +223,7 @@ def build_general_examples(
 
 
 def _new_builder(
-    model: LocalModel, settings: Settings, root: Path, context: Context | None
+    model: LocalModel, settings: Settings, root: Path, context: ContextCollector | None
 ) -> ExampleBuilder:
     info = info_of(model)
     prompt_builder = PromptBuilder(info, settings)

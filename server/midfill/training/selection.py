@@ -13,7 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from midfill.completion.context.files import FileFilter, SourceFile, is_third_party, judge, rejection_by_name
+from midfill.completion.context.files import (
+    FileFilter,
+    SourceFile,
+    classify,
+    is_third_party,
+    rejection_by_name,
+)
 from midfill.errors import MidfillError
 from midfill.settings import Settings
 from midfill.training.history import Change, Commit, Hunk, Repository
@@ -102,7 +108,7 @@ class _Selector:
     def __init__(self, repository: Repository, settings: Settings) -> None:
         self._repository = repository
         self._settings = settings
-        self._sieve = FileFilter(repository.root, settings.excluded_files)
+        self._filter = FileFilter(repository.root, settings.excluded_files)
         self._dropped_paths: dict[str, str] = {}
         self._files: dict[tuple[str, str], SourceFile | None] = {}
         self._dropped_commits: Counter[str] = Counter()

@@ -161,7 +161,9 @@ def _slower(results: HoleResults, latency: float, limits: Limits) -> str:
     """Return how much longer answers take, with the interval."""
     low, high = results.latency_bounds
     interval = f"{low - 1:.0%} to {high - 1:.0%}; " if math.isfinite(low) else ""
-    return f"Answers take {latency - 1:.0%} longer with the adapter ({interval}limit: {limits.latency - 1:.0%})"
+    return (
+        f"Answers take {latency - 1:.0%} longer with the adapter ({interval}limit: {limits.latency - 1:.0%})"
+    )
 
 
 def _missing(found: Effect, measurements: Measurements, limits: Limits) -> Sequence[str]:
