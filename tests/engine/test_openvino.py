@@ -11,8 +11,8 @@ import tiny
 import torch
 
 from midfill.engine.openvino import runner as openvino_runner
-from midfill.engine.openvino.graph import LAYOUTS, UnsupportedError, read_shape
-from midfill.engine.scheduler import Chunk, Sequence
+from midfill.engine.openvino.graph import TENSOR_NAMES, UnsupportedError, read_shape
+from midfill.engine.scheduler import Chunk, SequenceState
 from midfill.errors import EngineError, ModelError
 
 
@@ -38,7 +38,7 @@ def expected(model, ids):
 
 
 def chunk(ids, slot, start=0, **options):
-    return Chunk(Sequence(None, ids), slot, start, ids[start:], samples=True, **options)
+    return Chunk(SequenceState(None, ids), slot, start, ids[start:], samples=True, **options)
 
 
 def chosen(choices):
@@ -57,7 +57,7 @@ def test_sequences_of_one_pass_do_not_see_each_other(model, runner):
 
 def test_a_part_of_a_prompt_chooses_nothing(model, runner):
     [ids] = prompts(2, 50)
-    part = Chunk(Sequence(None, ids), 0, 0, ids[:30], samples=False)
+    part = Chunk(SequenceState(None, ids), 0, 0, ids[:30], samples=False)
     assert runner.forward([part], [None]) == [[]]
     assert chosen(runner.forward([chunk(ids, 0, 30)], [None])) == [expected(model, ids)]
 
@@ -78,7 +78,7 @@ def logprobs(choices):
     return [choice.logprob for [choice] in choices]
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", TENSOR_NAMES)
 def test_a_pass_in_parts_computes_what_one_graph_does(tmp_path, kind):
     path = tiny.write_model(kind, tmp_path / "model").path
     runners = [

@@ -15,7 +15,7 @@ from faulty import GOOD, RESET, SILENCE, STREAM, WORDS, Faulty, chunk, event, pa
 from midfill.completion.completer import Completer, Trigger
 from midfill.completion.reasons import Reason
 from midfill.engine.api import Request
-from midfill.engine.remote.client import detection as recognition
+from midfill.engine.remote.client import detection
 from midfill.engine.remote.client.endpoint import RemoteSpec
 from midfill.engine.remote.client.remote import RemoteEngine
 from midfill.errors import EngineError, EngineUnavailableError
@@ -257,7 +257,7 @@ async def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(monke
 
 
 async def test_a_server_that_says_nothing_when_it_is_reached_is_told(monkeypatch):
-    monkeypatch.setattr(recognition, "_ANSWER_S", 0.2)
+    monkeypatch.setattr(detection, "_ANSWER_S", 0.2)
 
     async def silent(reader, writer):
         with contextlib.suppress(ConnectionError):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from midfill.engine.kv_slots import Slots
-from midfill.engine.scheduler import Choice, Priority, Scheduler, Sequence
+from midfill.engine.scheduler import Choice, Priority, Scheduler, SequenceState
 from midfill.errors import EngineOverloadedError
 
 
@@ -13,8 +13,8 @@ def make(*, slots=2, chunk=4, step=4, sequences=1, waiting=8) -> Scheduler:
     )
 
 
-def sequence(*tokens: int, **options) -> Sequence:
-    return Sequence("key", list(tokens), **options)
+def sequence(*tokens: int, **options) -> SequenceState:
+    return SequenceState("key", list(tokens), **options)
 
 
 def run(scheduler: Scheduler) -> list[list[int]]:
@@ -147,7 +147,7 @@ def test_guesses_are_computed_along_and_kept_as_far_as_they_are_right():
     prompt.guesses = [4, 5, 6]
     scheduler.add(prompt)
     [chunk] = scheduler.schedule()
-    assert (chunk.tokens, chunk.num_guesses, chunk.samples) == ([1, 2, 3, 4, 5, 6], 3, True)
+    assert (chunk.tokens, chunk.num_draft_tokens, chunk.samples) == ([1, 2, 3, 4, 5, 6], 3, True)
     answers = [Choice(4, -0.1), Choice(9, -0.2), Choice(0, -9.0), Choice(0, -9.0)]
     choices = chunk.verify(answers.__getitem__)
     # The first guess came true, the second did not; what follows it means nothing.

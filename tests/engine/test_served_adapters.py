@@ -13,7 +13,7 @@ from midfill.engine.api import BASE, AdapterSource, Request
 from midfill.engine.remote.client.endpoint import RemoteSpec
 from midfill.engine.remote.client.fallback import FallbackEngine
 from midfill.engine.remote.client.remote import RemoteEngine
-from midfill.engine.remote.server.listen import Listen
+from midfill.engine.remote.server.listen import ListenSpec
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import AdapterError
 
@@ -126,7 +126,7 @@ async def test_a_server_that_comes_back_without_its_adapters_gets_them_again(our
 async def test_a_team_names_adapters_as_models(ours, monkeypatch):
     monkeypatch.setenv("ADAS", TOKEN)
     rules = [Rule(adapter="ours", text="with"), *RULES]
-    listen = Listen(tokens={TOKEN: "ada"})
+    listen = ListenSpec(tokens={TOKEN: "ada"})
     async with hosted(listen, rules=rules, adapters=(ours,)) as (host, address):
         for name, spec in (("ours", {"model": "ours"}), ("scripted", {})):
             engine = RemoteEngine(RemoteSpec((address,), key="env:ADAS", **spec))

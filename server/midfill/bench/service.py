@@ -310,7 +310,7 @@ def _place(
 ) -> tuple[Place, _Seen]:
     stages = dict(answer.stages)
     tokens, text = (
-        (answer.prompt.tokens, answer.prompt.starts_with) if answer.prompt is not None else ((), "")
+        (answer.prompt.tokens, answer.prompt.forced_prefix) if answer.prompt is not None else ((), "")
     )
     held = len(tokenizer.encode(text))
     # As a rule the last token of what was held back goes on behind the cursor; a character cannot.

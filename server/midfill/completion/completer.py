@@ -399,7 +399,7 @@ class Completer:
             prompt.tokens,
             prompt.max_new_tokens,
             prompt.stop_ids,
-            starts_with=prompt.starts_with,
+            forced_prefix=prompt.forced_prefix,
             adapter=self.adapter_of(snapshot.document),
         )
         flight.run_as(request)

@@ -68,8 +68,8 @@ class Output:
 
 
 async def stream(engine: Engine, request: Request, place: Place, flight: Flight[Any], output: Output) -> None:
-    """Collect the model's text after `starts_with`; stop it where the suggestion has come to its end."""
-    num_held = len(request.starts_with)
+    """Collect the model's text after `forced_prefix`; stop it where the suggestion has come to its end."""
+    num_held = len(request.forced_prefix)
     whole, stopper = Received(place), Stopper(place)
     async with aclosing(engine.generate(request)) as tokens:
         async for token in tokens:

@@ -46,16 +46,16 @@ class Prompt:
 
     Attributes:
         tokens: the ids, sentinels included.
-        starts_with: characters just before the cursor that were held back from the prompt because
+        forced_prefix: characters just before the cursor that were held back from the prompt because
             half a token would mislead the model; its output has to begin with them (token healing).
-        max_new_tokens: what was asked for and what `starts_with` takes, or what the model's context leaves.
+        max_new_tokens: what was asked for and what `forced_prefix` takes, or what the model's context leaves.
         stop_ids: ids that end the output.
         layout: the order of the parts.
         segments: (source, number of tokens) in prompt order, for explaining and measuring.
     """
 
     tokens: tuple[int, ...]
-    starts_with: str
+    forced_prefix: str
     max_new_tokens: int
     stop_ids: frozenset[int]
     layout: Layout

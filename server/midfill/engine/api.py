@@ -193,7 +193,7 @@ class Request:
         max_new_tokens: at least 1.
         stop_ids: a token with one of these ids ends the output and is not part of it. The engine adds
             the tokenizer's `control_ids`.
-        starts_with: the output must begin with this text; tokens that contradict it are not chosen
+        forced_prefix: the output must begin with this text; tokens that contradict it are not chosen
             (token healing: characters removed from the prompt's end are put here). "" for no demand.
         idle: nobody waits for it yet, so it stands aside, after at most one forward pass, for any request
             that is not idle. The event loop may change this by `set_idle` while the request runs.
@@ -207,7 +207,7 @@ class Request:
     tokens: tuple[int, ...]
     max_new_tokens: int
     stop_ids: frozenset[int] = frozenset()
-    starts_with: str = ""
+    forced_prefix: str = ""
     idle: bool = False
     adapter: str | None = None
     user: str = ""

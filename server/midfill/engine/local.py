@@ -15,17 +15,16 @@ import logging
 import threading
 import time
 from array import array
-from collections.abc import AsyncGenerator, Callable
-from collections.abc import Sequence as Ids
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-from midfill.engine.adapters.loaded import Swap
+from midfill.engine.adapters.loaded import AdapterSwap
 from midfill.engine.api import AdapterSource, EngineSpec, ModelInfo, Progress, Request, TextStream, Token
 from midfill.engine.kv_slots import NUM_SLOTS, Slots
-from midfill.engine.loading import Loaded, load
-from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, Sequence
-from midfill.engine.speculation import Drafts
+from midfill.engine.loading import LoadedModel, load
+from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, SequenceState
+from midfill.engine.speculation import NgramProposer
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
 
 _LOG = logging.getLogger(__name__)
@@ -38,18 +37,18 @@ MAX_WAITING = 64
 _PAUSE_S = 0.5
 """Without a message for so long, nobody types: most keys come within 0.2 s of the one before."""
 
-Load = Callable[[EngineSpec, Progress], Loaded]
+Load = Callable[[EngineSpec, Progress], LoadedModel]
 
 
 class _End:
-    """The end of an output, in a flight's inbox."""
+    """The end of an output, in a active's inbox."""
 
 
 _END = _End()
 
 
 @dataclass(slots=True, eq=False)
-class _Flight:
+class _ActiveRequest:
     """A request under way: what the two threads share of it.
 
     `cancelled` is written by the event loop and read by the engine thread, `inbox` the other way round;
@@ -60,12 +59,12 @@ class _Flight:
     loop: asyncio.AbstractEventLoop
     inbox: asyncio.Queue[Token | BaseException | _End] = field(default_factory=asyncio.Queue)
     cancelled: bool = False
-    sequence: Sequence | None = None
+    sequence: SequenceState | None = None
     stop_ids: frozenset[int] = frozenset()
     stream: TextStream | None = None
-    demanded: bytes = b""  # what is left of `starts_with`
+    forced_prefix: bytes = b""  # what is left of `forced_prefix`
     allowed: array[int] | None = None  # the ids that agree with it
-    guessed_by: int = 0  # see `Drafts.guess`
+    draft_context: int = 0  # see `NgramProposer.guess`
 
     def push(self, token: int) -> str:
         """The characters that a token completes."""
@@ -112,15 +111,15 @@ class LocalEngine:
         self.lost: str | None = None
         self._spec = spec
         self._load = load
-        self.mailbox: SimpleQueue[_Flight | _Prewarm | Swap | None] = SimpleQueue()
+        self.mailbox: SimpleQueue[_ActiveRequest | _Prewarm | AdapterSwap | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()  # set on the loop once the thread is about to return
         self.closing = False
         self._abandoned = False
         self._unavailable: str | None = "The model is not loaded yet."
-        self._loaded: Loaded | None = None
+        self._loaded: LoadedModel | None = None
         self._swapping = asyncio.Lock()
-        self._open: set[_Flight] = set()  # those whose iterators are open; the event loop's own
+        self._open: set[_ActiveRequest] = set()  # those whose iterators are open; the event loop's own
 
     # The event loop's side.
 
@@ -132,9 +131,9 @@ class LocalEngine:
         return self._loaded.info
 
     @property
-    def slow_turn_s(self) -> float:
+    def warm_up_s(self) -> float:
         """How long a turn may well take on this machine: that of the warm-up. 0 before it is known."""
-        return 0.0 if self._loaded is None else self._loaded.slow_turn_s
+        return 0.0 if self._loaded is None else self._loaded.warm_up_s
 
     @property
     def idle(self) -> bool:
@@ -163,39 +162,39 @@ class LocalEngine:
         if self._unavailable is not None:
             raise EngineUnavailableError(self._unavailable)
         request.stats.submitted_s = time.monotonic()
-        flight = _Flight(request, asyncio.get_running_loop())
-        self.mailbox.put(flight)
+        active = _ActiveRequest(request, asyncio.get_running_loop())
+        self.mailbox.put(active)
         if self._unavailable is not None:
             # The thread ended between the two lines; it may have read the mailbox for the last time.
             raise EngineUnavailableError(self._unavailable)
-        self._open.add(flight)
+        self._open.add(active)
         try:
-            while not isinstance(item := await flight.inbox.get(), _End):
+            while not isinstance(item := await active.inbox.get(), _End):
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
-            self._open.discard(flight)
-            flight.cancelled = True
+            self._open.discard(active)
+            active.cancelled = True
             self.mailbox.put(None)  # wakes the thread, which then looks at the flags
 
-    def prewarm(self, tokens: Ids[int], adapter: str | None = None, *, user: str = "") -> None:
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
         """Compute a prompt when idle; a newer call replaces an older one. See `Engine.prewarm`."""
         if self._unavailable is None:
             self.mailbox.put(_Prewarm(list(tokens), adapter, user))
 
-    async def set_adapters(self, adapters: Ids[AdapterSource]) -> None:
+    async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
         """Have these adapters in the model; see `Adaptable.set_adapters`."""
         # What was begun is brought to its end, whoever waits for it.
         await asyncio.shield(self._swap(adapters))
 
-    async def _swap(self, sources: Ids[AdapterSource]) -> None:
+    async def _swap(self, sources: Sequence[AdapterSource]) -> None:
         async with self._swapping:
             loaded = self._loaded
             if loaded is None or self._unavailable is not None:
                 raise EngineUnavailableError(self._unavailable or _SHUT_DOWN)
             loop = asyncio.get_running_loop()
-            ready = loaded.residents.ready
+            ready = loaded.adapters.ready
             swap = await asyncio.to_thread(ready, sources, self._spec.model.path, loop, loop.create_future())
             if swap is None:
                 return
@@ -223,8 +222,8 @@ class LocalEngine:
         """
         self._abandoned = self.closing = True
         self.lost = self._unavailable = reason
-        for flight in self._open:
-            flight.inbox.put_nowait(EngineUnavailableError(reason))
+        for active in self._open:
+            active.inbox.put_nowait(EngineUnavailableError(reason))
         self._ended.set()
 
     # The engine thread's side.
@@ -250,9 +249,9 @@ class LocalEngine:
                 steps.refuse_all(self._unavailable)
             while not self.mailbox.empty():
                 message = self.mailbox.get()
-                if isinstance(message, _Flight):
+                if isinstance(message, _ActiveRequest):
                     message.send(EngineUnavailableError(self._unavailable))
-                elif isinstance(message, Swap):
+                elif isinstance(message, AdapterSwap):
                     message.end(EngineUnavailableError(self._unavailable))
             self._loaded = None
             _call(loop, self._ended.set)
@@ -292,14 +291,14 @@ class LocalEngine:
 class _Steps:
     """The step loop. Lives on the engine thread."""
 
-    def __init__(self, engine: LocalEngine, loaded: Loaded, *, drafts: bool) -> None:
+    def __init__(self, engine: LocalEngine, loaded: LoadedModel, *, drafts: bool) -> None:
         self._engine = engine
         self._runner = loaded.runner
         self._tokenizer = loaded.info.tokenizer
         self._control_ids = self._tokenizer.control_ids
         self._vocab = self._tokenizer.vocab_bytes()
         self._index = loaded.index
-        self._residents = loaded.residents
+        self._adapters = loaded.adapters
         self._slots = Slots(NUM_SLOTS)
         self._scheduler = Scheduler(
             self._slots,
@@ -308,10 +307,10 @@ class _Steps:
             step_sequences=self._runner.step_sequences,
             max_waiting=MAX_WAITING,
         )
-        self._flights: dict[Sequence, _Flight] = {}
-        self._prewarm: Sequence | None = None
-        self._drafts = Drafts() if drafts else None
-        self._left = False  # whether the latest pass was
+        self._active: dict[SequenceState, _ActiveRequest] = {}
+        self._prewarm: SequenceState | None = None
+        self._proposer = NgramProposer() if drafts else None
+        self._aborted = False  # whether the latest pass was
 
     def run(self) -> None:
         """Until the engine closes: read the mailbox, drop cancelled requests, compute one step."""
@@ -321,26 +320,26 @@ class _Steps:
             self._engine.turn_started_s = time.monotonic()
             if self._engine.closing:
                 return
-            for flight in [flight for flight in self._flights.values() if flight.cancelled]:
-                self._leave(flight)
-            for sequence, flight in self._flights.items():
-                sequence.priority = _priority(flight.request)
+            for active in [active for active in self._active.values() if active.cancelled]:
+                self._finish(active)
+            for sequence, active in self._active.items():
+                sequence.priority = _priority(active.request)
             if chunks := self._scheduler.schedule():
                 self._step(chunks)
 
     def refuse_all(self, reason: str) -> None:
         """End every request under way."""
-        for flight in self._flights.values():
-            flight.send(EngineUnavailableError(reason))
-        self._flights.clear()
-        self._residents.refuse(reason)
+        for active in self._active.values():
+            active.send(EngineUnavailableError(reason))
+        self._active.clear()
+        self._adapters.refuse(reason)
 
     def _change_adapters(self) -> None:
         """Put other adapters in if they wait for that, and nobody uses those that leave."""
-        if self._prewarm is not None and self._prewarm.key in self._residents.leaving:
+        if self._prewarm is not None and self._prewarm.key in self._adapters.leaving:
             self._scheduler.remove(self._prewarm)
             self._prewarm = None
-        self._residents.swap(sequence.key for sequence in self._flights)
+        self._adapters.swap(sequence.key for sequence in self._active)
 
     def _receive(self) -> None:
         """Take in all messages; wait for one if there is nothing to compute."""
@@ -349,17 +348,17 @@ class _Steps:
             self._engine.turn_started_s = None
             message = self._next_message()
             self._engine.turn_started_s = time.monotonic()
-            if isinstance(message, _Flight):
+            if isinstance(message, _ActiveRequest):
                 self._admit(message)
             elif isinstance(message, _Prewarm):
                 self._replace_prewarm(message)
-            elif isinstance(message, Swap):
-                self._residents.add(message)
+            elif isinstance(message, AdapterSwap):
+                self._adapters.add(message)
                 self._change_adapters()
             if self._engine.closing:
                 return
 
-    def _next_message(self) -> _Flight | _Prewarm | Swap | None:
+    def _next_message(self) -> _ActiveRequest | _Prewarm | AdapterSwap | None:
         """Wait for a message. In a pause that lasts, the runner does what it has put off, piece by piece."""
         mailbox = self._engine.mailbox
         more = not len(self._scheduler)
@@ -372,34 +371,34 @@ class _Steps:
                 self._engine.turn_started_s = None
         return mailbox.get()
 
-    def _admit(self, flight: _Flight) -> None:
-        request = flight.request
-        if flight.cancelled:
+    def _admit(self, active: _ActiveRequest) -> None:
+        request = active.request
+        if active.cancelled:
             request.stats.ended_s = time.monotonic()
             return
         try:
             self._check(request.tokens)
-            key = self._residents.key_of(request.adapter)
-            flight.sequence = Sequence(key, list(request.tokens), _priority(request), user=request.user)
-            dropped = self._scheduler.add(flight.sequence)
+            key = self._adapters.key_of(request.adapter)
+            active.sequence = SequenceState(key, list(request.tokens), _priority(request), user=request.user)
+            dropped = self._scheduler.add(active.sequence)
         except EngineError as error:
-            flight.send(error)
+            active.send(error)
             return
         for sequence in dropped:
-            other = flight if sequence is flight.sequence else self._flights.get(sequence)
+            other = active if sequence is active.sequence else self._active.get(sequence)
             if other is not None:
-                self._leave(other, EngineOverloadedError("There was no room for it among those that wait."))
-        if flight.sequence in dropped:
+                self._finish(other, EngineOverloadedError("There was no room for it among those that wait."))
+        if active.sequence in dropped:
             return
         request.stats.num_prompt = len(request.tokens)
-        flight.stop_ids = request.stop_ids | self._control_ids
-        flight.stream = self._tokenizer.stream()
-        self._flights[flight.sequence] = flight
-        self._demand(flight, request.starts_with.encode("utf-8", errors="replace"))
-        if flight.sequence in self._flights:
-            self._guess(flight, flight.sequence)
+        active.stop_ids = request.stop_ids | self._control_ids
+        active.stream = self._tokenizer.stream()
+        self._active[active.sequence] = active
+        self._set_forced_prefix(active, request.forced_prefix.encode("utf-8", errors="replace"))
+        if active.sequence in self._active:
+            self._propose_draft(active, active.sequence)
 
-    def _check(self, tokens: Ids[int]) -> None:
+    def _check(self, tokens: Sequence[int]) -> None:
         if not tokens:
             raise EngineError("The prompt is empty.")
         if len(tokens) >= self._runner.context:
@@ -416,20 +415,20 @@ class _Steps:
             self._prewarm = None
         try:
             self._check(prewarm.tokens)
-            key = self._residents.key_of(prewarm.adapter)
+            key = self._adapters.key_of(prewarm.adapter)
         except EngineError:
             return
-        sequence = Sequence(key, prewarm.tokens, Priority.IDLE, samples=False, user=prewarm.user)
+        sequence = SequenceState(key, prewarm.tokens, Priority.IDLE, samples=False, user=prewarm.user)
         if sequence not in self._scheduler.add(sequence):
             self._prewarm = sequence
 
     def _step(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             self._note_start(chunk.sequence, time.monotonic())
-        began, resumed, self._left = time.monotonic(), self._left, False
+        began, resumed, self._aborted = time.monotonic(), self._aborted, False
         try:
             choices = self._runner.forward(
-                chunks, [self._allowed(chunk) for chunk in chunks], lambda: self._may_leave(chunks)
+                chunks, [self._allowed(chunk) for chunk in chunks], lambda: self._may_abort(chunks)
             )
         except MemoryError:
             self._fail(
@@ -446,100 +445,104 @@ class _Steps:
             )
             return
         if choices is None:
-            self._left = True
+            self._aborted = True
             return
-        self._judge(chunks, choices, None if resumed else time.monotonic() - began)
+        self._record_speculation(chunks, choices, None if resumed else time.monotonic() - began)
         for chunk, chosen in zip(chunks, choices, strict=True):
             self._scheduler.computed(chunk, max(0, len(chosen) - 1))
-            if (flight := self._flights.get(chunk.sequence)) is not None:
-                flight.request.stats.computed(chunk.start, len(chunk.tokens))
+            if (active := self._active.get(chunk.sequence)) is not None:
+                active.request.stats.computed(chunk.start, len(chunk.tokens))
             self._advance(chunk.sequence, chosen)
 
-    def _may_leave(self, chunks: list[Chunk]) -> bool:
+    def _may_abort(self, chunks: list[Chunk]) -> bool:
         """Whether a pass may be left in the middle: nobody wants it, or it is idle work and there is news."""
         return self._engine.closing or not any(self._is_wanted(chunk.sequence) for chunk in chunks)
 
-    def _is_wanted(self, sequence: Sequence) -> bool:
-        flight = self._flights.get(sequence)
-        if flight is None or flight.request.idle:
+    def _is_wanted(self, sequence: SequenceState) -> bool:
+        active = self._active.get(sequence)
+        if active is None or active.request.idle:
             return self._engine.mailbox.empty()
-        return not flight.cancelled
+        return not active.cancelled
 
-    def _note_start(self, sequence: Sequence, now: float) -> None:
-        flight = self._flights.get(sequence)
-        if flight is not None and not flight.request.stats.started_s:
-            flight.request.stats.started_s = now
-            flight.request.stats.num_reused = sequence.num_reused or 0
-            if self._drafts is not None:
-                self._drafts.learn(sequence.tokens, flight.request.stats.num_reused)
+    def _note_start(self, sequence: SequenceState, now: float) -> None:
+        active = self._active.get(sequence)
+        if active is not None and not active.request.stats.started_s:
+            active.request.stats.started_s = now
+            active.request.stats.num_reused = sequence.num_reused or 0
+            if self._proposer is not None:
+                self._proposer.learn(sequence.tokens, active.request.stats.num_reused)
 
     def _allowed(self, chunk: Chunk) -> array[int] | None:
-        flight = self._flights.get(chunk.sequence)
-        return flight.allowed if flight is not None and chunk.samples else None
+        active = self._active.get(chunk.sequence)
+        return active.allowed if active is not None and chunk.samples else None
 
-    def _judge(self, chunks: list[Chunk], choices: list[list[Choice]], seconds: float | None) -> None:
+    def _record_speculation(
+        self, chunks: list[Chunk], choices: list[list[Choice]], seconds: float | None
+    ) -> None:
         """Take note of what was guessed, what came of it and what it took, if that is known."""
-        if self._drafts is None:
+        if self._proposer is None:
             return
         for chunk, chosen in zip(chunks, choices, strict=True):
-            flight = self._flights.get(chunk.sequence)
-            if flight is not None and chunk.num_guesses:
-                self._drafts.judge(flight.guessed_by, chunk.num_guesses, len(chosen) - 1)
-        if seconds and len(chunks) == 1 and len(chunks[0].tokens) == chunks[0].num_guesses + 1:
-            self._drafts.timed(len(chunks[0].tokens), seconds)
+            active = self._active.get(chunk.sequence)
+            if active is not None and chunk.num_draft_tokens:
+                self._proposer.record_acceptance(
+                    active.draft_context, chunk.num_draft_tokens, len(chosen) - 1
+                )
+        if seconds and len(chunks) == 1 and len(chunks[0].tokens) == chunks[0].num_draft_tokens + 1:
+            self._proposer.record_duration(len(chunks[0].tokens), seconds)
 
-    def _guess(self, flight: _Flight, sequence: Sequence) -> None:
-        """Guess what may follow, no more than may be generated; nothing while some text is demanded."""
-        sequence.guesses, flight.guessed_by = [], 0
-        if self._drafts is None or flight.demanded or not self._runner.max_guesses:
+    def _propose_draft(self, active: _ActiveRequest, sequence: SequenceState) -> None:
+        """Guess what may follow, no more than may be generated; nothing while some text is forced_prefix."""
+        sequence.draft_tokens, active.draft_context = [], 0
+        if self._proposer is None or active.forced_prefix or not self._runner.max_draft_tokens:
             return
-        stats, request = flight.request.stats, flight.request
+        stats, request = active.request.stats, active.request
         room = min(request.max_new_tokens - stats.num_generated, self._runner.context - len(sequence.tokens))
-        guesses, flight.guessed_by = self._drafts.guess(sequence.tokens)
-        sequence.guesses = guesses[: min(room - 1, self._runner.max_guesses)]
+        draft_tokens, active.draft_context = self._proposer.propose(sequence.tokens)
+        sequence.draft_tokens = draft_tokens[: min(room - 1, self._runner.max_draft_tokens)]
 
-    def _advance(self, sequence: Sequence, choices: list[Choice]) -> None:
+    def _advance(self, sequence: SequenceState, choices: list[Choice]) -> None:
         """What a computed chunk means for its request."""
-        flight = self._flights.get(sequence)
-        if flight is None:
+        active = self._active.get(sequence)
+        if active is None:
             if sequence.num_computed == len(sequence.tokens):
                 self._scheduler.remove(sequence)
                 self._prewarm = None
             return
         for choice in choices:
-            self._emit(flight, sequence, choice)
-            if sequence not in self._flights:
+            self._emit(active, sequence, choice)
+            if sequence not in self._active:
                 return
         if choices:
-            self._guess(flight, sequence)
+            self._propose_draft(active, sequence)
 
-    def _emit(self, flight: _Flight, sequence: Sequence, choice: Choice) -> None:
+    def _emit(self, active: _ActiveRequest, sequence: SequenceState, choice: Choice) -> None:
         """Send a chosen token out, or end the request."""
         # Models have more logits than the tokenizer has tokens; the surplus ids mean nothing.
-        if choice.id in flight.stop_ids or choice.id >= len(self._vocab):
-            self._leave(flight, _END)
+        if choice.id in active.stop_ids or choice.id >= len(self._vocab):
+            self._finish(active, _END)
             return
-        stats = flight.request.stats
+        stats = active.request.stats
         stats.num_generated += 1
         stats.first_token_s = stats.first_token_s or time.monotonic()
         sequence.tokens.append(choice.id)
-        flight.send(Token(choice.id, flight.push(choice.id), choice.logprob))
+        active.send(Token(choice.id, active.push(choice.id), choice.logprob))
         if (
-            stats.num_generated >= flight.request.max_new_tokens
+            stats.num_generated >= active.request.max_new_tokens
             or len(sequence.tokens) >= self._runner.context
         ):
-            self._leave(flight, _END)
-        elif flight.demanded:
-            self._demand(flight, flight.demanded[len(self._vocab[choice.id]) :])
+            self._finish(active, _END)
+        elif active.forced_prefix:
+            self._set_forced_prefix(active, active.forced_prefix[len(self._vocab[choice.id]) :])
 
-    def _demand(self, flight: _Flight, demanded: bytes) -> None:
+    def _set_forced_prefix(self, active: _ActiveRequest, forced_prefix: bytes) -> None:
         """The output must go on with these bytes; it ends here if no token can."""
-        flight.demanded = demanded
-        flight.allowed = None
-        if demanded:
-            flight.allowed = self._index.allowed(demanded)
-            if not flight.allowed:
-                self._leave(flight, _END)
+        active.forced_prefix = forced_prefix
+        active.allowed = None
+        if forced_prefix:
+            active.allowed = self._index.allowed(forced_prefix)
+            if not active.allowed:
+                self._finish(active, _END)
 
     def _fail(self, chunks: list[Chunk], reason: str, *, out_of_memory: bool = False) -> None:
         """The requests of a failed step end; what their slots hold cannot be trusted.
@@ -552,11 +555,11 @@ class _Steps:
         if out_of_memory:
             self._shrink()
         for chunk in chunks:
-            flight = self._flights.get(chunk.sequence)
-            if flight is None:
+            active = self._active.get(chunk.sequence)
+            if active is None:
                 self._prewarm = None
             else:
-                self._leave(flight, EngineError(reason))
+                self._finish(active, EngineError(reason))
 
     def _shrink(self) -> None:
         """Keep the past of fewer documents, since memory ran out."""
@@ -569,16 +572,16 @@ class _Steps:
                 before,
             )
 
-    def _leave(self, flight: _Flight, last: _End | EngineError | None = None) -> None:
+    def _finish(self, active: _ActiveRequest, last: _End | EngineError | None = None) -> None:
         """A request ends; `last` tells the event loop, unless it has gone away itself."""
-        if flight.sequence is not None:
-            if self._drafts is not None:
-                self._drafts.learn(flight.sequence.tokens, len(flight.request.tokens))
-            self._scheduler.remove(flight.sequence)
-            self._flights.pop(flight.sequence, None)
-        flight.request.stats.ended_s = time.monotonic()
+        if active.sequence is not None:
+            if self._proposer is not None:
+                self._proposer.learn(active.sequence.tokens, len(active.request.tokens))
+            self._scheduler.remove(active.sequence)
+            self._active.pop(active.sequence, None)
+        active.request.stats.ended_s = time.monotonic()
         if last is not None:
-            flight.send(last)
+            active.send(last)
 
 
 def _priority(request: Request) -> Priority:

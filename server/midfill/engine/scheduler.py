@@ -44,7 +44,7 @@ class Priority(IntEnum):
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class SequenceState:
     """One prompt and what was generated after it.
 
     Attributes:
@@ -55,7 +55,7 @@ class Sequence:
         num_computed: how many of `tokens` have their keys and values in the slot.
         slot: the slot it runs in, or None while it waits.
         num_reused: how many tokens were found computed when it first got a slot; None before.
-        guesses: tokens that may well follow the known ones; computed along with the last of these, so that
+        draft_tokens: tokens that may well follow the known ones; computed along with the last of these, so that
             one pass can yield several tokens. Wrong ones cost a little time and nothing else.
         order: arrival number, given by the scheduler.
         user: who asked, where several people share the model. Nobody shares what another user had computed:
@@ -69,7 +69,7 @@ class Sequence:
     num_computed: int = 0
     slot: int | None = None
     num_reused: int | None = None
-    guesses: list[int] = field(default_factory=list)
+    draft_tokens: list[int] = field(default_factory=list)
     order: int = field(default=0)
     user: str = ""
 
@@ -87,21 +87,21 @@ class Chunk:
         sequence: whose tokens they are.
         slot: where keys and values go.
         start: how many tokens precede these.
-        tokens: the ids to compute, guesses included; at least one that is known.
+        tokens: the ids to compute, draft_tokens included; at least one that is known.
         samples: whether the next token is to be chosen, from the logits of the last known one.
-        num_guesses: how many of `tokens`, at the end, are guesses. The choice after each is wanted too, as
-            long as the one before has come true.
+        num_draft_tokens: how many of `tokens`, at the end, are draft tokens. The choice after each is wanted too,
+            as long as the draft token before it was accepted.
         copy_from: the slot whose first `start` entries are to be copied into `slot` first, or None. All
             copies of a step come before its first forward pass.
     """
 
-    sequence: Sequence
+    sequence: SequenceState
     slot: int
     start: int
     tokens: list[int]
     samples: bool
     copy_from: int | None = None
-    num_guesses: int = 0
+    num_draft_tokens: int = 0
 
     def verify(self, choose: Callable[[int], Choice]) -> list[Choice]:
         """The choices of this chunk: one, and one more for each guess that came true.
@@ -109,9 +109,9 @@ class Chunk:
         `choose(n)` gives the choice after the n-th guess, 0 being the last known token; it is asked in
         order, and not beyond a guess that was wrong.
         """
-        guesses = self.tokens[len(self.tokens) - self.num_guesses :]
+        draft_tokens = self.tokens[len(self.tokens) - self.num_draft_tokens :]
         choices = [choose(0)]
-        for number, guess in enumerate(guesses, start=1):
+        for number, guess in enumerate(draft_tokens, start=1):
             if guess != choices[-1].id:
                 break
             choices.append(choose(number))
@@ -162,7 +162,7 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._pass_tokens = int(_PASS * chunk_tokens)
         self._turn_tokens = _TURN * chunk_tokens
-        self._sequences: list[Sequence] = []  # oldest first
+        self._sequences: list[SequenceState] = []  # oldest first
         self._arrivals = 0
         self._contended = 0  # steps in which not all had a place
         self._accounts: dict[str, _Account] = {}  # of the users who have been here lately
@@ -171,10 +171,10 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def __contains__(self, sequence: Sequence) -> bool:
+    def __contains__(self, sequence: SequenceState) -> bool:
         return sequence in self._sequences
 
-    def add(self, sequence: Sequence) -> list[Sequence]:
+    def add(self, sequence: SequenceState) -> list[SequenceState]:
         """Take a new sequence; returns those that were dropped to make room.
 
         Idle ones go first; then one of the user who has the most here, if that is more than this one's has.
@@ -182,7 +182,7 @@ class Scheduler:
         Raises `EngineOverloadedError` if there is no room and nothing to drop. An idle sequence
         itself is dropped, not refused: it comes back in the result.
         """
-        dropped: list[Sequence] = []
+        dropped: list[SequenceState] = []
         if len(self._sequences) >= self._max_waiting:
             idle = next((other for other in self._sequences if other.priority is Priority.IDLE), None)
             if idle is None and sequence.priority is Priority.IDLE:
@@ -201,7 +201,7 @@ class Scheduler:
         self._sequences.append(sequence)
         return dropped
 
-    def _newest_of_the_heaviest(self, user: str) -> Sequence | None:
+    def _newest_of_the_heaviest(self, user: str) -> SequenceState | None:
         """A sequence to drop for one of this user: of who has the most, if not of the same user."""
         counts = Counter(sequence.user for sequence in self._sequences)
         heaviest, most = counts.most_common(1)[0]
@@ -259,7 +259,7 @@ class Scheduler:
         """How many sequences one step takes; there may be fewer slots once memory has run out."""
         return min(self._step_sequences, len(self._slots))
 
-    def _split(self, chosen: list[Sequence], ranked: list[Sequence], share: int) -> list[Chunk]:
+    def _split(self, chosen: list[SequenceState], ranked: list[SequenceState], share: int) -> list[Chunk]:
         """Chunks of several users: equal parts of the budget; who needs less leaves the rest to others.
 
         Each further user makes a pass longer by at most half of what it takes for the one with the least to
@@ -284,7 +284,7 @@ class Scheduler:
             budget -= len(chunks[-1].tokens)
         return chunks
 
-    def _ranked(self) -> list[Sequence]:
+    def _ranked(self) -> list[SequenceState]:
         """Who goes first: the newest; where not all have a place, at every second step the oldest.
 
         So nobody waits for ever. The oldest is second otherwise: it is not the one that gives its slot away.
@@ -307,15 +307,15 @@ class Scheduler:
             recent = len({sequence.user for sequence in self._sequences})
         return max(1, self._places // max(1, recent))
 
-    def _in_turns(self, share: int) -> list[Sequence]:
+    def _in_turns(self, share: int) -> list[SequenceState]:
         """Who goes first among several users: one of each, then a second one of each, and so on.
 
         The user for whom the least was computed comes first; one who has a slot stays before others for a
         turn. Of each, the newest is first and the oldest second. Those beyond the share come last.
         """
-        ranked: list[Sequence] = []
+        ranked: list[SequenceState] = []
         for priority in sorted(Priority, reverse=True):
-            queues: dict[str, list[Sequence]] = {}
+            queues: dict[str, list[SequenceState]] = {}
             for sequence in reversed(self._sequences):
                 if sequence.priority is priority:
                     queues.setdefault(sequence.user, []).append(sequence)
@@ -327,20 +327,20 @@ class Scheduler:
             ranked += [queues[user][n] for n in rounds for user in users if n < len(queues[user])]
         return ranked
 
-    def _standing(self, user: str, queue: list[Sequence]) -> tuple[int, int]:
+    def _standing(self, user: str, queue: list[SequenceState]) -> tuple[int, int]:
         """The least goes first. Of equal ones, who has asked last."""
         has_slot = any(sequence.slot is not None for sequence in queue)
         return self._accounts[user].served - has_slot * self._turn_tokens, -queue[0].order
 
     def computed(self, chunk: Chunk, num_right: int = 0) -> None:
-        """Note that a forward pass has computed this chunk, `num_right` of whose guesses came true."""
-        kept = chunk.tokens[: len(chunk.tokens) - chunk.num_guesses + num_right]
+        """Note that a forward pass has computed this chunk, `num_right` of whose draft_tokens came true."""
+        kept = chunk.tokens[: len(chunk.tokens) - chunk.num_draft_tokens + num_right]
         if (account := self._accounts.get(chunk.sequence.user)) is not None:
             account.served += len(chunk.tokens) + self._pass_tokens
         chunk.sequence.num_computed += len(kept)
         self._slots.extend(chunk.slot, kept)
 
-    def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
+    def remove(self, sequence: SequenceState, *, forget: bool = False) -> None:
         """A sequence leaves: finished, cancelled or failed. `forget` if its slot cannot be trusted."""
         if sequence not in self._sequences:
             return
@@ -349,13 +349,15 @@ class Scheduler:
         self._pause(sequence)
         self._sequences.remove(sequence)
 
-    def _pause(self, sequence: Sequence) -> None:
+    def _pause(self, sequence: SequenceState) -> None:
         if sequence.slot is not None:
             self._slots.release(sequence.slot)
             sequence.slot = None
             sequence.num_computed = 0
 
-    def _admit(self, sequence: Sequence, ranked: list[Sequence], *, share: int | None = None) -> int | None:
+    def _admit(
+        self, sequence: SequenceState, ranked: list[SequenceState], *, share: int | None = None
+    ) -> int | None:
         """Give a waiting sequence a slot; returns the slot to copy its computed tokens from, if any."""
         running = [other for other in reversed(ranked) if other.slot is not None]
         own = [other for other in running if other.user == sequence.user]
@@ -373,7 +375,7 @@ class Scheduler:
         return lease.copy_from
 
 
-def _at_most(sequences: list[Sequence], share: int) -> list[Sequence]:
+def _at_most(sequences: list[SequenceState], share: int) -> list[SequenceState]:
     """These, without what is more than `share` of one user."""
     counts: Counter[str] = Counter()
     kept = []
@@ -384,22 +386,22 @@ def _at_most(sequences: list[Sequence], share: int) -> list[Sequence]:
     return kept
 
 
-def _need(sequence: Sequence) -> int:
+def _need(sequence: SequenceState) -> int:
     """How many known tokens are not computed."""
     return len(sequence.tokens) - sequence.num_computed
 
 
-def _chunk(sequence: Sequence, room: int, copy_from: int | None) -> Chunk:
-    """What comes next of a sequence that has a slot, in `room` tokens; guesses if they fit."""
+def _chunk(sequence: SequenceState, room: int, copy_from: int | None) -> Chunk:
+    """What comes next of a sequence that has a slot, in `room` tokens; draft_tokens if they fit."""
     start = sequence.num_computed
     end = min(len(sequence.tokens), start + room)
     samples = sequence.samples and end == len(sequence.tokens)
-    guesses = sequence.guesses[: room - (end - start)] if samples else []
-    tokens = sequence.tokens[start:end] + guesses
-    return Chunk(sequence, _slot_of(sequence), start, tokens, samples, copy_from, len(guesses))
+    draft_tokens = sequence.draft_tokens[: room - (end - start)] if samples else []
+    tokens = sequence.tokens[start:end] + draft_tokens
+    return Chunk(sequence, _slot_of(sequence), start, tokens, samples, copy_from, len(draft_tokens))
 
 
-def _slot_of(sequence: Sequence) -> int:
+def _slot_of(sequence: SequenceState) -> int:
     if sequence.slot is None:
         raise AssertionError("a scheduled sequence has a slot")
     return sequence.slot

@@ -200,7 +200,7 @@ class ScriptedEngine:
         tokenizer = self.model.tokenizer
         request.stats.submitted_s = time.monotonic()
         request.stats.num_prompt = len(request.tokens)
-        held = request.starts_with
+        held = request.forced_prefix
         prompt = tokenizer.decode(request.tokens) + held
         adapter = self._adapters.get(request.adapter or "", "")
         fitting = (

@@ -1,8 +1,8 @@
-"""Drafts: tokens that may well come next, so that one forward pass can yield several.
+"""NgramProposer: tokens that may well come next, so that one forward pass can yield several.
 
 A pass over a few tokens costs little more than a pass over one, because the weights are read once. So
-what followed the same few tokens before, in a prompt or in an output, is computed along as a guess and
-kept as far as the model agrees. How much to guess is decided by what guessing has been worth lately and what
+what followed the same few tokens before, in a prompt or in an output, is computed along as a propose and
+kept as far as the model agrees. How much to propose is decided by what guessing has been worth lately and what
 wider passes cost here; where it does not pay, nothing is guessed.
 
 Knows token ids only, nothing of text, tensors or requests. Runs on the engine thread only.
@@ -17,7 +17,7 @@ _WIDTHS = (0, 1, 2, 3, 5, 7)
 """How many tokens may be guessed at a time. Kernels take 8 rows of activations about as fast as one."""
 
 _CONTEXTS = (3, 2)
-"""How many tokens have to be the same for what followed them to be a guess, the surest first."""
+"""How many tokens have to be the same for what followed them to be a propose, the surest first."""
 
 _MOST_TOKENS = 1 << 16
 """Of what was read and written, this much is remembered: some hundred prompts."""
@@ -27,7 +27,7 @@ _GAP = -1
 
 _PRIOR_RIGHT = 0.6
 _PRIOR_COST = 0.08
-"""Before anything is measured: a guess is right this often, and adds this share of a pass."""
+"""Before anything is measured: a propose is right this often, and adds this share of a pass."""
 
 _RATE = 0.1
 """Weight of the newest observation in a moving average."""
@@ -39,7 +39,7 @@ _OUTLIER = 3.0
 """A pass that took so many times longer than usual says something of the machine, not of its width."""
 
 
-class Drafts:
+class NgramProposer:
     """What was read and written lately, and how often going on like it was right."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Drafts:
                 if end >= size:
                     self._followers[tuple(tokens[end - size : end])] = base + 1 + end - begin
 
-    def guess(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+    def propose(self, tokens: Sequence[int]) -> tuple[list[int], int]:
         """What may follow `tokens`, possibly nothing, and the number of tokens that it was found by."""
         for size in _CONTEXTS:
             place = self._followers.get(tuple(tokens[-size:]))
@@ -76,12 +76,12 @@ class Drafts:
             return followers[: followers.index(_GAP)] if _GAP in followers else followers, size
         return [], 0
 
-    def judge(self, size: int, num_guesses: int, num_right: int) -> None:
+    def record_acceptance(self, size: int, num_draft_tokens: int, num_right: int) -> None:
         """Take note of how many guesses, found by `size` tokens, came true before the first that did not."""
-        for number in range(min(num_right + 1, num_guesses)):
+        for number in range(min(num_right + 1, num_draft_tokens)):
             self._right[size] += _RATE * ((number < num_right) - self._right[size])
 
-    def timed(self, num_tokens: int, seconds: float) -> None:
+    def record_duration(self, num_tokens: int, seconds: float) -> None:
         """Take note of what a pass over so many tokens took."""
         usual = self._seconds.setdefault(num_tokens, seconds)
         self._seconds[num_tokens] += _RATE * (min(seconds, _OUTLIER * usual) - usual)

@@ -121,7 +121,7 @@ class Supervisor:
 
     @property
     def _limit_s(self) -> float:
-        return max(self._step_limit_s, _SLOW * self._engine.slow_turn_s)
+        return max(self._step_limit_s, _SLOW * self._engine.warm_up_s)
 
     def _look(self) -> None:
         self._timer = None

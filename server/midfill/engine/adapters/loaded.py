@@ -16,17 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from midfill.adapters import format as peft_format
 from midfill.adapters.format import Adapter
 from midfill.engine.api import BASE, MAX_ADAPTERS, AdapterSource
+from midfill.engine.runner import Runner
 from midfill.errors import AdapterError, EngineError, EngineUnavailableError, MidfillError
-
-if TYPE_CHECKING:
-    from midfill.engine.loading import Runner
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ _CANARY = tuple(range(5, 95, 12))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Swap:
+class AdapterSwap:
     """Other adapters, ready to be put in.
 
     Attributes:
@@ -67,7 +64,7 @@ class Swap:
             self.loop.call_soon_threadsafe(resolve)
 
 
-class Residents:
+class LoadedAdapters:
     """The adapters of one model.
 
     Args:
@@ -83,7 +80,7 @@ class Residents:
     def __init__(self, runner: Runner, install: Callable[[], None], default: Adapter | None) -> None:
         self._runner = runner
         self._install = install
-        self._waiting: deque[Swap] = deque()
+        self._waiting: deque[AdapterSwap] = deque()
         self.adapters: Mapping[str, Adapter] = {} if default is None else {default.digest: default}
         self.default = None if default is None else default.digest
 
@@ -105,7 +102,7 @@ class Residents:
         model: Path,
         loop: asyncio.AbstractEventLoop,
         done: asyncio.Future[None],
-    ) -> Swap | None:
+    ) -> AdapterSwap | None:
         """Read these adapters and get the model ready for them and the default; None if nothing changes.
 
         For any thread, though not twice at a time. Raises `AdapterError`, `ModelError`.
@@ -120,9 +117,9 @@ class Residents:
         if not new and adapters.keys() == known.keys():
             return None
         adapters |= read_all(new, model)
-        return Swap(adapters, prepare(self._runner, adapters), loop, done)
+        return AdapterSwap(adapters, prepare(self._runner, adapters), loop, done)
 
-    def add(self, swap: Swap) -> None:
+    def add(self, swap: AdapterSwap) -> None:
         """Put other adapters in as soon as that disturbs nobody."""
         self._waiting.append(swap)
 
@@ -142,7 +139,7 @@ class Residents:
         while self._waiting:
             self._waiting.popleft().end(EngineUnavailableError(reason))
 
-    def _put_in(self, swap: Swap) -> MidfillError | None:
+    def _put_in(self, swap: AdapterSwap) -> MidfillError | None:
         began = time.monotonic()
         new = swap.adapters.keys() - self.adapters.keys()
         try:

@@ -19,28 +19,28 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
+class LoraStack:
     """Adapters one after the other.
 
     Attributes:
         adapters: by the keys that requests name them by.
-        places: where each begins and ends along the ranks.
-        rank: of all places together, at least 1.
+        spans: where each begins and ends along the ranks.
+        rank: of all spans together, at least 1.
     """
 
     adapters: Mapping[str, Adapter]
-    places: Mapping[str, tuple[int, int]]
+    spans: Mapping[str, tuple[int, int]]
     rank: int
 
     @staticmethod
-    def of(adapters: Mapping[str, Adapter]) -> Stack:
+    def of(adapters: Mapping[str, Adapter]) -> LoraStack:
         """As close together as their ranks allow."""
-        places = {}
+        spans = {}
         end = 0
         for key, adapter in adapters.items():
-            places[key] = (end, end + adapter.rank)
+            spans[key] = (end, end + adapter.rank)
             end += adapter.rank
-        return Stack(adapters, places, max(1, end))
+        return LoraStack(adapters, spans, max(1, end))
 
     @property
     def layers(self) -> frozenset[str]:
@@ -53,7 +53,7 @@ class Stack:
         for number, name in enumerate(names):
             for key, adapter in self.adapters.items():
                 if (branch := adapter.branches.get(name)) is not None:
-                    begin = number * self.rank + self.places[key][0]
+                    begin = number * self.rank + self.spans[key][0]
                     stacked[begin : begin + len(branch.down)] = branch.down
         return stacked
 
@@ -62,7 +62,7 @@ class Stack:
         stacked = np.zeros((num_outputs, self.rank), np.float32)
         for key, adapter in self.adapters.items():
             if (branch := adapter.branches.get(name)) is not None:
-                begin = self.places[key][0]
+                begin = self.spans[key][0]
                 stacked[:, begin : begin + branch.up.shape[1]] = np.float32(branch.scale) * branch.up
         return stacked
 
@@ -73,7 +73,7 @@ class Stack:
         at = 0
         for key, count in rows:
             if key is not None:
-                begin, end = self.places[key]
+                begin, end = self.spans[key]
                 mask[at : at + count, begin:end] = 1
             at += count
         return mask

@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from midfill.engine.openvino.int8_weights import Floats, Rounded, Tensors
+from midfill.engine.openvino.int8_weights import Floats, QuantizedTensor, Tensors
 from midfill.engine.openvino.quiet_import import op, opset15, ov
 from midfill.errors import AdapterError, ModelError
 from midfill.system.json_files import read_json
@@ -29,7 +29,7 @@ _ACTIVATIONS = {"silu": "silu", "gelu": "erf", "gelu_pytorch_tanh": "tanh", "gel
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TensorNames:
     """The names of a decoder's parts in its files, and what they are like.
 
     Attributes:
@@ -54,7 +54,7 @@ class Layout:
     rms: bool = True
 
 
-_LLAMA = Layout(
+_LLAMA = TensorNames(
     embedding="model.embed_tokens",
     layer="model.layers.{}.",
     final_norm="model.norm",
@@ -64,7 +64,7 @@ _LLAMA = Layout(
     mlp_norm="post_attention_layernorm",
     mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-_STARCODER2 = Layout(
+_STARCODER2 = TensorNames(
     embedding=_LLAMA.embedding,
     layer=_LLAMA.layer,
     final_norm=_LLAMA.final_norm,
@@ -75,7 +75,7 @@ _STARCODER2 = Layout(
     mlp=("mlp.c_fc", "mlp.c_proj"),
     rms=False,
 )
-_GPT_BIGCODE = Layout(
+_GPT_BIGCODE = TensorNames(
     embedding="transformer.wte",
     positions="transformer.wpe",
     layer="transformer.h.{}.",
@@ -87,16 +87,16 @@ _GPT_BIGCODE = Layout(
     mlp=("mlp.c_fc", "mlp.c_proj"),
     rms=False,
 )
-LAYOUTS = {"qwen2": _LLAMA, "llama": _LLAMA, "starcoder2": _STARCODER2, "gpt_bigcode": _GPT_BIGCODE}
+TENSOR_NAMES = {"qwen2": _LLAMA, "llama": _LLAMA, "starcoder2": _STARCODER2, "gpt_bigcode": _GPT_BIGCODE}
 """By transformers' `model_type`. Others are run by torch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class DecoderShape:
     """The numbers of a decoder.
 
     Attributes:
-        architecture: transformers' `model_type`, a key of `LAYOUTS`.
+        architecture: transformers' `model_type`, a key of `TENSOR_NAMES`.
         context: the most tokens of one sequence.
         head_width: entries of one head's query, key or value.
         activation: "silu", or the kind of gelu, "erf" or "tanh".
@@ -130,7 +130,7 @@ class UnsupportedError(Exception):
     """The model is none that a graph can be made of; the message says why."""
 
 
-def read_shape(path: Path) -> Shape:
+def read_shape(path: Path) -> DecoderShape:
     """The shape of the model in a folder. Raises `UnsupportedError` if no graph can be made of it."""
     try:
         shape = _shape(read_json(path / "config.json"))
@@ -143,7 +143,7 @@ def read_shape(path: Path) -> Shape:
 
 
 def _is_sound(name: str, value: Any) -> bool:
-    """Whether a field of `Shape` has a value that a model can have."""
+    """Whether a field of `DecoderShape` has a value that a model can have."""
     if name in {"architecture", "activation"}:
         return isinstance(value, str)
     if name in {"epsilon", "rope_theta", "rope_factor"}:
@@ -156,9 +156,9 @@ def _is_sound(name: str, value: Any) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def _shape(config: Mapping[str, Any]) -> Shape:
+def _shape(config: Mapping[str, Any]) -> DecoderShape:
     kind = config["model_type"]
-    if kind not in LAYOUTS:
+    if kind not in TENSOR_NAMES:
         raise UnsupportedError(f"there is no graph for {kind}")
     if kind == "gpt_bigcode":
         return _gpt_bigcode_shape(config)
@@ -166,10 +166,10 @@ def _shape(config: Mapping[str, Any]) -> Shape:
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in {"default", "linear"}:
         raise UnsupportedError(f"there is no graph for rotary positions of type {rope_type}")
-    layout = LAYOUTS[kind]
+    layout = TENSOR_NAMES[kind]
     # The defaults are those of transformers' configuration classes.
     num_heads = config["num_attention_heads"]
-    return Shape(
+    return DecoderShape(
         architecture=kind,
         vocab_size=config["vocab_size"],
         context=config["max_position_embeddings"],
@@ -186,12 +186,12 @@ def _shape(config: Mapping[str, Any]) -> Shape:
     )
 
 
-def _gpt_bigcode_shape(config: Mapping[str, Any]) -> Shape:
+def _gpt_bigcode_shape(config: Mapping[str, Any]) -> DecoderShape:
     if not config.get("multi_query", True):
         raise UnsupportedError("there is no graph for gpt_bigcode with several key-value heads")
     if not config.get("scale_attn_weights", True):
         raise UnsupportedError("there is no graph for gpt_bigcode with unscaled attention")
-    return Shape(
+    return DecoderShape(
         architecture="gpt_bigcode",
         vocab_size=config["vocab_size"],
         context=config["n_positions"],
@@ -226,12 +226,12 @@ def _window(config: Mapping[str, Any]) -> int:
     return 0 if kinds == {"full_attention"} else window
 
 
-def siblings(shape: Shape, branched: frozenset[str]) -> list[tuple[str, ...]]:
+def siblings(shape: DecoderShape, branched: frozenset[str]) -> list[tuple[str, ...]]:
     """The linear layers that have branches, those with the same input together.
 
     Raises `AdapterError` if one of `branched` is no linear layer of such a model.
     """
-    layout = LAYOUTS[shape.architecture]
+    layout = TENSOR_NAMES[shape.architecture]
     groups = [layout.qkv, (layout.out,), layout.mlp[:-1], layout.mlp[-1:]]
     names = [
         tuple(name for part in group if (name := layout.layer.format(number) + part) in branched)
@@ -244,7 +244,7 @@ def siblings(shape: Shape, branched: frozenset[str]) -> list[tuple[str, ...]]:
 
 
 def build_parts(
-    shape: Shape, tensors: Tensors, branched: frozenset[str] = frozenset(), *, num_parts: int = 1
+    shape: DecoderShape, tensors: Tensors, branched: frozenset[str] = frozenset(), *, num_parts: int = 1
 ) -> list[ov.Model]:
     """The graphs of a model, to be run one after the other, with room for adapters on `branched` layers.
 
@@ -253,7 +253,7 @@ def build_parts(
     after the other), `selected` (the tokens whose logits are wanted, by their place in that row),
     `key_cache.N` and `value_cache.N` of every layer, and, as OpenVINO's paged attention defines them,
     `past_lens`, `subsequence_begins`, `block_indices`, `block_indices_begins`, `max_context_len`. With
-    branches also, as `branches.Stack` makes them, `mask` (tokens x rank), `down.NAME` for each of
+    branches also, as `branches.LoraStack` makes them, `mask` (tokens x rank), `down.NAME` for each of
     `siblings`, by the name of its first layer, and `up.NAME` for each layer. Output of the last: logits, one
     row for each selected.
 
@@ -267,9 +267,9 @@ def build_parts(
     return models
 
 
-def stays_exact(shape: Shape) -> Callable[[str], bool]:
+def skip_quantization(shape: DecoderShape) -> Callable[[str], bool]:
     """Whether a tensor must not be rounded: that of learned positions, whose small steps matter."""
-    positions = LAYOUTS[shape.architecture].positions
+    positions = TENSOR_NAMES[shape.architecture].positions
     return lambda name: name == f"{positions}.weight"
 
 
@@ -283,14 +283,14 @@ class _Parts:
     def __contains__(self, name: str) -> bool:
         return name in self._read
 
-    def take(self, name: str, *shape: int) -> Floats | Rounded:
+    def take(self, name: str, *shape: int) -> Floats | QuantizedTensor:
         """A tensor, which must have that shape."""
         tensor = self._read.get(name)
         if tensor is None:
             raise ModelError(
                 f"The weights lack {name}, which the configuration asks for. Pull the model again."
             )
-        found = (tensor.values if isinstance(tensor, Rounded) else tensor).shape
+        found = (tensor.values if isinstance(tensor, QuantizedTensor) else tensor).shape
         if found != shape:
             raise ModelError(f"{name} has shape {found}, the configuration says {shape}.")
         self._unused.discard(name)
@@ -303,7 +303,7 @@ class _Parts:
     def num_rows(self, name: str) -> int:
         """The number of outputs of a matrix; 0 if there is none of that name."""
         tensor = self._read.get(name)
-        return 0 if tensor is None else len(tensor.values if isinstance(tensor, Rounded) else tensor)
+        return 0 if tensor is None else len(tensor.values if isinstance(tensor, QuantizedTensor) else tensor)
 
     def check_all_used(self, harmless: tuple[str, ...]) -> None:
         """Raise `ModelError` if there is a tensor that no part of the graph has taken."""
@@ -318,11 +318,11 @@ class _Parts:
 class _Graph:
     """Builds one graph. Nodes are OpenVINO's; every activation is (tokens x something)."""
 
-    def __init__(self, shape: Shape, tensors: _Parts, branched: frozenset[str], layers: range) -> None:
+    def __init__(self, shape: DecoderShape, tensors: _Parts, branched: frozenset[str], layers: range) -> None:
         self._shape = shape
         self._layers = layers
         self._branched = branched
-        self._layout = LAYOUTS[shape.architecture]
+        self._names = TENSOR_NAMES[shape.architecture]
         self._tensors = tensors
         self._inputs: list[op.Parameter] = []
 
@@ -341,14 +341,14 @@ class _Graph:
             hidden = self._embed(self._input("input_ids", ov.Type.i64, [-1]), positions)
         else:
             hidden = self._input("hidden", ov.Type.f32, [-1, shape.width])
-        turns = None if self._layout.positions else self._turns(positions)
+        turns = None if self._names.positions else self._turns(positions)
         for number in self._layers:
-            name = self._layout.layer.format(number)
-            normed = self._norm(hidden, name + self._layout.attention_norm)
+            name = self._names.layer.format(number)
+            normed = self._norm(hidden, name + self._names.attention_norm)
             attended = self._attend(normed, name, number, turns, sequences, longest)
-            [projected] = self._linears(attended, {name + self._layout.out: shape.width})
+            [projected] = self._linears(attended, {name + self._names.out: shape.width})
             hidden = opset15.add(hidden, projected)
-            normed = self._norm(hidden, name + self._layout.mlp_norm)
+            normed = self._norm(hidden, name + self._names.mlp_norm)
             hidden = opset15.add(hidden, self._mlp(normed, name))
         result = (
             opset15.result(self._logits(hidden, selected), name="logits")
@@ -357,12 +357,12 @@ class _Graph:
         )
         return ov.Model([result], self._inputs, shape.architecture)
 
-    def _embedding(self) -> Floats | Rounded:
+    def _embedding(self) -> Floats | QuantizedTensor:
         shape = self._shape
-        return self._tensors.take(f"{self._layout.embedding}.weight", shape.vocab_size, shape.width)
+        return self._tensors.take(f"{self._names.embedding}.weight", shape.vocab_size, shape.width)
 
     def _embed(self, ids: ov.Node, positions: ov.Node) -> ov.Node:
-        shape, layout = self._shape, self._layout
+        shape, layout = self._shape, self._names
         hidden = _rows(self._embedding(), ids)
         if layout.positions:
             table = self._tensors.floats(f"{layout.positions}.weight", shape.context, shape.width)
@@ -372,7 +372,7 @@ class _Graph:
     def _logits(self, hidden: ov.Node, selected: ov.Node) -> ov.Node:
         shape = self._shape
         last = opset15.gather(hidden, selected, _constant(np.int64(0)))
-        last = self._norm(last, self._layout.final_norm)
+        last = self._norm(last, self._names.final_norm)
         head = self._embedding()
         if "lm_head.weight" in self._tensors:
             head = self._tensors.take("lm_head.weight", shape.vocab_size, shape.width)
@@ -414,7 +414,7 @@ class _Graph:
     def _norm(self, inputs: ov.Node, name: str) -> ov.Node:
         width = self._shape.width
         weight = _constant(self._tensors.floats(f"{name}.weight", width)[None])
-        if not self._layout.rms:
+        if not self._names.rms:
             bias = _constant(self._tensors.floats(f"{name}.bias", width)[None])
             normed = opset15.mvn(inputs, _axes(-1), True, self._shape.epsilon, "inside_sqrt")
             return opset15.add(opset15.multiply(normed, weight), bias)
@@ -460,12 +460,12 @@ class _Graph:
         shape = self._shape
         widths = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
         widths = [heads * shape.head_width for heads in widths]
-        if len(self._layout.qkv) == 1:
-            [joint] = self._linears(inputs, {name + self._layout.qkv[0]: sum(widths)})
+        if len(self._names.qkv) == 1:
+            [joint] = self._linears(inputs, {name + self._names.qkv[0]: sum(widths)})
             parts = opset15.variadic_split(joint, _constant(np.int64(-1)), _constant(np.array(widths)))
             query, key, value = parts.outputs()
         else:
-            names = [name + part for part in self._layout.qkv]
+            names = [name + part for part in self._names.qkv]
             linears = self._linears(inputs, dict(zip(names, widths, strict=True)))
             query, key, value = (linear.output(0) for linear in linears)
         caches = [
@@ -489,7 +489,7 @@ class _Graph:
         return _reshape(node.output(0), -1, widths[0])
 
     def _mlp(self, inputs: ov.Node, name: str) -> ov.Node:
-        *inner, down = (name + part for part in self._layout.mlp)
+        *inner, down = (name + part for part in self._names.mlp)
         width = self._tensors.num_rows(f"{inner[0]}.weight")
         first, *second = self._linears(inputs, dict.fromkeys(inner, width))
         kind = self._shape.activation
@@ -500,7 +500,7 @@ class _Graph:
         return result
 
 
-def _attention_constants(shape: Shape, longest: op.Parameter) -> list[ov.Node]:
+def _attention_constants(shape: DecoderShape, longest: op.Parameter) -> list[ov.Node]:
     """What follows the block tables in the inputs of OpenVINO 2026.4's paged attention; mostly unused."""
     none_i32 = np.zeros(0, np.int32)
     none_f32 = np.zeros(0, np.float32)
@@ -533,17 +533,17 @@ def _reshape(node: ov.Node, *shape: int) -> ov.Node:
     return opset15.reshape(node, _axes(*shape), special_zero=False)
 
 
-def _matrix(weight: Floats | Rounded) -> ov.Node:
+def _matrix(weight: Floats | QuantizedTensor) -> ov.Node:
     """Weights for a product: OpenVINO keeps int8 ones as they are and scales in the kernel."""
-    if not isinstance(weight, Rounded):
+    if not isinstance(weight, QuantizedTensor):
         return _constant(weight)
     return opset15.multiply(opset15.convert(_constant(weight.values), ov.Type.f32), _constant(weight.scales))
 
 
-def _rows(table: Floats | Rounded, ids: ov.Node) -> ov.Node:
+def _rows(table: Floats | QuantizedTensor, ids: ov.Node) -> ov.Node:
     """Some rows of a table. Only these are ever converted."""
     axis = _constant(np.int64(0))
-    if not isinstance(table, Rounded):
+    if not isinstance(table, QuantizedTensor):
         return opset15.gather(_constant(table), ids, axis)
     values = opset15.convert(opset15.gather(_constant(table.values), ids, axis), ov.Type.f32)
     return opset15.multiply(values, opset15.gather(_constant(table.scales), ids, axis))

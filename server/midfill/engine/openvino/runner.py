@@ -2,7 +2,7 @@
 
 Keeps the contract of `runner.Runner`, which runs the same models with torch and is its reference. All
 chunks of a step are computed in one pass, or in one for each adapter where adapters are merged. A pass is run
-in parts, some layers each, and may be left between two of them. Knows arrays, slot numbers and token ids;
+in parts, some layers each, and may be aborted between two of them. Knows arrays, slot numbers and token ids;
 nothing of threads, requests or text. Imports neither torch nor transformers. Runs on the engine thread only,
 but for `prepare`.
 """
@@ -20,13 +20,12 @@ import numpy.typing as npt
 import psutil
 
 from midfill.adapters.format import Adapter
-from midfill.engine.adapters.lora_stack import Stack
+from midfill.engine.adapters.lora_stack import LoraStack
 from midfill.engine.kv_slots import NUM_SLOTS
-from midfill.engine.openvino.graph import Shape, build_parts, siblings, stays_exact
-from midfill.engine.openvino.int8_weights import Floats, Tensors, Weights, read_merged, read_weights
+from midfill.engine.openvino.graph import DecoderShape, build_parts, siblings, skip_quantization
+from midfill.engine.openvino.int8_weights import Floats, ModelWeights, Tensors, read_merged, read_weights
 from midfill.engine.openvino.quiet_import import ov
-from midfill.engine.scheduler import Choice, Chunk
-from midfill.engine.scheduler import Sequence as Tokens
+from midfill.engine.scheduler import Choice, Chunk, SequenceState
 
 _FIRST_BLOCKS = 64
 """Blocks that there is memory for at first; doubled when they are used up."""
@@ -56,7 +55,7 @@ def _never() -> bool:
 
 def load(  # noqa: PLR0913 - what to load, and how
     path: Path,
-    shape: Shape,
+    shape: DecoderShape,
     *,
     dtype: str,
     num_threads: int,
@@ -89,7 +88,7 @@ def load(  # noqa: PLR0913 - what to load, and how
         "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ACTIVATION_GROUP if dtype == "int8" else 0,
     }
-    exact = stays_exact(shape) if dtype == "int8" else lambda _: True
+    exact = skip_quantization(shape) if dtype == "int8" else lambda _: True
     weights = read_weights(path, exact=exact, num_threads=num_threads, report=report)
 
     def compile_parts(tensors: Tensors, branched: frozenset[str]) -> list[ov.CompiledModel]:
@@ -117,20 +116,20 @@ class OpenVinoRunner:
         vocab_size: the number of logits.
         device: "cpu".
         dtype: "int8" or "float32".
-        chunk_tokens, step_sequences, max_guesses: see `loading.Runner`.
+        chunk_tokens, step_sequences, max_draft_tokens: see `loading.Runner`.
     """
 
     device = "cpu"
     chunk_tokens = 64  # 80 ms on two cores, where one token takes 25, and 32 take 50
     step_sequences = NUM_SLOTS
-    max_guesses = 7
+    max_draft_tokens = 7
 
     def __init__(
         self,
         path: Path,
         compile_parts: Callable[[Tensors, frozenset[str]], list[ov.CompiledModel]],
-        shape: Shape,
-        weights: Weights,
+        shape: DecoderShape,
+        weights: ModelWeights,
         dtype: str,
     ) -> None:
         self.architecture = shape.architecture
@@ -142,9 +141,9 @@ class OpenVinoRunner:
         self._shape = shape
         self._weights = weights
         self._programs: dict[str | None, _Program] = {}
-        self._stack = Stack.of({})
+        self._stack = LoraStack.of({})
         self._blocks = _Blocks()
-        self._left: _Pass | None = None  # nothing has been computed or freed since
+        self._aborted: _PassKey | None = None  # nothing has been computed or freed since
 
     def forward(
         self,
@@ -155,12 +154,12 @@ class OpenVinoRunner:
         """Compute the chunks of one step; see `loading.Runner.forward`."""
         for chunk in chunks:
             if chunk.copy_from is not None:
-                # Whole blocks are copied, over what a pass that was left has computed behind `start`.
-                self._left = None
+                # Whole blocks are copied, over what a pass that was aborted has computed behind `start`.
+                self._aborted = None
                 self._blocks.copy(chunk.copy_from, chunk.slot, chunk.start)
         try:
             logits = self._compute(chunks, interrupted)
-        except _LeftError:
+        except _PassAbortedError:
             return None
         return [
             chunk.verify(_chooser(rows, ids)) if chunk.samples else []
@@ -170,33 +169,33 @@ class OpenVinoRunner:
     def _compute(self, chunks: Sequence[Chunk], interrupted: Callable[[], bool] = _never) -> list[Floats]:
         """The logits that are wanted of each chunk, in one pass for all chunks of the same program.
 
-        A pass that was left is gone on with. Raises `_LeftError`.
+        A pass that was aborted is gone on with. Raises `_PassAbortedError`.
         """
-        left, self._left = self._left, None
+        aborted, self._aborted = self._aborted, None
         by_program: dict[_Program, list[int]] = {}
         for number, chunk in enumerate(chunks):
             by_program.setdefault(self._programs[chunk.sequence.key], []).append(number)
         found: dict[int, Floats] = {}
         for program, numbers in by_program.items():
             some = [chunks[number] for number in numbers]
-            this = _Pass(program, [(one.sequence.key, one.slot, one.start, one.tokens) for one in some])
+            this = _PassKey(program, [(one.sequence.key, one.slot, one.start, one.tokens) for one in some])
             try:
                 logits = program.compute(
-                    some, self._blocks, self._stack, interrupted=interrupted, goes_on=this == left
+                    some, self._blocks, self._stack, interrupted=interrupted, resume=this == aborted
                 )
-            except _LeftError:
-                self._left = this
+            except _PassAbortedError:
+                self._aborted = this
                 raise
             row = 0
             for number in numbers:
-                count = 1 + chunks[number].num_guesses if chunks[number].samples else 0
+                count = 1 + chunks[number].num_draft_tokens if chunks[number].samples else 0
                 found[number] = logits[row : row + count]
                 row += count
         return [found[number] for number in range(len(chunks))]
 
     def prepare(self, adapters: Mapping[str, Adapter]) -> Callable[[], None]:
         """See `loading.Runner.prepare`. Compiling takes seconds, during which passes go on."""
-        stack = Stack.of(adapters)
+        stack = LoraStack.of(adapters)
         siblings(self._shape, stack.layers)
         if len(adapters) <= _MAX_MERGED and self._has_memory_for(adapters):
             programs = self._merged(adapters)
@@ -243,19 +242,19 @@ class OpenVinoRunner:
             programs[key] = program
         return programs
 
-    def _branched(self, stack: Stack) -> _Program:
+    def _branched(self, stack: LoraStack) -> _Program:
         """One program for the base and all adapters: that which is here, if it has all the branches."""
         program = self._programs.get(None)
         if program is not None and program.branched and stack.layers <= program.branched:
             return program
         return self._program(self._weights, stack.layers)
 
-    def _program(self, weights: Weights, branched: frozenset[str] = frozenset()) -> _Program:
+    def _program(self, weights: ModelWeights, branched: frozenset[str] = frozenset()) -> _Program:
         return _Program(self._compile(weights.tensors, branched), weights, branched)
 
     def probe(self, tokens: list[int], key: str | None) -> Floats:
         """The logits that follow these tokens; see `loading.Runner.probe`."""
-        prompt = Tokens(key, tokens)
+        prompt = SequenceState(key, tokens)
         try:
             [[last]] = self._compute([Chunk(prompt, _SPARE_SLOT, 0, tokens, samples=True)])
             logits: Floats = last.copy()
@@ -267,7 +266,7 @@ class OpenVinoRunner:
         """Run a chunk of this size and a single token: the first passes are slow, whoever waits for them."""
         for chunk in _warming(num_tokens):
             for key in self._programs:
-                self.forward([replace(chunk, sequence=Tokens(key, chunk.sequence.tokens))], [None])
+                self.forward([replace(chunk, sequence=SequenceState(key, chunk.sequence.tokens))], [None])
         self.drop([0])
 
     def capture(self, report: Callable[[float], None], limit_s: float) -> None:
@@ -279,13 +278,13 @@ class OpenVinoRunner:
 
     def drop(self, slots: list[int]) -> None:
         """Free the blocks of these slots."""
-        self._left = None
+        self._aborted = None
         for slot in slots:
             self._blocks.drop(slot)
 
 
 def _warming(num_tokens: int) -> list[Chunk]:
-    prompt = Tokens(key=None, tokens=[0] * num_tokens)
+    prompt = SequenceState(key=None, tokens=[0] * num_tokens)
     return [
         Chunk(prompt, 0, 0, prompt.tokens, samples=True),
         Chunk(prompt, 0, num_tokens, [0], samples=True),
@@ -293,15 +292,15 @@ def _warming(num_tokens: int) -> list[Chunk]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
+class _PassKey:
     """What one pass computes: of each chunk whose tokens they are, slot, start and tokens."""
 
     program: _Program
     chunks: list[tuple[str | None, int, int, list[int]]]
 
 
-class _LeftError(Exception):
-    """Unwinds a pass that is left between two parts."""
+class _PassAbortedError(Exception):
+    """Unwinds a pass that is aborted between two parts."""
 
 
 class _Program:
@@ -313,7 +312,9 @@ class _Program:
         ports: the inputs, by name.
     """
 
-    def __init__(self, parts: Sequence[ov.CompiledModel], weights: Weights, branched: frozenset[str]) -> None:
+    def __init__(
+        self, parts: Sequence[ov.CompiledModel], weights: ModelWeights, branched: frozenset[str]
+    ) -> None:
         self.weights = weights
         self.branched = branched
         self.ports = {port.any_name: port for part in parts for port in part.inputs}
@@ -326,7 +327,7 @@ class _Program:
         self._num_run = 0  # parts of the latest pass
         self._num_packed = 0  # parts that have run once
 
-    def adapter_tensors(self, stack: Stack, groups: Sequence[tuple[str, ...]]) -> dict[str, ov.Tensor]:
+    def adapter_tensors(self, stack: LoraStack, groups: Sequence[tuple[str, ...]]) -> dict[str, ov.Tensor]:
         """The matrices of adapters, by the inputs that take them: tens of megabytes."""
         tensors = {}
         for group in groups:
@@ -346,10 +347,10 @@ class _Program:
         self,
         chunks: Sequence[Chunk],
         blocks: _Blocks,
-        stack: Stack,
+        stack: LoraStack,
         *,
         interrupted: Callable[[], bool] = _never,
-        goes_on: bool = False,
+        resume: bool = False,
     ) -> Floats:
         """The logits that are wanted, one row each. They are overwritten by the next pass.
 
@@ -357,18 +358,18 @@ class _Program:
             chunks: what to compute.
             blocks: the memory of keys and values.
             stack: the adapters.
-            interrupted: asked between two parts; if so, the pass is left there: raises `_LeftError`.
-            goes_on: this is the latest pass, which was left; only the rest of it is run.
+            interrupted: asked between two parts; if so, the pass is aborted there: raises `_PassAbortedError`.
+            resume: this is the latest pass, which was aborted; only the rest of it is run.
         """
         for chunk in chunks:
             blocks.reserve(chunk.slot, chunk.start + len(chunk.tokens))
         self._set_inputs(chunks, blocks)
         if self.branched:
             self._set("mask", stack.mask((chunk.sequence.key, len(chunk.tokens)) for chunk in chunks))
-        first = self._num_run if goes_on else 0
+        first = self._num_run if resume else 0
         for number, request in enumerate(self._requests[first:], first):
             if number > first and interrupted():
-                raise _LeftError
+                raise _PassAbortedError
             if number:
                 request.set_tensor("hidden", self._requests[number - 1].get_output_tensor(0))
             # Else the results are copied.
@@ -376,7 +377,7 @@ class _Program:
             self._num_run = number + 1
             if number == self._num_packed:
                 # It has packed its weights. The file's pages are not needed any more.
-                self.weights.give_back()
+                self.weights.release_pages()
                 self._num_packed += 1
         logits: Floats = self._requests[-1].get_output_tensor(0).data
         return logits
@@ -393,7 +394,7 @@ class _Program:
             positions.extend(range(chunk.start, end))
             tokens.extend(chunk.tokens)
             if chunk.samples:
-                selected.extend(range(len(tokens) - 1 - chunk.num_guesses, len(tokens)))
+                selected.extend(range(len(tokens) - 1 - chunk.num_draft_tokens, len(tokens)))
             past.append(chunk.start)
             begins.append(len(tokens))
             table.extend(blocks.of(chunk.slot, end))
@@ -487,7 +488,7 @@ class _Blocks:
             shape = [size.get_length() for size in list(port.partial_shape)[1:]]
             self._size = shape[1]
             # Memory that was never written to is not taken from the system.
-            grown = ov.Tensor(port.element_type, ov.Shape([count, *shape]))
+            grown = ov.Tensor(port.element_type, ov.DecoderShape([count, *shape]))
             if name in self._tensors:
                 grown.data[: self._count] = self._tensors[name].data
             self._tensors[name] = grown

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 
 from midfill.engine.api import AdapterSource
-from midfill.engine.remote.client.detection import Served, ask
+from midfill.engine.remote.client.detection import ServerInfo, ask
 from midfill.engine.remote.client.dialects import typed
 from midfill.errors import AdapterError
 
@@ -24,47 +24,49 @@ _LOG = logging.getLogger(__name__)
 _LOAD_S = 30.0
 
 
-async def find(client: httpx2.AsyncClient, served: Served, source: AdapterSource, *, near: bool) -> str:
+async def find(
+    client: httpx2.AsyncClient, served: ServerInfo, source: AdapterSource, *, is_local: bool
+) -> str:
     """The name by which a request gets this adapter.
 
     Args:
         client: of that server.
         served: what was recognised there.
         source: the adapter, in a folder of this machine.
-        near: the server is on this machine too, so that it can read the folder.
+        is_local: the server is on this machine too, so that it can read the folder.
 
     Raises:
         AdapterError: the server has it not and cannot get it, with the remedy.
-        EngineUnavailableError, WireError, TimeoutError, httpx2.TransportError: as `recognition.ask`.
+        EngineUnavailableError, InvalidResponseError, TimeoutError, httpx2.TransportError: see `detection.ask`.
     """
     listed = await ask(client, "/v1/models")
     rows = typed(listed, "data", list, []) if isinstance(listed, Mapping) else []
     by_name: dict[str, Any] = {
         row["id"]: row for row in rows if isinstance(row, Mapping) and isinstance(row.get("id"), str)
     }
-    place = client.base_url.netloc.decode()
+    address = client.base_url.netloc.decode()
     if served.dialect == "midfill":
         for name, row in by_name.items():
             if typed(row, "midfill", Mapping, {}).get("adapter_digest") == source.key:
                 return name
         raise AdapterError(
-            f"{place} has not the adapter {source.name}; start it with --with-adapter {source.name}."
+            f"{address} has not the adapter {source.name}; start it with --with-adapter {source.name}."
         )
     own = f"midfill-{source.key[:16]}"
     if own in by_name:
         return own
-    if served.dialect == "vllm" and near and await _load(client, own, source):
+    if served.dialect == "vllm" and is_local and await _load(client, own, source):
         return own
     if source.name in by_name and _is_of(by_name[source.name], served):
         return source.name
-    remedy = "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or " if near else ""
+    remedy = "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or " if is_local else ""
     remedy = f" (vLLM: {remedy}--enable-lora --lora-modules {source.name}=DIR)"
     raise AdapterError(
-        f"{place} has not the adapter {source.name}{remedy if served.dialect == 'vllm' else ''}."
+        f"{address} has not the adapter {source.name}{remedy if served.dialect == 'vllm' else ''}."
     )
 
 
-def _is_of(row: Mapping[str, Any], served: Served) -> bool:
+def _is_of(row: Mapping[str, Any], served: ServerInfo) -> bool:
     """Whether a model of that name is an adapter of the one in use, as far as the server says it."""
     parent = typed(row, "parent", str, None)
     return row["id"] not in (served.base, served.model) and parent in (None, served.base)

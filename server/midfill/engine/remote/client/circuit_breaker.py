@@ -16,7 +16,7 @@ _LONGEST_S = 30.0
 
 
 @dataclass(slots=True)
-class Breaker:
+class CircuitBreaker:
     """See the module. All times are seconds of one clock that only goes forward.
 
     Attributes:
@@ -50,6 +50,6 @@ class Breaker:
             wait_s = min(_FIRST_S * 2.0 ** (self.failures - _TOLERATED - 1), _LONGEST_S)
         self._opens_at = now + max(wait_s, at_least_s)
 
-    def leave(self) -> None:
+    def abandon(self) -> None:
         """The request was taken back before its fate was known."""
         self._testing = False

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 
 from midfill.errors import SettingsError
-from midfill.system import text_files as textfiles
+from midfill.system import text_files
 from midfill.system.programs import find_program
 
 _COMMAND_S = 20.0
@@ -85,7 +85,7 @@ def _from_command(line: str) -> str | None:
     except (OSError, ValueError) as error:
         raise SettingsError(f"The command of `engine_key` cannot be run ({type(error).__name__}).") from None
     try:
-        lines = textfiles.decode(done.stdout).splitlines()
+        lines = text_files.decode(done.stdout).splitlines()
     except UnicodeError:
         raise SettingsError("What the command of `engine_key` prints is not in UTF-8.") from None
     return lines[0].strip() if lines else None

@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 
 from midfill.engine.api import LocalModel, Tokenizer
-from midfill.engine.remote.client.dialects import DIALECTS, OWNERS, Dialect, WireError, typed
+from midfill.engine.remote.client.dialects import DIALECTS, OWNERS, Dialect, InvalidResponseError, typed
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
 from midfill.models import catalogue
 from midfill.models.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ _SAMPLE = "def naïve_sum(xs):\n\treturn sum(x1234 for x in xs)  # 'größe', �
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServerInfo:
     """What a server serves.
 
     Attributes:
@@ -115,9 +115,9 @@ def refusal(status: int) -> str | None:
     return None
 
 
-async def recognise(
+async def detect(
     client: httpx2.AsyncClient, *, api: str, wanted: str | None, candidates: Sequence[LocalModel]
-) -> Served:
+) -> ServerInfo:
     """Find out what answers.
 
     Args:
@@ -146,14 +146,14 @@ async def recognise(
         props = await ask(client, "/props") if api == "llama.cpp" else {}
         context = _context(base, props if isinstance(props, Mapping) else {})
         own = typed(row, "midfill", Mapping, {})
-    except WireError as error:
+    except InvalidResponseError as error:
         raise EngineUnavailableError(
             f"{client.base_url.netloc.decode()} answers strangely: {error}."
         ) from None
     name = row["id"]
     entry = catalogue.lookup(_stem(base["id"])) or catalogue.lookup(base["id"])
     tokenizer, proven = await _tokenizer(client, api, base["id"], candidates, own.get("vocabulary"))
-    return Served(
+    return ServerInfo(
         dialect=api,
         model=name,
         base=base["id"],

@@ -23,16 +23,22 @@ import httpx2
 from midfill import __version__
 from midfill.engine.api import AdapterSource, LocalModel
 from midfill.engine.remote.client import adapters
-from midfill.engine.remote.client.circuit_breaker import Breaker
-from midfill.engine.remote.client.detection import Served, recognise, refusal
-from midfill.engine.remote.client.dialects import Dialect, Lines, Piece, Question, WireError
+from midfill.engine.remote.client.circuit_breaker import CircuitBreaker
+from midfill.engine.remote.client.detection import ServerInfo, detect, refusal
+from midfill.engine.remote.client.dialects import (
+    Dialect,
+    InvalidResponseError,
+    RemoteRequest,
+    StreamEvent,
+    StreamParser,
+)
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, SettingsError
 
 _CONNECT_S = 2.0
 _BETWEEN_S = 5.0
 """A stream without a token for so long has died, unless the server says by comments that it lives and the
 request waits. Decoding on a busy CPU takes 0.1 to 1 s a token."""
-_REST_S = 0.02
+_TRAILER_S = 0.02
 _MOST_BYTES = 8_000_000
 _KEPT_S = 60.0
 """How long a connection that nobody uses is kept. A typist who thinks for a while should not wait for TLS."""
@@ -65,7 +71,7 @@ class RemoteSpec:
     socket: Path | None = None
 
 
-class ElsewhereError(Exception):
+class RetryElsewhereError(Exception):
     """Nothing has come back: another server may be asked. `again`: so may this one, for nothing was sent."""
 
     def __init__(self, error: EngineError, *, again: bool = False) -> None:
@@ -74,11 +80,11 @@ class ElsewhereError(Exception):
         self.again = again
 
 
-class RequestError(EngineError):
+class RejectedRequestError(EngineError):
     """The server is well, but does not take this one request."""
 
 
-class BusyError(EngineOverloadedError):
+class ServerBusyError(EngineOverloadedError):
     """The server lives, but has not come to this one request for too long."""
 
 
@@ -107,14 +113,14 @@ class _Wait:
             until = min(until, self.last + max(self.most_s, _BETWEEN_S))
         return max(until - time.monotonic(), 0.0)
 
-    def error(self, place: str) -> EngineError:
+    def error(self, address: str) -> EngineError:
         """What it means that the time is over. The sentence stays the same while the fault lasts."""
         which = "first" if self.last is None else "further"
         if self.alive is not None and time.monotonic() - self.alive < _BETWEEN_S:
-            return BusyError(f"{place} is busy: no {which} token within {self.most_s:g} s.")
+            return ServerBusyError(f"{address} is busy: no {which} token within {self.most_s:g} s.")
         if self.last is None:
-            return EngineUnavailableError(f"{place} gave no first token within {self.most_s:g} s.")
-        return EngineUnavailableError(f"{place} gave no further token for {_BETWEEN_S:g} s.")
+            return EngineUnavailableError(f"{address} gave no first token within {self.most_s:g} s.")
+        return EngineUnavailableError(f"{address} gave no further token for {_BETWEEN_S:g} s.")
 
 
 class Endpoint:
@@ -130,8 +136,8 @@ class Endpoint:
 
     def __init__(self, url: str, spec: RemoteSpec, key: str | None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
-        self.breaker = Breaker()
-        self.served: Served | None = None
+        self.breaker = CircuitBreaker()
+        self.served: ServerInfo | None = None
         self.verified = False
         self.latency_s = 0.0
         self.num_running = 0
@@ -157,17 +163,17 @@ class Endpoint:
         )
 
     @property
-    def place(self) -> str:
+    def address(self) -> str:
         """Host and port, for the user."""
         return "The shared engine" if self._spec.socket is not None else httpx2.URL(self.url).netloc.decode()
 
-    async def refresh(self) -> Served:
+    async def refresh(self) -> ServerInfo:
         """Find out, or find out again, what is served. Raises `EngineError`."""
         async with self._loading:
             if self.served is not None and self.verified:
                 return self.served
             try:
-                found = await recognise(
+                found = await detect(
                     self.client,
                     api=self.served.dialect if self.served else self._spec.api,
                     wanted=self.served.model if self.served else self._spec.model,
@@ -176,11 +182,11 @@ class Endpoint:
             except httpx2.TransportError as error:
                 raise EngineUnavailableError(self.explain(error)) from None
             except TimeoutError:
-                raise EngineUnavailableError(f"{self.place} does not answer; `engine` names it.") from None
+                raise EngineUnavailableError(f"{self.address} does not answer; `engine` names it.") from None
             known = self.served
             if known is not None and known.model in known.models and known.model not in found.models:
                 raise EngineUnavailableError(
-                    f"{self.place} has {found.models[0]} now, not {known.model}; restart midfill to use that."
+                    f"{self.address} has {found.models[0]} now, not {known.model}; restart midfill to use that."
                 )
             if known is None:
                 self.served = known = found
@@ -190,13 +196,13 @@ class Endpoint:
     async def find_adapter(self, source: AdapterSource) -> str:
         """What the server calls an adapter; see `adapters.find`. Raises `EngineError`, `AdapterError`."""
         if self.served is None:
-            raise EngineUnavailableError(f"{self.place} has not been recognised yet.")
+            raise EngineUnavailableError(f"{self.address} has not been recognised yet.")
         try:
-            return await adapters.find(self.client, self.served, source, near=is_loopback(self.url))
+            return await adapters.find(self.client, self.served, source, is_local=is_loopback(self.url))
         except httpx2.TransportError as error:
             raise EngineUnavailableError(self.explain(error)) from None
-        except (TimeoutError, WireError):
-            raise EngineUnavailableError(f"{self.place} does not say which adapters it has.") from None
+        except (TimeoutError, InvalidResponseError):
+            raise EngineUnavailableError(f"{self.address} does not say which adapters it has.") from None
 
     def explain(self, error: httpx2.TransportError) -> str:
         """What a failed connection means, a sentence. Without the library's own words, which change."""
@@ -215,34 +221,34 @@ class Endpoint:
                 "has a certificate that this machine does not trust "
                 "(`engine_ca` or SSL_CERT_FILE names a file of yours)"
             )
-        return f"{self.place} {why}."
+        return f"{self.address} {why}."
 
-    async def ask(self, question: Question, first_token_s: float) -> AsyncGenerator[Piece, None]:
+    async def ask(self, query: RemoteRequest, first_token_s: float) -> AsyncGenerator[StreamEvent, None]:
         """The pieces of an answer as they come; closing the iterator hangs up, which ends the server's work.
 
         Raises:
-            ElsewhereError: nothing has come back, so that another server may be asked.
-            BusyError: no token comes for too long, but the server says that it lives.
+            RetryElsewhereError: nothing has come back, so that another server may be asked.
+            ServerBusyError: no token comes for too long, but the server says that it lives.
             EngineError: the answer is none, breaks off, or has no token for too long.
         """
         if self.served is None:
-            raise ElsewhereError(EngineUnavailableError(f"{self.place} has not been recognised yet."))
+            raise RetryElsewhereError(EngineUnavailableError(f"{self.address} has not been recognised yet."))
         kind = self.served.kind
         wait = _Wait(first_token_s, time.monotonic())
-        lines = Lines()
+        lines = StreamParser()
         num_bytes = 0
         done = False
         async with AsyncExitStack() as stack:
-            response = await self._send(stack, kind.path, kind.body(question), wait)
+            response = await self._send(stack, kind.path, kind.body(query), wait)
             chunks = response.aiter_bytes()
             while not done:
                 chunk = await self._next(chunks, wait)
                 num_bytes += len(chunk or b"")
                 if num_bytes > _MOST_BYTES:
-                    raise EngineUnavailableError(f"{self.place} answers without an end.")
+                    raise EngineUnavailableError(f"{self.address} answers without an end.")
                 for piece in self._pieces(chunk, kind, lines, wait):
                     if piece.error:
-                        raise RequestError(piece.error)
+                        raise RejectedRequestError(piece.error)
                     if piece.text or piece.ids:
                         wait.last = time.monotonic()
                     if piece.done and not done:
@@ -250,15 +256,17 @@ class Endpoint:
                         await self._read_out(chunks)
                     yield piece
                 if chunk is None and not done:
-                    raise EngineUnavailableError(f"{self.place} hung up in the middle of an answer.")
+                    raise EngineUnavailableError(f"{self.address} hung up in the middle of an answer.")
 
-    def _pieces(self, chunk: bytes | None, kind: Dialect, lines: Lines, wait: _Wait) -> list[Piece]:
+    def _pieces(
+        self, chunk: bytes | None, kind: Dialect, lines: StreamParser, wait: _Wait
+    ) -> list[StreamEvent]:
         """What some bytes, or None at the end, complete."""
         num_comments = lines.num_comments
         try:
-            found = [kind.read(one) if one else Piece(done=True) for one in lines.take(chunk)]
-        except WireError as error:
-            raise EngineUnavailableError(f"The answer of {self.place} makes no sense: {error}.") from None
+            found = [kind.read(one) if one else StreamEvent(done=True) for one in lines.take(chunk)]
+        except InvalidResponseError as error:
+            raise EngineUnavailableError(f"The answer of {self.address} makes no sense: {error}.") from None
         if lines.num_comments > num_comments:
             wait.alive = time.monotonic()
         return found
@@ -271,23 +279,23 @@ class Endpoint:
             async with asyncio.timeout(wait.left_s):
                 response = await stack.enter_async_context(self.client.stream("POST", path, json=body))
         except TimeoutError:
-            raise wait.error(self.place) from None
+            raise wait.error(self.address) from None
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
-            raise ElsewhereError(EngineUnavailableError(self.explain(error)), again=True) from None
+            raise RetryElsewhereError(EngineUnavailableError(self.explain(error)), again=True) from None
         except httpx2.TransportError as error:
-            raise ElsewhereError(EngineUnavailableError(self.explain(error))) from None
+            raise RetryElsewhereError(EngineUnavailableError(self.explain(error))) from None
         status = response.status_code
         if (why := refusal(status)) is not None:
-            sentence = f"{self.place} {why}"
+            sentence = f"{self.address} {why}"
             if status in {429, 503}:
-                raise ElsewhereError(EngineOverloadedError(sentence))
+                raise RetryElsewhereError(EngineOverloadedError(sentence))
             if status in {400, 413, 422}:
-                raise RequestError(sentence)
-            raise ElsewhereError(EngineUnavailableError(sentence))
+                raise RejectedRequestError(sentence)
+            raise RetryElsewhereError(EngineUnavailableError(sentence))
         kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in _STREAMS:
             raise EngineUnavailableError(
-                f"{self.place} answers with {kind or 'no content type':.40}, as a model server does not; "
+                f"{self.address} answers with {kind or 'no content type':.40}, as a model server does not; "
                 "look at `engine`."
             )
         return response
@@ -295,7 +303,7 @@ class Endpoint:
     async def _read_out(self, chunks: AsyncIterator[bytes]) -> None:
         """Read what follows the end of an answer, a mark as a rule: then the connection can be used again."""
         with suppress(TimeoutError, httpx2.HTTPError):
-            async with asyncio.timeout(_REST_S):
+            async with asyncio.timeout(_TRAILER_S):
                 async for _ in chunks:
                     pass
 
@@ -305,10 +313,10 @@ class Endpoint:
             async with asyncio.timeout(wait.left_s):
                 return await anext(chunks, None)
         except TimeoutError:
-            raise wait.error(self.place) from None
+            raise wait.error(self.address) from None
         except httpx2.DecodingError:
             raise EngineUnavailableError(
-                f"The answer of {self.place} makes no sense: it is wrongly packed."
+                f"The answer of {self.address} makes no sense: it is wrongly packed."
             ) from None
         except httpx2.TransportError as error:
             raise EngineUnavailableError(self.explain(error)) from None

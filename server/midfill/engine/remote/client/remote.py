@@ -31,14 +31,14 @@ from midfill.engine.api import (
     Tokenizer,
 )
 from midfill.engine.remote.client.credentials import find_key
-from midfill.engine.remote.client.detection import Served
-from midfill.engine.remote.client.dialects import Healing, Piece, Question
+from midfill.engine.remote.client.detection import ServerInfo
+from midfill.engine.remote.client.dialects import Healing, RemoteRequest, StreamEvent
 from midfill.engine.remote.client.endpoint import (
-    BusyError,
-    ElsewhereError,
     Endpoint,
+    RejectedRequestError,
     RemoteSpec,
-    RequestError,
+    RetryElsewhereError,
+    ServerBusyError,
 )
 from midfill.engine.remote.client.text_tokenizer import RenderedTokenizer
 from midfill.engine.token_healing import TokenIndex
@@ -53,7 +53,7 @@ from midfill.system.printable import shown
 
 _LOG = logging.getLogger(__name__)
 
-_CLEARLY = 0.7
+_SWITCH_RATIO = 0.7
 """One moves to a server that is expected to answer in this share of the time: the old one has the KV."""
 _WEIGHT = 0.2
 
@@ -69,7 +69,7 @@ class RemoteEngine:
         self._model: ModelInfo | None = None
         self._tokenizer: Tokenizer = RenderedTokenizer()
         self._current: Endpoint | None = None
-        self._warming: asyncio.Task[None] | None = None
+        self._prewarming: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._adapters: tuple[AdapterSource, ...] = ()
         self._closed = False
@@ -89,25 +89,25 @@ class RemoteEngine:
     async def start(self, progress: Progress) -> None:
         """Reach the servers and recognise the model; returns when one is ready. See `Engine.start`."""
         key = await asyncio.to_thread(find_key, self._spec.key) if self._spec.key else None
-        await self._hang_up()  # of an earlier try
+        await self._disconnect()  # of an earlier try
         self._endpoints = [Endpoint(url, self._spec, key) for url in self._spec.urls]
         try:
-            self._model = await self._recognise(progress)
+            self._model = await self._detect_all(progress)
             for endpoint in self._endpoints:
                 if endpoint.verified:
                     await self._find_adapters(endpoint)
         except BaseException:
-            await self._hang_up()
+            await self._disconnect()
             raise
 
-    async def _recognise(self, progress: Progress) -> ModelInfo:
+    async def _detect_all(self, progress: Progress) -> ModelInfo:
         """Ask all servers what they have. Raises `EngineError` if none answers or they differ."""
-        progress(f"reaching {', '.join(endpoint.place for endpoint in self._endpoints)}", None)
+        progress(f"reaching {', '.join(endpoint.address for endpoint in self._endpoints)}", None)
         found = await asyncio.gather(
             *(endpoint.refresh() for endpoint in self._endpoints), return_exceptions=True
         )
         errors = [error for error in found if isinstance(error, BaseException)]
-        served = [one for one in found if isinstance(one, Served)]
+        served = [one for one in found if isinstance(one, ServerInfo)]
         for error in errors:
             if not served or not isinstance(error, MidfillError):
                 raise error
@@ -116,8 +116,8 @@ class RemoteEngine:
         for endpoint in self._endpoints:
             if endpoint.served is not None and _identity(endpoint.served) != _identity(first):
                 raise EngineError(
-                    f"{endpoint.place} serves {endpoint.served.model}, not {first.model} as "
-                    f"{self._endpoints[0].place} does; the servers of `engine` must have the same model."
+                    f"{endpoint.address} serves {endpoint.served.model}, not {first.model} as "
+                    f"{self._endpoints[0].address} does; the servers of `engine` must have the same model."
                 )
         self._tokenizer = first.tokenizer or RenderedTokenizer()
         return ModelInfo(
@@ -141,7 +141,7 @@ class RemoteEngine:
         stats.submitted_s = time.monotonic()
         stats.num_prompt = len(request.tokens)
         if not request.idle:
-            self._stop_warming()
+            self._stop_prewarming()
         tried: list[Endpoint] = []
         again = len(self._endpoints) == 1
         try:
@@ -151,7 +151,7 @@ class RemoteEngine:
                     async with aclosing(self._stream(endpoint, request)) as tokens:
                         async for token in tokens:
                             yield token
-                except ElsewhereError as failure:
+                except RetryElsewhereError as failure:
                     if failure.again and again:
                         again = False
                         await asyncio.sleep(random.uniform(0.05, 0.15))  # noqa: S311 - so that not all come at once
@@ -178,8 +178,8 @@ class RemoteEngine:
         if endpoint is None or endpoint.served is None or not endpoint.verified or endpoint.num_running:
             return
         if endpoint.served.kind.warm_tokens is not None:
-            self._stop_warming()
-            self._warming = self._spawn(self._warm(endpoint, tuple(tokens), adapter))
+            self._stop_prewarming()
+            self._prewarming = self._spawn(self._send_prewarm(endpoint, tuple(tokens), adapter))
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
         """See `Adaptable.set_adapters`: each is a model of that name on the servers.
@@ -216,9 +216,9 @@ class RemoteEngine:
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await self._hang_up()
+        await self._disconnect()
 
-    async def _hang_up(self) -> None:
+    async def _disconnect(self) -> None:
         for endpoint in self._endpoints:
             await endpoint.client.aclose()
 
@@ -234,19 +234,19 @@ class RemoteEngine:
             # It was away at the start; nobody waits for it while there are others.
             open_.remove(unknown)
             unknown.breaker.begin()
-            self._spawn(self._meet(unknown))
+            self._spawn(self._connect_late(unknown))
         if not open_:
             why = next((one.breaker.why for one in self._endpoints if one.breaker.why), "No engine is there.")
             raise EngineUnavailableError(why)
 
         def expected(one: Endpoint) -> float:
-            stay = _CLEARLY if one is self._current else 1.0
+            stay = _SWITCH_RATIO if one is self._current else 1.0
             return one.latency_s * (1 + one.num_running) * stay
 
         self._current = min(open_, key=expected)
         return self._current
 
-    async def _meet(self, endpoint: Endpoint) -> None:
+    async def _connect_late(self, endpoint: Endpoint) -> None:
         """Recognise a server that was away at the start."""
         try:
             found = await endpoint.refresh()
@@ -257,7 +257,7 @@ class RemoteEngine:
         known = next(one.served for one in self._endpoints if one.served is not None and one is not endpoint)
         if _identity(found) != _identity(known):
             endpoint.served = None
-            why = f"{endpoint.place} serves {found.model}, not the model of the others."
+            why = f"{endpoint.address} serves {found.model}, not the model of the others."
             endpoint.breaker.fail(time.monotonic(), why, at_least_s=60.0)
         else:
             endpoint.breaker.succeed()
@@ -265,7 +265,7 @@ class RemoteEngine:
     # One request
 
     async def _stream(self, endpoint: Endpoint, request: Request) -> AsyncGenerator[Token, None]:
-        """The tokens of one server. Raises `ElsewhereError` only before the first of them."""
+        """The tokens of one server. Raises `RetryElsewhereError` only before the first of them."""
         endpoint.breaker.begin()
         endpoint.num_running += 1
         begun = time.monotonic()
@@ -284,7 +284,7 @@ class RemoteEngine:
                         endpoint.breaker.succeed()
                     yield token
             endpoint.breaker.succeed()
-        except ElsewhereError as failure:
+        except RetryElsewhereError as failure:
             self._failed(endpoint, failure.error)
             if began:
                 raise failure.error from None
@@ -294,7 +294,7 @@ class RemoteEngine:
             raise
         finally:
             endpoint.num_running -= 1
-            endpoint.breaker.leave()
+            endpoint.breaker.abandon()
 
     async def _verify(self, endpoint: Endpoint) -> None:
         """After a failure, ask whether it is the same model still."""
@@ -303,11 +303,11 @@ class RemoteEngine:
             await self._find_adapters(endpoint)
         except EngineError as error:
             endpoint.verified = False
-            raise ElsewhereError(error) from None
+            raise RetryElsewhereError(error) from None
 
     def _failed(self, endpoint: Endpoint, error: EngineError) -> None:
         """Note a failure. One that is a single request's is no sign that the server is down."""
-        if isinstance(error, (RequestError, BusyError)):
+        if isinstance(error, (RejectedRequestError, ServerBusyError)):
             return
         now = time.monotonic()
         wait_s = 1.0 if isinstance(error, EngineOverloadedError) else 0.0
@@ -317,32 +317,32 @@ class RemoteEngine:
         endpoint.verified = False
 
     async def _answer(self, endpoint: Endpoint, request: Request) -> AsyncGenerator[Token, None]:
-        """Tokens of one request, begun with `starts_with` in the way that the server can."""
-        question = self._question(endpoint, request)
+        """Tokens of one request, begun with `forced_prefix` in the way that the server can."""
+        query = self._build_request(endpoint, request)
         served = endpoint.served
         if served is None:
             raise AssertionError("it has been recognised")
         if served.dialect == "midfill":
-            request.on_idle = partial(self._tell_idle, endpoint, question.id)
-        held = request.starts_with
+            request.on_idle = partial(self._tell_idle, endpoint, query.id)
+        held = request.forced_prefix
         if held and served.kind.healing is Healing.NONE:
-            question = self._question(endpoint, request, (*request.tokens, *self._tokenizer.encode(held)))
+            query = self._build_request(endpoint, request, (*request.tokens, *self._tokenizer.encode(held)))
         elif held and served.kind.healing is Healing.TOKENS:
             chosen: list[Token] = []
-            async with aclosing(self._demand(endpoint, request, chosen)) as tokens:
+            async with aclosing(self._generate_forced_prefix(endpoint, request, chosen)) as tokens:
                 async for token in tokens:
                     yield token
             ids = (*request.tokens, *(token.id for token in chosen))
             if len(chosen) >= request.max_new_tokens or not chosen:
                 return
-            question = replace(
-                self._question(endpoint, request, ids),
+            query = replace(
+                self._build_request(endpoint, request, ids),
                 max_tokens=request.max_new_tokens - len(chosen),
             )
         elif held:
-            question = replace(question, starts_with=held)
+            query = replace(query, forced_prefix=held)
         written = served.kind.healing is not Healing.NONE or not held
-        async with aclosing(self._tokens(endpoint, question, request)) as tokens:
+        async with aclosing(self._tokens(endpoint, query, request)) as tokens:
             async for token in tokens:
                 if not written:
                     # The server has read what it was to write.
@@ -350,37 +350,41 @@ class RemoteEngine:
                     written = True
                 yield token
 
-    async def _demand(
+    async def _generate_forced_prefix(
         self, endpoint: Endpoint, request: Request, chosen: list[Token]
     ) -> AsyncGenerator[Token, None]:
-        """The tokens of `starts_with`, one request each; `chosen` gets them too, or is empty if it fails."""
-        demanded = request.starts_with.encode()
-        while demanded and len(chosen) < request.max_new_tokens:
-            allowed = self._index.allowed(demanded)
+        """The tokens of `forced_prefix`, one request each; `chosen` gets them too, or is empty if it fails."""
+        remaining = request.forced_prefix.encode()
+        while remaining and len(chosen) < request.max_new_tokens:
+            allowed = self._index.allowed(remaining)
             ids = (*request.tokens, *(token.id for token in chosen))
-            question = replace(
-                self._question(endpoint, request, ids),
+            query = replace(
+                self._build_request(endpoint, request, ids),
                 max_tokens=1,
                 allowed_ids=tuple(allowed),
             )
-            async with aclosing(self._tokens(endpoint, question, request)) as tokens:
+            async with aclosing(self._tokens(endpoint, query, request)) as tokens:
                 token = await anext(tokens, None)
             if token is None:
                 chosen.clear()
                 return
             if token.id < 0:
-                raise RequestError(
-                    f"{endpoint.place} does not tell the ids of its tokens, as vLLM does; "
+                raise RejectedRequestError(
+                    f"{endpoint.address} does not tell the ids of its tokens, as vLLM does; "
                     '`engine_api = "openai"` does without them.'
                 )
             chosen.append(token)
             yield token
-            demanded = demanded[len(self._pieces[token.id]) :]
+            remaining = remaining[len(self._pieces[token.id]) :]
 
-    def _question(self, endpoint: Endpoint, request: Request, ids: Sequence[int] | None = None) -> Question:
+    def _build_request(
+        self, endpoint: Endpoint, request: Request, ids: Sequence[int] | None = None
+    ) -> RemoteRequest:
         served = endpoint.served
         if served is None:
-            raise ElsewhereError(EngineUnavailableError(f"{endpoint.place} has not been recognised yet."))
+            raise RetryElsewhereError(
+                EngineUnavailableError(f"{endpoint.address} has not been recognised yet.")
+            )
         ids = request.tokens if ids is None else ids
         prompt: Sequence[int] | str = ids
         suffix = ""
@@ -390,7 +394,7 @@ class RemoteEngine:
             stops = tuple(self._tokenizer.decode([token]) for token in sorted(request.stop_ids))
             if served.kind.takes_suffix:
                 prompt, suffix = self._tokenizer.around(ids)
-        return Question(
+        return RemoteRequest(
             id=uuid.uuid4().hex,
             model=self._model_for(endpoint, served, request.adapter),
             prompt=prompt,
@@ -403,7 +407,7 @@ class RemoteEngine:
             adapter=request.adapter if self._spec.socket is not None else None,
         )
 
-    def _model_for(self, endpoint: Endpoint, served: Served, adapter: str | None) -> str:
+    def _model_for(self, endpoint: Endpoint, served: ServerInfo, adapter: str | None) -> str:
         """The model that a request names, which with an adapter is another."""
         if adapter == BASE:
             return served.base
@@ -419,17 +423,17 @@ class RemoteEngine:
         return TokenIndex(self._pieces, self._tokenizer.control_ids)
 
     async def _tokens(
-        self, endpoint: Endpoint, question: Question, request: Request
+        self, endpoint: Endpoint, query: RemoteRequest, request: Request
     ) -> AsyncGenerator[Token, None]:
         """What the server writes, as tokens: up to a stop id, a control token, or as many as were asked."""
         exact = not isinstance(self._tokenizer, RenderedTokenizer)
         stops = request.stop_ids | self._tokenizer.control_ids if exact else frozenset()
         decoder = self._tokenizer.stream()
-        left = question.max_tokens
+        left = query.max_tokens
         own = endpoint.served is not None and endpoint.served.dialect == "midfill"
-        async with aclosing(endpoint.ask(question, self._spec.first_token_s)) as pieces:
+        async with aclosing(endpoint.ask(query, self._spec.first_token_s)) as pieces:
             async for piece in pieces:
-                _account(request.stats, piece)
+                _update_stats(request.stats, piece)
                 for token in _in_piece(piece, decoder if exact else None):
                     if token.id in stops or left <= 0:
                         return
@@ -445,13 +449,13 @@ class RemoteEngine:
 
     # Ahead of time
 
-    async def _warm(self, endpoint: Endpoint, tokens: tuple[int, ...], adapter: str | None) -> None:
+    async def _send_prewarm(self, endpoint: Endpoint, tokens: tuple[int, ...], adapter: str | None) -> None:
         """Compute a prompt. Whether it works is nobody's concern."""
         if endpoint.served is None or (limit := endpoint.served.kind.warm_tokens) is None:
             return
-        question = self._question(endpoint, Request(tokens, limit, idle=True, adapter=adapter))
-        with suppress(EngineError, ElsewhereError):
-            async with aclosing(endpoint.ask(question, self._spec.first_token_s)) as pieces:
+        query = self._build_request(endpoint, Request(tokens, limit, idle=True, adapter=adapter))
+        with suppress(EngineError, RetryElsewhereError):
+            async with aclosing(endpoint.ask(query, self._spec.first_token_s)) as pieces:
                 async for _ in pieces:
                     pass
 
@@ -464,10 +468,10 @@ class RemoteEngine:
 
         self._spawn(tell())
 
-    def _stop_warming(self) -> None:
-        if self._warming is not None:
-            self._warming.cancel()
-            self._warming = None
+    def _stop_prewarming(self) -> None:
+        if self._prewarming is not None:
+            self._prewarming.cancel()
+            self._prewarming = None
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -476,12 +480,12 @@ class RemoteEngine:
         return task
 
 
-def _identity(served: Served) -> tuple[object, ...]:
+def _identity(served: ServerInfo) -> tuple[object, ...]:
     """What must be equal for one server to stand in for another."""
     return (served.model.rpartition("/")[2], served.family, served.tokenizer is None)
 
 
-def _in_piece(piece: Piece, decoder: TextStream | None) -> Iterator[Token]:
+def _in_piece(piece: StreamEvent, decoder: TextStream | None) -> Iterator[Token]:
     """The tokens of a piece; one for all its text where the ids are not told or mean nothing here."""
     if decoder is not None and piece.ids:
         for at, token in enumerate(piece.ids):
@@ -491,7 +495,7 @@ def _in_piece(piece: Piece, decoder: TextStream | None) -> Iterator[Token]:
         yield Token(-1, piece.text, float(sum(piece.logprobs)) if piece.logprobs else None)
 
 
-def _account(stats: Stats, piece: Piece) -> None:
+def _update_stats(stats: Stats, piece: StreamEvent) -> None:
     """Note what the server says of its work."""
     stats.started_s = stats.started_s or time.monotonic()
     if piece.reused is not None:

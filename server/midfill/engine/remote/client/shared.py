@@ -125,7 +125,7 @@ class SharedEngine:
         self._client_id = uuid.uuid4().hex
         self._adapters: tuple[AdapterSource, ...] = ()
         self._remote: RemoteEngine | None = None
-        self._healing: asyncio.Task[None] | None = None
+        self._restart: asyncio.Task[None] | None = None
         self._starts: deque[float] = deque(maxlen=_MAX_STARTS)
         self._closed = False
 
@@ -160,7 +160,7 @@ class SharedEngine:
         )
         await remote.start(lambda _message, _share: None)
         if self._adapters:
-            await self._want(self._adapters)
+            await self._send_adapters(self._adapters)
         if self._closed:
             await remote.close()
             return
@@ -172,20 +172,20 @@ class SharedEngine:
         """See `Engine.generate`. A request that finds no process starts it, and is asked again once."""
         begun = False
         try:
-            async with aclosing(self._serving().generate(request)) as tokens:
+            async with aclosing(self._connected().generate(request)) as tokens:
                 async for token in tokens:
                     begun = True
                     yield token
         except EngineUnavailableError:
-            if self._closed or await self._is_there():
+            if self._closed or await self._is_listening():
                 raise
-            healing = self._heal()
+            restart = self._restart_process()
             if begun:
                 raise
-            await asyncio.shield(healing)
+            await asyncio.shield(restart)
         else:
             return
-        async with aclosing(self._serving().generate(request)) as tokens:
+        async with aclosing(self._connected().generate(request)) as tokens:
             async for token in tokens:
                 yield token
 
@@ -196,10 +196,10 @@ class SharedEngine:
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
         """See `Adaptable.set_adapters`. Other windows have theirs beside them."""
-        await self._want(adapters)
+        await self._send_adapters(adapters)
         self._adapters = tuple(adapters)
 
-    async def _want(self, adapters: Sequence[AdapterSource]) -> None:
+    async def _send_adapters(self, adapters: Sequence[AdapterSource]) -> None:
         """Tell the process. Raises `AdapterError` with its words."""
         wanted = [{"key": one.key, "name": one.name, "path": str(one.path)} for one in adapters]
         async with self._client() as client:
@@ -218,28 +218,28 @@ class SharedEngine:
     async def close(self) -> None:
         """Hang up. The process stays for others, until it has been idle for long. See `Engine.close`."""
         self._closed = True
-        if self._adapters and await self._is_there():
+        if self._adapters and await self._is_listening():
             with contextlib.suppress(AdapterError, TimeoutError):
-                await asyncio.wait_for(self._want(()), 1)
-        if self._healing is not None:
-            self._healing.cancel()
-            await asyncio.gather(self._healing, return_exceptions=True)
+                await asyncio.wait_for(self._send_adapters(()), 1)
+        if self._restart is not None:
+            self._restart.cancel()
+            await asyncio.gather(self._restart, return_exceptions=True)
         if self._remote is not None:
             await self._remote.close()
 
-    def _serving(self) -> RemoteEngine:
+    def _connected(self) -> RemoteEngine:
         if self._remote is None:
             raise EngineUnavailableError("The shared engine has not been reached yet.")
         return self._remote
 
-    def _heal(self) -> asyncio.Task[None]:
+    def _restart_process(self) -> asyncio.Task[None]:
         """Begin to start it anew, unless that is under way."""
-        if self._healing is None or self._healing.done():
-            self._healing = asyncio.get_running_loop().create_task(self.start(lambda _message, _share: None))
-            self._healing.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return self._healing
+        if self._restart is None or self._restart.done():
+            self._restart = asyncio.get_running_loop().create_task(self.start(lambda _message, _share: None))
+            self._restart.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._restart
 
-    async def _is_there(self) -> bool:
+    async def _is_listening(self) -> bool:
         """Whether somebody listens."""
         try:
             _, writer = await asyncio.open_unix_connection(str(self.socket))
@@ -253,7 +253,7 @@ class SharedEngine:
     async def _join(self) -> None:
         """See that somebody listens. One process at a time looks and starts."""
         async with AsyncFileLock(str(self.socket.with_suffix(".lock")), timeout=_LISTENS_S):
-            if await self._is_there():
+            if await self._is_listening():
                 return
             now = time.monotonic()
             if len(self._starts) == _MAX_STARTS and now - self._starts[0] < _WINDOW_S:

@@ -1,4 +1,4 @@
-"""Connections to a `Service`: how long a request may take to arrive, and how many there may be.
+"""Connections to a `EngineApp`: how long a request may take to arrive, and how many there may be.
 
 uvicorn limits neither, so that whoever sends half a request keeps a descriptor for ever. Here a connection is
 closed when a request's head or body, a TLS handshake, or what the client should read has not made it in
@@ -20,7 +20,7 @@ _KEY = "midfill.connection"
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ConnectionLimits:
     """What connections may take.
 
     Attributes:
@@ -28,30 +28,30 @@ class Limits:
             handshake of TLS included) to the end of its head.
         body_s: time from there to the end of its body.
         unread_s: time in which a client must read what is ready for it.
-        strangers_of_address: connections from one address that have sent no good token; 0 for any number.
-        strangers: those from all addresses; 0 for any number.
-        of_user: connections of one user.
+        anonymous_per_address: connections from one address that have sent no good token; 0 for any number.
+        anonymous: those from all addresses; 0 for any number.
+        per_user: connections of one user.
         total: all; 0 for any number.
-        unwanted_bytes: what is read of a body that was refused, so that the refusal can be read.
+        discarded_bytes: what is read of a body that was refused, so that the refusal can be read.
     """
 
     head_s: float = 10.0
     body_s: float = 10.0
     unread_s: float = 10.0
-    strangers_of_address: int = 32
-    strangers: int = 128
-    of_user: int = 64
+    anonymous_per_address: int = 32
+    anonymous: int = 128
+    per_user: int = 64
     total: int = 0
-    unwanted_bytes: int = 8_000_000
+    discarded_bytes: int = 8_000_000
 
 
 @dataclass(slots=True)
-class Registry:
+class ConnectionRegistry:
     """The open connections, each oldest first."""
 
-    limits: Limits
+    limits: ConnectionLimits
     tls: ssl.SSLContext | None = None
-    _strangers: dict[str, dict[Connection, None]] = field(default_factory=dict)  # by address
+    _anonymous: dict[str, dict[Connection, None]] = field(default_factory=dict)  # by address
     _users: dict[str, dict[Connection, None]] = field(default_factory=dict)
     _all: dict[Connection, None] = field(default_factory=dict)
 
@@ -62,29 +62,29 @@ class Registry:
         """A connection has come; others may have to leave for it."""
         limits = self.limits
         self._all[one] = None
-        mine = self._strangers.setdefault(one.address, {})
+        mine = self._anonymous.setdefault(one.address, {})
         mine[one] = None
-        if one.address and limits.strangers_of_address and len(mine) > limits.strangers_of_address:
+        if one.address and limits.anonymous_per_address and len(mine) > limits.anonymous_per_address:
             next(iter(mine)).drop()
-        if limits.strangers and sum(map(len, self._strangers.values())) > limits.strangers:
+        if limits.anonymous and sum(map(len, self._anonymous.values())) > limits.anonymous:
             # Of the address that has the most: it is not for others to make room for it.
-            crowd = max(self._strangers, key=lambda address: len(self._strangers[address]))
-            next(iter(self._strangers[crowd])).drop()
+            crowd = max(self._anonymous, key=lambda address: len(self._anonymous[address]))
+            next(iter(self._anonymous[crowd])).drop()
         if limits.total and len(self._all) > limits.total:
-            (self._first_that_rests() or one).drop()
+            (self._first_idle() or one).drop()
 
-    def welcome(self, one: Connection, user: str) -> bool:
+    def admit_user(self, one: Connection, user: str) -> bool:
         """A connection has sent a good token. Whether this user may have one more."""
         if one.user != user:
             self._forget(one)
             one.user = user
         mine = self._users.setdefault(user, {})
         if one not in mine:
-            if len(mine) >= self.limits.of_user:
-                resting = next((other for other in mine if other.rests), None)
+            if len(mine) >= self.limits.per_user:
+                resting = next((other for other in mine if other.is_idle), None)
                 if resting is None:
                     one.user = ""
-                    self._strangers.setdefault(one.address, {})[one] = None
+                    self._anonymous.setdefault(one.address, {})[one] = None
                     return False
                 resting.drop()
             mine[one] = None
@@ -95,12 +95,12 @@ class Registry:
         self._all.pop(one, None)
         self._forget(one)
 
-    def _first_that_rests(self) -> Connection | None:
-        strangers = (one for one in self._all if not one.user)
-        return next(strangers, None) or next((one for one in self._all if one.rests), None)
+    def _first_idle(self) -> Connection | None:
+        anonymous = (one for one in self._all if not one.user)
+        return next(anonymous, None) or next((one for one in self._all if one.is_idle), None)
 
     def _forget(self, one: Connection) -> None:
-        for groups, name in ((self._strangers, one.address), (self._users, one.user)):
+        for groups, name in ((self._anonymous, one.address), (self._users, one.user)):
             group = groups.get(name, {})
             group.pop(one, None)
             if not group:
@@ -110,7 +110,7 @@ class Registry:
 class Connection(H11Protocol):
     """uvicorn's protocol for one connection, with deadlines."""
 
-    registry: Registry  # of a class of its own for each server; see `protocol_of`
+    registry: ConnectionRegistry  # of a class of its own for each server; see `protocol_of`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -118,13 +118,13 @@ class Connection(H11Protocol):
         self.app_state = {**self.app_state, _KEY: self}
         self.address = ""
         self.user = ""
-        self._raw: asyncio.Transport | None = None
+        self._tcp: asyncio.Transport | None = None
         self._early: list[bytes] = []
         self._handshake: asyncio.Task[None] | None = None
         self._arriving = ""  # which part of a request is awaited
         self._timer: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
-        self._unwanted = 0
+        self._num_discarded = 0
 
     @property
     def gone(self) -> bool:
@@ -132,13 +132,13 @@ class Connection(H11Protocol):
         return self.transport.is_closing()
 
     @property
-    def rests(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether no request is under way."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`. With TLS, HTTP begins when the handshake has ended."""
-        self._raw = transport
+        self._tcp = transport
         peer = transport.get_extra_info("peername")
         self.address = str(peer[0]) if isinstance(peer, tuple) and peer else ""
         self._await("head", self.registry.limits.head_s)
@@ -184,8 +184,8 @@ class Connection(H11Protocol):
             return
         if self.conn.our_state is h11.DONE:
             # It was answered before its body had come to its end.
-            self._unwanted += len(data)
-            if self._unwanted > self.registry.limits.unwanted_bytes:
+            self._num_discarded += len(data)
+            if self._num_discarded > self.registry.limits.discarded_bytes:
                 self.drop()
                 return
         super().data_received(data)
@@ -230,7 +230,7 @@ class Connection(H11Protocol):
         self.registry.leave(self)
         if self._handshake is not None:
             self._handshake.cancel()
-        if (transport := self.transport or self._raw) is not None:
+        if (transport := self.transport or self._tcp) is not None:
             transport.abort()
 
     def _look(self) -> None:
@@ -247,7 +247,7 @@ class Connection(H11Protocol):
             self._await("head", limits.head_s)
         elif state is not h11.IDLE or self.cycle is not None:
             self._await("", 0)
-            self._unwanted = 0
+            self._num_discarded = 0
 
     def _await(self, part: str, seconds: float) -> None:
         if part == self._arriving:
@@ -281,7 +281,7 @@ class Connection(H11Protocol):
                 timer.cancel()
 
 
-def protocol_of(registry: Registry) -> type[Connection]:
+def protocol_of(registry: ConnectionRegistry) -> type[Connection]:
     """The class of a server's connections."""
     return type("Connection", (Connection,), {"registry": registry})
 

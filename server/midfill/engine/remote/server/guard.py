@@ -1,7 +1,7 @@
-"""Who may ask a `Service`, how much, how often and how many things at once: ASGI middleware.
+"""Who may ask a `EngineApp`, how much, how often and how many things at once: ASGI middleware.
 
 Browsers are refused by their `Origin`, and names that are not ours by their `Host`, so that no web page can
-make a browser ask. Limits are by user, who is known by a token. Runs on the event loop.
+make a browser ask. ConnectionLimits are by user, who is known by a token. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BYTES = 50_000
 _MOST_AT_ONCE = 16
 _MOST_PAGES_AT_ONCE = 8
 """Pages that are read, as `/midfill/ready`, which lasts as long as the model is loaded."""
-_REFUSED_S = 0.25
+_REFUSAL_DELAY_S = 0.25
 """A refusal takes so long, so that who is refused again and again takes no time from others."""
 _REQUEST_S = 600.0
 """A request ends then, however little it has got."""
@@ -87,14 +87,16 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        user, refused = self._judge(scope)
+        user, refused = self._authorize(scope)
         if refused is not None:
             await _refuse(send, *refused)
             return
-        with suppress(_GoneError):
-            await self._ask(user, scope, receive, _sender(scope, send))
+        with suppress(_ClientGoneError):
+            await self._forward(user, scope, receive, _sender(scope, send))
 
-    async def _ask(self, user: str | None, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+    async def _forward(
+        self, user: str | None, scope: Mapping[str, Any], receive: Receive, send: Send
+    ) -> None:
         if user is None:
             await self._app(scope, _Limited(receive, None), send)
             return
@@ -110,7 +112,7 @@ class Guard:
         finally:
             bucket.enter(-1, read=read)
 
-    def _judge(self, scope: Mapping[str, Any]) -> tuple[str | None, tuple[int, str] | None]:
+    def _authorize(self, scope: Mapping[str, Any]) -> tuple[str | None, tuple[int, str] | None]:
         """The user, None for the owner of an own engine; and status and sentence of a refusal."""
         headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if b"origin" in headers:
@@ -130,7 +132,7 @@ class Guard:
         if user is None:
             return None, (401, "A token is wanted: Authorization: Bearer TOKEN.")
         connection = connection_of(scope)
-        if not connection.registry.welcome(connection, user):
+        if not connection.registry.admit_user(connection, user):
             return user, (429, "Too many connections of yours.")
         bucket = self._buckets.setdefault(user, _Bucket())
         if not bucket.take(time.monotonic(), read=scope["method"] != "POST"):
@@ -166,7 +168,7 @@ class _Limited:
         return message
 
 
-class _GoneError(Exception):
+class _ClientGoneError(Exception):
     """Nobody reads what is answered any more."""
 
 
@@ -179,7 +181,7 @@ def _sender(scope: Mapping[str, Any], send: Send) -> Send:
 
     async def send_on(message: Any) -> None:
         if connection.gone:
-            raise _GoneError
+            raise _ClientGoneError
         await send(message)
         if message.get("more_body"):
             await asyncio.sleep(0)
@@ -188,7 +190,7 @@ def _sender(scope: Mapping[str, Any], send: Send) -> Send:
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:
-    await asyncio.sleep(_REFUSED_S)
+    await asyncio.sleep(_REFUSAL_DELAY_S)
     what = {"error": {"message": why, "type": "invalid_request_error", "param": None, "code": None}}
     body = json.dumps(what).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

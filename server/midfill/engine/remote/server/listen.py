@@ -1,4 +1,4 @@
-"""Where a `Service` listens: at one user's own socket, or in a network, with tokens and TLS.
+"""Where a `EngineApp` listens: at one user's own socket, or in a network, with tokens and TLS.
 
 Beyond this machine nothing is served without both. Who may ask is `guard`'s, how long a connection may take
 `connections`'. One process each.
@@ -22,12 +22,12 @@ from pathlib import Path
 
 import uvicorn
 
-from midfill.engine.remote.server.app import Service
-from midfill.engine.remote.server.connections import Limits, Registry, protocol_of
+from midfill.engine.remote.server.app import EngineApp
+from midfill.engine.remote.server.connections import ConnectionLimits, ConnectionRegistry, protocol_of
 from midfill.engine.remote.server.guard import Guard
-from midfill.engine.remote.server.model_host import Host
+from midfill.engine.remote.server.model_host import ModelHost
 from midfill.errors import SettingsError
-from midfill.system import text_files as textfiles
+from midfill.system import text_files
 
 try:
     import resource
@@ -45,7 +45,7 @@ _MOST_FILES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
-class Listen:
+class ListenSpec:
     """Where to listen.
 
     Attributes:
@@ -93,19 +93,19 @@ class Listen:
                 "and --tls-key, or --behind-proxy if something before it encrypts."
             )
 
-    def limits(self) -> Limits:
-        """What connections may take; a socket of one's own has no strangers."""
-        limits = Limits(total=_max_connections())
+    def limits(self) -> ConnectionLimits:
+        """What connections may take; a socket of one's own has no anonymous."""
+        limits = ConnectionLimits(total=_max_connections())
         if self.socket is not None:
-            return replace(limits, strangers=0, strangers_of_address=0)
-        return replace(limits, strangers_of_address=0) if self.behind_proxy else limits
+            return replace(limits, anonymous=0, anonymous_per_address=0)
+        return replace(limits, anonymous_per_address=0) if self.behind_proxy else limits
 
 
 def read_tokens(path: Path) -> dict[str, str]:
     """Users by token, from lines of `user token`. Raises `SettingsError`; so if others may read it."""
     try:
         check_private(path)
-        rows = [line.split() for line in textfiles.read(path).splitlines() if line.strip()]
+        rows = [line.split() for line in text_files.read(path).splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
         raise SettingsError(f"Cannot read the tokens in {path}: {str(error).rstrip('.')}.") from error
     if any(len(row) != 2 for row in rows) or not rows:
@@ -154,7 +154,11 @@ class _Server(uvicorn.Server):
 
 
 async def serve(
-    host: Host, listen: Listen, announce: Callable[[str], None], *, limits: Limits | None = None
+    host: ModelHost,
+    listen: ListenSpec,
+    announce: Callable[[str], None],
+    *,
+    limits: ConnectionLimits | None = None,
 ) -> None:
     """Serve until the process is told to end, or has been idle for long.
 
@@ -162,13 +166,13 @@ async def serve(
         host: what is served.
         listen: where.
         announce: called with the address when it listens.
-        limits: of connections; None for `Listen.limits`.
+        limits: of connections; None for `ListenSpec.limits`.
 
     Raises `SettingsError` if it would be open to others, or the place is taken.
     """
     listen.check()
-    registry = Registry(limits or listen.limits(), _tls(listen))
-    service = Service(host, own=listen.socket is not None, any_temperature=listen.any_temperature)
+    registry = ConnectionRegistry(limits or listen.limits(), _tls(listen))
+    service = EngineApp(host, own=listen.socket is not None, any_temperature=listen.any_temperature)
     names = frozenset({listen.host, "localhost", "127.0.0.1", "[::1]", "::1", *listen.names})
     sock = _open(listen)
     config = uvicorn.Config(
@@ -203,7 +207,7 @@ async def serve(
         sock.close()
 
 
-def _tls(listen: Listen) -> ssl.SSLContext | None:
+def _tls(listen: ListenSpec) -> ssl.SSLContext | None:
     """The certificate that is shown, with its key. Raises `SettingsError`."""
     if listen.tls_cert is None and listen.tls_key is None:
         return None
@@ -220,7 +224,7 @@ def _tls(listen: Listen) -> ssl.SSLContext | None:
     return context
 
 
-def _open(listen: Listen) -> socket.socket:
+def _open(listen: ListenSpec) -> socket.socket:
     """A socket that listens."""
     try:
         if listen.socket is None:
@@ -249,7 +253,7 @@ def _unlink_own(path: Path, inode: int) -> None:
             path.unlink()
 
 
-def _address(listen: Listen, sock: socket.socket) -> str:
+def _address(listen: ListenSpec, sock: socket.socket) -> str:
     if listen.socket is not None:
         return f"unix:{listen.socket}"
     scheme = "https" if listen.tls_cert else "http"
@@ -257,7 +261,7 @@ def _address(listen: Listen, sock: socket.socket) -> str:
     return f"{scheme}://{name}:{port}"
 
 
-def run(host: Host, listen: Listen) -> None:
+def run(host: ModelHost, listen: ListenSpec) -> None:
     """`serve` in a process of its own: one line on stdout says where it listens, and is all that it says."""
 
     def announce(address: str) -> None:

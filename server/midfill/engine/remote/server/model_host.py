@@ -31,7 +31,7 @@ Raises `ModelError` if the model was not trained for that. Called in threads.
 """
 
 
-class Meters:
+class HostMetrics:
     """What Prometheus reads. Numbers only."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Meters:
 
 
 @dataclass(slots=True)
-class Host:
+class ModelHost:
     """The model in memory while it is wanted.
 
     Attributes:
@@ -82,7 +82,7 @@ class Host:
     on_exit: Callable[[], None] = lambda: None
     adapters: tuple[AdapterSource, ...] = ()
     infill: Infill | None = None
-    meters: Meters = field(default_factory=Meters)
+    metrics_: HostMetrics = field(default_factory=HostMetrics)
     engine: Engine | None = None
     vocabulary: str = ""
     num_ids: int = 0
@@ -119,7 +119,7 @@ class Host:
         finally:
             self._loading = None
         self.engine = engine
-        self.meters.loaded.set(1)
+        self.metrics_.loaded.set(1)
         self.touch()
         return engine
 
@@ -212,13 +212,13 @@ class Host:
     def enter(self) -> None:
         """A request begins."""
         self._num_running += 1
-        self.meters.running.set(self._num_running)
+        self.metrics_.running.set(self._num_running)
         self._stop_timers()
 
     def leave(self) -> None:
         """A request ends."""
         self._num_running -= 1
-        self.meters.running.set(self._num_running)
+        self.metrics_.running.set(self._num_running)
         self.touch()
 
     def touch(self) -> None:
@@ -242,7 +242,7 @@ class Host:
         engine, self.engine = self.engine, None
         if engine is not None:
             _LOG.info("the model leaves memory")
-            self.meters.loaded.set(0)
+            self.metrics_.loaded.set(0)
             self._closing = asyncio.get_running_loop().create_task(engine.close())
 
     async def close(self) -> None:

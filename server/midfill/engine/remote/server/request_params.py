@@ -39,7 +39,7 @@ _REMEDIES = {
 }
 
 
-class AskedError(Exception):
+class InvalidParamsError(Exception):
     """A request that is not understood, or asks for what there is not.
 
     Attributes:
@@ -71,7 +71,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] = False
 
 
-class Asked(BaseModel):
+class CompletionParams(BaseModel):
     """A completion. What is null counts as left out.
 
     Attributes:
@@ -106,13 +106,13 @@ class Asked(BaseModel):
     @classmethod
     def _without_neutral_values(cls, values: Any) -> Any:
         if not isinstance(values, dict):
-            raise AskedError("", "The body is no JSON object.")
+            raise InvalidParamsError("", "The body is no JSON object.")
         kept = {name: value for name, value in values.items() if value is not None}
         for name, neutral in _NEUTRAL.items():
             if name in kept:
                 value = kept.pop(name)
                 if isinstance(value, bool) is not isinstance(neutral[0], bool) or value not in neutral:
-                    raise AskedError(name, f"{_UNUSED}; {_REMEDIES[name]}.")
+                    raise InvalidParamsError(name, f"{_UNUSED}; {_REMEDIES[name]}.")
         return kept
 
     @field_validator("prompt", mode="plain")
@@ -120,20 +120,26 @@ class Asked(BaseModel):
     def _one_prompt(cls, value: Any) -> str | list[int]:
         if isinstance(value, list) and value and isinstance(value[0], str | list):
             if len(value) > 1:
-                raise AskedError("prompt", f"{len(value)} prompts were sent; send one with each request.")
+                raise InvalidParamsError(
+                    "prompt", f"{len(value)} prompts were sent; send one with each request."
+                )
             value = value[0]
         if isinstance(value, str):
             if len(value) > MAX_TOKENS * CHARS_PER_TOKEN:
-                raise AskedError(
+                raise InvalidParamsError(
                     "prompt", f"a text may have at most {MAX_TOKENS * CHARS_PER_TOKEN} characters."
                 )
             return value
         if not isinstance(value, list):
-            raise AskedError("prompt", "it must be a text or a list of token ids.")
+            raise InvalidParamsError("prompt", "it must be a text or a list of token ids.")
         if len(value) > MAX_TOKENS:
-            raise AskedError("prompt", f"{len(value)} tokens were sent; at most {MAX_TOKENS} are taken.")
+            raise InvalidParamsError(
+                "prompt", f"{len(value)} tokens were sent; at most {MAX_TOKENS} are taken."
+            )
         if not all(type(one) is int and 0 <= one < _MOST_IDS for one in value):
-            raise AskedError("prompt", "it must be a text or a list of token ids, which are whole numbers.")
+            raise InvalidParamsError(
+                "prompt", "it must be a text or a list of token ids, which are whole numbers."
+            )
         return value
 
     @field_validator("stop", mode="before")
@@ -151,43 +157,43 @@ class Asked(BaseModel):
         )
 
 
-def read(body: bytes, *, any_temperature: bool = False) -> Asked:
+def read(body: bytes, *, any_temperature: bool = False) -> CompletionParams:
     """Read and judge a body.
 
     Args:
         body: JSON.
         any_temperature: temperatures above 0 are taken as well, though the answer is that of 0.
 
-    Raises `AskedError` that names the field and its limit.
+    Raises `InvalidParamsError` that names the field and its limit.
     """
     try:
-        asked = Asked.model_validate_json(body)
+        params = CompletionParams.model_validate_json(body)
     except ValidationError as error:
         raise refusal(error) from None
-    if asked.temperature and not any_temperature:
-        raise AskedError(
+    if params.temperature and not any_temperature:
+        raise InvalidParamsError(
             "temperature",
             "this engine always takes the likeliest token; send 0, or have it started with "
             "--any-temperature, with which it takes others and answers as for 0.",
         )
-    if asked.suffix is not None and not isinstance(asked.prompt, str):
-        raise AskedError("suffix", "needs a prompt that is text, not token ids.")
-    if asked.stream_options is not None and not asked.stream:
-        raise AskedError("stream_options", "works only with stream: true.")
-    return asked
+    if params.suffix is not None and not isinstance(params.prompt, str):
+        raise InvalidParamsError("suffix", "needs a prompt that is text, not token ids.")
+    if params.stream_options is not None and not params.stream:
+        raise InvalidParamsError("stream_options", "works only with stream: true.")
+    return params
 
 
-def refusal(error: ValidationError) -> AskedError:
+def refusal(error: ValidationError) -> InvalidParamsError:
     """The first thing that is wrong, without quoting it."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     # Of a union, the names of its members come next.
     named = [str(part) for part in first["loc"] if isinstance(part, int) or _is_plain(part)]
     name = ".".join(named)[:_MAX_NAME] or "A field"
     if first["type"] == "extra_forbidden":
-        return AskedError(name, "this engine has no such parameter; leave it out.")
+        return InvalidParamsError(name, "this engine has no such parameter; leave it out.")
     if first["type"] == "json_invalid":
-        return AskedError("", "The body is no valid JSON.")
-    return AskedError(name, f"{first['msg'].removesuffix('.')}.")
+        return InvalidParamsError("", "The body is no valid JSON.")
+    return InvalidParamsError(name, f"{first['msg'].removesuffix('.')}.")
 
 
 def _is_plain(name: str) -> bool:

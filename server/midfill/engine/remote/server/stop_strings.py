@@ -35,7 +35,7 @@ class _Pattern:
         return self.matched == len(self.text)
 
 
-class Stops:
+class StopMatcher:
     """Reads an answer piece by piece.
 
     Args:

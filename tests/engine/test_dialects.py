@@ -12,9 +12,9 @@ from tiny import write_tokenizer
 
 from midfill.completion.completer import Completer, Trigger
 from midfill.engine.api import Request
-from midfill.engine.remote.client.circuit_breaker import Breaker
+from midfill.engine.remote.client.circuit_breaker import CircuitBreaker
 from midfill.engine.remote.client.credentials import find_key
-from midfill.engine.remote.client.dialects import DIALECTS, Lines, WireError
+from midfill.engine.remote.client.dialects import DIALECTS, InvalidResponseError, StreamParser
 from midfill.engine.remote.client.endpoint import RemoteSpec
 from midfill.engine.remote.client.fallback import FallbackEngine
 from midfill.engine.remote.client.remote import RemoteEngine
@@ -108,7 +108,7 @@ async def test_vllm_writes_half_a_word_anew_token_by_token(model):
     async with Faulty(models=listing("vllm"), script=script) as server:
         server.pages["/tokenize"] = tokenize(tokenizer, "prompt")
         engine = await started(server, candidates=(model,))
-        assert await text_of(engine, Request((7,), 8, starts_with="lo")) == "loads"
+        assert await text_of(engine, Request((7,), 8, forced_prefix="lo")) == "loads"
         assert len(server.completions) == 3
         await engine.close()
 
@@ -149,7 +149,8 @@ async def test_text_is_sent_where_the_vocabulary_is_not_known(kind):
             ids += [tokenizer.token_id(name)] if part == "sentinel" else tokenizer.encode(pieces[name])
         stop = tokenizer.token_id(family.stops[0])
         assert (
-            await text_of(engine, Request(tuple(ids), 8, frozenset({stop}), starts_with=' "lo')) == ' "loads'
+            await text_of(engine, Request(tuple(ids), 8, frozenset({stop}), forced_prefix=' "lo'))
+            == ' "loads'
         )
         (body,) = server.completions
         prompt = body["prompt"]
@@ -277,7 +278,7 @@ def test_the_command_of_a_key_runs_nothing_of_the_current_folder(monkeypatch, tm
 
 
 def test_a_breaker_opens_and_lets_one_through_to_see():
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(3):
         assert breaker.allows(0.0)
         breaker.begin()
@@ -301,11 +302,11 @@ def test_a_breaker_opens_and_lets_one_through_to_see():
 def test_lines_are_bounded_and_may_be_cut_anywhere():
     whole = b': comment\r\nevent: x\r\ndata: {"a": 1}\r\n\r\ndata:{"b": 2}\n\ndata: [DONE]\n{"c": 3}'
     for size in (1, 3, len(whole)):
-        lines = Lines()
+        lines = StreamParser()
         found = [one for at in range(0, len(whole), size) for one in lines.take(whole[at : at + size])]
         assert [*found, *lines.take(None)] == [{"a": 1}, {"b": 2}, {}, {"c": 3}]
-    with pytest.raises(WireError):
-        Lines(limit=10).take(b"x" * 11)
+    with pytest.raises(InvalidResponseError):
+        StreamParser(limit=10).take(b"x" * 11)
 
 
 async def test_the_model_here_takes_over_where_the_user_wants_that(model):
