@@ -100,7 +100,7 @@ def engine(step_s=0.003, sequence_s=0.0006, token_s=0.0001, chunk_tokens=64):
     """A `LocalEngine` around it, as `midfill serve` would have one; for a test in `clock.in_its_own_time`."""
     clock = asyncio.get_running_loop().clock
     found = paced_engine(PacedRunner(clock, step_s, sequence_s, token_s, chunk_tokens))
-    found.mailbox = clock.mailbox
+    found._shared.mailbox = clock.mailbox
     return found
 
 

@@ -117,14 +117,14 @@ async def test_a_pass_that_was_only_stopped_for_a_while_is_not_given_up(start):
     fleet = await start(step_limit_s=1000.0)
     supervisor, engine, runner = fleet.supervisor, fleet.engines[0], fleet.runners[0]
     task = await tiny.start_and_reach_step(supervisor, runner, 1, LONG)
-    engine.turn_started_s -= 5000
+    engine._shared.step_started_s -= 5000
     supervisor._timer.cancel()
-    supervisor._look()
+    supervisor._check()
     runner.leave.release()
     assert await runner.began.get() == 2
-    engine.turn_started_s -= 5000
+    engine._shared.step_started_s -= 5000
     supervisor._timer.cancel()
-    supervisor._look()
+    supervisor._check()
     runner.open()
     assert await task == [65] * 8
     assert len(fleet.engines) == 1
@@ -149,7 +149,7 @@ async def test_nothing_is_watched_when_nothing_runs(start):
     while not fleet.engines[0].idle:  # noqa: ASYNC110 - the thread says nothing when it comes to rest
         await asyncio.sleep(0)
     timer.cancel()
-    supervisor._look()
+    supervisor._check()
     assert supervisor._timer is None
 
 
