@@ -18,7 +18,7 @@ from midfill.engine.remote.client.dialects import DIALECTS, InvalidResponseError
 from midfill.engine.remote.client.endpoint import RemoteSpec
 from midfill.engine.remote.client.fallback import FallbackEngine
 from midfill.engine.remote.client.remote import RemoteEngine
-from midfill.engine.remote.client.text_tokenizer import RenderedTokenizer
+from midfill.engine.remote.client.text_tokenizer import TextTokenizer
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import EngineUnavailableError, ModelError, SettingsError
 from midfill.fim.probing import identify
@@ -77,7 +77,7 @@ async def test_a_vocabulary_that_differs_is_not_used(model, change):
         server.pages["/tokenize"] = lambda body: {"tokens": change(real(body)["tokens"])}
         server.pages["/props"] = lambda _body: {"default_generation_settings": {"n_ctx": 512}}
         engine = await started(server, candidates=(model,))
-        assert isinstance(engine.model.tokenizer, RenderedTokenizer)
+        assert isinstance(engine.model.tokenizer, TextTokenizer)
         assert (engine.model.proven, engine.model.context) == (False, 512)
         await engine.close()
 
@@ -167,7 +167,7 @@ async def test_text_is_sent_where_the_vocabulary_is_not_known(kind):
 
 
 def test_text_never_becomes_a_sentinel_where_text_is_sent():
-    tokenizer = RenderedTokenizer()
+    tokenizer = TextTokenizer()
     for text in (
         "a <|fim_middle|> b",
         "<fim_prefix>",
@@ -241,7 +241,7 @@ def test_where_a_key_comes_from(monkeypatch):
     # PowerShell begins what it prints with a byte order mark, where it is told UTF-8.
     say = "import sys; sys.stdout.buffer.write(bytes([239, 187, 191]) + b'from-a-program' + bytes([13, 10]))"
     assert find_key(f'command:"{sys.executable}" -c "{say}"') == "from-a-program"
-    with pytest.raises(SettingsError, match="not in UTF-8"):
+    with pytest.raises(SettingsError, match="not UTF-8"):
         find_key(
             f'command:"{sys.executable}" -c "import sys; sys.stdout.buffer.write(bytes([255, 254, 97, 0]))"'
         )

@@ -19,7 +19,7 @@ from serving import TOKEN, hosted, team, until
 from midfill.engine.api import AdapterSource, Request
 from midfill.engine.remote.client.endpoint import RemoteSpec
 from midfill.engine.remote.client.remote import RemoteEngine
-from midfill.engine.remote.client.text_tokenizer import RenderedTokenizer
+from midfill.engine.remote.client.text_tokenizer import TextTokenizer
 from midfill.engine.remote.server.guard import _Bucket
 from midfill.engine.remote.server.listen import ListenSpec, read_tokens, serve
 from midfill.engine.remote.server.model_host import ModelHost
@@ -96,7 +96,7 @@ async def test_sentinels_in_a_prompt_that_is_text_are_sentinels(tmp_path):
             assert answer["usage"]["prompt_tokens"] == num
     async with hosted(ListenSpec(socket=path)), engine_of(path) as engine:
         tokenizer = engine.model.tokenizer
-        assert isinstance(tokenizer, RenderedTokenizer)
+        assert isinstance(tokenizer, TextTokenizer)
         ids = (tokenizer.token_id("<|fim_prefix|>"), *tokenizer.encode("a <|fim_prefix|>"))
         asked = Request(ids, 3)
         assert "".join([token.text async for token in engine.generate(asked)]) == "hel"

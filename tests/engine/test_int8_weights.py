@@ -81,7 +81,7 @@ def test_a_kept_model_is_not_read_again(model, kept):
 def test_given_back_pages_come_back(model, kept):
     weights = read_weights(model.path, exact=lambda _: False, num_threads=1, report=lambda _: None)
     before = weights.tensors[MATRIX].values.copy()
-    weights.give_back()
+    weights.release_pages()
     assert np.array_equal(weights.tensors[MATRIX].values, before)
     assert kept()
 
@@ -190,7 +190,7 @@ def test_merged_weights_are_kept_beside_those_of_the_base(model, kept):
     _, found = merged(model, adapter_of(model, 0.1))
     assert len(kept()) == 2
     before = found.tensors[MATRIX].values.copy()
-    found.give_back()
+    found.release_pages()
     assert np.array_equal(found.tensors[MATRIX].values, before)
     both = kept()
     _, again = merged(model, adapter_of(model, 0.1))
@@ -204,7 +204,7 @@ def test_merged_weights_are_kept_beside_those_of_the_base(model, kept):
     values = other.tensors[MATRIX].values.copy()
     forget_merged(model.path)
     assert set(kept()) < set(both)
-    other.give_back()
+    other.release_pages()
     assert np.array_equal(other.tensors[MATRIX].values, values)
 
 

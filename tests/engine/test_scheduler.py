@@ -144,7 +144,7 @@ def test_nothing_to_do():
 def test_guesses_are_computed_along_and_kept_as_far_as_they_are_right():
     scheduler = make(chunk=8, step=8)
     prompt = sequence(1, 2, 3)
-    prompt.guesses = [4, 5, 6]
+    prompt.draft_tokens = [4, 5, 6]
     scheduler.add(prompt)
     [chunk] = scheduler.schedule()
     assert (chunk.tokens, chunk.num_draft_tokens, chunk.samples) == ([1, 2, 3, 4, 5, 6], 3, True)
@@ -152,9 +152,9 @@ def test_guesses_are_computed_along_and_kept_as_far_as_they_are_right():
     choices = chunk.verify(answers.__getitem__)
     # The first guess came true, the second did not; what follows it means nothing.
     assert [choice.id for choice in choices] == [4, 9]
-    scheduler.computed(chunk, num_right=1)
+    scheduler.computed(chunk, num_accepted=1)
     prompt.tokens += [4, 9]
-    prompt.guesses = []
+    prompt.draft_tokens = []
     [chunk] = scheduler.schedule()
     assert (chunk.start, chunk.tokens) == (4, [9])
 
@@ -162,7 +162,7 @@ def test_guesses_are_computed_along_and_kept_as_far_as_they_are_right():
 def test_guesses_take_no_room_from_known_tokens():
     scheduler = make(chunk=4, step=4)
     prompt = sequence(1, 2, 3, 4, 5, 6)
-    prompt.guesses = [7, 8, 9]
+    prompt.draft_tokens = [7, 8, 9]
     scheduler.add(prompt)
     assert run(scheduler) == [[1, 2, 3, 4]]
     assert scheduler.schedule()[0].tokens == [5, 6, 7, 8]

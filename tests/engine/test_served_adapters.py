@@ -93,7 +93,7 @@ async def test_else_a_name_is_enough_if_it_is_of_this_model(ours):
         await write(engine, ours.key)
         assert server.asked_for() == ["ours"]
         for name in ("other", "absent", NAME):
-            with pytest.raises(AdapterError, match=f"has not the adapter {name} .*--enable-lora"):
+            with pytest.raises(AdapterError, match=f"does not have the adapter {name} .*--enable-lora"):
                 await engine.set_adapters([replace(ours, key="cd" * 32, name=name)])
         await write(engine, ours.key)
         assert server.asked_for() == ["ours"] * 2, "what was there stays"

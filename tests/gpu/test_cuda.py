@@ -1,7 +1,8 @@
 """On a CUDA device: captured passes give what they give when they are called, and how long they take.
 
 Real shapes, random weights. Times are printed; they are held to the targets on an H200 only, for which these
-were set. Without a device all of this is skipped; tests/engine/test_cuda_graphs.py runs the same code on the CPU.
+were set. Without a device all of this is skipped; tests/engine/test_cuda_graphs.py runs the same code on the
+CPU.
 """
 
 from __future__ import annotations
@@ -65,7 +66,6 @@ def runner(model):
         model.path,
         device="cuda:0",
         dtype="bfloat16",
-        adapter=None,
         num_threads=0,
         report=lambda _share: None,
         meanwhile=lambda: None,
@@ -117,7 +117,6 @@ def test_in_fp32_the_tokens_equal_generate(tmp_path, kind):
         model.path,
         device="cuda:0",
         dtype="float32",
-        adapter=None,
         num_threads=0,
         report=lambda _share: None,
         meanwhile=lambda: None,

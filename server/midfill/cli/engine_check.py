@@ -21,7 +21,7 @@ from midfill.engine.api import Request
 from midfill.engine.remote.client.detection import ServerInfo, ask
 from midfill.engine.remote.client.endpoint import is_loopback
 from midfill.engine.remote.client.remote import RemoteEngine
-from midfill.engine.remote.client.text_tokenizer import RenderedTokenizer
+from midfill.engine.remote.client.text_tokenizer import TextTokenizer
 from midfill.errors import EngineError, EngineUnavailableError, MidfillError
 from midfill.fim.probing import identify, probe
 from midfill.fim.templates import Family
@@ -114,7 +114,7 @@ def _reached(findings: Findings, engine: RemoteEngine, served: ServerInfo, ms: f
         kind=served.dialect,
         recognised_ms=round(ms, 1),
     )
-    text = isinstance(engine.model.tokenizer, RenderedTokenizer)
+    text = isinstance(engine.model.tokenizer, TextTokenizer)
     how = "as text, since its vocabulary is not here" if text else "as token ids"
     remedy = (
         "Fetch a model of the same family, so that prompts are exact: midfill model pull NAME" if text else ""

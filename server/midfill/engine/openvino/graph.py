@@ -1,8 +1,8 @@
-"""A decoder as an OpenVINO graph: from `config.json` and tensors to a model that OpenVINO compiles.
+"""Build a decoder as an OpenVINO graph, from `config.json` and tensors.
 
-The graph takes the tokens of several sequences in one flat row and keeps keys and values in blocks that
-the caller owns (paged attention), so a past is cut by a number and nothing is copied. Weights are int8 with
-one scale per output channel, or float32, which makes the same tokens as transformers does.
+The graph takes the tokens of several sequences in one flat row and keeps keys and values in blocks that the
+caller owns (paged attention), so a past is cut by changing a number and nothing is copied. Weights are int8
+with one scale per output channel, or float32, which yields the same tokens as transformers.
 
 Knows tensors and shapes; nothing of slots, requests or text. Imports neither torch nor transformers.
 """
@@ -30,16 +30,16 @@ _ACTIVATIONS = {"silu": "silu", "gelu": "erf", "gelu_pytorch_tanh": "tanh", "gel
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
-    """The names of a decoder's parts in its files, and what they are like.
+    """The names of a decoder's parts in its files, and their kinds.
 
     Attributes:
-        embedding, positions, final_norm: names of tensors without ".weight"; `positions` is "" where
-            positions are rotary.
-        layer: name of a layer, with its number to be filled in.
+        embedding, positions, final_norm: names of tensors without ".weight"; `positions` is "" for rotary
+            positions.
+        layer: name of a layer, with a placeholder for its number.
         attention_norm, mlp_norm, out: names in a layer.
         qkv: one name if the three are one matrix (one key-value head), else three.
         mlp: (up, down), or (gate, up, down).
-        rms: whether norms divide by the root mean square; else they are layer norms with a bias.
+        rms: norms divide by the root mean square; else they are layer norms with a bias.
     """
 
     embedding: str
@@ -88,20 +88,20 @@ _GPT_BIGCODE = TensorNames(
     rms=False,
 )
 TENSOR_NAMES = {"qwen2": _LLAMA, "llama": _LLAMA, "starcoder2": _STARCODER2, "gpt_bigcode": _GPT_BIGCODE}
-"""By transformers' `model_type`. Others are run by torch."""
+"""By transformers' `model_type`. Other architectures are run by torch."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """The numbers of a decoder.
+    """The dimensions of a decoder.
 
     Attributes:
         architecture: transformers' `model_type`, a key of `TENSOR_NAMES`.
-        context: the most tokens of one sequence.
+        context: maximum number of tokens of one sequence.
         head_width: entries of one head's query, key or value.
         activation: "silu", or the kind of gelu, "erf" or "tanh".
-        rope_theta, rope_factor: base of the rotary frequencies, and what positions are divided by.
-        window: how many tokens each one attends to, itself included; 0 for all.
+        rope_theta, rope_factor: base of the rotary frequencies, and the divisor of positions.
+        window: number of tokens that each one attends to, itself included; 0 for all.
     """
 
     architecture: str
@@ -127,11 +127,11 @@ _MAX_NUMBER = 1e30
 
 
 class UnsupportedError(Exception):
-    """The model is none that a graph can be made of; the message says why."""
+    """No graph can be built of the model; the message says why."""
 
 
 def read_shape(path: Path) -> DecoderShape:
-    """The shape of the model in a folder. Raises `UnsupportedError` if no graph can be made of it."""
+    """Return the shape of the model in a folder. Raises `UnsupportedError` if no graph can be built of it."""
     try:
         shape = _shape(read_json(path / "config.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
@@ -143,7 +143,7 @@ def read_shape(path: Path) -> DecoderShape:
 
 
 def _is_sound(name: str, value: Any) -> bool:
-    """Whether a field of `DecoderShape` has a value that a model can have."""
+    """Return whether a field of `DecoderShape` has a value that a model can have."""
     if name in {"architecture", "activation"}:
         return isinstance(value, str)
     if name in {"epsilon", "rope_theta", "rope_factor"}:
@@ -216,7 +216,7 @@ def _activation(config: Mapping[str, Any], default: str) -> str:
 
 
 def _window(config: Mapping[str, Any]) -> int:
-    """The window that all layers share."""
+    """Return the attention window that all layers share."""
     window = config.get("sliding_window") or 0
     if not config.get("use_sliding_window", config["model_type"] == "starcoder2"):
         window = 0
@@ -227,9 +227,9 @@ def _window(config: Mapping[str, Any]) -> int:
 
 
 def siblings(shape: DecoderShape, branched: frozenset[str]) -> list[tuple[str, ...]]:
-    """The linear layers that have branches, those with the same input together.
+    """Return the linear layers with LoRA inputs, those with the same input together.
 
-    Raises `AdapterError` if one of `branched` is no linear layer of such a model.
+    Raises `AdapterError` if one of `branched` is not a linear layer of such a model.
     """
     layout = TENSOR_NAMES[shape.architecture]
     groups = [layout.qkv, (layout.out,), layout.mlp[:-1], layout.mlp[-1:]]
@@ -239,25 +239,27 @@ def siblings(shape: DecoderShape, branched: frozenset[str]) -> list[tuple[str, .
         for group in groups
     ]
     if strangers := sorted(branched - {name for group in names for name in group}):
-        raise AdapterError(f"The adapter has a branch on {strangers[0]}, which is served by torch only.")
+        raise AdapterError(
+            f"The adapter changes {strangers[0]}, which OpenVINO does not support here; use runner torch."
+        )
     return [group for group in names if group]
 
 
 def build_parts(
     shape: DecoderShape, tensors: Tensors, branched: frozenset[str] = frozenset(), *, num_parts: int = 1
 ) -> list[ov.Model]:
-    """The graphs of a model, to be run one after the other, with room for adapters on `branched` layers.
+    """Return the graphs of a model, to be run one after the other, with LoRA inputs for `branched` layers.
 
-    Each has about as many layers; one part is the whole model. They hand over `hidden` (tokens x width).
-    Inputs, each of the parts that need it: `input_ids`, `position_ids` (the tokens of all sequences, one
-    after the other), `selected` (the tokens whose logits are wanted, by their place in that row),
-    `key_cache.N` and `value_cache.N` of every layer, and, as OpenVINO's paged attention defines them,
-    `past_lens`, `subsequence_begins`, `block_indices`, `block_indices_begins`, `max_context_len`. With
-    branches also, as `branches.LoraStack` makes them, `mask` (tokens x rank), `down.NAME` for each of
-    `siblings`, by the name of its first layer, and `up.NAME` for each layer. Output of the last: logits, one
-    row for each selected.
+    Each part has about the same number of layers; one part is the whole model. They hand over `hidden`
+    (tokens x width). Inputs, each of the parts that need it: `input_ids`, `position_ids` (the tokens of all
+    sequences, one after the other), `selected` (indexes of the tokens whose logits are wanted), `key_cache.N`
+    and `value_cache.N` of every layer, and, as OpenVINO's paged attention defines them, `past_lens`,
+    `subsequence_begins`, `block_indices`, `block_indices_begins`, `max_context_len`. With `branched` layers
+    also, as `LoraStack` makes them, `mask` (tokens x rank), `down.NAME` for each of `siblings`, by the name
+    of its first layer, and `up.NAME` for each layer. Output of the last part: logits, one row for each
+    selected token.
 
-    Raises `ModelError` if the tensors are not those of that shape, with the tensor at fault.
+    Raises `ModelError` if the tensors do not have that shape; names the tensor at fault.
     """
     read = _Parts(tensors)
     num_parts = min(num_parts, shape.num_layers)
@@ -268,13 +270,13 @@ def build_parts(
 
 
 def skip_quantization(shape: DecoderShape) -> Callable[[str], bool]:
-    """Whether a tensor must not be rounded: that of learned positions, whose small steps matter."""
+    """Return whether a tensor must stay float32: learned positions must, because small steps matter."""
     positions = TENSOR_NAMES[shape.architecture].positions
     return lambda name: name == f"{positions}.weight"
 
 
 class _Parts:
-    """The tensors of a model, and which of them no part of the graph has taken yet."""
+    """The tensors of a model, and which of them no part of the graph has used yet."""
 
     def __init__(self, tensors: Tensors) -> None:
         self._read = tensors
@@ -284,7 +286,7 @@ class _Parts:
         return name in self._read
 
     def take(self, name: str, *shape: int) -> Floats | QuantizedTensor:
-        """A tensor, which must have that shape."""
+        """Return a tensor, which must have that shape."""
         tensor = self._read.get(name)
         if tensor is None:
             raise ModelError(
@@ -297,16 +299,16 @@ class _Parts:
         return tensor
 
     def floats(self, name: str, *shape: int) -> Floats:
-        """The same for a tensor that is not rounded."""
+        """Return a tensor that is not quantized."""
         return cast("Floats", self.take(name, *shape))
 
     def num_rows(self, name: str) -> int:
-        """The number of outputs of a matrix; 0 if there is none of that name."""
+        """Return the number of outputs of a matrix; 0 if there is none of that name."""
         tensor = self._read.get(name)
         return 0 if tensor is None else len(tensor.values if isinstance(tensor, QuantizedTensor) else tensor)
 
     def check_all_used(self, harmless: tuple[str, ...]) -> None:
-        """Raise `ModelError` if there is a tensor that no part of the graph has taken."""
+        """Raise `ModelError` if there is a tensor that no part of the graph has used."""
         unknown = sorted(name for name in self._unused if not name.endswith(harmless))
         if unknown:
             raise ModelError(
@@ -327,7 +329,7 @@ class _Graph:
         self._inputs: list[op.Parameter] = []
 
     def build(self) -> ov.Model:
-        """The finished graph."""
+        """Return the finished graph."""
         shape = self._shape
         is_last = self._layers.stop == shape.num_layers
         positions = self._input("position_ids", ov.Type.i64, [-1])
@@ -341,11 +343,11 @@ class _Graph:
             hidden = self._embed(self._input("input_ids", ov.Type.i64, [-1]), positions)
         else:
             hidden = self._input("hidden", ov.Type.f32, [-1, shape.width])
-        turns = None if self._names.positions else self._turns(positions)
+        rotary = None if self._names.positions else self._rotary_angles(positions)
         for number in self._layers:
             name = self._names.layer.format(number)
             normed = self._norm(hidden, name + self._names.attention_norm)
-            attended = self._attend(normed, name, number, turns, sequences, longest)
+            attended = self._attend(normed, name, number, rotary, sequences, longest)
             [projected] = self._linears(attended, {name + self._names.out: shape.width})
             hidden = opset15.add(hidden, projected)
             normed = self._norm(hidden, name + self._names.mlp_norm)
@@ -386,7 +388,7 @@ class _Graph:
         return node
 
     def _linears(self, inputs: ov.Node, widths: Mapping[str, int]) -> list[ov.Node]:
-        """Linear layers of the same input, by name and number of outputs, with their branches."""
+        """Return the outputs of linear layers with the same input, LoRA terms included."""
         outputs = {name: self._linear(inputs, name, width) for name, width in widths.items()}
         branched = [name for name in widths if name in self._branched]
         if branched:
@@ -423,8 +425,8 @@ class _Graph:
         normed = opset15.multiply(inputs, opset15.divide(_constant(np.float32(1)), root))
         return opset15.multiply(weight, normed)
 
-    def _turns(self, positions: ov.Node) -> tuple[ov.Node, ov.Node]:
-        """Cosines and sines of the rotary angles: (tokens x 1 x head width)."""
+    def _rotary_angles(self, positions: ov.Node) -> tuple[ov.Node, ov.Node]:
+        """Return cosines and sines of the rotary angles: (tokens x 1 x head width)."""
         width = self._shape.head_width
         exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         frequencies = np.float32(1) / np.float32(self._shape.rope_theta) ** exponents
@@ -435,10 +437,10 @@ class _Graph:
         angles = opset15.concat([half, half], -1)
         return opset15.cos(angles), opset15.sin(angles)
 
-    def _turned(self, inputs: ov.Node, num_heads: int, turns: tuple[ov.Node, ov.Node] | None) -> ov.Node:
-        if turns is None:
+    def _rotate(self, inputs: ov.Node, num_heads: int, rotary: tuple[ov.Node, ov.Node] | None) -> ov.Node:
+        if rotary is None:
             return inputs
-        cosines, sines = turns
+        cosines, sines = rotary
         width = self._shape.head_width
         heads = _reshape(inputs, -1, num_heads, width)
         halves = opset15.split(heads, _constant(np.int64(-1)), 2)
@@ -452,11 +454,11 @@ class _Graph:
         inputs: ov.Node,
         name: str,
         number: int,
-        turns: tuple[ov.Node, ov.Node] | None,
+        rotary: tuple[ov.Node, ov.Node] | None,
         sequences: list[op.Parameter],
         longest: op.Parameter,
     ) -> ov.Node:
-        """Queries, keys and values of a layer, and what the queries find."""
+        """Return the attention of a layer: project to queries, keys and values, store the latter, attend."""
         shape = self._shape
         widths = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
         widths = [heads * shape.head_width for heads in widths]
@@ -474,8 +476,8 @@ class _Graph:
         ]
         node = op._PagedAttentionExtension(  # noqa: SLF001 - it has no public name yet; the version is pinned
             [
-                self._turned(query, shape.num_heads, turns).output(0) if turns else query,
-                self._turned(key, shape.num_kv_heads, turns).output(0) if turns else key,
+                self._rotate(query, shape.num_heads, rotary).output(0) if rotary else query,
+                self._rotate(key, shape.num_kv_heads, rotary).output(0) if rotary else key,
                 value,
                 *(cache.output(0) for cache in caches),
                 *(row.output(0) for row in sequences),
@@ -501,7 +503,7 @@ class _Graph:
 
 
 def _attention_constants(shape: DecoderShape, longest: op.Parameter) -> list[ov.Node]:
-    """What follows the block tables in the inputs of OpenVINO 2026.4's paged attention; mostly unused."""
+    """Return the inputs of OpenVINO 2026.4's paged attention after the block tables; mostly unused."""
     none_i32 = np.zeros(0, np.int32)
     none_f32 = np.zeros(0, np.float32)
     zero = np.int32(0)
@@ -521,7 +523,7 @@ def _attention_constants(shape: DecoderShape, longest: op.Parameter) -> list[ov.
 
 
 def _constant(value: npt.NDArray[Any] | np.generic) -> ov.Node:
-    """A constant that shares the memory of an array."""
+    """Return a constant that shares the memory of an array."""
     return op.Constant(np.asarray(value, order="C"), shared_memory=True)
 
 
@@ -534,14 +536,14 @@ def _reshape(node: ov.Node, *shape: int) -> ov.Node:
 
 
 def _matrix(weight: Floats | QuantizedTensor) -> ov.Node:
-    """Weights for a product: OpenVINO keeps int8 ones as they are and scales in the kernel."""
+    """Return weights for a product. OpenVINO keeps int8 ones as they are and scales in the kernel."""
     if not isinstance(weight, QuantizedTensor):
         return _constant(weight)
     return opset15.multiply(opset15.convert(_constant(weight.values), ov.Type.f32), _constant(weight.scales))
 
 
 def _rows(table: Floats | QuantizedTensor, ids: ov.Node) -> ov.Node:
-    """Some rows of a table. Only these are ever converted."""
+    """Return some rows of a table; only these are ever converted."""
     axis = _constant(np.int64(0))
     if not isinstance(table, QuantizedTensor):
         return opset15.gather(_constant(table), ids, axis)

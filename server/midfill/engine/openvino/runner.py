@@ -1,10 +1,10 @@
-"""The model on a CPU, run by OpenVINO: keys and values in blocks, the forward pass, the choice of a token.
+"""Run a model on a CPU with OpenVINO: keys and values in blocks, the forward pass, the choice of a token.
 
-Keeps the contract of `runner.Runner`, which runs the same models with torch and is its reference. All
-chunks of a step are computed in one pass, or in one for each adapter where adapters are merged. A pass is run
-in parts, some layers each, and may be aborted between two of them. Knows arrays, slot numbers and token ids;
+Implements `engine.runner.Runner`, as does `torch.runner`, which runs the same models and is the reference.
+All chunks of a step are computed in one pass, or in one per adapter where adapters are merged. A pass runs in
+parts, some layers each, and can be aborted between two of them. Knows arrays, slot numbers and token ids;
 nothing of threads, requests or text. Imports neither torch nor transformers. Runs on the engine thread only,
-but for `prepare`.
+except for `prepare`.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from midfill.engine.openvino.quiet_import import ov
 from midfill.engine.scheduler import Choice, Chunk, SequenceState
 
 _FIRST_BLOCKS = 64
-"""Blocks that there is memory for at first; doubled when they are used up."""
+"""Blocks that memory is allocated for at first; doubled when they are used up."""
 
 _ACTIVATION_GROUP = 128
-"""Activations share an 8-bit scale in groups of so many. With 32 decoding takes twice as long."""
+"""Number of activations that share an 8-bit scale. With 32 decoding takes twice as long."""
 
 _NUM_PARTS = 6
-"""Of a pass. Each costs a token 0.4 % more; of a chunk behind 4,000 tokens, which takes 180 ms, it is 31."""
+"""Parts per forward pass. +0.4 % decode time each; the longest takes 31 of 180 ms at 4k tokens."""
 
 _NUM_COMPILING = 2
-"""Parts compiled at a time: the lock of Python that each needs afterwards may be held for long."""
+"""Parts compiled at a time; each may hold the interpreter lock for long when it is done."""
 
 _SPARE_SLOT = -1
 """A slot that no request ever gets."""
 
 _MAX_MERGED = 2
-"""So many adapters are merged, each into weights of its own: one in use, and one that takes its place."""
+"""Maximum merged adapters, each with its own weights: the active one and its replacement."""
 
 _MERGING_MEMORY = 3
-"""Memory that must be free to merge an adapter, in sizes of its weights: mapped, packed, and one to spare."""
+"""Free memory needed to merge an adapter, in sizes of its weights: mapped, packed, and one spare."""
 
 
 def _never() -> bool:
@@ -67,15 +67,15 @@ def load(  # noqa: PLR0913 - what to load, and how
 
     Args:
         path: folder with the safetensors files.
-        shape: see `openvino_graph.read_shape`.
+        shape: see `graph.read_shape`.
         dtype: "int8" or "float32".
-        num_threads: of each pass.
+        num_threads: threads of each pass.
         report: called with the share done, 0..1.
         adapters: in the model from the start; see `OpenVinoRunner.prepare`.
-        num_parts: of each pass, at most one for each layer.
+        num_parts: parts of each pass, at most one per layer.
 
     Raises:
-        ModelError: the files are not those of that shape.
+        ModelError: the files do not have that shape.
         AdapterError: an adapter cannot be served.
         MemoryError: there is not enough memory.
     """
@@ -105,18 +105,18 @@ def load(  # noqa: PLR0913 - what to load, and how
 class OpenVinoRunner:
     """One model.
 
-    One or two adapters are merged: each has a program with weights of its own, beside that of the base, and
-    a token costs what it costs without. Where there are more, or there is no memory for that, one program
-    has them all as branches. Programs are compiled in the background. The keys and values are common to all
-    of them, and stay where they are.
+    One or two adapters are merged: each has a program with its own weights, beside that of the base, and a
+    token costs the same as without an adapter. If there are more, or too little memory, one program has all
+    of them as low-rank terms. Programs are compiled in the background. All programs share the keys and
+    values, which stay where they are.
 
     Attributes:
         architecture: transformers' `model_type`.
-        context: the most tokens of one sequence.
-        vocab_size: the number of logits.
+        context: maximum number of tokens of one sequence.
+        vocab_size: number of logits.
         device: "cpu".
         dtype: "int8" or "float32".
-        chunk_tokens, step_sequences, max_draft_tokens: see `loading.Runner`.
+        chunk_tokens, step_sequences, max_draft_tokens: see `engine.runner.Runner`.
     """
 
     device = "cpu"
@@ -143,7 +143,7 @@ class OpenVinoRunner:
         self._programs: dict[str | None, _Program] = {}
         self._stack = LoraStack.of({})
         self._blocks = _Blocks()
-        self._aborted: _PassKey | None = None  # nothing has been computed or freed since
+        self._aborted: _PassKey | None = None  # valid while nothing has been computed or freed since
 
     def forward(
         self,
@@ -151,10 +151,10 @@ class OpenVinoRunner:
         allowed: list[array[int] | None],
         interrupted: Callable[[], bool] = _never,
     ) -> list[list[Choice]] | None:
-        """Compute the chunks of one step; see `loading.Runner.forward`."""
+        """Compute the chunks of one step; see `Runner.forward`."""
         for chunk in chunks:
             if chunk.copy_from is not None:
-                # Whole blocks are copied, over what a pass that was aborted has computed behind `start`.
+                # Whole blocks are copied, over what an aborted pass has computed after `start`.
                 self._aborted = None
                 self._blocks.copy(chunk.copy_from, chunk.slot, chunk.start)
         try:
@@ -167,9 +167,9 @@ class OpenVinoRunner:
         ]
 
     def _compute(self, chunks: Sequence[Chunk], interrupted: Callable[[], bool] = _never) -> list[Floats]:
-        """The logits that are wanted of each chunk, in one pass for all chunks of the same program.
+        """Return the requested logits of each chunk, computed in one pass for all chunks of the same program.
 
-        A pass that was aborted is gone on with. Raises `_PassAbortedError`.
+        Resumes an aborted pass. Raises `_PassAbortedError`.
         """
         aborted, self._aborted = self._aborted, None
         by_program: dict[_Program, list[int]] = {}
@@ -194,7 +194,7 @@ class OpenVinoRunner:
         return [found[number] for number in range(len(chunks))]
 
     def prepare(self, adapters: Mapping[str, Adapter]) -> Callable[[], None]:
-        """See `loading.Runner.prepare`. Compiling takes seconds, during which passes go on."""
+        """Prepare to have exactly these adapters; see `Runner.prepare`. Compiling takes seconds."""
         stack = LoraStack.of(adapters)
         siblings(self._shape, stack.layers)
         if len(adapters) <= _MAX_MERGED and self._has_memory_for(adapters):
@@ -227,23 +227,23 @@ class OpenVinoRunner:
         return not needed or psutil.virtual_memory().available > needed
 
     def _merged_before(self, key: str | None) -> _Program | None:
-        """The program of an adapter alone, or of the base, if it is here."""
+        """Return the loaded program of an adapter alone, or of the base, or None."""
         program = self._programs.get(key)
         return None if program is None or program.branched else program
 
     def _merged(self, adapters: Mapping[str, Adapter]) -> dict[str | None, _Program]:
-        """A program without branches for the base and for each adapter."""
+        """Return programs with merged weights for the base and for each adapter."""
         base = self._merged_before(None) or self._program(self._weights)
         programs: dict[str | None, _Program] = {None: base}
         for key, adapter in adapters.items():
             if (program := self._merged_before(key)) is None:
-                # One thread: the others may be computing for somebody.
+                # One thread: the others may be computing for a request.
                 program = self._program(read_merged(self._path, self._weights, adapter, num_threads=1))
             programs[key] = program
         return programs
 
     def _branched(self, stack: LoraStack) -> _Program:
-        """One program for the base and all adapters: that which is here, if it has all the branches."""
+        """Return one program for the base and all adapters: the current one, if it has all LoRA inputs."""
         program = self._programs.get(None)
         if program is not None and program.branched and stack.layers <= program.branched:
             return program
@@ -253,7 +253,7 @@ class OpenVinoRunner:
         return _Program(self._compile(weights.tensors, branched), weights, branched)
 
     def probe(self, tokens: list[int], key: str | None) -> Floats:
-        """The logits that follow these tokens; see `loading.Runner.probe`."""
+        """Return the logits after these tokens; see `Runner.probe`."""
         prompt = SequenceState(key, tokens)
         try:
             [[last]] = self._compute([Chunk(prompt, _SPARE_SLOT, 0, tokens, samples=True)])
@@ -263,17 +263,17 @@ class OpenVinoRunner:
         return logits
 
     def warm_up(self, num_tokens: int) -> None:
-        """Run a chunk of this size and a single token: the first passes are slow, whoever waits for them."""
+        """Run a chunk of this size and a single token: the first passes are slow."""
         for chunk in _warming(num_tokens):
             for key in self._programs:
                 self.forward([replace(chunk, sequence=SequenceState(key, chunk.sequence.tokens))], [None])
         self.drop([0])
 
     def capture(self, report: Callable[[float], None], limit_s: float) -> None:
-        """There is nothing to capture."""
+        """Do nothing: there are no graphs to capture."""
 
     def idle(self) -> bool:
-        """Nothing is ever put off."""
+        """Return False: no work is ever deferred."""
         return False
 
     def drop(self, slots: list[int]) -> None:
@@ -293,7 +293,7 @@ def _warming(num_tokens: int) -> list[Chunk]:
 
 @dataclass(frozen=True, slots=True)
 class _PassKey:
-    """What one pass computes: of each chunk whose tokens they are, slot, start and tokens."""
+    """Identifies the work of one pass: of each chunk the adapter's key, slot, start and tokens."""
 
     program: _Program
     chunks: list[tuple[str | None, int, int, list[int]]]
@@ -307,8 +307,8 @@ class _Program:
     """A compiled graph in parts, which run one after the other, its inputs, and its latest results.
 
     Attributes:
-        weights: what it was made of.
-        branched: the layers that have branches.
+        weights: the weights it was built from.
+        branched: the layers that have LoRA inputs.
         ports: the inputs, by name.
     """
 
@@ -328,7 +328,7 @@ class _Program:
         self._num_packed = 0  # parts that have run once
 
     def adapter_tensors(self, stack: LoraStack, groups: Sequence[tuple[str, ...]]) -> dict[str, ov.Tensor]:
-        """The matrices of adapters, by the inputs that take them: tens of megabytes."""
+        """Return the matrices of adapters, by the inputs that take them: tens of megabytes."""
         tensors = {}
         for group in groups:
             down = f"down.{group[0]}"
@@ -352,14 +352,14 @@ class _Program:
         interrupted: Callable[[], bool] = _never,
         resume: bool = False,
     ) -> Floats:
-        """The logits that are wanted, one row each. They are overwritten by the next pass.
+        """Return the requested logits, one row each. They are overwritten by the next pass.
 
         Args:
             chunks: what to compute.
             blocks: the memory of keys and values.
             stack: the adapters.
-            interrupted: asked between two parts; if so, the pass is aborted there: raises `_PassAbortedError`.
-            resume: this is the latest pass, which was aborted; only the rest of it is run.
+            interrupted: polled between two parts; if true, the pass is aborted: raises `_PassAbortedError`.
+            resume: this pass is the latest one, which was aborted; run only its remaining parts.
         """
         for chunk in chunks:
             blocks.reserve(chunk.slot, chunk.start + len(chunk.tokens))
@@ -372,11 +372,11 @@ class _Program:
                 raise _PassAbortedError
             if number:
                 request.set_tensor("hidden", self._requests[number - 1].get_output_tensor(0))
-            # Else the results are copied.
+            # Otherwise the results are copied.
             request.infer(share_outputs=True)
             self._num_run = number + 1
             if number == self._num_packed:
-                # It has packed its weights. The file's pages are not needed any more.
+                # The part has packed its weights, so the file's pages are no longer needed.
                 self.weights.release_pages()
                 self._num_packed += 1
         logits: Floats = self._requests[-1].get_output_tensor(0).data
@@ -414,7 +414,7 @@ class _Program:
     def _set(self, name: str, values: npt.NDArray[np.generic]) -> None:
         held = self._inputs.get(name)
         if held is not None and held.shape == values.shape:
-            # To set a tensor costs each part more than to read it.
+            # Setting a tensor costs each part more than reading it.
             held[...] = values
         else:
             tensor = ov.Tensor(values)
@@ -429,8 +429,8 @@ class _Program:
 class _Blocks:
     """The memory of keys and values, in blocks of a few tokens that slots own.
 
-    Entries behind what a slot has computed are leftovers; the next pass writes over them. So cutting a past
-    costs nothing, and a failed pass leaves no trace.
+    Entries after the computed tokens of a slot are leftovers; the next pass overwrites them. So cutting a
+    past costs nothing, and a failed pass leaves no trace.
     """
 
     def __init__(self) -> None:
@@ -442,23 +442,23 @@ class _Blocks:
         self._tensors: dict[str, ov.Tensor] = {}
 
     def attach(self, programs: list[_Program]) -> None:
-        """Be the memory of these programs, which are of the same shape, with what is in it already."""
+        """Become the memory of these programs, which have the same shape; keep its contents."""
         self._programs = programs
         if self._tensors:
-            self._give()
+            self._attach_tensors()
         else:
             self._grow(_FIRST_BLOCKS)
 
-    def _give(self) -> None:
+    def _attach_tensors(self) -> None:
         for program in self._programs:
             program.take(self._tensors)
 
     def of(self, slot: int, length: int) -> list[int]:
-        """The blocks with the first `length` tokens of a slot."""
+        """Return the blocks with the first `length` tokens of a slot."""
         return self._owned.get(slot, [])[: self._num_blocks(length)]
 
     def reserve(self, slot: int, length: int) -> None:
-        """Let a slot own blocks for so many tokens. Raises `MemoryError` if there is no memory for them."""
+        """Let a slot own blocks for `length` tokens. Raises `MemoryError` if there is no memory for them."""
         owned = self._owned.setdefault(slot, [])
         missing = self._num_blocks(length) - len(owned)
         while missing > len(self._free):
@@ -474,7 +474,7 @@ class _Blocks:
             tensor.data[ours] = tensor.data[theirs]
 
     def drop(self, slot: int) -> None:
-        """Take back all blocks of a slot."""
+        """Free all blocks of a slot."""
         self._free.extend(self._owned.pop(slot, []))
 
     def _num_blocks(self, length: int) -> int:
@@ -487,12 +487,12 @@ class _Blocks:
             # (blocks, heads, tokens of a block, width), as the device wants them.
             shape = [size.get_length() for size in list(port.partial_shape)[1:]]
             self._size = shape[1]
-            # Memory that was never written to is not taken from the system.
-            grown = ov.Tensor(port.element_type, ov.DecoderShape([count, *shape]))
+            # The system does not allocate memory that was never written to.
+            grown = ov.Tensor(port.element_type, ov.Shape([count, *shape]))
             if name in self._tensors:
                 grown.data[: self._count] = self._tensors[name].data
             self._tensors[name] = grown
-        self._give()
+        self._attach_tensors()
         self._free.extend(range(count - 1, self._count - 1, -1))
         self._count = count
 
@@ -502,7 +502,7 @@ def _chooser(rows: Floats, allowed: array[int] | None) -> Callable[[int], Choice
 
 
 def _choose(logits: Floats, allowed: array[int] | None) -> Choice:
-    """The greedy choice among the allowed ids; the log-probability is that among all."""
+    """Return the most likely allowed id (None allows all) with its log-probability among all ids."""
     if allowed is None:
         token = int(logits.argmax())
     else:

@@ -44,7 +44,7 @@ def _alike(linears: list[Any]) -> bool:
 
 
 class _Shared(nn.Module):
-    """Linear layers with the same input as one product, computed when the first layer's output is requested."""
+    """Linear layers with the same input as one product, computed when the first output is requested."""
 
     def __init__(self, linears: list[nn.Linear]) -> None:
         super().__init__()

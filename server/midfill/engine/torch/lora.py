@@ -1,9 +1,10 @@
-"""Resident adapters in a model of torch's: layers_ on its linear layers, in buffers with fixed addresses.
+"""Loaded LoRA adapters in a torch model: low-rank terms beside its linear layers, in fixed buffers.
 
-A layer that has a branch is wrapped; the base layer stays as it is, in whatever form. The matrices of all
-adapters lie in one pair of buffers per layer, each in a place of its own, so that an adapter comes by a copy,
-captured CUDA graphs stay valid, and one pass serves several adapters. Without adapters nothing is wrapped.
-Knows modules; nothing of caches or requests. Runs on the engine thread only, but for `prepare`.
+A layer that an adapter changes is wrapped; the base layer stays as it is, in whatever form. The matrices of
+all adapters lie in one pair of buffers per layer, each adapter in a span of the ranks, so that an adapter is
+loaded by a copy, captured CUDA graphs stay valid, and one pass serves several adapters. Without adapters
+nothing is wrapped. Knows modules; nothing of caches or requests. Runs on the engine thread only, except for
+`prepare`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from midfill.engine.api import MAX_ADAPTERS
 from midfill.errors import AdapterError
 
 _RANK_STEP = 16
-"""Ranks are rounded up to a multiple, so that adapters of usual ranks fit into the spans of each other."""
+"""Ranks are rounded up to a multiple of this, so that adapters of usual ranks fit into each other's spans."""
 
 Uniform = tuple[int, int]
-"""All tokens of a pass have the adapter that begins and ends here along the ranks."""
+"""All tokens of a pass use the adapter that begins and ends here along the ranks."""
 
 
 class LoraLayers:
@@ -32,7 +33,7 @@ class LoraLayers:
 
     Args:
         model: a transformers model, loaded.
-        dtype: of the layers_.
+        dtype: of the low-rank matrices.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
@@ -49,13 +50,13 @@ class LoraLayers:
         return bool(self._wrapped)
 
     def prepare(self, adapters: Mapping[str, Adapter]) -> Callable[[], bool]:
-        """Get ready to have these adapters and no others. Any thread.
+        """Prepare to have exactly these adapters. Any thread.
 
-        Returns what puts them in, to be called between two passes; it tells whether modules or buffers are
-        others now, so that what was captured is of no use any more.
+        Returns a function that installs them, to be called between two passes; it returns whether modules or
+        buffers were replaced, which makes captured graphs useless.
 
         Raises:
-            AdapterError: an adapter has a branch on a layer that cannot have one.
+            AdapterError: an adapter changes a layer that cannot be wrapped.
         """
         ranks = [adapter.rank for adapter in adapters.values()]
         span_rank = max([-(-rank // _RANK_STEP) * _RANK_STEP for rank in ranks], default=0)
@@ -94,11 +95,11 @@ class LoraLayers:
         return install
 
     def index(self, key: str | None) -> int:
-        """The row of an adapter in the table that `choose_rows` reads; 0 is the base."""
+        """Return the row of an adapter in the table that `choose_rows` reads; 0 is the base."""
         return 0 if key is None else 1 + self._stack.spans[key][0] // self._span_rank
 
     def choose(self, tokens: Sequence[tuple[str | None, int]]) -> None:
-        """The next pass has these tokens, in this order: keys, and how many have them."""
+        """Set the adapters of the next pass: keys in the order of the tokens, and a count for each."""
         keys = {key for key, _ in tokens} if self._wrapped else {None}
         if len(keys) == 1:
             [key] = keys
@@ -108,17 +109,17 @@ class LoraLayers:
         self.choice = self._table[torch.tensor(rows, device=self._device)]
 
     def choose_rows(self, indexes: torch.Tensor, width: int) -> None:
-        """The same for a pass that is captured: rows of equal width, whose indexes are on the device."""
+        """Set them for a pass that is captured: rows of equal width, whose indexes are on the device."""
         self.choice = self._table[indexes].repeat_interleave(width, dim=0) if self._wrapped else None
 
     def _matrices(self, stack: LoraStack, name: str, base: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both of a layer, the ranks first."""
+        """Return both matrices of a layer, the ranks first."""
         down = torch.from_numpy(stack.down([name], base.in_features))
         up = torch.from_numpy(np.ascontiguousarray(stack.up(name, base.out_features).T))
         return down.to(self._device, self._dtype), up.to(self._device, self._dtype)
 
     def _linears(self, names: frozenset[str]) -> dict[str, Any]:
-        """The base layers of these names, unwrapped."""
+        """Return the base layers of these names, unwrapped."""
         found = {}
         for name in names:
             try:
@@ -128,8 +129,8 @@ class LoraLayers:
             base = module.base if isinstance(module, _LoraLinear) else module
             if not isinstance(base, nn.Linear) and not getattr(base, "acts_as_linear", False):
                 raise AdapterError(
-                    f"The adapter has a branch on {name}, which is no linear layer of the model "
-                    f"({type(base).__name__}); such an adapter is not served."
+                    f"The adapter changes {name}, which is not a linear layer of the model "
+                    f"({type(base).__name__}); such adapters are not supported."
                 )
             found[name] = base
         return found
@@ -150,7 +151,7 @@ class LoraLayers:
 
 
 class _LoraLinear(nn.Module):
-    """A linear layer with the layers_ of all adapters.
+    """A linear layer with the low-rank terms of all adapters.
 
     Attributes:
         base: the layer itself.
@@ -161,15 +162,15 @@ class _LoraLinear(nn.Module):
     down: torch.Tensor
     up: torch.Tensor
 
-    def __init__(self, base: Any, layers_: LoraLayers, down: torch.Tensor, up: torch.Tensor) -> None:
+    def __init__(self, base: Any, layers: LoraLayers, down: torch.Tensor, up: torch.Tensor) -> None:
         super().__init__()
         self.base = base
-        self._branches = layers_
+        self._branches = layers
         self.register_buffer("down", down, persistent=False)
         self.register_buffer("up", up, persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What the layer gives, and what the adapters that its tokens have add to it."""
+        """Return the base layer's output plus the terms of the adapters of each token."""
         output: torch.Tensor = self.base(inputs)
         choice = self._branches.choice
         if choice is None:
@@ -184,7 +185,7 @@ class _LoraLinear(nn.Module):
 
 
 def _allocate(adapters: Mapping[str, Adapter], before: Mapping[str, Any], rank: int) -> LoraStack:
-    """Adapters in spans of equal size; who had one keeps it, so that little is written rebuild."""
+    """Assign spans of equal size. An adapter that has one keeps it, so that little is written again."""
     free = [number for number in range(MAX_ADAPTERS) if rank]
     spans = {}
     for key in adapters:

@@ -1,8 +1,8 @@
-"""A LoRA adapter on a served engine: there it is a model beside the others, and a request names it as such.
+"""Find a LoRA adapter on a server: there it is a model beside the others, named as the model of a request.
 
-One that is known to be the same is preferred: our own server tells the digest of each; vLLM, where that is
-allowed, loads it from its folder under a name that has the digest in it. Otherwise the name that the user
-gave it must be enough. Reads small answers only; runs on the event loop.
+An adapter that is known to be the same is preferred: our own server reports the digest of each; vLLM, if that
+is allowed, loads it from its folder under a name that contains the digest. Otherwise the name that the user
+gave it must match. Reads small responses only; runs on the event loop.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _LOAD_S = 30.0
 async def find(
     client: httpx2.AsyncClient, served: ServerInfo, source: AdapterSource, *, is_local: bool
 ) -> str:
-    """The name by which a request gets this adapter.
+    """Return the name by which a request gets this adapter.
 
     Args:
         client: of that server.
-        served: what was recognised there.
+        served: what was detected there.
         source: the adapter, in a folder of this machine.
         is_local: the server is on this machine too, so that it can read the folder.
 
     Raises:
-        AdapterError: the server has it not and cannot get it, with the remedy.
-        EngineUnavailableError, InvalidResponseError, TimeoutError, httpx2.TransportError: see `detection.ask`.
+        AdapterError: the server does not have it and cannot load it; says what to do.
+        EngineUnavailableError, InvalidResponseError, TimeoutError, httpx2.TransportError: as `detection.ask`.
     """
     listed = await ask(client, "/v1/models")
     rows = typed(listed, "data", list, []) if isinstance(listed, Mapping) else []
@@ -50,7 +50,7 @@ async def find(
             if typed(row, "midfill", Mapping, {}).get("adapter_digest") == source.key:
                 return name
         raise AdapterError(
-            f"{address} has not the adapter {source.name}; start it with --with-adapter {source.name}."
+            f"{address} does not have the adapter {source.name}; start it with --with-adapter {source.name}."
         )
     own = f"midfill-{source.key[:16]}"
     if own in by_name:
@@ -62,18 +62,18 @@ async def find(
     remedy = "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, or " if is_local else ""
     remedy = f" (vLLM: {remedy}--enable-lora --lora-modules {source.name}=DIR)"
     raise AdapterError(
-        f"{address} has not the adapter {source.name}{remedy if served.dialect == 'vllm' else ''}."
+        f"{address} does not have the adapter {source.name}{remedy if served.dialect == 'vllm' else ''}."
     )
 
 
 def _is_of(row: Mapping[str, Any], served: ServerInfo) -> bool:
-    """Whether a model of that name is an adapter of the one in use, as far as the server says it."""
+    """Return whether a model of that name is an adapter of the one in use, as far as the server tells."""
     parent = typed(row, "parent", str, None)
     return row["id"] not in (served.base, served.model) and parent in (None, served.base)
 
 
 async def _load(client: httpx2.AsyncClient, name: str, source: AdapterSource) -> bool:
-    """Have vLLM read it; False where it may not or cannot."""
+    """Make vLLM load the adapter; return False if that is not allowed or fails."""
     body = {"lora_name": name, "lora_path": str(source.path)}
     async with asyncio.timeout(_LOAD_S):
         answer = await client.post("/v1/load_lora_adapter", json=body)

@@ -1,8 +1,8 @@
-"""One model for all of a user's editors: the engine in a process of its own, started by whoever comes first.
+"""One model for all of a user's editors: the engine in its own process, started by the first editor.
 
-It listens on a Unix socket in a folder of the user's own (mode 0700), whose name says midfill's version, the
-model and how it runs; another model is another process. A lock lets one process start it. A crash costs the
-requests under way; the next one finds it started anew. Runs on the event loop.
+It listens on a Unix socket in a folder of the user's own (mode 0700). The socket's name depends on midfill's
+version, the model and the engine's settings; another model is another process. A lock lets one process start
+it. A crash costs the active requests; the next request restarts it. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LOG = logging.getLogger(__name__)
 _URL = "http://midfill"
 _LISTENS_S = 60.0
 _MAX_SOCKET_CHARS = 100
-"""What fits into a socket's address everywhere (108 on Linux, 104 on macOS)."""
+"""Length of a socket's path that is allowed everywhere (108 on Linux, 104 on macOS)."""
 _MAX_NAMES = 10
 _MAX_STARTS = 3
 _WINDOW_S = 600.0
@@ -50,11 +50,11 @@ _WINDOW_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class ShareSpec:
-    """Which engine to share.
+    """The engine to share.
 
     Attributes:
         model: the model's folder, for its vocabulary.
-        arguments: of `midfill engine serve`, which make the engine what it is.
+        arguments: of `midfill engine serve`; they identify the engine.
         deadline_s: how long to wait for a first token.
     """
 
@@ -64,8 +64,8 @@ class ShareSpec:
 
 
 def runtime_dir() -> Path:
-    """The folder of the sockets: this user's alone. Raises `EngineError` if it is not."""
-    # Without XDG_RUNTIME_DIR, which a login sets, platformdirs warns and names a folder that may be anyone's.
+    """Return the folder of the sockets, private to this user. Raises `EngineError` if it is not private."""
+    # Without XDG_RUNTIME_DIR, which a login sets, platformdirs warns, and its folder may be anyone's.
     private = sys.platform != "linux" or "XDG_RUNTIME_DIR" in os.environ
     if named := os.environ.get("MIDFILL_RUNTIME"):
         folder = Path(named)
@@ -81,20 +81,20 @@ def runtime_dir() -> Path:
     except OSError as error:
         raise EngineError(
             f"Cannot make {folder} for the shared engine: {error.strerror}. "
-            "Set MIDFILL_RUNTIME to a folder of yours."
+            "Set MIDFILL_RUNTIME to a folder of your own."
         ) from error
     if not is_private:
         raise EngineError(
-            f"{folder} is not yours alone; remove it, or set MIDFILL_RUNTIME to a folder that is."
+            f"{folder} is not private to you; remove it, or set MIDFILL_RUNTIME to a folder that is."
         )
     return folder
 
 
 def _in_the_temporary_folder() -> Path:
-    """A folder there that is this user's, or can be.
+    """Return a folder there that is private to this user, or can be.
 
-    Anybody may have taken the first name, so that a user's processes must all find the next one. Who takes
-    all of them keeps the user from sharing, and gets nothing.
+    Anybody may have taken the first name, so all processes of a user must find the same next one. A user who
+    takes all names keeps this user from sharing, and gains nothing.
     """
     names = [f"midfill-{os.getuid()}", *(f"midfill-{os.getuid()}-{n}" for n in range(2, _MAX_NAMES + 1))]
     folders = [Path(tempfile.gettempdir()) / name for name in names]
@@ -107,15 +107,15 @@ def _in_the_temporary_folder() -> Path:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether it is a folder, no link, that this user owns and nobody else may enter."""
+    """Return whether it is a folder (no link) that this user owns and nobody else may enter."""
     found = folder.lstat()
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 class SharedEngine:
-    """`Engine` that joins the shared process, and starts it where there is none.
+    """`Engine` that joins the shared process, and starts it if there is none.
 
-    Raises `EngineError` from `start` on systems without Unix sockets.
+    `start` raises `EngineError` on systems without Unix sockets.
     """
 
     def __init__(self, spec: ShareSpec) -> None:
@@ -138,14 +138,14 @@ class SharedEngine:
 
     @property
     def socket(self) -> Path:
-        """Where it listens. Raises `EngineError`."""
+        """Path of the process's socket. Raises `EngineError`."""
         return runtime_dir() / f"{self._name}.sock"
 
     async def start(self, progress: Progress) -> None:
-        """Join the process or start it, and wait until it has loaded the model; see `Engine.start`."""
+        """Join or start the process, and wait until it has loaded the model; see `Engine.start`."""
         if not hasattr(socket, "AF_UNIX"):
             raise EngineError(
-                '`engine = "shared"` needs Unix sockets, which this system has not; use "local".'
+                '`engine = "shared"` needs Unix sockets, which this system does not have; use "local".'
             )
         await self._join()
         await self._wait_until_ready(progress)
@@ -169,7 +169,7 @@ class SharedEngine:
             await before.close()
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """See `Engine.generate`. A request that finds no process starts it, and is asked again once."""
+        """Yield tokens. If the process has ended, restart it and retry once. See `Engine.generate`."""
         begun = False
         try:
             async with aclosing(self._connected().generate(request)) as tokens:
@@ -190,17 +190,17 @@ class SharedEngine:
                 yield token
 
     def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
-        """See `Engine.prewarm`."""
+        """Compute a prompt when idle; see `Engine.prewarm`."""
         if self._remote is not None:
             self._remote.prewarm(tokens, adapter, user=user)
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
-        """See `Adaptable.set_adapters`. Other windows have theirs beside them."""
+        """Set the adapters of this client, beside those of others; see `Adaptable.set_adapters`."""
         await self._send_adapters(adapters)
         self._adapters = tuple(adapters)
 
     async def _send_adapters(self, adapters: Sequence[AdapterSource]) -> None:
-        """Tell the process. Raises `AdapterError` with its words."""
+        """Send the adapters to the process. Raises `AdapterError` with its message."""
         wanted = [{"key": one.key, "name": one.name, "path": str(one.path)} for one in adapters]
         async with self._client() as client:
             body = {"client": self._client_id, "pid": os.getpid(), "adapters": wanted}
@@ -216,7 +216,7 @@ class SharedEngine:
         return httpx2.AsyncClient(transport=transport, base_url=_URL, timeout=None)
 
     async def close(self) -> None:
-        """Hang up. The process stays for others, until it has been idle for long. See `Engine.close`."""
+        """Disconnect; the process stays for others until it has been idle for long. See `Engine.close`."""
         self._closed = True
         if self._adapters and await self._is_listening():
             with contextlib.suppress(AdapterError, TimeoutError):
@@ -233,14 +233,14 @@ class SharedEngine:
         return self._remote
 
     def _restart_process(self) -> asyncio.Task[None]:
-        """Begin to start it anew, unless that is under way."""
+        """Start to restart the process, unless that has begun."""
         if self._restart is None or self._restart.done():
             self._restart = asyncio.get_running_loop().create_task(self.start(lambda _message, _share: None))
             self._restart.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self._restart
 
     async def _is_listening(self) -> bool:
-        """Whether somebody listens."""
+        """Return whether a process listens on the socket."""
         try:
             _, writer = await asyncio.open_unix_connection(str(self.socket))
         except OSError:
@@ -251,15 +251,15 @@ class SharedEngine:
         return True
 
     async def _join(self) -> None:
-        """See that somebody listens. One process at a time looks and starts."""
+        """Start the process unless one listens. One process at a time looks and starts."""
         async with AsyncFileLock(str(self.socket.with_suffix(".lock")), timeout=_LISTENS_S):
             if await self._is_listening():
                 return
             now = time.monotonic()
             if len(self._starts) == _MAX_STARTS and now - self._starts[0] < _WINDOW_S:
                 raise EngineUnavailableError(
-                    f"The shared engine ended {_MAX_STARTS} times within {_WINDOW_S / 60:.0f} minutes and is "
-                    f'left alone for a while. {self._log} may say why; `engine = "local"` does without it.'
+                    f"The shared engine ended {_MAX_STARTS} times within {_WINDOW_S / 60:.0f} minutes and "
+                    f'will not be restarted for a while. See {self._log}, or set `engine = "local"`.'
                 )
             self._starts.append(now)
             await self._launch()
@@ -269,16 +269,16 @@ class SharedEngine:
         return self.socket.with_suffix(".log")
 
     async def _launch(self) -> None:
-        """Start the process; returns when it listens. It outlives this one."""
+        """Start the process; return when it listens. It outlives this one."""
         command = (sys.executable, "-P", "-m", "midfill", "engine", "serve", "--socket", str(self.socket))
         with create_private(self._log) as log:
-            # asyncio kills its children when it ends, so this one has a child in its turn (--detach).
+            # asyncio kills its children when it ends, so this child starts a grandchild (--detach).
             process = await asyncio.create_subprocess_exec(
                 *(*command, "--detach", *self._spec.arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                # Not the workspace's folder, which would be kept in use.
+                # Not the workspace's folder, which would stay in use.
                 cwd=self.socket.parent,
             )
         if process.stdout is None:
@@ -289,11 +289,11 @@ class SharedEngine:
             line = b""
         await process.wait()
         if not line.startswith(b"unix:"):
-            raise EngineUnavailableError(f"The shared engine did not start; {self._log} says why.")
+            raise EngineUnavailableError(f"The shared engine did not start; see {self._log}.")
         _LOG.info("started the shared engine")
 
     async def _wait_until_ready(self, progress: Progress) -> None:
-        """Pass on how loading goes. Raises `ModelError` with what the process says if it cannot."""
+        """Report the progress of loading. Raises `ModelError` with the process's message."""
         async with self._client() as client:
             try:
                 async with client.stream("GET", "/midfill/ready") as response:
@@ -306,6 +306,6 @@ class SharedEngine:
                         progress(str(report["message"]), report["share"])
             except httpx2.TransportError as error:
                 raise EngineUnavailableError(
-                    f"The shared engine ended while it loaded the model; {self._log} may say why."
+                    f"The shared engine ended while it loaded the model; see {self._log}."
                 ) from error
         raise EngineUnavailableError("The shared engine ended while it loaded the model.")

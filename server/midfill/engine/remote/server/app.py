@@ -35,7 +35,7 @@ from midfill.engine.api import MAX_ADAPTERS, AdapterSource, Engine, ModelInfo, R
 from midfill.engine.remote.server.model_host import ModelHost, Report
 from midfill.engine.remote.server.request_params import (
     CHARS_PER_TOKEN,
-    CompletionParams,
+    CompletionBody,
     Extra,
     InvalidParamsError,
     read,
@@ -201,7 +201,7 @@ class EngineApp:
         return await run.whole()
 
     async def _tokens(
-        self, params: CompletionParams, model: ModelInfo, user: str
+        self, params: CompletionBody, model: ModelInfo, user: str
     ) -> tuple[Sequence[int], frozenset[int]]:
         """Ids of the prompt, and ids that end what fills its hole. Raises `InvalidParamsError`."""
         if not isinstance(params.prompt, str):
@@ -273,12 +273,12 @@ class _CompletionRun:
     host: ModelHost
     engine: Engine
     request: Request
-    params: CompletionParams
+    params: CompletionBody
     running: dict[tuple[str, str], Request]
     model: str
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
-    stopped: bool = False  # by a text of `CompletionParams.stop`
+    stopped: bool = False  # by a text of `CompletionBody.stop`
 
     async def tokens(self) -> AsyncGenerator[Token, None]:
         """Its tokens, accounted for however it ends. Raises `EngineError` alone."""

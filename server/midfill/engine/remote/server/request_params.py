@@ -71,7 +71,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] = False
 
 
-class CompletionParams(BaseModel):
+class CompletionBody(BaseModel):
     """A completion. What is null counts as left out.
 
     Attributes:
@@ -157,7 +157,7 @@ class CompletionParams(BaseModel):
         )
 
 
-def read(body: bytes, *, any_temperature: bool = False) -> CompletionParams:
+def read(body: bytes, *, any_temperature: bool = False) -> CompletionBody:
     """Read and judge a body.
 
     Args:
@@ -167,7 +167,7 @@ def read(body: bytes, *, any_temperature: bool = False) -> CompletionParams:
     Raises `InvalidParamsError` that names the field and its limit.
     """
     try:
-        params = CompletionParams.model_validate_json(body)
+        params = CompletionBody.model_validate_json(body)
     except ValidationError as error:
         raise refusal(error) from None
     if params.temperature and not any_temperature:
