@@ -337,7 +337,7 @@ async def test_a_key_that_others_may_read_is_refused(tmp_path):
     listen = team(tls_cert=tmp_path / "box.pem", tls_key=tmp_path / "box.key")
     for mode in (0o644, 0o640, 0o604):
         (tmp_path / "box.key").chmod(mode)
-        with pytest.raises(SettingsError, match=r"Others may read .*box\.key: chmod 600 "):
+        with pytest.raises(SettingsError, match=r"Other users may read .*box\.key; run: chmod 600 "):
             async with hosted(listen):
                 pass
     (tmp_path / "box.key").chmod(0o600)
@@ -345,6 +345,6 @@ async def test_a_key_that_others_may_read_is_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"Cannot use .*box\.pem with .*box\.key"):
         async with hosted(listen):
             pass
-    with pytest.raises(SettingsError, match="go together"):
+    with pytest.raises(SettingsError, match="must be given together"):
         async with hosted(team(tls_cert=tmp_path / "box.pem")):
             pass

@@ -7,7 +7,7 @@ import httpx2
 import pytest
 from faulty import GOOD, Faulty, page
 from serving import RULES, TOKEN, hosted
-from test_service import request
+from test_engine_server import request
 
 from midfill.engine.api import BASE, AdapterSource, Request
 from midfill.engine.remote.client.endpoint import RemoteSpec

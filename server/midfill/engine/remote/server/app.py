@@ -1,9 +1,9 @@
-"""An engine for several processes: OpenAI's completions over HTTP, for one user's editors or for a team.
+"""Serve a model to several processes: OpenAI's completions API over HTTP, for one user's editors or a team.
 
-Greedy only, one model; see `params` for the parameters. What OpenAI's form lacks stands in a field `midfill`:
-the text to begin with, idle priority, tokens reused. Closing the connection cancels, which frees the device
-within one step. No text is logged. Knows no sockets: see `hosting` for those and `guard` for who may ask.
-Runs on the event loop; what takes long for a long text runs in threads, one at a time for each user.
+Greedy only, one model; see `request_params` for the parameters. A field `midfill` holds what OpenAI's form
+lacks: the forced prefix, idle priority, reused tokens. Closing the connection cancels the request, which
+frees the device within one step. No text is logged. Knows no sockets: see `listen` for those and `guard` for
+access control. Runs on the event loop; slow work on long texts runs in threads, one at a time per user.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ from midfill.errors import (
 _LOG = logging.getLogger(__name__)
 
 _PULSE_S = 1.0
-"""A stream on which nothing is sent for so long gets a comment: the service lives, the request waits."""
+"""After this long without an event a stream gets a comment: the server is alive, the request waits."""
 
 
 class AdapterParams(BaseModel):
-    """See `AdapterSource`."""
+    """An `AdapterSource` as JSON."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -80,9 +80,9 @@ class EngineApp:
     """The HTTP side of a `ModelHost`; `app` is the ASGI application.
 
     Args:
-        host: what is served.
-        own: only the user who owns the process can ask.
-        any_temperature: see `params.read`.
+        host: the model.
+        own: only the user who owns the process can reach it.
+        any_temperature: see `request_params.read`.
     """
 
     def __init__(self, host: ModelHost, *, own: bool, any_temperature: bool = False) -> None:
@@ -98,14 +98,14 @@ class EngineApp:
                 Route("/metrics", self.metrics),
                 Route("/midfill/ready", self.ready),
                 Route("/midfill/idle", self.set_idle, methods=["POST"]),
-                # They are folders of this machine, so that it is no business of others.
+                # Adapters are folders of this machine, which other users must not name.
                 *([Route("/midfill/adapters", self.set_adapters, methods=["POST"])] if own else []),
             ],
             exception_handlers={HTTPException: _http_error, ClientDisconnect: _client_gone},
         )
 
     async def models(self, _: HttpRequest) -> Response:
-        """The model, its adapters as models beside it, and what a client of ours has to know of them."""
+        """List the model and its adapters as models, with what our own client must know of them."""
         try:
             engine = await self.host.load()
         except MidfillError as error:
@@ -115,16 +115,16 @@ class EngineApp:
         return JSONResponse({"object": "list", "data": rows})
 
     async def health(self, _: HttpRequest) -> Response:
-        """Whether it lives; it loads nothing."""
+        """Report that the server is alive; loads nothing."""
         loaded = self.host.engine is not None
         return JSONResponse({"status": "ok", "version": __version__, "loaded": loaded, "pid": os.getpid()})
 
     async def metrics(self, _: HttpRequest) -> Response:
-        """For Prometheus."""
-        return Response(generate_latest(self.host.metrics_.registry), media_type="text/plain; version=0.0.4")
+        """Report metrics for Prometheus."""
+        return Response(generate_latest(self.host.metrics.registry), media_type="text/plain; version=0.0.4")
 
     async def ready(self, _: HttpRequest) -> Response:
-        """One JSON object a line: how loading goes, until it has ended."""
+        """Stream the progress of loading, one JSON object per line, until it ends."""
 
         async def lines() -> AsyncGenerator[bytes, None]:
             async with aclosing(self.host.progress()) as reports:
@@ -134,7 +134,7 @@ class EngineApp:
         return _Stream(lines(), "application/x-ndjson")
 
     async def set_idle(self, http: HttpRequest) -> Response:
-        """Somebody waits for a request now, or nobody does any more."""
+        """Change the priority of an active request."""
         try:
             params = Extra.model_validate_json(await http.body())
         except ValidationError as error:
@@ -144,7 +144,7 @@ class EngineApp:
         return Response(status_code=204)
 
     async def set_adapters(self, http: HttpRequest) -> Response:
-        """Have a client's adapters in the model; answered when requests may name them."""
+        """Set a client's adapters; respond when requests may name them."""
         try:
             wanted = ClientAdapters.model_validate_json(await http.body())
             sources = [AdapterSource(one.key, one.name, Path(one.path)) for one in wanted.adapters]
@@ -156,7 +156,7 @@ class EngineApp:
         return Response(status_code=204)
 
     async def complete(self, http: HttpRequest) -> Response:
-        """`/v1/completions`."""
+        """Handle `/v1/completions`."""
         try:
             params = read(await http.body(), any_temperature=self._any_temperature)
         except InvalidParamsError as error:
@@ -165,13 +165,15 @@ class EngineApp:
             engine = await self.host.load()
         except MidfillError as error:
             return _error(503, error)
-        self.host.touch()  # it must not leave memory before the request begins
+        self.host.touch()  # the model must not be unloaded before the request begins
         adapter = params.midfill.adapter
         if params.model not in ("", engine.model.name):
             by_name = {one.name: one.key for one in self.host.known_adapters}
             if params.model not in by_name:
                 known = ", ".join([engine.model.name, *by_name])
-                return _error(404, EngineError(f"There is no model {params.model!a:.80} here, but {known}."))
+                return _error(
+                    404, EngineError(f"There is no model {params.model!a:.80}; available: {known}.")
+                )
             adapter = by_name[params.model]
         user = _user(http)
         try:
@@ -203,7 +205,7 @@ class EngineApp:
     async def _tokens(
         self, params: CompletionBody, model: ModelInfo, user: str
     ) -> tuple[Sequence[int], frozenset[int]]:
-        """Ids of the prompt, and ids that end what fills its hole. Raises `InvalidParamsError`."""
+        """Return the prompt's ids, and ids that end the text of its hole. Raises `InvalidParamsError`."""
         if not isinstance(params.prompt, str):
             return params.prompt, frozenset()
         num_chars = len(params.prompt) + len(params.suffix or "")
@@ -216,7 +218,7 @@ class EngineApp:
             if params.suffix is None:
                 return await asyncio.to_thread(_encode, model.tokenizer, params.prompt), frozenset()
             if self.host.infill is None:
-                raise InvalidParamsError("suffix", "this engine does not fill in the middle.")
+                raise InvalidParamsError("suffix", "this engine does not support fill-in-the-middle.")
             try:
                 return await asyncio.to_thread(self.host.infill, model, params.prompt, params.suffix)
             except ModelError as error:
@@ -224,14 +226,14 @@ class EngineApp:
 
 
 class _Stream(StreamingResponse):
-    """Parts as they come. However it ends, the source of the parts has ended then as well."""
+    """A streaming response. However it ends, the source of its parts is closed."""
 
     def __init__(self, parts: AsyncGenerator[bytes, None], media_type: str) -> None:
         super().__init__(parts, media_type=media_type)
         self._parts = parts
 
     async def stream_response(self, send: Send) -> None:
-        """See `StreamingResponse`."""
+        """Send the parts, then close their source; see `StreamingResponse`."""
         async with aclosing(self._parts):
             await super().stream_response(send)
 
@@ -240,7 +242,7 @@ class _Events(_Stream):
     """Server-sent events, with comments while there are none; see `_PULSE_S`."""
 
     async def stream_response(self, send: Send) -> None:
-        """See `StreamingResponse`."""
+        """Send the events and the comments between them; see `StreamingResponse`."""
         sent_s = time.monotonic()
 
         async def pulse() -> None:
@@ -254,11 +256,11 @@ class _Events(_Stream):
             nonlocal sent_s
             sent_s = time.monotonic()
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                # Nothing may follow the end.
+                # No comment may follow the end.
                 pulsing.cancel()
             await send(message)
 
-        # It sleeps first, so that the head is sent before.
+        # It sleeps first, so that the head is sent before any comment.
         pulsing = asyncio.get_running_loop().create_task(pulse())
         try:
             await super().stream_response(note)
@@ -268,7 +270,7 @@ class _Events(_Stream):
 
 @dataclass(slots=True)
 class _CompletionRun:
-    """One request."""
+    """One completion request while it runs."""
 
     host: ModelHost
     engine: Engine
@@ -281,7 +283,7 @@ class _CompletionRun:
     stopped: bool = False  # by a text of `CompletionBody.stop`
 
     async def tokens(self) -> AsyncGenerator[Token, None]:
-        """Its tokens, accounted for however it ends. Raises `EngineError` alone."""
+        """Yield its tokens; record its costs however it ends. Raises only `EngineError`."""
         end = "cancelled"
         key = self.request.user, self.params.midfill.id
         self.host.enter()
@@ -297,14 +299,14 @@ class _CompletionRun:
             raise
         except Exception as error:  # noqa: BLE001 - a model may raise anything
             end = "failed"
-            # Its words may quote the prompt.
+            # The error's text may quote the prompt.
             _LOG.error("a request failed: %s", type(error).__name__)
             raise EngineError(f"The engine failed on this request ({type(error).__name__}).") from None
         finally:
             if self.running.get(key) is self.request:
                 del self.running[key]
             self.host.leave()
-            self.host.metrics_.account(self.request.stats, end)
+            self.host.metrics.account(self.request.stats, end)
 
     async def _up_to_stop(self, source: AsyncGenerator[Token, None]) -> AsyncGenerator[Token, None]:
         """Yield the tokens before the first `stop` text; hold back what may be the beginning of one."""
@@ -331,7 +333,7 @@ class _CompletionRun:
             num_held -= len(token.text)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """As server-sent events."""
+        """Yield the answer as server-sent events."""
         options = self.params.stream_options
         form = self._form() | ({"usage": None} if options is not None and options.include_usage else {})
         first = True
@@ -354,7 +356,7 @@ class _CompletionRun:
         yield b"data: [DONE]\n\n"
 
     async def whole(self) -> Response:
-        """As one answer."""
+        """Return the whole answer as one response."""
         try:
             async with aclosing(self.tokens()) as tokens:
                 found = [token async for token in tokens]
@@ -397,7 +399,7 @@ class _CompletionRun:
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a prompt that is text. As other servers read it, a control token that is spelled out is one."""
+    """Return the ids of a text prompt. As on other servers, spelled-out control tokens become tokens."""
     marks = {tokenizer.decode([token]): token for token in tokenizer.control_ids}
     pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True) if mark)
     ids: list[int] = []
@@ -442,11 +444,11 @@ def _check(tokens: Sequence[int], max_tokens: int, context: int, num_ids: int) -
             f"prompt and output ({len(tokens)} + {max_tokens} tokens) are longer than the model's {context}.",
         )
     if min(tokens) < 0 or max(tokens) >= num_ids:
-        raise InvalidParamsError("prompt", "it has ids that the vocabulary has not.")
+        raise InvalidParamsError("prompt", "it has ids that are not in the vocabulary.")
 
 
 def _user(http: HttpRequest) -> str:
-    """Who asks, as `guard` has found out; "" for the one user of an engine of one's own."""
+    """Return the user, as determined by `guard`; "" for the one user of a personal engine."""
     return str(http.scope.get("midfill.user", ""))
 
 
@@ -464,13 +466,13 @@ def _error(status: int, error: MidfillError) -> Response:
 
 
 def _invalid(error: InvalidParamsError) -> Response:
-    """What is wrong, in OpenAI's form."""
+    """Return an error response in OpenAI's form."""
     what = {"message": str(error), "type": "invalid_request_error", "param": error.name or None, "code": None}
     return JSONResponse({"error": what}, status_code=400)
 
 
 async def _http_error(_: HttpRequest, error: Exception) -> Response:
-    """A page that there is not, or a method that it has not."""
+    """Return the response for an unknown page or a method that a page does not have."""
     if not isinstance(error, HTTPException):
         raise error
     kind = "invalid_request_error"
@@ -479,5 +481,5 @@ async def _http_error(_: HttpRequest, error: Exception) -> Response:
 
 
 async def _client_gone(_request: HttpRequest, _error: Exception) -> Response:
-    """The client hung up in the middle of its request; nobody reads this."""
+    """Return a response that nobody reads: the client disconnected in the middle of its request."""
     return Response(status_code=400)
