@@ -308,8 +308,8 @@ async def test_a_request_ends_after_its_time(monkeypatch, tmp_path):
             assert b"[DONE]" not in await everything(reader)
             writer.close()
             await until(lambda: host._num_running == 0)
-    fates = [json.loads(line)["fate"] for line in log.read_text().splitlines()]
-    assert fates == ["finished", "cancelled", "cancelled"]
+    outcomes = [json.loads(line)["outcome"] for line in log.read_text().splitlines()]
+    assert outcomes == ["finished", "cancelled", "cancelled"]
 
 
 def test_descriptors_are_raised_as_far_as_they_may():

@@ -176,7 +176,7 @@ async def test_what_is_demanded_idle_and_reused_crosses(tmp_path):
         assert [row["idle"] for row in log_of(log)] == [False, True]
         engine.prewarm(idle.tokens)
         await until(lambda: len(log_of(log)) == 3)
-        assert log_of(log)[2]["fate"] == "prewarmed"
+        assert log_of(log)[2]["outcome"] == "prewarmed"
 
 
 async def test_adapters_of_several_windows_are_in_the_model_together(tmp_path):
@@ -275,7 +275,7 @@ async def test_leaving_the_stream_frees_the_device_at_once(tmp_path):
                 await anext(tokens)
         await until(lambda: log_of(log))
         (row,) = log_of(log)
-        assert row["fate"] == "cancelled"
+        assert row["outcome"] == "cancelled"
         assert row["steps"] < 40
         assert b"midfill_requests_running 0.0" in metrics_of(host)
 

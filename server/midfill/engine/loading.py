@@ -108,9 +108,9 @@ def _openvino_shape(spec: EngineSpec) -> DecoderShape | None:
         why = f"it cannot be imported ({error})"
     else:
         if spec.device != "cpu" and not (spec.device == "auto" and not _has_cuda()):
-            why = f'it does not serve device "{spec.device}"'
+            why = f'it does not support device "{spec.device}"'
         elif spec.dtype not in dtypes:
-            why = f"it does not serve dtype {spec.dtype}"
+            why = f"it does not support dtype {spec.dtype}"
         else:
             try:
                 return read_shape(spec.model.path)

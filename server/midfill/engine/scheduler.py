@@ -117,8 +117,8 @@ class Chunk:
         """
         draft_tokens = self.tokens[len(self.tokens) - self.num_draft_tokens :]
         choices = [choose(0)]
-        for number, guess in enumerate(draft_tokens, start=1):
-            if guess != choices[-1].id:
+        for number, draft in enumerate(draft_tokens, start=1):
+            if draft != choices[-1].id:
                 break
             choices.append(choose(number))
         return choices

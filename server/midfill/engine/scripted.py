@@ -132,7 +132,7 @@ class Script:
 
 
 class _Turn:
-    """A request's use of the device, a lock: prefix to the end or, if idle, released at each step."""
+    """A request's use of the device, a lock: held to the end or, if idle, released at each step."""
 
     def __init__(self, device: asyncio.Lock, request: Request) -> None:
         self._device = device
@@ -196,7 +196,7 @@ class ScriptedEngine:
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """Yield tokens of the matching rule, one request at a time, as with a model: the lock is the device."""
+        """Yield tokens of the matching rule, one request at a time: a lock stands for the device."""
         tokenizer = self.model.tokenizer
         request.stats.submitted_s = time.monotonic()
         request.stats.num_prompt = len(request.tokens)
@@ -227,7 +227,7 @@ class ScriptedEngine:
         self, rule: Rule, prefix: str, request: Request, turn: _Turn
     ) -> AsyncGenerator[Token, None]:
         steps = 0
-        fate = "cancelled"
+        outcome = "cancelled"
         if self._script.log_begun:
             self._note("begun", 0, idle=request.idle)
         try:
@@ -250,16 +250,16 @@ class ScriptedEngine:
             if rule.error:
                 failure = EngineUnavailableError if rule.lost else EngineError
                 raise failure(rule.error)
-            fate = "finished"
+            outcome = "finished"
         except EngineError:
-            fate = "failed"
+            outcome = "failed"
             raise
         finally:
-            self._note(fate, steps, idle=request.idle)
+            self._note(outcome, steps, idle=request.idle)
 
-    def _note(self, fate: str, steps: int, *, idle: bool) -> None:
+    def _note(self, outcome: str, steps: int, *, idle: bool) -> None:
         if self._script.log:
-            row = {"fate": fate, "steps": steps, "idle": idle, "at": time.time()}
+            row = {"outcome": outcome, "steps": steps, "idle": idle, "at": time.time()}
             with Path(self._script.log).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -159,13 +159,13 @@ def _is_sound(name: str, value: Any) -> bool:
 def _shape(config: Mapping[str, Any]) -> DecoderShape:
     kind = config["model_type"]
     if kind not in TENSOR_NAMES:
-        raise UnsupportedError(f"there is no graph for {kind}")
+        raise UnsupportedError(f"its architecture {kind} is not supported")
     if kind == "gpt_bigcode":
         return _gpt_bigcode_shape(config)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in {"default", "linear"}:
-        raise UnsupportedError(f"there is no graph for rotary positions of type {rope_type}")
+        raise UnsupportedError(f"rotary positions of type {rope_type} are not supported")
     layout = TENSOR_NAMES[kind]
     # The defaults are those of transformers' configuration classes.
     num_heads = config["num_attention_heads"]
@@ -188,9 +188,9 @@ def _shape(config: Mapping[str, Any]) -> DecoderShape:
 
 def _gpt_bigcode_shape(config: Mapping[str, Any]) -> DecoderShape:
     if not config.get("multi_query", True):
-        raise UnsupportedError("there is no graph for gpt_bigcode with several key-value heads")
+        raise UnsupportedError("gpt_bigcode with several key-value heads is not supported")
     if not config.get("scale_attn_weights", True):
-        raise UnsupportedError("there is no graph for gpt_bigcode with unscaled attention")
+        raise UnsupportedError("gpt_bigcode with unscaled attention is not supported")
     return DecoderShape(
         architecture="gpt_bigcode",
         vocab_size=config["vocab_size"],
@@ -211,7 +211,7 @@ def _gpt_bigcode_shape(config: Mapping[str, Any]) -> DecoderShape:
 def _activation(config: Mapping[str, Any], default: str) -> str:
     name = config.get("hidden_act") or default
     if name not in _ACTIVATIONS:
-        raise UnsupportedError(f"there is no graph for the activation {name}")
+        raise UnsupportedError(f"the activation {name} is not supported")
     return _ACTIVATIONS[name]
 
 
@@ -222,7 +222,7 @@ def _window(config: Mapping[str, Any]) -> int:
         window = 0
     kinds = set(config.get("layer_types") or ())
     if window and len(kinds) > 1:
-        raise UnsupportedError("there is no graph for layers with different windows")
+        raise UnsupportedError("layers with different windows are not supported")
     return 0 if kinds == {"full_attention"} else window
 
 

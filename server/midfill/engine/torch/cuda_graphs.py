@@ -320,7 +320,7 @@ class GraphRunner:
             *(*(len(row) - 1 for row in tokens), *unused),
             *(*adapters, *[adapters[0]] * spare, *unused),
         ]
-        # Pinned cache is not reused before it is copied, so that the copy can wait its turn on the device.
+        # Pinned memory is not reused before it has been copied, so the copy may be asynchronous.
         host = torch.tensor(values, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
         self._inputs.copy_(host, non_blocking=True)
 

@@ -252,15 +252,15 @@ class Endpoint:
                 num_bytes += len(chunk or b"")
                 if num_bytes > _MOST_BYTES:
                     raise EngineUnavailableError(f"{self.address} sent a response that is too long.")
-                for piece in self._parse(chunk, kind, lines, wait):
-                    if piece.error:
-                        raise RejectedRequestError(piece.error)
-                    if piece.text or piece.ids:
+                for event in self._parse(chunk, kind, lines, wait):
+                    if event.error:
+                        raise RejectedRequestError(event.error)
+                    if event.text or event.ids:
                         wait.last = time.monotonic()
-                    if piece.done and not done:
+                    if event.done and not done:
                         done = True
                         await self._read_out(chunks)
-                    yield piece
+                    yield event
                 if chunk is None and not done:
                     raise EngineUnavailableError(
                         f"{self.address} closed the connection in the middle of an answer."

@@ -128,12 +128,12 @@ class Connection(H11Protocol):
 
     @property
     def gone(self) -> bool:
-        """Whether the client can no longer receive anything."""
+        """True if the client can no longer receive anything."""
         return self.transport.is_closing()
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is active."""
+        """True if no request is active."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
