@@ -204,9 +204,9 @@ def test_weights_and_configuration_must_belong_together(tmp_path):
         shape = read_shape(model.path)
         openvino_runner.load(model.path, shape, dtype="float32", num_threads=1, report=lambda _: None)
 
-    with pytest.raises(ModelError, match=r"lack model\.layers\.3"):
+    with pytest.raises(ModelError, match=r"do not contain model\.layers\.3"):
         load(num_hidden_layers=4)
-    with pytest.raises(ModelError, match=r"does not know, for example model\.layers\.2"):
+    with pytest.raises(ModelError, match=r"does not describe, for example model\.layers\.2"):
         load(num_hidden_layers=2)
     with pytest.raises(ModelError, match="has shape"):
         load(num_key_value_heads=4)

@@ -240,7 +240,7 @@ def siblings(shape: DecoderShape, branched: frozenset[str]) -> list[tuple[str, .
     ]
     if strangers := sorted(branched - {name for group in names for name in group}):
         raise AdapterError(
-            f"The adapter changes {strangers[0]}, which OpenVINO does not support here; use runner torch."
+            f"The adapter changes {strangers[0]}, which OpenVINO does not support; set `runner` to torch."
         )
     return [group for group in names if group]
 
@@ -290,11 +290,11 @@ class _Parts:
         tensor = self._read.get(name)
         if tensor is None:
             raise ModelError(
-                f"The weights lack {name}, which the configuration asks for. Pull the model again."
+                f"The weights do not contain {name}, which config.json requires. Pull the model again."
             )
         found = (tensor.values if isinstance(tensor, QuantizedTensor) else tensor).shape
         if found != shape:
-            raise ModelError(f"{name} has shape {found}, the configuration says {shape}.")
+            raise ModelError(f"{name} has shape {found}, but config.json requires {shape}.")
         self._unused.discard(name)
         return tensor
 
@@ -312,8 +312,8 @@ class _Parts:
         unknown = sorted(name for name in self._unused if not name.endswith(harmless))
         if unknown:
             raise ModelError(
-                f"The weights have {len(unknown)} tensors that the configuration does not know, "
-                f"for example {unknown[0]}. Weights and config.json do not belong together."
+                f"The weights contain {len(unknown)} tensors that config.json does not describe, "
+                f"for example {unknown[0]}. Use weights and a config.json of the same model."
             )
 
 

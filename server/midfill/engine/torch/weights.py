@@ -194,7 +194,7 @@ class _Loader:
         missing = sorted(expected - self._files.keys())
         if missing:
             raise ModelError(
-                f"The weights lack {len(missing)} tensors that the configuration asks for, "
+                f"The weights do not contain {len(missing)} tensors that config.json requires, "
                 f"for example {missing[0]}. Pull the model again."
             )
         unknown = sorted(
@@ -204,8 +204,8 @@ class _Loader:
         )
         if unknown:
             raise ModelError(
-                f"The weights have {len(unknown)} tensors that the configuration does not know, "
-                f"for example {unknown[0]}. Weights and config.json do not belong together."
+                f"The weights contain {len(unknown)} tensors that config.json does not describe, "
+                f"for example {unknown[0]}. Use weights and a config.json of the same model."
             )
 
     def _blocks(self, name: str, shape: torch.Size) -> Iterator[torch.Tensor]:

@@ -78,7 +78,7 @@ async def _load(client: httpx2.AsyncClient, name: str, source: AdapterSource) ->
     async with asyncio.timeout(_LOAD_S):
         answer = await client.post("/v1/load_lora_adapter", json=body)
     if answer.is_success:
-        _LOG.info("the adapter %s was loaded there as %s", source.name, name)
+        _LOG.info("the server loaded the adapter %s as %s", source.name, name)
     else:
-        _LOG.info("the adapter %s could not be loaded there (%d)", source.name, answer.status_code)
+        _LOG.info("the server could not load the adapter %s (status %d)", source.name, answer.status_code)
     return bool(answer.is_success)

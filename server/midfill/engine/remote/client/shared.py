@@ -209,7 +209,7 @@ class SharedEngine:
                 if answer.status_code != 204:
                     raise AdapterError(str(answer.json()["error"]["message"]))
             except (httpx2.HTTPError, ValueError, KeyError) as error:
-                raise AdapterError("The shared engine did not take the adapters; try again.") from error
+                raise AdapterError("The shared engine did not load the adapters; try again.") from error
 
     def _client(self) -> httpx2.AsyncClient:
         transport = httpx2.AsyncHTTPTransport(uds=str(self.socket))
