@@ -68,7 +68,7 @@ class LoraLayers:
         if not rebuild and not new:
             matrices = {name: self._matrices(stack, name, self._wrapped[name].base) for name in self._wrapped}
         else:
-            layers |= {name: branched.base for name, branched in self._wrapped.items() if adapters}
+            layers |= {name: wrapped.base for name, wrapped in self._wrapped.items() if adapters}
             matrices = {name: self._matrices(stack, name, base) for name, base in layers.items()}
         table = torch.zeros((MAX_ADAPTERS + 1, stack.rank), dtype=self._dtype)
         for begin, end in stack.spans.values():
@@ -136,13 +136,13 @@ class LoraLayers:
         return found
 
     def _wrap(self, name: str, base: Any, down: torch.Tensor, up: torch.Tensor) -> _LoraLinear:
-        branched = _LoraLinear(base, self, down, up)
-        self._set(name, branched)
-        return branched
+        wrapped = _LoraLinear(base, self, down, up)
+        self._set(name, wrapped)
+        return wrapped
 
     def _remove(self) -> None:
-        for name, branched in self._wrapped.items():
-            self._set(name, branched.base)
+        for name, wrapped in self._wrapped.items():
+            self._set(name, wrapped.base)
         self._wrapped = {}
 
     def _set(self, name: str, module: nn.Module) -> None:
@@ -165,14 +165,14 @@ class _LoraLinear(nn.Module):
     def __init__(self, base: Any, layers: LoraLayers, down: torch.Tensor, up: torch.Tensor) -> None:
         super().__init__()
         self.base = base
-        self._branches = layers
+        self._layers = layers
         self.register_buffer("down", down, persistent=False)
         self.register_buffer("up", up, persistent=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the base layer's output plus the terms of the adapters of each token."""
         output: torch.Tensor = self.base(inputs)
-        choice = self._branches.choice
+        choice = self._layers.choice
         if choice is None:
             return output
         rows = inputs.reshape(-1, inputs.shape[-1])
@@ -187,13 +187,13 @@ class _LoraLinear(nn.Module):
 def _allocate(adapters: Mapping[str, Adapter], before: Mapping[str, Any], rank: int) -> LoraStack:
     """Assign spans of equal size. An adapter that has one keeps it, so that little is written again."""
     free = [number for number in range(MAX_ADAPTERS) if rank]
-    spans = {}
+    numbers: dict[str, int] = {}
     for key in adapters:
         if key in before and (number := before[key][0] // rank) in free and before[key][0] % rank == 0:
-            spans[key] = number
+            numbers[key] = number
             free.remove(number)
     for key in adapters:
-        if key not in spans:
-            spans[key] = free.pop(0)
-    spans = {key: (number * rank, number * rank + adapters[key].rank) for key, number in spans.items()}
+        if key not in numbers:
+            numbers[key] = free.pop(0)
+    spans = {key: (number * rank, number * rank + adapters[key].rank) for key, number in numbers.items()}
     return LoraStack(adapters, spans, max(1, MAX_ADAPTERS * rank))
