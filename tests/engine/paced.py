@@ -49,7 +49,7 @@ class Bytes:
 
 
 class PacedRunner:
-    """A `loading.Runner`.
+    """A `runner.Runner`.
 
     A step takes `step_s`, `sequence_s` for each further request, `token_s` for each further token of one. It
     is computed in six parts, and may be left between two of them.

@@ -1,4 +1,4 @@
-"""A `Service` over a real socket, in this process."""
+"""An `EngineApp` over a real socket, in this process."""
 
 import asyncio
 from contextlib import asynccontextmanager

@@ -291,7 +291,7 @@ def test_a_breaker_opens_and_lets_one_through_to_see():
     assert not breaker.allows(1.5)
     assert breaker.allows(1.6)
     breaker.begin()
-    breaker.leave()
+    breaker.abandon()
     assert breaker.allows(1.7), "it was taken back; the next one sees"
     breaker.begin()
     breaker.succeed()

@@ -281,7 +281,7 @@ async def test_leaving_the_stream_frees_the_device_at_once(tmp_path):
 
 
 def metrics_of(host):
-    return generate_latest(host.meters.registry)
+    return generate_latest(host.metrics.registry)
 
 
 async def test_what_the_model_says_of_its_fault_arrives(tmp_path):

@@ -206,7 +206,7 @@ async def test_a_suffix_needs_a_model_that_fills_in():
     def cannot(*_):
         raise ModelError("The FIM family of this one is not known.")
 
-    for options, words in (({}, "does not fill"), ({"infill": cannot}, "is not known")):
+    for options, words in (({}, "does not support fill-in-the-middle"), ({"infill": cannot}, "is not known")):
         async with asking(team(), script=SCRIPT, **options) as (_, client):
             answer = await client.post("/v1/completions", json={"prompt": "a", "suffix": "b"})
             assert answer.status_code == 400
