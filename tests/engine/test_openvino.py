@@ -218,7 +218,7 @@ import sys
 events = []
 sys.addaudithook(lambda name, _: events.append(name) if name.startswith(("socket.", "subprocess.")) else None)
 from pathlib import Path
-from midfill.engine import openvino_runner
+from midfill.engine.openvino import runner as openvino_runner
 from midfill.engine.openvino.graph import read_shape
 path = Path({str(model.path)!r})
 runner = openvino_runner.load(path, read_shape(path), dtype="int8", num_threads=1, report=lambda _: None)
