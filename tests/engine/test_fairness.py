@@ -15,7 +15,7 @@ from statistics import mean
 
 import pytest
 
-from midfill.bench.typist import gap_s
+from midfill.bench.virtual_user import gap_s
 from midfill.engine.kv_slots import Slots
 from midfill.engine.scheduler import Scheduler, SequenceState
 

@@ -18,7 +18,7 @@ from midfill.training import data, memory
 from midfill.training.history import Repository
 from midfill.training.plan import describe, estimate_speed, summarise
 from midfill.training.selection import select
-from midfill.training.spans import MAX_CHARS, SHARES, Source, Span
+from midfill.training.fim_spans import MAX_CHARS, SHARES, Source, Span
 
 SETTINGS = Settings(family="stable-code", prefix_tokens=96, suffix_tokens=48, max_new_tokens=16)
 

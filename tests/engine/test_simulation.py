@@ -12,7 +12,7 @@ from clock import in_its_own_time
 
 from midfill.bench import load, simulation, sizing, typist
 from midfill.bench.load import Goal, Plan, Stage
-from midfill.bench.service import CAPACITIES, Capacity, Place, Service, Typed, survey
+from midfill.bench.engine_profile import CAPACITIES, Capacity, Place, Service, Typed, survey
 from midfill.bench.simulation import Fleet
 from midfill.cli.main import cli
 from midfill.engine.kv_slots import NUM_SLOTS

@@ -6,11 +6,11 @@ import pytest
 from planted import certain, possible
 
 from midfill.completion.context.chunks import parse
-from midfill.completion.context.collector import NOTHING, Collected, Context, Folder, Snippet, Source
-from midfill.completion.context.files import sift
+from midfill.completion.context.collector import NOTHING, ContextBundle, Context, Folder, Snippet, Source
+from midfill.completion.context.files import to_source_file
 from midfill.completion.context.index import RepositoryIndex
 from midfill.completion.context.indexer import Indexer
-from midfill.completion.context.rendering import ContextWriter
+from midfill.completion.context.rendering import ContextRenderer
 from midfill.completion.prompt import PromptBuilder
 from midfill.engine.api import ModelInfo
 from midfill.engine.scripted import CharTokenizer
@@ -263,11 +263,11 @@ def test_an_index_that_was_changed_in_pieces_equals_a_new_one():
             index.remove(path)
         else:
             files[path] = "".join(rng.sample(texts, 5))
-            index.add(path, parse(sift(path, files[path])))
+            index.add(path, parse(to_source_file(path, files[path])))
     index.commit()
     fresh = RepositoryIndex()
     for path, text in files.items():
-        fresh.add(path, parse(sift(path, text)))
+        fresh.add(path, parse(to_source_file(path, text)))
     fresh.commit()
     assert (index.num_files, index.num_chunks) == (fresh.num_files, fresh.num_chunks)
     for number in range(30):
@@ -284,8 +284,8 @@ def test_a_word_that_is_rare_counts_for_more_than_many_that_stand_everywhere():
     everywhere = " + ".join(f"common{number}" for number in range(40))
     index = RepositoryIndex()
     for number in range(300):
-        index.add(f"p{number}.py", parse(sift(f"p{number}.py", f"value = {everywhere}\n")))
-    index.add("rare.py", parse(sift("rare.py", f"value = {everywhere} + wanted\n")))
+        index.add(f"p{number}.py", parse(to_source_file(f"p{number}.py", f"value = {everywhere}\n")))
+    index.add("rare.py", parse(to_source_file("rare.py", f"value = {everywhere} + wanted\n")))
     index.commit()
     # The common words stand nearer to the cursor, the last line.
     found = index.search(["wanted\n", f"other = {everywhere}\n"], 1)
@@ -319,7 +319,7 @@ def test_paths_of_uris(uri, path):
 
 # In the prompt
 
-COLLECTED = Collected(
+COLLECTED = ContextBundle(
     (Snippet(Source.IMPORTS, "a/b.py", "def f(x):"), Snippet(Source.OPEN, "c.py", "y = 1\nz = 2")),
     "main.py",
     "project",
@@ -339,7 +339,7 @@ class WithMarks(CharTokenizer):
 
 
 def written(family, budget=10_000, language="python"):
-    writer = ContextWriter(FAMILIES[family], WithMarks())
+    writer = ContextRenderer(FAMILIES[family], WithMarks())
     parts = writer.write(Document.open("file:///main.py", language, 0, ""), COLLECTED, budget)
     return [
         WithMarks().decode([id_ for _, ids in part for id_ in ids])
@@ -362,7 +362,7 @@ def test_context_takes_the_form_that_the_family_was_trained_with():
 def test_the_budget_keeps_the_best_and_counts_everything():
     whole = len(written("qwen2.5-coder")[0])
     for budget in range(0, whole + 60, 3):
-        writer = ContextWriter(FAMILIES["qwen2.5-coder"], WithMarks())
+        writer = ContextRenderer(FAMILIES["qwen2.5-coder"], WithMarks())
         parts = writer.write(Document.open("file:///main.py", "python", 0, ""), COLLECTED, budget)
         assert parts.num_tokens <= budget
         names = [name for name, _ in parts.at_start if name.startswith("context")]

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from midfill.completion.completer import Completer, Source, Trigger
-from midfill.completion.suggestions import closing_places
+from midfill.completion.suggestions import matched_closer_offsets
 from midfill.engine.api import ModelInfo, Token
 from midfill.engine.scripted import CharTokenizer
 from midfill.settings import Settings
@@ -98,7 +98,7 @@ class Session:
         char = char.replace("\n", self.here.document.line_ending)
         closer = CLOSERS.get(char, "")
         if closer:
-            self.completer.closing(self.here)
+            self.completer.before_auto_close(self.here)
         typed = self.here.insert(char)
         self.put(Snapshot(typed.insert(closer).document, typed.cursor))
         self.shown = self.shown.removeprefix(char) if self.shown.startswith(char) else ""
@@ -110,7 +110,7 @@ class Session:
         num_replaced = self.num_replaced
         if part != self.shown:
             # Those closers whose turn it is.
-            num_replaced = len(closing_places(part, self.here.line_after[:num_replaced]))
+            num_replaced = len(matched_closer_offsets(part, self.here.line_after[:num_replaced]))
         self.shown, self.num_replaced = self.shown[len(part) :], self.num_replaced - num_replaced
         self.put(self.here.insert(part, num_replaced))
 

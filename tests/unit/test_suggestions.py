@@ -9,7 +9,7 @@ import virtual_time
 
 from midfill.completion.completer import Completer, Source, Trigger
 from midfill.completion.reasons import Reason
-from midfill.completion.suggestions import Computed, Match, Suggestion, closing_changes, may_close
+from midfill.completion.suggestions import Computed, Match, Suggestion, auto_closing_changes, may_close
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.settings import Settings
 from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
@@ -233,11 +233,11 @@ def test_what_replaces_text_or_all_of_it_closes_nothing():
 
 def test_of_a_thousand_changes_a_few_are_looked_at():
     changes = [Change("()", (line, 4), (line, 4)) for line in range(1_000)]
-    assert closing_changes(changes) == list(range(992, 1_000))
+    assert auto_closing_changes(changes) == list(range(992, 1_000))
     # What closes nothing does not count.
     typed = [Change("x", (line, 4), (line, 4)) for line in range(1_000)]
-    assert closing_changes([changes[0], *typed, changes[1], *typed]) == [0, 1_001]
-    assert closing_changes(typed) == closing_changes([]) == []
+    assert auto_closing_changes([changes[0], *typed, changes[1], *typed]) == [0, 1_001]
+    assert auto_closing_changes(typed) == auto_closing_changes([]) == []
 
 
 METHOD = "(self, width):\n    self.width = width"
@@ -261,10 +261,10 @@ async def test_the_model_does_not_see_what_the_editor_closed(world, known):
     if known == "line":
         # All of it comes in one edit, its line end too.
         editor = Editor(it.completer, "▮x = 1\n")
-        it.completer.closing(editor.snapshot)
+        it.completer.before_auto_close(editor.snapshot)
         editor.type("def resize", closers="\n")
     elif known == "pair":
-        it.completer.closing(editor.snapshot)
+        it.completer.before_auto_close(editor.snapshot)
     else:
         await editor.ask()
     answer = await editor.type("(", closers=")").ask()
@@ -302,7 +302,7 @@ async def _ahead_of_a_closer(world):
         looks_ahead=True,
     )
     editor = Editor(it.completer, "class Box:\n    pass\ndef resize▮\nx = 1\n")
-    it.completer.closing(editor.snapshot)
+    it.completer.before_auto_close(editor.snapshot)
     answer = await editor.type("(", closers=")").ask()
     await asyncio.sleep(0.5)
     accepted = editor.snapshot.insert(answer.text, answer.num_replaced)

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from midfill.bench.contenders import Asked, InProcess
+from midfill.bench.backends import Asked, PipelineBackend
 from midfill.bench.load import Stage
 from midfill.bench.trace import Episode
 from midfill.completion.completer import Answer
@@ -253,7 +253,7 @@ def kind_of(model: ModelInfo) -> str:
     return next((kind for kind in CAPACITIES if kind.lower() in model.served_by.lower()), _OTHERS)
 
 
-async def _look(pipeline: InProcess, tokenizer: Tokenizer, episode: Episode, notes: _Notes) -> None:
+async def _look(pipeline: PipelineBackend, tokenizer: Tokenizer, episode: Episode, notes: _Notes) -> None:
     """Type an episode, waiting for every answer."""
     documents = [Document.open(episode.uri, episode.language_id, 1, episode.text), *episode.documents()]
     pipeline.open(documents[0])

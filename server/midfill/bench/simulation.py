@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from midfill.bench.contenders import CANCELLED, Asked, Job
+from midfill.bench.backends import CANCELLED, Asked, Job
 from midfill.bench.load import Plan, figures
-from midfill.bench.service import Place, Service, Typed
-from midfill.completion.completer import RENEW_S, REST_S
+from midfill.bench.engine_profile import Place, Service, Typed
+from midfill.completion.completer import IDLE_DELAY_S, PREFETCH_DELAY_S
 from midfill.completion.suggestions import LINGER_S
 from midfill.engine.kv_slots import Slots
 from midfill.engine.local import MAX_WAITING
@@ -314,8 +314,8 @@ class _Typist:
 
     def _settle(self, now: float) -> None:
         """Who rests for long has the prompt of the place computed; at first that of the end of the text."""
-        if now + RENEW_S < self._next_key_s:
-            self._simulation.later(now + RENEW_S, self._warm, (self._visit, self._key))
+        if now + IDLE_DELAY_S < self._next_key_s:
+            self._simulation.later(now + IDLE_DELAY_S, self._warm, (self._visit, self._key))
 
     def _warm(self, now: float, what: tuple[int, int]) -> None:
         if what != (self._visit, self._key):
@@ -500,8 +500,8 @@ class _Typist:
 
     def _look_ahead(self, key: int, place: Place, at_s: float) -> None:
         """While the typist rests, what comes next is computed, as if the suggestion had been accepted."""
-        if at_s + REST_S < self._next_key_s:
-            self._simulation.later(at_s + REST_S, self._prefetch, (self._visit, self._key, key, place))
+        if at_s + PREFETCH_DELAY_S < self._next_key_s:
+            self._simulation.later(at_s + PREFETCH_DELAY_S, self._prefetch, (self._visit, self._key, key, place))
 
     def _prefetch(self, now: float, what: tuple[int, int, int, Place]) -> None:
         visit, at_key, key, place = what

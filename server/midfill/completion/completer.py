@@ -18,16 +18,16 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from midfill.completion.confidence import BUILT_IN, Calibration, Eagerness, Evidence, best, worth_showing
-from midfill.completion.context.collector import Collected, Context
+from midfill.completion.confidence import BUILT_IN, Calibration, Eagerness, Evidence, best, length_to_show
+from midfill.completion.context.collector import ContextBundle, Context
 from midfill.completion.generation import Output, stream
 from midfill.completion.postprocess.clean import before_unsafe, clean, stop
 from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.received import received
+from midfill.completion.postprocess.normalization import received
 from midfill.completion.prompt import Prompt, PromptBuilder
 from midfill.completion.reasons import Reason
 from midfill.completion.stats.request_log import stages
-from midfill.completion.suggestions import Computed, Flight, Match, Suggestions, fitted
+from midfill.completion.suggestions import Computed, InFlightCompletion, Match, Suggestions, fitted
 from midfill.engine.api import Engine, Request
 from midfill.errors import EngineError, EngineUnavailableError
 from midfill.fim.templates import Family
@@ -43,9 +43,9 @@ _CONTINUES_WORD = re.compile(r"\w")
 # Behind the cursor may stand what editors insert by themselves: closers, then one separator.
 _HARMLESS_TAIL = re.compile(r"""\s*[)>}\]"'`]*\s*[:{;,]?\s*\Z""")
 # After an answer the typist may go on at once, and would wait for the forward pass under way.
-REST_S = 0.1
+PREFETCH_DELAY_S = 0.1
 # New context makes the whole prompt new, which is worth nothing if the typist goes on meanwhile.
-RENEW_S = 1.0
+IDLE_DELAY_S = 1.0
 
 
 class Trigger(StrEnum):
@@ -66,7 +66,7 @@ class Source(StrEnum):
     """Computed before, for exactly this text."""
     JOINED = "joined"
     """Was being computed already, and agrees with what has been typed since."""
-    STREAK = "streak"
+    CONTINUATION = "streak"
     """What the model had written behind the end of the suggestion before."""
     PREFETCH = "prefetch"
     """Computed as if the suggestion before had been accepted, which it then was."""
@@ -128,7 +128,7 @@ class _Made:
 
     answer: Answer
     output: Output
-    context: Collected
+    context: ContextBundle
 
 
 @dataclass(slots=True)
@@ -207,14 +207,14 @@ class Completer:
         return self._suggestions.computes(uri)
 
     def closing(self, snapshot: Snapshot) -> None:
-        """A change is about to be made here that may close what it opens (`suggestions.closing_changes`)."""
+        """A change is about to be made here that may close what it opens (`suggestions.auto_closing_changes`)."""
         self._suggestions.closing(snapshot)
 
     def rest(self, snapshot: Snapshot) -> None:
         """The user may rest here. If so, let the model read what it would be asked, and ask it nothing."""
         self._stop_resting()
         if self.looks_ahead and self.settings.prefetch:
-            self._renewal = asyncio.get_running_loop().call_later(RENEW_S, self._settle, snapshot)
+            self._renewal = asyncio.get_running_loop().call_later(IDLE_DELAY_S, self._settle, snapshot)
 
     def forget(self, uri: str) -> None:
         """Drop what is remembered of a document that was closed."""
@@ -311,7 +311,7 @@ class Completer:
         start = len(match.typed)
         output = made.output.beyond(start, None if end is None else start + end)
         answer = self._weigh(self._trim(output, place), place, trigger)
-        return replace(answer, source=Source.STREAK) if answer.text else None
+        return replace(answer, source=Source.CONTINUATION) if answer.text else None
 
     async def _ask(self, snapshot: Snapshot, trigger: Trigger) -> Answer | None:
         """Join the flight that agrees with this text, or launch one; None if it went another way."""
@@ -342,7 +342,7 @@ class Completer:
             return
         text = answer.text.replace("\n", snapshot.line_ending)
         accepted = snapshot.insert(text, answer.num_replaced)
-        self._rest = asyncio.get_running_loop().call_later(REST_S, self._prefetch, snapshot, accepted)
+        self._rest = asyncio.get_running_loop().call_later(PREFETCH_DELAY_S, self._prefetch, snapshot, accepted)
 
     def _prefetch(self, snapshot: Snapshot, accepted: Snapshot) -> None:
         known = self._suggestions.matches(accepted, explicit=False)
@@ -371,7 +371,7 @@ class Completer:
                 timer.cancel()
         self._rest = self._renewal = None
 
-    def _work(self, snapshot: Snapshot) -> Callable[[Flight[_Made]], Awaitable[Computed[_Made]]]:
+    def _work(self, snapshot: Snapshot) -> Callable[[InFlightCompletion[_Made]], Awaitable[Computed[_Made]]]:
         """The stages that ask the model, with the engine and the settings of this moment."""
         if self._engine is None or self._prompts is None:
             raise AssertionError("work is made where there is an engine")
@@ -383,7 +383,7 @@ class Completer:
         prompts: PromptBuilder,
         settings: Settings,
         snapshot: Snapshot,
-        flight: Flight[_Made],
+        flight: InFlightCompletion[_Made],
     ) -> Computed[_Made]:
         """Ask the model: context > prompt > engine > trim."""
         begun = time.monotonic()
@@ -427,7 +427,7 @@ class Completer:
         )
 
     async def _generate(
-        self, engine: Engine, request: Request, place: Place, flight: Flight[_Made]
+        self, engine: Engine, request: Request, place: Place, flight: InFlightCompletion[_Made]
     ) -> Output:
         """What the model writes, up to where a suggestion ends, or how it failed."""
         output = Output()
@@ -477,7 +477,7 @@ class Completer:
             return answer
         evidence = Evidence(answer.text, answer.tokens, answer.finished, place.line_before)
         eagerness = Eagerness(self.settings.eagerness)
-        if (end := worth_showing(evidence, eagerness, self.calibration)) == len(answer.text):
+        if (end := length_to_show(evidence, eagerness, self.calibration)) == len(answer.text):
             return answer
         if end:
             return replace(answer, text=answer.text[:end], finished=False)

@@ -11,9 +11,9 @@ from typing import Any
 
 from midfill.completion.postprocess.clean import Stopper
 from midfill.completion.postprocess.cursor_context import Place
-from midfill.completion.postprocess.received import Received
+from midfill.completion.postprocess.normalization import Normalizer
 from midfill.completion.reasons import Reason
-from midfill.completion.suggestions import Flight
+from midfill.completion.suggestions import InFlightCompletion
 from midfill.engine.api import Engine, Request
 
 
@@ -67,10 +67,10 @@ class Output:
         return Output(self.raw[start:end], complete=True, tokens=tokens)
 
 
-async def stream(engine: Engine, request: Request, place: Place, flight: Flight[Any], output: Output) -> None:
+async def stream(engine: Engine, request: Request, place: Place, flight: InFlightCompletion[Any], output: Output) -> None:
     """Collect the model's text after `forced_prefix`; stop it where the suggestion has come to its end."""
     num_held = len(request.forced_prefix)
-    whole, stopper = Received(place), Stopper(place)
+    whole, stopper = Normalizer(place), Stopper(place)
     async with aclosing(engine.generate(request)) as tokens:
         async for token in tokens:
             whole.push(token.text[num_held:])

@@ -16,8 +16,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from midfill.completion.context.collector import NOTHING, Collected
-from midfill.completion.context.rendering import ContextWriter, Segment, Written
+from midfill.completion.context.collector import NOTHING, ContextBundle
+from midfill.completion.context.rendering import ContextRenderer, Segment, Written
 from midfill.engine.api import ModelInfo
 from midfill.errors import ModelError
 from midfill.fim.templates import Family, Layout, recognise_family
@@ -123,12 +123,12 @@ class PromptBuilder:
                 f"lower `max_new_tokens` ({settings.max_new_tokens})."
             )
         self._anchors: OrderedDict[str, _Anchor] = OrderedDict()
-        self._writer = ContextWriter(self.family, model.tokenizer)
+        self._writer = ContextRenderer(self.family, model.tokenizer)
 
     def build(
         self,
         snapshot: Snapshot,
-        context: Collected = NOTHING,
+        context: ContextBundle = NOTHING,
         *,
         max_new_tokens: int | None = None,
     ) -> Prompt:
@@ -141,7 +141,7 @@ class PromptBuilder:
         """
         return self._build(snapshot, context, max_new_tokens or self._settings.max_new_tokens)
 
-    def _build(self, snapshot: Snapshot, context: Collected, max_new_tokens: int, spare: int = 0) -> Prompt:
+    def _build(self, snapshot: Snapshot, context: ContextBundle, max_new_tokens: int, spare: int = 0) -> Prompt:
         """See `build`; leaves `spare` tokens of the budget before the cursor unused."""
         room = max(self._room(max_new_tokens), 2)
         written = self._writer.write(
@@ -173,7 +173,7 @@ class PromptBuilder:
             tuple((name, len(ids)) for name, ids in segments if ids),
         )
 
-    def settle(self, snapshot: Snapshot, context: Collected = NOTHING) -> Prompt:
+    def settle(self, snapshot: Snapshot, context: ContextBundle = NOTHING) -> Prompt:
         """The prompt for a place where the user rests.
 
         An anchor that is nearly used up is given up here, so that it need not be in the middle of a word,

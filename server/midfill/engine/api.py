@@ -162,7 +162,7 @@ class ModelInfo:
 
 @dataclass(slots=True)
 class Stats:
-    """Costs of a request, filled in by the engine while the request runs. Times are `time.monotonic`.
+    """RequestStats of a request, filled in by the engine while the request runs. Times are `time.monotonic`.
 
     Attributes:
         num_prompt: tokens of the prompt.

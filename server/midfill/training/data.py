@@ -29,7 +29,7 @@ from midfill.settings import Settings
 from midfill.text.documents import Document, Point, Snapshot
 from midfill.training.history import Repository
 from midfill.training.selection import Addition, Selection
-from midfill.training.spans import SHARES, Source, Span
+from midfill.training.fim_spans import SHARES, Source, Span
 
 NUM_TRAIN = 1500
 NUM_TEST = 168
