@@ -166,7 +166,7 @@ class Neovim:
     def model_calls(self):
         """What became of the requests to the model, in the order in which they ended."""
         rows = self.log.read_text().splitlines() if self.log.exists() else []
-        return [json.loads(row)["fate"] for row in rows]
+        return [json.loads(row)["outcome"] for row in rows]
 
     @property
     def server_pid(self):

@@ -138,7 +138,7 @@ class Terminal:
     def model_calls(self):
         """What became of the requests to the model, in the order in which they ended."""
         rows = self.log.read_text().splitlines() if self.log.exists() else []
-        return [json.loads(row)["fate"] for row in rows]
+        return [json.loads(row)["outcome"] for row in rows]
 
     def sent(self, *methods):
         """What the editor has sent of these methods, oldest first."""

@@ -60,7 +60,7 @@ class Engine:
     @property
     def calls(self):
         rows = self.log.read_text().splitlines() if self.log.exists() else []
-        return [json.loads(row)["fate"] for row in rows]
+        return [json.loads(row)["outcome"] for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from midfill.engine.adapters.loaded import Residents
+from midfill.engine.adapters.loaded import LoadedAdapters
 from midfill.engine.api import EngineSpec, ModelInfo
 from midfill.engine.kv_slots import NUM_SLOTS
-from midfill.engine.loading import Loaded
+from midfill.engine.loading import LoadedModel
 from midfill.engine.local import LocalEngine
 from midfill.engine.scheduler import Choice
 from midfill.engine.token_healing import TokenIndex
@@ -49,13 +49,13 @@ class Bytes:
 
 
 class PacedRunner:
-    """A `loading.Runner`.
+    """A `runner.Runner`.
 
     A step takes `step_s`, `sequence_s` for each further request, `token_s` for each further token of one. It
     is computed in six parts, and may be left between two of them.
     """
 
-    context, max_guesses, step_sequences, num_parts = 4096, 0, NUM_SLOTS, 6
+    context, max_draft_tokens, step_sequences, num_parts = 4096, 0, NUM_SLOTS, 6
     vocab_size = 256 + len(SENTINELS)
 
     def __init__(self, clock, step_s, sequence_s, token_s, chunk_tokens):
@@ -100,7 +100,7 @@ def engine(step_s=0.003, sequence_s=0.0006, token_s=0.0001, chunk_tokens=64):
     """A `LocalEngine` around it, as `midfill serve` would have one; for a test in `clock.in_its_own_time`."""
     clock = asyncio.get_running_loop().clock
     found = paced_engine(PacedRunner(clock, step_s, sequence_s, token_s, chunk_tokens))
-    found.mailbox = clock.mailbox
+    found._shared.mailbox = clock.mailbox
     return found
 
 
@@ -112,7 +112,7 @@ def paced_engine(runner):
         runner.clock.takes_part()
         info = ModelInfo("paced", "qwen2.5-coder", "qwen2", runner.context, tokenizer, "cpu", "paced")
         index = TokenIndex(tokenizer.vocab_bytes(), tokenizer.control_ids)
-        return Loaded(info, runner, index, Residents(runner, lambda: None, None), slow_turn_s=1.0)
+        return LoadedModel(info, runner, index, LoadedAdapters(runner, lambda: None, None), warm_up_s=1.0)
 
     class Model:
         name, path, family = "paced", Path("/nowhere"), "qwen2.5-coder"

@@ -1,11 +1,11 @@
-"""A `Service` over a real socket, in this process."""
+"""An `EngineApp` over a real socket, in this process."""
 
 import asyncio
 import itertools
 from contextlib import asynccontextmanager
 
-from midfill.engine.remote.server.listen import Listen, serve
-from midfill.engine.remote.server.model_host import Host
+from midfill.engine.remote.server.listen import ListenSpec, serve
+from midfill.engine.remote.server.model_host import ModelHost
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 
 TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test
@@ -23,7 +23,7 @@ async def hosted(listen, *, rules=RULES, log="", limits=None, make=None, script=
     # Its vocabulary is all of Unicode, of which a digest would take seconds.
     options = {"vocabulary": "characters"} | options
     script = script or Script(rules=list(rules), log=log)
-    host = Host(make or (lambda: ScriptedEngine(script)), **options)
+    host = ModelHost(make or (lambda: ScriptedEngine(script)), **options)
     address = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(serve(host, listen, address.set_result, limits=limits))
     await asyncio.wait([task, address], return_when="FIRST_COMPLETED")
@@ -45,4 +45,4 @@ async def until(condition):
 
 
 def team(**options):
-    return Listen(**({"tokens": {TOKEN: "ada", TOKEN + "2": "bob"}} | options))
+    return ListenSpec(**({"tokens": {TOKEN: "ada", TOKEN + "2": "bob"}} | options))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tiny
 import torch
 
-from midfill.engine.scheduler import Chunk, Sequence
+from midfill.engine.scheduler import Chunk, SequenceState
 
 
 class Recorder:
@@ -63,7 +63,9 @@ class Sequences:
         for slot in slots:
             start, tokens = self.computed[slot], self.tokens[slot]
             end = min(len(tokens), start + most)
-            chunks.append(Chunk(Sequence(None, tokens), slot, start, tokens[start:end], end == len(tokens)))
+            chunks.append(
+                Chunk(SequenceState(None, tokens), slot, start, tokens[start:end], end == len(tokens))
+            )
         found = self.runner.forward(chunks, allowed or [None] * len(chunks))
         choices = [chosen[0] if chosen else None for chosen in found]
         for chunk, choice in zip(chunks, choices, strict=True):

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from paced import PacedRunner, paced_engine
 
-from midfill.engine.remote.server.listen import Listen, raise_file_limit, serve
-from midfill.engine.remote.server.model_host import Host
+from midfill.engine.remote.server.listen import ListenSpec, raise_file_limit, serve
+from midfill.engine.remote.server.model_host import ModelHost
 
 
 class RealTime:
@@ -40,10 +40,10 @@ async def main(tokens, step_s):
         host.on_exit()  # which is `serve`'s by then
 
     loop = asyncio.get_running_loop()
-    host = Host(make, vocabulary="bytes")
+    host = ModelHost(make, vocabulary="bytes")
     threading.Thread(target=lambda: (sys.stdin.read(), loop.call_soon_threadsafe(end)), daemon=True).start()
     raise_file_limit()
-    await serve(host, Listen(tokens=tokens), lambda address: print(address, flush=True))
+    await serve(host, ListenSpec(tokens=tokens), lambda address: print(address, flush=True))
 
 
 if __name__ == "__main__":

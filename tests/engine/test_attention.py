@@ -8,15 +8,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from midfill.engine.torch.attention import packed, packed_mask
-from midfill.engine.torch.graph_shapes import Shape
+from midfill.engine.torch.graph_shapes import GraphShape
 from midfill.engine.torch.kv_cache import (
-    FixedMemory,
-    GrowingMemory,
-    Rows,
-    Span,
-    Spans,
-    flash_rows,
-    packed_rows,
+    FixedKVCache,
+    FixedShapePast,
+    GrowingKVCache,
+    PackedPast,
+    SequenceSpan,
+    flash_kernel,
+    packed_kernel,
 )
 
 WIDTH = 16
@@ -72,8 +72,8 @@ def filled(memory, lengths, key_heads):
 def memories(key_heads):
     like = torch.zeros(1, key_heads, WIDTH)
     return {
-        "growing": GrowingMemory(1, 600),
-        "fixed": FixedMemory([(like, like)], num_slots=4, capacity=600),
+        "growing": GrowingKVCache(1, 600),
+        "fixed": FixedKVCache([(like, like)], num_slots=4, capacity=600),
     }
 
 
@@ -85,10 +85,15 @@ def test_sequences_in_one_row_see_only_their_own_past(kind, heads, window):
     memory = memories(key_heads)[kind]
     pasts = filled(memory, {0: 300, 2: 40, 3: 1}, key_heads)
     # Slot 0 goes on from where it was cut, slot 1 is new.
-    spans = [Span(2, 40, 0, 1), Span(0, 250, 1, 9), Span(1, 0, 10, 5), Span(3, 1, 15, 300)]
+    spans = [
+        SequenceSpan(2, 40, 0, 1),
+        SequenceSpan(0, 250, 1, 9),
+        SequenceSpan(1, 0, 10, 5),
+        SequenceSpan(3, 1, 15, 300),
+    ]
     query = random(1, num_heads, 315, WIDTH, seed=1)
     new = tuple(random(1, key_heads, 315, WIDTH, seed=seed) for seed in (2, 3))
-    past = Spans(memory, spans)
+    past = PackedPast(memory, spans)
     past.update(*new, 0)
     output = past.attend(query, None, window)
     for span in spans:
@@ -116,7 +121,9 @@ def test_rows_of_fixed_shape_see_only_their_own_past(heads, window, rows, width)
     )
     query = random(1, num_heads, rows * width, WIDTH, seed=1)
     new = tuple(random(1, key_heads, rows * width, WIDTH, seed=seed) for seed in (2, 3))
-    past = Rows(memory, torch.tensor(slots), torch.tensor(starts), Shape(rows, width, 520), packed_rows)
+    past = FixedShapePast(
+        memory, torch.tensor(slots), torch.tensor(starts), GraphShape(rows, width, 520), packed_kernel
+    )
     past.update(*new, 0)
     output = past.attend(query, None, window)
     for row, (slot, start) in enumerate(zip(slots, starts, strict=True)):
@@ -133,9 +140,9 @@ def test_flash_attention_is_called_as_torch_declares_it(rows, width, window):
     """Types and shapes only: the kernel itself is compared on a GPU (tests/gpu)."""
     with FakeTensorMode():
         like = torch.zeros(1, 2, WIDTH)
-        memory = FixedMemory([(like, like)], num_slots=4, capacity=600)
+        memory = FixedKVCache([(like, like)], num_slots=4, capacity=600)
         slots, starts = torch.arange(rows), torch.arange(rows) * 100
-        past = Rows(memory, slots, starts, Shape(rows, width, 512), flash_rows)
+        past = FixedShapePast(memory, slots, starts, GraphShape(rows, width, 512), flash_kernel)
         new = torch.zeros(1, 2, rows * width, WIDTH)
         past.update(new, new, 0)
         output = past.attend(torch.zeros(1, 6, rows * width, WIDTH), 0.25, window)
@@ -144,7 +151,9 @@ def test_flash_attention_is_called_as_torch_declares_it(rows, width, window):
 
 def test_flash_attention_is_told_where_each_sequence_begins_and_ends():
     memory = memories(2)["fixed"]
-    past = Rows(memory, torch.tensor([2, 0]), torch.tensor([250, 40]), Shape(2, 4, 512), flash_rows)
+    past = FixedShapePast(
+        memory, torch.tensor([2, 0]), torch.tensor([250, 40]), GraphShape(2, 4, 512), flash_kernel
+    )
     queries, keys, ends = past.limits
     assert queries.tolist() == [0, 4, 8]
     assert keys[:2].tolist() == [1200, 0]
@@ -153,7 +162,7 @@ def test_flash_attention_is_told_where_each_sequence_begins_and_ends():
 
 
 def test_a_slot_grows_by_doubling_and_keeps_what_it_holds():
-    memory = GrowingMemory(1, 2000)
+    memory = GrowingKVCache(1, 2000)
     like = (torch.zeros(1, 2, 1, WIDTH), torch.zeros(1, 2, 1, WIDTH))
     capacities = []
     for length in (1, 256, 257, 513, 1025, 1999):

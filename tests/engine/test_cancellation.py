@@ -373,7 +373,7 @@ async def test_after_a_cancellation_the_tokens_still_equal_generate(tmp_path, ki
             vocab_size = runner.vocab_size
             chunk_tokens = runner.chunk_tokens
             step_sequences = runner.step_sequences
-            max_guesses = runner.max_guesses
+            max_draft_tokens = runner.max_draft_tokens
             drop = runner.drop
             idle = runner.idle
 

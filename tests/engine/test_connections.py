@@ -14,13 +14,13 @@ import trustme
 from serving import TOKEN, hosted, team, until
 
 from midfill.engine.remote.server import guard
-from midfill.engine.remote.server.connections import Limits
-from midfill.engine.remote.server.listen import Listen, raise_file_limit
+from midfill.engine.remote.server.connections import ConnectionLimits
+from midfill.engine.remote.server.listen import ListenSpec, raise_file_limit
 from midfill.engine.scripted import Rule, Script
 from midfill.errors import SettingsError
 
 SHORT_S = 0.2
-SHORT = Limits(head_s=SHORT_S, body_s=SHORT_S, unread_s=SHORT_S)
+SHORT = ConnectionLimits(head_s=SHORT_S, body_s=SHORT_S, unread_s=SHORT_S)
 GOOD = f"Authorization: Bearer {TOKEN}\r\nHost: localhost\r\n".encode()
 BODY = json.dumps({"prompt": "a", "max_tokens": 3}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\n" + GOOD
@@ -29,7 +29,7 @@ WHOLE = HEAD + f"Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY
 
 @pytest.fixture(autouse=True)
 def _refused_at_once(monkeypatch):
-    monkeypatch.setattr(guard, "_REFUSED_S", 0.0)
+    monkeypatch.setattr(guard, "_REFUSAL_DELAY_S", 0.0)
 
 
 async def connected(url, data=b"", **options):
@@ -171,13 +171,13 @@ async def test_three_hundred_half_requests_keep_nobody_out():
             assert (await client.get("/health")).status_code == 200
         # Those that came first made room, long before their time was up.
         ended = [reader for reader, _ in halves if reader.at_eof() or reader.exception()]
-        assert len(ended) >= 300 - Limits().strangers_of_address
+        assert len(ended) >= 300 - ConnectionLimits().anonymous_per_address
         for _, writer in halves:
             writer.close()
 
 
 async def test_a_user_has_so_many_connections_and_the_one_that_rests_longest_leaves():
-    limits = Limits(of_user=3)
+    limits = ConnectionLimits(per_user=3)
     page = b"GET /health HTTP/1.1\r\n" + GOOD + b"\r\n"
     async with hosted(team(), limits=limits) as (_, url):
         resting = []
@@ -203,7 +203,7 @@ async def test_a_user_has_so_many_connections_and_the_one_that_rests_longest_lea
 
 
 async def test_connections_of_one_address_do_not_push_out_those_of_another():
-    limits = Limits(strangers_of_address=0, strangers=4)
+    limits = ConnectionLimits(anonymous_per_address=0, anonymous=4)
     async with hosted(team(host="0.0.0.0", behind_proxy=True), limits=limits) as (_, url):  # noqa: S104
         port = urlsplit(url).port
         reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
@@ -217,11 +217,11 @@ async def test_connections_of_one_address_do_not_push_out_those_of_another():
 
 
 async def test_where_descriptors_run_out_a_stranger_leaves():
-    async with hosted(team(), limits=Limits(total=5)) as (_, url):
-        strangers = [await connected(url, b"GET") for _ in range(12)]
+    async with hosted(team(), limits=ConnectionLimits(total=5)) as (_, url):
+        anonymous = [await connected(url, b"GET") for _ in range(12)]
         assert await is_served(url)
-        assert sum(not reader.at_eof() for reader, _ in strangers) <= 5
-        for _, writer in strangers:
+        assert sum(not reader.at_eof() for reader, _ in anonymous) <= 5
+        for _, writer in anonymous:
             writer.close()
 
 
@@ -235,7 +235,7 @@ async def test_half_a_handshake_is_not_waited_for(tmp_path, how):
     listen = team(tls_cert=tmp_path / "box.pem", tls_key=tmp_path / "box.key")
     context = ssl.create_default_context()
     authority.configure_trust(context)
-    async with hosted(listen, limits=Limits(head_s=5 * SHORT_S)) as (_, url):
+    async with hosted(listen, limits=ConnectionLimits(head_s=5 * SHORT_S)) as (_, url):
         data = {"silent": b"", "garbage": b"GET / HTTP/1.1\r\n\r\n", "half": b"\x16\x03\x01\x02\x00\x01"}[how]
         many = [await connected(url, data) for _ in range(40)]
         reader, writer = await connected(url, WHOLE, ssl=context, server_hostname="localhost")
@@ -308,8 +308,8 @@ async def test_a_request_ends_after_its_time(monkeypatch, tmp_path):
             assert b"[DONE]" not in await everything(reader)
             writer.close()
             await until(lambda: host._num_running == 0)
-    fates = [json.loads(line)["fate"] for line in log.read_text().splitlines()]
-    assert fates == ["finished", "cancelled", "cancelled"]
+    outcomes = [json.loads(line)["outcome"] for line in log.read_text().splitlines()]
+    assert outcomes == ["finished", "cancelled", "cancelled"]
 
 
 def test_descriptors_are_raised_as_far_as_they_may():
@@ -325,9 +325,9 @@ def test_descriptors_are_raised_as_far_as_they_may():
 
 
 def test_an_owners_socket_has_no_strangers(tmp_path):
-    assert Listen(socket=tmp_path / "s").limits().strangers == 0
-    assert team(behind_proxy=True).limits().strangers_of_address == 0
-    assert team().limits().strangers_of_address == 32
+    assert ListenSpec(socket=tmp_path / "s").limits().anonymous == 0
+    assert team(behind_proxy=True).limits().anonymous_per_address == 0
+    assert team().limits().anonymous_per_address == 32
 
 
 async def test_a_key_that_others_may_read_is_refused(tmp_path):
@@ -337,7 +337,7 @@ async def test_a_key_that_others_may_read_is_refused(tmp_path):
     listen = team(tls_cert=tmp_path / "box.pem", tls_key=tmp_path / "box.key")
     for mode in (0o644, 0o640, 0o604):
         (tmp_path / "box.key").chmod(mode)
-        with pytest.raises(SettingsError, match=r"Others may read .*box\.key: chmod 600 "):
+        with pytest.raises(SettingsError, match=r"Other users may read .*box\.key; run: chmod 600 "):
             async with hosted(listen):
                 pass
     (tmp_path / "box.key").chmod(0o600)
@@ -345,6 +345,6 @@ async def test_a_key_that_others_may_read_is_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"Cannot use .*box\.pem with .*box\.key"):
         async with hosted(listen):
             pass
-    with pytest.raises(SettingsError, match="go together"):
+    with pytest.raises(SettingsError, match="must be given together"):
         async with hosted(team(tls_cert=tmp_path / "box.pem")):
             pass

@@ -17,7 +17,7 @@ import pytest
 
 from midfill.bench.virtual_user import gap_s
 from midfill.engine.kv_slots import Slots
-from midfill.engine.scheduler import Scheduler, Sequence
+from midfill.engine.scheduler import Scheduler, SequenceState
 
 PASS_S, TOKEN_S = 0.030, 0.0012
 PROMPT_TOKENS, OUTPUT_TOKENS = 300, 12
@@ -41,7 +41,7 @@ class Typist:
     stops_s: float
     tokens: list[int] = field(default_factory=list)
     num_keys: int = 0
-    sequence: Sequence | None = None
+    sequence: SequenceState | None = None
     asked_s: float = 0.0
     waits_s: list[float] = field(default_factory=list)
     num_cancelled: int = 0
@@ -102,12 +102,12 @@ class Simulation:
             self._later(after_s, self._key, typist)
 
     def _ask(self, typist: Typist) -> None:
-        typist.sequence = Sequence("model", list(typist.tokens))
+        typist.sequence = SequenceState("model", list(typist.tokens))
         typist.asked_s = self.now_s
         self._by_sequence[typist.sequence] = typist
         self.scheduler.add(typist.sequence)
 
-    def _chosen(self, sequence: Sequence) -> None:
+    def _chosen(self, sequence: SequenceState) -> None:
         typist = self._by_sequence[sequence]
         sequence.tokens.append(0)
         if len(sequence.tokens) - len(typist.tokens) == OUTPUT_TOKENS:

@@ -10,7 +10,7 @@ from stepping import Sequences, expected, prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from midfill.engine.torch.fuse import fuse
-from midfill.engine.torch.runner import Runner
+from midfill.engine.torch.runner import TorchRunner
 
 VIEWS = (
     "view",
@@ -66,7 +66,7 @@ def test_tokens_still_equal_generate(tmp_path, kind):
     model = tiny.build(path, "float32")
     fuse(model)
     [prompt] = prompts(1, 70)
-    running = Sequences(Runner(model, "float32", torch.device("cpu")), [prompt])
+    running = Sequences(TorchRunner(model, "float32", torch.device("cpu")), [prompt])
     for _ in range(20):
         running.step([0])
     assert running.tokens[0] == expected(path, prompt, 20)

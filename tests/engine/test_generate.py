@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 
-from midfill.engine.openvino.graph import LAYOUTS
+from midfill.engine.openvino.graph import TENSOR_NAMES
 
 KINDS = list(tiny.CONFIGS)
-ALL = [("torch", kind) for kind in KINDS] + [("openvino", kind) for kind in LAYOUTS]
+ALL = [("torch", kind) for kind in KINDS] + [("openvino", kind) for kind in TENSOR_NAMES]
 RUNNERS = ["torch", pytest.param("openvino", marks=pytest.mark.slow)]
 
 

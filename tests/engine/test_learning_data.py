@@ -59,7 +59,7 @@ def test_a_prompt_is_the_servers_own_and_the_target_is_what_was_written(reposito
         assert example.prompt == prompt.tokens
         assert example.target[-1] == end
         assert end not in example.target[:-1]
-        assert info.tokenizer.decode(example.target[:-1]) == prompt.starts_with + example.truth
+        assert info.tokenizer.decode(example.target[:-1]) == prompt.forced_prefix + example.truth
 
 
 def test_nothing_of_the_held_out_commits_is_learnt(repository, model):

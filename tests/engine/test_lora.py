@@ -16,7 +16,7 @@ from midfill.engine.adapters.loaded import read
 from midfill.engine.api import EngineSpec
 from midfill.engine.loading import load
 from midfill.engine.openvino import runner as openvino_runner
-from midfill.engine.scheduler import Chunk, Sequence
+from midfill.engine.scheduler import Chunk, SequenceState
 from midfill.engine.torch.quantize import supported
 from midfill.errors import AdapterError
 
@@ -45,7 +45,7 @@ def runner_of(model, adapter=None, **options):
         EngineSpec(model, **{"device": "cpu", "dtype": "float32", "adapter": adapter, **options}),
         lambda *_: None,
     )
-    return loaded.runner, loaded.residents.default
+    return loaded.runner, loaded.adapters.default
 
 
 def worst(found, expected) -> float:
@@ -138,7 +138,7 @@ def test_one_pass_serves_several_adapters(tmp_path, kind, runner):
     keys = ["two", None, "one", "two"]
     prompts = [list(range(start, start + 9 + start)) for start in (1, 3, 5, 7)]
     chunks = [
-        Chunk(Sequence(key, ids), slot, 0, ids, samples=True)
+        Chunk(SequenceState(key, ids), slot, 0, ids, samples=True)
         for slot, (key, ids) in enumerate(zip(keys, prompts, strict=True))
     ]
     chosen = ours.forward(chunks, [None] * 4)
@@ -244,7 +244,7 @@ def test_the_canary(adapter, model, runner):
     with pytest.raises(AdapterError, match="not finite"):
         runner_of(model, adapter, runner=runner)
     save_file({name: torch.full_like(value, 1e-30) for name, value in tensors.items()}, file)
-    with pytest.raises(AdapterError, match="changes nothing"):
+    with pytest.raises(AdapterError, match="has no effect"):
         runner_of(model, adapter, runner=runner)
 
 

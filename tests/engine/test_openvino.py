@@ -11,8 +11,8 @@ import tiny
 import torch
 
 from midfill.engine.openvino import runner as openvino_runner
-from midfill.engine.openvino.graph import LAYOUTS, UnsupportedError, read_shape
-from midfill.engine.scheduler import Chunk, Sequence
+from midfill.engine.openvino.graph import TENSOR_NAMES, UnsupportedError, read_shape
+from midfill.engine.scheduler import Chunk, SequenceState
 from midfill.errors import EngineError, ModelError
 
 
@@ -38,7 +38,7 @@ def expected(model, ids):
 
 
 def chunk(ids, slot, start=0, **options):
-    return Chunk(Sequence(None, ids), slot, start, ids[start:], samples=True, **options)
+    return Chunk(SequenceState(None, ids), slot, start, ids[start:], samples=True, **options)
 
 
 def chosen(choices):
@@ -57,7 +57,7 @@ def test_sequences_of_one_pass_do_not_see_each_other(model, runner):
 
 def test_a_part_of_a_prompt_chooses_nothing(model, runner):
     [ids] = prompts(2, 50)
-    part = Chunk(Sequence(None, ids), 0, 0, ids[:30], samples=False)
+    part = Chunk(SequenceState(None, ids), 0, 0, ids[:30], samples=False)
     assert runner.forward([part], [None]) == [[]]
     assert chosen(runner.forward([chunk(ids, 0, 30)], [None])) == [expected(model, ids)]
 
@@ -78,7 +78,7 @@ def logprobs(choices):
     return [choice.logprob for [choice] in choices]
 
 
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("kind", TENSOR_NAMES)
 def test_a_pass_in_parts_computes_what_one_graph_does(tmp_path, kind):
     path = tiny.write_model(kind, tmp_path / "model").path
     runners = [
@@ -162,7 +162,7 @@ async def test_architectures_without_a_graph_are_run_by_torch(tmp_path):
     gemma = tiny.write_model("gemma", tmp_path / "gemma")
     with pytest.raises(UnsupportedError, match="gemma"):
         read_shape(gemma.path)
-    with pytest.raises(EngineError, match="there is no graph for gemma"):
+    with pytest.raises(EngineError, match="its architecture gemma is not supported"):
         async with tiny.running(gemma, runner="openvino"):
             pass
     async with tiny.running(gemma, dtype="auto") as engine:
@@ -204,9 +204,9 @@ def test_weights_and_configuration_must_belong_together(tmp_path):
         shape = read_shape(model.path)
         openvino_runner.load(model.path, shape, dtype="float32", num_threads=1, report=lambda _: None)
 
-    with pytest.raises(ModelError, match=r"lack model\.layers\.3"):
+    with pytest.raises(ModelError, match=r"do not contain model\.layers\.3"):
         load(num_hidden_layers=4)
-    with pytest.raises(ModelError, match=r"does not know, for example model\.layers\.2"):
+    with pytest.raises(ModelError, match=r"does not describe, for example model\.layers\.2"):
         load(num_hidden_layers=2)
     with pytest.raises(ModelError, match="has shape"):
         load(num_key_value_heads=4)

@@ -16,7 +16,7 @@ from midfill.completion.answer import Trigger
 from midfill.completion.completer import Completer
 from midfill.completion.reasons import Reason
 from midfill.engine.api import Request
-from midfill.engine.remote.client import detection as recognition
+from midfill.engine.remote.client import detection
 from midfill.engine.remote.client.endpoint import RemoteSpec
 from midfill.engine.remote.client.remote import RemoteEngine
 from midfill.errors import EngineError, EngineUnavailableError
@@ -74,25 +74,29 @@ FAULTS = {
     "an answer in one piece": ([b"".join(GOOD)], None, ""),
     "an answer with pauses": ([x for part in GOOD for x in (part, 0.02)], None, ""),
     "no mark at the end, but a reason": ([*GOOD[:5], b"0\r\n\r\n"], None, ""),
-    "hangs up at once": ([], UNAVAILABLE, "hung up"),
-    "resets at once": ([RESET], UNAVAILABLE, "hung up"),
-    "hangs up behind the head": ([STREAM], UNAVAILABLE, "hung up"),
-    "hangs up in the middle": (PART, UNAVAILABLE, "hung up"),
-    "resets in the middle": ([*PART, RESET], UNAVAILABLE, "hung up"),
-    "ends without an end": ([*PART, b"0\r\n\r\n"], UNAVAILABLE, "hung up"),
-    "half a chunk": ([*PART, b"40\r\ndata: {"], UNAVAILABLE, "hung up"),
+    "hangs up at once": ([], UNAVAILABLE, "closed the connection"),
+    "resets at once": ([RESET], UNAVAILABLE, "closed the connection"),
+    "hangs up behind the head": ([STREAM], UNAVAILABLE, "closed the connection"),
+    "hangs up in the middle": (PART, UNAVAILABLE, "closed the connection"),
+    "resets in the middle": ([*PART, RESET], UNAVAILABLE, "closed the connection"),
+    "ends without an end": ([*PART, b"0\r\n\r\n"], UNAVAILABLE, "closed the connection"),
+    "half a chunk": ([*PART, b"40\r\ndata: {"], UNAVAILABLE, "closed the connection"),
     "a chunk of no size": ([*PART, b"zz\r\n"], UNAVAILABLE, "HTTP"),
     "no HTTP": ([b"SSH-2.0-OpenSSH_9.6\r\n"], UNAVAILABLE, "HTTP"),
     "an endless head": ([b"HTTP/1.1 200 OK\r\nX: ", endless(b"x" * 1000)], UNAVAILABLE, "HTTP"),
     "a page of a hotel": ([page(200, HTML, "text/html")], UNAVAILABLE, "text/html"),
     "no content type": ([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"], UNAVAILABLE, "no content type"),
-    "no JSON": ([*PART, chunk(b"data: {oh\n")], UNAVAILABLE, "makes no sense"),
-    "no text": ([*PART, chunk(b"data: \xff\xfe\xfd\n")], UNAVAILABLE, "makes no sense"),
-    "a list": ([*PART, chunk(event([1]))], UNAVAILABLE, "makes no sense"),
-    "deep brackets": ([*PART, chunk(event(b"[" * 100_000))], UNAVAILABLE, "makes no sense"),
-    "a number for a text": ([*PART, chunk(event({"choices": [{"text": 5}]}))], UNAVAILABLE, "makes no sense"),
-    "an object for a list": ([*PART, chunk(event({"choices": {}}))], UNAVAILABLE, "makes no sense"),
-    "text for a probability": ([*PART, chunk(word("b", "x"))], UNAVAILABLE, "makes no sense"),
+    "no JSON": ([*PART, chunk(b"data: {oh\n")], UNAVAILABLE, "invalid response"),
+    "no text": ([*PART, chunk(b"data: \xff\xfe\xfd\n")], UNAVAILABLE, "invalid response"),
+    "a list": ([*PART, chunk(event([1]))], UNAVAILABLE, "invalid response"),
+    "deep brackets": ([*PART, chunk(event(b"[" * 100_000))], UNAVAILABLE, "invalid response"),
+    "a number for a text": (
+        [*PART, chunk(event({"choices": [{"text": 5}]}))],
+        UNAVAILABLE,
+        "invalid response",
+    ),
+    "an object for a list": ([*PART, chunk(event({"choices": {}}))], UNAVAILABLE, "invalid response"),
+    "text for a probability": ([*PART, chunk(word("b", "x"))], UNAVAILABLE, "invalid response"),
     "an error in the middle": ([*PART, chunk(event({"error": {"message": TEXT}}))], UNAVAILABLE, "error"),
     "wrongly packed": (
         [
@@ -100,7 +104,7 @@ FAULTS = {
             gzip.compress(b"x" * 50)[:15] + b"garbage" * 9,
         ],
         UNAVAILABLE,
-        "makes no sense",
+        "invalid response",
     ),
     "400": ([page("400 Bad Request")], ERROR, "400"),
     "401": ([page("401 Unauthorized")], UNAVAILABLE, "engine_key"),
@@ -117,7 +121,7 @@ FAULTS = {
     "comments without an end": ([STREAM, endless(chunk(b": ping\n\n"))], ERROR, "busy: no first token"),
     "comments in the middle": ([*PART, endless(chunk(b": ping\n\n"))], DEADLINE, ""),
     "empty texts without an end": ([STREAM, endless(chunk(word("")))], UNAVAILABLE, "no first token"),
-    "a line without an end": ([STREAM, endless(chunk(b"x" * 50_000))], UNAVAILABLE, "makes no sense"),
+    "a line without an end": ([STREAM, endless(chunk(b"x" * 50_000))], UNAVAILABLE, "invalid response"),
 }
 
 
@@ -267,7 +271,7 @@ async def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(monke
 
 @in_its_own_time
 async def test_a_server_that_says_nothing_when_it_is_reached_is_told(monkeypatch):
-    monkeypatch.setattr(recognition, "_ANSWER_S", 0.2)
+    monkeypatch.setattr(detection, "_ANSWER_S", 0.2)
 
     async def silent(reader, writer):
         with contextlib.suppress(ConnectionError):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from midfill.engine.kv_slots import Slots
-from midfill.engine.scheduler import Choice, Priority, Scheduler, Sequence
+from midfill.engine.scheduler import Choice, Priority, Scheduler, SequenceState
 from midfill.errors import EngineOverloadedError
 
 
@@ -13,8 +13,8 @@ def make(*, slots=2, chunk=4, step=4, sequences=1, waiting=8) -> Scheduler:
     )
 
 
-def sequence(*tokens: int, **options) -> Sequence:
-    return Sequence("key", list(tokens), **options)
+def sequence(*tokens: int, **options) -> SequenceState:
+    return SequenceState("key", list(tokens), **options)
 
 
 def run(scheduler: Scheduler) -> list[list[int]]:
@@ -144,17 +144,17 @@ def test_nothing_to_do():
 def test_guesses_are_computed_along_and_kept_as_far_as_they_are_right():
     scheduler = make(chunk=8, step=8)
     prompt = sequence(1, 2, 3)
-    prompt.guesses = [4, 5, 6]
+    prompt.draft_tokens = [4, 5, 6]
     scheduler.add(prompt)
     [chunk] = scheduler.schedule()
-    assert (chunk.tokens, chunk.num_guesses, chunk.samples) == ([1, 2, 3, 4, 5, 6], 3, True)
+    assert (chunk.tokens, chunk.num_draft_tokens, chunk.samples) == ([1, 2, 3, 4, 5, 6], 3, True)
     answers = [Choice(4, -0.1), Choice(9, -0.2), Choice(0, -9.0), Choice(0, -9.0)]
     choices = chunk.verify(answers.__getitem__)
     # The first guess came true, the second did not; what follows it means nothing.
     assert [choice.id for choice in choices] == [4, 9]
-    scheduler.computed(chunk, num_right=1)
+    scheduler.computed(chunk, num_accepted=1)
     prompt.tokens += [4, 9]
-    prompt.guesses = []
+    prompt.draft_tokens = []
     [chunk] = scheduler.schedule()
     assert (chunk.start, chunk.tokens) == (4, [9])
 
@@ -162,7 +162,7 @@ def test_guesses_are_computed_along_and_kept_as_far_as_they_are_right():
 def test_guesses_take_no_room_from_known_tokens():
     scheduler = make(chunk=4, step=4)
     prompt = sequence(1, 2, 3, 4, 5, 6)
-    prompt.guesses = [7, 8, 9]
+    prompt.draft_tokens = [7, 8, 9]
     scheduler.add(prompt)
     assert run(scheduler) == [[1, 2, 3, 4]]
     assert scheduler.schedule()[0].tokens == [5, 6, 7, 8]

@@ -7,13 +7,13 @@ import httpx2
 import pytest
 from faulty import GOOD, Faulty, page
 from serving import RULES, TOKEN, hosted
-from test_service import request
+from test_engine_server import request
 
 from midfill.engine.api import BASE, AdapterSource, Request
 from midfill.engine.remote.client.endpoint import RemoteSpec
 from midfill.engine.remote.client.fallback import FallbackEngine
 from midfill.engine.remote.client.remote import RemoteEngine
-from midfill.engine.remote.server.listen import Listen
+from midfill.engine.remote.server.listen import ListenSpec
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import AdapterError
 
@@ -93,7 +93,7 @@ async def test_else_a_name_is_enough_if_it_is_of_this_model(ours):
         await write(engine, ours.key)
         assert server.asked_for() == ["ours"]
         for name in ("other", "absent", NAME):
-            with pytest.raises(AdapterError, match=f"has not the adapter {name} .*--enable-lora"):
+            with pytest.raises(AdapterError, match=f"does not have the adapter {name} .*--enable-lora"):
                 await engine.set_adapters([replace(ours, key="cd" * 32, name=name)])
         await write(engine, ours.key)
         assert server.asked_for() == ["ours"] * 2, "what was there stays"
@@ -105,7 +105,7 @@ async def test_a_server_that_comes_back_without_its_adapters_gets_them_again(our
         engine = await engine_at(server)
         await engine.set_adapters([ours])
         server.script = [page("500 Internal Server Error")]
-        with pytest.raises(Exception, match="fails"):
+        with pytest.raises(Exception, match="failed with status 500"):
             await write(engine, ours.key)
         server.script, server.names = GOOD, []
         server.rows()
@@ -113,7 +113,7 @@ async def test_a_server_that_comes_back_without_its_adapters_gets_them_again(our
         assert server.asked_for()[-1] == "midfill-" + "ab" * 8
         # And one that may not have it any more still answers.
         server.script = [page("500 Internal Server Error")]
-        with pytest.raises(Exception, match="fails"):
+        with pytest.raises(Exception, match="failed with status 500"):
             await write(engine, ours.key)
         server.script, server.names = GOOD, []
         server.rows()
@@ -126,7 +126,7 @@ async def test_a_server_that_comes_back_without_its_adapters_gets_them_again(our
 async def test_a_team_names_adapters_as_models(ours, monkeypatch):
     monkeypatch.setenv("ADAS", TOKEN)
     rules = [Rule(adapter="ours", text="with"), *RULES]
-    listen = Listen(tokens={TOKEN: "ada"})
+    listen = ListenSpec(tokens={TOKEN: "ada"})
     async with hosted(listen, rules=rules, adapters=(ours,)) as (host, address):
         for name, spec in (("ours", {"model": "ours"}), ("scripted", {})):
             engine = RemoteEngine(RemoteSpec((address,), key="env:ADAS", **spec))

@@ -114,7 +114,7 @@ def test_capacities_are_those_of_the_engines():
         openvino.chunk_tokens,
         openvino_runner._NUM_PARTS,
     )
-    assert cuda.sequences == runner.Runner.step_sequences
+    assert cuda.sequences == runner.TorchRunner.step_sequences
     assert cuda.chunk_tokens == runner._CHUNK_TOKENS["cuda"]
 
 

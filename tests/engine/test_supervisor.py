@@ -12,7 +12,7 @@ from midfill.engine.factory import create
 from midfill.engine.loading import load
 from midfill.engine.local import LocalEngine
 from midfill.engine.supervisor import Supervisor
-from midfill.engine.torch.loading import memory_errors
+from midfill.engine.torch.errors import memory_errors
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
 
 LONG = list(range(250))
@@ -38,7 +38,7 @@ class Fleet:
         if len(self.runners) > 1 and self.load_errors:
             raise self.load_errors.pop(0)
         # A warm-up takes no time here, so that the limit is the one that the test gives.
-        return replace(load(spec, progress), runner=self.runners[-1], slow_turn_s=0.0)
+        return replace(load(spec, progress), runner=self.runners[-1], warm_up_s=0.0)
 
     async def break_down(self, error=SystemExit):
         """The thread dies in the pass of a request."""
@@ -117,14 +117,14 @@ async def test_a_pass_that_was_only_stopped_for_a_while_is_not_given_up(start):
     fleet = await start(step_limit_s=1000.0)
     supervisor, engine, runner = fleet.supervisor, fleet.engines[0], fleet.runners[0]
     task = await tiny.start_and_reach_step(supervisor, runner, 1, LONG)
-    engine.turn_started_s -= 5000
+    engine._shared.step_started_s -= 5000
     supervisor._timer.cancel()
-    supervisor._look()
+    supervisor._check()
     runner.leave.release()
     assert await runner.began.get() == 2
-    engine.turn_started_s -= 5000
+    engine._shared.step_started_s -= 5000
     supervisor._timer.cancel()
-    supervisor._look()
+    supervisor._check()
     runner.open()
     assert await task == [65] * 8
     assert len(fleet.engines) == 1
@@ -133,7 +133,7 @@ async def test_a_pass_that_was_only_stopped_for_a_while_is_not_given_up(start):
 async def test_slow_machines_get_more_time(start):
     fleet = await start(step_limit_s=10.0)
     assert fleet.supervisor._limit_s == 10.0
-    fleet.engines[0]._loaded = replace(fleet.engines[0]._loaded, slow_turn_s=3.0)
+    fleet.engines[0]._loaded = replace(fleet.engines[0]._loaded, warm_up_s=3.0)
     assert fleet.supervisor._limit_s == 60.0
 
 
@@ -149,7 +149,7 @@ async def test_nothing_is_watched_when_nothing_runs(start):
     while not fleet.engines[0].idle:  # noqa: ASYNC110 - the thread says nothing when it comes to rest
         await asyncio.sleep(0)
     timer.cancel()
-    supervisor._look()
+    supervisor._check()
     assert supervisor._timer is None
 
 

@@ -14,16 +14,16 @@ from serving import TOKEN, hosted, team
 from test_connections import BODY, HEAD, WHOLE, answer, connected
 
 from midfill.engine.api import Request
-from midfill.engine.remote.client.dialects import DIALECTS, Lines, WireError
+from midfill.engine.remote.client.dialects import DIALECTS, InvalidResponseError, StreamParser
 from midfill.engine.remote.client.endpoint import RemoteSpec
 from midfill.engine.remote.client.remote import RemoteEngine
 from midfill.engine.remote.server import guard
-from midfill.engine.remote.server.connections import Limits
+from midfill.engine.remote.server.connections import ConnectionLimits
 from midfill.engine.scripted import Rule, Script
 from midfill.errors import MidfillError
 from midfill.fim.templates import infill
 
-SHORT = Limits(head_s=0.1, body_s=0.1, unread_s=0.1)
+SHORT = ConnectionLimits(head_s=0.1, body_s=0.1, unread_s=0.1)
 SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -112,7 +112,7 @@ def nothing_goes_wrong(caplog):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(guard, "_BURST", 1e9)
-    monkeypatch.setattr(guard, "_REFUSED_S", 0.0)
+    monkeypatch.setattr(guard, "_REFUSAL_DELAY_S", 0.0)
 
 
 def with_server(test, caplog, limits=None):
@@ -259,7 +259,7 @@ PIECES = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(DIALECTS)), st.dictionaries(WORDS, OBJECTS, max_size=6))
 def test_an_object_of_a_stream_is_a_piece_or_no_answer(kind, value):
-    with contextlib.suppress(WireError):
+    with contextlib.suppress(InvalidResponseError):
         piece = DIALECTS[kind].read(value)
         assert isinstance(piece.text, str)
         assert isinstance(piece.error, str)
@@ -272,8 +272,8 @@ def test_an_object_of_a_stream_is_a_piece_or_no_answer(kind, value):
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.binary(max_size=30) | OBJECTS.map(event), max_size=10))
 def test_bytes_of_a_stream_are_objects_or_no_answer(parts):
-    lines = Lines(limit=100)
-    with contextlib.suppress(WireError):
+    lines = StreamParser(limit=100)
+    with contextlib.suppress(InvalidResponseError):
         for part in [*parts, None]:
             assert all(isinstance(one, dict) for one in lines.take(part))
 

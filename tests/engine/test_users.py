@@ -13,7 +13,7 @@ from tiny import collect, random_ids, running, write_model
 
 from midfill.engine.api import Request
 from midfill.engine.kv_slots import Slots
-from midfill.engine.scheduler import Priority, Scheduler, Sequence
+from midfill.engine.scheduler import Priority, Scheduler, SequenceState
 from midfill.errors import EngineOverloadedError
 
 PASS_S, TOKEN_S = 0.025, 0.0009  # of the default model on two cores
@@ -26,7 +26,7 @@ def make(*, slots=4, chunk=64, step=64, sequences=4, waiting=64):
 
 
 def sequence(user, num_tokens, first=0, **options):
-    return Sequence("adapter", list(range(first, first + num_tokens)), user=user, **options)
+    return SequenceState("adapter", list(range(first, first + num_tokens)), user=user, **options)
 
 
 def step(scheduler):
@@ -72,7 +72,7 @@ def test_what_was_computed_for_one_user_is_kept_while_another_sends_all_kinds_of
     scheduler = make()
     prompt = sequence("ada", 500)
     for n in range(20):
-        again = Sequence("adapter", [*prompt.tokens, n], user="ada")
+        again = SequenceState("adapter", [*prompt.tokens, n], user="ada")
         scheduler.add(again)
         while again.num_computed < 501:
             step(scheduler)
@@ -167,7 +167,7 @@ class Typist:
 
     def ask(self, now_s):
         self.tokens.append(len(self.waits_s))
-        self.asked = Sequence("adapter", list(self.tokens), user=self.user)
+        self.asked = SequenceState("adapter", list(self.tokens), user=self.user)
         self.asked_s = now_s
         self.scheduler.add(self.asked)
 

@@ -62,7 +62,7 @@ class SteppedRunner:
     vocab_size = VOCAB_SIZE
     chunk_tokens = 64
     step_sequences = 1
-    max_guesses = 0
+    max_draft_tokens = 0
 
     def __init__(self):
         self.began: asyncio.Queue[int] = asyncio.Queue()

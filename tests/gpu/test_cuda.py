@@ -1,7 +1,8 @@
 """On a CUDA device: captured passes give what they give when they are called, and how long they take.
 
 Real shapes, random weights. Times are printed; they are held to the targets on an H200 only, for which these
-were set. Without a device all of this is skipped; tests/engine/test_replay.py runs the same code on the CPU.
+were set. Without a device all of this is skipped; tests/engine/test_cuda_graphs.py runs the same code on the
+CPU.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from midfill.bench.shapes import SHAPES, write_shape
 from midfill.engine.api import EngineSpec
 from midfill.engine.local import LocalEngine
 from midfill.engine.torch import cuda
-from midfill.engine.torch.kv_cache import flash_rows, packed_rows
+from midfill.engine.torch.kv_cache import flash_kernel, packed_kernel
 from midfill.engine.torch.loading import load_runner
-from midfill.engine.torch.runner import Runner
+from midfill.engine.torch.runner import TorchRunner
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none"),
@@ -65,14 +66,13 @@ def runner(model):
         model.path,
         device="cuda:0",
         dtype="bfloat16",
-        adapter=None,
         num_threads=0,
         report=lambda _share: None,
         meanwhile=lambda: None,
     )
     began = time.monotonic()
     loaded.capture(lambda _share: None, limit_s=60.0)
-    captured = loaded._replays.num_captured
+    captured = loaded._graphs.num_captured
     print(f"\n{model.name}: {captured} passes captured in {time.monotonic() - began:.1f} s")
     assert captured > 12
     yield loaded
@@ -93,10 +93,10 @@ def milliseconds(run, rounds=5):
 
 def test_captured_passes_equal_called_ones(model, runner):
     """Same kernels, replayed or called one by one: the same tokens, alone and with others."""
-    called = Runner(runner._model, "bfloat16", place())
-    called.use_replays(Recorder(), lambda _like, _heads: runner._replays._kernel, 4, cuda.free_bytes(place()))
+    called = TorchRunner(runner._model, "bfloat16", place())
+    called.use_graphs(Recorder(), lambda _like, _heads: runner._graphs._kernel, 4, cuda.free_bytes(place()))
     # As many, so that each step has the same shape in both: another one adds up in another order.
-    for _ in range(runner._replays.num_captured):
+    for _ in range(runner._graphs.num_captured):
         called.idle()
     documents = prompts(1, 30, 700, 5, 64)
     outputs = []
@@ -117,7 +117,6 @@ def test_in_fp32_the_tokens_equal_generate(tmp_path, kind):
         model.path,
         device="cuda:0",
         dtype="float32",
-        adapter=None,
         num_threads=0,
         report=lambda _share: None,
         meanwhile=lambda: None,
@@ -138,9 +137,9 @@ def test_in_fp32_the_tokens_equal_generate(tmp_path, kind):
 def test_flash_attention_agrees_with_plain_operations(heads, key_heads, width):
     like = torch.zeros(1, key_heads, width, dtype=torch.bfloat16, device=place())
     chosen = cuda.kernel(place(), (like, like), heads)
-    if chosen is packed_rows:
+    if chosen is packed_kernel:
         pytest.skip("no flash attention on this device with this torch")
-    assert chosen is flash_rows
+    assert chosen is flash_kernel
     assert cuda._difference(place(), (like, like), heads, 8) < 0.03
 
 

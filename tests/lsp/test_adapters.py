@@ -289,7 +289,7 @@ async def test_an_adapter_of_the_teams_engine_is_used_where_it_is_bound(home, sc
             async with asyncio.timeout(60):
                 while not (listed := await command(server, "midfill.adapter.list"))["failures"]:
                     assert await answer(server, (home / "a.py").as_uri()) == "1"
-            assert "has not the adapter two; start it with --with-adapter two" in listed["failures"][0]
+            assert "does not have the adapter two; start it with --with-adapter two" in listed["failures"][0]
             assert await answer(server, (home / "a.rs").as_uri(), "rust") == "1"
     finally:
         team.kill()

@@ -189,7 +189,7 @@ async def test_a_client_that_stops_reading_for_three_seconds(scripted, tmp_path)
     await asyncio.sleep(3)
     # Its output is stuck in the pipe, and yet it has read on and asked the model.
     runs = [json.loads(line) for line in log.read_text().splitlines()[num_before:]]
-    assert [run["fate"] for run in runs if not run["idle"]] == ["finished"]
+    assert [run["outcome"] for run in runs if not run["idle"]] == ["finished"]
     server.process.stdout._transport.resume_reading()
     found = await answers(server, 21)
     assert all(found[number]["result"]["text"] == text for number in range(20))

@@ -200,7 +200,7 @@ async def test_a_wrong_key_is_said_with_the_remedy(tmp_path):
             model.script = [page("401 Unauthorized", b"sk-very-secret")]
             assert await ask(server) == ("", "engine-unavailable")
             (message,) = shown(server)
-            assert "refuses the key (401): look at `engine_key`" in message
+            assert "refuses the key (401); check `engine_key`" in message
             assert "sk-very" not in server.log.read_text() + message
     finally:
         del os.environ["MIDFILL_TEST_KEY"]

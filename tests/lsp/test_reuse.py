@@ -74,7 +74,7 @@ class Typist:
         async with asyncio.timeout(60):
             while len(self.runs) < count:
                 await self.client.request("midfill/explain", DOCUMENT)
-        return [run["fate"] for run in self.runs]
+        return [run["outcome"] for run in self.runs]
 
 
 @pytest.fixture

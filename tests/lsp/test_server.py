@@ -199,8 +199,8 @@ async def test_cancelling_answers_at_once_and_frees_the_model(client, tmp_path):
     assert (await ghost(server, 1, 7))["items"][0]["insertText"] == "1"
     runs = (json.loads(line) for line in log.read_text().splitlines())
     # What is computed ahead after an answer is left out.
-    cancelled, finished = (run for run in runs if run["fate"] == "cancelled" or not run["idle"])
-    assert (cancelled["fate"], finished["fate"]) == ("cancelled", "finished")
+    cancelled, finished = (run for run in runs if run["outcome"] == "cancelled" or not run["idle"])
+    assert (cancelled["outcome"], finished["outcome"]) == ("cancelled", "finished")
     assert cancelled["steps"] < 30
 
 

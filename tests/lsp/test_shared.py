@@ -215,7 +215,7 @@ async def test_a_folder_that_others_can_enter_is_not_used(place):
     place.runtime.chmod(0o755)
     server = await place.serve()
     message = await why_it_failed(server, 60)
-    assert "is not yours alone" in message
+    assert "is not private to you" in message
     assert not list(place.runtime.glob("*.sock"))
 
 

@@ -41,9 +41,9 @@ MAX_MODULE_LINES = 600
 TORCH_ALLOWED = {
     *(
         f"engine/torch/{name}.py"
-        for name in ("attention", "cuda", "cuda_graphs", "fuse", "kv_cache", "loading")
+        for name in ("attention", "cuda", "cuda_graphs", "errors", "fuse", "kv_cache", "loading")
     ),
-    *(f"engine/torch/{name}.py" for name in ("lora", "quantize", "runner", "weights")),
+    *(f"engine/torch/{name}.py" for name in ("lora", "quantize", "runner", "sampling", "weights")),
     *(f"training/{name}.py" for name in ("model", "quantized_base", "trainer")),
 }
 

@@ -157,7 +157,7 @@ async def test_cancelling_frees_the_engine_at_once(tmp_path):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert (await ask(it)).text == "1"
-    fates = [json.loads(line)["fate"] for line in log.read_text().splitlines()]
+    fates = [json.loads(line)["outcome"] for line in log.read_text().splitlines()]
     assert fates == ["cancelled", "finished"]
 
 
@@ -234,7 +234,7 @@ def test_where_the_user_rests_the_model_reads_what_it_would_be_asked(tmp_path):
             await asyncio.sleep(moment)
             it.edited(snapshot("ab = ▮").document)
         await asyncio.sleep(5)
-        return [json.loads(line)["fate"] for line in log.read_text().splitlines()] if log.exists() else []
+        return [json.loads(line)["outcome"] for line in log.read_text().splitlines()] if log.exists() else []
 
     assert virtual_time.run(rest("rests")) == ["prewarmed"]
     assert virtual_time.run(rest("types on", 0.3)) == []

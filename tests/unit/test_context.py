@@ -384,7 +384,7 @@ def test_the_file_with_the_hole_is_the_same_with_context_and_without(family):
     ]
     assert without == list(plain.segments)
     assert sum(size for _, size in more.segments) == len(more.tokens)
-    assert more.starts_with == plain.starts_with
+    assert more.forced_prefix == plain.forced_prefix
     text = WithMarks().decode(more.tokens)
     assert text.count("y = 1") == text.count("def f(x):") == 1
     assert text.index("y = 1") < text.index("b = 2")

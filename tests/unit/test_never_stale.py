@@ -50,7 +50,7 @@ class PureEngine:
         found = dict(zip(parts[::2], parts[1::2], strict=True))
         text = found["<|fim_prefix|>"] + found["<|fim_middle|>"]
         below = found["<|fim_suffix|>"]
-        held = request.starts_with
+        held = request.forced_prefix
         for index in range(request.max_new_tokens):
             char = held[index] if index < len(held) else self.after(text, below)
             if char == "\0":

@@ -31,7 +31,7 @@ class Trained:
     async def generate(self, request):
         prompt = self.model.tokenizer.decode(request.tokens)
         logprob = -0.1 if any(self._fits(prompt, order) for order in self._orders) else -1.0
-        for char in request.starts_with:
+        for char in request.forced_prefix:
             yield Token(ord(char), char, logprob)
 
     def _fits(self, prompt, order):
@@ -86,7 +86,7 @@ async def test_what_is_named_is_not_probed():
 async def test_a_middle_that_the_model_cannot_write_scores_nothing():
     class Silent(Trained):
         async def generate(self, request):
-            assert request.starts_with
+            assert request.forced_prefix
             return
             yield
 

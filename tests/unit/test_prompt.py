@@ -46,7 +46,7 @@ def shared_prefix(one, two):
 def test_what_is_typed_on_the_line_follows_the_middle_sentinel():
     prompt = builder().build(snapshot("a = 1\nb = (▮)\nc = 3\n"))
     assert text(prompt) == f"{PRE}a = 1\n{SUF})\nc = 3\n{MID}b ="
-    assert prompt.starts_with == " ("
+    assert prompt.forced_prefix == " ("
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_is_typed_on_the_line_follows_the_middle_sentinel():
 def test_layouts(layout, form):
     prompt = builder(layout=layout).build(snapshot("a = 1\nb = (▮)\nc = 3\n"))
     assert text(prompt) == form
-    assert prompt.starts_with == " ("
+    assert prompt.forced_prefix == " ("
 
 
 def test_segments_count_every_token():
@@ -77,7 +77,7 @@ def test_typing_appends_to_the_prompt(keys):
     for step in typed(start, keys):
         after = build(step)
         # What was held back before comes back, so nothing before it is computed again.
-        assert shared_prefix(before.tokens, after.tokens) >= len(before.tokens) - len(before.starts_with)
+        assert shared_prefix(before.tokens, after.tokens) >= len(before.tokens) - len(before.forced_prefix)
         before = after
 
 
@@ -123,7 +123,7 @@ def test_documents_have_anchors_of_their_own():
 def test_half_a_token_is_held_back(line, kept, held):
     prompt = builder().build(snapshot(f"import json\n{line}▮\n"))
     assert text(prompt).endswith(MID + kept)
-    assert prompt.starts_with == held
+    assert prompt.forced_prefix == held
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_half_a_token_is_held_back(line, kept, held):
 def test_half_an_indentation_is_held_back(code, kept, held):
     prompt = builder().build(snapshot(code))
     assert text(prompt).endswith(MID + kept)
-    assert prompt.starts_with == held
+    assert prompt.forced_prefix == held
 
 
 def test_the_budget_is_kept():
@@ -208,7 +208,7 @@ def test_suffix_first_families_end_with_the_prefix():
 
 def test_what_was_held_back_does_not_shorten_the_suggestion():
     prompt = builder().build(snapshot("x = compute▮"), max_new_tokens=10)
-    assert prompt.starts_with == " compute"
+    assert prompt.forced_prefix == " compute"
     assert prompt.max_new_tokens == 10 + len(" compute")
     tight = builder(dataclasses.replace(MODEL, context=48), max_new_tokens=32).build(snapshot("x = compute▮"))
     assert len(tight.tokens) + tight.max_new_tokens <= 48
@@ -217,7 +217,7 @@ def test_what_was_held_back_does_not_shorten_the_suggestion():
 @pytest.mark.parametrize("blanks_or_word", [" " * 65, "ab" * 33])
 def test_what_is_too_long_for_half_a_token_is_not_held_back(blanks_or_word):
     prompt = builder().build(snapshot(f"a ={blanks_or_word}▮\n"), max_new_tokens=10)
-    assert prompt.starts_with == ""
+    assert prompt.forced_prefix == ""
     assert prompt.max_new_tokens == 10
 
 

@@ -92,7 +92,7 @@ def check(prompt, builder, tokenizer, snapshot, max_new_tokens):
     if prompt.layout is not Layout.ANCHORED or texts.get("prefix"):
         assert prefix.startswith(family.prefix_lead)
         prefix = prefix.removeprefix(family.prefix_lead)
-    assert before.endswith(prefix + prompt.starts_with)
+    assert before.endswith(prefix + prompt.forced_prefix)
     suffix = texts.get("suffix", "")
     if not after.startswith(suffix):
         assert AUTO_CLOSED.fullmatch(after[: after.index(suffix)])
@@ -101,8 +101,8 @@ def check(prompt, builder, tokenizer, snapshot, max_new_tokens):
     assert sorted(controls) == sorted(tokenizer.token_id(name) for name in expected)
     assert not family.bos or prompt.tokens[0] == tokenizer.token_id(family.bos)
     assert len(prompt.tokens) + prompt.max_new_tokens <= builder._context
-    assert 1 <= prompt.max_new_tokens <= max_new_tokens + len(tokenizer.encode(prompt.starts_with))
-    return prefix + prompt.starts_with, suffix, before, after
+    assert 1 <= prompt.max_new_tokens <= max_new_tokens + len(tokenizer.encode(prompt.forced_prefix))
+    return prefix + prompt.forced_prefix, suffix, before, after
 
 
 def press(document, cursor, key):
@@ -168,7 +168,7 @@ def test_prompt_and_output_fit_into_any_context(  # noqa: PLR0917 - hypothesis p
     for max_new_tokens in (asked, 4):
         prompt = builder.build(snapshot, max_new_tokens=max_new_tokens)
         check(prompt, builder, tokenizer, snapshot, max_new_tokens)
-    assert prompt.max_new_tokens == 4 + len(tokenizer.encode(prompt.starts_with))
+    assert prompt.max_new_tokens == 4 + len(tokenizer.encode(prompt.forced_prefix))
 
 
 @pytest.mark.parametrize("layout", [Layout.ANCHORED, Layout.APPENDING])

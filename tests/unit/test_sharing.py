@@ -63,12 +63,12 @@ def test_where_all_names_are_taken_the_message_says_what_to_set(temporary, monke
     for name in (first(temporary), *(Path(f"{first(temporary)}-{n}") for n in range(2, 11))):
         name.mkdir(mode=0o755)
         name.chmod(0o755)
-    with pytest.raises(EngineError, match="not yours alone; remove it, or set MIDFILL_RUNTIME"):
+    with pytest.raises(EngineError, match="not private to you; remove it, or set MIDFILL_RUNTIME"):
         runtime_dir()
     monkeypatch.setenv("MIDFILL_RUNTIME", str(temporary / "mine"))
     assert runtime_dir() == temporary / "mine"
     monkeypatch.setenv("MIDFILL_RUNTIME", "/proc/nowhere")
-    with pytest.raises(EngineError, match="Set MIDFILL_RUNTIME to a folder of yours"):
+    with pytest.raises(EngineError, match="Set MIDFILL_RUNTIME to a folder of your own"):
         runtime_dir()
 
 
@@ -76,7 +76,7 @@ def test_a_folder_that_was_named_is_not_replaced_by_another(temporary, monkeypat
     (temporary / "open").mkdir()
     (temporary / "open").chmod(0o755)
     monkeypatch.setenv("MIDFILL_RUNTIME", str(temporary / "open"))
-    with pytest.raises(EngineError, match="not yours alone"):
+    with pytest.raises(EngineError, match="not private to you"):
         runtime_dir()
 
 

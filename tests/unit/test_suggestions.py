@@ -101,7 +101,7 @@ class World:
         """What became of each request to the engine; what it only read is left out."""
         if not self.log.exists():
             return []
-        fates = [json.loads(line)["fate"] for line in self.log.read_text().splitlines()]
+        fates = [json.loads(line)["outcome"] for line in self.log.read_text().splitlines()]
         return [fate for fate in fates if fate != "prewarmed"]
 
 

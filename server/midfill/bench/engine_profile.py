@@ -324,7 +324,7 @@ def _cost(
 ) -> tuple[CompletionCost, _Seen]:
     stages = dict(answer.stages)
     tokens, text = (
-        (answer.prompt.tokens, answer.prompt.starts_with) if answer.prompt is not None else ((), "")
+        (answer.prompt.tokens, answer.prompt.forced_prefix) if answer.prompt is not None else ((), "")
     )
     held = len(tokenizer.encode(text))
     # Usually the last held-back token continues after the cursor; a single character cannot.

@@ -27,7 +27,7 @@ from midfill.completion.in_flight import LINGER_S
 from midfill.engine.kv_slots import Slots
 from midfill.engine.local import MAX_WAITING
 from midfill.engine.scheduler import Chunk, Priority, Scheduler
-from midfill.engine.scheduler import Sequence as Tokens
+from midfill.engine.scheduler import SequenceState as Tokens
 from midfill.errors import EngineOverloadedError
 
 

@@ -134,8 +134,8 @@ def engine_serve(
         os._exit(0)
     if detach:
         os.setsid()
-    from midfill.engine.remote.server.listen import Listen, read_tokens, run
-    from midfill.engine.remote.server.model_host import Host
+    from midfill.engine.remote.server.listen import ListenSpec, read_tokens, run
+    from midfill.engine.remote.server.model_host import ModelHost
     from midfill.fim.templates import infill
     from midfill.settings import Settings, parse
     from midfill.system.log_stream import unblocked
@@ -147,7 +147,7 @@ def engine_serve(
         settings = read_settings(model=model, adapter=adapter)
     # Whatever the settings say of other engines, this is where the model runs.
     settings = read_engine(settings, "local")
-    listen = Listen(
+    listen = ListenSpec(
         socket=socket,
         host=host,
         port=port,
@@ -164,7 +164,7 @@ def engine_serve(
     make = engine_maker(script)
     exits_s = settings.engine_exit_min * 60 if socket is not None else 0.0
     unloads_s = settings.engine_unload_min * 60
-    served = Host(
+    served = ModelHost(
         lambda: make(settings),
         unloads_s,
         exits_s,

@@ -19,10 +19,10 @@ from midfill.cli.doctor import HOLES, SPEED_TEST_TEXT, Check
 from midfill.completion.answer import Trigger
 from midfill.completion.completer import Completer
 from midfill.engine.api import Request
-from midfill.engine.remote.client.detection import Served, ask
+from midfill.engine.remote.client.detection import ServerInfo, ask
 from midfill.engine.remote.client.endpoint import is_loopback
 from midfill.engine.remote.client.remote import RemoteEngine
-from midfill.engine.remote.client.text_tokenizer import RenderedTokenizer
+from midfill.engine.remote.client.text_tokenizer import TextTokenizer
 from midfill.errors import EngineError, EngineUnavailableError, MidfillError
 from midfill.fim.probing import identify, probe
 from midfill.fim.templates import Family
@@ -103,19 +103,19 @@ async def check(engine: RemoteEngine, settings: Settings) -> Findings:
     return findings
 
 
-def _reached(findings: Findings, engine: RemoteEngine, served: Served, ms: float) -> None:
+def _reached(findings: Findings, engine: RemoteEngine, served: ServerInfo, ms: float) -> None:
     endpoint = engine.endpoints[0]
     open_air = endpoint.url.startswith("http://") and not is_loopback(endpoint.url)
     findings.add(
         "reachable",
         "warning" if open_air else "ok",
-        f"{served.kind.title} at {endpoint.place}, recognised in {ms:.0f} ms",
+        f"{served.kind.title} at {endpoint.address}, recognised in {ms:.0f} ms",
         "Your code goes over the network unencrypted: put TLS before the server." if open_air else "",
         url=endpoint.url,
         kind=served.dialect,
         recognised_ms=round(ms, 1),
     )
-    text = isinstance(engine.model.tokenizer, RenderedTokenizer)
+    text = isinstance(engine.model.tokenizer, TextTokenizer)
     how = "as text, since its vocabulary is not here" if text else "as token ids"
     remedy = (
         "Fetch a model of the same family, so that prompts are exact: midfill model pull NAME" if text else ""
@@ -226,7 +226,7 @@ async def _time(engine: RemoteEngine, tokens: Sequence[int], num_new: int) -> tu
     return (stamps[0] - begun) * 1000, further, request.stats.num_reused
 
 
-async def _cancels(findings: Findings, engine: RemoteEngine, served: Served) -> None:
+async def _cancels(findings: Findings, engine: RemoteEngine, served: ServerInfo) -> None:
     """Whether the server stops computing when its client hangs up, by its own account."""
     tokens = tuple(engine.model.tokenizer.encode(SPEED_TEST_TEXT)[:64])
     client = engine.endpoints[0].client
@@ -258,7 +258,7 @@ async def _cancels(findings: Findings, engine: RemoteEngine, served: Served) -> 
     )
 
 
-async def _num_running(client: httpx2.AsyncClient, served: Served) -> int | None:
+async def _num_running(client: httpx2.AsyncClient, served: ServerInfo) -> int | None:
     """How many requests the server says it computes; None if it does not."""
     if served.dialect == "llama.cpp" and isinstance(slots := await ask(client, "/slots"), list):
         return sum(bool(slot.get("is_processing")) for slot in slots if isinstance(slot, dict))

@@ -38,13 +38,13 @@ def explain(answer: Answer, tokenizer: Tokenizer | None = None) -> dict[str, Any
         ],
     }
     if prompt is not None:
-        result["heldCharacters"] = len(prompt.starts_with)
+        result["heldCharacters"] = len(prompt.forced_prefix)
     if tokenizer is not None and prompt is not None:
         at = 0
         for segment in result["segments"]:
             segment["text"] = tokenizer.decode(prompt.tokens[at : at + segment["tokens"]])
             at += segment["tokens"]
-        result["held"] = prompt.starts_with
+        result["held"] = prompt.forced_prefix
         result["texts"] = [{"after": name, "text": text} for name, text in answer.texts]
     return result
 

@@ -55,7 +55,7 @@ class Prompt:
     """
 
     tokens: tuple[int, ...]
-    starts_with: str
+    forced_prefix: str
     max_new_tokens: int
     stop_ids: frozenset[int]
     layout: Layout

@@ -1,8 +1,8 @@
-"""The engine contract: what a model offers to the completion pipeline.
+"""The engine contract: the interface of a model to the completion pipeline.
 
-Three implementations keep it: `local` (a model on this machine's CPU or GPU), `remote` (one that others
-serve) and `scripted` (answers from a script, for tests and for measuring everything but the model). The
-contract knows tokens, not editors. Importing this module imports no torch.
+Three implementations: `local` (a model on this machine's CPU or GPU), `remote` (a model that a server runs)
+and `scripted` (answers from a script, for tests and for measuring everything but the model). The contract
+knows tokens, not editors. Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 Progress = Callable[[str, float | None], None]
-"""Called with a short message ("loading weights") and the share done, 0..1, or None where unknown.
+"""Called with a short message ("loading weights") and the share done, 0..1, or None where it is unknown.
 
 It may be called from any thread.
 """
 
 
 class TextStream(Protocol):
-    """Turns ids into text one at a time."""
+    """Converts ids to text one at a time."""
 
     def push(self, token: int) -> str:
-        """The characters that this id completes; "" while a multi-byte character is unfinished."""
+        """Return the characters that this id completes; "" while a multi-byte character is unfinished."""
         ...
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Text can never become a sentinel: see `encode`."""
+    """Converts text to token ids and back. Text can never become a sentinel: see `encode`."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text.
+        """Return the token ids of plain text.
 
-        Strings that look like control tokens are encoded as ordinary characters, so that a file can
-        never place a sentinel in the prompt. No BOS or EOS is added. Lone surrogates become U+FFFD.
+        Strings that look like control tokens are encoded as ordinary characters, so that a file can never
+        place a sentinel in the prompt. No BOS or EOS is added. Lone surrogates become U+FFFD.
         """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; control tokens are spelled out; incomplete UTF-8 becomes U+FFFD."""
+        """Return the text of the ids; control tokens are spelled out; incomplete UTF-8 becomes U+FFFD."""
         ...
 
     def token_id(self, name: str) -> int | None:
-        """The id of the one token spelled exactly `name` (control tokens included), or None."""
+        """Return the id of the one token spelled exactly `name` (control tokens included), or None."""
         ...
 
     @property
@@ -52,11 +52,11 @@ class Tokenizer(Protocol):
         ...
 
     def vocab_bytes(self) -> list[bytes]:
-        """The bytes of each id in an answer, by id; b"" for an id that is not text."""
+        """Return the bytes of each id in an answer, by id; b"" for an id that is not text."""
         ...
 
     def stream(self) -> TextStream:
-        """A fresh detokenizer for one answer."""
+        """Return a new detokenizer for one answer."""
         ...
 
 
@@ -84,18 +84,19 @@ RUNNERS = ("auto", "openvino", "torch")
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """Which model to run here, and how.
+    """The model to run in this process, and how to run it.
 
     Attributes:
         model: the model's folder.
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "auto" ("int8" on a CPU that can, "bfloat16" on CUDA), "int8", "float32", "bfloat16".
-        adapter: folder of a LoRA adapter in PEFT format that requests get if they name none, or None.
+        adapter: folder of a LoRA adapter in PEFT format, for requests that name none; or None.
         num_threads: CPU threads of the model; 0 for one per physical core, and with torch fewer while other
             programs keep cores busy.
-        runner: one of `RUNNERS`; "auto" is OpenVINO for int8 on a CPU where it knows the architecture, else
+        runner: one of `RUNNERS`; "auto" is OpenVINO for int8 on a CPU if it knows the architecture, else
             torch.
-        drafts: whether tokens are guessed and verified several at a time; off to measure without.
+        drafts: use speculative decoding: propose draft tokens and verify several per pass. Off to measure
+            without.
     """
 
     model: LocalModel
@@ -112,7 +113,8 @@ class AdapterSource:
     """An adapter that requests can name once it is in the model; see `Adaptable`.
 
     Attributes:
-        key: what requests name it by: its digest, so that nothing computed with it is taken for another's.
+        key: its digest, by which requests name it, so that nothing computed with it is used for another
+            adapter.
         name: for the user.
         path: its folder, in PEFT's format.
     """
@@ -123,27 +125,27 @@ class AdapterSource:
 
 
 MAX_ADAPTERS = 4
-"""How many adapters may be in a model at the same time."""
+"""Maximum number of adapters in a model at the same time."""
 
 BASE = "base"
-"""As the adapter of a request: none at all, though the engine was started with one."""
+"""As the adapter of a request: no adapter, even if the engine was started with one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the pipeline needs to know of the model that runs.
+    """Description of the running model for the completion pipeline.
 
     Attributes:
         name: catalogue name, hub id or path, as the user chose it.
-        family: the FIM family declared by the catalogue, or None if it must be recognised.
+        family: the FIM family declared by the catalogue, or None if it must be detected.
         architecture: transformers' `model_type`, for example "qwen2" or "gpt_bigcode".
-        context: the most tokens that prompt and output may have together.
+        context: maximum number of tokens of prompt and output together.
         tokenizer: the model's own.
         device: "cpu", "cuda:0", ...
         dtype: "int8", "float32", "bfloat16".
-        adapter: name of the LoRA adapter that is on, or None.
-        served_by: what kind of server runs it for us; "" where it is our own, so that its files are known.
-        proven: whether its vocabulary is known to be `tokenizer`. Where a server takes text only, it is not.
+        adapter: name of the LoRA adapter in use, or None.
+        served_by: kind of the server that runs it; "" if it is our own, whose files are known.
+        proven: its vocabulary is known to be that of `tokenizer`; false if a server takes text only.
     """
 
     name: str
@@ -160,14 +162,15 @@ class ModelInfo:
 
 @dataclass(slots=True)
 class Stats:
-    """What a request cost; filled in by the engine while the request runs. Times are `time.monotonic`.
+    """RequestStats of a request, filled in by the engine while the request runs. Times are `time.monotonic`.
 
     Attributes:
         num_prompt: tokens of the prompt.
-        num_reused: of these, found computed.
-        num_computed: of these, computed for this request, so far; some twice if its slot was taken away.
-        num_generated: tokens that were chosen, those too that nobody read.
-        ended_s: when the engine had done with it: for a cancelled request, when the device was free.
+        num_reused: prompt tokens that were found computed.
+        num_computed: prompt tokens computed for this request so far; some count twice if its slot was taken
+            away.
+        num_generated: generated tokens, including those that were not read.
+        ended_s: when the engine had finished with it: for a cancelled request, when the device was free.
     """
 
     num_prompt: int = 0
@@ -180,34 +183,34 @@ class Stats:
     ended_s: float = 0.0
 
     def computed(self, start: int, num_tokens: int) -> None:
-        """Note a pass over `num_tokens` tokens from `start` on; those of the prompt count."""
+        """Record a pass over `num_tokens` tokens from `start` on; those of the prompt count."""
         self.num_computed += max(0, min(num_tokens, self.num_prompt - start))
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One completion to compute, greedily. Only `idle` may be changed once it has been submitted.
+    """One completion to compute, greedily. Only `idle` may change after it was submitted.
 
     Attributes:
-        tokens: the prompt, sentinels included; at least one.
+        tokens: the prompt, sentinels included; at least one token.
         max_new_tokens: at least 1.
-        stop_ids: a token with one of these ids ends the output and is not part of it. The engine adds
-            the tokenizer's `control_ids`.
-        starts_with: the output must begin with this text; tokens that contradict it are not chosen
-            (token healing: characters removed from the prompt's end are put here). "" for no demand.
-        idle: nobody waits for it yet, so it stands aside, after at most one forward pass, for any request
-            that is not idle. The event loop may change this by `set_idle` while the request runs.
-        adapter: the key of an adapter that is in the model (see `Adaptable`), or `BASE`; None for what the
-            engine was started with.
-        user: who asks, where several people share the engine: each gets an equal share of it.
+        stop_ids: a token with one of these ids ends the output and is not part of it. The engine adds the
+            tokenizer's `control_ids`.
+        forced_prefix: the output must begin with this text; tokens that contradict it are not chosen (token
+            healing: characters removed from the prompt's end are put here). "" for no constraint.
+        idle: the result is not needed yet, so the request yields, after at most one forward pass, to any
+            request that is not idle. The event loop may change this by `set_idle` while the request runs.
+        adapter: the key of an adapter that is in the model (see `Adaptable`), or `BASE`; None for the adapter
+            that the engine was started with.
+        user: the user, if several share the engine: each gets an equal share of it.
         stats: see `Stats`.
-        on_idle: an engine in another process wants to hear of that.
+        on_idle: called with the new value when `idle` changes; an engine in another process sets it.
     """
 
     tokens: tuple[int, ...]
     max_new_tokens: int
     stop_ids: frozenset[int] = frozenset()
-    starts_with: str = ""
+    forced_prefix: str = ""
     idle: bool = False
     adapter: str | None = None
     user: str = ""
@@ -215,7 +218,7 @@ class Request:
     on_idle: Callable[[bool], None] | None = None
 
     def set_idle(self, idle: bool) -> None:
-        """Somebody waits for it now, or nobody does any more."""
+        """Change `idle`: someone waits for the result now, or nobody does any more."""
         if idle != self.idle:
             self.idle = idle
             if self.on_idle is not None:
@@ -229,8 +232,8 @@ class Token:
     Attributes:
         id: its id.
         text: the characters it completes; "" while a multi-byte character is unfinished.
-        logprob: natural log-probability under the model, before any constraint; None where the engine does
-            not know it.
+        logprob: natural log-probability under the model, before any constraint; None if the engine does not
+            know it.
     """
 
     id: int
@@ -239,7 +242,7 @@ class Token:
 
 
 class Engine(Protocol):
-    """A model that runs. All methods are called on one asyncio event loop."""
+    """A running model. All methods are called on one asyncio event loop."""
 
     @property
     def model(self) -> ModelInfo:
@@ -247,30 +250,30 @@ class Engine(Protocol):
         ...
 
     async def start(self, progress: Progress) -> None:
-        """Load the model; returns when requests can be served.
+        """Load the model; return when requests can be served.
 
         Raises `ModelError`, `AdapterError` or `EngineError` with a sentence for the user.
         """
         ...
 
     def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """Tokens as they are computed, ending at a stop id or `max_new_tokens`.
+        """Yield tokens as they are computed, up to a stop id or `max_new_tokens`.
 
-        Closing the iterator (or cancelling the task that awaits it) cancels the request: the model is
-        free after at most one more forward pass. Raises `EngineError` if a step fails;
-        the engine then serves the next request.
+        Closing the iterator (or cancelling the task that awaits it) cancels the request: the model is free
+        after at most one more forward pass. Raises `EngineError` if a step fails; the engine then serves the
+        next request.
         """
         ...
 
     def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
-        """Compute the KV of a prompt when nothing else is to be done. Never waits, never fails.
+        """Compute the KV of a prompt when there is no other work. Never waits, never fails.
 
         `adapter`, `user`: see `Request`.
         """
         ...
 
     async def close(self) -> None:
-        """Stop, free the model. Running requests end with `EngineUnavailableError`. May be called twice."""
+        """Stop and free the model. Active requests end with `EngineUnavailableError`. May be called twice."""
         ...
 
 
@@ -279,11 +282,11 @@ class Adaptable(Protocol):
     """An engine whose adapters can be changed while it serves."""
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
-        """Have these adapters in the model, besides that of `EngineSpec.adapter`; `MAX_ADAPTERS` in all.
+        """Have exactly these adapters in the model, and that of `EngineSpec.adapter`; `MAX_ADAPTERS` in all.
 
-        Returns when requests may name them. Requests under way are not disturbed: one that leaves is waited
-        for until those that use it have ended. None at all costs nothing.
+        Returns when requests may name them. Active requests are not disturbed: an adapter is removed after
+        the requests that use it have ended. No adapters cost nothing.
 
-        Raises `AdapterError`, and leaves everything as it was, if one of them cannot be used.
+        Raises `AdapterError`, and changes nothing, if one of them cannot be used.
         """
         ...

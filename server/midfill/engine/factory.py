@@ -1,4 +1,4 @@
-"""Make the engine that runs a model in this process. Importing it imports no torch and no OpenVINO."""
+"""Make the engine that runs a model in this process. Importing it imports neither torch nor OpenVINO."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from midfill.engine.supervisor import Supervisor
 def create(spec: EngineSpec) -> Engine:
     """Return an engine that runs a model in this process; nothing is loaded before `start`.
 
-    It is loaded again when a forward pass hangs or its thread dies.
+    The model is loaded again when a forward pass hangs or the engine thread dies.
     """
     return Supervisor(lambda: LocalEngine(spec))

@@ -1,8 +1,8 @@
-"""KV slots: which request may reuse which computed tokens.
+"""KV slots: decide which request may reuse which computed tokens.
 
-A slot is a place where the keys and values of one token sequence are kept. This module remembers which
-tokens each slot holds and hands slots out; it knows token ids and slot numbers, nothing of tensors,
-models or editors. Runs on the engine thread only.
+A slot holds the keys and values of one token sequence. This module remembers which tokens each slot holds and
+leases slots; it knows token ids and slot numbers, nothing of tensors, models or editors. Runs on the engine
+thread only.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 NUM_SLOTS = 4
-"""Documents whose keys and values are kept at the same time."""
+"""Number of documents whose keys and values are kept at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A slot handed out.
+    """A leased slot.
 
     Attributes:
         slot: its number.
-        reused: how many tokens of the request are computed already, once `copy_from` is obeyed.
+        reused: number of tokens of the request that are computed already, after the copy from `copy_from`.
         copy_from: the slot whose first `reused` entries must be copied into `slot` before use, or None.
     """
 
@@ -31,7 +31,7 @@ class Lease:
 
 @dataclass(slots=True)
 class _Slot:
-    """What one slot holds, and for whom. `last_used` is a logical clock; 0 is never."""
+    """Contents and owner of one slot. `last_used` is a logical clock; 0 is never."""
 
     key: Hashable = None
     owner: str = ""
@@ -42,7 +42,7 @@ class _Slot:
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     limit = min(len(left), len(right))
     # Slices compare in C: the common case (one is the start of the other) needs no Python loop.
     if left[:limit] == right[:limit]:
@@ -58,9 +58,9 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
 
 
 class Slots:
-    """A fixed number of slots, handed out by longest common prefix.
+    """A fixed number of slots, leased by longest common prefix.
 
-    A key says whose keys and values they are (user and adapter): slots of another key are never reused.
+    A key tells whose keys and values they are (user and adapter): slots of another key are never reused.
     """
 
     def __init__(self, count: int) -> None:
@@ -71,23 +71,23 @@ class Slots:
         return sum(not slot.retired for slot in self._slots)
 
     def tokens(self, slot: int) -> Sequence[int]:
-        """The tokens whose keys and values the slot holds."""
+        """Return the tokens whose keys and values the slot holds."""
         return self._slots[slot].tokens
 
     @property
     def num_free(self) -> int:
-        """How many slots nobody has leased."""
+        """Number of slots that are not leased."""
         return len(self._free())
 
     def acquire(
         self, key: Hashable, tokens: list[int], *, owner: str = "", share: int | None = None
     ) -> Lease:
-        """Lease the slot in which the fewest tokens of `tokens` must be computed. One must be free.
+        """Lease the slot in which the fewest of `tokens` must be computed. One slot must be free.
 
-        At least the last token is always left to compute: its logits are needed. A free slot is cut to the
-        common prefix and taken in place if that keeps most of it. Otherwise another document
-        lives there, so the prefix is copied to an empty slot or, if none is, to the one unused the longest.
-        An `owner` who fills `share` slots already overwrites one of these, as long as one of them is free.
+        At least the last token is always left to compute, because its logits are needed. A free slot is cut
+        to the common prefix and reused in place if that keeps most of it. Otherwise it holds another
+        document, so the prefix is copied to an empty slot or, if there is none, to the least recently used
+        one. An `owner` who fills `share` slots already overwrites one of these, if one of them is free.
         """
         free = self._free()
         lengths = {
@@ -95,7 +95,7 @@ class Slots:
             for number, slot in enumerate(self._slots)
             if slot.key == key and slot.tokens
         }
-        # In place where it can be; of equal ones the most recently used is the likelier to go on.
+        # Prefer reuse in place; of equal ones the most recently used, which is the likeliest to continue.
         best = max(
             lengths,
             key=lambda number: (
@@ -116,7 +116,7 @@ class Slots:
         return lease if best == victim else replace(lease, copy_from=best)
 
     def _of(self, owner: str, free: list[int], share: int | None) -> list[int]:
-        """The free slots that an owner may overwrite."""
+        """Return the free slots that an owner may overwrite."""
         if share is None:
             return free
         filled = sum(slot.owner == owner and (slot.leased or bool(slot.tokens)) for slot in self._slots)
@@ -124,7 +124,7 @@ class Slots:
         return own if own and filled >= share else free
 
     def _take(self, number: int, key: Hashable, owner: str, tokens: list[int]) -> Lease:
-        """Lease a slot that holds these tokens, or will once they have been copied."""
+        """Lease a slot that holds these tokens, or will hold them after the copy."""
         slot = self._slots[number]
         slot.key, slot.owner, slot.tokens = key, owner, tokens
         slot.leased = True
@@ -132,26 +132,26 @@ class Slots:
         return Lease(number, len(tokens))
 
     def extend(self, slot: int, tokens: Sequence[int]) -> None:
-        """Note that the keys and values of these tokens now follow in the slot."""
+        """Record that the keys and values of these tokens follow in the slot."""
         self._slots[slot].tokens.extend(tokens)
 
     def release(self, slot: int) -> None:
-        """Give a slot back; what it holds stays and can be reused."""
+        """End a lease; the contents of the slot stay and can be reused."""
         released = self._slots[slot]
         released.leased = False
         self._touch(released)
 
     def forget(self, slot: int) -> None:
-        """Mark what the slot holds as unusable; the lease, if any, stays."""
+        """Mark the contents of a slot as unusable; a lease stays."""
         forgotten = self._slots[slot]
         forgotten.tokens = []
         forgotten.key, forgotten.owner = None, ""
         forgotten.last_used = 0
 
     def shrink(self) -> list[int]:
-        """Forget what the free slots hold and use only half as many slots from now on, never less than one.
+        """Discard the contents of the free slots and use half as many slots from now on, at least one.
 
-        Leased slots stay. Returns the numbers of the free ones, so that their memory can be freed.
+        Leased slots stay. Return the numbers of the free ones, so that their memory can be freed.
         """
         free = self._free()
         num_surplus = len(self) - max(1, len(self) // 2)

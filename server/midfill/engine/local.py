@@ -1,10 +1,8 @@
-"""A model on this machine: one thread that owns it, a mailbox, the step loop, cancellation.
+"""A model in this process, as the event loop sees it: one thread owns the model and reads a mailbox.
 
-The event loop's side (`start`, `generate`, `prewarm`, `close`) only puts messages into the mailbox and reads
-tokens from a queue of its own. The engine thread loads the model, and then, step by step: reads the
-mailbox, drops cancelled requests, runs the forward pass that the scheduler planned, sends out tokens.
-So a cancelled request costs at most the pass that is under way, or a part of it, if the runner asks in the
-middle whether anybody wants the rest. Knows nothing of editors.
+The methods of `LocalEngine` put messages into the mailbox and read tokens from a queue per request. The
+engine thread loads the model and then runs `step_loop.StepLoop` until the engine closes. Knows nothing of
+editors.
 """
 
 from __future__ import annotations
@@ -14,136 +12,83 @@ import contextlib
 import logging
 import threading
 import time
-from array import array
-from collections.abc import AsyncGenerator, Callable
-from collections.abc import Sequence as Ids
-from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from collections.abc import AsyncGenerator, Callable, Sequence
 
-from midfill.engine.adapters.loaded import Swap
-from midfill.engine.api import AdapterSource, EngineSpec, ModelInfo, Progress, Request, TextStream, Token
-from midfill.engine.kv_slots import NUM_SLOTS, Slots
-from midfill.engine.loading import Loaded, load
-from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, Sequence
-from midfill.engine.speculation import Drafts
-from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, MidfillError
+from midfill.engine.adapters.loaded import AdapterSwap
+from midfill.engine.api import AdapterSource, EngineSpec, ModelInfo, Progress, Request, Token
+from midfill.engine.loading import LoadedModel, load
+from midfill.engine.step_loop import ActiveRequest, End, Prewarm, SharedState, StepLoop
+from midfill.errors import EngineError, EngineUnavailableError, MidfillError
 
 _LOG = logging.getLogger(__name__)
 
 _SHUT_DOWN = "The model was shut down."
 
 MAX_WAITING = 64
-"""Requests that may wait. One person causes at most a few; more means that clients do not cancel."""
+"""Maximum number of waiting requests. One user causes a few; more means that clients do not cancel."""
 
-_PAUSE_S = 0.5
-"""Without a message for so long, nobody types: most keys come within 0.2 s of the one before."""
-
-Load = Callable[[EngineSpec, Progress], Loaded]
-
-
-class _End:
-    """The end of an output, in a flight's inbox."""
-
-
-_END = _End()
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """A request under way: what the two threads share of it.
-
-    `cancelled` is written by the event loop and read by the engine thread, `inbox` the other way round;
-    the rest belongs to the engine thread.
-    """
-
-    request: Request
-    loop: asyncio.AbstractEventLoop
-    inbox: asyncio.Queue[Token | BaseException | _End] = field(default_factory=asyncio.Queue)
-    cancelled: bool = False
-    sequence: Sequence | None = None
-    stop_ids: frozenset[int] = frozenset()
-    stream: TextStream | None = None
-    demanded: bytes = b""  # what is left of `starts_with`
-    allowed: array[int] | None = None  # the ids that agree with it
-    guessed_by: int = 0  # see `Drafts.guess`
-
-    def push(self, token: int) -> str:
-        """The characters that a token completes."""
-        return "" if self.stream is None else self.stream.push(token)
-
-    def send(self, item: Token | BaseException | _End) -> None:
-        """Engine thread: hand an item to the event loop."""
-        try:
-            self.loop.call_soon_threadsafe(self.inbox.put_nowait, item)
-        except RuntimeError:  # the loop is closed, and with it whoever waited
-            self.cancelled = True
-
-
-@dataclass(frozen=True, slots=True)
-class _Prewarm:
-    """A prompt to compute when nothing else is to be done."""
-
-    tokens: list[int]
-    adapter: str | None
-    user: str
+Load = Callable[[EngineSpec, Progress], LoadedModel]
 
 
 class _ClosedError(Exception):
-    """Unwinds the engine thread when `close` comes while it loads."""
+    """Unwinds the engine thread when `close` is called while the model loads."""
 
 
 class LocalEngine:
     """`Engine` for a model in this process.
 
     Args:
-        spec: which model.
-        load: loads it; another one is given in tests.
+        spec: the model to load, and how to run it.
+        load: loads it; tests pass another function.
 
     Attributes:
-        turn_started_s: `time.monotonic()` when the turn under way began (a forward pass, as a rule), or
-            None while the thread waits for work. Read by whoever watches for a pass that never ends.
-        lost: why a model that was loaded serves no more though nobody closed it; None while it does.
-        mailbox: to the engine thread; None only wakes it.
-        closing: tells the engine thread to end.
+        lost: why a model that was loaded serves no longer although nobody closed it; None while it serves.
+            Set by whichever thread notices.
     """
 
     def __init__(self, spec: EngineSpec, *, load: Load = load) -> None:
-        self.turn_started_s: float | None = None
         self.lost: str | None = None
         self._spec = spec
         self._load = load
-        self.mailbox: SimpleQueue[_Flight | _Prewarm | Swap | None] = SimpleQueue()
+        self._shared = SharedState()
         self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()  # set on the loop once the thread is about to return
-        self.closing = False
         self._abandoned = False
-        self._unavailable: str | None = "The model is not loaded yet."
-        self._loaded: Loaded | None = None
+        self._loaded: LoadedModel | None = None  # set and cleared by the engine thread
         self._swapping = asyncio.Lock()
-        self._open: set[_Flight] = set()  # those whose iterators are open; the event loop's own
+        self._open: set[ActiveRequest] = set()  # requests whose iterators are open; the event loop's own
 
-    # The event loop's side.
+    # On the event loop.
 
     @property
     def model(self) -> ModelInfo:
         """The running model. Raises `EngineUnavailableError` until `start` has returned."""
-        if self._loaded is None or self._unavailable is not None:
-            raise EngineUnavailableError(self._unavailable or "The model is not loaded yet.")
-        return self._loaded.info
+        return self._running_model().info
+
+    def _running_model(self) -> LoadedModel:
+        """Return the loaded model. Raises `EngineUnavailableError` if there is none."""
+        if self._loaded is None or self._shared.unavailable is not None:
+            raise EngineUnavailableError(self._shared.unavailable or _SHUT_DOWN)
+        return self._loaded
 
     @property
-    def slow_turn_s(self) -> float:
-        """How long a turn may well take on this machine: that of the warm-up. 0 before it is known."""
-        return 0.0 if self._loaded is None else self._loaded.slow_turn_s
+    def warm_up_s(self) -> float:
+        """Duration of the warm-up, a measure of how long a step may take here; 0 before it is known."""
+        return 0.0 if self._loaded is None else self._loaded.warm_up_s
+
+    @property
+    def step_started_s(self) -> float | None:
+        """`time.monotonic()` at the start of the current step, or None while the thread waits for work."""
+        return self._shared.step_started_s
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to compute and nobody waits. A prewarm that waits does not count."""
-        return self.turn_started_s is None and not self._open
+        """Whether there is nothing to compute and no open request. A waiting prewarm does not count."""
+        return self._shared.step_started_s is None and not self._open
 
     async def start(self, progress: Progress) -> None:
         """Start the thread and wait until it has loaded the model; see `Engine.start`."""
-        if self._thread is not None or self.closing:
+        if self._thread is not None or self._shared.closing:
             raise EngineError("An engine can be started only once.")
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
@@ -155,113 +100,115 @@ class LocalEngine:
         try:
             await ready
         except asyncio.CancelledError:
-            self.closing = True
+            self._shared.closing = True
             raise
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """Tokens as they are computed; see `Engine.generate`."""
-        if self._unavailable is not None:
-            raise EngineUnavailableError(self._unavailable)
+        """Yield tokens as they are computed; see `Engine.generate`."""
+        self._check_available()
         request.stats.submitted_s = time.monotonic()
-        flight = _Flight(request, asyncio.get_running_loop())
-        self.mailbox.put(flight)
-        if self._unavailable is not None:
-            # The thread ended between the two lines; it may have read the mailbox for the last time.
-            raise EngineUnavailableError(self._unavailable)
-        self._open.add(flight)
+        active = ActiveRequest(request, asyncio.get_running_loop())
+        self._shared.mailbox.put(active)
+        # The thread may have ended since the first check, and have read the mailbox for the last time.
+        self._check_available()
+        self._open.add(active)
         try:
-            while not isinstance(item := await flight.inbox.get(), _End):
+            while not isinstance(item := await active.inbox.get(), End):
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
-            self._open.discard(flight)
-            flight.cancelled = True
-            self.mailbox.put(None)  # wakes the thread, which then looks at the flags
+            self._open.discard(active)
+            active.cancelled = True
+            self._shared.mailbox.put(None)  # wakes the thread, which then looks at `cancelled`
 
-    def prewarm(self, tokens: Ids[int], adapter: str | None = None, *, user: str = "") -> None:
+    def _check_available(self) -> None:
+        if self._shared.unavailable is not None:
+            raise EngineUnavailableError(self._shared.unavailable)
+
+    def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
         """Compute a prompt when idle; a newer call replaces an older one. See `Engine.prewarm`."""
-        if self._unavailable is None:
-            self.mailbox.put(_Prewarm(list(tokens), adapter, user))
+        if self._shared.unavailable is None:
+            self._shared.mailbox.put(Prewarm(list(tokens), adapter, user))
 
-    async def set_adapters(self, adapters: Ids[AdapterSource]) -> None:
-        """Have these adapters in the model; see `Adaptable.set_adapters`."""
-        # What was begun is brought to its end, whoever waits for it.
+    async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
+        """Have exactly these adapters in the model; see `Adaptable.set_adapters`."""
+        # A swap that has begun is completed even if the caller is cancelled.
         await asyncio.shield(self._swap(adapters))
 
-    async def _swap(self, sources: Ids[AdapterSource]) -> None:
+    async def _swap(self, sources: Sequence[AdapterSource]) -> None:
         async with self._swapping:
-            loaded = self._loaded
-            if loaded is None or self._unavailable is not None:
-                raise EngineUnavailableError(self._unavailable or _SHUT_DOWN)
+            adapters = self._running_model().adapters
             loop = asyncio.get_running_loop()
-            ready = loaded.residents.ready
-            swap = await asyncio.to_thread(ready, sources, self._spec.model.path, loop, loop.create_future())
+            swap = await asyncio.to_thread(
+                adapters.prepare_swap, sources, self._spec.model.path, loop, loop.create_future()
+            )
             if swap is None:
                 return
-            self.mailbox.put(swap)
-            if self._unavailable is not None:  # the thread may have read the mailbox for the last time
-                raise EngineUnavailableError(self._unavailable)
+            self._shared.mailbox.put(swap)
+            self._check_available()  # the thread may have read the mailbox for the last time
             await swap.done
             await asyncio.to_thread(swap.retired.clear)
 
     async def close(self) -> None:
         """Stop the thread after at most one forward pass and free the model; see also `abandon`."""
-        self.closing = True
-        self._unavailable = _SHUT_DOWN
+        self._shared.closing = True
+        self._shared.unavailable = _SHUT_DOWN
         if self._thread is None:
             return
-        self.mailbox.put(None)
+        self._shared.mailbox.put(None)
         await self._ended.wait()
         if not self._abandoned:
             self._thread.join()
 
     def abandon(self, reason: str) -> None:
-        """Give up a thread that hangs: all requests end with `reason`, and nothing waits for it any more.
+        """Give up a thread that hangs: end all requests with `reason`, and do not wait for the thread.
 
         Nothing can stop a thread; it and its model remain until the pass returns, if it ever does.
         """
-        self._abandoned = self.closing = True
-        self.lost = self._unavailable = reason
-        for flight in self._open:
-            flight.inbox.put_nowait(EngineUnavailableError(reason))
+        self._abandoned = self._shared.closing = True
+        self.lost = self._shared.unavailable = reason
+        for active in self._open:
+            active.inbox.put_nowait(EngineUnavailableError(reason))
         self._ended.set()
 
-    # The engine thread's side.
+    # On the engine thread.
 
     def _run(self, progress: Progress, loop: asyncio.AbstractEventLoop, ready: asyncio.Future[None]) -> None:
-        steps: _Steps | None = None
+        shared = self._shared
+        steps: StepLoop | None = None
         reason = _SHUT_DOWN
         try:
             failure = self._start(progress)
             _call(loop, _resolve, ready, failure)
             if self._loaded is not None:
-                steps = _Steps(self, self._loaded, drafts=self._spec.drafts)
+                steps = StepLoop(shared, self._loaded, max_waiting=MAX_WAITING, speculate=self._spec.drafts)
                 steps.run()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+        except BaseException as error:  # noqa: BLE001 - whatever it is, waiting requests must be ended
             _LOG.critical("the engine thread ended", exc_info=True)
             reason = f"The engine stopped after an internal error ({type(error).__name__})."
             self.lost = self.lost or reason
         finally:
             # First refuse new requests, then end those that came before: none can slip between.
-            self._unavailable = self._unavailable or reason
-            self.turn_started_s = None
+            shared.unavailable = shared.unavailable or reason
+            shared.step_started_s = None
             if steps is not None:
-                steps.refuse_all(self._unavailable)
-            while not self.mailbox.empty():
-                message = self.mailbox.get()
-                if isinstance(message, _Flight):
-                    message.send(EngineUnavailableError(self._unavailable))
-                elif isinstance(message, Swap):
-                    message.end(EngineUnavailableError(self._unavailable))
+                steps.refuse_all(shared.unavailable)
+            while not shared.mailbox.empty():
+                message = shared.mailbox.get()
+                if isinstance(message, ActiveRequest):
+                    message.send(EngineUnavailableError(shared.unavailable))
+                elif isinstance(message, AdapterSwap):
+                    message.end(EngineUnavailableError(shared.unavailable))
             self._loaded = None
             _call(loop, self._ended.set)
 
     def _start(self, progress: Progress) -> MidfillError | None:
-        """Load the model; returns what went wrong."""
+        """Load the model. Return the error for the user, or None."""
+        shared = self._shared
 
         def checked(message: str, share: float | None) -> None:
-            if self.closing:
+            if shared.closing:
                 raise _ClosedError
             progress(message, share)
 
@@ -281,312 +228,16 @@ class LocalEngine:
             _LOG.exception("loading failed")
             failure = EngineError(f"The model could not be loaded: {type(error).__name__}: {error}")
         else:
-            self._unavailable = None
-            if self.closing:  # `close` may have set its own sentence just before
-                self._unavailable = _SHUT_DOWN
+            shared.unavailable = None
+            if shared.closing:  # `close` may have set its own sentence just before
+                shared.unavailable = _SHUT_DOWN
             return None
-        self._unavailable = str(failure)
+        shared.unavailable = str(failure)
         return failure
 
 
-class _Steps:
-    """The step loop. Lives on the engine thread."""
-
-    def __init__(self, engine: LocalEngine, loaded: Loaded, *, drafts: bool) -> None:
-        self._engine = engine
-        self._runner = loaded.runner
-        self._tokenizer = loaded.info.tokenizer
-        self._control_ids = self._tokenizer.control_ids
-        self._vocab = self._tokenizer.vocab_bytes()
-        self._index = loaded.index
-        self._residents = loaded.residents
-        self._slots = Slots(NUM_SLOTS)
-        self._scheduler = Scheduler(
-            self._slots,
-            chunk_tokens=self._runner.chunk_tokens,
-            step_tokens=self._runner.chunk_tokens,
-            step_sequences=self._runner.step_sequences,
-            max_waiting=MAX_WAITING,
-        )
-        self._flights: dict[Sequence, _Flight] = {}
-        self._prewarm: Sequence | None = None
-        self._drafts = Drafts() if drafts else None
-        self._left = False  # whether the latest pass was
-
-    def run(self) -> None:
-        """Until the engine closes: read the mailbox, drop cancelled requests, compute one step."""
-        while True:
-            self._change_adapters()
-            self._receive()
-            self._engine.turn_started_s = time.monotonic()
-            if self._engine.closing:
-                return
-            for flight in [flight for flight in self._flights.values() if flight.cancelled]:
-                self._leave(flight)
-            for sequence, flight in self._flights.items():
-                sequence.priority = _priority(flight.request)
-            if chunks := self._scheduler.schedule():
-                self._step(chunks)
-
-    def refuse_all(self, reason: str) -> None:
-        """End every request under way."""
-        for flight in self._flights.values():
-            flight.send(EngineUnavailableError(reason))
-        self._flights.clear()
-        self._residents.refuse(reason)
-
-    def _change_adapters(self) -> None:
-        """Put other adapters in if they wait for that, and nobody uses those that leave."""
-        if self._prewarm is not None and self._prewarm.key in self._residents.leaving:
-            self._scheduler.remove(self._prewarm)
-            self._prewarm = None
-        self._residents.swap(sequence.key for sequence in self._flights)
-
-    def _receive(self) -> None:
-        """Take in all messages; wait for one if there is nothing to compute."""
-        mailbox = self._engine.mailbox
-        while not len(self._scheduler) or not mailbox.empty():
-            self._engine.turn_started_s = None
-            message = self._next_message()
-            self._engine.turn_started_s = time.monotonic()
-            if isinstance(message, _Flight):
-                self._admit(message)
-            elif isinstance(message, _Prewarm):
-                self._replace_prewarm(message)
-            elif isinstance(message, Swap):
-                self._residents.add(message)
-                self._change_adapters()
-            if self._engine.closing:
-                return
-
-    def _next_message(self) -> _Flight | _Prewarm | Swap | None:
-        """Wait for a message. In a pause that lasts, the runner does what it has put off, piece by piece."""
-        mailbox = self._engine.mailbox
-        more = not len(self._scheduler)
-        while more:
-            try:
-                return mailbox.get(timeout=_PAUSE_S)
-            except Empty:
-                self._engine.turn_started_s = time.monotonic()
-                more = self._runner.idle()
-                self._engine.turn_started_s = None
-        return mailbox.get()
-
-    def _admit(self, flight: _Flight) -> None:
-        request = flight.request
-        if flight.cancelled:
-            request.stats.ended_s = time.monotonic()
-            return
-        try:
-            self._check(request.tokens)
-            key = self._residents.key_of(request.adapter)
-            flight.sequence = Sequence(key, list(request.tokens), _priority(request), user=request.user)
-            dropped = self._scheduler.add(flight.sequence)
-        except EngineError as error:
-            flight.send(error)
-            return
-        for sequence in dropped:
-            other = flight if sequence is flight.sequence else self._flights.get(sequence)
-            if other is not None:
-                self._leave(other, EngineOverloadedError("There was no room for it among those that wait."))
-        if flight.sequence in dropped:
-            return
-        request.stats.num_prompt = len(request.tokens)
-        flight.stop_ids = request.stop_ids | self._control_ids
-        flight.stream = self._tokenizer.stream()
-        self._flights[flight.sequence] = flight
-        self._demand(flight, request.starts_with.encode("utf-8", errors="replace"))
-        if flight.sequence in self._flights:
-            self._guess(flight, flight.sequence)
-
-    def _check(self, tokens: Ids[int]) -> None:
-        if not tokens:
-            raise EngineError("The prompt is empty.")
-        if len(tokens) >= self._runner.context:
-            raise EngineError(
-                f"The prompt has {len(tokens)} tokens; the model takes at most {self._runner.context - 1}."
-            )
-        # On a GPU an id out of range would not raise but break the device for good.
-        if min(tokens) < 0 or max(tokens) >= self._runner.vocab_size:
-            raise EngineError("The prompt has token ids that the model does not know.")
-
-    def _replace_prewarm(self, prewarm: _Prewarm) -> None:
-        if self._prewarm is not None:
-            self._scheduler.remove(self._prewarm)
-            self._prewarm = None
-        try:
-            self._check(prewarm.tokens)
-            key = self._residents.key_of(prewarm.adapter)
-        except EngineError:
-            return
-        sequence = Sequence(key, prewarm.tokens, Priority.IDLE, samples=False, user=prewarm.user)
-        if sequence not in self._scheduler.add(sequence):
-            self._prewarm = sequence
-
-    def _step(self, chunks: list[Chunk]) -> None:
-        for chunk in chunks:
-            self._note_start(chunk.sequence, time.monotonic())
-        began, resumed, self._left = time.monotonic(), self._left, False
-        try:
-            choices = self._runner.forward(
-                chunks, [self._allowed(chunk) for chunk in chunks], lambda: self._may_leave(chunks)
-            )
-        except MemoryError:
-            self._fail(
-                chunks,
-                "There was not enough memory for this request. Kept computations were dropped; if it happens "
-                "again, use a smaller model or a shorter context.",
-                out_of_memory=True,
-            )
-            return
-        except Exception as error:  # noqa: BLE001 - a failed step costs its requests, not the engine
-            _LOG.exception("a step failed")
-            self._fail(
-                chunks, f"The model failed on this request ({type(error).__name__}); the log has more."
-            )
-            return
-        if choices is None:
-            self._left = True
-            return
-        self._judge(chunks, choices, None if resumed else time.monotonic() - began)
-        for chunk, chosen in zip(chunks, choices, strict=True):
-            self._scheduler.computed(chunk, max(0, len(chosen) - 1))
-            if (flight := self._flights.get(chunk.sequence)) is not None:
-                flight.request.stats.computed(chunk.start, len(chunk.tokens))
-            self._advance(chunk.sequence, chosen)
-
-    def _may_leave(self, chunks: list[Chunk]) -> bool:
-        """Whether a pass may be left in the middle: nobody wants it, or it is idle work and there is news."""
-        return self._engine.closing or not any(self._is_wanted(chunk.sequence) for chunk in chunks)
-
-    def _is_wanted(self, sequence: Sequence) -> bool:
-        flight = self._flights.get(sequence)
-        if flight is None or flight.request.idle:
-            return self._engine.mailbox.empty()
-        return not flight.cancelled
-
-    def _note_start(self, sequence: Sequence, now: float) -> None:
-        flight = self._flights.get(sequence)
-        if flight is not None and not flight.request.stats.started_s:
-            flight.request.stats.started_s = now
-            flight.request.stats.num_reused = sequence.num_reused or 0
-            if self._drafts is not None:
-                self._drafts.learn(sequence.tokens, flight.request.stats.num_reused)
-
-    def _allowed(self, chunk: Chunk) -> array[int] | None:
-        flight = self._flights.get(chunk.sequence)
-        return flight.allowed if flight is not None and chunk.samples else None
-
-    def _judge(self, chunks: list[Chunk], choices: list[list[Choice]], seconds: float | None) -> None:
-        """Take note of what was guessed, what came of it and what it took, if that is known."""
-        if self._drafts is None:
-            return
-        for chunk, chosen in zip(chunks, choices, strict=True):
-            flight = self._flights.get(chunk.sequence)
-            if flight is not None and chunk.num_guesses:
-                self._drafts.judge(flight.guessed_by, chunk.num_guesses, len(chosen) - 1)
-        if seconds and len(chunks) == 1 and len(chunks[0].tokens) == chunks[0].num_guesses + 1:
-            self._drafts.timed(len(chunks[0].tokens), seconds)
-
-    def _guess(self, flight: _Flight, sequence: Sequence) -> None:
-        """Guess what may follow, no more than may be generated; nothing while some text is demanded."""
-        sequence.guesses, flight.guessed_by = [], 0
-        if self._drafts is None or flight.demanded or not self._runner.max_guesses:
-            return
-        stats, request = flight.request.stats, flight.request
-        room = min(request.max_new_tokens - stats.num_generated, self._runner.context - len(sequence.tokens))
-        guesses, flight.guessed_by = self._drafts.guess(sequence.tokens)
-        sequence.guesses = guesses[: min(room - 1, self._runner.max_guesses)]
-
-    def _advance(self, sequence: Sequence, choices: list[Choice]) -> None:
-        """What a computed chunk means for its request."""
-        flight = self._flights.get(sequence)
-        if flight is None:
-            if sequence.num_computed == len(sequence.tokens):
-                self._scheduler.remove(sequence)
-                self._prewarm = None
-            return
-        for choice in choices:
-            self._emit(flight, sequence, choice)
-            if sequence not in self._flights:
-                return
-        if choices:
-            self._guess(flight, sequence)
-
-    def _emit(self, flight: _Flight, sequence: Sequence, choice: Choice) -> None:
-        """Send a chosen token out, or end the request."""
-        # Models have more logits than the tokenizer has tokens; the surplus ids mean nothing.
-        if choice.id in flight.stop_ids or choice.id >= len(self._vocab):
-            self._leave(flight, _END)
-            return
-        stats = flight.request.stats
-        stats.num_generated += 1
-        stats.first_token_s = stats.first_token_s or time.monotonic()
-        sequence.tokens.append(choice.id)
-        flight.send(Token(choice.id, flight.push(choice.id), choice.logprob))
-        if (
-            stats.num_generated >= flight.request.max_new_tokens
-            or len(sequence.tokens) >= self._runner.context
-        ):
-            self._leave(flight, _END)
-        elif flight.demanded:
-            self._demand(flight, flight.demanded[len(self._vocab[choice.id]) :])
-
-    def _demand(self, flight: _Flight, demanded: bytes) -> None:
-        """The output must go on with these bytes; it ends here if no token can."""
-        flight.demanded = demanded
-        flight.allowed = None
-        if demanded:
-            flight.allowed = self._index.allowed(demanded)
-            if not flight.allowed:
-                self._leave(flight, _END)
-
-    def _fail(self, chunks: list[Chunk], reason: str, *, out_of_memory: bool = False) -> None:
-        """The requests of a failed step end; what their slots hold cannot be trusted.
-
-        Who hears of it may ask again at once, so first everything is freed.
-        """
-        for chunk in chunks:
-            self._scheduler.remove(chunk.sequence, forget=True)
-        self._runner.drop([chunk.slot for chunk in chunks])
-        if out_of_memory:
-            self._shrink()
-        for chunk in chunks:
-            flight = self._flights.get(chunk.sequence)
-            if flight is None:
-                self._prewarm = None
-            else:
-                self._leave(flight, EngineError(reason))
-
-    def _shrink(self) -> None:
-        """Keep the past of fewer documents, since memory ran out."""
-        before = len(self._slots)
-        self._runner.drop(self._slots.shrink())
-        if len(self._slots) < before:
-            _LOG.warning(
-                "out of memory: the computations of %d documents are kept from now on, not of %d",
-                len(self._slots),
-                before,
-            )
-
-    def _leave(self, flight: _Flight, last: _End | EngineError | None = None) -> None:
-        """A request ends; `last` tells the event loop, unless it has gone away itself."""
-        if flight.sequence is not None:
-            if self._drafts is not None:
-                self._drafts.learn(flight.sequence.tokens, len(flight.request.tokens))
-            self._scheduler.remove(flight.sequence)
-            self._flights.pop(flight.sequence, None)
-        flight.request.stats.ended_s = time.monotonic()
-        if last is not None:
-            flight.send(last)
-
-
-def _priority(request: Request) -> Priority:
-    return Priority.IDLE if request.idle else Priority.INTERACTIVE
-
-
 def _resolve(future: asyncio.Future[None], error: MidfillError | None) -> None:
-    if future.done():  # whoever awaited it was cancelled
+    if future.done():  # the waiting task was cancelled
         return
     if error is None:
         future.set_result(None)
@@ -595,6 +246,6 @@ def _resolve(future: asyncio.Future[None], error: MidfillError | None) -> None:
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
-    """Run a function on the event loop; nothing if the loop is closed, for then nobody waits."""
+    """Run a function on the event loop. Do nothing if the loop is closed, because then nobody waits."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *args)

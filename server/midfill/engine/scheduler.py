@@ -1,12 +1,12 @@
-"""What the next forward pass computes: newest first, none for ever last, in chunks, under a token budget.
+"""Plan the next forward pass: newest request first, no starvation, in chunks, under a token budget.
 
-Where several users share the model, each has an equal share of the places and of the slots, and of the passes
-if there are more users than places: what one of them sends costs another no more than a share.
+If several users share the model, each has an equal share of the places in a pass and of the slots, and of the
+passes if there are more users than places: no request costs another user more than a share.
 
-There is no prefill phase and no decode phase. Every sequence has tokens that are known and a count of
-those whose keys and values are computed; each step lets the second catch up with the first, and a
-sequence that has caught up gets one more known token from the model. Knows token ids and slot numbers,
-nothing of tensors, threads or editors. Runs on the engine thread only.
+There is no prefill phase and no decode phase. Every sequence has known tokens and a count of those whose keys
+and values are computed; each step lets the count catch up with the tokens, and a sequence that has caught up
+gets one more known token from the model. Knows token ids and slot numbers, nothing of tensors, threads or
+editors. Runs on the engine thread only.
 """
 
 from __future__ import annotations
@@ -21,45 +21,51 @@ from midfill.engine.kv_slots import Slots
 from midfill.errors import EngineOverloadedError
 
 _OLDEST_AT = 2
-"""At every second step the oldest request goes first: a newer one is slowed by half while several wait, and
-with eight who type without end it is answered within 7 s (3: 10 s, 4: 11 s) instead of never."""
+"""At every second step the oldest request goes first.
+
+This slows a newer one by half while several wait; with eight users who type without pause the oldest is
+answered within 7 s (3: 10 s, 4: 11 s) instead of never.
+"""
 
 
 _PASS = 3 / 8
-"""What taking part in a pass costs, in chunks: on two cores one token takes 25 ms, a chunk of 64 takes 80."""
+"""Cost of taking part in a pass, in chunks: on two cores one token takes 25 ms, a chunk of 64 takes 80."""
 
 _TURN = 64
-"""How far, in chunks, a user who runs may get ahead of one who waits (four seconds of decoding on two cores):
-each change may cost a prompt that must be computed again. Nobody saves up more by being away."""
+"""How far, in chunks, a running user may get ahead of a waiting one (four seconds of decoding on two cores).
+
+Each change of users may cost a prompt that must be computed again. A user who is away saves up no more than
+this.
+"""
 
 _RECENT_STEPS = 2000
-"""A user keeps a share of the slots, and so the computed prompt in it, for so many steps after a request."""
+"""A user keeps a share of the slots, and the computed prompt in it, for this many steps after a request."""
 
 
 class Priority(IntEnum):
-    """Who goes first. A lower one gets nothing while a higher one is there."""
+    """Scheduling class. Strict: IDLE runs only when no INTERACTIVE request is waiting."""
 
     IDLE = 0
     INTERACTIVE = 1
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
-    """One prompt and what was generated after it.
+class SequenceState:
+    """One prompt and the tokens generated after it.
 
     Attributes:
-        key: whose keys and values it may share: those of its adapter, or None for the base.
+        key: tells whose keys and values it may share: the key of its adapter, or None for the base model.
         tokens: all known tokens: the prompt, then the generated ones.
         priority: see `Priority`.
-        samples: whether a token is chosen once all known tokens are computed (a prewarm wants none).
-        num_computed: how many of `tokens` have their keys and values in the slot.
+        samples: choose a token once all known tokens are computed (a prewarm chooses none).
+        num_computed: number of `tokens` whose keys and values are in the slot.
         slot: the slot it runs in, or None while it waits.
-        num_reused: how many tokens were found computed when it first got a slot; None before.
-        guesses: tokens that may well follow the known ones; computed along with the last of these, so that
-            one pass can yield several tokens. Wrong ones cost a little time and nothing else.
-        order: arrival number, given by the scheduler.
-        user: who asked, where several people share the model. Nobody shares what another user had computed:
-            how much was found computed would tell what that user's text begins with.
+        num_reused: number of tokens found computed when it first got a slot; None before.
+        draft_tokens: proposed next tokens, computed together with the last known one, so that one pass can
+            yield several tokens. A rejected one costs a little time and nothing else.
+        order: arrival number, set by the scheduler.
+        user: the user, if several share the model. Computed tokens are not shared between users: the number
+            that was found computed would reveal the beginning of another user's text.
     """
 
     key: str | None
@@ -69,7 +75,7 @@ class Sequence:
     num_computed: int = 0
     slot: int | None = None
     num_reused: int | None = None
-    guesses: list[int] = field(default_factory=list)
+    draft_tokens: list[int] = field(default_factory=list)
     order: int = field(default=0)
     user: str = ""
 
@@ -84,35 +90,35 @@ class Chunk:
     """A part of one sequence to compute in one forward pass.
 
     Attributes:
-        sequence: whose tokens they are.
+        sequence: the sequence that the tokens belong to.
         slot: where keys and values go.
-        start: how many tokens precede these.
-        tokens: the ids to compute, guesses included; at least one that is known.
-        samples: whether the next token is to be chosen, from the logits of the last known one.
-        num_guesses: how many of `tokens`, at the end, are guesses. The choice after each is wanted too, as
-            long as the one before has come true.
-        copy_from: the slot whose first `start` entries are to be copied into `slot` first, or None. All
-            copies of a step come before its first forward pass.
+        start: number of tokens that precede these.
+        tokens: the ids to compute, draft tokens included; at least one is known.
+        samples: choose the next token, from the logits of the last known one.
+        num_draft_tokens: how many of `tokens`, at the end, are draft tokens. The choice after each is wanted
+            too, as long as the draft token before it was accepted.
+        copy_from: the slot whose first `start` entries are copied into `slot` first, or None. All copies of a
+            step come before its first forward pass.
     """
 
-    sequence: Sequence
+    sequence: SequenceState
     slot: int
     start: int
     tokens: list[int]
     samples: bool
     copy_from: int | None = None
-    num_guesses: int = 0
+    num_draft_tokens: int = 0
 
     def verify(self, choose: Callable[[int], Choice]) -> list[Choice]:
-        """The choices of this chunk: one, and one more for each guess that came true.
+        """Return the choices of this chunk: one, and one more for each accepted draft token.
 
-        `choose(n)` gives the choice after the n-th guess, 0 being the last known token; it is asked in
-        order, and not beyond a guess that was wrong.
+        `choose(n)` returns the choice after the n-th draft token, 0 being the last known token; it is called
+        in order, and not beyond a rejected draft token.
         """
-        guesses = self.tokens[len(self.tokens) - self.num_guesses :]
+        draft_tokens = self.tokens[len(self.tokens) - self.num_draft_tokens :]
         choices = [choose(0)]
-        for number, guess in enumerate(guesses, start=1):
-            if guess != choices[-1].id:
+        for number, draft in enumerate(draft_tokens, start=1):
+            if draft != choices[-1].id:
                 break
             choices.append(choose(number))
         return choices
@@ -128,22 +134,22 @@ class Choice:
 
 @dataclass(slots=True)
 class _Account:
-    """A user's: what was computed for them, in tokens, and the step in which they last had a request here."""
+    """A user's account: tokens computed for the user, and the latest step with a request of the user."""
 
     served: int = 0
     last_step: int = 0
 
 
 class Scheduler:
-    """Sequences that wait or run.
+    """The waiting and running sequences.
 
     Args:
         slots: where keys and values are kept.
-        chunk_tokens: the most tokens of one sequence in one step; small where a step takes long, since who
-            comes meanwhile waits for its end.
-        step_tokens: the most tokens of all sequences in one step.
-        step_sequences: the most sequences in one step.
-        max_waiting: the most sequences that may be here; more are refused.
+        chunk_tokens: maximum tokens of one sequence in one step; small where a step takes long, because a new
+            request waits for its end.
+        step_tokens: maximum tokens of all sequences in one step.
+        step_sequences: maximum sequences in one step.
+        max_waiting: maximum sequences, waiting and running; more are refused.
     """
 
     def __init__(
@@ -162,27 +168,28 @@ class Scheduler:
         self._max_waiting = max_waiting
         self._pass_tokens = int(_PASS * chunk_tokens)
         self._turn_tokens = _TURN * chunk_tokens
-        self._sequences: list[Sequence] = []  # oldest first
+        self._sequences: list[SequenceState] = []  # oldest first
         self._arrivals = 0
-        self._contended = 0  # steps in which not all had a place
-        self._accounts: dict[str, _Account] = {}  # of the users who have been here lately
+        self._contended = 0  # number of steps in which not all had a place
+        self._accounts: dict[str, _Account] = {}  # of recent users
         self._steps = 0
 
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def __contains__(self, sequence: Sequence) -> bool:
+    def __contains__(self, sequence: SequenceState) -> bool:
         return sequence in self._sequences
 
-    def add(self, sequence: Sequence) -> list[Sequence]:
-        """Take a new sequence; returns those that were dropped to make room.
+    def add(self, sequence: SequenceState) -> list[SequenceState]:
+        """Add a new sequence; return the sequences that were dropped to make room.
 
-        Idle ones go first; then one of the user who has the most here, if that is more than this one's has.
+        Idle ones are dropped first; then one of the user with the most sequences, if that user has more than
+        this one.
 
-        Raises `EngineOverloadedError` if there is no room and nothing to drop. An idle sequence
-        itself is dropped, not refused: it comes back in the result.
+        Raises `EngineOverloadedError` if there is no room and nothing to drop. An idle sequence itself is
+        dropped, not refused: it is in the result.
         """
-        dropped: list[Sequence] = []
+        dropped: list[SequenceState] = []
         if len(self._sequences) >= self._max_waiting:
             idle = next((other for other in self._sequences if other.priority is Priority.IDLE), None)
             if idle is None and sequence.priority is Priority.IDLE:
@@ -190,8 +197,8 @@ class Scheduler:
             victim = idle or self._newest_of_the_heaviest(sequence.user)
             if victim is None:
                 raise EngineOverloadedError(
-                    f"The model has {self._max_waiting} requests waiting already; "
-                    "this one was not taken. Try again in a moment."
+                    f"The request was refused because {self._max_waiting} requests are waiting already. "
+                    "Try again in a moment."
                 )
             self.remove(victim)
             dropped.append(victim)
@@ -201,8 +208,8 @@ class Scheduler:
         self._sequences.append(sequence)
         return dropped
 
-    def _newest_of_the_heaviest(self, user: str) -> Sequence | None:
-        """A sequence to drop for one of this user: of who has the most, if not of the same user."""
+    def _newest_of_the_heaviest(self, user: str) -> SequenceState | None:
+        """Return the sequence to drop for one of this user: the newest of the user with the most, or None."""
         counts = Counter(sequence.user for sequence in self._sequences)
         heaviest, most = counts.most_common(1)[0]
         if most <= counts[user] + 1:
@@ -210,14 +217,14 @@ class Scheduler:
         return next(sequence for sequence in reversed(self._sequences) if sequence.user == heaviest)
 
     def _open_account(self, user: str) -> None:
-        """Of a user who has come: being away saves up one turn, no more."""
+        """Give an arriving user an account. Being away saves up one turn, no more."""
         present = {sequence.user for sequence in self._sequences}
         if user not in present:
             account = self._accounts.setdefault(user, _Account())
             others = [self._accounts[name].served for name in present]
             if others:
                 account.served = max(account.served, min(others) - self._turn_tokens)
-        # Who has not been here for long is forgotten, so that there are never more accounts than that.
+        # Accounts of users who have been away for long are removed, which bounds their number.
         recent = {name for name, one in self._accounts.items() if self._is_recent(one)}
         for name in set(self._accounts) - present - recent - {user}:
             del self._accounts[name]
@@ -226,10 +233,10 @@ class Scheduler:
         return self._steps - account.last_step < _RECENT_STEPS
 
     def schedule(self) -> list[Chunk]:
-        """The chunks of the next step; empty only if there is nothing to do.
+        """Return the chunks of the next step; empty only if there is nothing to do.
 
-        A sequence without a slot takes a free one or, if none is free, that of the least-ranking running
-        one, which waits again; its keys and values stay and are found again by their prefix.
+        A sequence without a slot takes a free one or, if none is free, preempts the running sequence of the
+        least rank, which waits again; its keys and values stay and are found again by their prefix.
         """
         self._steps += bool(self._sequences)
         for user in {sequence.user for sequence in self._sequences}:
@@ -237,7 +244,7 @@ class Scheduler:
         share = self._share()
         ranked = self._ranked() if share is None else self._in_turns(share)
         if ranked and ranked[0].priority is Priority.INTERACTIVE:
-            # Idle work stands aside with its slot: what it prewarmed is most likely what is asked for now.
+            # Idle work gives up its slot: the prompt that it has prewarmed is most likely this request's.
             for sequence in ranked:
                 if sequence.priority is Priority.IDLE:
                     self._pause(sequence)
@@ -256,14 +263,14 @@ class Scheduler:
 
     @property
     def _places(self) -> int:
-        """How many sequences one step takes; there may be fewer slots once memory has run out."""
+        """Number of sequences that one step takes; there may be fewer slots after memory has run out."""
         return min(self._step_sequences, len(self._slots))
 
-    def _split(self, chosen: list[Sequence], ranked: list[Sequence], share: int) -> list[Chunk]:
-        """Chunks of several users: equal parts of the budget; who needs less leaves the rest to others.
+    def _split(self, chosen: list[SequenceState], ranked: list[SequenceState], share: int) -> list[Chunk]:
+        """Divide the budget equally between several users; what one does not need goes to the others.
 
         Each further user makes a pass longer by at most half of what it takes for the one with the least to
-        compute: who decodes is not slowed down by somebody's long prompt.
+        compute, so that a long prompt of one user does not slow down another's decoding.
         """
         chosen = chosen[: self._step_tokens]
         copies = {one: self._admit(one, ranked, share=share) if one.slot is None else None for one in chosen}
@@ -284,10 +291,10 @@ class Scheduler:
             budget -= len(chunks[-1].tokens)
         return chunks
 
-    def _ranked(self) -> list[Sequence]:
-        """Who goes first: the newest; where not all have a place, at every second step the oldest.
+    def _ranked(self) -> list[SequenceState]:
+        """Return the sequences, newest first; if some get no place, the oldest first at every second step.
 
-        So nobody waits for ever. The oldest is second otherwise: it is not the one that gives its slot away.
+        So none starves. Otherwise the oldest is second, so that it is not the one that is preempted.
         """
         ranked = sorted(self._sequences, key=lambda sequence: sequence.rank, reverse=True)
         num_interactive = sum(sequence.priority is Priority.INTERACTIVE for sequence in ranked)
@@ -298,24 +305,24 @@ class Scheduler:
         return ranked
 
     def _share(self) -> int | None:
-        """How many places and slots a user may have; None while there is one user only."""
+        """Return how many places and slots a user may have; None while there is one user only."""
         recent = sum(self._is_recent(account) for account in self._accounts.values())
         if recent < 2:
             return None
         if recent > len(self._slots):
-            # What they had computed cannot be kept for all of them anyway.
+            # Their computed prompts cannot all be kept anyway.
             recent = len({sequence.user for sequence in self._sequences})
         return max(1, self._places // max(1, recent))
 
-    def _in_turns(self, share: int) -> list[Sequence]:
-        """Who goes first among several users: one of each, then a second one of each, and so on.
+    def _in_turns(self, share: int) -> list[SequenceState]:
+        """Return the sequences of several users in turn: one of each, then a second one of each, and so on.
 
-        The user for whom the least was computed comes first; one who has a slot stays before others for a
-        turn. Of each, the newest is first and the oldest second. Those beyond the share come last.
+        The user for whom the least was computed comes first; one who has a slot stays ahead for a turn. Of
+        each user, the newest sequence is first and the oldest second. Those beyond the share come last.
         """
-        ranked: list[Sequence] = []
+        ranked: list[SequenceState] = []
         for priority in sorted(Priority, reverse=True):
-            queues: dict[str, list[Sequence]] = {}
+            queues: dict[str, list[SequenceState]] = {}
             for sequence in reversed(self._sequences):
                 if sequence.priority is priority:
                     queues.setdefault(sequence.user, []).append(sequence)
@@ -327,21 +334,21 @@ class Scheduler:
             ranked += [queues[user][n] for n in rounds for user in users if n < len(queues[user])]
         return ranked
 
-    def _standing(self, user: str, queue: list[Sequence]) -> tuple[int, int]:
-        """The least goes first. Of equal ones, who has asked last."""
+    def _standing(self, user: str, queue: list[SequenceState]) -> tuple[int, int]:
+        """Return a sort key for users: the least computed first; of equal ones the latest to ask."""
         has_slot = any(sequence.slot is not None for sequence in queue)
         return self._accounts[user].served - has_slot * self._turn_tokens, -queue[0].order
 
-    def computed(self, chunk: Chunk, num_right: int = 0) -> None:
-        """Note that a forward pass has computed this chunk, `num_right` of whose guesses came true."""
-        kept = chunk.tokens[: len(chunk.tokens) - chunk.num_guesses + num_right]
+    def computed(self, chunk: Chunk, num_accepted: int = 0) -> None:
+        """Record that a pass has computed this chunk, with `num_accepted` accepted draft tokens."""
+        kept = chunk.tokens[: len(chunk.tokens) - chunk.num_draft_tokens + num_accepted]
         if (account := self._accounts.get(chunk.sequence.user)) is not None:
             account.served += len(chunk.tokens) + self._pass_tokens
         chunk.sequence.num_computed += len(kept)
         self._slots.extend(chunk.slot, kept)
 
-    def remove(self, sequence: Sequence, *, forget: bool = False) -> None:
-        """A sequence leaves: finished, cancelled or failed. `forget` if its slot cannot be trusted."""
+    def remove(self, sequence: SequenceState, *, forget: bool = False) -> None:
+        """Remove a finished, cancelled or failed sequence. `forget`: do not reuse what its slot holds."""
         if sequence not in self._sequences:
             return
         if forget and sequence.slot is not None:
@@ -349,14 +356,16 @@ class Scheduler:
         self._pause(sequence)
         self._sequences.remove(sequence)
 
-    def _pause(self, sequence: Sequence) -> None:
+    def _pause(self, sequence: SequenceState) -> None:
         if sequence.slot is not None:
             self._slots.release(sequence.slot)
             sequence.slot = None
             sequence.num_computed = 0
 
-    def _admit(self, sequence: Sequence, ranked: list[Sequence], *, share: int | None = None) -> int | None:
-        """Give a waiting sequence a slot; returns the slot to copy its computed tokens from, if any."""
+    def _admit(
+        self, sequence: SequenceState, ranked: list[SequenceState], *, share: int | None = None
+    ) -> int | None:
+        """Give a waiting sequence a slot; return the slot to copy its computed tokens from, or None."""
         running = [other for other in reversed(ranked) if other.slot is not None]
         own = [other for other in running if other.user == sequence.user]
         if share is not None and len(own) >= share:
@@ -373,8 +382,8 @@ class Scheduler:
         return lease.copy_from
 
 
-def _at_most(sequences: list[Sequence], share: int) -> list[Sequence]:
-    """These, without what is more than `share` of one user."""
+def _at_most(sequences: list[SequenceState], share: int) -> list[SequenceState]:
+    """Return these sequences without what exceeds `share` of one user."""
     counts: Counter[str] = Counter()
     kept = []
     for sequence in sequences:
@@ -384,22 +393,22 @@ def _at_most(sequences: list[Sequence], share: int) -> list[Sequence]:
     return kept
 
 
-def _need(sequence: Sequence) -> int:
-    """How many known tokens are not computed."""
+def _need(sequence: SequenceState) -> int:
+    """Return how many known tokens are not computed."""
     return len(sequence.tokens) - sequence.num_computed
 
 
-def _chunk(sequence: Sequence, room: int, copy_from: int | None) -> Chunk:
-    """What comes next of a sequence that has a slot, in `room` tokens; guesses if they fit."""
+def _chunk(sequence: SequenceState, room: int, copy_from: int | None) -> Chunk:
+    """Return the next chunk of a sequence that has a slot, in `room` tokens, draft tokens if they fit."""
     start = sequence.num_computed
     end = min(len(sequence.tokens), start + room)
     samples = sequence.samples and end == len(sequence.tokens)
-    guesses = sequence.guesses[: room - (end - start)] if samples else []
-    tokens = sequence.tokens[start:end] + guesses
-    return Chunk(sequence, _slot_of(sequence), start, tokens, samples, copy_from, len(guesses))
+    draft_tokens = sequence.draft_tokens[: room - (end - start)] if samples else []
+    tokens = sequence.tokens[start:end] + draft_tokens
+    return Chunk(sequence, _slot_of(sequence), start, tokens, samples, copy_from, len(draft_tokens))
 
 
-def _slot_of(sequence: Sequence) -> int:
+def _slot_of(sequence: SequenceState) -> int:
     if sequence.slot is None:
         raise AssertionError("a scheduled sequence has a slot")
     return sequence.slot

@@ -1,8 +1,8 @@
 """An engine that answers from a script: for tests, and to measure everything but the model.
 
-The script is a list of rules; the first that fits the prompt's text decides. Every character
-is a token, so that counting steps and cutting in mid-stream need no model. It keeps the contract,
-cancellation included, and says what it did in `log`.
+The script is a list of rules; the first rule that matches the prompt's text decides. Every character is a
+token, so that counting steps and cutting a stream need no model. It keeps the engine contract, cancellation
+included, and records each request in `log`.
 """
 
 from __future__ import annotations
@@ -33,54 +33,54 @@ _NAMES = {id_: name for name, id_ in _SENTINELS.items()}
 
 
 class CharTokenizer:
-    """One token for each character; the sentinels of the Qwen family lie beyond Unicode."""
+    """One token per character; the sentinels of the Qwen family lie beyond Unicode."""
 
     def encode(self, text: str) -> list[int]:
-        """See `Tokenizer.encode`."""
+        """Return the code points of the text."""
         return [ord(char) for char in text]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer.decode`."""
+        """Return the text of the ids; sentinels are spelled out."""
         return "".join(_NAMES.get(id_) or chr(id_) for id_ in ids)
 
     def token_id(self, name: str) -> int | None:
-        """See `Tokenizer.token_id`."""
+        """Return the id of a sentinel or a character."""
         return _SENTINELS.get(name) if len(name) > 1 else ord(name)
 
     @property
     def control_ids(self) -> frozenset[int]:
-        """See `Tokenizer.control_ids`."""
+        """Ids of the sentinels."""
         return frozenset(_NAMES)
 
     def vocab_bytes(self) -> list[bytes]:
-        """See `Tokenizer.vocab_bytes`."""
+        """Return the UTF-8 bytes of every id."""
         return [chr(id_).encode("utf-8", "surrogatepass") for id_ in range(0x110000)] + [b""] * len(_NAMES)
 
     def stream(self) -> CharTokenizer:
-        """See `Tokenizer.stream`; every token is whole, so there is nothing to remember."""
+        """Return itself: every token is whole, so there is no state."""
         return self
 
     def push(self, token: int) -> str:
-        """See `TextStream.push`."""
+        """Return the character of an id; "" for a sentinel."""
         return "" if token in _NAMES else chr(token)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What to answer.
+    """A condition and an answer.
 
     Attributes:
-        text: what the "model" writes from the cursor on.
-        after: the prompt's text must end so; "" always fits.
-        contains: the prompt's text must have this somewhere; "" always fits.
-        adapter: the request must have the adapter of this name; "" always fits.
+        text: the text that the "model" writes from the cursor on.
+        after: the prompt's text must end with this; "" always matches.
+        contains: the prompt's text must contain this; "" always matches.
+        adapter: the request must have the adapter of this name; "" always matches.
         error: fail with this message after `error_after` characters.
-        lost: the failure is that of an engine that is not there any more.
+        lost: the failure is `EngineUnavailableError`, as of an engine that is lost.
         crash: raise what no engine should, a bare `RuntimeError` that quotes the prompt.
-        token_delay_s: time that each token takes.
+        token_delay_s: time per token.
         prefill_delay_s: time before the first token.
-        hang: never come to an end after `text`; without one, never answer.
-        logprob: log-probability of each token; None as from an engine that does not tell.
+        hang: never end after `text`; without a text, never answer.
+        logprob: log-probability of each token; None as from an engine that does not report it.
     """
 
     text: str = ""
@@ -102,14 +102,14 @@ class Script:
     """The rules, and how the engine starts.
 
     Attributes:
-        rules: the first that fits decides.
+        rules: the first that matches decides.
         load_delay_s: time that the start takes.
         load_error: the start fails with this message.
-        load_crash: the start fails with what no engine should raise.
+        load_crash: the start fails with an exception that no engine should raise.
         load_block_s: a thread of the start cannot be interrupted for this long.
         load_share: the share of the start that is reported as done; None as from an engine that cannot tell.
         log: a file that gets a JSON line for each request that has ended.
-        log_begun: whether each that begins gets a line, too.
+        log_begun: also log a line for each request that begins.
     """
 
     rules: list[Rule] = field(default_factory=list)
@@ -133,7 +133,7 @@ class Script:
 
 
 class _Turn:
-    """A request's use of the device, a lock: held to the end, or, if idle, given away at each step."""
+    """A request's use of the device, a lock: held to the end or, if idle, released at each step."""
 
     def __init__(self, device: asyncio.Lock, request: Request) -> None:
         self._device = device
@@ -153,14 +153,14 @@ class _Turn:
             self._holds = True
 
     def end(self) -> None:
-        """Give it to others."""
+        """Release the device."""
         if self._holds:
             self._device.release()
             self._holds = False
 
 
 class ScriptedEngine:
-    """See the module."""
+    """`Engine` that follows a `Script`."""
 
     def __init__(self, script: Script) -> None:
         self._script = script
@@ -171,13 +171,13 @@ class ScriptedEngine:
 
     @property
     def model(self) -> ModelInfo:
-        """See `Engine.model`."""
+        """A description like that of a small Qwen model; see `Engine.model`."""
         if self._model is None:
             raise EngineUnavailableError("The scripted engine has not been started.")
         return self._model
 
     async def start(self, progress: Progress) -> None:
-        """See `Engine.start`."""
+        """Wait, fail or succeed, as the script says; see `Engine.start`."""
         progress("reading the script", self._script.load_share)
         await asyncio.sleep(self._script.load_delay_s)
         if self._script.load_block_s:
@@ -197,12 +197,12 @@ class ScriptedEngine:
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """See `Engine.generate`. One request at a time, as with a model: the lock is the device."""
+        """Yield tokens of the matching rule, one request at a time: a lock stands for the device."""
         tokenizer = self.model.tokenizer
         request.stats.submitted_s = time.monotonic()
         request.stats.num_prompt = len(request.tokens)
-        held = request.starts_with
-        prompt = tokenizer.decode(request.tokens) + held
+        prefix = request.forced_prefix
+        prompt = tokenizer.decode(request.tokens) + prefix
         if request.adapter not in {None, BASE, *self._adapters}:
             raise EngineError(f"The adapter {request.adapter} is not in the model.")
         adapter = self._adapters.get(request.adapter or "", "")
@@ -215,7 +215,7 @@ class ScriptedEngine:
         turn = _Turn(self._busy, request)
         try:
             await turn.take()
-            async with aclosing(self._play(rule, held, request, turn)) as tokens:
+            async with aclosing(self._play(rule, prefix, request, turn)) as tokens:
                 request.stats.started_s = time.monotonic()
                 async for token in tokens:
                     request.stats.num_computed = request.stats.num_prompt
@@ -227,10 +227,10 @@ class ScriptedEngine:
             request.stats.ended_s = time.monotonic()
 
     async def _play(
-        self, rule: Rule, held: str, request: Request, turn: _Turn
+        self, rule: Rule, prefix: str, request: Request, turn: _Turn
     ) -> AsyncGenerator[Token, None]:
         steps = 0
-        fate = "cancelled"
+        outcome = "cancelled"
         if self._script.log_begun:
             self._note("begun", 0, idle=request.idle)
         try:
@@ -239,7 +239,7 @@ class ScriptedEngine:
                 raise EngineUnavailableError("The engine was closed.")
             if rule.crash:
                 raise RuntimeError(self.model.tokenizer.decode(request.tokens))
-            written = "" if rule.hang and not rule.text else held + rule.text
+            written = "" if rule.hang and not rule.text else prefix + rule.text
             for char in written[: request.max_new_tokens]:
                 if rule.error and steps >= rule.error_after:
                     break
@@ -253,16 +253,16 @@ class ScriptedEngine:
             if rule.error:
                 failure = EngineUnavailableError if rule.lost else EngineError
                 raise failure(rule.error)
-            fate = "finished"
+            outcome = "finished"
         except EngineError:
-            fate = "failed"
+            outcome = "failed"
             raise
         finally:
-            self._note(fate, steps, idle=request.idle)
+            self._note(outcome, steps, idle=request.idle)
 
-    def _note(self, fate: str, steps: int, *, idle: bool) -> None:
+    def _note(self, outcome: str, steps: int, *, idle: bool) -> None:
         if self._script.log:
-            row = {"fate": fate, "steps": steps, "idle": idle, "at": time.time()}
+            row = {"outcome": outcome, "steps": steps, "idle": idle, "at": time.time()}
             with Path(self._script.log).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -273,15 +273,15 @@ class ScriptedEngine:
         *,
         user: str = "",  # noqa: ARG002
     ) -> None:
-        """See `Engine.prewarm`: there is nothing to warm, but the log says that it was asked for."""
+        """Log that a prewarm was requested; see `Engine.prewarm`."""
         self._note("prewarmed", len(tokens), idle=True)
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
-        """See `Adaptable.set_adapters`. Their files are not read."""
+        """Record the adapters' names; their files are not read. See `Adaptable.set_adapters`."""
         self._adapters = {adapter.key: adapter.name for adapter in adapters}
 
     async def close(self) -> None:
-        """See `Engine.close`."""
+        """Stop; see `Engine.close`."""
         self._closed = True
         self._model = None
 

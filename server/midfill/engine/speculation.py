@@ -1,9 +1,9 @@
-"""Drafts: tokens that may well come next, so that one forward pass can yield several.
+"""Speculative decoding by n-gram lookup: propose draft tokens, so that one pass can yield several tokens.
 
-A pass over a few tokens costs little more than a pass over one, because the weights are read once. So
-what followed the same few tokens before, in a prompt or in an output, is computed along as a guess and
-kept as far as the model agrees. How much to guess is decided by what guessing has been worth lately and what
-wider passes cost here; where it does not pay, nothing is guessed.
+A pass over a few tokens costs little more than a pass over one, because the weights are read once. So the
+tokens that followed the same few tokens before, in a prompt or in an output, are computed along as draft
+tokens, and kept as far as the model agrees. The number of draft tokens follows from the recent acceptance
+rate and from the measured cost of wider passes; where speculation does not pay, none are proposed.
 
 Knows token ids only, nothing of text, tensors or requests. Runs on the engine thread only.
 """
@@ -14,88 +14,88 @@ from collections.abc import Sequence
 from itertools import islice
 
 _WIDTHS = (0, 1, 2, 3, 5, 7)
-"""How many tokens may be guessed at a time. Kernels take 8 rows of activations about as fast as one."""
+"""Possible numbers of draft tokens. Kernels take 8 rows of activations about as fast as one."""
 
-_CONTEXTS = (3, 2)
-"""How many tokens have to be the same for what followed them to be a guess, the surest first."""
+_NGRAM_SIZES = (3, 2)
+"""Sizes of n-grams that are looked up, the most reliable first."""
 
-_MOST_TOKENS = 1 << 16
-"""Of what was read and written, this much is remembered: some hundred prompts."""
+_MAX_TOKENS = 1 << 16
+"""Number of read and written tokens that are remembered: some hundred prompts."""
 
 _GAP = -1
-"""Between texts that do not follow each other."""
+"""Separates texts that do not follow each other."""
 
-_PRIOR_RIGHT = 0.6
+_PRIOR_ACCEPTANCE = 0.6
 _PRIOR_COST = 0.08
-"""Before anything is measured: a guess is right this often, and adds this share of a pass."""
+"""Before anything is measured: the acceptance rate, and the cost of a draft token in passes."""
 
 _RATE = 0.1
 """Weight of the newest observation in a moving average."""
 
 _FORGIVENESS = 0.02
-"""How fast a source that is not used any more becomes worth a try again."""
+"""How fast an n-gram size that is not used any more becomes worth another try."""
 
 _OUTLIER = 3.0
-"""A pass that took so many times longer than usual says something of the machine, not of its width."""
+"""Times are cut off at this multiple of the usual: longer ones tell of the machine, not of the width."""
 
 
-class Drafts:
-    """What was read and written lately, and how often going on like it was right."""
+class NgramProposer:
+    """Remembers recent tokens, and how often proposals from them were accepted."""
 
     def __init__(self) -> None:
         self._log: list[int] = []
         self._followers: dict[tuple[int, ...], int] = {}  # a few tokens > where in the log the next one is
-        self._right = dict.fromkeys(_CONTEXTS, _PRIOR_RIGHT)
+        self._acceptance = dict.fromkeys(_NGRAM_SIZES, _PRIOR_ACCEPTANCE)
         self._seconds: dict[int, float] = {}  # by the number of tokens of a pass
 
     def learn(self, tokens: Sequence[int], start: int = 0) -> None:
         """Remember `tokens` from index `start` on, as what follows the ones before it."""
-        if len(self._log) > _MOST_TOKENS:
+        if len(self._log) > _MAX_TOKENS:
             self._log.clear()
             self._followers.clear()
-        begin = max(0, start - max(_CONTEXTS))
+        begin = max(0, start - max(_NGRAM_SIZES))
         base = len(self._log)
         self._log.append(_GAP)
         self._log.extend(islice(tokens, begin, None))
-        for end in range(max(start, min(_CONTEXTS)), len(tokens)):
-            for size in _CONTEXTS:
+        for end in range(max(start, min(_NGRAM_SIZES)), len(tokens)):
+            for size in _NGRAM_SIZES:
                 if end >= size:
                     self._followers[tuple(tokens[end - size : end])] = base + 1 + end - begin
 
-    def guess(self, tokens: Sequence[int]) -> tuple[list[int], int]:
-        """What may follow `tokens`, possibly nothing, and the number of tokens that it was found by."""
-        for size in _CONTEXTS:
-            place = self._followers.get(tuple(tokens[-size:]))
-            if place is None:
+    def propose(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """Return draft tokens to follow `tokens`, possibly none, and the size of the matching n-gram."""
+        for size in _NGRAM_SIZES:
+            position = self._followers.get(tuple(tokens[-size:]))
+            if position is None:
                 continue
-            width = self._best_width(self._right[size])
+            width = self._best_width(self._acceptance[size])
             if width == 0:
-                self._right[size] += _FORGIVENESS * (_PRIOR_RIGHT - self._right[size])
+                self._acceptance[size] += _FORGIVENESS * (_PRIOR_ACCEPTANCE - self._acceptance[size])
                 continue
-            followers = self._log[place : place + width]
+            followers = self._log[position : position + width]
             return followers[: followers.index(_GAP)] if _GAP in followers else followers, size
         return [], 0
 
-    def judge(self, size: int, num_guesses: int, num_right: int) -> None:
-        """Take note of how many guesses, found by `size` tokens, came true before the first that did not."""
-        for number in range(min(num_right + 1, num_guesses)):
-            self._right[size] += _RATE * ((number < num_right) - self._right[size])
+    def record_acceptance(self, size: int, num_draft_tokens: int, num_accepted: int) -> None:
+        """Record that `num_accepted` draft tokens, found by an n-gram of `size`, were accepted."""
+        for number in range(min(num_accepted + 1, num_draft_tokens)):
+            self._acceptance[size] += _RATE * ((number < num_accepted) - self._acceptance[size])
 
-    def timed(self, num_tokens: int, seconds: float) -> None:
-        """Take note of what a pass over so many tokens took."""
+    def record_duration(self, num_tokens: int, seconds: float) -> None:
+        """Record the duration of a pass over `num_tokens` tokens."""
         usual = self._seconds.setdefault(num_tokens, seconds)
         self._seconds[num_tokens] += _RATE * (min(seconds, _OUTLIER * usual) - usual)
 
-    def _best_width(self, right: float) -> int:
-        """The number of guesses that yields the most tokens per second, if each is right so often."""
+    def _best_width(self, acceptance: float) -> int:
+        """Return the number of draft tokens with the most tokens per second at this acceptance rate."""
 
         def speed(width: int) -> float:
-            return sum(right**number for number in range(width + 1)) / self._cost(width + 1)
+            return sum(acceptance**number for number in range(width + 1)) / self._cost(width + 1)
 
         return max(_WIDTHS, key=speed)
 
     def _cost(self, num_tokens: int) -> float:
-        """What a pass over so many tokens takes, in passes over one."""
+        """Return the cost of a pass over `num_tokens` tokens, in passes over one."""
         one = self._seconds.get(1)
         this = self._seconds.get(num_tokens)
         if one is None or this is None:

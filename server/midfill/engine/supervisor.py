@@ -1,10 +1,10 @@
-"""An engine that outlives its thread: notices a pass that never ends or a thread that died, and starts anew.
+"""Restart a local engine when a pass hangs or its thread dies.
 
-A `LocalEngine` is one thread and one model; it can lose both. The supervisor keeps the contract around one
-of them at a time. When it is lost, its requests fail at once, and a fresh one is loaded in the background;
-until it is ready requests are told so. Restarts are limited, since a fault that comes back after each
-of them would keep the machine busy with loading. Knows nothing of tensors. Runs on the event loop; a timer
-exists only while there is work.
+A `LocalEngine` is one thread and one model; it can lose both. The supervisor keeps the engine contract around
+one of them at a time. When it is lost, its requests fail at once and a new one is loaded in the background;
+until it is ready, requests fail with a message that says so. Restarts are limited, because a fault that
+returns after each of them would keep the machine busy with loading. Knows nothing of tensors. Runs on the
+event loop; a timer exists only while there is work.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from midfill.errors import EngineUnavailableError
 _LOG = logging.getLogger(__name__)
 
 _GRACE = 0.1
-"""After this share of its limit a late pass is looked at again: it ends if the process was only stopped."""
+"""A late pass is checked again after this share of its limit: it ends if the process was only suspended."""
 
 _SLOW = 20
-"""A pass may take this many times the warm-up: under load from other programs passes get that slow."""
+"""A pass may take this many times the warm-up: other programs can slow passes down that much."""
 
 _RESTARTING = "The model is being restarted after a fault; try again in a moment."
 
@@ -39,7 +39,7 @@ class Supervisor:
 
     Args:
         make: makes an engine that is not started.
-        step_limit_s: a forward pass that takes longer hangs. A model whose passes are slow gets more time.
+        step_limit_s: a forward pass that takes longer is hung. A model whose passes are slow gets more time.
     """
 
     def __init__(self, make: Callable[[], LocalEngine], *, step_limit_s: float = 10.0) -> None:
@@ -49,15 +49,15 @@ class Supervisor:
         self._model: ModelInfo | None = None
         self._adapters: tuple[AdapterSource, ...] = ()
         self._timer: asyncio.TimerHandle | None = None
-        self._late: float | None = None  # when the turn began that was late at the last look
+        self._late: float | None = None  # start of the step that was late at the last check
         self._restart: asyncio.Task[None] | None = None
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)  # when they began
-        self._given_up: LocalEngine | None = None  # the one that was lost when no restart was left
+        self._given_up: LocalEngine | None = None  # the engine that was lost when no restart was left
         self._closed = False
 
     @property
     def model(self) -> ModelInfo:
-        """The running model; during a restart the same. See `Engine.model`."""
+        """The running model; unchanged during a restart. See `Engine.model`."""
         if self._model is None or self._closed:
             return self._engine.model
         return self._model
@@ -68,7 +68,7 @@ class Supervisor:
         self._model = self._engine.model
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """Tokens as they are computed; see `Engine.generate`."""
+        """Yield tokens as they are computed; see `Engine.generate`."""
         engine = self._serving()
         self._watch()
         try:
@@ -80,19 +80,19 @@ class Supervisor:
                 self._recover(engine)
 
     def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
-        """Compute a prompt when idle. See `Engine.prewarm`."""
+        """Compute a prompt when idle; see `Engine.prewarm`."""
         self._engine.prewarm(tokens, adapter, user=user)
         self._watch()
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
-        """Have these adapters in the model, after a restart too; see `Adaptable.set_adapters`."""
+        """Have exactly these adapters in the model, also after a restart; see `Adaptable.set_adapters`."""
         await self._serving().set_adapters(adapters)
         self._adapters = tuple(adapters)
 
     async def close(self) -> None:
-        """Stop; see `Engine.close`. A pass that hangs is waited for no longer than its limit."""
+        """Stop; see `Engine.close`. Wait for a hung pass no longer than its limit."""
         self._closed = True
-        # The engine that is being loaded, if one is: the restart then ends by itself.
+        # This may be an engine that is loading; its restart then ends by itself.
         await self._engine.close()
         if self._restart is not None:
             await self._restart
@@ -101,7 +101,7 @@ class Supervisor:
             self._timer = None
 
     def _serving(self) -> LocalEngine:
-        """The engine to ask. Raises `EngineUnavailableError` while there is none, and sees to it."""
+        """Return the engine to use. Raises `EngineUnavailableError` if there is none, and starts one."""
         engine = self._engine
         if engine.lost is not None and not self._closed:
             raise EngineUnavailableError(self._recover(engine))
@@ -109,61 +109,61 @@ class Supervisor:
             raise EngineUnavailableError(_RESTARTING)
         return engine
 
-    # Watching for a pass that never ends.
+    # Detecting a hung pass.
 
     def _watch(self) -> None:
-        """Look at the engine after the limit, unless that is planned already."""
+        """Check the engine after the limit, unless a check is scheduled already."""
         if self._timer is None:
-            self._plan(self._limit_s)
+            self._schedule_check(self._limit_s)
 
-    def _plan(self, delay_s: float) -> None:
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._look)
+    def _schedule_check(self, delay_s: float) -> None:
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._check)
 
     @property
     def _limit_s(self) -> float:
-        return max(self._step_limit_s, _SLOW * self._engine.slow_turn_s)
+        return max(self._step_limit_s, _SLOW * self._engine.warm_up_s)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         self._timer = None
         engine = self._engine
         if engine.lost is not None:
             self._recover(engine)
         if engine.lost is not None or engine.idle:
             return
-        began = engine.turn_started_s
+        began = engine.step_started_s
         age = 0.0 if began is None else time.monotonic() - began
         if age < self._limit_s:
-            self._plan(self._limit_s - age)
+            self._schedule_check(self._limit_s - age)
         elif self._late != began:
             self._late = began
-            self._plan(_GRACE * self._limit_s)
+            self._schedule_check(_GRACE * self._limit_s)
         else:
-            _LOG.critical("a forward pass has not ended after %.1f s; its thread is given up", age)
+            _LOG.critical("a forward pass has not ended after %.1f s; its thread is abandoned", age)
             engine.abandon(f"The model hung: one step took longer than {self._limit_s:.0f} s.")
             self._recover(engine)
 
-    # Starting anew.
+    # Restarting.
 
     def _recover(self, engine: LocalEngine) -> str:
-        """Begin to load a fresh engine in place of a lost one, if that is allowed. Returns how it stands."""
+        """Start to replace a lost engine, if that is allowed. Return the message for the user."""
         if engine is not self._engine or self._restart is not None or self._closed:
             return _RESTARTING
         now = time.monotonic()
         if len(self._restarts) == _MAX_RESTARTS and now - self._restarts[0] < _WINDOW_S:
             why = (
                 f"{engine.lost} It was restarted {_MAX_RESTARTS} times within {_WINDOW_S / 60:.0f} minutes "
-                "and is left alone for a while. The log says more; restart midfill or choose another model."
+                "and will not be restarted for a while. See the log; restart midfill or choose another model."
             )
             if self._given_up is not engine:
                 self._given_up = engine
                 _LOG.critical("%s", why)
             return why
         self._restarts.append(now)
-        self._restart = asyncio.get_running_loop().create_task(self._start_anew(engine))
+        self._restart = asyncio.get_running_loop().create_task(self._replace(engine))
         return f"{engine.lost} It is being restarted; try again in a moment."
 
-    async def _start_anew(self, lost: LocalEngine) -> None:
-        _LOG.error("the engine is started again: %s", lost.lost)
+    async def _replace(self, lost: LocalEngine) -> None:
+        _LOG.error("the engine is restarted: %s", lost.lost)
         began = time.monotonic()
         try:
             await lost.close()  # A thread that died frees its model before the next one is loaded.
@@ -172,12 +172,12 @@ class Supervisor:
             self._engine = self._make()
             await self._engine.start(lambda _message, _share: None)
             await self._engine.set_adapters(self._adapters)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the next request has to hear of it
-            # That request tries again, as long as it is allowed.
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next request must report it
+            # The next request tries again, as long as that is allowed.
             self._engine.lost = f"The model could not be restarted: {error}"
             if not self._closed:
                 _LOG.error("%s", self._engine.lost)
         else:
-            _LOG.warning("the engine serves again after %.1f s", time.monotonic() - began)
+            _LOG.warning("the engine is ready again after %.1f s", time.monotonic() - began)
         finally:
             self._restart = None

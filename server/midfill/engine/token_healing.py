@@ -1,8 +1,8 @@
-"""Token healing: which tokens may come next when the output must begin with a given text.
+"""Token healing: find the tokens that may come next when the output must begin with a given text.
 
-Characters that were removed from the prompt's end (half a token, usually) are demanded back from the
-output. In bytes, since a token may hold a part of a character. Knows the vocabulary's bytes, nothing of
-tensors or prompts. Built once per model; runs on the engine thread only.
+Characters that were removed from the prompt's end (half a token, usually) are required at the beginning of
+the output. Works on bytes, because a token may hold a part of a character. Knows the vocabulary's bytes,
+nothing of tensors or prompts. Built once per model; runs on the engine thread only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class TokenIndex:
 
     Args:
         vocab: the bytes of each id.
-        excluded: ids that are never an answer (control tokens). Tokens without bytes are left out as well.
+        excluded: ids that are never generated (control tokens). Tokens without bytes are excluded as well.
     """
 
     def __init__(self, vocab: Sequence[bytes], excluded: frozenset[int]) -> None:
@@ -27,11 +27,11 @@ class TokenIndex:
         self._ids = array("q", ids)
 
     def allowed(self, remainder: bytes) -> array[int]:
-        """Ids whose bytes begin with `remainder`, or that `remainder` begins with; it must not be empty."""
+        """Return the ids whose bytes begin with `remainder` (not empty), or are a beginning of it."""
         low, high = self._range(remainder)
         allowed = self._ids[low:high]
         for end in range(1, len(remainder)):
-            # Several ids may have the same bytes; each of them is as good.
+            # Several ids may have the same bytes; all of them are allowed.
             piece = remainder[:end]
             at = bisect_left(self._pieces, piece)
             while at < len(self._pieces) and self._pieces[at] == piece:
@@ -41,7 +41,7 @@ class TokenIndex:
 
     def _range(self, prefix: bytes) -> tuple[int, int]:
         low = bisect_left(self._pieces, prefix)
-        # The first text after all that begin with the prefix: the prefix with its last byte raised by one.
+        # The upper bound of all texts with the prefix: the prefix with its last byte raised by one.
         stem = prefix.rstrip(b"\xff")
         if not stem:
             return low, len(self._pieces)

@@ -198,7 +198,7 @@ async def _score(engine: Engine, tokens: tuple[int, ...], truth: str) -> float:
 
     The engine is forced to write it; of the possible tokens it takes the likeliest each time.
     """
-    request = Request(tokens, len(truth) + 1, starts_with=truth)
+    request = Request(tokens, len(truth) + 1, forced_prefix=truth)
     text, total = "", 0.0
     async with aclosing(engine.generate(request)) as output:
         async for token in output:

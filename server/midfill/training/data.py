@@ -141,7 +141,7 @@ class ExampleBuilder:
         self.prompt_builder.forget(uri)
         prompt = self.prompt_builder.build(snapshot, context)
         encode = self.tokenizer.encode  # type: ignore[attr-defined]
-        target = (*encode(prompt.starts_with + truth), self.end_id)
+        target = (*encode(prompt.forced_prefix + truth), self.end_id)
         if len(target) > MAX_TARGET_TOKENS:
             self.dropped["too long"] += 1
             return None

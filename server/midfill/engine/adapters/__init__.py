@@ -1,1 +1,1 @@
-"""LoRA adapters in a running engine: which are loaded, and how others take their place."""
+"""LoRA adapters in a running engine: which are loaded, and how they are replaced."""

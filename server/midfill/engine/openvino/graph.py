@@ -1,8 +1,8 @@
-"""A decoder as an OpenVINO graph: from `config.json` and tensors to a model that OpenVINO compiles.
+"""Build a decoder as an OpenVINO graph, from `config.json` and tensors.
 
-The graph takes the tokens of several sequences in one flat row and keeps keys and values in blocks that
-the caller owns (paged attention), so a past is cut by a number and nothing is copied. Weights are int8 with
-one scale per output channel, or float32, which makes the same tokens as transformers does.
+The graph takes the tokens of several sequences in one flat row and keeps keys and values in blocks that the
+caller owns (paged attention), so a past is cut by changing a number and nothing is copied. Weights are int8
+with one scale per output channel, or float32, which yields the same tokens as transformers.
 
 Knows tensors and shapes; nothing of slots, requests or text. Imports neither torch nor transformers.
 """
@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from midfill.engine.openvino.int8_weights import Floats, Rounded, Tensors
+from midfill.engine.openvino.int8_weights import Floats, QuantizedTensor, Tensors
 from midfill.engine.openvino.quiet_import import op, opset15, ov
 from midfill.errors import AdapterError, ModelError
 from midfill.system.json_files import read_json
@@ -29,17 +29,17 @@ _ACTIVATIONS = {"silu": "silu", "gelu": "erf", "gelu_pytorch_tanh": "tanh", "gel
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """The names of a decoder's parts in its files, and what they are like.
+class TensorNames:
+    """The names of a decoder's parts in its files, and their kinds.
 
     Attributes:
-        embedding, positions, final_norm: names of tensors without ".weight"; `positions` is "" where
-            positions are rotary.
-        layer: name of a layer, with its number to be filled in.
+        embedding, positions, final_norm: names of tensors without ".weight"; `positions` is "" for rotary
+            positions.
+        layer: name of a layer, with a placeholder for its number.
         attention_norm, mlp_norm, out: names in a layer.
         qkv: one name if the three are one matrix (one key-value head), else three.
         mlp: (up, down), or (gate, up, down).
-        rms: whether norms divide by the root mean square; else they are layer norms with a bias.
+        rms: norms divide by the root mean square; else they are layer norms with a bias.
     """
 
     embedding: str
@@ -54,7 +54,7 @@ class Layout:
     rms: bool = True
 
 
-_LLAMA = Layout(
+_LLAMA = TensorNames(
     embedding="model.embed_tokens",
     layer="model.layers.{}.",
     final_norm="model.norm",
@@ -64,7 +64,7 @@ _LLAMA = Layout(
     mlp_norm="post_attention_layernorm",
     mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-_STARCODER2 = Layout(
+_STARCODER2 = TensorNames(
     embedding=_LLAMA.embedding,
     layer=_LLAMA.layer,
     final_norm=_LLAMA.final_norm,
@@ -75,7 +75,7 @@ _STARCODER2 = Layout(
     mlp=("mlp.c_fc", "mlp.c_proj"),
     rms=False,
 )
-_GPT_BIGCODE = Layout(
+_GPT_BIGCODE = TensorNames(
     embedding="transformer.wte",
     positions="transformer.wpe",
     layer="transformer.h.{}.",
@@ -87,21 +87,21 @@ _GPT_BIGCODE = Layout(
     mlp=("mlp.c_fc", "mlp.c_proj"),
     rms=False,
 )
-LAYOUTS = {"qwen2": _LLAMA, "llama": _LLAMA, "starcoder2": _STARCODER2, "gpt_bigcode": _GPT_BIGCODE}
-"""By transformers' `model_type`. Others are run by torch."""
+TENSOR_NAMES = {"qwen2": _LLAMA, "llama": _LLAMA, "starcoder2": _STARCODER2, "gpt_bigcode": _GPT_BIGCODE}
+"""By transformers' `model_type`. Other architectures are run by torch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """The numbers of a decoder.
+class DecoderShape:
+    """The dimensions of a decoder.
 
     Attributes:
-        architecture: transformers' `model_type`, a key of `LAYOUTS`.
-        context: the most tokens of one sequence.
+        architecture: transformers' `model_type`, a key of `TENSOR_NAMES`.
+        context: maximum number of tokens of one sequence.
         head_width: entries of one head's query, key or value.
         activation: "silu", or the kind of gelu, "erf" or "tanh".
-        rope_theta, rope_factor: base of the rotary frequencies, and what positions are divided by.
-        window: how many tokens each one attends to, itself included; 0 for all.
+        rope_theta, rope_factor: base of the rotary frequencies, and the divisor of positions.
+        window: number of tokens that each one attends to, itself included; 0 for all.
     """
 
     architecture: str
@@ -127,11 +127,11 @@ _MAX_NUMBER = 1e30
 
 
 class UnsupportedError(Exception):
-    """The model is none that a graph can be made of; the message says why."""
+    """No graph can be built of the model; the message says why."""
 
 
-def read_shape(path: Path) -> Shape:
-    """The shape of the model in a folder. Raises `UnsupportedError` if no graph can be made of it."""
+def read_shape(path: Path) -> DecoderShape:
+    """Return the shape of the model in a folder. Raises `UnsupportedError` if no graph can be built of it."""
     try:
         shape = _shape(read_json(path / "config.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
@@ -143,7 +143,7 @@ def read_shape(path: Path) -> Shape:
 
 
 def _is_sound(name: str, value: Any) -> bool:
-    """Whether a field of `Shape` has a value that a model can have."""
+    """Return whether a field of `DecoderShape` has a value that a model can have."""
     if name in {"architecture", "activation"}:
         return isinstance(value, str)
     if name in {"epsilon", "rope_theta", "rope_factor"}:
@@ -156,20 +156,20 @@ def _is_sound(name: str, value: Any) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def _shape(config: Mapping[str, Any]) -> Shape:
+def _shape(config: Mapping[str, Any]) -> DecoderShape:
     kind = config["model_type"]
-    if kind not in LAYOUTS:
-        raise UnsupportedError(f"there is no graph for {kind}")
+    if kind not in TENSOR_NAMES:
+        raise UnsupportedError(f"its architecture {kind} is not supported")
     if kind == "gpt_bigcode":
         return _gpt_bigcode_shape(config)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type not in {"default", "linear"}:
-        raise UnsupportedError(f"there is no graph for rotary positions of type {rope_type}")
-    layout = LAYOUTS[kind]
+        raise UnsupportedError(f"rotary positions of type {rope_type} are not supported")
+    layout = TENSOR_NAMES[kind]
     # The defaults are those of transformers' configuration classes.
     num_heads = config["num_attention_heads"]
-    return Shape(
+    return DecoderShape(
         architecture=kind,
         vocab_size=config["vocab_size"],
         context=config["max_position_embeddings"],
@@ -186,12 +186,12 @@ def _shape(config: Mapping[str, Any]) -> Shape:
     )
 
 
-def _gpt_bigcode_shape(config: Mapping[str, Any]) -> Shape:
+def _gpt_bigcode_shape(config: Mapping[str, Any]) -> DecoderShape:
     if not config.get("multi_query", True):
-        raise UnsupportedError("there is no graph for gpt_bigcode with several key-value heads")
+        raise UnsupportedError("gpt_bigcode with several key-value heads is not supported")
     if not config.get("scale_attn_weights", True):
-        raise UnsupportedError("there is no graph for gpt_bigcode with unscaled attention")
-    return Shape(
+        raise UnsupportedError("gpt_bigcode with unscaled attention is not supported")
+    return DecoderShape(
         architecture="gpt_bigcode",
         vocab_size=config["vocab_size"],
         context=config["n_positions"],
@@ -211,27 +211,27 @@ def _gpt_bigcode_shape(config: Mapping[str, Any]) -> Shape:
 def _activation(config: Mapping[str, Any], default: str) -> str:
     name = config.get("hidden_act") or default
     if name not in _ACTIVATIONS:
-        raise UnsupportedError(f"there is no graph for the activation {name}")
+        raise UnsupportedError(f"the activation {name} is not supported")
     return _ACTIVATIONS[name]
 
 
 def _window(config: Mapping[str, Any]) -> int:
-    """The window that all layers share."""
+    """Return the attention window that all layers share."""
     window = config.get("sliding_window") or 0
     if not config.get("use_sliding_window", config["model_type"] == "starcoder2"):
         window = 0
     kinds = set(config.get("layer_types") or ())
     if window and len(kinds) > 1:
-        raise UnsupportedError("there is no graph for layers with different windows")
+        raise UnsupportedError("layers with different windows are not supported")
     return 0 if kinds == {"full_attention"} else window
 
 
-def siblings(shape: Shape, branched: frozenset[str]) -> list[tuple[str, ...]]:
-    """The linear layers that have branches, those with the same input together.
+def siblings(shape: DecoderShape, branched: frozenset[str]) -> list[tuple[str, ...]]:
+    """Return the linear layers with LoRA inputs, those with the same input together.
 
-    Raises `AdapterError` if one of `branched` is no linear layer of such a model.
+    Raises `AdapterError` if one of `branched` is not a linear layer of such a model.
     """
-    layout = LAYOUTS[shape.architecture]
+    layout = TENSOR_NAMES[shape.architecture]
     groups = [layout.qkv, (layout.out,), layout.mlp[:-1], layout.mlp[-1:]]
     names = [
         tuple(name for part in group if (name := layout.layer.format(number) + part) in branched)
@@ -239,25 +239,27 @@ def siblings(shape: Shape, branched: frozenset[str]) -> list[tuple[str, ...]]:
         for group in groups
     ]
     if strangers := sorted(branched - {name for group in names for name in group}):
-        raise AdapterError(f"The adapter has a branch on {strangers[0]}, which is served by torch only.")
+        raise AdapterError(
+            f"The adapter changes {strangers[0]}, which OpenVINO does not support; set `runner` to torch."
+        )
     return [group for group in names if group]
 
 
 def build_parts(
-    shape: Shape, tensors: Tensors, branched: frozenset[str] = frozenset(), *, num_parts: int = 1
+    shape: DecoderShape, tensors: Tensors, branched: frozenset[str] = frozenset(), *, num_parts: int = 1
 ) -> list[ov.Model]:
-    """The graphs of a model, to be run one after the other, with room for adapters on `branched` layers.
+    """Return the graphs of a model, to be run one after the other, with LoRA inputs for `branched` layers.
 
-    Each has about as many layers; one part is the whole model. They hand over `hidden` (tokens x width).
-    Inputs, each of the parts that need it: `input_ids`, `position_ids` (the tokens of all sequences, one
-    after the other), `selected` (the tokens whose logits are wanted, by their place in that row),
-    `key_cache.N` and `value_cache.N` of every layer, and, as OpenVINO's paged attention defines them,
-    `past_lens`, `subsequence_begins`, `block_indices`, `block_indices_begins`, `max_context_len`. With
-    branches also, as `branches.Stack` makes them, `mask` (tokens x rank), `down.NAME` for each of
-    `siblings`, by the name of its first layer, and `up.NAME` for each layer. Output of the last: logits, one
-    row for each selected.
+    Each part has about the same number of layers; one part is the whole model. They hand over `hidden`
+    (tokens x width). Inputs, each of the parts that need it: `input_ids`, `position_ids` (the tokens of all
+    sequences, one after the other), `selected` (indexes of the tokens whose logits are wanted), `key_cache.N`
+    and `value_cache.N` of every layer, and, as OpenVINO's paged attention defines them, `past_lens`,
+    `subsequence_begins`, `block_indices`, `block_indices_begins`, `max_context_len`. With `branched` layers
+    also, as `LoraStack` makes them, `mask` (tokens x rank), `down.NAME` for each of `siblings`, by the name
+    of its first layer, and `up.NAME` for each layer. Output of the last part: logits, one row for each
+    selected token.
 
-    Raises `ModelError` if the tensors are not those of that shape, with the tensor at fault.
+    Raises `ModelError` if the tensors do not have that shape; names the tensor at fault.
     """
     read = _Parts(tensors)
     num_parts = min(num_parts, shape.num_layers)
@@ -267,14 +269,14 @@ def build_parts(
     return models
 
 
-def stays_exact(shape: Shape) -> Callable[[str], bool]:
-    """Whether a tensor must not be rounded: that of learned positions, whose small steps matter."""
-    positions = LAYOUTS[shape.architecture].positions
+def skip_quantization(shape: DecoderShape) -> Callable[[str], bool]:
+    """Return whether a tensor must stay float32: learned positions must, because small steps matter."""
+    positions = TENSOR_NAMES[shape.architecture].positions
     return lambda name: name == f"{positions}.weight"
 
 
 class _Parts:
-    """The tensors of a model, and which of them no part of the graph has taken yet."""
+    """The tensors of a model, and which of them no part of the graph has used yet."""
 
     def __init__(self, tensors: Tensors) -> None:
         self._read = tensors
@@ -283,51 +285,51 @@ class _Parts:
     def __contains__(self, name: str) -> bool:
         return name in self._read
 
-    def take(self, name: str, *shape: int) -> Floats | Rounded:
-        """A tensor, which must have that shape."""
+    def take(self, name: str, *shape: int) -> Floats | QuantizedTensor:
+        """Return a tensor, which must have that shape."""
         tensor = self._read.get(name)
         if tensor is None:
             raise ModelError(
-                f"The weights lack {name}, which the configuration asks for. Pull the model again."
+                f"The weights do not contain {name}, which config.json requires. Pull the model again."
             )
-        found = (tensor.values if isinstance(tensor, Rounded) else tensor).shape
+        found = (tensor.values if isinstance(tensor, QuantizedTensor) else tensor).shape
         if found != shape:
-            raise ModelError(f"{name} has shape {found}, the configuration says {shape}.")
+            raise ModelError(f"{name} has shape {found}, but config.json requires {shape}.")
         self._unused.discard(name)
         return tensor
 
     def floats(self, name: str, *shape: int) -> Floats:
-        """The same for a tensor that is not rounded."""
+        """Return a tensor that is not quantized."""
         return cast("Floats", self.take(name, *shape))
 
     def num_rows(self, name: str) -> int:
-        """The number of outputs of a matrix; 0 if there is none of that name."""
+        """Return the number of outputs of a matrix; 0 if there is none of that name."""
         tensor = self._read.get(name)
-        return 0 if tensor is None else len(tensor.values if isinstance(tensor, Rounded) else tensor)
+        return 0 if tensor is None else len(tensor.values if isinstance(tensor, QuantizedTensor) else tensor)
 
     def check_all_used(self, harmless: tuple[str, ...]) -> None:
-        """Raise `ModelError` if there is a tensor that no part of the graph has taken."""
+        """Raise `ModelError` if there is a tensor that no part of the graph has used."""
         unknown = sorted(name for name in self._unused if not name.endswith(harmless))
         if unknown:
             raise ModelError(
-                f"The weights have {len(unknown)} tensors that the configuration does not know, "
-                f"for example {unknown[0]}. Weights and config.json do not belong together."
+                f"The weights contain {len(unknown)} tensors that config.json does not describe, "
+                f"for example {unknown[0]}. Use weights and a config.json of the same model."
             )
 
 
 class _Graph:
     """Builds one graph. Nodes are OpenVINO's; every activation is (tokens x something)."""
 
-    def __init__(self, shape: Shape, tensors: _Parts, branched: frozenset[str], layers: range) -> None:
+    def __init__(self, shape: DecoderShape, tensors: _Parts, branched: frozenset[str], layers: range) -> None:
         self._shape = shape
         self._layers = layers
         self._branched = branched
-        self._layout = LAYOUTS[shape.architecture]
+        self._names = TENSOR_NAMES[shape.architecture]
         self._tensors = tensors
         self._inputs: list[op.Parameter] = []
 
     def build(self) -> ov.Model:
-        """The finished graph."""
+        """Return the finished graph."""
         shape = self._shape
         is_last = self._layers.stop == shape.num_layers
         positions = self._input("position_ids", ov.Type.i64, [-1])
@@ -341,14 +343,14 @@ class _Graph:
             hidden = self._embed(self._input("input_ids", ov.Type.i64, [-1]), positions)
         else:
             hidden = self._input("hidden", ov.Type.f32, [-1, shape.width])
-        turns = None if self._layout.positions else self._turns(positions)
+        rotary = None if self._names.positions else self._rotary_angles(positions)
         for number in self._layers:
-            name = self._layout.layer.format(number)
-            normed = self._norm(hidden, name + self._layout.attention_norm)
-            attended = self._attend(normed, name, number, turns, sequences, longest)
-            [projected] = self._linears(attended, {name + self._layout.out: shape.width})
+            name = self._names.layer.format(number)
+            normed = self._norm(hidden, name + self._names.attention_norm)
+            attended = self._attend(normed, name, number, rotary, sequences, longest)
+            [projected] = self._linears(attended, {name + self._names.out: shape.width})
             hidden = opset15.add(hidden, projected)
-            normed = self._norm(hidden, name + self._layout.mlp_norm)
+            normed = self._norm(hidden, name + self._names.mlp_norm)
             hidden = opset15.add(hidden, self._mlp(normed, name))
         result = (
             opset15.result(self._logits(hidden, selected), name="logits")
@@ -357,12 +359,12 @@ class _Graph:
         )
         return ov.Model([result], self._inputs, shape.architecture)
 
-    def _embedding(self) -> Floats | Rounded:
+    def _embedding(self) -> Floats | QuantizedTensor:
         shape = self._shape
-        return self._tensors.take(f"{self._layout.embedding}.weight", shape.vocab_size, shape.width)
+        return self._tensors.take(f"{self._names.embedding}.weight", shape.vocab_size, shape.width)
 
     def _embed(self, ids: ov.Node, positions: ov.Node) -> ov.Node:
-        shape, layout = self._shape, self._layout
+        shape, layout = self._shape, self._names
         hidden = _rows(self._embedding(), ids)
         if layout.positions:
             table = self._tensors.floats(f"{layout.positions}.weight", shape.context, shape.width)
@@ -372,7 +374,7 @@ class _Graph:
     def _logits(self, hidden: ov.Node, selected: ov.Node) -> ov.Node:
         shape = self._shape
         last = opset15.gather(hidden, selected, _constant(np.int64(0)))
-        last = self._norm(last, self._layout.final_norm)
+        last = self._norm(last, self._names.final_norm)
         head = self._embedding()
         if "lm_head.weight" in self._tensors:
             head = self._tensors.take("lm_head.weight", shape.vocab_size, shape.width)
@@ -386,7 +388,7 @@ class _Graph:
         return node
 
     def _linears(self, inputs: ov.Node, widths: Mapping[str, int]) -> list[ov.Node]:
-        """Linear layers of the same input, by name and number of outputs, with their branches."""
+        """Return the outputs of linear layers with the same input, LoRA terms included."""
         outputs = {name: self._linear(inputs, name, width) for name, width in widths.items()}
         branched = [name for name in widths if name in self._branched]
         if branched:
@@ -414,7 +416,7 @@ class _Graph:
     def _norm(self, inputs: ov.Node, name: str) -> ov.Node:
         width = self._shape.width
         weight = _constant(self._tensors.floats(f"{name}.weight", width)[None])
-        if not self._layout.rms:
+        if not self._names.rms:
             bias = _constant(self._tensors.floats(f"{name}.bias", width)[None])
             normed = opset15.mvn(inputs, _axes(-1), True, self._shape.epsilon, "inside_sqrt")
             return opset15.add(opset15.multiply(normed, weight), bias)
@@ -423,8 +425,8 @@ class _Graph:
         normed = opset15.multiply(inputs, opset15.divide(_constant(np.float32(1)), root))
         return opset15.multiply(weight, normed)
 
-    def _turns(self, positions: ov.Node) -> tuple[ov.Node, ov.Node]:
-        """Cosines and sines of the rotary angles: (tokens x 1 x head width)."""
+    def _rotary_angles(self, positions: ov.Node) -> tuple[ov.Node, ov.Node]:
+        """Return cosines and sines of the rotary angles: (tokens x 1 x head width)."""
         width = self._shape.head_width
         exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         frequencies = np.float32(1) / np.float32(self._shape.rope_theta) ** exponents
@@ -435,10 +437,10 @@ class _Graph:
         angles = opset15.concat([half, half], -1)
         return opset15.cos(angles), opset15.sin(angles)
 
-    def _turned(self, inputs: ov.Node, num_heads: int, turns: tuple[ov.Node, ov.Node] | None) -> ov.Node:
-        if turns is None:
+    def _rotate(self, inputs: ov.Node, num_heads: int, rotary: tuple[ov.Node, ov.Node] | None) -> ov.Node:
+        if rotary is None:
             return inputs
-        cosines, sines = turns
+        cosines, sines = rotary
         width = self._shape.head_width
         heads = _reshape(inputs, -1, num_heads, width)
         halves = opset15.split(heads, _constant(np.int64(-1)), 2)
@@ -452,20 +454,20 @@ class _Graph:
         inputs: ov.Node,
         name: str,
         number: int,
-        turns: tuple[ov.Node, ov.Node] | None,
+        rotary: tuple[ov.Node, ov.Node] | None,
         sequences: list[op.Parameter],
         longest: op.Parameter,
     ) -> ov.Node:
-        """Queries, keys and values of a layer, and what the queries find."""
+        """Return the attention of a layer: project to queries, keys and values, store the latter, attend."""
         shape = self._shape
         widths = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
         widths = [heads * shape.head_width for heads in widths]
-        if len(self._layout.qkv) == 1:
-            [joint] = self._linears(inputs, {name + self._layout.qkv[0]: sum(widths)})
+        if len(self._names.qkv) == 1:
+            [joint] = self._linears(inputs, {name + self._names.qkv[0]: sum(widths)})
             parts = opset15.variadic_split(joint, _constant(np.int64(-1)), _constant(np.array(widths)))
             query, key, value = parts.outputs()
         else:
-            names = [name + part for part in self._layout.qkv]
+            names = [name + part for part in self._names.qkv]
             linears = self._linears(inputs, dict(zip(names, widths, strict=True)))
             query, key, value = (linear.output(0) for linear in linears)
         caches = [
@@ -474,8 +476,8 @@ class _Graph:
         ]
         node = op._PagedAttentionExtension(  # noqa: SLF001 - it has no public name yet; the version is pinned
             [
-                self._turned(query, shape.num_heads, turns).output(0) if turns else query,
-                self._turned(key, shape.num_kv_heads, turns).output(0) if turns else key,
+                self._rotate(query, shape.num_heads, rotary).output(0) if rotary else query,
+                self._rotate(key, shape.num_kv_heads, rotary).output(0) if rotary else key,
                 value,
                 *(cache.output(0) for cache in caches),
                 *(row.output(0) for row in sequences),
@@ -489,7 +491,7 @@ class _Graph:
         return _reshape(node.output(0), -1, widths[0])
 
     def _mlp(self, inputs: ov.Node, name: str) -> ov.Node:
-        *inner, down = (name + part for part in self._layout.mlp)
+        *inner, down = (name + part for part in self._names.mlp)
         width = self._tensors.num_rows(f"{inner[0]}.weight")
         first, *second = self._linears(inputs, dict.fromkeys(inner, width))
         kind = self._shape.activation
@@ -500,8 +502,8 @@ class _Graph:
         return result
 
 
-def _attention_constants(shape: Shape, longest: op.Parameter) -> list[ov.Node]:
-    """What follows the block tables in the inputs of OpenVINO 2026.4's paged attention; mostly unused."""
+def _attention_constants(shape: DecoderShape, longest: op.Parameter) -> list[ov.Node]:
+    """Return the inputs of OpenVINO 2026.4's paged attention after the block tables; mostly unused."""
     none_i32 = np.zeros(0, np.int32)
     none_f32 = np.zeros(0, np.float32)
     zero = np.int32(0)
@@ -521,7 +523,7 @@ def _attention_constants(shape: Shape, longest: op.Parameter) -> list[ov.Node]:
 
 
 def _constant(value: npt.NDArray[Any] | np.generic) -> ov.Node:
-    """A constant that shares the memory of an array."""
+    """Return a constant that shares the memory of an array."""
     return op.Constant(np.asarray(value, order="C"), shared_memory=True)
 
 
@@ -533,17 +535,17 @@ def _reshape(node: ov.Node, *shape: int) -> ov.Node:
     return opset15.reshape(node, _axes(*shape), special_zero=False)
 
 
-def _matrix(weight: Floats | Rounded) -> ov.Node:
-    """Weights for a product: OpenVINO keeps int8 ones as they are and scales in the kernel."""
-    if not isinstance(weight, Rounded):
+def _matrix(weight: Floats | QuantizedTensor) -> ov.Node:
+    """Return weights for a product. OpenVINO keeps int8 ones as they are and scales in the kernel."""
+    if not isinstance(weight, QuantizedTensor):
         return _constant(weight)
     return opset15.multiply(opset15.convert(_constant(weight.values), ov.Type.f32), _constant(weight.scales))
 
 
-def _rows(table: Floats | Rounded, ids: ov.Node) -> ov.Node:
-    """Some rows of a table. Only these are ever converted."""
+def _rows(table: Floats | QuantizedTensor, ids: ov.Node) -> ov.Node:
+    """Return some rows of a table; only these are ever converted."""
     axis = _constant(np.int64(0))
-    if not isinstance(table, Rounded):
+    if not isinstance(table, QuantizedTensor):
         return opset15.gather(_constant(table), ids, axis)
     values = opset15.convert(opset15.gather(_constant(table.values), ids, axis), ov.Type.f32)
     return opset15.multiply(values, opset15.gather(_constant(table.scales), ids, axis))

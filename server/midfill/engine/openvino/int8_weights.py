@@ -1,9 +1,9 @@
-"""A model's weights for OpenVINO: rounded to int8 once, then kept in the cache and mapped at every start.
+"""A model's weights for OpenVINO: quantized to int8 once, then kept in the cache and mapped at every start.
 
-Mapped weights need not be in memory twice: once OpenVINO has packed them, which it does in its first pass,
+Mapped weights need not be in memory twice: after OpenVINO has packed them, which it does in its first pass,
 their pages are given back to the system. A folder in the cache belongs to one state of one model's files, or
-of those with an adapter merged into them; it is built beside its place, renamed into it, and what it
-replaces is deleted.
+of those with an adapter merged into them; it is built beside its final path, renamed to it, and the folder
+that it replaces is deleted.
 
 Knows files and arrays; nothing of graphs. Imports neither torch nor transformers.
 """
@@ -41,10 +41,10 @@ Floats = npt.NDArray[np.float32]
 _LOG = logging.getLogger(__name__)
 
 _BLOCK_ELEMENTS = 1 << 18
-"""Rows are rounded in pieces of about this many elements, so that the scratch memory stays in the cache."""
+"""Rows are quantized in blocks of about this many elements, so that the scratch memory stays in the cache."""
 
-_WORTH_KEEPING = 1 << 24
-"""A model of fewer weights is rounded anew each time, in less than half a second."""
+_MIN_CACHED_ELEMENTS = 1 << 24
+"""A model with fewer weights is quantized at every start, in less than half a second."""
 
 _FORMAT = 1
 _ADAPTED = "-adapted"
@@ -52,30 +52,30 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Rounded:
+class QuantizedTensor:
     """An int8 matrix (outputs x inputs) and its scales (outputs x 1): a row is about values * scale."""
 
     values: npt.NDArray[np.int8]
     scales: Floats
 
 
-Tensors = dict[str, Floats | Rounded]
+Tensors = dict[str, Floats | QuantizedTensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class ModelWeights:
     """The tensors of a model, by name."""
 
     tensors: Tensors
     _mapped: tuple[npt.NDArray[np.int8], ...] = ()
 
     def size_of(self, layers: Iterable[str]) -> int:
-        """The bytes of these layers' matrices."""
+        """Return the size in bytes of these layers' matrices."""
         found = (self.tensors[f"{layer}.weight"] for layer in layers)
-        return sum(one.values.nbytes if isinstance(one, Rounded) else one.nbytes for one in found)
+        return sum(one.values.nbytes if isinstance(one, QuantizedTensor) else one.nbytes for one in found)
 
-    def give_back(self) -> None:
-        """Let the system take the pages of the files; they come back from them when they are read again."""
+    def release_pages(self) -> None:
+        """Let the system reclaim the pages of the mapped files; reading them again brings them back."""
         for mapped in self._mapped:
             if isinstance(mapped, np.memmap):
                 with contextlib.suppress(AttributeError, OSError, ValueError):  # not on Windows
@@ -83,11 +83,11 @@ class Weights:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor is: its first element among the integers if it was rounded, and among the floats."""
+class _TensorOffset:
+    """Position of a tensor: its first element among the integers (if it is int8), and among the floats."""
 
     shape: tuple[int, ...]
-    rounded: bool
+    is_int8: bool
     integers: int
     floats: int
 
@@ -98,40 +98,40 @@ def read_weights(
     exact: Callable[[str], bool],
     num_threads: int,
     report: Callable[[float], None],
-) -> Weights:
-    """All tensors of a model's folder.
+) -> ModelWeights:
+    """Return all tensors of a model's folder.
 
     Args:
         path: folder with safetensors files.
-        exact: whether a tensor of that name stays float32; so do all that are no matrices.
-        num_threads: how many tensors are rounded at a time.
-        report: called with the share done, 0..1; an exception of it ends the loading.
+        exact: returns whether a tensor of that name stays float32; tensors that are no matrices always do.
+        num_threads: number of tensors that are quantized at a time.
+        report: called with the share done, 0..1; an exception raised by it ends the loading.
 
     Raises:
-        ModelError: a file is missing, damaged, or holds what is no finite float.
+        ModelError: a file is missing or damaged, or holds a value that is not a finite float.
     """
     files = find_tensors(path)
     shapes = shapes_of(files)
-    places = _places(shapes, exact)
-    reader = _Reader(files, places, num_threads, report)
-    if sum(map(math.prod, shapes.values())) < _WORTH_KEEPING:
-        return Weights(reader.read(*_empty(places)))
-    integers, floats = _kept(path, files, reader)
-    return Weights(_views(places, integers, floats), (integers,))
+    offsets = _offsets(shapes, exact)
+    reader = _WeightReader(files, offsets, num_threads, report)
+    if sum(map(math.prod, shapes.values())) < _MIN_CACHED_ELEMENTS:
+        return ModelWeights(reader.read(*_empty(offsets)))
+    integers, floats = _cached(path, files, reader)
+    return ModelWeights(_views(offsets, integers, floats), (integers,))
 
 
-def read_merged(path: Path, base: Weights, adapter: Adapter, *, num_threads: int) -> Weights:
-    """The tensors of a model with an adapter merged into its matrices; the others are those of `base`.
+def read_merged(path: Path, base: ModelWeights, adapter: Adapter, *, num_threads: int) -> ModelWeights:
+    """Return the tensors of a model with an adapter merged into its matrices; the others are those of `base`.
 
-    The sum is made of the model's own files and rounded once, so its error is that of any rounded model.
-    Added to weights that are rounded already, most of an adapter would be lost: what it changes of a single
-    weight is less than a step.
+    The sum is computed from the model's own files and quantized once, so its error is that of any quantized
+    model. Added to weights that are quantized already, most of an adapter would be lost: its change of a
+    single weight is less than a quantization step.
 
     Args:
         path: folder of the model.
         base: its tensors without the adapter, which stay as they are.
         adapter: fits the model.
-        num_threads: how many tensors are computed at a time.
+        num_threads: number of tensors that are computed at a time.
 
     Raises:
         AdapterError: the sum is not finite.
@@ -139,109 +139,110 @@ def read_merged(path: Path, base: Weights, adapter: Adapter, *, num_threads: int
     """
     names = {f"{layer}.weight" for layer in adapter.branches}
     files = {name: file for name, file in find_tensors(path).items() if name in names}
-    places = _places(
+    offsets = _offsets(
         shapes_of(files),
-        lambda name: not isinstance(base.tensors[name], Rounded),
+        lambda name: not isinstance(base.tensors[name], QuantizedTensor),
     )
-    reader = _Reader(files, places, num_threads, lambda _: None, adapter)
-    if sum(math.prod(place.shape) for place in places.values()) < _WORTH_KEEPING:
-        return Weights(base.tensors | reader.read(*_empty(places)), base._mapped)  # noqa: SLF001 - our own class
-    integers, floats = _kept(path, files, reader)
-    merged = base.tensors | _views(places, integers, floats)
-    return Weights(merged, (*base._mapped, integers))  # noqa: SLF001
+    reader = _WeightReader(files, offsets, num_threads, lambda _: None, adapter)
+    if sum(math.prod(offset.shape) for offset in offsets.values()) < _MIN_CACHED_ELEMENTS:
+        return ModelWeights(base.tensors | reader.read(*_empty(offsets)), base._mapped)  # noqa: SLF001 - our own class
+    integers, floats = _cached(path, files, reader)
+    merged = base.tensors | _views(offsets, integers, floats)
+    return ModelWeights(merged, (*base._mapped, integers))  # noqa: SLF001
 
 
-def _places(shapes: dict[str, tuple[int, ...]], exact: Callable[[str], bool]) -> dict[str, _Place]:
-    """A place for each tensor, the largest first."""
-    places: dict[str, _Place] = {}
+def _offsets(shapes: dict[str, tuple[int, ...]], exact: Callable[[str], bool]) -> dict[str, _TensorOffset]:
+    """Assign an offset to each tensor, the largest first."""
+    offsets: dict[str, _TensorOffset] = {}
     integers = floats = 0
     for name in sorted(shapes, key=lambda name: (-math.prod(shapes[name]), name)):
         shape = shapes[name]
-        rounded = len(shape) == 2 and not exact(name)
-        places[name] = _Place(shape, rounded, integers, floats)
-        integers += _aligned(math.prod(shape)) if rounded else 0
-        floats += _aligned(shape[0] if rounded else math.prod(shape))
-    return places
+        is_int8 = len(shape) == 2 and not exact(name)
+        offsets[name] = _TensorOffset(shape, is_int8, integers, floats)
+        integers += _aligned(math.prod(shape)) if is_int8 else 0
+        floats += _aligned(shape[0] if is_int8 else math.prod(shape))
+    return offsets
 
 
 def _aligned(count: int) -> int:
     return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
-def _sizes(places: dict[str, _Place]) -> tuple[int, int]:
-    integers = sum(_aligned(math.prod(place.shape)) for place in places.values() if place.rounded)
+def _sizes(offsets: dict[str, _TensorOffset]) -> tuple[int, int]:
+    integers = sum(_aligned(math.prod(offset.shape)) for offset in offsets.values() if offset.is_int8)
     floats = sum(
-        _aligned(place.shape[0] if place.rounded else math.prod(place.shape)) for place in places.values()
+        _aligned(offset.shape[0] if offset.is_int8 else math.prod(offset.shape))
+        for offset in offsets.values()
     )
     return integers, floats
 
 
-def _empty(places: dict[str, _Place]) -> tuple[npt.NDArray[np.int8], Floats]:
-    integers, floats = _sizes(places)
+def _empty(offsets: dict[str, _TensorOffset]) -> tuple[npt.NDArray[np.int8], Floats]:
+    integers, floats = _sizes(offsets)
     return np.empty(integers, np.int8), np.empty(floats, np.float32)
 
 
-def _views(places: dict[str, _Place], integers: npt.NDArray[np.int8], floats: Floats) -> Tensors:
+def _views(offsets: dict[str, _TensorOffset], integers: npt.NDArray[np.int8], floats: Floats) -> Tensors:
     weights: Tensors = {}
-    for name, place in places.items():
-        size = math.prod(place.shape)
-        if place.rounded:
-            values = integers[place.integers : place.integers + size].reshape(place.shape)
-            scales = floats[place.floats : place.floats + place.shape[0]].reshape(-1, 1)
-            weights[name] = Rounded(values, scales)
+    for name, offset in offsets.items():
+        size = math.prod(offset.shape)
+        if offset.is_int8:
+            values = integers[offset.integers : offset.integers + size].reshape(offset.shape)
+            scales = floats[offset.floats : offset.floats + offset.shape[0]].reshape(-1, 1)
+            weights[name] = QuantizedTensor(values, scales)
         else:
-            weights[name] = floats[place.floats : place.floats + size].reshape(place.shape)
+            weights[name] = floats[offset.floats : offset.floats + size].reshape(offset.shape)
     return weights
 
 
 def forget_merged(path: Path) -> None:
-    """Delete what is kept of a model with an adapter; whoever has mapped it goes on."""
+    """Delete the cached weights of a model with an adapter; processes that have mapped them keep them."""
     for folder in (store.cache_root() / "rounded").glob(f"{glob.escape(_owner(path))}{_ADAPTED}-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Reader:
-    """Reads and rounds the tensors of a model, with an adapter added or without, into two arrays."""
+class _WeightReader:
+    """Reads and quantizes the tensors of a model, with or without an adapter added, into two arrays."""
 
     def __init__(
         self,
         files: dict[str, Path],
-        places: dict[str, _Place],
+        offsets: dict[str, _TensorOffset],
         num_threads: int,
         report: Callable[[float], None],
         adapter: Adapter | None = None,
     ) -> None:
         self._files = files
-        self.places = places
+        self.offsets = offsets
         self.adapter = adapter
         self._num_threads = num_threads
         self._report = report
 
     def read(self, integers: npt.NDArray[np.int8], floats: Floats) -> Tensors:
-        """Fill the arrays, the largest tensors first; returns the views of all tensors."""
-        weights = _views(self.places, integers, floats)
-        total = sum(math.prod(place.shape) for place in self.places.values())
+        """Fill the arrays, the largest tensors first; return the views of all tensors."""
+        weights = _views(self.offsets, integers, floats)
+        total = sum(math.prod(offset.shape) for offset in self.offsets.values())
         done = 0
         with ThreadPoolExecutor(self._num_threads, thread_name_prefix="midfill-load") as pool:
             tasks = {pool.submit(self._fill, name, target): name for name, target in weights.items()}
             try:
                 for task in as_completed(tasks):
                     task.result()
-                    done += math.prod(self.places[tasks[task]].shape)
+                    done += math.prod(self.offsets[tasks[task]].shape)
                     self._report(done / total)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
         return weights
 
-    def _fill(self, name: str, target: Floats | Rounded) -> None:
+    def _fill(self, name: str, target: Floats | QuantizedTensor) -> None:
         start = 0
-        shape = self.places[name].shape
+        shape = self.offsets[name].shape
         for block in read_blocks(self._files[name], name, shape, _BLOCK_ELEMENTS, framework="np"):
             values = block.astype(np.float32)
             if self.adapter is not None:
                 self._merge(name, start, values)
-            if not isinstance(target, Rounded):
+            if not isinstance(target, QuantizedTensor):
                 if not np.isfinite(values).all():
                     raise self._not_finite(name)
                 target[start : start + len(values)] = values
@@ -258,10 +259,10 @@ class _Reader:
             start += len(values)
 
     def _merge(self, name: str, start: int, values: Floats) -> None:
-        """Add to these rows of a matrix what the adapter does."""
+        """Add the adapter's change to these rows of a matrix."""
         assert self.adapter is not None  # noqa: S101 - for the type checker
         branch = self.adapter.branches[name.removesuffix(".weight")]
-        with np.errstate(over="ignore", invalid="ignore"):  # said below, with the name
+        with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the name
             values += np.float32(branch.scale) * branch.up[start : start + len(values)] @ branch.down
 
     def _not_finite(self, name: str) -> MidfillError:
@@ -273,12 +274,12 @@ class _Reader:
         return ModelError(f"{name} holds values that are not finite (NaN or infinity). Pull the model again.")
 
 
-def _kept(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[npt.NDArray[np.int8], Floats]:
-    """The two arrays of a model, from the cache if they are there, else made and put there."""
+def _cached(path: Path, files: dict[str, Path], reader: _WeightReader) -> tuple[npt.NDArray[np.int8], Floats]:
+    """Return the two arrays of a model from the cache; build them first if they are not there."""
     owner, state = _names(path, files, reader)
     folder = store.cache_root() / "rounded"
-    place = folder / f"{owner}-{state}"
-    if (found := _open(place, reader.places)) is not None:
+    target = folder / f"{owner}-{state}"
+    if (found := _open(target, reader.offsets)) is not None:
         return found
     try:
         private_folder(store.make_cache_root() / folder.name)
@@ -286,28 +287,28 @@ def _kept(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[npt.NDAr
             _make(Path(new), reader)
             for old in folder.glob(f"{glob.escape(owner)}-{'?' * len(state)}"):
                 shutil.rmtree(old, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another process was quicker
-                Path(new).rename(place)
-            if (found := _open(place, reader.places)) is not None:
+            with contextlib.suppress(OSError):  # another process was faster
+                Path(new).rename(target)
+            if (found := _open(target, reader.offsets)) is not None:
                 return found
     except OSError as error:
-        _LOG.warning("rounded weights cannot be kept in %s: %s", folder, error)
-    arrays = _empty(reader.places)
+        _LOG.warning("int8 weights cannot be cached in %s: %s", folder, error)
+    arrays = _empty(reader.offsets)
     reader.read(*arrays)
     return arrays
 
 
-def _names(path: Path, files: dict[str, Path], reader: _Reader) -> tuple[str, str]:
-    """What a kept folder is called: whose it is, and for which state of the files.
+def _names(path: Path, files: dict[str, Path], reader: _WeightReader) -> tuple[str, str]:
+    """Return the parts of a cache folder's name: the model, and the state of its files.
 
-    Of one model two are kept: without an adapter, and with the latest that was merged.
+    Two folders are kept per model: without an adapter, and with the latest merged adapter.
     """
     stats = [(file.name, file.stat()) for file in sorted(set(files.values()))]
-    exact = [name for name, place in reader.places.items() if not place.rounded]
+    exact = [name for name, offset in reader.offsets.items() if not offset.is_int8]
     state: list[Any] = [_FORMAT, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats], exact]
     kind = ""
     if reader.adapter is not None:
-        state += [reader.adapter.digest, sorted(reader.places)]
+        state += [reader.adapter.digest, sorted(reader.offsets)]
         kind = _ADAPTED
     return f"{_owner(path)}{kind}", _digest(json.dumps(state))
 
@@ -321,8 +322,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _make(folder: Path, reader: _Reader) -> None:
-    num_integers, num_floats = _sizes(reader.places)
+def _make(folder: Path, reader: _WeightReader) -> None:
+    num_integers, num_floats = _sizes(reader.offsets)
     integers = np.lib.format.open_memmap(
         folder / "integers.npy", mode="w+", dtype=np.int8, shape=(num_integers,)
     )
@@ -340,14 +341,14 @@ def _make(folder: Path, reader: _Reader) -> None:
                 os.fsync(file.fileno())
 
 
-def _open(folder: Path, places: dict[str, _Place]) -> tuple[npt.NDArray[np.int8], Floats] | None:
-    """The arrays in a folder, the large one mapped; None if they are not there or not of that size."""
+def _open(folder: Path, offsets: dict[str, _TensorOffset]) -> tuple[npt.NDArray[np.int8], Floats] | None:
+    """Return the arrays in a folder, the large one mapped; None if they are missing or of another size."""
     try:
         # Copy on write, because OpenVINO takes no array that is read-only. Nothing is ever written.
         integers = np.load(folder / "integers.npy", mmap_mode="c", allow_pickle=False)
         floats = np.load(folder / "floats.npy", allow_pickle=False)
     except (OSError, ValueError):
         return None
-    sizes = _sizes(places)
+    sizes = _sizes(offsets)
     right = integers.dtype == np.int8 and floats.dtype == np.float32
     return (integers, floats) if right and (integers.size, floats.size) == sizes else None

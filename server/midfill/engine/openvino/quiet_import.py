@@ -1,8 +1,8 @@
-"""OpenVINO without its telemetry.
+"""Import OpenVINO without its telemetry.
 
-Importing the package loads a client that counts its uses in ~/intel and can send events to its makers
-unless the user has declined. Nothing of the kind may happen here. The package has a stub for where that
-client is not installed, and gets it. Whoever needs OpenVINO imports it from this module.
+Importing the package loads a client that counts its uses in ~/intel and can send events to its makers unless
+the user has declined. midfill must not do that. The package has a stub for when that client is not installed,
+and gets the stub here. Import OpenVINO from this module only.
 """
 
 from __future__ import annotations

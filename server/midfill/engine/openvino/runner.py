@@ -1,10 +1,10 @@
-"""The model on a CPU, run by OpenVINO: keys and values in blocks, the forward pass, the choice of a token.
+"""Run a model on a CPU with OpenVINO: keys and values in blocks, the forward pass, the choice of a token.
 
-Keeps the contract of `runner.Runner`, which runs the same models with torch and is its reference. All
-chunks of a step are computed in one pass, or in one for each adapter where adapters are merged. A pass is run
-in parts, some layers each, and may be left between two of them. Knows arrays, slot numbers and token ids;
+Implements `engine.runner.Runner`, as does `torch.runner`, which runs the same models and is the reference.
+All chunks of a step are computed in one pass, or in one per adapter where adapters are merged. A pass runs in
+parts, some layers each, and can be aborted between two of them. Knows arrays, slot numbers and token ids;
 nothing of threads, requests or text. Imports neither torch nor transformers. Runs on the engine thread only,
-but for `prepare`.
+except for `prepare`.
 """
 
 from __future__ import annotations
@@ -20,34 +20,33 @@ import numpy.typing as npt
 import psutil
 
 from midfill.adapters.format import Adapter
-from midfill.engine.adapters.lora_stack import Stack
+from midfill.engine.adapters.lora_stack import LoraStack
 from midfill.engine.kv_slots import NUM_SLOTS
-from midfill.engine.openvino.graph import Shape, build_parts, siblings, stays_exact
-from midfill.engine.openvino.int8_weights import Floats, Tensors, Weights, read_merged, read_weights
+from midfill.engine.openvino.graph import DecoderShape, build_parts, siblings, skip_quantization
+from midfill.engine.openvino.int8_weights import Floats, ModelWeights, Tensors, read_merged, read_weights
 from midfill.engine.openvino.quiet_import import ov
-from midfill.engine.scheduler import Choice, Chunk
-from midfill.engine.scheduler import Sequence as Tokens
+from midfill.engine.scheduler import Choice, Chunk, SequenceState
 
 _FIRST_BLOCKS = 64
-"""Blocks that there is memory for at first; doubled when they are used up."""
+"""Blocks that memory is allocated for at first; doubled when they are used up."""
 
 _ACTIVATION_GROUP = 128
-"""Activations share an 8-bit scale in groups of so many. With 32 decoding takes twice as long."""
+"""Number of activations that share an 8-bit scale. With 32 decoding takes twice as long."""
 
 _NUM_PARTS = 6
-"""Of a pass. Each costs a token 0.4 % more; of a chunk behind 4,000 tokens, which takes 180 ms, it is 31."""
+"""Parts per forward pass. +0.4 % decode time each; the longest takes 31 of 180 ms at 4k tokens."""
 
 _NUM_COMPILING = 2
-"""Parts compiled at a time: the lock of Python that each needs afterwards may be held for long."""
+"""Parts compiled at a time; each may hold the interpreter lock for long when it is done."""
 
 _SPARE_SLOT = -1
 """A slot that no request ever gets."""
 
 _MAX_MERGED = 2
-"""So many adapters are merged, each into weights of its own: one in use, and one that takes its place."""
+"""Maximum merged adapters, each with its own weights: the active one and its replacement."""
 
 _MERGING_MEMORY = 3
-"""Memory that must be free to merge an adapter, in sizes of its weights: mapped, packed, and one to spare."""
+"""Free memory needed to merge an adapter, in sizes of its weights: mapped, packed, and one spare."""
 
 
 def _never() -> bool:
@@ -56,7 +55,7 @@ def _never() -> bool:
 
 def load(  # noqa: PLR0913 - what to load, and how
     path: Path,
-    shape: Shape,
+    shape: DecoderShape,
     *,
     dtype: str,
     num_threads: int,
@@ -68,15 +67,15 @@ def load(  # noqa: PLR0913 - what to load, and how
 
     Args:
         path: folder with the safetensors files.
-        shape: see `openvino_graph.read_shape`.
+        shape: see `graph.read_shape`.
         dtype: "int8" or "float32".
-        num_threads: of each pass.
+        num_threads: threads of each pass.
         report: called with the share done, 0..1.
         adapters: in the model from the start; see `OpenVinoRunner.prepare`.
-        num_parts: of each pass, at most one for each layer.
+        num_parts: parts of each pass, at most one per layer.
 
     Raises:
-        ModelError: the files are not those of that shape.
+        ModelError: the files do not have that shape.
         AdapterError: an adapter cannot be served.
         MemoryError: there is not enough memory.
     """
@@ -89,7 +88,7 @@ def load(  # noqa: PLR0913 - what to load, and how
         "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ACTIVATION_GROUP if dtype == "int8" else 0,
     }
-    exact = stays_exact(shape) if dtype == "int8" else lambda _: True
+    exact = skip_quantization(shape) if dtype == "int8" else lambda _: True
     weights = read_weights(path, exact=exact, num_threads=num_threads, report=report)
 
     def compile_parts(tensors: Tensors, branched: frozenset[str]) -> list[ov.CompiledModel]:
@@ -106,31 +105,31 @@ def load(  # noqa: PLR0913 - what to load, and how
 class OpenVinoRunner:
     """One model.
 
-    One or two adapters are merged: each has a program with weights of its own, beside that of the base, and
-    a token costs what it costs without. Where there are more, or there is no memory for that, one program
-    has them all as branches. Programs are compiled in the background. The keys and values are common to all
-    of them, and stay where they are.
+    One or two adapters are merged: each has a program with its own weights, beside that of the base, and a
+    token costs the same as without an adapter. If there are more, or too little memory, one program has all
+    of them as low-rank terms. Programs are compiled in the background. All programs share the keys and
+    values, which stay where they are.
 
     Attributes:
         architecture: transformers' `model_type`.
-        context: the most tokens of one sequence.
-        vocab_size: the number of logits.
+        context: maximum number of tokens of one sequence.
+        vocab_size: number of logits.
         device: "cpu".
         dtype: "int8" or "float32".
-        chunk_tokens, step_sequences, max_guesses: see `loading.Runner`.
+        chunk_tokens, step_sequences, max_draft_tokens: see `engine.runner.Runner`.
     """
 
     device = "cpu"
     chunk_tokens = 64  # 80 ms on two cores, where one token takes 25, and 32 take 50
     step_sequences = NUM_SLOTS
-    max_guesses = 7
+    max_draft_tokens = 7
 
     def __init__(
         self,
         path: Path,
         compile_parts: Callable[[Tensors, frozenset[str]], list[ov.CompiledModel]],
-        shape: Shape,
-        weights: Weights,
+        shape: DecoderShape,
+        weights: ModelWeights,
         dtype: str,
     ) -> None:
         self.architecture = shape.architecture
@@ -142,9 +141,9 @@ class OpenVinoRunner:
         self._shape = shape
         self._weights = weights
         self._programs: dict[str | None, _Program] = {}
-        self._stack = Stack.of({})
+        self._stack = LoraStack.of({})
         self._blocks = _Blocks()
-        self._left: _Pass | None = None  # nothing has been computed or freed since
+        self._aborted: _PassKey | None = None  # valid while nothing has been computed or freed since
 
     def forward(
         self,
@@ -152,15 +151,15 @@ class OpenVinoRunner:
         allowed: list[array[int] | None],
         interrupted: Callable[[], bool] = _never,
     ) -> list[list[Choice]] | None:
-        """Compute the chunks of one step; see `loading.Runner.forward`."""
+        """Compute the chunks of one step; see `Runner.forward`."""
         for chunk in chunks:
             if chunk.copy_from is not None:
-                # Whole blocks are copied, over what a pass that was left has computed behind `start`.
-                self._left = None
+                # Whole blocks are copied, over what an aborted pass has computed after `start`.
+                self._aborted = None
                 self._blocks.copy(chunk.copy_from, chunk.slot, chunk.start)
         try:
             logits = self._compute(chunks, interrupted)
-        except _LeftError:
+        except _PassAbortedError:
             return None
         return [
             chunk.verify(_chooser(rows, ids)) if chunk.samples else []
@@ -168,35 +167,35 @@ class OpenVinoRunner:
         ]
 
     def _compute(self, chunks: Sequence[Chunk], interrupted: Callable[[], bool] = _never) -> list[Floats]:
-        """The logits that are wanted of each chunk, in one pass for all chunks of the same program.
+        """Return the requested logits of each chunk, computed in one pass for all chunks of the same program.
 
-        A pass that was left is gone on with. Raises `_LeftError`.
+        Resumes an aborted pass. Raises `_PassAbortedError`.
         """
-        left, self._left = self._left, None
+        aborted, self._aborted = self._aborted, None
         by_program: dict[_Program, list[int]] = {}
         for number, chunk in enumerate(chunks):
             by_program.setdefault(self._programs[chunk.sequence.key], []).append(number)
         found: dict[int, Floats] = {}
         for program, numbers in by_program.items():
             some = [chunks[number] for number in numbers]
-            this = _Pass(program, [(one.sequence.key, one.slot, one.start, one.tokens) for one in some])
+            this = _PassKey(program, [(one.sequence.key, one.slot, one.start, one.tokens) for one in some])
             try:
                 logits = program.compute(
-                    some, self._blocks, self._stack, interrupted=interrupted, goes_on=this == left
+                    some, self._blocks, self._stack, interrupted=interrupted, resume=this == aborted
                 )
-            except _LeftError:
-                self._left = this
+            except _PassAbortedError:
+                self._aborted = this
                 raise
             row = 0
             for number in numbers:
-                count = 1 + chunks[number].num_guesses if chunks[number].samples else 0
+                count = 1 + chunks[number].num_draft_tokens if chunks[number].samples else 0
                 found[number] = logits[row : row + count]
                 row += count
         return [found[number] for number in range(len(chunks))]
 
     def prepare(self, adapters: Mapping[str, Adapter]) -> Callable[[], None]:
-        """See `loading.Runner.prepare`. Compiling takes seconds, during which passes go on."""
-        stack = Stack.of(adapters)
+        """Prepare to have exactly these adapters; see `Runner.prepare`. Compiling takes seconds."""
+        stack = LoraStack.of(adapters)
         siblings(self._shape, stack.layers)
         if len(adapters) <= _MAX_MERGED and self._has_memory_for(adapters):
             programs = self._merged(adapters)
@@ -228,34 +227,34 @@ class OpenVinoRunner:
         return not needed or psutil.virtual_memory().available > needed
 
     def _merged_before(self, key: str | None) -> _Program | None:
-        """The program of an adapter alone, or of the base, if it is here."""
+        """Return the loaded program of an adapter alone, or of the base, or None."""
         program = self._programs.get(key)
         return None if program is None or program.branched else program
 
     def _merged(self, adapters: Mapping[str, Adapter]) -> dict[str | None, _Program]:
-        """A program without branches for the base and for each adapter."""
+        """Return programs with merged weights for the base and for each adapter."""
         base = self._merged_before(None) or self._program(self._weights)
         programs: dict[str | None, _Program] = {None: base}
         for key, adapter in adapters.items():
             if (program := self._merged_before(key)) is None:
-                # One thread: the others may be computing for somebody.
+                # One thread: the others may be computing for a request.
                 program = self._program(read_merged(self._path, self._weights, adapter, num_threads=1))
             programs[key] = program
         return programs
 
-    def _branched(self, stack: Stack) -> _Program:
-        """One program for the base and all adapters: that which is here, if it has all the branches."""
+    def _branched(self, stack: LoraStack) -> _Program:
+        """Return one program for the base and all adapters: the current one, if it has all LoRA inputs."""
         program = self._programs.get(None)
         if program is not None and program.branched and stack.layers <= program.branched:
             return program
         return self._program(self._weights, stack.layers)
 
-    def _program(self, weights: Weights, branched: frozenset[str] = frozenset()) -> _Program:
+    def _program(self, weights: ModelWeights, branched: frozenset[str] = frozenset()) -> _Program:
         return _Program(self._compile(weights.tensors, branched), weights, branched)
 
     def probe(self, tokens: list[int], key: str | None) -> Floats:
-        """The logits that follow these tokens; see `loading.Runner.probe`."""
-        prompt = Tokens(key, tokens)
+        """Return the logits after these tokens; see `Runner.probe`."""
+        prompt = SequenceState(key, tokens)
         try:
             [[last]] = self._compute([Chunk(prompt, _SPARE_SLOT, 0, tokens, samples=True)])
             logits: Floats = last.copy()
@@ -264,28 +263,28 @@ class OpenVinoRunner:
         return logits
 
     def warm_up(self, num_tokens: int) -> None:
-        """Run a chunk of this size and a single token: the first passes are slow, whoever waits for them."""
+        """Run a chunk of this size and a single token: the first passes are slow."""
         for chunk in _warming(num_tokens):
             for key in self._programs:
-                self.forward([replace(chunk, sequence=Tokens(key, chunk.sequence.tokens))], [None])
+                self.forward([replace(chunk, sequence=SequenceState(key, chunk.sequence.tokens))], [None])
         self.drop([0])
 
     def capture(self, report: Callable[[float], None], limit_s: float) -> None:
-        """There is nothing to capture."""
+        """Do nothing: there are no graphs to capture."""
 
     def idle(self) -> bool:
-        """Nothing is ever put off."""
+        """Return False: no work is ever deferred."""
         return False
 
     def drop(self, slots: list[int]) -> None:
         """Free the blocks of these slots."""
-        self._left = None
+        self._aborted = None
         for slot in slots:
             self._blocks.drop(slot)
 
 
 def _warming(num_tokens: int) -> list[Chunk]:
-    prompt = Tokens(key=None, tokens=[0] * num_tokens)
+    prompt = SequenceState(key=None, tokens=[0] * num_tokens)
     return [
         Chunk(prompt, 0, 0, prompt.tokens, samples=True),
         Chunk(prompt, 0, num_tokens, [0], samples=True),
@@ -293,27 +292,29 @@ def _warming(num_tokens: int) -> list[Chunk]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
-    """What one pass computes: of each chunk whose tokens they are, slot, start and tokens."""
+class _PassKey:
+    """Identifies the work of one pass: of each chunk the adapter's key, slot, start and tokens."""
 
     program: _Program
     chunks: list[tuple[str | None, int, int, list[int]]]
 
 
-class _LeftError(Exception):
-    """Unwinds a pass that is left between two parts."""
+class _PassAbortedError(Exception):
+    """Unwinds a pass that is aborted between two parts."""
 
 
 class _Program:
     """A compiled graph in parts, which run one after the other, its inputs, and its latest results.
 
     Attributes:
-        weights: what it was made of.
-        branched: the layers that have branches.
+        weights: the weights it was built from.
+        branched: the layers that have LoRA inputs.
         ports: the inputs, by name.
     """
 
-    def __init__(self, parts: Sequence[ov.CompiledModel], weights: Weights, branched: frozenset[str]) -> None:
+    def __init__(
+        self, parts: Sequence[ov.CompiledModel], weights: ModelWeights, branched: frozenset[str]
+    ) -> None:
         self.weights = weights
         self.branched = branched
         self.ports = {port.any_name: port for part in parts for port in part.inputs}
@@ -326,8 +327,8 @@ class _Program:
         self._num_run = 0  # parts of the latest pass
         self._num_packed = 0  # parts that have run once
 
-    def adapter_tensors(self, stack: Stack, groups: Sequence[tuple[str, ...]]) -> dict[str, ov.Tensor]:
-        """The matrices of adapters, by the inputs that take them: tens of megabytes."""
+    def adapter_tensors(self, stack: LoraStack, groups: Sequence[tuple[str, ...]]) -> dict[str, ov.Tensor]:
+        """Return the matrices of adapters, by the inputs that take them: tens of megabytes."""
         tensors = {}
         for group in groups:
             down = f"down.{group[0]}"
@@ -346,37 +347,37 @@ class _Program:
         self,
         chunks: Sequence[Chunk],
         blocks: _Blocks,
-        stack: Stack,
+        stack: LoraStack,
         *,
         interrupted: Callable[[], bool] = _never,
-        goes_on: bool = False,
+        resume: bool = False,
     ) -> Floats:
-        """The logits that are wanted, one row each. They are overwritten by the next pass.
+        """Return the requested logits, one row each. They are overwritten by the next pass.
 
         Args:
             chunks: what to compute.
             blocks: the memory of keys and values.
             stack: the adapters.
-            interrupted: asked between two parts; if so, the pass is left there: raises `_LeftError`.
-            goes_on: this is the latest pass, which was left; only the rest of it is run.
+            interrupted: polled between two parts; if true, the pass is aborted: raises `_PassAbortedError`.
+            resume: this pass is the latest one, which was aborted; run only its remaining parts.
         """
         for chunk in chunks:
             blocks.reserve(chunk.slot, chunk.start + len(chunk.tokens))
         self._set_inputs(chunks, blocks)
         if self.branched:
             self._set("mask", stack.mask((chunk.sequence.key, len(chunk.tokens)) for chunk in chunks))
-        first = self._num_run if goes_on else 0
+        first = self._num_run if resume else 0
         for number, request in enumerate(self._requests[first:], first):
             if number > first and interrupted():
-                raise _LeftError
+                raise _PassAbortedError
             if number:
                 request.set_tensor("hidden", self._requests[number - 1].get_output_tensor(0))
-            # Else the results are copied.
+            # Otherwise the results are copied.
             request.infer(share_outputs=True)
             self._num_run = number + 1
             if number == self._num_packed:
-                # It has packed its weights. The file's pages are not needed any more.
-                self.weights.give_back()
+                # The part has packed its weights, so the file's pages are no longer needed.
+                self.weights.release_pages()
                 self._num_packed += 1
         logits: Floats = self._requests[-1].get_output_tensor(0).data
         return logits
@@ -393,7 +394,7 @@ class _Program:
             positions.extend(range(chunk.start, end))
             tokens.extend(chunk.tokens)
             if chunk.samples:
-                selected.extend(range(len(tokens) - 1 - chunk.num_guesses, len(tokens)))
+                selected.extend(range(len(tokens) - 1 - chunk.num_draft_tokens, len(tokens)))
             past.append(chunk.start)
             begins.append(len(tokens))
             table.extend(blocks.of(chunk.slot, end))
@@ -413,7 +414,7 @@ class _Program:
     def _set(self, name: str, values: npt.NDArray[np.generic]) -> None:
         held = self._inputs.get(name)
         if held is not None and held.shape == values.shape:
-            # To set a tensor costs each part more than to read it.
+            # Setting a tensor costs each part more than reading it.
             held[...] = values
         else:
             tensor = ov.Tensor(values)
@@ -428,8 +429,8 @@ class _Program:
 class _Blocks:
     """The memory of keys and values, in blocks of a few tokens that slots own.
 
-    Entries behind what a slot has computed are leftovers; the next pass writes over them. So cutting a past
-    costs nothing, and a failed pass leaves no trace.
+    Entries after the computed tokens of a slot are leftovers; the next pass overwrites them. So cutting a
+    past costs nothing, and a failed pass leaves no trace.
     """
 
     def __init__(self) -> None:
@@ -441,23 +442,23 @@ class _Blocks:
         self._tensors: dict[str, ov.Tensor] = {}
 
     def attach(self, programs: list[_Program]) -> None:
-        """Be the memory of these programs, which are of the same shape, with what is in it already."""
+        """Become the memory of these programs, which have the same shape; keep its contents."""
         self._programs = programs
         if self._tensors:
-            self._give()
+            self._attach_tensors()
         else:
             self._grow(_FIRST_BLOCKS)
 
-    def _give(self) -> None:
+    def _attach_tensors(self) -> None:
         for program in self._programs:
             program.take(self._tensors)
 
     def of(self, slot: int, length: int) -> list[int]:
-        """The blocks with the first `length` tokens of a slot."""
+        """Return the blocks with the first `length` tokens of a slot."""
         return self._owned.get(slot, [])[: self._num_blocks(length)]
 
     def reserve(self, slot: int, length: int) -> None:
-        """Let a slot own blocks for so many tokens. Raises `MemoryError` if there is no memory for them."""
+        """Let a slot own blocks for `length` tokens. Raises `MemoryError` if there is no memory for them."""
         owned = self._owned.setdefault(slot, [])
         missing = self._num_blocks(length) - len(owned)
         while missing > len(self._free):
@@ -473,7 +474,7 @@ class _Blocks:
             tensor.data[ours] = tensor.data[theirs]
 
     def drop(self, slot: int) -> None:
-        """Take back all blocks of a slot."""
+        """Free all blocks of a slot."""
         self._free.extend(self._owned.pop(slot, []))
 
     def _num_blocks(self, length: int) -> int:
@@ -486,12 +487,12 @@ class _Blocks:
             # (blocks, heads, tokens of a block, width), as the device wants them.
             shape = [size.get_length() for size in list(port.partial_shape)[1:]]
             self._size = shape[1]
-            # Memory that was never written to is not taken from the system.
+            # The system does not allocate memory that was never written to.
             grown = ov.Tensor(port.element_type, ov.Shape([count, *shape]))
             if name in self._tensors:
                 grown.data[: self._count] = self._tensors[name].data
             self._tensors[name] = grown
-        self._give()
+        self._attach_tensors()
         self._free.extend(range(count - 1, self._count - 1, -1))
         self._count = count
 
@@ -501,7 +502,7 @@ def _chooser(rows: Floats, allowed: array[int] | None) -> Callable[[int], Choice
 
 
 def _choose(logits: Floats, allowed: array[int] | None) -> Choice:
-    """The greedy choice among the allowed ids; the log-probability is that among all."""
+    """Return the most likely allowed id (None allows all) with its log-probability among all ids."""
     if allowed is None:
         token = int(logits.argmax())
     else:

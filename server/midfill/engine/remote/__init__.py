@@ -1,1 +1,1 @@
-"""Engines in other processes: `client` asks one, `server` is one (`midfill engine serve`)."""
+"""Engines in other processes: a client for model servers, and our own server (`midfill engine serve`)."""

@@ -1,13 +1,12 @@
-"""Attention over keys and values that lie in slots, for transformers' own modules.
+"""Attention over keys and values in slots, for transformers' own modules.
 
-transformers asks a table of functions for attention; ours is registered there under `NAME`, with no function
-for masks, so that no model builds one. A forward pass takes one row of tokens, whatever sequences they belong
-to. Its "past" says which: it gets the new keys and values of each layer (`update`, in the place
-of a cache) and then answers the layer's queries (`attend`). So every architecture that uses that table works.
+transformers looks up attention functions in a table; ours is registered there under `NAME`, without a mask
+function, so that no model builds a mask. A forward pass takes one row of tokens of any number of sequences. A
+`Past` object takes the place of a cache: it receives the new keys and values of each layer (`update`) and
+then answers the layer's queries (`attend`). So every architecture that uses the table works.
 
-Query heads that share a head of keys are packed: they become further queries of that one head. To repeat the
-keys for them, which transformers does where there is a mask, is to write and read all of them once for
-each query head.
+Query heads that share a key head are packed: they become further queries of that one head. Repeating the keys
+for them, as transformers does where there is a mask, means writing and reading all keys once per query head.
 
 Knows tensors; nothing of requests. Runs on the engine thread only.
 """
@@ -26,10 +25,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from midfill.errors import ModelError
 
 NAME = "midfill"
-"""What transformers calls our attention."""
+"""Name of our attention in transformers' table."""
 
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux")
-"""What some architectures add to attention, and ours does not know."""
+"""Extra inputs of some architectures' attention that ours does not support."""
 
 
 class Past(Protocol):
@@ -38,16 +37,16 @@ class Past(Protocol):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep a layer's new keys and values (1 x heads x tokens x width). The result is not used."""
+        """Store a layer's new keys and values (1 x heads x tokens x width). The result is not used."""
         ...
 
     def attend(self, query: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:
-        """Attention in the layer updated last.
+        """Return the attention in the layer updated last.
 
         Args:
             query: 1 x heads x tokens x width.
-            scale: of the products; None for 1 / sqrt(width).
-            window: how many keys a query sees, itself included; None for all before it.
+            scale: factor of the products; None for 1 / sqrt(width).
+            window: number of keys that a query sees, itself included; None for all before it.
 
         Returns:
             1 x tokens x heads x width of the values.
@@ -64,7 +63,7 @@ _CURRENT = _Current()
 
 @contextmanager
 def attending(past: Past) -> Iterator[None]:
-    """Attention in this thread is that of `past`. Not all modules pass on what a caller gives them."""
+    """Use `past` for attention in this thread. Not all modules pass on their caller's arguments."""
     _CURRENT.past = past
     try:
         yield
@@ -82,13 +81,13 @@ def _forward(  # noqa: PLR0913, PLR0917 - the signature is that of transformers
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls; see its `AttentionInterface`."""
+    """Compute attention; called by transformers, see its `AttentionInterface`."""
     if _CURRENT.past is None:
         raise AssertionError("a forward pass runs inside `attending`")
     foreign = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if foreign:
         raise ModelError(
-            f"{type(module).__name__} has attention with {foreign[0]}, which midfill cannot run; "
+            f"{type(module).__name__} uses attention with {foreign[0]}, which midfill does not support; "
             "choose another model (midfill model list)."
         )
     return _CURRENT.past.attend(query, scaling, sliding_window), None
@@ -98,15 +97,15 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
 
 
 def use(model: Any) -> None:
-    """Let a transformers model attend through this module.
+    """Make a transformers model use this module's attention.
 
     Raises:
-        ModelError: its modules do not ask the table.
+        ModelError: its modules do not use the table.
     """
     model.set_attn_implementation(NAME)
     if model.config.get_text_config()._attn_implementation != NAME:  # noqa: SLF001 - there is no public getter
         raise ModelError(
-            f"The attention of {type(model).__name__} cannot be replaced, so that its past cannot be kept; "
+            f"The attention of {type(model).__name__} cannot be replaced, so its KV cache cannot be reused; "
             "choose another model (midfill model list)."
         )
 
@@ -118,14 +117,14 @@ def packed(
     mask: torch.Tensor | None,
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention with the query heads of each key head packed into the query dimension.
+    """Return attention with the query heads of each key head packed into the query dimension.
 
     Args:
         query: batch x heads x queries x width; heads / key heads of them share a key head, in order.
         keys: batch x key heads x length x width; any strides.
         values: batch x key heads x length x width of values.
-        mask: to be added to the products, from `packed_mask`; None if every query sees every key.
-        scale: of the products; None for 1 / sqrt(width).
+        mask: added to the products, from `packed_mask`; None if every query sees every key.
+        scale: factor of the products; None for 1 / sqrt(width).
 
     Returns:
         batch x heads x queries x width of values.
@@ -134,8 +133,8 @@ def packed(
     key_heads = keys.shape[1]
     groups = query.reshape(batch, key_heads, heads // key_heads * num_queries, width)
     if query.is_cuda:
-        # With a mask the fused kernels give each head of keys to one block of threads, and there are only one
-        # or two heads. Plain products are spread over the whole device.
+        # With a mask the fused kernels give each key head to one block of threads, and there are only one or
+        # two heads. Plain products are spread over the whole device.
         scale = width**-0.5 if scale is None else scale
         products = torch.matmul(groups * scale, keys.transpose(2, 3))
         if mask is not None:
@@ -150,11 +149,11 @@ def packed(
 def packed_mask(
     positions: torch.Tensor, keys: range, groups: int, window: int | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """What `packed` adds so that a query sees no key behind it, and none that has left the window.
+    """Return the mask for `packed`: a query sees no key after it, and none that has left the window.
 
     Args:
-        positions: batch x queries, where each query stands in its sequence.
-        keys: where the keys stand.
+        positions: batch x queries, the position of each query in its sequence.
+        keys: the positions of the keys.
         groups: query heads per key head.
         window: see `Past.attend`.
         dtype: that of the queries.
@@ -162,11 +161,11 @@ def packed_mask(
     Returns:
         batch x 1 x (groups * queries) x keys: 0 or the smallest number.
     """
-    places = torch.arange(keys.start, keys.stop, device=positions.device)
+    key_positions = torch.arange(keys.start, keys.stop, device=positions.device)
     queries = positions[..., None]
-    hidden = places > queries
+    hidden = key_positions > queries
     if window is not None:
-        hidden |= places <= queries - window
+        hidden |= key_positions <= queries - window
     mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
     mask.masked_fill_(hidden, torch.finfo(dtype).min)
     return mask.repeat(1, groups, 1)[:, None]

@@ -1,4 +1,4 @@
-"""What captured passes need of CUDA, and which attention they use on it. Runs on the engine thread only."""
+"""Graph capture, copies to the host and the choice of attention on CUDA. Runs on the engine thread only."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from collections.abc import Callable
 
 import torch
 
-from midfill.engine.torch.graph_shapes import Shape
-from midfill.engine.torch.kv_cache import Entries, FixedMemory, Kernel, Rows, flash_rows, packed_rows
-from midfill.engine.torch.loading import memory_errors
+from midfill.engine.torch.errors import memory_errors
+from midfill.engine.torch.graph_shapes import GraphShape
+from midfill.engine.torch.kv_cache import (
+    FixedKVCache,
+    FixedShapePast,
+    Kernel,
+    LayerKV,
+    flash_kernel,
+    packed_kernel,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -17,8 +24,8 @@ _RESERVE_BYTES = 1 << 30
 """Memory that graphs leave free, for passes that are not captured and for other programs."""
 
 
-class _Copy:
-    """Values on their way to the host."""
+class _PendingHostCopy:
+    """A copy of a tensor to pinned host memory, in progress."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -27,27 +34,27 @@ class _Copy:
         self._done.record()
 
     def wait(self) -> list[list[float]]:
-        """See `cuda_graphs.Fetch`."""
-        # Releases the interpreter: the event loop goes on.
+        """Wait for the copy and return the values."""
+        # Releases the interpreter lock, so that the event loop can run.
         self._done.synchronize()
         values: list[list[float]] = self._host.tolist()
         return values
 
 
 class CudaDevice:
-    """`cuda_graphs.Device` for one CUDA device."""
+    """`cuda_graphs.GraphDevice` for one CUDA device."""
 
-    def __init__(self, place: torch.device) -> None:
-        self._place = place
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         # Graphs are replayed on this thread's current device.
-        torch.cuda.set_device(place)
-        self._stream = torch.cuda.Stream(place)  # type: ignore[no-untyped-call]
-        # All graphs share scratch memory: they never run at the same time, and what must outlive a replay is
+        torch.cuda.set_device(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # All graphs share scratch cache: they never run at the same time, and what must outlive a replay is
         # copied out of it by the pass itself.
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """See `cuda_graphs.Device.capture`."""
+        """Run once, capture a graph and return what replays it. Raises `MemoryError`."""
         graph = torch.cuda.CUDAGraph()
         with memory_errors():
             here = torch.cuda.current_stream()
@@ -63,57 +70,60 @@ class CudaDevice:
             here.wait_stream(self._stream)
         return graph.replay
 
-    def fetch(self, tensor: torch.Tensor) -> _Copy:
-        """See `cuda_graphs.Device.fetch`."""
-        return _Copy(tensor)
+    def fetch(self, tensor: torch.Tensor) -> _PendingHostCopy:
+        """Start to copy the tensor to the host."""
+        return _PendingHostCopy(tensor)
 
     def has_room(self) -> bool:
-        """See `cuda_graphs.Device.has_room`."""
-        return free_bytes(self._place) > _RESERVE_BYTES
+        """Return whether another graph leaves the reserve free."""
+        return free_bytes(self._device) > _RESERVE_BYTES
 
 
-def free_bytes(place: torch.device) -> int:
-    """Free memory of a device; what torch holds without using it counts as free."""
-    free, _ = torch.cuda.mem_get_info(place)
-    return free + torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a device. Memory that torch holds without using it counts as free."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def kernel(place: torch.device, like: Entries, heads: int) -> Kernel:
-    """The attention for captured passes on this device.
+def kernel(device: torch.device, like: LayerKV, heads: int) -> Kernel:
+    """Return the attention kernel for captured passes on this device.
 
-    Flash attention where it is there and agrees with plain operations for these heads; it reads only what is
-    needed and copies nothing, but not every device, system and version of torch has it.
+    Flash attention, if this device, system and version of torch have it and if it agrees with plain
+    operations for these heads: it reads only the entries that are needed and copies nothing. Otherwise plain
+    operations.
 
     Args:
-        place: the device.
+        device: the device.
         like: keys and values of one layer in a slot.
-        heads: query heads.
+        heads: number of query heads.
     """
     try:
-        difference = max(_difference(place, like, heads, width) for width in (1, 8))
+        difference = max(_difference(device, like, heads, width) for width in (1, 8))
     except (RuntimeError, TypeError, ValueError, AttributeError, ImportError) as error:
-        _LOG.info("no flash attention here: %s", error)
-        return packed_rows
+        _LOG.info("flash attention is not available: %s", error)
+        return packed_kernel
     if not difference < 0.03:  # of bf16 values of about 1; NaN is no agreement either
-        _LOG.warning("flash attention differs by %.2g here and is not used", difference)
-        return packed_rows
-    return flash_rows
+        _LOG.warning(
+            "flash attention differs by %.2g from plain attention on this device and is not used", difference
+        )
+        return packed_kernel
+    return flash_kernel
 
 
-def _difference(place: torch.device, like: Entries, heads: int, width: int) -> float:
-    """How far the two kernels are from each other on random values, two rows in slots 2 and 0."""
-    generator = torch.Generator(place).manual_seed(0)
-    memory = FixedMemory([like], num_slots=3, capacity=256)
-    for tensor in memory.layers[0]:
+def _difference(device: torch.device, like: LayerKV, heads: int, width: int) -> float:
+    """Return the largest difference of the two kernels on random values, two rows in slots 2 and 0."""
+    generator = torch.Generator(device).manual_seed(0)
+    cache = FixedKVCache([like], num_slots=3, capacity=256)
+    for tensor in cache.layers[0]:
         tensor.normal_(generator=generator)
-    slots, starts = torch.tensor([[2, 0], [150, 31]], device=place)
-    shape = Shape(rows=2, width=width, keys=256)
+    slots, starts = torch.tensor([[2, 0], [150, 31]], device=device)
+    shape = GraphShape(rows=2, width=width, keys=256)
     query = torch.randn(
-        (1, heads, 2 * width, like[0].shape[-1]), generator=generator, device=place, dtype=like[0].dtype
+        (1, heads, 2 * width, like[0].shape[-1]), generator=generator, device=device, dtype=like[0].dtype
     )
     outputs = [
-        attend(Rows(memory, slots, starts, shape, attend), query, memory.layers[0], None, window)
-        for attend in (flash_rows, packed_rows)
+        attend(FixedShapePast(cache, slots, starts, shape, attend), query, cache.layers[0], None, window)
+        for attend in (flash_kernel, packed_kernel)
         for window in (None, 64)
     ]
     return max(float((outputs[i] - outputs[i + 2]).abs().max()) for i in range(2))

@@ -1,14 +1,14 @@
-"""Captured passes with the next token chosen on the device, and decode steps that run ahead of their reader.
+"""Run captured CUDA graphs: choose the next token on the device, and run decode steps ahead of the host.
 
-A captured pass reads its inputs (ids, slots, starts) from tensors that stay where they are, and leaves there
-the inputs of the decode step that follows it: the token it has chosen, one place further. So the next step
-can be launched before anybody has seen this one's token. While the engine thread turns a token into text, the
-device is at work on the following ones (`_MOST_AHEAD`); results come back by copies that nobody waits for
-before they are needed. What was computed ahead for nothing, because the output ended or was cancelled, is
-ignored: it lies behind the tokens that count, and costs the device at most that many steps.
+A captured pass reads its inputs (ids, slots, starts) from tensors with fixed addresses and writes the inputs
+of the following decode step to the same tensors: the token it has chosen, one position further. So the next
+step can be launched before the host has seen this one's token. While the engine thread turns a token into
+text, the device works on the following ones (`_MAX_RUN_AHEAD`); results return by asynchronous copies. Steps
+that ran ahead in vain, because the output ended or was cancelled, are ignored: their keys and values lie
+after the tokens that count, and they cost the device at most that many steps.
 
-`Device` is what this module needs of CUDA; a test has its own, which calls the pass instead of replaying it.
-Runs on the engine thread only.
+`GraphDevice` is the part of CUDA that this module needs; tests implement it by calling the pass instead of
+replaying it. Runs on the engine thread only.
 """
 
 from __future__ import annotations
@@ -22,147 +22,152 @@ from typing import Any, Protocol
 import torch
 
 from midfill.engine.scheduler import Choice, Chunk
-from midfill.engine.torch import graph_shapes as graphs
-from midfill.engine.torch.graph_shapes import Graphs, Shape
-from midfill.engine.torch.kv_cache import FixedMemory, Kernel, Rows
-from midfill.engine.torch.lora import Branches
-from midfill.engine.torch.runner import choose
+from midfill.engine.torch import graph_shapes
+from midfill.engine.torch.graph_shapes import GraphCache, GraphShape
+from midfill.engine.torch.kv_cache import FixedKVCache, FixedShapePast, Kernel
+from midfill.engine.torch.lora import LoraLayers
+from midfill.engine.torch.sampling import choose
 
-_MOST_AHEAD = 2
-"""Decode steps launched beyond the one that is waited for. One hides the engine thread's work on a token, two
-also its waiting for the interpreter; more would only be in the way of the next request."""
+_MAX_RUN_AHEAD = 2
+"""Decode steps launched beyond the one that the host waits for.
 
-_QUICK_S = 0.002
-"""Of steps that take longer than this only one is launched ahead: a cancelled request still costs them."""
+One hides the engine thread's work on a token, two also its wait for the interpreter lock; more would only
+delay the next request.
+"""
 
-MARGIN = graphs.WIDTHS[-1]
-"""Room behind the context, where padding and passes that are being captured may write."""
+_FAST_STEP_S = 0.002
+"""If a decode step takes longer, only one runs ahead: a cancelled request still pays for those launched."""
 
-Forward = Callable[[torch.Tensor, torch.Tensor, Rows, torch.Tensor | int | None], Any]
-"""A forward pass; see `Runner.run`."""
+MARGIN = graph_shapes.WIDTHS[-1]
+"""Room after the context, written by padding and by passes that are being captured."""
+
+Forward = Callable[[torch.Tensor, torch.Tensor, FixedShapePast, torch.Tensor | int | None], Any]
+"""A forward pass; see `TorchRunner.run`."""
 
 
-class Fetch(Protocol):
-    """A copy to the host that is under way."""
+class PendingCopy(Protocol):
+    """A copy to the host in progress."""
 
     def wait(self) -> list[list[float]]:
-        """The values, as soon as they are there."""
+        """Wait for the copy and return the values."""
         ...
 
 
-class Device(Protocol):
-    """What captures and replays."""
+class GraphDevice(Protocol):
+    """A device that captures and replays graphs."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Run once, and record; returns what runs it again. Raises `MemoryError` for want of memory."""
+        """Run once and capture; return what replays the run. Raises `MemoryError` if memory is short."""
         ...
 
-    def fetch(self, tensor: torch.Tensor) -> Fetch:
-        """Begin to copy the tensor (rows x columns), as it is after what was launched so far."""
+    def fetch(self, tensor: torch.Tensor) -> PendingCopy:
+        """Start to copy a tensor (rows x columns) as it is after everything launched so far."""
         ...
 
     def has_room(self) -> bool:
-        """Whether there is memory for another graph."""
+        """Return whether there is memory for another graph."""
         ...
 
 
 @dataclass(slots=True)
-class _Flight:
-    """A pass that was launched.
+class _LaunchedPass:
+    """A pass that was launched and whose results have not been read.
 
     Attributes:
-        shape: of the captured pass.
-        places: slot, start and adapter of each row that counts.
-        lengths: tokens of each of them.
-        fetch: its results.
-        tokens: what each row computes; None as long as only the device knows.
+        shape: shape of the captured graph.
+        row_positions: slot, start and adapter of each row that counts.
+        lengths: number of tokens of each of these rows.
+        fetch: the copy of the results.
+        tokens: the tokens of each row; None while only the device knows them.
     """
 
-    shape: Shape
-    places: list[tuple[int, int, str | None]]
+    shape: GraphShape
+    row_positions: list[tuple[int, int, str | None]]
     lengths: list[int]
-    fetch: Fetch
+    fetch: PendingCopy
     tokens: list[list[int]] | None = None
 
 
-class Replays:
-    """The captured passes of one model and what is under way.
+class GraphRunner:
+    """The captured graphs of one model, and the passes that run ahead.
 
     Args:
         forward: the model.
-        memory: keys and values; room for `MARGIN` tokens more than `context`.
-        context: the most tokens of one sequence.
-        vocab_size: the number of logits.
-        kernel: how rows attend.
-        branches: the model's adapters.
-        device: see `Device`.
-        place: where the tensors are.
+        cache: keys and values, with room for `MARGIN` more tokens than `context`.
+        context: maximum number of tokens of one sequence.
+        vocab_size: number of logits.
+        kernel: attention of the captured passes.
+        lora: the model's adapters.
+        device: captures and replays.
+        tensor_device: where the tensors are.
     """
 
-    def __init__(  # noqa: PLR0913 - the model, its memory, its device
+    def __init__(  # noqa: PLR0913 - the model, its cache, its device
         self,
         forward: Forward,
-        memory: FixedMemory,
+        cache: FixedKVCache,
         *,
         context: int,
         vocab_size: int,
         kernel: Kernel,
-        branches: Branches,
-        device: Device,
-        place: torch.device,
+        lora: LoraLayers,
+        device: GraphDevice,
+        tensor_device: torch.device,
     ) -> None:
         self._forward = forward
-        self._memory = memory
+        self._cache = cache
         self._context = context
         self._kernel = kernel
-        self._branches = branches
+        self._lora = lora
         self._device = device
-        self._graphs: Graphs[Callable[[], None]] = Graphs(context + MARGIN, self._capture, device.has_room)
-        most_rows = graphs.ROWS[-1]
-        # One upload fills them all: ids, slots, starts, the index of each row's last token, and its adapter.
-        self._inputs = torch.zeros(MARGIN + 4 * most_rows, dtype=torch.int64, device=place)
+        self._graphs: GraphCache[Callable[[], None]] = GraphCache(
+            context + MARGIN, self._capture, device.has_room
+        )
+        most_rows = graph_shapes.ROWS[-1]
+        # Filled by one upload: ids, slots, starts, the index of each row's last token, and its adapter.
+        self._inputs = torch.zeros(MARGIN + 4 * most_rows, dtype=torch.int64, device=tensor_device)
         self._ids = self._inputs[:MARGIN]
         self._slots, self._starts, self._last, self._adapters = self._inputs[MARGIN:].view(4, most_rows)
         # Ids and log-probabilities. fp64 holds both exactly, so that one copy fetches them.
-        self._results = torch.zeros((2, graphs.MOST_SAMPLED), dtype=torch.float64, device=place)
-        # For a choice among some tokens only, which is made after the pass.
-        self._logits = torch.zeros((most_rows, vocab_size), device=place)
-        self._ahead: deque[_Flight] = deque()
-        self._most_ahead = _MOST_AHEAD
-        self._reading: Fetch | None = None  # the pass of a prompt that nobody has waited for
+        self._results = torch.zeros((2, graph_shapes.MOST_SAMPLED), dtype=torch.float64, device=tensor_device)
+        # For a choice among some tokens only, made after the pass.
+        self._logits = torch.zeros((most_rows, vocab_size), device=tensor_device)
+        self._run_ahead: deque[_LaunchedPass] = deque()
+        self._max_run_ahead = _MAX_RUN_AHEAD
+        self._unread_prefill: PendingCopy | None = None  # a prefill pass not yet waited for
 
     @property
     def num_captured(self) -> int:
-        """How many passes there are."""
+        """Number of captured graphs."""
         return len(self._graphs)
 
     @property
     def num_waiting(self) -> int:
-        """How many are still to be captured."""
+        """Number of shapes still to be captured."""
         return self._graphs.num_waiting
 
     def capture_next(self) -> bool:
-        """Capture one more pass; see `Graphs.capture_next`."""
-        self._ahead.clear()
+        """Capture one more graph; see `GraphCache.capture_next`."""
+        self._run_ahead.clear()
         return self._graphs.capture_next()
 
-    def pace(self, step_s: float) -> None:
-        """Note how long a decode step takes, which decides how many are launched ahead."""
-        self._most_ahead = _MOST_AHEAD if step_s <= _QUICK_S else 1
+    def set_step_duration(self, step_s: float) -> None:
+        """Set how long a decode step takes, which decides how many run ahead."""
+        self._max_run_ahead = _MAX_RUN_AHEAD if step_s <= _FAST_STEP_S else 1
 
     def drop(self) -> None:
-        """Free the memory of all captured passes, for good."""
-        self._ahead.clear()
+        """Free the memory of all graphs and capture no more."""
+        self._run_ahead.clear()
         self._graphs.drop()
 
     def restart(self) -> None:
-        """The model is another one now: capture all passes anew, when there is time."""
-        self._ahead.clear()
+        """Discard all graphs and capture them again when idle: the model was changed."""
+        self._run_ahead.clear()
         self._graphs.restart()
 
-    def forget(self) -> None:
-        """What runs ahead is not wanted: the slots change otherwise."""
-        self._ahead.clear()
+    def discard_run_ahead(self) -> None:
+        """Ignore the passes that run ahead: the slots are changed by other means."""
+        self._run_ahead.clear()
 
     def compute(
         self, chunks: Sequence[Chunk], allowed: Sequence[array[int] | None], *, alone: bool
@@ -170,139 +175,144 @@ class Replays:
         """Compute chunks in one captured pass.
 
         Args:
-            chunks: see `Runner.forward`.
-            allowed: see there.
-            alone: whether these are all chunks of the step, so that the next one may follow at once.
+            chunks: see `TorchRunner.forward`.
+            allowed: see `TorchRunner.forward`.
+            alone: these are all chunks of the step, so that the next decode step may run ahead.
 
         Returns:
-            See `Runner.forward`; None if no captured pass fits. Nothing was computed then.
+            See `TorchRunner.forward`. None, and nothing computed, if no captured graph fits.
         """
-        rows = self._land(chunks, allowed)
+        rows = self._match(chunks, allowed)
         if rows is None:
-            self._ahead.clear()
-            flight = self._launch(chunks)
+            self._run_ahead.clear()
+            launched = self._launch(chunks)
             rows = list(range(len(chunks)))
         else:
-            flight = self._ahead.popleft()
-        if flight is None:
+            launched = self._run_ahead.popleft()
+        if launched is None:
             return None
         if not any(chunk.samples for chunk in chunks):
-            self._read(flight)
+            self._await_prefill(launched)
             return [[] for _ in chunks]
-        # The pass has chosen among all tokens. Where only some are allowed, its logits are asked again.
-        demanded = {
+        # The pass chose among all tokens. Where only some are allowed, choose again from its logits.
+        constrained = {
             row: choose(self._logits[row], ids)
             for row, ids in zip(rows, allowed, strict=True)
             if ids is not None
         }
-        # After guesses the device does not know where the sequence goes on.
-        certain = all(chunk.samples and not chunk.num_guesses for chunk in chunks)
-        if alone and certain and not demanded:
-            self._follow(flight)
-        results = flight.fetch.wait()
+        # With draft tokens the device does not know where the sequence continues.
+        certain = all(chunk.samples and not chunk.num_draft_tokens for chunk in chunks)
+        if alone and certain and not constrained:
+            self._launch_ahead(launched)
+        results = launched.fetch.wait()
         choices: list[list[Choice]] = [
-            _verified(flight, row, chunk, results, demanded.get(row)) if chunk.samples else []
+            _verified(launched, row, chunk, results, constrained.get(row)) if chunk.samples else []
             for row, chunk in zip(rows, chunks, strict=True)
         ]
-        if self._ahead:
-            self._ahead[0].tokens = [
-                [_choice(flight, row, length - 1, results).id] for row, length in enumerate(flight.lengths)
+        if self._run_ahead:
+            self._run_ahead[0].tokens = [
+                [_choice(launched, row, length - 1, results).id]
+                for row, length in enumerate(launched.lengths)
             ]
         return choices
 
-    def _read(self, flight: _Flight) -> None:
-        """Wait for a pass that chooses nothing; if passes are quick, for the one before it instead.
+    def _await_prefill(self, launched: _LaunchedPass) -> None:
+        """Wait for a pass that chooses no token; if steps are fast, for the previous one instead.
 
-        So the device has the next part of a prompt when it is done with one, and never more than that.
+        So the device has the next part of a prompt queued when one is done, and never more than that.
         """
-        before, self._reading = self._reading, None
-        if self._most_ahead == 1:
-            flight.fetch.wait()
+        before, self._unread_prefill = self._unread_prefill, None
+        if self._max_run_ahead == 1:
+            launched.fetch.wait()
             return
-        self._reading = flight.fetch
+        self._unread_prefill = launched.fetch
         if before is not None:
             before.wait()
 
-    def _land(self, chunks: Sequence[Chunk], allowed: Sequence[array[int] | None]) -> list[int] | None:
-        """The rows of the next pass under way that compute just these chunks; None if it does not."""
-        if not self._ahead or (flight := self._ahead[0]).tokens is None:
+    def _match(self, chunks: Sequence[Chunk], allowed: Sequence[array[int] | None]) -> list[int] | None:
+        """Return the rows of the next run-ahead pass that compute exactly these chunks, or None."""
+        if not self._run_ahead or (launched := self._run_ahead[0]).tokens is None:
             return None
         rows = []
         for chunk, ids in zip(chunks, allowed, strict=True):
-            place = (chunk.slot, chunk.start, chunk.sequence.key)
-            if ids is not None or place not in flight.places:
+            position = (chunk.slot, chunk.start, chunk.sequence.key)
+            if ids is not None or position not in launched.row_positions:
                 return None
-            row = flight.places.index(place)
-            if chunk.tokens != flight.tokens[row]:
+            row = launched.row_positions.index(position)
+            if chunk.tokens != launched.tokens[row]:
                 return None
             rows.append(row)
         return rows
 
-    def _launch(self, chunks: Sequence[Chunk]) -> _Flight | None:
-        """Upload the inputs of a pass and replay it; None if none is captured."""
+    def _launch(self, chunks: Sequence[Chunk]) -> _LaunchedPass | None:
+        """Upload the inputs of a pass and replay its graph. Return None if no graph fits."""
         lengths = [len(chunk.tokens) for chunk in chunks]
         starts = [chunk.start for chunk in chunks]
-        found = self._find(lengths, max(starts), head=any(chunk.samples for chunk in chunks))
+        found = self._find_graph(lengths, max(starts), head=any(chunk.samples for chunk in chunks))
         if found is None:
             return None
         shape, replay = found
         keys = [chunk.sequence.key for chunk in chunks]
-        self._load(shape, [chunk.tokens for chunk in chunks], [chunk.slot for chunk in chunks], starts, keys)
+        self._upload(
+            shape, [chunk.tokens for chunk in chunks], [chunk.slot for chunk in chunks], starts, keys
+        )
         replay()
-        places = [(chunk.slot, chunk.start, chunk.sequence.key) for chunk in chunks]
-        return _Flight(shape, places, lengths, self._device.fetch(self._results))
+        row_positions = [(chunk.slot, chunk.start, chunk.sequence.key) for chunk in chunks]
+        return _LaunchedPass(shape, row_positions, lengths, self._device.fetch(self._results))
 
-    def _find(
+    def _find_graph(
         self, lengths: Sequence[int], start: int, *, head: bool
-    ) -> tuple[Shape, Callable[[], None]] | None:
-        size = graphs.fit(lengths)
+    ) -> tuple[GraphShape, Callable[[], None]] | None:
+        size = graph_shapes.fit(lengths)
         if size is None:
             return None
         rows, width = size
         found = self._graphs.find(self._graphs.shape(rows, width, start + width, head=head))
         if found is not None and found[0].keys < start + found[0].width:
-            # A wider one ends later; it must be long enough for its own padding.
+            # A wider graph ends later, and must be long enough for its own padding.
             rows, width = found[0].rows, found[0].width
             found = self._graphs.find(self._graphs.shape(rows, width, start + width, head=head))
         return found
 
-    def _follow(self, flight: _Flight) -> None:
-        """Launch the decode steps after `flight`: each leaves the inputs of the next where it reads them."""
-        last = self._ahead[-1] if self._ahead else flight
-        while len(self._ahead) < self._most_ahead:
-            places = [
+    def _launch_ahead(self, launched: _LaunchedPass) -> None:
+        """Launch the decode steps after `launched`. Each reads the inputs that the one before has written."""
+        last = self._run_ahead[-1] if self._run_ahead else launched
+        while len(self._run_ahead) < self._max_run_ahead:
+            row_positions = [
                 (slot, start + length, key)
-                for (slot, start, key), length in zip(last.places, last.lengths, strict=True)
+                for (slot, start, key), length in zip(last.row_positions, last.lengths, strict=True)
             ]
-            furthest = max(start for _, start, _ in places)
+            furthest = max(start for _, start, _ in row_positions)
             if furthest >= self._context:
                 return
-            found = self._find([1] * len(places), furthest, head=True)
-            # More rows, or wider ones, have inputs that the pass before has not left there.
+            found = self._find_graph([1] * len(row_positions), furthest, head=True)
+            # The previous pass has written no inputs for more or wider rows.
             if found is None or found[0].width > 1 or found[0].rows > last.shape.rows:
                 return
             shape, replay = found
             replay()
-            last = _Flight(shape, places, [1] * len(places), self._device.fetch(self._results))
-            self._ahead.append(last)
+            last = _LaunchedPass(
+                shape, row_positions, [1] * len(row_positions), self._device.fetch(self._results)
+            )
+            self._run_ahead.append(last)
 
-    def _load(
+    def _upload(
         self,
-        shape: Shape,
+        shape: GraphShape,
         tokens: Sequence[list[int]],
         slots: Sequence[int],
         starts: Sequence[int],
         keys: Sequence[str | None],
     ) -> None:
-        """Upload inputs. Rows that are not needed repeat the first, which writes the same where it does."""
+        """Upload inputs. Surplus rows repeat the first row, and write the same values to the same place."""
         spare = shape.rows - len(tokens)
         tokens = [*tokens, *[tokens[0]] * spare]
         ids: list[int] = []
         for row in tokens:
             ids += row + [0] * (shape.width - len(row))
         ids += [0] * (MARGIN - len(ids))
-        unused = [0] * (graphs.ROWS[-1] - shape.rows)
-        adapters = [self._branches.index(key) for key in keys]
+        unused = [0] * (graph_shapes.ROWS[-1] - shape.rows)
+        adapters = [self._lora.index(key) for key in keys]
         values = [
             *ids,
             *(*slots, *[slots[0]] * spare, *unused),
@@ -310,26 +320,26 @@ class Replays:
             *(*(len(row) - 1 for row in tokens), *unused),
             *(*adapters, *[adapters[0]] * spare, *unused),
         ]
-        # Pinned memory is not reused before it is copied, so that the copy can wait its turn on the device.
+        # Pinned memory is not reused before it has been copied, so the copy may be asynchronous.
         host = torch.tensor(values, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
         self._inputs.copy_(host, non_blocking=True)
 
-    def _capture(self, shape: Shape) -> Callable[[], None]:
-        # Behind the context, where no slot has anything.
+    def _capture(self, shape: GraphShape) -> Callable[[], None]:
+        # After the context, where no slot holds anything.
         rows = range(shape.rows)
         tokens = [[0] * shape.width for _ in rows]
         nothing = [0 for _ in rows]
-        self._load(shape, tokens, nothing, [self._context for _ in rows], [None for _ in rows])
+        self._upload(shape, tokens, nothing, [self._context for _ in rows], [None for _ in rows])
         return self._device.capture(lambda: self._run(shape))
 
-    def _run(self, shape: Shape) -> None:
+    def _run(self, shape: GraphShape) -> None:
         """The pass that is captured."""
         rows, width = shape.rows, shape.width
         slots, starts, last = self._slots[:rows], self._starts[:rows], self._last[:rows]
-        past = Rows(self._memory, slots, starts, shape, self._kernel)
-        self._branches.choose_rows(self._adapters[:rows], width)
+        past = FixedShapePast(self._cache, slots, starts, shape, self._kernel)
+        self._lora.choose_rows(self._adapters[:rows], width)
         ids = self._ids[None, : rows * width]
-        # Padding may lie behind the last position that the model knows.
+        # Padding may lie after the last position that the model knows.
         positions = past.positions.clamp(max=self._context - 1).view(1, -1)
         if not shape.head:
             self._forward(ids, positions, past, None)
@@ -338,9 +348,9 @@ class Replays:
         if _samples_all(shape):
             logits = self._forward(ids, positions, past, 0)
         else:
-            guesses = torch.arange(-graphs.MOST_GUESSES, 1, device=last.device)
-            logits = self._forward(ids, positions, past, (ends[:, None] + guesses).clamp(min=0).flatten())
-            ends = torch.arange(1, rows + 1, device=last.device) * len(guesses) - 1
+            drafts = torch.arange(-graph_shapes.MAX_DRAFT_TOKENS, 1, device=last.device)
+            logits = self._forward(ids, positions, past, (ends[:, None] + drafts).clamp(min=0).flatten())
+            ends = torch.arange(1, rows + 1, device=last.device) * len(drafts) - 1
         chosen = logits.argmax(dim=1)
         logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=1)
         self._results[0, : len(logits)] = chosen
@@ -352,24 +362,24 @@ class Replays:
         last.zero_()
 
 
-def _samples_all(shape: Shape) -> bool:
-    return shape.rows * shape.width <= graphs.MOST_SAMPLED
+def _samples_all(shape: GraphShape) -> bool:
+    return shape.rows * shape.width <= graph_shapes.MOST_SAMPLED
 
 
-def _choice(flight: _Flight, row: int, index: int, results: list[list[float]]) -> Choice:
-    """What follows token `index` of a row: one of its last ones, if the pass is a long one."""
-    if _samples_all(flight.shape):
-        at = row * flight.shape.width + index
+def _choice(launched: _LaunchedPass, row: int, index: int, results: list[list[float]]) -> Choice:
+    """Return the choice after token `index` of a row; of a long pass only its last tokens have one."""
+    if _samples_all(launched.shape):
+        at = row * launched.shape.width + index
     else:
-        at = (row + 1) * (graphs.MOST_GUESSES + 1) - (flight.lengths[row] - index)
+        at = (row + 1) * (graph_shapes.MAX_DRAFT_TOKENS + 1) - (launched.lengths[row] - index)
     return Choice(int(results[0][at]), results[1][at])
 
 
 def _verified(
-    flight: _Flight, row: int, chunk: Chunk, results: list[list[float]], demanded: Choice | None
+    launched: _LaunchedPass, row: int, chunk: Chunk, results: list[list[float]], constrained: Choice | None
 ) -> list[Choice]:
-    """What follows the last known token of a chunk, and each guess that came true."""
-    if demanded is not None:
-        return [demanded]
-    known = len(chunk.tokens) - chunk.num_guesses
-    return chunk.verify(lambda number: _choice(flight, row, known - 1 + number, results))
+    """Return the choices after the last known token of a chunk and after each accepted draft token."""
+    if constrained is not None:
+        return [constrained]
+    known = len(chunk.tokens) - chunk.num_draft_tokens
+    return chunk.verify(lambda number: _choice(launched, row, known - 1 + number, results))

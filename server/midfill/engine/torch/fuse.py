@@ -1,9 +1,9 @@
-"""Fewer kernels for the same arithmetic, in transformers' own modules.
+"""Use fewer kernels for the same arithmetic, in transformers' own modules.
 
-A token of a small model costs a GPU less time than it takes to begin its kernels, one after another. So
+A GPU spends less time on a token of a small model than on starting its kernels one after another. So
 projections of the same input (query, key and value; gate and up) become one product, and a norm that is
-written as seven operations becomes one. A module is replaced only if it has just the form that is known
-here, and a norm only if the result agrees.
+written as seven operations becomes one. A module is replaced only if it has exactly the form that is known
+here, and a norm only if its result agrees with the original.
 
 Knows modules; nothing of caches or requests. Runs on the engine thread only.
 """
@@ -17,20 +17,20 @@ from torch import nn
 from torch.nn import functional
 
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers that a module applies to the same input, by the names that most architectures give them."""
+"""Linear layers that a module applies to the same input, by the names that most architectures use."""
 
 
 def fuse(model: Any) -> int:
-    """Replace what can be replaced, in place. Returns the number of modules."""
+    """Replace the modules that can be fused, in place. Return their number."""
     replaced = 0
     for module in list(model.modules()):
         for names in _SIBLINGS:
             linears: list[Any] = [getattr(module, name, None) for name in names]
-            # Not a subclass: int8 and LoRA layers are more than their weight.
+            # Not for subclasses: int8 and LoRA layers hold more than a weight.
             if all(type(linear) is nn.Linear for linear in linears) and _alike(linears):
                 shared = _Shared(linears)
-                for place, name in enumerate(names):
-                    setattr(module, name, _Part(shared, place))
+                for index, name in enumerate(names):
+                    setattr(module, name, _Part(shared, index))
                 replaced += len(names)
         for name, child in module.named_children():
             if (norm := _fused_norm(child)) is not None:
@@ -44,7 +44,7 @@ def _alike(linears: list[Any]) -> bool:
 
 
 class _Shared(nn.Module):
-    """Linear layers with the same input as one product, computed when the first of them is asked for."""
+    """Linear layers with the same input as one product, computed when the first output is requested."""
 
     def __init__(self, linears: list[nn.Linear]) -> None:
         super().__init__()
@@ -56,39 +56,38 @@ class _Shared(nn.Module):
             self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
-        self._left = 0
+        self._num_unread = 0
 
-    def part(self, inputs: torch.Tensor, place: int) -> torch.Tensor:
-        """The output of one layer."""
+    def part(self, inputs: torch.Tensor, index: int) -> torch.Tensor:
+        """Return the output of one layer."""
         if self._input is not inputs:
             self._input = inputs
             product = functional.linear(inputs, self.weight, self.bias)
             self._outputs = list(torch.split(product, self.sizes, dim=-1))
-            self._left = len(self.sizes)
-        output = self._outputs[place]
-        self._left -= 1
-        if (
-            not self._left
-        ):  # Nothing is kept alive, and a tensor at the same place is not mistaken for this one.
+            self._num_unread = len(self.sizes)
+        output = self._outputs[index]
+        self._num_unread -= 1
+        if not self._num_unread:
+            # Keep no tensor alive; a later one at the same address would be taken for it.
             self._input, self._outputs = None, []
         return output
 
 
 class _Part(nn.Module):
-    """One of the layers that share a product. An adapter's branch may be put around it."""
+    """One of the layers that share a product. It can be wrapped with a LoRA layer, like `nn.Linear`."""
 
-    stands_for_linear = True
+    acts_as_linear = True
 
-    def __init__(self, shared: _Shared, place: int) -> None:
+    def __init__(self, shared: _Shared, index: int) -> None:
         super().__init__()
         self._shared = shared
-        self._place = place
+        self._index = index
         self.in_features = shared.weight.shape[1]
-        self.out_features = shared.sizes[place]
+        self.out_features = shared.sizes[index]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """See `nn.Linear`."""
-        return self._shared.part(inputs, self._place)
+        """Return the layer's output."""
+        return self._shared.part(inputs, self._index)
 
 
 class _FusedNorm(nn.Module):
@@ -100,12 +99,12 @@ class _FusedNorm(nn.Module):
         self._epsilon = epsilon
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """See torch.nn.functional.rms_norm."""
+        """Return the normalized input, computed by torch's own `rms_norm`."""
         return functional.rms_norm(hidden_states, self.weight.shape, self.weight, self._epsilon)
 
 
 def _fused_norm(module: nn.Module) -> nn.Module | None:
-    """The same norm in one operation; None if it is none, or another kind of it."""
+    """Return the same norm as one operation, or None if the module is not such a norm."""
     epsilon = getattr(module, "variance_epsilon", None)
     weight = getattr(module, "weight", None)
     if epsilon is None or not isinstance(weight, nn.Parameter) or weight.ndim != 1:

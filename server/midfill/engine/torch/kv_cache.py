@@ -1,12 +1,12 @@
-"""Where keys and values lie, and the past of a forward pass in them.
+"""Store keys and values, and give a forward pass its view of them.
 
-In each layer a slot has keys and values, tokens x heads x width; new ones are written behind the old in
-place, and read where they lie. What is behind the tokens that were computed is undefined, and is written by
-the next pass: to cut a past is to forget a number, and a failed pass leaves no trace. Which tokens a slot
-holds is known to `slots`, not here.
+In each layer a slot has keys and values, tokens x heads x width; new ones are written after the old ones in
+place, and read where they lie. Entries after the computed tokens are undefined and overwritten by the next
+pass: cutting a past means forgetting a number, and a failed pass leaves no trace. `kv_slots` knows which
+tokens a slot holds, this module does not.
 
-On a CPU a slot grows as it is used (`GrowingMemory`). On CUDA all memory is allocated once (`FixedMemory`):
-a captured graph knows addresses only. Runs on the engine thread only.
+On a CPU a slot grows as it is used (`GrowingKVCache`). On CUDA all memory is allocated once (`FixedKVCache`),
+because a captured graph knows fixed addresses only. Runs on the engine thread only.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ from typing import Any, Protocol
 import torch
 
 from midfill.engine.torch.attention import packed, packed_mask
-from midfill.engine.torch.graph_shapes import Shape
+from midfill.engine.torch.graph_shapes import GraphShape
 
 _BLOCK_TOKENS = 256
 """A slot's memory is a multiple of this many tokens."""
 
-Entries = tuple[torch.Tensor, torch.Tensor]
+LayerKV = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer: tokens x heads x width."""
 
 
-class Memory(Protocol):
+class KVCache(Protocol):
     """Keys and values of all slots."""
 
-    def entries(self, layer: int, slot: int, length: int, like: Entries | None = None) -> Entries:
-        """A slot's entries in a layer, with room for `length` tokens.
+    def entries(self, layer: int, slot: int, length: int, like: LayerKV | None = None) -> LayerKV:
+        """Return a slot's keys and values in a layer, with room for `length` tokens.
 
         `like` has the heads, width, type and device (1 x heads x tokens x width), in case memory must be
-        allocated; None if it is there already.
+        allocated; None if it is allocated already.
         """
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let `target` begin with the first `length` tokens of `source`."""
+        """Copy the first `length` tokens of `source` to the beginning of `target`."""
         ...
 
     def drop(self, slots: Sequence[int]) -> None:
-        """What these slots hold is not needed any more; free it if that is possible."""
+        """Discard the contents of these slots; free their memory if possible."""
         ...
 
 
-class GrowingMemory:
-    """A slot has its own tensors, which double when they are full."""
+class GrowingKVCache:
+    """Each slot has its own tensors, which double when they are full."""
 
     def __init__(self, num_layers: int, context: int) -> None:
         self._num_layers = num_layers
         self._context = context
-        self._slots: dict[int, list[Entries | None]] = {}
+        self._slots: dict[int, list[LayerKV | None]] = {}
 
-    def entries(self, layer: int, slot: int, length: int, like: Entries | None = None) -> Entries:
-        """See `Memory.entries`."""
+    def entries(self, layer: int, slot: int, length: int, like: LayerKV | None = None) -> LayerKV:
+        """Return a slot's keys and values in a layer; allocate or grow them if needed."""
         layers = self._slots.setdefault(slot, [None] * self._num_layers)
         held = layers[layer]
         if held is None or held[0].shape[0] < length:
@@ -66,7 +66,7 @@ class GrowingMemory:
             held = layers[layer] = self._grown(held, length, like)
         return held
 
-    def _grown(self, old: Entries | None, length: int, like: Entries | None) -> Entries:
+    def _grown(self, old: LayerKV | None, length: int, like: LayerKV | None) -> LayerKV:
         least = -(-length // _BLOCK_TOKENS) * _BLOCK_TOKENS
         capacity = min(max(least, 0 if old is None else 2 * len(old[0])), max(self._context, length))
         if old is None:
@@ -83,7 +83,7 @@ class GrowingMemory:
         return grown
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """See `Memory.copy`."""
+        """Copy the first `length` tokens of `source` to the beginning of `target`."""
         for layer in range(self._num_layers):
             held = self.entries(layer, source, length)
             like = (held[0].transpose(0, 1)[None], held[1].transpose(0, 1)[None])
@@ -91,58 +91,58 @@ class GrowingMemory:
                 new[:length] = old[:length]
 
     def drop(self, slots: Sequence[int]) -> None:
-        """See `Memory.drop`."""
+        """Free the memory of these slots."""
         for slot in slots:
             self._slots.pop(slot, None)
 
 
-class FixedMemory:
+class FixedKVCache:
     """One tensor per layer for the keys of all slots, one for the values.
 
     Attributes:
-        capacity: how many tokens a slot has room for.
+        capacity: number of tokens that a slot has room for.
         layers: keys and values of each layer, slots x tokens x heads x width.
     """
 
-    def __init__(self, like: Sequence[Entries], num_slots: int, capacity: int) -> None:
-        """Allocate; `like` has the shapes of each layer, from a slot of any other memory.
+    def __init__(self, like: Sequence[LayerKV], num_slots: int, capacity: int) -> None:
+        """Allocate all memory; `like` has the shapes of each layer, from a slot of any other cache.
 
         Raises torch's out-of-memory error.
         """
         self.capacity = capacity
-        self.layers: list[Entries] = [
+        self.layers: list[LayerKV] = [
             (
-                # Zeros, for a masked key must at least be finite.
+                # Zeros, because even a masked key must be finite.
                 keys.new_zeros((num_slots, capacity, *keys.shape[1:])),
                 values.new_zeros((num_slots, capacity, *values.shape[1:])),
             )
             for keys, values in like
         ]
 
-    def entries(self, layer: int, slot: int, length: int, like: Entries | None = None) -> Entries:  # noqa: ARG002
-        """See `Memory.entries`."""
+    def entries(self, layer: int, slot: int, length: int, like: LayerKV | None = None) -> LayerKV:  # noqa: ARG002
+        """Return views of a slot's keys and values in a layer."""
         keys, values = self.layers[layer]
         return keys[slot], values[slot]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """See `Memory.copy`."""
+        """Copy the first `length` tokens of `source` to the beginning of `target`."""
         for tensors in self.layers:
             for tensor in tensors:
                 tensor[target, :length] = tensor[source, :length]
 
     def drop(self, slots: Sequence[int]) -> None:
-        """Nothing can be freed."""
+        """Do nothing: the memory is allocated once."""
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class SequenceSpan:
     """Tokens of one sequence in a pass.
 
     Attributes:
         slot: where their keys and values go.
-        start: how many tokens precede them.
-        offset: where they begin in the pass's row of tokens.
-        length: how many there are.
+        start: number of tokens that precede them.
+        offset: index of the first of them in the pass's row of tokens.
+        length: number of tokens.
     """
 
     slot: int
@@ -151,17 +151,17 @@ class Span:
     length: int
 
 
-class Spans:
-    """The past of a pass with any number of sequences and tokens; nothing is padded.
+class PackedPast:
+    """The past of a pass with any number of sequences and tokens, without padding.
 
-    The projections see all tokens as one row. Attention goes from sequence to sequence.
+    The projections see all tokens as one row. Attention is computed for one sequence after the other.
     """
 
-    def __init__(self, memory: Memory, spans: Sequence[Span]) -> None:
-        self._memory = memory
+    def __init__(self, cache: KVCache, spans: Sequence[SequenceSpan]) -> None:
+        self._cache = cache
         self._spans = spans
-        self._layer: list[Entries] = []
-        self._masks: dict[tuple[Span, int | None], torch.Tensor] = {}
+        self._layer: list[LayerKV] = []
+        self._masks: dict[tuple[SequenceSpan, int | None], torch.Tensor] = {}
 
     def update(
         self,
@@ -171,11 +171,11 @@ class Spans:
         *args: Any,  # noqa: ARG002 - some architectures pass more; plain attention needs none of it
         **kwargs: Any,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `attention.Past.update`."""
+        """Store a layer's new keys and values; see `attention.Past.update`."""
         self._layer = []
         for span in self._spans:
             end = span.start + span.length
-            keys, values = self._memory.entries(layer_idx, span.slot, end, (key_states, value_states))
+            keys, values = self._cache.entries(layer_idx, span.slot, end, (key_states, value_states))
             rows = slice(span.offset, span.offset + span.length)
             keys[span.start : end] = key_states[0, :, rows].transpose(0, 1)
             values[span.start : end] = value_states[0, :, rows].transpose(0, 1)
@@ -183,7 +183,7 @@ class Spans:
         return key_states, value_states
 
     def attend(self, query: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:
-        """See `attention.Past.attend`."""
+        """Return the attention in the layer updated last; see `attention.Past.attend`."""
         outputs = [
             self._attend(span, query[:, :, span.offset : span.offset + span.length], entries, scale, window)
             for span, entries in zip(self._spans, self._layer, strict=True)
@@ -191,7 +191,12 @@ class Spans:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _attend(
-        self, span: Span, query: torch.Tensor, entries: Entries, scale: float | None, window: int | None
+        self,
+        span: SequenceSpan,
+        query: torch.Tensor,
+        entries: LayerKV,
+        scale: float | None,
+        window: int | None,
     ) -> torch.Tensor:
         end = span.start + span.length
         first = 0 if window is None else max(0, span.start + 1 - window)
@@ -206,44 +211,46 @@ class Spans:
             mask = self._masks[key]
         return packed(query, keys, values, mask, scale).transpose(1, 2)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - what a cache is asked
-        """Not used: positions are given."""
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - called by transformers
+        """Return 0; not used, because positions are given."""
         return 0
 
 
-Kernel = Callable[["Rows", torch.Tensor, Entries, float | None, int | None], torch.Tensor]
-"""Attention of a pass of fixed shape: the arguments and result of `attention.Past.attend`, and the entries of
-all slots."""
+Kernel = Callable[["FixedShapePast", torch.Tensor, LayerKV, float | None, int | None], torch.Tensor]
+"""Attention of a pass of fixed shape.
+
+The arguments and result of `attention.Past.attend`, and the keys and values of all slots.
+"""
 
 
-class Rows:
-    """The past of a pass of fixed shape, for capture: as many tokens of each sequence.
+class FixedShapePast:
+    """The past of a captured pass: a fixed number of rows with equally many tokens each.
 
-    Slots and starts are tensors, so a captured pass serves any slot and any length up to its own. Rows
-    that are too short are padded at their end: the padding writes behind the row's tokens, where
-    nothing is defined, and no token sees it.
+    Slots and starts are tensors, so a captured pass serves any slot and any length up to its own. Rows that
+    are too short are padded at their end: padding writes after the row's tokens, where nothing is defined,
+    and no token sees it.
 
     Attributes:
-        slots: rows.
-        positions: rows x width; where each token stands.
-        num_keys: how many entries of each slot are read at most.
+        slots: one per row.
+        positions: rows x width; the position of each token.
+        num_keys: maximum number of entries that are read of each slot.
     """
 
     def __init__(
         self,
-        memory: FixedMemory,
+        cache: FixedKVCache,
         slots: torch.Tensor,
         starts: torch.Tensor,
-        shape: Shape,
+        shape: GraphShape,
         kernel: Kernel,
     ) -> None:
         self.slots = slots
         self._ends = starts + shape.width
         self.positions = starts[:, None] + torch.arange(shape.width, device=starts.device)
         self.num_keys = shape.keys
-        self._memory = memory
+        self._cache = cache
         self._kernel = kernel
-        self._index = (slots[:, None] * memory.capacity + self.positions).flatten()
+        self._index = (slots[:, None] * cache.capacity + self.positions).flatten()
         self._layer = 0
         self._masks: dict[int | None, torch.Tensor] = {}
 
@@ -252,49 +259,50 @@ class Rows:
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         layer_idx: int,
-        *args: Any,  # noqa: ARG002 - see Spans.update
+        *args: Any,  # noqa: ARG002 - see PackedPast.update
         **kwargs: Any,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `attention.Past.update`."""
+        """Store a layer's new keys and values; see `attention.Past.update`."""
         self._layer = layer_idx
-        for held, new in zip(self._memory.layers[layer_idx], (key_states, value_states), strict=True):
+        for held, new in zip(self._cache.layers[layer_idx], (key_states, value_states), strict=True):
             held.flatten(0, 1).index_copy_(0, self._index, new[0].transpose(0, 1))
         return key_states, value_states
 
     def attend(self, query: torch.Tensor, scale: float | None, window: int | None) -> torch.Tensor:
-        """See `attention.Past.attend`."""
-        return self._kernel(self, query, self._memory.layers[self._layer], scale, window)
+        """Return the attention in the layer updated last; see `attention.Past.attend`."""
+        return self._kernel(self, query, self._cache.layers[self._layer], scale, window)
 
     def mask(self, groups: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """See `attention.packed_mask`; made once for all layers."""
+        """Return `attention.packed_mask`, computed once for all layers."""
         if window not in self._masks:
             self._masks[window] = packed_mask(self.positions, range(self.num_keys), groups, window, dtype)
         return self._masks[window]
 
     @cached_property
     def limits(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For a kernel that takes all slots as one row of keys, in int32.
+        """Offsets, in int32, for a kernel that takes all slots as one row of keys.
 
-        Where the queries of each row begin, and end; where its keys begin; how many there are.
+        The first query of each row and the end of the last one; the first key of each row; the number of keys
+        of each row.
         """
         num_rows, width = self.positions.shape
-        first_keys = self.slots * self._memory.capacity
+        first_keys = self.slots * self._cache.capacity
         return (
             torch.arange(0, (num_rows + 1) * width, width, dtype=torch.int32, device=self.slots.device),
-            # One more, as the kernel wants it. Only the beginnings count.
-            torch.cat([first_keys, first_keys[-1:] + self._memory.capacity]).int(),
+            # One more, as the kernel requires. Only the beginnings count.
+            torch.cat([first_keys, first_keys[-1:] + self._cache.capacity]).int(),
             self._ends.int(),
         )
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - what a cache is asked
-        """Not used: positions are given."""
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - called by transformers
+        """Return 0; not used, because positions are given."""
         return 0
 
 
-def packed_rows(
-    rows: Rows, query: torch.Tensor, entries: Entries, scale: float | None, window: int | None
+def packed_kernel(
+    rows: FixedShapePast, query: torch.Tensor, entries: LayerKV, scale: float | None, window: int | None
 ) -> torch.Tensor:
-    """`Kernel` in plain operations: reads `num_keys` entries, masked. For any device."""
+    """`Kernel` in plain operations, for any device: reads `num_keys` entries, masked."""
     num_rows, width = rows.positions.shape
     heads, depth = query.shape[1], query.shape[3]
     keys, values = (
@@ -305,14 +313,14 @@ def packed_rows(
     return output.transpose(1, 2).reshape(1, num_rows * width, heads, -1)
 
 
-def flash_rows(
-    rows: Rows, query: torch.Tensor, entries: Entries, scale: float | None, window: int | None
+def flash_kernel(
+    rows: FixedShapePast, query: torch.Tensor, entries: LayerKV, scale: float | None, window: int | None
 ) -> torch.Tensor:
-    """`Kernel` with torch's flash attention: reads what there is, where it lies. CUDA only."""
+    """`Kernel` with torch's flash attention, on CUDA only: reads the entries in place."""
     from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - only where it can run
 
     width = rows.positions.shape[1]
-    # A single query sees all keys. To say so lets the kernel pack heads and split keys over the device.
+    # A single query sees all keys. Saying so lets the kernel pack heads and split keys over the device.
     left, right = (-1, -1) if width == 1 else (-1, 0)
     if window is not None:
         left, right = window - 1, 0
@@ -331,5 +339,5 @@ def flash_rows(
         seqused_k=num_keys,
     )
     if not isinstance(output, torch.Tensor):
-        raise TypeError("varlen_attn gave more than the output")
+        raise TypeError("varlen_attn returned more than the output")
     return output[None]

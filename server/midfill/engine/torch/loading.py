@@ -1,16 +1,16 @@
-"""From a model's folder to a runner of torch's: the device, the dtype plan, and the order of loading.
+"""Load a model to be run by torch: choose device and dtype, load in the order that is fastest.
 
-After torch, importing transformers takes 2.5 s on one thread. The model's largest weight takes as long, so
-it is made meanwhile, and the vocabulary waits until transformers is there, since both need Python: 8.8 s
-instead of 10.4 on two cores. So this module imports torch only. Runs on the engine thread.
+Importing transformers takes 2.5 s on one thread after torch is imported. The model's largest weight takes as
+long, so it is built during the import; the vocabulary waits until transformers is imported, because both need
+the interpreter lock: 8.8 s instead of 10.4 s on two cores. So this module imports nothing heavier than torch
+at its top. Runs on the engine thread.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -19,19 +19,22 @@ import torch
 
 from midfill.engine.kv_slots import NUM_SLOTS
 from midfill.engine.torch import quantize
+from midfill.engine.torch.errors import memory_errors
 from midfill.engine.torch.quantize import Int8Weight
-from midfill.engine.torch.threads import FreeCores, num_cores
+from midfill.engine.torch.threads import ThreadCount, num_cores
 from midfill.errors import EngineError
 from midfill.models.safetensors_io import find_tensors, read_blocks, shape_of, shapes_of
 
 if TYPE_CHECKING:
-    from midfill.engine.torch.runner import Runner
+    from midfill.engine.torch.runner import TorchRunner
 
 T = TypeVar("T")
 
 _AHEAD_ELEMENTS = 1 << 22
-"""Block size of the weight that is made during the import: with smaller blocks it waits for the interpreter
-lock, which the import holds, most of the time."""
+"""Block size, in elements, of the weight that is built during the import.
+
+With smaller blocks it would spend most of its time waiting for the interpreter lock, which the import holds.
+"""
 
 _DTYPES = ("int8", "float32", "bfloat16")
 
@@ -44,54 +47,61 @@ def load_runner(  # noqa: PLR0913 - the fields of EngineSpec, by name
     num_threads: int,
     report: Callable[[float], None],
     meanwhile: Callable[[], T],
-) -> tuple[Runner, T]:
-    """Load the model of a folder. The arguments are those of `EngineSpec`; `report` gets the share done.
+) -> tuple[TorchRunner, T]:
+    """Load the model of a folder.
 
-    `meanwhile` is called in a thread of its own while weights are read and packed, which leaves Python free.
+    Args:
+        path: the model's folder.
+        device: see `EngineSpec`.
+        dtype: see `EngineSpec`.
+        num_threads: see `EngineSpec`.
+        report: called with the share done, 0..1.
+        meanwhile: called in another thread while weights are read and packed, which leaves the interpreter
+            free.
 
     Returns:
         The model, and the result of `meanwhile`.
 
     Raises:
         ModelError: the model cannot be used.
-        EngineError: the device or dtype cannot be had.
+        EngineError: the device or dtype is not available.
         MemoryError: there is not enough memory.
     """
-    place = _device(device)
-    plan = _plan(dtype, place)
-    # A number that the user has set is kept to.
-    cores = FreeCores(num_cores()) if num_threads == 0 and place.type == "cpu" else None
+    target = _device(device)
+    plan = _plan(dtype, target)
+    # The user's number of threads is never changed.
+    thread_count = ThreadCount(num_cores()) if num_threads == 0 and target.type == "cpu" else None
     num_threads = num_threads or num_cores()
-    # Several threads do a tensor each. Helpers of each would spin while the others work: 21 s, not 9.
+    # Each thread loads one tensor. Helper threads of each would spin while the others work: 21 s, not 9.
     torch.set_num_threads(1)
     with memory_errors(), ThreadPoolExecutor(2, thread_name_prefix="midfill-ahead") as pool:
         files = find_tensors(path)
         ahead = {}
         if plan == "int8" and (name := _largest(files)) is not None:
             ahead[name] = pool.submit(_int8_weight, files[name], name)
-        # These import transformers, which takes as long as the largest weight and leaves a core free.
-        from midfill.engine.torch.runner import Runner  # noqa: PLC0415
+        # Imports transformers, which takes as long as the largest weight and leaves one core free.
+        from midfill.engine.torch.runner import TorchRunner  # noqa: PLC0415
         from midfill.engine.torch.weights import build_model  # noqa: PLC0415
 
         result = pool.submit(meanwhile)
-        model = build_model(path, files, plan, place, num_threads=num_threads, ahead=ahead, report=report)
+        model = build_model(path, files, plan, target, num_threads=num_threads, ahead=ahead, report=report)
     torch.set_num_threads(num_threads)
-    if place.type == "cuda":
-        from midfill.engine.torch.fuse import fuse  # noqa: PLC0415 - of no use elsewhere
+    if target.type == "cuda":
+        from midfill.engine.torch.fuse import fuse  # noqa: PLC0415 - used on CUDA only
 
         fuse(model)
-    runner = Runner(model, plan, place, cores)
-    if place.type == "cuda":
-        from midfill.engine.torch import cuda  # noqa: PLC0415 - of no use elsewhere
+    runner = TorchRunner(model, plan, target, thread_count)
+    if target.type == "cuda":
+        from midfill.engine.torch import cuda  # noqa: PLC0415 - used on CUDA only
 
-        runner.use_replays(
-            cuda.CudaDevice(place), partial(cuda.kernel, place), NUM_SLOTS, cuda.free_bytes(place)
+        runner.use_graphs(
+            cuda.CudaDevice(target), partial(cuda.kernel, target), NUM_SLOTS, cuda.free_bytes(target)
         )
     return runner, result.result()
 
 
 def _largest(files: dict[str, Path]) -> str | None:
-    """The tensor that takes longest: the head's. Its own, if it shares none with the embedding."""
+    """Return the name of the largest matrix; of equal ones the head's, if it is not tied to the embedding."""
     shapes = shapes_of(files)
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     return max(matrices, key=lambda name: (math.prod(shapes[name]), "head" in name), default=None)
@@ -116,7 +126,7 @@ def _device(name: str) -> torch.device:
         index = device.index or 0
         if index >= torch.cuda.device_count():
             raise EngineError(
-                f'Device "{name}" is not there; torch sees {torch.cuda.device_count()} CUDA devices.'
+                f'Device "{name}" was not found; torch sees {torch.cuda.device_count()} CUDA devices.'
             )
         return torch.device("cuda", index)
     if device.type != "cpu":
@@ -134,14 +144,3 @@ def _plan(dtype: str, device: torch.device) -> str:
     if dtype == "int8" and (device.type != "cpu" or not quantize.supported()):
         raise EngineError("int8 needs an x86 CPU; use dtype float32 or auto.")
     return dtype
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns what torch raises for want of memory, on whatever device, into `MemoryError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MemoryError(str(error)) from error
-        raise

@@ -1,10 +1,9 @@
 """Layers with 8-bit weights and, for linear ones, 8-bit activations, for the CPU.
 
-Weights are symmetric int8 per output channel, packed for fbgemm; activations are quantised on the fly.
-fbgemm knows only one activation scale per call, and one outlier row (the first token of a prompt)
-then spoils all others: 80 % top-1 agreement with fp32. So each row is first scaled to the same maximum
-and its result scaled back, which gives 93 %. Measured alternatives:
-server/docs/experiments/006-int8-kernels.md.
+Weights are symmetric int8 per output channel, packed for fbgemm; activations are quantized on the fly. fbgemm
+knows only one activation scale per call, and one outlier row (the first token of a prompt) then spoils all
+others: 80 % top-1 agreement with fp32. So each row is first scaled to the same maximum and its result scaled
+back, which gives 93 %. The experiments list the alternatives that were measured.
 
 Knows weights, not models. Runs on the engine thread only.
 """
@@ -20,16 +19,16 @@ import torch
 from torch import nn
 
 _SMALLEST = 1e-12
-"""Stands in for the maximum of an all-zero row, which must not be divided by."""
+"""Replaces the maximum of an all-zero row, to avoid a division by zero."""
 
 
 def supported() -> bool:
-    """Whether this CPU and this build of torch have the fbgemm kernels."""
+    """Return whether this CPU and this build of torch have the fbgemm kernels."""
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def _needs_reduced_range() -> bool:
-    """Whether 8-bit products can overflow.
+    """Return whether 8-bit products can overflow.
 
     Without AVX-512 VNNI fbgemm adds pairs of u8 * s8 products in 16 bits, which saturate; with activations of
     7 bits they cannot.
@@ -47,16 +46,16 @@ class Int8Weight:
     """
 
     def __init__(self, shape: torch.Size, blocks: Iterable[torch.Tensor]) -> None:
-        """Quantise a weight that comes in blocks of consecutive rows, of any float type.
+        """Quantize a weight that comes in blocks of consecutive rows, of any float type.
 
         Raises:
-            ValueError: it is not finite.
+            ValueError: a value is not finite.
         """
         self.values, self.scales = _round(shape, blocks)
 
     @cached_property
     def packed(self) -> Any:
-        """The kernel's own form. It takes three times as long as the rounding, on one thread."""
+        """The kernel's own form. Packing takes three times as long as the rounding, on one thread."""
         zeros = torch.zeros(len(self.scales), dtype=torch.int64)
         with warnings.catch_warnings():
             # torch says that quantised tensors will be removed and names torchao instead. Ours lives for
@@ -82,7 +81,7 @@ class Int8Linear(nn.Linear):
         self._reduce_range = _needs_reduced_range()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name nn.Linear gave it
-        """The product in fp32."""
+        """Return the product in fp32."""
         if input.numel() == self.in_features:
             # One row: the scale per call is the scale per row.
             output = torch.ops.quantized.linear_dynamic(input, self._packed, self._reduce_range)
@@ -95,9 +94,9 @@ class Int8Linear(nn.Linear):
 
 
 class Int8Embedding(nn.Embedding):
-    """An embedding with 8-bit rows; those that are looked up are widened to fp32.
+    """An embedding with 8-bit rows; the rows that are looked up are converted to fp32.
 
-    Its rounding is far below that of the activations behind it. In 16 bits it would be a quarter of a
+    Its rounding error is far below that of the activations after it. In 16 bits it would take a quarter of a
     small model's memory.
     """
 
@@ -108,14 +107,14 @@ class Int8Embedding(nn.Embedding):
         self._scales = weight.scales.float()[:, None]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name nn.Embedding gave it
-        """The rows in fp32."""
+        """Return the rows in fp32."""
         return self.weight[input] * self._scales[input]
 
 
 def _round(shape: torch.Size, blocks: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Int8 rows and one scale for each (fp64), so that row ~ values * scale.
+    """Return int8 rows and one scale for each (fp64), so that row ~ values * scale.
 
-    No fp32 copy of all of it exists at any time.
+    No complete fp32 copy exists at any time.
     """
     values = torch.empty(shape, dtype=torch.int8)
     scales = torch.empty(shape[0], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The model itself: keys and values in slots, the forward pass, the choice of a token.
+"""Run a transformers model with torch: keys and values in slots, the forward pass, the choice of a token.
 
 Models are transformers' own modules with our attention, so that every architecture with plain attention
 works. The chunks of a step are computed in one pass: the projections see all their tokens as one row. Knows
@@ -11,7 +11,7 @@ import inspect
 import time
 from array import array
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,40 +19,47 @@ import torch
 
 from midfill.adapters.format import Adapter
 from midfill.engine.kv_slots import NUM_SLOTS
-from midfill.engine.scheduler import Choice, Chunk, Sequence
-from midfill.engine.torch import attention
-from midfill.engine.torch import graph_shapes as graphs
-from midfill.engine.torch.kv_cache import Entries, FixedMemory, GrowingMemory, Kernel, Memory, Span, Spans
-from midfill.engine.torch.loading import memory_errors
-from midfill.engine.torch.lora import Branches
-from midfill.engine.torch.threads import FreeCores
-
-if TYPE_CHECKING:
-    from midfill.engine.torch.cuda_graphs import Device, Replays
-
+from midfill.engine.scheduler import Choice, Chunk, SequenceState
+from midfill.engine.torch import attention, graph_shapes
+from midfill.engine.torch.cuda_graphs import MARGIN, GraphDevice, GraphRunner
+from midfill.engine.torch.errors import memory_errors
+from midfill.engine.torch.kv_cache import (
+    FixedKVCache,
+    GrowingKVCache,
+    Kernel,
+    KVCache,
+    LayerKV,
+    PackedPast,
+    SequenceSpan,
+)
+from midfill.engine.torch.lora import LoraLayers
+from midfill.engine.torch.sampling import choose
+from midfill.engine.torch.threads import ThreadCount
 
 _CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
 """Tokens per forward pass, by kind of device."""
 
 
-class Runner:
+class TorchRunner:
     """One model on one device.
 
     Attributes:
         architecture: transformers' `model_type`.
-        context: the most tokens of one sequence.
-        vocab_size: the number of logits.
+        context: maximum number of tokens of one sequence.
+        vocab_size: number of logits.
         device: for the user, for example "cpu".
         dtype: "int8", "float32" or "bfloat16".
-        chunk_tokens, step_sequences, max_guesses: see `loading.Runner`.
+        chunk_tokens, step_sequences, max_draft_tokens: see `engine.runner.Runner`.
     """
 
     step_sequences = NUM_SLOTS
 
-    def __init__(self, model: Any, dtype: str, device: torch.device, cores: FreeCores | None = None) -> None:
-        """Take over a loaded model; `cores` chooses the threads of each pass, if they are to change.
+    def __init__(
+        self, model: Any, dtype: str, device: torch.device, thread_count: ThreadCount | None = None
+    ) -> None:
+        """Take over a loaded model; `thread_count`, if given, sets the number of threads of each pass.
 
-        Raises `ModelError` if the model's attention is not one that can be replaced.
+        Raises `ModelError` if the model's attention cannot be replaced.
         """
         attention.use(model)
         config = model.config.get_text_config()
@@ -67,14 +74,14 @@ class Runner:
         self.vocab_size: int = config.vocab_size
         self.device = str(device)
         self.dtype = dtype
-        self._cores = cores
+        self._thread_count = thread_count
         self.chunk_tokens = _CHUNK_TOKENS[device.type]
-        self.max_guesses = graphs.MOST_GUESSES
+        self.max_draft_tokens = graph_shapes.MAX_DRAFT_TOKENS
         self._num_layers: int = config.num_hidden_layers
         self._num_heads: int = config.num_attention_heads
-        self._memory: Memory = GrowingMemory(self._num_layers, self.context)
-        self._branches = Branches(model, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-        self._replays: Replays | None = None
+        self._cache: KVCache = GrowingKVCache(self._num_layers, self.context)
+        self._lora = LoraLayers(model, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        self._graphs: GraphRunner | None = None
         self._positions = torch.arange(self.context, device=device)
 
     def forward(
@@ -83,37 +90,37 @@ class Runner:
         allowed: list[array[int] | None],
         interrupted: Callable[[], bool] | None = None,
     ) -> list[list[Choice]]:
-        """Compute the chunks of one step; see `loading.Runner.forward`. A pass is run to its end."""
+        """Compute the chunks of one step; see `Runner.forward`. A pass is never aborted."""
         del interrupted
         self._choose_threads()
         try:
             with memory_errors(), torch.inference_mode():
                 self._copy(chunks)
-                if self._replays is None:
+                if self._graphs is None:
                     return self._compute(chunks, allowed)
-                return self._replay(self._replays, chunks, allowed)
+                return self._compute_with_graphs(self._graphs, chunks, allowed)
         except MemoryError:
-            if self._replays is not None:
-                self._replays.drop()
+            if self._graphs is not None:
+                self._graphs.drop()
             raise
 
     def _copy(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             if chunk.copy_from is not None:
-                if self._replays is not None:
-                    self._replays.forget()
-                self._memory.copy(chunk.copy_from, chunk.slot, chunk.start)
+                if self._graphs is not None:
+                    self._graphs.discard_run_ahead()
+                self._cache.copy(chunk.copy_from, chunk.slot, chunk.start)
 
-    def _replay(
-        self, replays: Replays, chunks: list[Chunk], allowed: list[array[int] | None]
+    def _compute_with_graphs(
+        self, graphs: GraphRunner, chunks: list[Chunk], allowed: list[array[int] | None]
     ) -> list[list[Choice]]:
-        """Compute the chunks in captured passes where there are such."""
+        """Compute the chunks in captured passes where there are any, else in plain ones."""
         choices: list[list[Choice]] = [[]] * len(chunks)
-        groups = graphs.groups([len(chunk.tokens) for chunk in chunks])
+        groups = graph_shapes.groups([len(chunk.tokens) for chunk in chunks])
         for group in groups:
             some = [chunks[i] for i in group]
             constraints = [allowed[i] for i in group]
-            found = replays.compute(some, constraints, alone=len(groups) == 1)
+            found = graphs.compute(some, constraints, alone=len(groups) == 1)
             if found is None:
                 found = self._compute(some, constraints)
             for i, chosen in zip(group, found, strict=True):
@@ -121,76 +128,76 @@ class Runner:
         return choices
 
     def prepare(self, adapters: Mapping[str, Adapter]) -> Callable[[], None]:
-        """See `loading.Runner.prepare`."""
+        """Prepare to have exactly these adapters in the model; see `Runner.prepare`."""
         with memory_errors():
-            put_in = self._branches.prepare(adapters)
+            put_in = self._lora.prepare(adapters)
 
         def install() -> None:
-            if put_in() and self._replays is not None:
-                self._replays.restart()
+            if put_in() and self._graphs is not None:
+                self._graphs.restart()
 
         return install
 
     def probe(self, tokens: list[int], key: str | None) -> npt.NDArray[np.float32]:
-        """The logits that follow these tokens; see `loading.Runner.probe`."""
-        memory = GrowingMemory(self._num_layers, self.context)
+        """Return the logits after these tokens; see `Runner.probe`."""
+        cache = GrowingKVCache(self._num_layers, self.context)
         with memory_errors(), torch.inference_mode():
-            logits = self._logits([Chunk(Sequence(key, tokens), 0, 0, tokens, samples=True)], memory)
+            logits = self._logits([Chunk(SequenceState(key, tokens), 0, 0, tokens, samples=True)], cache)
         if logits is None:
             raise AssertionError("logits were wanted")
         found: npt.NDArray[np.float32] = logits[0].cpu().numpy()
         return found
 
-    def use_replays(
-        self, device: Device, kernel: Callable[[Entries, int], Kernel], num_slots: int, free_bytes: int
+    def use_graphs(
+        self, device: GraphDevice, kernel: Callable[[LayerKV, int], Kernel], num_slots: int, free_bytes: int
     ) -> None:
-        """Allocate the memory of all slots, and compute in captured passes from now on.
+        """Allocate the memory of all slots, and run captured graphs from now on.
 
         Args:
-            device: what captures and replays.
-            kernel: chooses the attention of captured passes by a layer's entries and the query heads.
-            num_slots: how many slots there will be.
-            free_bytes: of the device; see `graphs.capacity`. If it is short, `context` becomes less.
+            device: captures and replays.
+            kernel: chooses the attention of captured passes, by a layer's keys and values and the query
+                heads.
+            num_slots: number of slots.
+            free_bytes: free memory of the device; see `graph_shapes.capacity`. If it is short, `context`
+                becomes less.
 
         Raises:
             MemoryError: there is not enough memory.
         """
-        from midfill.engine.torch.cuda_graphs import MARGIN, Replays  # noqa: PLC0415 - it imports this module
-
-        prompt = Sequence(key=None, tokens=[0])
+        prompt = SequenceState(key=None, tokens=[0])
         with memory_errors(), torch.inference_mode():
             self._compute([Chunk(prompt, 0, 0, prompt.tokens, samples=False)], [None])
-            like = [self._memory.entries(layer, 0, 1) for layer in range(self._num_layers)]
+            like = [self._cache.entries(layer, 0, 1) for layer in range(self._num_layers)]
             token_bytes = sum(tensor[0].nbytes for entries in like for tensor in entries)
-            self.context = graphs.capacity(self.context, token_bytes, num_slots, free_bytes)
-            memory = FixedMemory(like, num_slots, self.context + MARGIN)
-            self._memory = memory
-            self._replays = Replays(
+            self.context = graph_shapes.capacity(self.context, token_bytes, num_slots, free_bytes)
+            cache = FixedKVCache(like, num_slots, self.context + MARGIN)
+            self._cache = cache
+            self._graphs = GraphRunner(
                 self.run,
-                memory,
+                cache,
                 context=self.context,
                 vocab_size=self.vocab_size,
                 kernel=kernel(like[0], self._num_heads),
-                branches=self._branches,
+                lora=self._lora,
                 device=device,
-                place=self._device,
+                tensor_device=self._device,
             )
 
     def capture(self, report: Callable[[float], None], limit_s: float) -> None:
-        """Capture passes, the likeliest first, for about this long, on a device that has such.
+        """Capture graphs for about `limit_s` seconds, the likeliest first, on a device that has them.
 
-        Nothing may be in slot 0 yet.
+        Slot 0 must be empty.
         """
-        if self._replays is None:
+        if self._graphs is None:
             return
         began = time.monotonic()
         while self.idle() and (spent_s := time.monotonic() - began) < limit_s:
             report(spent_s / limit_s)
-        self._replays.pace(self._time_step())
+        self._graphs.set_step_duration(self._time_step())
 
     def _time_step(self) -> float:
-        """How long a decode step takes, in seconds: the shortest of a few that follow one another."""
-        prompt = Sequence(key=None, tokens=[0])
+        """Return the duration of a decode step in seconds: the shortest of six in a row."""
+        prompt = SequenceState(key=None, tokens=[0])
         shortest = float("inf")
         for _ in range(6):
             began = time.monotonic()
@@ -201,60 +208,60 @@ class Runner:
         return shortest
 
     def idle(self) -> bool:
-        """Nothing else is to be done: capture one pass more. Whether there was one."""
-        if self._replays is None or not self._replays.num_waiting:
+        """Capture one more graph. Return whether there was one to capture."""
+        if self._graphs is None or not self._graphs.num_waiting:
             return False
         with torch.inference_mode():
-            return self._replays.capture_next()
+            return self._graphs.capture_next()
 
     def warm_up(self, num_tokens: int) -> None:
-        """Run a chunk of this size and a single token: the first passes are slow, whoever waits for them."""
-        prompt = Sequence(key=None, tokens=[0] * num_tokens)
+        """Run a chunk of this size and a single token: the first passes are slow."""
+        prompt = SequenceState(key=None, tokens=[0] * num_tokens)
         self.forward([Chunk(prompt, 0, 0, prompt.tokens, samples=True)], [None])
         self.forward([Chunk(prompt, 0, num_tokens, [0], samples=True)], [None])
         self.drop([0])
 
     def _choose_threads(self) -> None:
-        if self._cores is None:
+        if self._thread_count is None:
             return
-        before = self._cores.count
-        count = self._cores.update(time.monotonic())
+        before = self._thread_count.count
+        count = self._thread_count.update(time.monotonic())
         if count != before:
             torch.set_num_threads(count)
 
     def drop(self, slots: list[int]) -> None:
         """Free the memory of these slots."""
-        self._memory.drop(slots)
+        self._cache.drop(slots)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _compute(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
-        logits = self._logits(chunks, self._memory)
+        logits = self._logits(chunks, self._cache)
         choices: list[list[Choice]] = []
         row = 0
         for chunk, constraint in zip(chunks, allowed, strict=True):
-            wanted = chunk.num_guesses + 1 if chunk.samples else 0
+            wanted = chunk.num_draft_tokens + 1 if chunk.samples else 0
             rows = None if logits is None else logits[row : row + wanted]
             choices.append(chunk.verify(_chooser(rows, constraint)) if wanted else [])
             row += wanted
         return choices
 
-    def _logits(self, chunks: list[Chunk], memory: Memory) -> torch.Tensor | None:
-        """One pass over the chunks; the logits of all tokens where they are wanted."""
-        self._branches.choose([(chunk.sequence.key, len(chunk.tokens)) for chunk in chunks])
+    def _logits(self, chunks: list[Chunk], cache: KVCache) -> torch.Tensor | None:
+        """Run one pass over the chunks. Return the requested logits of all of them, or None."""
+        self._lora.choose([(chunk.sequence.key, len(chunk.tokens)) for chunk in chunks])
         spans = []
         ids: list[int] = []
-        last: list[int] = []  # where in the row the logits are wanted
+        last: list[int] = []  # indexes of the tokens whose logits are wanted
         for chunk in chunks:
-            spans.append(Span(chunk.slot, chunk.start, len(ids), len(chunk.tokens)))
+            spans.append(SequenceSpan(chunk.slot, chunk.start, len(ids), len(chunk.tokens)))
             ids += chunk.tokens
             if chunk.samples:
-                last += range(len(ids) - 1 - chunk.num_guesses, len(ids))
+                last += range(len(ids) - 1 - chunk.num_draft_tokens, len(ids))
         positions = [self._positions[span.start : span.start + span.length] for span in spans]
         logits: torch.Tensor | None = self.run(
             torch.tensor([ids], device=self._device),
             torch.cat(positions)[None],
-            Spans(memory, spans),
+            PackedPast(cache, spans),
             torch.tensor(last, device=self._device) if last else None,
         )
         return logits
@@ -266,18 +273,18 @@ class Runner:
         past: attention.Past,
         wanted: torch.Tensor | int | None,
     ) -> Any:
-        """One forward pass over a row of tokens.
+        """Run one forward pass over a row of tokens.
 
         Args:
             ids: 1 x tokens.
-            positions: where each stands in its sequence.
-            past: whose keys and values they see.
-            wanted: indexes of the tokens whose logits are wanted, 0 for all, None for none.
+            positions: position of each token in its sequence.
+            past: the keys and values that the tokens see.
+            wanted: indexes of the tokens whose logits are returned; 0 for all, None for none.
 
         Returns:
             Logits (wanted x vocabulary) in fp32, or None.
         """
-        # Without a choice to make, the head (a third of a small model) is left out.
+        # Skip the head (a third of a small model) if no token is chosen.
         module = self._trunk if wanted is None else self._model
         kwargs: dict[str, Any] = {} if wanted is None else {"logits_to_keep": wanted}
         kwargs[self._cache_argument] = past
@@ -288,14 +295,3 @@ class Runner:
 
 def _chooser(rows: Any, allowed: array[int] | None) -> Callable[[int], Choice]:
     return lambda number: choose(rows[number], allowed)
-
-
-def choose(logits: torch.Tensor, allowed: array[int] | None) -> Choice:
-    """The greedy choice among the allowed ids; the log-probability is that among all."""
-    if allowed is None:
-        token = logits.argmax()
-    else:
-        ids = torch.frombuffer(allowed, dtype=torch.int64).to(logits.device)
-        token = ids[logits[ids].argmax()]
-    logprob = logits[token] - logits.logsumexp(dim=0)
-    return Choice(int(token), float(logprob))

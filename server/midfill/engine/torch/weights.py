@@ -1,25 +1,27 @@
-"""Weights from safetensors files into a transformers model, tensor by tensor.
+"""Load weights from safetensors files into a transformers model, tensor by tensor.
 
-The model is built without memory, then each tensor is read, checked and put in its place in the form
-that the dtype plan asks for, so that the peak is the finished model plus a few blocks
-(`models/safetensors_io`). No code that a model's folder may hold is run.
+The model is built without memory for its parameters. Then each tensor is read, checked and stored in the form
+that the dtype plan asks for, so that the peak is the finished model plus a few blocks (see `safetensors_io`).
+Code in a model's folder is never run.
 
-Knows modules; nothing of caches or requests. Runs on the engine thread and, while a model loads,
-on a few threads of its own.
+Knows modules; nothing of caches or requests. Runs on the engine thread and, while a model loads, on a few
+more threads.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from midfill.engine.torch.quantize import Int8Embedding, Int8Linear, Int8Weight
@@ -28,12 +30,12 @@ from midfill.models.safetensors_io import read_blocks
 from midfill.models.store import read_config
 
 _HARMLESS = re.compile(r"(\.attn\.(masked_)?bias|\.masked_bias|\.rotary_emb\.inv_freq)$")
-"""Buffers that old checkpoints carry and the modules compute themselves."""
+"""Buffers that old checkpoints contain and that the modules compute themselves."""
 
 # More than any model has: each layer is made before its weights are looked for.
 _LARGEST = {"num_hidden_layers": 1000, "hidden_size": 1 << 20, "vocab_size": 1 << 20}
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-"""Layers whose past can be cut at any token, which reuse needs. Recurrent states cannot."""
+"""Layers whose past can be cut at any token, which reuse needs. Recurrent states cannot be cut."""
 
 
 def build_model(  # noqa: PLR0913 - what to load, how, and what is there already
@@ -47,28 +49,28 @@ def build_model(  # noqa: PLR0913 - what to load, how, and what is there already
     report: Callable[[float], None],
     int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module] = Int8Linear,
 ) -> Any:
-    """The model of the folder `path`, ready for inference.
+    """Build the model of the folder `path`, ready for inference.
 
     Args:
         path: folder with `config.json`.
         files: the file of each tensor; see `safetensors_io.find_tensors`.
         dtype: "int8", "float32" or "bfloat16".
         device: where the weights go.
-        num_threads: how many layers are read and packed at a time.
-        ahead: int8 weights that are being made already, by the names of their tensors.
-        report: called with the share done, 0..1; an exception of it ends the loading.
+        num_threads: number of layers that are read and packed at a time.
+        ahead: int8 weights that are being built already, by the names of their tensors.
+        report: called with the share done, 0..1; an exception raised by it ends the loading.
         int8_linear: makes a linear layer of its weight and bias, for "int8".
 
     Returns:
         A transformers `PreTrainedModel` in eval mode, without gradients.
 
     Raises:
-        ModelError: the folder does not hold a model that can be run, with the file or tensor at fault.
+        ModelError: the folder does not hold a model that can be run; names the file or tensor at fault.
     """
     model = _empty_model(path, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     loader = _Loader(model, files, dtype, device, ahead=ahead, report=report, int8_linear=int8_linear)
     loader.run(num_threads)
-    model.to(device)  # The buffers: parameters are there already.
+    model.to(device)  # moves the buffers; the parameters are there already
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model
@@ -85,7 +87,9 @@ def _empty_model(path: Path, dtype: torch.dtype) -> Any:
     for size, most in _LARGEST.items():
         value = getattr(config, size, 1)
         if type(value) is not int or not 0 < value <= most:
-            raise ModelError(f"{path / 'config.json'} says {size} is {str(value)[:40]}; the most is {most}.")
+            raise ModelError(
+                f"{path / 'config.json'} says {size} is {str(value)[:40]}; the maximum is {most}."
+            )
     foreign = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if foreign:
         raise ModelError(
@@ -93,8 +97,7 @@ def _empty_model(path: Path, dtype: torch.dtype) -> Any:
             "use a model with plain attention."
         )
     try:
-        # Buffers are real: rotary frequencies are computed here and are in no file.
-        with init_empty_weights(include_buffers=False):
+        with _parameters_on_meta():
             return AutoModelForCausalLM.from_config(
                 config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False
             )
@@ -102,8 +105,29 @@ def _empty_model(path: Path, dtype: torch.dtype) -> Any:
         raise ModelError(f"{path} cannot be run as a causal language model: {error}") from error
 
 
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Give the modules made in this thread parameters without memory, on torch's meta device.
+
+    Buffers stay real: rotary frequencies are computed by the modules and are in no file. So
+    `torch.device("meta")`, which affects every tensor, cannot be used.
+    """
+    this_thread = threading.get_ident()
+
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter) -> Any:
+        if parameter.is_meta or threading.get_ident() != this_thread:
+            return None  # leaves it as it is
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class _Loader:
-    """Puts the tensors of the files into the modules of one model."""
+    """Loads the tensors of the files into the modules of one model."""
 
     def __init__(  # noqa: PLR0913 - the arguments of `build_model`
         self,
@@ -124,14 +148,14 @@ class _Loader:
         self._report = report
         self._int8_linear = int8_linear
         self._embedding = model.get_input_embeddings()
-        # Names that have no tensor of their own, to the names they share one with.
+        # Names without a tensor in the files, to the name whose tensor they share.
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
 
     def run(self, num_threads: int) -> None:
-        """Check the names, then load the largest modules first: their scratch memory is then still free.
+        """Check the names, then load the largest modules first, while memory for scratch space is still free.
 
-        Packing int8 weights is single-threaded, so that several layers are loaded at a time.
+        Packing int8 weights is single-threaded, so several layers are loaded at a time.
         """
         self._check_names()
         own = [item for item in self._modules.items() if _parameters(item[1]) or _stored(item[1])]
@@ -155,7 +179,7 @@ class _Loader:
         with torch.inference_mode(mode=False), torch.no_grad():
             if self._dtype == "int8" and type(module) is nn.Linear:
                 self._load_int8(name, module)
-            # Some models scale inside a class of their own: theirs stays as it is, in fp32.
+            # Some models scale inside a subclass of Embedding; those stay in fp32.
             elif self._dtype == "int8" and type(module) is nn.Embedding and module is self._embedding:
                 self._load_embedding(name, module)
             else:
@@ -170,7 +194,7 @@ class _Loader:
         missing = sorted(expected - self._files.keys())
         if missing:
             raise ModelError(
-                f"The weights lack {len(missing)} tensors that the configuration asks for, "
+                f"The weights do not contain {len(missing)} tensors that config.json requires, "
                 f"for example {missing[0]}. Pull the model again."
             )
         unknown = sorted(
@@ -180,21 +204,21 @@ class _Loader:
         )
         if unknown:
             raise ModelError(
-                f"The weights have {len(unknown)} tensors that the configuration does not know, "
-                f"for example {unknown[0]}. Weights and config.json do not belong together."
+                f"The weights contain {len(unknown)} tensors that config.json does not describe, "
+                f"for example {unknown[0]}. Use weights and a config.json of the same model."
             )
 
     def _blocks(self, name: str, shape: torch.Size) -> Iterator[torch.Tensor]:
-        """See `safetensors_io.read_blocks`. Whether the values are finite is not checked."""
+        """Yield blocks of a tensor; see `safetensors_io.read_blocks`. Values may be infinite or NaN."""
         name = self._tied.get(name, name)
         return read_blocks(self._files[name], name, shape)
 
     def _read(self, name: str, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A tensor of the file in memory of its own, with the shape and, unless given, the type of `like`."""
+        """Read a tensor into new memory, with the shape and (unless `dtype` is given) the type of `like`."""
         result = torch.empty(like.shape, dtype=dtype or like.dtype, device=self._device)
         start = 0
         for block in self._blocks(name, like.shape):
-            # Extremes carry NaN and infinity, and need no memory of the block's size.
+            # The extremes reveal NaN and infinity without memory of the block's size.
             if block.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(block)):
                 raise self._not_finite(name)
             if like.ndim == 0:
@@ -222,7 +246,7 @@ class _Loader:
         try:
             if ahead is not None and ahead.result().values.shape == shape:
                 return ahead.result()
-            # A wrong shape is found out by reading it.
+            # Reading it detects a wrong shape.
             return Int8Weight(shape, self._blocks(full, shape))
         except ValueError as error:
             raise self._not_finite(full) from error
@@ -249,12 +273,12 @@ def _join(module: str, key: str) -> str:
 
 
 def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The module's own parameters, without those of its children; tied ones included."""
+    """Return the module's own parameters, without those of its children; tied ones included."""
     return {key: value for key, value in module._parameters.items() if value is not None}  # noqa: SLF001 - no public list keeps tied ones
 
 
 def _stored(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The module's own buffers that are in a file."""
+    """Return the module's own buffers that are stored in files."""
     skipped = module._non_persistent_buffers_set  # noqa: SLF001 - there is no public way to tell them apart
     return {key: value for key, value in module.named_buffers(recurse=False) if key not in skipped}
 

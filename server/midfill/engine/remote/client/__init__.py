@@ -1,1 +1,1 @@
-"""Ask an engine in another process: one that others serve, or the one that all windows of a user share."""
+"""Use an engine in another process: a model server, or the process that all editors of a user share."""

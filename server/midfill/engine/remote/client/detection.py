@@ -1,8 +1,8 @@
-"""What answers at a URL: which kind of server, which model, and whether its vocabulary is one that is here.
+"""Detect what answers at a URL: the kind of server, the model, and whether its vocabulary is known here.
 
-A server that is sent token ids must have the vocabulary that made them, so a vocabulary of a model on this
-machine is used only if the server turns a telling text into the same ids (`/tokenize`), or if it serves a
-model of the catalogue by its name. Else it is sent text. Reads small answers only; runs on the event loop.
+A server that is sent token ids must have the vocabulary that made them. So the vocabulary of a model on this
+machine is used only if the server converts a test text to the same ids (`/tokenize`), or if it serves a model
+of the catalogue by its name. Otherwise it is sent text. Reads small responses only; runs on the event loop.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from typing import Any
 import httpx2
 
 from midfill.engine.api import LocalModel, Tokenizer
-from midfill.engine.remote.client.dialects import DIALECTS, OWNERS, Dialect, WireError, typed
+from midfill.engine.remote.client.dialects import DIALECTS, OWNERS, Dialect, InvalidResponseError, typed
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
 from midfill.models import catalogue
 from midfill.models.tokenizer import load_tokenizer
 
 _MOST_BYTES = 4_000_000
 _ANSWER_S = 10.0
-"""For one small answer. What is to be computed here meanwhile takes as long as it takes."""
+"""Time limit for one small response. Work that is done here meanwhile is not limited."""
 _CONTEXT = 2048
-"""Tokens of context where a server does not say."""
+"""Context in tokens, if a server does not report it."""
 
-# Words, digits, indentation, other scripts, and what each vocabulary splits in its own way.
+# Words, digits, indentation, other scripts, and characters that vocabularies split differently.
 _SAMPLE = "def naïve_sum(xs):\n\treturn sum(x1234 for x in xs)  # 'größe', 合計 🙂\n\n\n        <=>::->\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """What a server serves.
+class ServerInfo:
+    """What was detected at a URL.
 
     Attributes:
-        dialect: its kind, a key of `wire.DIALECTS`.
-        model: as the server calls it.
+        dialect: kind of server, a key of `dialects.DIALECTS`.
+        model: the server's name for the model.
         base: the model that it is an adapter of, else the same.
-        models: all that it serves, adapters too.
+        models: all models of the server, including adapters.
         tokenizer: the model's own, or None: then it is sent text.
-        catalogue_name: the model's name in our catalogue, if that is known for certain.
+        catalogue_name: the model's name in our catalogue, if it is certain.
         family: its FIM family, if the catalogue or the server declares one.
-        architecture: transformers' `model_type`, or "" where that is not known.
-        context: the most tokens of prompt and output.
-        proven: whether the vocabulary was compared, not only assumed by the model's name.
+        architecture: transformers' `model_type`, or "" if unknown.
+        context: maximum number of tokens of prompt and output.
+        proven: the vocabulary was compared, not only assumed from the model's name.
     """
 
     dialect: str
@@ -65,15 +65,15 @@ class Served:
 
     @property
     def kind(self) -> Dialect:
-        """Its row."""
+        """The server's row in `DIALECTS`."""
         return DIALECTS[self.dialect]
 
 
 async def ask(client: httpx2.AsyncClient, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """One small answer as JSON; None where the server has no such page.
+    """Return a small response as JSON; None if the server has no such page.
 
     Raises:
-        EngineUnavailableError: it refuses the key, sends elsewhere, fails, or answers with something else.
+        EngineUnavailableError: the server refuses the key, redirects, fails, or does not return JSON.
         TimeoutError: it does not answer.
         httpx2.TransportError: it cannot be reached.
     """
@@ -87,48 +87,50 @@ async def ask(client: httpx2.AsyncClient, path: str, body: Mapping[str, Any] | N
         async for chunk in response.aiter_bytes():
             data += chunk
             if len(data) > _MOST_BYTES:
-                raise EngineUnavailableError(f"{client.base_url.netloc.decode()} answers without an end.")
+                raise EngineUnavailableError(
+                    f"{client.base_url.netloc.decode()} sent a response that is too long."
+                )
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
         kind = response.headers.get("content-type", "nothing").partition(";")[0]
         raise EngineUnavailableError(
-            f"{client.base_url.netloc.decode()} answers with {kind:.40}, as a model server does not; "
-            "look at `engine`."
+            f"{client.base_url.netloc.decode()} answered with {kind:.40}, which no model server does; "
+            "check `engine`."
         ) from None
 
 
 def refusal(status: int) -> str | None:
-    """What a status means for the user, if it is none of success."""
+    """Return what an HTTP status means for the user, after the server's name; None for success."""
     if status in {401, 403}:
-        return f"refuses the key ({status}): look at `engine_key`, which names where it comes from."
+        return f"refuses the key ({status}); check `engine_key`, which names the source of the key."
     if 300 <= status < 400:
-        return f"sends elsewhere ({status}), and midfill follows no redirect; give the final URL as `engine`."
+        return f"redirects ({status}), and midfill follows no redirects; set `engine` to the final URL."
     if status == 407:
-        return "is behind a proxy that wants a login (407): look at HTTPS_PROXY."
+        return "is behind a proxy that requires a login (407); check HTTPS_PROXY."
     if status == 429:
-        return "has too many requests of yours (429); it is left alone for a moment."
+        return "limits your requests (429); midfill will retry in a moment."
     if status >= 500:
-        return f"fails ({status}); its own log says why."
+        return f"failed with status {status}; see the log of that server."
     if status >= 400:
-        return f"does not accept the request ({status})."
+        return f"rejected the request with status {status}."
     return None
 
 
-async def recognise(
+async def detect(
     client: httpx2.AsyncClient, *, api: str, wanted: str | None, candidates: Sequence[LocalModel]
-) -> Served:
-    """Find out what answers.
+) -> ServerInfo:
+    """Detect the server at a URL and its model.
 
     Args:
         client: with the server's URL as its base.
-        api: a key of `wire.DIALECTS`, or "auto".
-        wanted: the model to use, as the server calls it; None for its only or first one.
+        api: a key of `dialects.DIALECTS`, or "auto".
+        wanted: the server's name of the model to use; None for its only or first one.
         candidates: models on this machine whose vocabularies may be the server's.
 
     Raises:
-        EngineUnavailableError: nothing answers as a model server does.
-        EngineError: it does not have the model that is wanted.
+        EngineUnavailableError: no known kind of model server answers.
+        EngineError: it does not have the wanted model.
         TimeoutError: it does not answer.
         httpx2.TransportError: it cannot be reached.
     """
@@ -141,19 +143,19 @@ async def recognise(
         if not rows and api == "ollama":
             rows = await _ollama_models(client)
         row = _choose(client, rows, wanted, api)
-        # An adapter of vLLM is a model beside its base, which alone says what they have in common.
+        # An adapter of vLLM is a model beside its base; only the base reports what both have in common.
         base = next((other for other in rows if other["id"] == row.get("parent")), row)
         props = await ask(client, "/props") if api == "llama.cpp" else {}
         context = _context(base, props if isinstance(props, Mapping) else {})
         own = typed(row, "midfill", Mapping, {})
-    except WireError as error:
+    except InvalidResponseError as error:
         raise EngineUnavailableError(
-            f"{client.base_url.netloc.decode()} answers strangely: {error}."
+            f"{client.base_url.netloc.decode()} sent an unexpected response: {error}."
         ) from None
     name = row["id"]
     entry = catalogue.lookup(_stem(base["id"])) or catalogue.lookup(base["id"])
     tokenizer, proven = await _tokenizer(client, api, base["id"], candidates, own.get("vocabulary"))
-    return Served(
+    return ServerInfo(
         dialect=api,
         model=name,
         base=base["id"],
@@ -171,7 +173,7 @@ async def recognise(
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> str:
-    """What tells two vocabularies apart: a digest of the bytes of all tokens and of the control tokens."""
+    """Return a digest of a vocabulary: the bytes of all tokens, the control tokens, a test text's ids."""
     digest = hashlib.sha256()
     for piece in tokenizer.vocab_bytes():
         digest.update(len(piece).to_bytes(4, "big") + piece)
@@ -191,8 +193,8 @@ async def _kind(client: httpx2.AsyncClient, rows: Sequence[Mapping[str, Any]]) -
     if rows:
         return "openai"
     raise EngineUnavailableError(
-        f"{client.base_url.netloc.decode()} answers, but not as a model server that midfill knows: "
-        "it has no /v1/models, /props or /api/tags. Name its kind by `engine_api` if you know it."
+        f"{client.base_url.netloc.decode()} is not a model server that midfill recognises: "
+        "it has no /v1/models, /props or /api/tags. If you know its kind, set `engine_api`."
     )
 
 
@@ -213,16 +215,15 @@ def _choose(
         if wanted in (row["id"], _stem(row["id"])):
             return row
     if wanted is not None and (not rows or api in {"openai", "mistral"}):
-        # Some list nothing, or not all that they serve.
+        # Some servers list nothing, or not all of their models.
         return {"id": wanted}
     known = ", ".join(row["id"] for row in rows[:5])
     if wanted is None:
         raise EngineUnavailableError(
-            f"{client.base_url.netloc.decode()} serves no model yet; load one there, or name it by "
-            "`engine_model`."
+            f"{client.base_url.netloc.decode()} serves no model yet; load one there, or set `engine_model`."
         )
     raise EngineError(
-        f"{client.base_url.netloc.decode()} has no model {wanted!r} (`engine_model`), but {known}."
+        f"{client.base_url.netloc.decode()} has no model {wanted!r} (`engine_model`); it has {known}."
     )
 
 
@@ -244,7 +245,7 @@ def _stem(name: str) -> str:
 async def _tokenizer(
     client: httpx2.AsyncClient, api: str, name: str, candidates: Sequence[LocalModel], vocabulary: Any
 ) -> tuple[Tokenizer | None, bool]:
-    """A vocabulary of this machine that the server has too, and whether that was compared."""
+    """Return a vocabulary of this machine that the server has too, and whether it was compared."""
     kind = DIALECTS[api]
     if not kind.takes_ids:
         return None, False
@@ -267,7 +268,7 @@ async def _tokenizer(
 
 
 async def _agrees(client: httpx2.AsyncClient, kind: Dialect, name: str, tokenizer: Tokenizer) -> bool:
-    """Whether the server makes the same ids of text and of control tokens."""
+    """Return whether the server makes the same ids of text and of control tokens."""
     if kind.tokenize is None:
         return False
     path, body = kind.tokenize

@@ -1,8 +1,8 @@
-"""What served engines want to be asked and how they answer: one row for each kind, a table of data.
+"""API dialects of model servers: how each kind is asked and how it answers, one row per kind.
 
-A row turns a `Question` into the JSON of a request and one JSON object of the answer's stream into a
-`Piece`. Pure functions: no socket, no clock, no retries; those are `endpoint`'s and `remote`'s. Answers are
-checked here as far as they are used: a field of another type than it should be raises `WireError`.
+A row turns a `RemoteRequest` into the JSON body of a request, and one JSON object of the response stream into
+a `StreamEvent`. Pure functions: sockets, clocks and retries are the business of `endpoint` and `remote`.
+Fields that are used are checked here: one of an unexpected type raises `InvalidResponseError`.
 """
 
 from __future__ import annotations
@@ -16,40 +16,42 @@ from typing import Any
 from midfill.system.printable import shown
 
 
-class WireError(Exception):
-    """An answer that is none. The message never quotes it, since it may hold source text."""
+class InvalidResponseError(Exception):
+    """An invalid response. The message never quotes it, because it may hold source text."""
 
 
 class Healing(StrEnum):
-    """How a server is made to begin its output with `Request.starts_with`."""
+    """How a server is made to begin its output with `Request.forced_prefix`."""
 
     FIELD = "field"
-    """It has a field for that: our own."""
+    """A request field: our own server."""
     GRAMMAR = "grammar"
-    """llama.cpp's grammars: a literal, then anything."""
+    """A grammar (llama.cpp): a literal, then anything."""
     REGEX = "regex"
-    """SGLang's regular expressions, the same."""
+    """A regular expression (SGLang): a literal, then anything."""
     TOKENS = "tokens"
-    """Only the tokens that agree are allowed, one request for each until the text is complete (vLLM)."""
+    """A set of allowed tokens (vLLM): one request per token until the text is complete."""
     NONE = "none"
-    """It cannot be: the text goes to the end of the prompt instead, and the half token is not healed."""
+    """Impossible: the text is appended to the prompt instead, and the partial token is not healed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """A request, as far as it goes over the wire.
+class RemoteRequest:
+    """A request, as far as it is sent to a server.
 
     Attributes:
-        id: our own name for it.
-        model: as the server calls it.
-        prompt: token ids, or text with the sentinels spelled out where the vocabulary is not known.
-        suffix: for endpoints that take the text after the cursor apart; then `prompt` is what is before it.
-        max_tokens: most tokens of the output.
-        stop_ids: ids that end it; stops the same as text.
-        starts_with: what the output must begin with; "" for no demand.
+        id: our own identifier for it.
+        model: the server's name for the model.
+        prompt: token ids, or text with the sentinels spelled out if the vocabulary is unknown.
+        suffix: for endpoints that take the text after the cursor separately; `prompt` is then the text before
+            it.
+        max_tokens: maximum tokens of the output.
+        stop_ids: ids that end it.
+        stops: the same as text.
+        forced_prefix: text that the output must begin with; "" for no constraint.
         allowed_ids: the only tokens that may be chosen; None for all. For `Healing.TOKENS`.
-        idle: nobody waits for it yet.
-        adapter: see `Request.adapter`; our own server's.
+        idle: the result is not needed yet.
+        adapter: see `Request.adapter`; for our own server.
     """
 
     id: str
@@ -59,24 +61,24 @@ class Question:
     suffix: str = ""
     stop_ids: Sequence[int] = ()
     stops: Sequence[str] = ()
-    starts_with: str = ""
+    forced_prefix: str = ""
     allowed_ids: Sequence[int] | None = None
     idle: bool = False
     adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One object of an answer's stream.
+class StreamEvent:
+    """One object of a response stream.
 
     Attributes:
-        text: what it adds.
-        ids: its tokens, where the server tells them.
+        text: the text it adds.
+        ids: its tokens, if the server reports them.
         logprobs: of these tokens, or of the pieces of text that the server takes for tokens.
         done: the output ends here.
-        reused: tokens of the prompt that the server had computed before; None where it does not say.
-        computed: of these, those that it had to compute; our own server's.
-        error: why there is no more; our own server's, whose sentences hold no text.
+        reused: prompt tokens that the server had computed before; None if it does not report them.
+        computed: prompt tokens that it had to compute; reported by our own server.
+        error: why the output ends; from our own server, whose messages contain no source text.
     """
 
     text: str = ""
@@ -93,23 +95,24 @@ class Dialect:
     """One kind of server.
 
     Attributes:
-        title: what it is called.
-        path: of a completion, after the URL that the user named.
-        body: a question as JSON.
-        read: one object of the stream.
+        title: its name for the user.
+        path: of a completion, after the URL that the user set.
+        body: converts a request to JSON.
+        read: converts one object of the stream.
         healing: see `Healing`.
-        takes_ids: whether a prompt may be token ids.
-        tokenize: path and body that turn text into ids, for comparing vocabularies; None where there is none.
+        takes_ids: a prompt may be token ids.
+        tokenize: path and body that turn text into ids, for comparing vocabularies; None if there is no such
+            page.
         warm_tokens: `max_tokens` of a request that only computes the prompt; None where that costs money.
-        takes_bos: whether a prompt that is text has the beginning-of-text token, where the model wants one;
-            others put it there themselves.
-        takes_suffix: whether the text after the cursor has a field of its own: the server makes the prompt.
+        takes_bos: a text prompt must contain the beginning-of-text token, if the model wants one; other
+            servers add it themselves.
+        takes_suffix: the text after the cursor has its own field, and the server makes the prompt.
     """
 
     title: str
     path: str
-    body: Callable[[Question], dict[str, Any]]
-    read: Callable[[Mapping[str, Any]], Piece]
+    body: Callable[[RemoteRequest], dict[str, Any]]
+    read: Callable[[Mapping[str, Any]], StreamEvent]
     healing: Healing = Healing.NONE
     takes_ids: bool = True
     tokenize: tuple[str, Callable[[str, str], dict[str, Any]]] | None = None
@@ -119,87 +122,92 @@ class Dialect:
 
 
 def typed(values: Mapping[str, Any], key: str, kind: type | tuple[type, ...], default: Any) -> Any:
-    """A field of an answer, which must be of this kind if it is there and not null."""
+    """Return a field of a response, or `default` if it is missing or null. Raises for another type."""
     value = values.get(key)
     if value is None:
         return default
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise WireError(f"its field {key!r} is of the type {type(value).__name__}")
+        raise InvalidResponseError(f"its field {key!r} is of the type {type(value).__name__}")
     return value
 
 
 def _numbers(values: Sequence[Any], kind: type | tuple[type, ...]) -> list[Any]:
     if any(not isinstance(value, kind) or isinstance(value, bool) for value in values):
-        raise WireError("a list of numbers in it holds something else")
+        raise InvalidResponseError("a list of numbers contains something else")
     return list(values)
 
 
 # OpenAI's completions, as vLLM, SGLang and our own engine extend them.
 
 
-def _openai(question: Question) -> dict[str, Any]:
+def _openai(query: RemoteRequest) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "model": question.model,
-        "prompt": question.prompt if isinstance(question.prompt, str) else list(question.prompt),
-        "max_tokens": question.max_tokens,
+        "model": query.model,
+        "prompt": query.prompt if isinstance(query.prompt, str) else list(query.prompt),
+        "max_tokens": query.max_tokens,
         "temperature": 0,
         "stream": True,
     }
-    if question.stops:
-        # Four are the most that OpenAI's own endpoint takes.
-        body["stop"] = list(question.stops)[:4]
+    if query.stops:
+        # OpenAI's own endpoint takes at most four.
+        body["stop"] = list(query.stops)[:4]
     return body
 
 
-def _openai_logprobs(question: Question) -> dict[str, Any]:
-    return _openai(question) | {"logprobs": 1}
+def _openai_logprobs(query: RemoteRequest) -> dict[str, Any]:
+    return _openai(query) | {"logprobs": 1}
 
 
-def _vllm(question: Question) -> dict[str, Any]:
-    body = _openai_logprobs(question) | {
+def _vllm(query: RemoteRequest) -> dict[str, Any]:
+    body = _openai_logprobs(query) | {
         "add_special_tokens": False,
         "return_tokens_as_token_ids": True,
-        "stop_token_ids": list(question.stop_ids),
+        "stop_token_ids": list(query.stop_ids),
         "stream_options": {"include_usage": True},
     }
-    if question.allowed_ids is not None:
-        body["allowed_token_ids"] = list(question.allowed_ids)
+    if query.allowed_ids is not None:
+        body["allowed_token_ids"] = list(query.allowed_ids)
     return body
 
 
-def _sglang(question: Question) -> dict[str, Any]:
-    body = _openai_logprobs(question) | {"stop_token_ids": list(question.stop_ids)}
-    if question.starts_with:
-        body["regex"] = f"{_escaped(question.starts_with)}[\\s\\S]*"
+def _sglang(query: RemoteRequest) -> dict[str, Any]:
+    body = _openai_logprobs(query) | {"stop_token_ids": list(query.stop_ids)}
+    if query.forced_prefix:
+        body["regex"] = f"{_escaped(query.forced_prefix)}[\\s\\S]*"
     return body
 
 
 def _escaped(text: str) -> str:
-    """A regular expression for exactly this text; not all engines read the escaped blanks of `re.escape`."""
+    """Return a regular expression for exactly this text.
+
+    Not `re.escape`: it escapes blanks, which not all engines can read.
+    """
     return "".join(f"\\{char}" if char in r".^$*+?{}[]\|()/-" else char for char in text)
 
 
-def _midfill(question: Question) -> dict[str, Any]:
-    return _openai_logprobs(question) | {
-        "stop_token_ids": list(question.stop_ids),
+def _midfill(query: RemoteRequest) -> dict[str, Any]:
+    return _openai_logprobs(query) | {
+        "stop_token_ids": list(query.stop_ids),
         "midfill": {
-            "id": question.id,
-            "starts_with": question.starts_with,
-            "idle": question.idle,
-            "adapter": question.adapter,
+            "id": query.id,
+            "starts_with": query.forced_prefix,
+            "idle": query.idle,
+            "adapter": query.adapter,
         },
     }
 
 
-def _read_midfill(answer: Mapping[str, Any]) -> Piece:
+def _read_midfill(answer: Mapping[str, Any]) -> StreamEvent:
     if "error" in answer:
-        return Piece(error=shown(typed(typed(answer, "error", Mapping, {}), "message", str, "It failed.")))
+        return StreamEvent(
+            error=shown(typed(typed(answer, "error", Mapping, {}), "message", str, "It failed."))
+        )
     return _read_openai(answer)
 
 
-def _read_openai(answer: Mapping[str, Any]) -> Piece:
+def _read_openai(answer: Mapping[str, Any]) -> StreamEvent:
     if "error" in answer:
-        raise WireError("it reports an error")
+        raise InvalidResponseError("it reports an error")
     usage = typed(answer, "usage", Mapping, {})
     details = typed(usage, "prompt_tokens_details", Mapping, {})
     reused = typed(details, "cached_tokens", int, None)
@@ -209,10 +217,10 @@ def _read_openai(answer: Mapping[str, Any]) -> Piece:
     if computed is not None:
         reused = typed(own, "reused", int, reused)
     if not choices:
-        return Piece(reused=reused, computed=computed)
+        return StreamEvent(reused=reused, computed=computed)
     choice = choices[0]
     if not isinstance(choice, Mapping):
-        raise WireError("its first choice is no object")
+        raise InvalidResponseError("its first choice is not an object")
     text = typed(choice, "text", str, "")
     ids = _numbers(typed(choice, "token_ids", list, []), int)
     logprobs = typed(choice, "logprobs", Mapping, {})
@@ -220,17 +228,17 @@ def _read_openai(answer: Mapping[str, Any]) -> Piece:
     numbers = _numbers(told, (int, float))
     if not ids:
         ids = _spelled_ids(typed(logprobs, "tokens", list, []))
-    # llama.cpp's form of the same.
+    # llama.cpp's form.
     for token in typed(logprobs, "content", list, []):
         if isinstance(token, Mapping) and "logprob" in token:
             numbers += _numbers([token["logprob"]], (int, float))
             ids += _numbers([token["id"]], int) if "id" in token else []
     done = typed(choice, "finish_reason", str, None) is not None
-    return Piece(text, ids, numbers, done=done, reused=reused, computed=computed)
+    return StreamEvent(text, ids, numbers, done=done, reused=reused, computed=computed)
 
 
 def _spelled_ids(tokens: Sequence[Any]) -> list[int]:
-    """Ids as vLLM spells them: "token_id:123", if it is asked to."""
+    """Return ids as vLLM spells them on request: "token_id:123"."""
     mark = "token_id:"
     spelled = [
         token.removeprefix(mark) for token in tokens if isinstance(token, str) and token.startswith(mark)
@@ -241,10 +249,10 @@ def _spelled_ids(tokens: Sequence[Any]) -> list[int]:
 # llama.cpp's own completions: they take token ids and grammars.
 
 
-def _llama_cpp(question: Question) -> dict[str, Any]:
+def _llama_cpp(query: RemoteRequest) -> dict[str, Any]:
     body: dict[str, Any] = {
-        "prompt": question.prompt if isinstance(question.prompt, str) else list(question.prompt),
-        "n_predict": question.max_tokens,
+        "prompt": query.prompt if isinstance(query.prompt, str) else list(query.prompt),
+        "n_predict": query.max_tokens,
         "temperature": 0.0,
         "top_k": 1,
         "samplers": ["top_k"],
@@ -253,23 +261,23 @@ def _llama_cpp(question: Question) -> dict[str, Any]:
         "n_probs": 1,
         "return_tokens": True,
     }
-    if question.starts_with:
-        # JSON's escapes are those of its grammars too.
-        body["grammar"] = f"root ::= {json.dumps(question.starts_with, ensure_ascii=False)} [^\\x00]*"
+    if query.forced_prefix:
+        # The escapes of its grammars are those of JSON.
+        body["grammar"] = f"root ::= {json.dumps(query.forced_prefix, ensure_ascii=False)} [^\\x00]*"
     return body
 
 
-def _read_llama_cpp(answer: Mapping[str, Any]) -> Piece:
+def _read_llama_cpp(answer: Mapping[str, Any]) -> StreamEvent:
     if "error" in answer:
-        raise WireError("it reports an error")
+        raise InvalidResponseError("it reports an error")
     if "content" not in answer:
-        raise WireError("it is no completion")
+        raise InvalidResponseError("it is not a completion")
     probabilities = typed(answer, "completion_probabilities", list, [])
     if not all(isinstance(row, Mapping) for row in probabilities):
-        raise WireError("its probabilities are no objects")
+        raise InvalidResponseError("its probabilities are not objects")
     numbers = [typed(row, "logprob", (int, float), None) for row in probabilities]
     timings = typed(answer, "timings", Mapping, {})
-    return Piece(
+    return StreamEvent(
         typed(answer, "content", str, ""),
         _numbers(typed(answer, "tokens", list, []), int),
         [number for number in numbers if number is not None],
@@ -281,10 +289,10 @@ def _read_llama_cpp(answer: Mapping[str, Any]) -> Piece:
 # Ollama: text only, its template switched off.
 
 
-def _ollama(question: Question) -> dict[str, Any]:
+def _ollama(query: RemoteRequest) -> dict[str, Any]:
     return {
-        "model": question.model,
-        "prompt": question.prompt,
+        "model": query.model,
+        "prompt": query.prompt,
         "raw": True,
         "stream": True,
         "logprobs": True,
@@ -292,18 +300,18 @@ def _ollama(question: Question) -> dict[str, Any]:
         "options": {
             "temperature": 0,
             "top_k": 1,
-            "num_predict": question.max_tokens,
-            "stop": list(question.stops),
+            "num_predict": query.max_tokens,
+            "stop": list(query.stops),
         },
     }
 
 
-def _read_ollama(answer: Mapping[str, Any]) -> Piece:
+def _read_ollama(answer: Mapping[str, Any]) -> StreamEvent:
     if "error" in answer:
-        raise WireError("it reports an error")
+        raise InvalidResponseError("it reports an error")
     rows = typed(answer, "logprobs", list, [])
     numbers = [row["logprob"] for row in rows if isinstance(row, Mapping) and "logprob" in row]
-    return Piece(
+    return StreamEvent(
         typed(answer, "response", str, ""),
         logprobs=_numbers(numbers, (int, float)),
         done=typed(answer, "done", bool, False),
@@ -313,24 +321,24 @@ def _read_ollama(answer: Mapping[str, Any]) -> Piece:
 # Mistral's endpoint for filling in the middle: it makes the prompt itself.
 
 
-def _mistral(question: Question) -> dict[str, Any]:
-    return _openai(question) | {"suffix": question.suffix}
+def _mistral(query: RemoteRequest) -> dict[str, Any]:
+    return _openai(query) | {"suffix": query.suffix}
 
 
-def _read_mistral(answer: Mapping[str, Any]) -> Piece:
+def _read_mistral(answer: Mapping[str, Any]) -> StreamEvent:
     if "error" in answer:
-        raise WireError("it reports an error")
+        raise InvalidResponseError("it reports an error")
     choices = typed(answer, "choices", list, [])
     if not choices:
-        return Piece()
+        return StreamEvent()
     if not isinstance(choices[0], Mapping):
-        raise WireError("its first choice is no object")
+        raise InvalidResponseError("its first choice is not an object")
     delta = typed(choices[0], "delta", Mapping, {})
     done = typed(choices[0], "finish_reason", str, None) is not None
-    return Piece(typed(delta, "content", str, ""), done=done)
+    return StreamEvent(typed(delta, "content", str, ""), done=done)
 
 
-# vLLM's, which SGLang has taken over.
+# vLLM's form, which SGLang uses too.
 _TOKENIZE: tuple[str, Callable[[str, str], dict[str, Any]]] = (
     "/tokenize",
     lambda model, text: {"model": model, "prompt": text, "add_special_tokens": False},
@@ -407,33 +415,33 @@ OWNERS = {
 
 
 @dataclass(slots=True)
-class Lines:
-    """Bytes of a stream to its JSON objects: server-sent events, or one object a line.
+class StreamParser:
+    """Splits the bytes of a stream into JSON objects: server-sent events, or one object per line.
 
-    A line is at most `limit` bytes long, so that an endless one takes no memory. `num_comments` counts the
-    lines by which a server says only that it lives.
+    A line has at most `limit` bytes, so that an endless one takes no memory. `num_comments` counts the lines
+    that only show that the server is alive.
     """
 
     limit: int = 1_000_000
     num_comments: int = 0
-    _rest: bytes = field(default=b"")
+    _incomplete: bytes = field(default=b"")
 
     def take(self, chunk: bytes | None) -> list[dict[str, Any]]:
-        """The objects that are complete now; None is the end. The mark `[DONE]` is an empty object.
+        """Return the objects that are complete now; None is the end. The mark `[DONE]` is an empty object.
 
-        Raises `WireError`.
+        Raises `InvalidResponseError`.
         """
         if chunk is None:
             chunk = b"\n"
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        if len(self._rest) > self.limit:
-            raise WireError(f"a line of it is longer than {self.limit} bytes")
+        *lines, self._incomplete = (self._incomplete + chunk).split(b"\n")
+        if len(self._incomplete) > self.limit:
+            raise InvalidResponseError(f"one of its lines is longer than {self.limit} bytes")
         self.num_comments += sum(line.startswith(b":") for line in lines)
         return [found for line in lines if (found := _object(line.strip())) is not None]
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
-    """One line as an object; None for what means nothing: blank lines, comments, names of events."""
+    """Return one line as an object; None for blank lines, comments and names of events."""
     if not line or line.startswith((b":", b"event:", b"id:", b"retry:")):
         return None
     data = line.removeprefix(b"data:").strip()
@@ -442,7 +450,7 @@ def _object(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        raise WireError("a line of it is no JSON") from None
+        raise InvalidResponseError("one of its lines is not JSON") from None
     if not isinstance(value, dict):
-        raise WireError("a line of it is no JSON object")
+        raise InvalidResponseError("one of its lines is not a JSON object")
     return value

@@ -1,7 +1,8 @@
-"""A served engine with the model of this machine in reserve, if the user asked for that (`engine_fallback`).
+"""Use the local model while the server is unreachable, if the user asked for that (`engine_fallback`).
 
-Prompts are made for one vocabulary, so the model here must have the one of the model there. It is loaded
-when the server is away for the first time, in the background, and stays. Runs on the event loop.
+Prompts are made for one vocabulary, so the local model must have the vocabulary of the server's model. It is
+loaded in the background when the server is unreachable for the first time, and stays loaded. Runs on the
+event loop.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from midfill.engine.remote.client.detection import vocabulary_of
 from midfill.errors import EngineOverloadedError, EngineUnavailableError, MidfillError, ModelError
 
 _TRY_S = 30.0
-"""How long one that was away at the start is left alone."""
+"""How long to wait before trying a server again that was unreachable at the start."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class FallbackEngine:
     """`Engine`: the first one while it answers, else the second.
 
     Args:
-        first: the served one.
+        first: the server's engine.
         make_second: makes the local one; may be slow, runs in a thread.
     """
 
@@ -36,25 +37,25 @@ class FallbackEngine:
         self._reached = False
         self._tried_s = 0.0
         self._second: Engine | None = None
-        self._failure: str | None = None  # why the second is of no use
+        self._failure: str | None = None  # why the second cannot be used
         self._task: asyncio.Task[None] | None = None
         self._model: ModelInfo | None = None
         self._adapters: tuple[AdapterSource, ...] = ()
 
     @property
     def model(self) -> ModelInfo:
-        """The one that prompts are made for. See `Engine.model`."""
+        """The model that prompts are made for; see `Engine.model`."""
         if self._model is None:
             raise EngineUnavailableError("The engine has not been reached yet.")
         return self._model
 
     async def start(self, progress: Progress) -> None:
-        """Reach the first; or load the second, and be content with that. See `Engine.start`."""
+        """Reach the first engine, or else load the second. See `Engine.start`."""
         self._tried_s = time.monotonic()
         try:
             await self._first.start(progress)
         except EngineUnavailableError as error:
-            _LOG.warning("%s The model here is loaded instead (`engine_fallback`).", error)
+            _LOG.warning("%s The local model is loaded instead (`engine_fallback`).", error)
             second = await asyncio.to_thread(self._make_second)
             self._second = second
             await second.start(progress)
@@ -64,7 +65,7 @@ class FallbackEngine:
             self._model = self._first.model
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """See `Engine.generate`. What has begun on one engine does not go on on the other."""
+        """Yield tokens, all of them from one of the engines; see `Engine.generate`."""
         why = "The engine has not been reached."
         begun = False
         if self._reached:
@@ -84,27 +85,27 @@ class FallbackEngine:
         if self._second is None:
             self._begin(self._load())
             raise EngineUnavailableError(
-                f"{why} {self._failure or 'The model here is being loaded instead.'}"
+                f"{why} {self._failure or 'The local model is being loaded instead.'}"
             )
         async with aclosing(self._second.generate(request)) as tokens:
             async for token in tokens:
                 yield token
 
     def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
-        """See `Engine.prewarm`."""
+        """Compute a prompt on the engine in use; see `Engine.prewarm`."""
         engine = self._first if self._reached else self._second
         if engine is not None:
             engine.prewarm(tokens, adapter, user=user)
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
-        """See `Adaptable.set_adapters`: both have them, the second as soon as it is loaded."""
+        """Set the adapters of both engines, of the second once it is loaded; see `Adaptable.set_adapters`."""
         for engine in (self._first, self._second):
             if isinstance(engine, Adaptable):
                 await engine.set_adapters(adapters)
         self._adapters = tuple(adapters)
 
     async def close(self) -> None:
-        """See `Engine.close`."""
+        """Close both engines; see `Engine.close`."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -119,7 +120,7 @@ class FallbackEngine:
             work.close()
 
     async def _reach(self) -> None:
-        """Try the first again, which was away at the start."""
+        """Try the first engine again, which was unreachable at the start."""
         self._tried_s = time.monotonic()
         try:
             await self._first.start(lambda _message, _share: None)
@@ -128,7 +129,7 @@ class FallbackEngine:
             _LOG.info("%s", error)
 
     async def _load(self) -> None:
-        """Load the second, once."""
+        """Load the second engine, once."""
         if self._failure is not None:
             return
         second: Engine | None = None
@@ -136,12 +137,12 @@ class FallbackEngine:
             second = await asyncio.to_thread(self._make_second)
             await second.start(lambda _message, _share: None)
             if not await _same(self._first, second):
-                raise ModelError("`model` has another vocabulary than the model there.")
+                raise ModelError("`model` and the model of the server have different vocabularies.")
             if self._adapters and isinstance(second, Adaptable):
                 await second.set_adapters(self._adapters)
             self._second, second = second, None
         except MidfillError as error:
-            self._failure = f"`engine_fallback` is of no use: {error}"
+            self._failure = f"`engine_fallback` cannot be used: {error}"
         finally:
             if second is not None:
                 await second.close()
@@ -150,6 +151,6 @@ class FallbackEngine:
 
 
 async def _same(one: Engine, other: Engine) -> bool:
-    """Whether a prompt for one engine's model is one for the other's."""
+    """Return whether a prompt for one engine's model is valid for the other's."""
     pair = [await asyncio.to_thread(vocabulary_of, engine.model.tokenizer) for engine in (one, other)]
     return pair[0] == pair[1]

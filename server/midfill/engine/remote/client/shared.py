@@ -1,9 +1,9 @@
-"""One model for all of a user's editors: the engine in a process of its own, started by whoever comes first.
+"""One model for all of a user's editors: the engine in its own process, started by the first editor.
 
-It listens on a Unix socket in a folder of the user's own (mode 0700), whose name says midfill's version, the
-model and how it runs; another model is another process. A lock lets one process start it. If it ends, whoever
-asks next starts it again. An answer of which a part has come breaks off; every other request is asked once
-more. Runs on the event loop.
+It listens on a Unix socket in a folder of the user's own (mode 0700). The socket's name depends on midfill's
+version, the model and the engine's settings; another model is another process. A lock lets one process start
+it. If it ends, the next request starts it again. An answer that has begun breaks off; every other request is
+sent once more. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _URL = "http://midfill"
 _LISTENS_S = 60.0
 _SAYS_S = 2.0
 _MAX_SOCKET_CHARS = 100
-"""What fits into a socket's address everywhere (108 on Linux, 104 on macOS)."""
+"""Length of a socket's path that is allowed everywhere (108 on Linux, 104 on macOS)."""
 _MAX_NAMES = 10
 _MAX_STARTS = 3
 _WINDOW_S = 600.0
@@ -52,11 +52,11 @@ _WINDOW_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class ShareSpec:
-    """Which engine to share.
+    """The engine to share.
 
     Attributes:
         model: the model's folder, for its vocabulary.
-        arguments: of `midfill engine serve`, which make the engine what it is.
+        arguments: of `midfill engine serve`; they identify the engine.
         deadline_s: how long to wait for a first token.
     """
 
@@ -66,8 +66,8 @@ class ShareSpec:
 
 
 def runtime_dir() -> Path:
-    """The folder of the sockets: this user's alone. Raises `EngineError` if it is not."""
-    # Without XDG_RUNTIME_DIR, which a login sets, platformdirs warns and names a folder that may be anyone's.
+    """Return the folder of the sockets, private to this user. Raises `EngineError` if it is not private."""
+    # Without XDG_RUNTIME_DIR, which a login sets, platformdirs warns, and its folder may be anyone's.
     private = sys.platform != "linux" or "XDG_RUNTIME_DIR" in os.environ
     if named := os.environ.get("MIDFILL_RUNTIME"):
         folder = Path(named)
@@ -83,20 +83,20 @@ def runtime_dir() -> Path:
     except OSError as error:
         raise EngineError(
             f"Cannot make {folder} for the shared engine: {error.strerror}. "
-            "Set MIDFILL_RUNTIME to a folder of yours."
+            "Set MIDFILL_RUNTIME to a folder of your own."
         ) from error
     if not is_private:
         raise EngineError(
-            f"{folder} is not yours alone; remove it, or set MIDFILL_RUNTIME to a folder that is."
+            f"{folder} is not private to you; remove it, or set MIDFILL_RUNTIME to a folder that is."
         )
     return folder
 
 
 def _in_the_temporary_folder() -> Path:
-    """A folder there that is this user's, or can be.
+    """Return a folder there that is private to this user, or can be.
 
-    Anybody may have taken the first name, so that a user's processes must all find the next one. Who takes
-    all of them keeps the user from sharing, and gets nothing.
+    Anybody may have taken the first name, so all processes of a user must find the same next one. A user who
+    takes all names keeps this user from sharing, and gains nothing.
     """
     names = [f"midfill-{os.getuid()}", *(f"midfill-{os.getuid()}-{n}" for n in range(2, _MAX_NAMES + 1))]
     folders = [Path(tempfile.gettempdir()) / name for name in names]
@@ -109,15 +109,15 @@ def _in_the_temporary_folder() -> Path:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether it is a folder, no link, that this user owns and nobody else may enter."""
+    """Return whether it is a folder (no link) that this user owns and nobody else may enter."""
     found = folder.lstat()
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 class SharedEngine:
-    """`Engine` that joins the shared process, and starts it where there is none.
+    """`Engine` that joins the shared process, and starts it if there is none.
 
-    Raises `EngineError` from `start` on systems without Unix sockets.
+    `start` raises `EngineError` on systems without Unix sockets.
     """
 
     def __init__(self, spec: ShareSpec) -> None:
@@ -128,7 +128,7 @@ class SharedEngine:
         self._adapters: tuple[AdapterSource, ...] = ()
         self._remote: RemoteEngine | None = None
         self._pid = 0  # of the process that `_remote` was made for
-        self._healing: asyncio.Task[None] | None = None
+        self._restart: asyncio.Task[None] | None = None
         self._starts: deque[float] = deque(maxlen=_MAX_STARTS)
         self._closed = False
 
@@ -141,14 +141,14 @@ class SharedEngine:
 
     @property
     def socket(self) -> Path:
-        """Where it listens. Raises `EngineError`."""
+        """Path of the process's socket. Raises `EngineError`."""
         return runtime_dir() / f"{self._name}.sock"
 
     async def start(self, progress: Progress) -> None:
-        """Join the process or start it, and wait until it has loaded the model; see `Engine.start`."""
+        """Join or start the process, and wait until it has loaded the model; see `Engine.start`."""
         if not hasattr(socket, "AF_UNIX"):
             raise EngineError(
-                '`engine = "shared"` needs Unix sockets, which this system has not; use "local".'
+                '`engine = "shared"` needs Unix sockets, which this system does not have; use "local".'
             )
         await self._join()
         await self._wait_until_ready(progress)
@@ -164,7 +164,7 @@ class SharedEngine:
         )
         await remote.start(lambda _message, _share: None)
         if self._adapters:
-            await self._want(self._adapters)
+            await self._send_adapters(self._adapters)
         if self._closed:
             await remote.close()
             return
@@ -173,14 +173,14 @@ class SharedEngine:
             await before.close()
 
     async def generate(self, request: Request) -> AsyncGenerator[Token, None]:
-        """See `Engine.generate`. A request of which no token has come may be asked again once.
+        """Yield tokens. A request without a token so far may be sent once more; see `Engine.generate`.
 
         It is if the process has ended; if another window has started it again, so that it does not have this
-        window's adapters; or if the connection alone has ended, which the process may close when it is idle.
+        window's adapters; or if only the connection has ended, which the process may close when it is idle.
         """
         begun = False
         try:
-            async with aclosing(self._serving().generate(request)) as tokens:
+            async with aclosing(self._connected().generate(request)) as tokens:
                 async for token in tokens:
                     begun = True
                     yield token
@@ -190,29 +190,29 @@ class SharedEngine:
             pid = await self._listener()
             if pid in {0, self._pid} and not isinstance(error, LostError):
                 raise
-            healing = self._heal() if pid != self._pid else None
+            restart = self._restart_process() if pid != self._pid else None
             if begun:
                 raise
-            if healing is not None:
-                await asyncio.shield(healing)
+            if restart is not None:
+                await asyncio.shield(restart)
         else:
             return
-        async with aclosing(self._serving().generate(request)) as tokens:
+        async with aclosing(self._connected().generate(request)) as tokens:
             async for token in tokens:
                 yield token
 
     def prewarm(self, tokens: Sequence[int], adapter: str | None = None, *, user: str = "") -> None:
-        """See `Engine.prewarm`."""
+        """Compute a prompt when idle; see `Engine.prewarm`."""
         if self._remote is not None:
             self._remote.prewarm(tokens, adapter, user=user)
 
     async def set_adapters(self, adapters: Sequence[AdapterSource]) -> None:
-        """See `Adaptable.set_adapters`. Other windows have theirs beside them."""
-        await self._want(adapters)
+        """Set the adapters of this client, beside those of others; see `Adaptable.set_adapters`."""
+        await self._send_adapters(adapters)
         self._adapters = tuple(adapters)
 
-    async def _want(self, adapters: Sequence[AdapterSource]) -> None:
-        """Tell the process. Raises `AdapterError` with its words."""
+    async def _send_adapters(self, adapters: Sequence[AdapterSource]) -> None:
+        """Send the adapters to the process. Raises `AdapterError` with its message."""
         wanted = [{"key": one.key, "name": one.name, "path": str(one.path)} for one in adapters]
         async with self._client() as client:
             body = {"client": self._client_id, "pid": os.getpid(), "adapters": wanted}
@@ -221,38 +221,38 @@ class SharedEngine:
                 if answer.status_code != 204:
                     raise AdapterError(str(answer.json()["error"]["message"]))
             except (httpx2.HTTPError, ValueError, KeyError) as error:
-                raise AdapterError("The shared engine did not take the adapters; try again.") from error
+                raise AdapterError("The shared engine did not load the adapters; try again.") from error
 
     def _client(self) -> httpx2.AsyncClient:
         transport = httpx2.AsyncHTTPTransport(uds=str(self.socket))
         return httpx2.AsyncClient(transport=transport, base_url=_URL, timeout=None)
 
     async def close(self) -> None:
-        """Hang up. The process stays for others, until it has been idle for long. See `Engine.close`."""
+        """Disconnect; the process stays for others until it has been idle for long. See `Engine.close`."""
         self._closed = True
         if self._adapters and await self._listener():
             with contextlib.suppress(AdapterError, TimeoutError):
-                await asyncio.wait_for(self._want(()), 1)
-        if self._healing is not None:
-            self._healing.cancel()
-            await asyncio.gather(self._healing, return_exceptions=True)
+                await asyncio.wait_for(self._send_adapters(()), 1)
+        if self._restart is not None:
+            self._restart.cancel()
+            await asyncio.gather(self._restart, return_exceptions=True)
         if self._remote is not None:
             await self._remote.close()
 
-    def _serving(self) -> RemoteEngine:
+    def _connected(self) -> RemoteEngine:
         if self._remote is None:
             raise EngineUnavailableError("The shared engine has not been reached yet.")
         return self._remote
 
-    def _heal(self) -> asyncio.Task[None]:
-        """Begin to join or start the process again, unless that is under way."""
-        if self._healing is None or self._healing.done():
-            self._healing = asyncio.get_running_loop().create_task(self.start(lambda _message, _share: None))
-            self._healing.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return self._healing
+    def _restart_process(self) -> asyncio.Task[None]:
+        """Start to join or restart the process, unless that has begun."""
+        if self._restart is None or self._restart.done():
+            self._restart = asyncio.get_running_loop().create_task(self.start(lambda _message, _share: None))
+            self._restart.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self._restart
 
     async def _listener(self) -> int | None:
-        """Return the id of the process that answers at the socket: None for nobody, 0 if it does not say.
+        """Return the id of the process that answers at the socket: None for no process, 0 if it does not say.
 
         A connection alone proves nothing: when a process is killed, the kernel may close its connections
         first and its listening socket a moment later.
@@ -268,15 +268,15 @@ class SharedEngine:
                 return 0
 
     async def _join(self) -> None:
-        """See that somebody listens. One process at a time looks and starts."""
+        """Start the process unless one listens. One process at a time looks and starts."""
         async with AsyncFileLock(str(self.socket.with_suffix(".lock")), timeout=_LISTENS_S):
             if await self._listener() is not None:
                 return
             now = time.monotonic()
             if len(self._starts) == _MAX_STARTS and now - self._starts[0] < _WINDOW_S:
                 raise EngineUnavailableError(
-                    f"The shared engine ended {_MAX_STARTS} times within {_WINDOW_S / 60:.0f} minutes and is "
-                    f'left alone for a while. {self._log} may say why; `engine = "local"` does without it.'
+                    f"The shared engine ended {_MAX_STARTS} times within {_WINDOW_S / 60:.0f} minutes and "
+                    f'will not be restarted for a while. See {self._log}, or set `engine = "local"`.'
                 )
             self._starts.append(now)
             await self._launch()
@@ -286,16 +286,16 @@ class SharedEngine:
         return self.socket.with_suffix(".log")
 
     async def _launch(self) -> None:
-        """Start the process; returns when it listens. It outlives this one."""
+        """Start the process; return when it listens. It outlives this one."""
         command = (sys.executable, "-P", "-m", "midfill", "engine", "serve", "--socket", str(self.socket))
         with create_private(self._log) as log:
-            # asyncio kills its children when it ends, so this one has a child in its turn (--detach).
+            # asyncio kills its children when it ends, so this child starts a grandchild (--detach).
             process = await asyncio.create_subprocess_exec(
                 *(*command, "--detach", *self._spec.arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                # Not the workspace's folder, which would be kept in use.
+                # Not the workspace's folder, which would stay in use.
                 cwd=self.socket.parent,
             )
         if process.stdout is None:
@@ -306,11 +306,11 @@ class SharedEngine:
             line = b""
         await process.wait()
         if not line.startswith(b"unix:"):
-            raise EngineUnavailableError(f"The shared engine did not start; {self._log} says why.")
+            raise EngineUnavailableError(f"The shared engine did not start; see {self._log}.")
         _LOG.info("started the shared engine")
 
     async def _wait_until_ready(self, progress: Progress) -> None:
-        """Pass on how loading goes. Raises `ModelError` with what the process says if it cannot."""
+        """Report the progress of loading. Raises `ModelError` with the process's message."""
         async with self._client() as client:
             try:
                 async with client.stream("GET", "/midfill/ready") as response:
@@ -323,6 +323,6 @@ class SharedEngine:
                         progress(str(report["message"]), report["share"])
             except httpx2.TransportError as error:
                 raise EngineUnavailableError(
-                    f"The shared engine ended while it loaded the model; {self._log} may say why."
+                    f"The shared engine ended while it loaded the model; see {self._log}."
                 ) from error
         raise EngineUnavailableError("The shared engine ended while it loaded the model.")

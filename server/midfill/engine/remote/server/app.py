@@ -1,9 +1,9 @@
-"""An engine for several processes: OpenAI's completions over HTTP, for one user's editors or for a team.
+"""Serve a model to several processes: OpenAI's completions API over HTTP, for one user's editors or a team.
 
-Greedy only, one model; see `asked` for the parameters. What OpenAI's form lacks stands in a field `midfill`:
-the text to begin with, idle priority, tokens reused. Closing the connection cancels, which frees the device
-within one step. No text is logged. Knows no sockets: see `hosting` for those and `guard` for who may ask.
-Runs on the event loop; what takes long for a long text runs in threads, one at a time for each user.
+Greedy only, one model; see `request_params` for the parameters. A field `midfill` holds what OpenAI's form
+lacks: the forced prefix, idle priority, reused tokens. Closing the connection cancels the request, which
+frees the device within one step. No text is logged. Knows no sockets: see `listen` for those and `guard` for
+access control. Runs on the event loop; slow work on long texts runs in threads, one at a time per user.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from starlette.types import Message, Send
 
 from midfill import __version__
 from midfill.engine.api import MAX_ADAPTERS, AdapterSource, Engine, ModelInfo, Request, Token, Tokenizer
-from midfill.engine.remote.server.model_host import Host, Report
+from midfill.engine.remote.server.model_host import ModelHost, Report
 from midfill.engine.remote.server.request_params import (
     CHARS_PER_TOKEN,
-    Asked,
-    AskedError,
+    CompletionBody,
     Extra,
+    InvalidParamsError,
     read,
     refusal,
 )
-from midfill.engine.remote.server.stop_strings import Stops
+from midfill.engine.remote.server.stop_strings import StopMatcher
 from midfill.errors import (
     EngineError,
     EngineOverloadedError,
@@ -53,11 +53,11 @@ from midfill.errors import (
 _LOG = logging.getLogger(__name__)
 
 _PULSE_S = 1.0
-"""A stream on which nothing is sent for so long gets a comment: the service lives, the request waits."""
+"""After this long without an event a stream gets a comment: the server is alive, the request waits."""
 
 
-class Adapter(BaseModel):
-    """See `AdapterSource`."""
+class AdapterParams(BaseModel):
+    """An `AdapterSource` as JSON."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -66,29 +66,29 @@ class Adapter(BaseModel):
     path: str = Field(max_length=4096)
 
 
-class Wanted(BaseModel):
+class ClientAdapters(BaseModel):
     """The adapters that one client wants in the model."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
     client: str = Field(max_length=64)
     pid: int = Field(default=0, ge=0)
-    adapters: list[Adapter] = Field(max_length=MAX_ADAPTERS)
+    adapters: list[AdapterParams] = Field(max_length=MAX_ADAPTERS)
 
 
-class Service:
-    """The HTTP side of a `Host`; `app` is the ASGI application.
+class EngineApp:
+    """The HTTP side of a `ModelHost`; `app` is the ASGI application.
 
     Args:
-        host: what is served.
-        own: only the user who owns the process can ask.
-        any_temperature: see `asked.read`.
+        host: the model.
+        own: only the user who owns the process can reach it.
+        any_temperature: see `request_params.read`.
     """
 
-    def __init__(self, host: Host, *, own: bool, any_temperature: bool = False) -> None:
+    def __init__(self, host: ModelHost, *, own: bool, any_temperature: bool = False) -> None:
         self.host = host
         self._any_temperature = any_temperature
-        self._flights: dict[tuple[str, str], Request] = {}  # by user and by the user's own name for it
+        self._running: dict[tuple[str, str], Request] = {}  # by user and by the user's own name for it
         self._encoding: dict[str, asyncio.Lock] = {}  # by user
         self.app = Starlette(
             routes=[
@@ -98,14 +98,14 @@ class Service:
                 Route("/metrics", self.metrics),
                 Route("/midfill/ready", self.ready),
                 Route("/midfill/idle", self.set_idle, methods=["POST"]),
-                # They are folders of this machine, so that it is no business of others.
+                # Adapters are folders of this machine, which other users must not name.
                 *([Route("/midfill/adapters", self.set_adapters, methods=["POST"])] if own else []),
             ],
-            exception_handlers={HTTPException: _refused, ClientDisconnect: _gone},
+            exception_handlers={HTTPException: _http_error, ClientDisconnect: _client_gone},
         )
 
     async def models(self, _: HttpRequest) -> Response:
-        """The model, its adapters as models beside it, and what a client of ours has to know of them."""
+        """List the model and its adapters as models, with what our own client must know of them."""
         try:
             engine = await self.host.load()
         except MidfillError as error:
@@ -115,16 +115,16 @@ class Service:
         return JSONResponse({"object": "list", "data": rows})
 
     async def health(self, _: HttpRequest) -> Response:
-        """Whether it lives; it loads nothing."""
+        """Report that the server is alive; loads nothing."""
         loaded = self.host.engine is not None
         return JSONResponse({"status": "ok", "version": __version__, "loaded": loaded, "pid": os.getpid()})
 
     async def metrics(self, _: HttpRequest) -> Response:
-        """For Prometheus."""
-        return Response(generate_latest(self.host.meters.registry), media_type="text/plain; version=0.0.4")
+        """Report metrics for Prometheus."""
+        return Response(generate_latest(self.host.metrics.registry), media_type="text/plain; version=0.0.4")
 
     async def ready(self, _: HttpRequest) -> Response:
-        """One JSON object a line: how loading goes, until it has ended."""
+        """Stream the progress of loading, one JSON object per line, until it ends."""
 
         async def lines() -> AsyncGenerator[bytes, None]:
             async with aclosing(self.host.progress()) as reports:
@@ -134,19 +134,19 @@ class Service:
         return _Stream(lines(), "application/x-ndjson")
 
     async def set_idle(self, http: HttpRequest) -> Response:
-        """Somebody waits for a request now, or nobody does any more."""
+        """Change the priority of an active request."""
         try:
-            asked = Extra.model_validate_json(await http.body())
+            params = Extra.model_validate_json(await http.body())
         except ValidationError as error:
             return _invalid(refusal(error))
-        if (request := self._flights.get((_user(http), asked.id))) is not None:
-            request.set_idle(asked.idle)
+        if (request := self._running.get((_user(http), params.id))) is not None:
+            request.set_idle(params.idle)
         return Response(status_code=204)
 
     async def set_adapters(self, http: HttpRequest) -> Response:
-        """Have a client's adapters in the model; answered when requests may name them."""
+        """Set a client's adapters; respond when requests may name them."""
         try:
-            wanted = Wanted.model_validate_json(await http.body())
+            wanted = ClientAdapters.model_validate_json(await http.body())
             sources = [AdapterSource(one.key, one.name, Path(one.path)) for one in wanted.adapters]
             await self.host.want(wanted.client, sources, pid=wanted.pid)
         except ValidationError as error:
@@ -156,78 +156,84 @@ class Service:
         return Response(status_code=204)
 
     async def complete(self, http: HttpRequest) -> Response:
-        """`/v1/completions`."""
+        """Handle `/v1/completions`."""
         try:
-            asked = read(await http.body(), any_temperature=self._any_temperature)
-        except AskedError as error:
+            params = read(await http.body(), any_temperature=self._any_temperature)
+        except InvalidParamsError as error:
             return _invalid(error)
         try:
             engine = await self.host.load()
         except MidfillError as error:
             return _error(503, error)
-        self.host.touch()  # it must not leave memory before the request begins
-        adapter = asked.midfill.adapter
-        if asked.model not in ("", engine.model.name):
+        self.host.touch()  # the model must not be unloaded before the request begins
+        adapter = params.midfill.adapter
+        if params.model not in ("", engine.model.name):
             by_name = {one.name: one.key for one in self.host.known_adapters}
-            if asked.model not in by_name:
+            if params.model not in by_name:
                 known = ", ".join([engine.model.name, *by_name])
-                return _error(404, EngineError(f"There is no model {asked.model!a:.80} here, but {known}."))
-            adapter = by_name[asked.model]
+                return _error(
+                    404, EngineError(f"There is no model {params.model!a:.80}; available: {known}.")
+                )
+            adapter = by_name[params.model]
         user = _user(http)
         try:
-            tokens, stop_ids = await self._tokens(asked, engine.model, user)
-            _check(tokens, asked.max_tokens, engine.model.context, self.host.num_ids)
-        except AskedError as error:
+            tokens, stop_ids = await self._tokens(params, engine.model, user)
+            _check(tokens, params.max_tokens, engine.model.context, self.host.num_ids)
+        except InvalidParamsError as error:
             return _invalid(error)
-        if not asked.max_tokens:
+        if not params.max_tokens:
             engine.prewarm(tokens, adapter, user=user)
             self.host.touch()
             return JSONResponse({"choices": [{"text": "", "index": 0, "finish_reason": "length"}]})
-        extra = asked.midfill
+        extra = params.midfill
         request = Request(
             tuple(tokens),
-            asked.max_tokens,
-            stop_ids.union(asked.stop_token_ids),
-            starts_with=extra.starts_with,
+            params.max_tokens,
+            stop_ids.union(params.stop_token_ids),
+            forced_prefix=extra.starts_with,
             idle=extra.idle,
             adapter=adapter,
             user=user,
         )
-        run = _Run(self.host, engine, request, asked, self._flights, asked.model or engine.model.name)
-        if asked.stream:
+        run = _CompletionRun(
+            self.host, engine, request, params, self._running, params.model or engine.model.name
+        )
+        if params.stream:
             return _Events(run.events(), "text/event-stream")
         return await run.whole()
 
     async def _tokens(
-        self, asked: Asked, model: ModelInfo, user: str
+        self, params: CompletionBody, model: ModelInfo, user: str
     ) -> tuple[Sequence[int], frozenset[int]]:
-        """Ids of the prompt, and ids that end what fills its hole. Raises `AskedError`."""
-        if not isinstance(asked.prompt, str):
-            return asked.prompt, frozenset()
-        num_chars = len(asked.prompt) + len(asked.suffix or "")
+        """Return the prompt's ids, and ids that end the text of its hole. Raises `InvalidParamsError`."""
+        if not isinstance(params.prompt, str):
+            return params.prompt, frozenset()
+        num_chars = len(params.prompt) + len(params.suffix or "")
         if num_chars > (most := model.context * CHARS_PER_TOKEN):
-            raise AskedError("prompt", f"it has {num_chars} characters; the model takes at most {most}.")
+            raise InvalidParamsError(
+                "prompt", f"it has {num_chars} characters; the model takes at most {most}."
+            )
         lock = self._encoding.setdefault(user, asyncio.Lock())
         async with lock:
-            if asked.suffix is None:
-                return await asyncio.to_thread(_encode, model.tokenizer, asked.prompt), frozenset()
+            if params.suffix is None:
+                return await asyncio.to_thread(_encode, model.tokenizer, params.prompt), frozenset()
             if self.host.infill is None:
-                raise AskedError("suffix", "this engine does not fill in the middle.")
+                raise InvalidParamsError("suffix", "this engine does not support fill-in-the-middle.")
             try:
-                return await asyncio.to_thread(self.host.infill, model, asked.prompt, asked.suffix)
+                return await asyncio.to_thread(self.host.infill, model, params.prompt, params.suffix)
             except ModelError as error:
-                raise AskedError("suffix", str(error)) from error
+                raise InvalidParamsError("suffix", str(error)) from error
 
 
 class _Stream(StreamingResponse):
-    """Parts as they come. However it ends, the source of the parts has ended then as well."""
+    """A streaming response. However it ends, the source of its parts is closed."""
 
     def __init__(self, parts: AsyncGenerator[bytes, None], media_type: str) -> None:
         super().__init__(parts, media_type=media_type)
         self._parts = parts
 
     async def stream_response(self, send: Send) -> None:
-        """See `StreamingResponse`."""
+        """Send the parts, then close their source; see `StreamingResponse`."""
         async with aclosing(self._parts):
             await super().stream_response(send)
 
@@ -236,7 +242,7 @@ class _Events(_Stream):
     """Server-sent events, with comments while there are none; see `_PULSE_S`."""
 
     async def stream_response(self, send: Send) -> None:
-        """See `StreamingResponse`."""
+        """Send the events and the comments between them; see `StreamingResponse`."""
         sent_s = time.monotonic()
 
         async def pulse() -> None:
@@ -250,11 +256,11 @@ class _Events(_Stream):
             nonlocal sent_s
             sent_s = time.monotonic()
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                # Nothing may follow the end.
+                # No comment may follow the end.
                 pulsing.cancel()
             await send(message)
 
-        # It sleeps first, so that the head is sent before.
+        # It sleeps first, so that the head is sent before any comment.
         pulsing = asyncio.get_running_loop().create_task(pulse())
         try:
             await super().stream_response(note)
@@ -263,26 +269,26 @@ class _Events(_Stream):
 
 
 @dataclass(slots=True)
-class _Run:
-    """One request."""
+class _CompletionRun:
+    """One completion request while it runs."""
 
-    host: Host
+    host: ModelHost
     engine: Engine
     request: Request
-    asked: Asked
-    flights: dict[tuple[str, str], Request]
+    params: CompletionBody
+    running: dict[tuple[str, str], Request]
     model: str
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
-    stopped: bool = False  # by a text of `Asked.stop`
+    stopped: bool = False  # by a text of `CompletionBody.stop`
 
     async def tokens(self) -> AsyncGenerator[Token, None]:
-        """Its tokens, accounted for however it ends. Raises `EngineError` alone."""
+        """Yield its tokens; record its costs however it ends. Raises only `EngineError`."""
         end = "cancelled"
-        key = self.request.user, self.asked.midfill.id
+        key = self.request.user, self.params.midfill.id
         self.host.enter()
-        if self.asked.midfill.id:
-            self.flights[key] = self.request
+        if self.params.midfill.id:
+            self.running[key] = self.request
         try:
             async with aclosing(self._up_to_stop(self.engine.generate(self.request))) as tokens:
                 async for token in tokens:
@@ -293,18 +299,18 @@ class _Run:
             raise
         except Exception as error:  # noqa: BLE001 - a model may raise anything
             end = "failed"
-            # Its words may quote the prompt.
+            # The error's text may quote the prompt.
             _LOG.error("a request failed: %s", type(error).__name__)
             raise EngineError(f"The engine failed on this request ({type(error).__name__}).") from None
         finally:
-            if self.flights.get(key) is self.request:
-                del self.flights[key]
+            if self.running.get(key) is self.request:
+                del self.running[key]
             self.host.leave()
-            self.host.meters.account(self.request.stats, end)
+            self.host.metrics.account(self.request.stats, end)
 
     async def _up_to_stop(self, source: AsyncGenerator[Token, None]) -> AsyncGenerator[Token, None]:
-        """The tokens before the first text of `Asked.stop`; what may be its beginning is held back."""
-        stops = Stops(self.asked.stop)
+        """Yield the tokens before the first `stop` text; hold back what may be the beginning of one."""
+        stops = StopMatcher(self.params.stop)
         held: list[Token] = []
         num_held = num_given = 0  # characters
         async with aclosing(source) as tokens:
@@ -327,8 +333,8 @@ class _Run:
             num_held -= len(token.text)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """As server-sent events."""
-        options = self.asked.stream_options
+        """Yield the answer as server-sent events."""
+        options = self.params.stream_options
         form = self._form() | ({"usage": None} if options is not None and options.include_usage else {})
         first = True
         try:
@@ -350,7 +356,7 @@ class _Run:
         yield b"data: [DONE]\n\n"
 
     async def whole(self) -> Response:
-        """As one answer."""
+        """Return the whole answer as one response."""
         try:
             async with aclosing(self.tokens()) as tokens:
                 found = [token async for token in tokens]
@@ -374,7 +380,7 @@ class _Run:
     def _choice(self, tokens: list[Token]) -> Report:
         choice: Report = {"index": 0, "text": "".join(token.text for token in tokens), "finish_reason": None}
         choice["token_ids"] = [token.id for token in tokens]
-        if self.asked.logprobs is not None:
+        if self.params.logprobs is not None:
             choice["logprobs"] = {
                 "tokens": [token.text for token in tokens],
                 "token_logprobs": [token.logprob for token in tokens],
@@ -393,7 +399,7 @@ class _Run:
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a prompt that is text. As other servers read it, a control token that is spelled out is one."""
+    """Return the ids of a text prompt. As on other servers, spelled-out control tokens become tokens."""
     marks = {tokenizer.decode([token]): token for token in tokenizer.control_ids}
     pattern = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True) if mark)
     ids: list[int] = []
@@ -429,20 +435,20 @@ def _describe_adapter(base: Report, adapter: AdapterSource) -> Report:
 
 
 def _check(tokens: Sequence[int], max_tokens: int, context: int, num_ids: int) -> None:
-    """Raise `AskedError` for a prompt that the model cannot read."""
+    """Raise `InvalidParamsError` for a prompt that the model cannot read."""
     if not tokens:
-        raise AskedError("prompt", "it is empty.")
+        raise InvalidParamsError("prompt", "it is empty.")
     if len(tokens) + max_tokens > context:
-        raise AskedError(
+        raise InvalidParamsError(
             "max_tokens",
             f"prompt and output ({len(tokens)} + {max_tokens} tokens) are longer than the model's {context}.",
         )
     if min(tokens) < 0 or max(tokens) >= num_ids:
-        raise AskedError("prompt", "it has ids that the vocabulary has not.")
+        raise InvalidParamsError("prompt", "it has ids that are not in the vocabulary.")
 
 
 def _user(http: HttpRequest) -> str:
-    """Who asks, as `guard` has found out; "" for the one user of an engine of one's own."""
+    """Return the user, as determined by `guard`; "" for the one user of a personal engine."""
     return str(http.scope.get("midfill.user", ""))
 
 
@@ -459,14 +465,14 @@ def _error(status: int, error: MidfillError) -> Response:
     return JSONResponse({"error": _as_dict(error)}, status_code=status)
 
 
-def _invalid(error: AskedError) -> Response:
-    """What is wrong, in OpenAI's form."""
+def _invalid(error: InvalidParamsError) -> Response:
+    """Return an error response in OpenAI's form."""
     what = {"message": str(error), "type": "invalid_request_error", "param": error.name or None, "code": None}
     return JSONResponse({"error": what}, status_code=400)
 
 
-async def _refused(_: HttpRequest, error: Exception) -> Response:
-    """A page that there is not, or a method that it has not."""
+async def _http_error(_: HttpRequest, error: Exception) -> Response:
+    """Return the response for an unknown page or a method that a page does not have."""
     if not isinstance(error, HTTPException):
         raise error
     kind = "invalid_request_error"
@@ -474,6 +480,6 @@ async def _refused(_: HttpRequest, error: Exception) -> Response:
     return JSONResponse(what, status_code=error.status_code, headers=error.headers)
 
 
-async def _gone(_request: HttpRequest, _error: Exception) -> Response:
-    """The client hung up in the middle of its request; nobody reads this."""
+async def _client_gone(_request: HttpRequest, _error: Exception) -> Response:
+    """Return a response that nobody reads: the client disconnected in the middle of its request."""
     return Response(status_code=400)

@@ -1,7 +1,7 @@
-"""Where a `Service` listens: at one user's own socket, or in a network, with tokens and TLS.
+"""Listen for an `EngineApp`: on a user's own Unix socket, or on a network, with tokens and TLS.
 
-Beyond this machine nothing is served without both. Who may ask is `guard`'s, how long a connection may take
-`connections`'. One process each.
+Nothing is served beyond this machine without both. `guard` decides who may ask, `connections` how long a
+connection may take. One listener per process.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 
 import uvicorn
 
-from midfill.engine.remote.server.app import Service
-from midfill.engine.remote.server.connections import Limits, Registry, protocol_of
+from midfill.engine.remote.server.app import EngineApp
+from midfill.engine.remote.server.connections import ConnectionLimits, ConnectionRegistry, protocol_of
 from midfill.engine.remote.server.guard import Guard
-from midfill.engine.remote.server.model_host import Host
+from midfill.engine.remote.server.model_host import ModelHost
 from midfill.errors import SettingsError
-from midfill.system import text_files as textfiles
+from midfill.system import text_files
 
 try:
     import resource
@@ -35,26 +35,26 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 _ACCEPTED_AT_ONCE = 16
-"""Connections that are accepted before anything else is done: so that many do not stop what is under way."""
+"""Connections accepted before other work is done, so that many do not stall active requests."""
 _BACKLOG = 1024
 _SEND_BUFFER = 131_072
-"""Of each connection: the system would take megabytes, and it would not be seen that nobody reads."""
+"""Send buffer per connection: the system's default of megabytes would hide that a client does not read."""
 _OTHER_FILES = 128
 """Descriptors for everything but connections: the model's files, libraries, logs."""
 _MOST_FILES = 16_384
 
 
 @dataclass(frozen=True, slots=True)
-class Listen:
+class ListenSpec:
     """Where to listen.
 
     Attributes:
         socket: a Unix socket of this user's; None to listen on `host` and `port`.
-        tokens: names of users by the token that each sends; none are asked for where it is empty.
-        names: host names that clients may call it by, beside `host` and the loopback's.
-        behind_proxy: something before it encrypts, so that it may do without TLS beyond the loopback. All
-            connections come from there then, whoever asks.
-        any_temperature: see `asked.read`.
+        tokens: names of users by the token that each sends; no token is required if it is empty.
+        names: host names that clients may use, besides `host` and the loopback's.
+        behind_proxy: a proxy terminates TLS, so that none is needed beyond the loopback. All connections then
+            come from the proxy.
+        any_temperature: see `request_params.read`.
     """
 
     socket: Path | None = None
@@ -69,58 +69,58 @@ class Listen:
 
     @property
     def is_local(self) -> bool:
-        """Whether nobody but this machine's users can reach it."""
+        """Whether only this machine's users can reach it."""
         try:
             return self.socket is not None or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
 
     def check(self) -> None:
-        """Raise `SettingsError` for what would be open to others."""
+        """Raise `SettingsError` for a listener that would be open to others."""
         if self.socket is not None:
             return
         if not self.tokens:
             raise SettingsError(
-                "Whoever can reach a port can ask it: name a file with lines of `user token` (--tokens FILE)."
+                "A network port needs tokens: give a file with lines of `user token` (--tokens FILE)."
             )
         if any(len(token) < 16 for token in self.tokens):
-            raise SettingsError("A token is shorter than 16 characters; `openssl rand -hex 24` makes one.")
+            raise SettingsError("A token has fewer than 16 characters; make one with `openssl rand -hex 24`.")
         if self.is_local or self.behind_proxy:
             return
         if self.tls_cert is None or self.tls_key is None:
             raise SettingsError(
-                f"{self.host} is beyond this machine, where code must not go unencrypted: give --tls-cert "
-                "and --tls-key, or --behind-proxy if something before it encrypts."
+                f"{self.host} can be reached from other machines, so code must be encrypted: give "
+                "--tls-cert and --tls-key, or --behind-proxy if a proxy terminates TLS."
             )
 
-    def limits(self) -> Limits:
-        """What connections may take; a socket of one's own has no strangers."""
-        limits = Limits(total=_max_connections())
+    def limits(self) -> ConnectionLimits:
+        """Return the limits of connections; a private socket has no anonymous clients."""
+        limits = ConnectionLimits(total=_max_connections())
         if self.socket is not None:
-            return replace(limits, strangers=0, strangers_of_address=0)
-        return replace(limits, strangers_of_address=0) if self.behind_proxy else limits
+            return replace(limits, anonymous=0, anonymous_per_address=0)
+        return replace(limits, anonymous_per_address=0) if self.behind_proxy else limits
 
 
 def read_tokens(path: Path) -> dict[str, str]:
-    """Users by token, from lines of `user token`. Raises `SettingsError`; so if others may read it."""
+    """Read users by token from lines of `user token`. Raises `SettingsError`, also if others may read it."""
     try:
         check_private(path)
-        rows = [line.split() for line in textfiles.read(path).splitlines() if line.strip()]
+        rows = [line.split() for line in text_files.read(path).splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
         raise SettingsError(f"Cannot read the tokens in {path}: {str(error).rstrip('.')}.") from error
     if any(len(row) != 2 for row in rows) or not rows:
-        raise SettingsError(f"{path} must have lines of `user token`.")
+        raise SettingsError(f"{path} must consist of lines of `user token`.")
     return {token: user for user, token in rows}
 
 
 def check_private(path: Path) -> None:
-    """Raise `SettingsError` if others may read a file with a secret, `OSError` if there is none."""
+    """Raise `SettingsError` if others may read a file with a secret, `OSError` if there is no file."""
     if os.name == "posix" and path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise SettingsError(f"Others may read {path}: chmod 600 {path}")
+        raise SettingsError(f"Other users may read {path}; run: chmod 600 {path}")
 
 
 def raise_file_limit() -> None:
-    """Have as many descriptors as this process may: each connection takes one."""
+    """Raise the limit of open files as far as this process may: each connection takes one."""
     if resource is None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -131,7 +131,7 @@ def raise_file_limit() -> None:
 
 
 def _max_connections() -> int:
-    """As many as there are descriptors for; 0 where that is not known."""
+    """Return the number of connections that there are descriptors for; 0 if that is unknown."""
     if resource is None:
         return 0
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -139,43 +139,50 @@ def _max_connections() -> int:
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals alone: uvicorn sends them again when it has ended, and nothing could be put away."""
+    """A server that ignores signals.
+
+    uvicorn would raise them again when it ends, so nothing could be cleaned up.
+    """
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """See `run` for who listens to them."""
+        """Do nothing; `run` handles signals."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """See `uvicorn.Server`."""
+        """Start listening with a larger backlog; see `uvicorn.Server`."""
         await super().startup(sockets)
         for sock in sockets or []:
-            sock.listen(_BACKLOG)  # who waits to be accepted waits in the kernel
+            sock.listen(_BACKLOG)  # connections wait in the kernel to be accepted
 
 
 async def serve(
-    host: Host, listen: Listen, announce: Callable[[str], None], *, limits: Limits | None = None
+    host: ModelHost,
+    listen: ListenSpec,
+    announce: Callable[[str], None],
+    *,
+    limits: ConnectionLimits | None = None,
 ) -> None:
     """Serve until the process is told to end, or has been idle for long.
 
     Args:
-        host: what is served.
-        listen: where.
+        host: the model.
+        listen: where to listen.
         announce: called with the address when it listens.
-        limits: of connections; None for `Listen.limits`.
+        limits: of connections; None for `ListenSpec.limits`.
 
-    Raises `SettingsError` if it would be open to others, or the place is taken.
+    Raises `SettingsError` if it would be open to others, or if the address is in use.
     """
     listen.check()
-    registry = Registry(limits or listen.limits(), _tls(listen))
-    service = Service(host, own=listen.socket is not None, any_temperature=listen.any_temperature)
+    registry = ConnectionRegistry(limits or listen.limits(), _tls(listen))
+    service = EngineApp(host, own=listen.socket is not None, any_temperature=listen.any_temperature)
     names = frozenset({listen.host, "localhost", "127.0.0.1", "[::1]", "::1", *listen.names})
     sock = _open(listen)
     config = uvicorn.Config(
         Guard(service.app, None if listen.socket is not None else listen.tokens, names),
         http=protocol_of(registry),
         log_config=None,
-        # It would have a line for each request that is none.
+        # It would log a line for each invalid request.
         log_level=logging.ERROR,
         access_log=False,
         server_header=False,
@@ -203,32 +210,35 @@ async def serve(
         sock.close()
 
 
-def _tls(listen: Listen) -> ssl.SSLContext | None:
-    """The certificate that is shown, with its key. Raises `SettingsError`."""
+def _tls(listen: ListenSpec) -> ssl.SSLContext | None:
+    """Return the TLS context with the certificate and its key. Raises `SettingsError`."""
     if listen.tls_cert is None and listen.tls_key is None:
         return None
     if listen.tls_cert is None or listen.tls_key is None:
-        raise SettingsError("--tls-cert and --tls-key go together: one of them is missing.")
+        raise SettingsError("--tls-cert and --tls-key must be given together.")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         check_private(listen.tls_key)
-        # An encrypted key would make OpenSSL ask on the terminal.
+        # For an encrypted key OpenSSL would ask for the password on the terminal.
         context.load_cert_chain(listen.tls_cert, listen.tls_key, password=lambda: b"")
     except OSError as error:  # `SSLError` is one
-        why = error.strerror or "it is no PEM file, or the key is another certificate's or encrypted"
+        why = (
+            error.strerror
+            or "it is not a PEM file, or the key is encrypted or belongs to another certificate"
+        )
         raise SettingsError(f"Cannot use {listen.tls_cert} with {listen.tls_key}: {why}.") from error
     return context
 
 
-def _open(listen: Listen) -> socket.socket:
-    """A socket that listens."""
+def _open(listen: ListenSpec) -> socket.socket:
+    """Return a listening socket."""
     try:
         if listen.socket is None:
             sock = socket.create_server((listen.host, listen.port))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             return sock
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Nobody else may connect, from the first moment on.
+        # Nobody else may connect, not even before a chmod.
         before = os.umask(0o177)
         try:
             listen.socket.unlink(missing_ok=True)
@@ -243,13 +253,13 @@ def _open(listen: Listen) -> socket.socket:
 
 
 def _unlink_own(path: Path, inode: int) -> None:
-    """Remove the socket's file, unless another process has put its own there."""
+    """Remove the socket's file, unless another process has replaced it."""
     with suppress(OSError):
         if path.stat().st_ino == inode:
             path.unlink()
 
 
-def _address(listen: Listen, sock: socket.socket) -> str:
+def _address(listen: ListenSpec, sock: socket.socket) -> str:
     if listen.socket is not None:
         return f"unix:{listen.socket}"
     scheme = "https" if listen.tls_cert else "http"
@@ -257,20 +267,20 @@ def _address(listen: Listen, sock: socket.socket) -> str:
     return f"{scheme}://{name}:{port}"
 
 
-def run(host: Host, listen: Listen) -> None:
-    """`serve` in a process of its own: one line on stdout says where it listens, and is all that it says."""
+def run(host: ModelHost, listen: ListenSpec) -> None:
+    """Run `serve` in this process; the only line on stdout is the address."""
 
     def announce(address: str) -> None:
         sys.stdout.write(address + "\n")
         sys.stdout.flush()
-        # Whoever started it waits for the end of this.
+        # The parent process waits for the end of stdout.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.close(nowhere)
 
     async def until_told() -> None:
         def end() -> None:
-            host.on_exit()  # which is `serve`'s by then
+            host.on_exit()  # set by `serve` by then
 
         for signum in (signal.SIGINT, signal.SIGTERM):
             with suppress(NotImplementedError):  # Windows

@@ -1,4 +1,4 @@
-"""The model that a service has: in memory while it is wanted, with the adapters of all who ask, and counted.
+"""The model of a server: loaded when needed, unloaded when idle, with all clients' adapters, and metrics.
 
 Knows no HTTP. Runs on the event loop.
 """
@@ -25,14 +25,14 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 Report = dict[str, Any]
 
 Infill = Callable[[ModelInfo, str, str], tuple[Sequence[int], frozenset[int]]]
-"""A prompt with a hole between two texts: its ids, and ids that end what fills the hole.
+"""Converts the texts before and after a hole to a prompt: its ids, and ids that end the hole's text.
 
 Raises `ModelError` if the model was not trained for that. Called in threads.
 """
 
 
-class Meters:
-    """What Prometheus reads. Numbers only."""
+class HostMetrics:
+    """Metrics for Prometheus. Numbers only."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -51,7 +51,7 @@ class Meters:
         )
 
     def account(self, stats: Stats, end: str) -> None:
-        """A request has ended."""
+        """Record a finished request."""
         self.requests.labels(end).inc()
         self.tokens.labels("computed").inc(stats.num_computed)
         self.tokens.labels("reused").inc(stats.num_reused)
@@ -61,19 +61,19 @@ class Meters:
 
 
 @dataclass(slots=True)
-class Host:
-    """The model in memory while it is wanted.
+class ModelHost:
+    """The model, in memory while it is needed.
 
     Attributes:
         make_engine: makes an engine that is not started; may be slow, runs in a thread.
-        unload_s: after so long without a request the model leaves memory; 0 for never.
-        exit_s: after so long the process may end; 0 for never.
+        unload_s: seconds without a request after which the model is unloaded; 0 for never.
+        exit_s: seconds without a request after which the process may end; 0 for never.
         on_exit: called then.
-        adapters: those that are in the model whoever asks, each a model of its own to those who do.
-        infill: see `Infill`; None where nobody may ask for that.
-        vocabulary: what tells the model's vocabulary from others; made when it is loaded for the first time.
-        num_ids: size of that.
-        report: how loading goes.
+        adapters: adapters that are always in the model, each listed as a model.
+        infill: see `Infill`; None if infilling is not offered.
+        vocabulary: digest of the model's vocabulary; computed when it is loaded for the first time.
+        num_ids: size of the vocabulary.
+        report: the progress of loading.
     """
 
     make_engine: Callable[[], Engine]
@@ -82,7 +82,7 @@ class Host:
     on_exit: Callable[[], None] = lambda: None
     adapters: tuple[AdapterSource, ...] = ()
     infill: Infill | None = None
-    meters: Meters = field(default_factory=Meters)
+    metrics: HostMetrics = field(default_factory=HostMetrics)
     engine: Engine | None = None
     vocabulary: str = ""
     num_ids: int = 0
@@ -92,12 +92,12 @@ class Host:
     _adapting: asyncio.Lock = field(default_factory=asyncio.Lock)
     _loading: asyncio.Task[Engine] | None = None
     _news: asyncio.Event = field(default_factory=asyncio.Event)
-    _closing: asyncio.Task[None] | None = None  # of an engine that leaves memory
+    _closing: asyncio.Task[None] | None = None  # of an engine that is being unloaded
     _num_running: int = 0
     _timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
     async def load(self) -> Engine:
-        """The engine, loaded if it is not. Raises `MidfillError`; the next call tries again."""
+        """Return the engine, loaded if necessary. Raises `MidfillError`; the next call tries again."""
         if self.engine is not None:
             return self.engine
         if self._loading is None:
@@ -108,7 +108,7 @@ class Host:
     async def _load(self) -> Engine:
         try:
             if self._closing is not None:
-                # There is memory for one model, perhaps not for two. Who gives up waiting must not end it.
+                # There may not be memory for two models. Cancelling this wait must not cancel the closing.
                 await asyncio.wait([self._closing])
             engine = await asyncio.to_thread(self.make_engine)
             try:
@@ -119,12 +119,12 @@ class Host:
         finally:
             self._loading = None
         self.engine = engine
-        self.meters.loaded.set(1)
+        self.metrics.loaded.set(1)
         self.touch()
         return engine
 
     async def _make_ready(self, engine: Engine) -> None:
-        """Have it load its model, with the adapters that are known, and learn what the model is."""
+        """Load the model with the known adapters, and record its vocabulary."""
         loop = asyncio.get_running_loop()
 
         def report(message: str, share: float | None) -> None:
@@ -138,16 +138,16 @@ class Host:
             self.vocabulary = await asyncio.to_thread(vocabulary_of, engine.model.tokenizer)
 
     async def want(self, client: str, adapters: Sequence[AdapterSource], *, pid: int = 0) -> None:
-        """Have a client's adapters in the model, beside those of the others.
+        """Put a client's adapters into the model, beside those of other clients.
 
-        Where there is no room, those of clients whose process has ended leave.
+        If there is no room, adapters of clients whose process has ended are removed.
 
-        Raises `AdapterError`, and leaves everything as it was, if they cannot be used or are too many.
+        Raises `AdapterError`, and changes nothing, if they cannot be used or are too many.
         """
         async with self._adapting:
-            # While it waited for its turn, the model may have left memory.
+            # The model may have been unloaded while this waited for the lock.
             engine = await self.load()
-            self.enter()  # the model stays in memory meanwhile
+            self.enter()  # keeps the model in memory
             try:
                 await self._put_in(engine, client, adapters)
             finally:
@@ -160,7 +160,7 @@ class Host:
         wanted = others | ({client: tuple(adapters)} if adapters else {})
         together = _each_once(self.adapters, wanted)
         if len(together) > MAX_ADAPTERS:
-            # A window that was killed has not taken its own back.
+            # A client that was killed has not removed its adapters.
             wanted = {
                 name: those
                 for name, those in wanted.items()
@@ -169,10 +169,10 @@ class Host:
             together = _each_once(self.adapters, wanted)
         if len(together) > MAX_ADAPTERS:
             raise AdapterError(
-                f"All windows together want {len(together)} adapters; there is room for {MAX_ADAPTERS}."
+                f"All clients together use {len(together)} adapters; the maximum is {MAX_ADAPTERS}."
             )
         if not isinstance(engine, Adaptable):
-            raise AdapterError("This engine has no adapters.")
+            raise AdapterError("This engine does not support adapters.")
         await engine.set_adapters(together)
         self._wanted = wanted
 
@@ -187,12 +187,12 @@ class Host:
         self._news = asyncio.Event()
 
     async def progress(self) -> AsyncGenerator[Report, None]:
-        """How loading goes, ending with {"ready": true} or {"error": sentence}."""
+        """Yield the progress of loading, at the end {"ready": true} or {"error": sentence}."""
         loading = asyncio.ensure_future(self.load())
         self.enter()
         try:
             while not loading.done():
-                # First the event, then the report: so none that comes while this one is sent is missed.
+                # First the event, then the report, so that none is missed while this one is sent.
                 news = asyncio.ensure_future(self._news.wait())
                 try:
                     yield self.report
@@ -205,24 +205,24 @@ class Host:
         else:
             yield {"ready": True}
         finally:
-            # Who asked may have gone; the model is loaded all the same.
+            # The client may have disconnected; the model is loaded all the same.
             loading.cancel()
             self.leave()
 
     def enter(self) -> None:
-        """A request begins."""
+        """Record that a request begins."""
         self._num_running += 1
-        self.meters.running.set(self._num_running)
+        self.metrics.running.set(self._num_running)
         self._stop_timers()
 
     def leave(self) -> None:
-        """A request ends."""
+        """Record that a request ends."""
         self._num_running -= 1
-        self.meters.running.set(self._num_running)
+        self.metrics.running.set(self._num_running)
         self.touch()
 
     def touch(self) -> None:
-        """Count the idle time from now on."""
+        """Restart the idle timers."""
         self._stop_timers()
         if self._num_running:
             return
@@ -238,11 +238,11 @@ class Host:
         self._timers.clear()
 
     def _unload(self) -> None:
-        """Give the memory back; the next request loads the model again."""
+        """Free the model's memory; the next request loads it again."""
         engine, self.engine = self.engine, None
         if engine is not None:
-            _LOG.info("the model leaves memory")
-            self.meters.loaded.set(0)
+            _LOG.info("the model is unloaded")
+            self.metrics.loaded.set(0)
             self._closing = asyncio.get_running_loop().create_task(engine.close())
 
     async def close(self) -> None:
@@ -258,12 +258,12 @@ class Host:
 
 
 def _lives(pid: int) -> bool:
-    """Whether there is such a process; one that has not said its number is believed to live."""
+    """Return whether the process exists; a client that has not sent its process id counts as alive."""
     return not pid or psutil.pid_exists(pid)
 
 
 def _each_once(
     always: Sequence[AdapterSource], wanted: Mapping[str, Sequence[AdapterSource]]
 ) -> list[AdapterSource]:
-    """The adapters that are there anyway and those that any client wants."""
+    """Return the adapters that are always there and those that any client wants, without duplicates."""
     return list({one.key: one for adapters in (always, *wanted.values()) for one in adapters}.values())

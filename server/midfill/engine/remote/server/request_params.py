@@ -1,7 +1,7 @@
-"""The body of a completion in OpenAI's form: which of its parameters work, and within which limits.
+"""Parameters of a completion in OpenAI's form: which are supported, and their limits.
 
-Each parameter works as OpenAI's clients send it, or is refused by its name; none is ignored without a word.
-No message quotes what was sent. Pure: no HTTP, no engine.
+Each parameter works as OpenAI's clients send it, or is refused by its name; none is ignored silently. No
+message quotes what was sent. Pure: no HTTP, no engine.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 MAX_TOKENS = 65_536
 CHARS_PER_TOKEN = 16
-"""A text with more characters for each token of the context is too long in any vocabulary of these models."""
+"""A text with more characters per token of the context is too long in any vocabulary of these models."""
 MAX_STOPS = 8
 _MAX_STOP_CHARS = 100
 _MAX_STOP_IDS = 100
 _MOST_IDS = 2**31
 _MAX_NAME = 60
 
-_UNUSED = "this engine has it with its neutral value only"
-# What OpenAI's clients may send that this engine has no use for: the values that change nothing.
+_UNUSED = "this engine supports its neutral value only"
+# Unsupported parameters that OpenAI's clients may send, and the values that have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -34,16 +34,16 @@ _REMEDIES = {
     "echo": "send false or leave it out",
     "frequency_penalty": "send 0 or leave it out",
     "logit_bias": "leave it out",
-    "n": "ask once for each answer that you want",
+    "n": "send one request per answer",
     "presence_penalty": "send 0 or leave it out",
 }
 
 
-class AskedError(Exception):
-    """A request that is not understood, or asks for what there is not.
+class InvalidParamsError(Exception):
+    """An invalid request, or one with an unsupported parameter.
 
     Attributes:
-        name: of the field, "" if it is the whole body.
+        name: of the field; "" for the whole body.
     """
 
     def __init__(self, name: str, why: str) -> None:
@@ -52,7 +52,7 @@ class AskedError(Exception):
 
 
 class Extra(BaseModel):
-    """What OpenAI's form has no field for."""
+    """midfill's extensions of OpenAI's form."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -71,16 +71,16 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] = False
 
 
-class Asked(BaseModel):
-    """A completion. What is null counts as left out.
+class CompletionBody(BaseModel):
+    """The body of a completion request. Null means that a field is missing.
 
     Attributes:
         prompt: text, or token ids. A list of one prompt is that prompt.
-        suffix: the text after the hole; then `prompt`, a text, is what is before it.
-        temperature: the engine always takes the likeliest token, as 0 says; see `read`.
-        top_p: it changes nothing where the likeliest token is taken.
-        seed: nothing is left to chance, so each seed gives the same answer.
-        user: OpenAI's clients may name somebody; who asks is told by the token.
+        suffix: the text after the hole; `prompt` is then the text before it.
+        temperature: the engine always takes the most likely token, as 0 asks for; see `read`.
+        top_p: has no effect, because the most likely token is taken.
+        seed: has no effect, because the output is deterministic.
+        user: ignored; the token identifies the user.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -106,13 +106,13 @@ class Asked(BaseModel):
     @classmethod
     def _without_neutral_values(cls, values: Any) -> Any:
         if not isinstance(values, dict):
-            raise AskedError("", "The body is no JSON object.")
+            raise InvalidParamsError("", "The body is not a JSON object.")
         kept = {name: value for name, value in values.items() if value is not None}
         for name, neutral in _NEUTRAL.items():
             if name in kept:
                 value = kept.pop(name)
                 if isinstance(value, bool) is not isinstance(neutral[0], bool) or value not in neutral:
-                    raise AskedError(name, f"{_UNUSED}; {_REMEDIES[name]}.")
+                    raise InvalidParamsError(name, f"{_UNUSED}; {_REMEDIES[name]}.")
         return kept
 
     @field_validator("prompt", mode="plain")
@@ -120,20 +120,22 @@ class Asked(BaseModel):
     def _one_prompt(cls, value: Any) -> str | list[int]:
         if isinstance(value, list) and value and isinstance(value[0], str | list):
             if len(value) > 1:
-                raise AskedError("prompt", f"{len(value)} prompts were sent; send one with each request.")
+                raise InvalidParamsError("prompt", f"{len(value)} prompts were sent; send one per request.")
             value = value[0]
         if isinstance(value, str):
             if len(value) > MAX_TOKENS * CHARS_PER_TOKEN:
-                raise AskedError(
+                raise InvalidParamsError(
                     "prompt", f"a text may have at most {MAX_TOKENS * CHARS_PER_TOKEN} characters."
                 )
             return value
         if not isinstance(value, list):
-            raise AskedError("prompt", "it must be a text or a list of token ids.")
+            raise InvalidParamsError("prompt", "it must be a text or a list of token ids.")
         if len(value) > MAX_TOKENS:
-            raise AskedError("prompt", f"{len(value)} tokens were sent; at most {MAX_TOKENS} are taken.")
+            raise InvalidParamsError("prompt", f"{len(value)} tokens were sent; the limit is {MAX_TOKENS}.")
         if not all(type(one) is int and 0 <= one < _MOST_IDS for one in value):
-            raise AskedError("prompt", "it must be a text or a list of token ids, which are whole numbers.")
+            raise InvalidParamsError(
+                "prompt", "it must be a text or a list of token ids, which are whole numbers."
+            )
         return value
 
     @field_validator("stop", mode="before")
@@ -151,43 +153,43 @@ class Asked(BaseModel):
         )
 
 
-def read(body: bytes, *, any_temperature: bool = False) -> Asked:
-    """Read and judge a body.
+def read(body: bytes, *, any_temperature: bool = False) -> CompletionBody:
+    """Parse and validate a body.
 
     Args:
         body: JSON.
-        any_temperature: temperatures above 0 are taken as well, though the answer is that of 0.
+        any_temperature: accept temperatures above 0, although the answer is that of 0.
 
-    Raises `AskedError` that names the field and its limit.
+    Raises `InvalidParamsError` that names the field and its limit.
     """
     try:
-        asked = Asked.model_validate_json(body)
+        params = CompletionBody.model_validate_json(body)
     except ValidationError as error:
         raise refusal(error) from None
-    if asked.temperature and not any_temperature:
-        raise AskedError(
+    if params.temperature and not any_temperature:
+        raise InvalidParamsError(
             "temperature",
-            "this engine always takes the likeliest token; send 0, or have it started with "
-            "--any-temperature, with which it takes others and answers as for 0.",
+            "this engine always takes the most likely token; send 0, or start it with --any-temperature, "
+            "which accepts other values and answers as for 0.",
         )
-    if asked.suffix is not None and not isinstance(asked.prompt, str):
-        raise AskedError("suffix", "needs a prompt that is text, not token ids.")
-    if asked.stream_options is not None and not asked.stream:
-        raise AskedError("stream_options", "works only with stream: true.")
-    return asked
+    if params.suffix is not None and not isinstance(params.prompt, str):
+        raise InvalidParamsError("suffix", "needs a prompt that is text, not token ids.")
+    if params.stream_options is not None and not params.stream:
+        raise InvalidParamsError("stream_options", "works only with stream: true.")
+    return params
 
 
-def refusal(error: ValidationError) -> AskedError:
-    """The first thing that is wrong, without quoting it."""
+def refusal(error: ValidationError) -> InvalidParamsError:
+    """Return the first validation error, without quoting the value."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    # Of a union, the names of its members come next.
+    # For a union, the names of its members follow.
     named = [str(part) for part in first["loc"] if isinstance(part, int) or _is_plain(part)]
     name = ".".join(named)[:_MAX_NAME] or "A field"
     if first["type"] == "extra_forbidden":
-        return AskedError(name, "this engine has no such parameter; leave it out.")
+        return InvalidParamsError(name, "this engine does not have this parameter; leave it out.")
     if first["type"] == "json_invalid":
-        return AskedError("", "The body is no valid JSON.")
-    return AskedError(name, f"{first['msg'].removesuffix('.')}.")
+        return InvalidParamsError("", "The body is not valid JSON.")
+    return InvalidParamsError(name, f"{first['msg'].removesuffix('.')}.")
 
 
 def _is_plain(name: str) -> bool:

@@ -1,6 +1,6 @@
-"""Texts that end an answer, looked for while it is written: in time that grows with the answer only.
+"""Find stop strings in an answer while it is generated, in time linear in the answer's length.
 
-One automaton for each text, that of Knuth, Morris and Pratt (1977). Pure; no HTTP, no engine.
+One automaton per string, that of Knuth, Morris and Pratt (1977). Pure; no HTTP, no engine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class _Pattern:
-    """One text, and how much of it the end of what was read may be the beginning of."""
+    """One stop string, and how much of it may have begun at the end of what was read."""
 
     text: str
     matched: int = 0
@@ -28,23 +28,23 @@ class _Pattern:
             self.borders[at] = length
 
     def push(self, char: str) -> bool:
-        """Read one character; return whether the text ends with it."""
+        """Read one character; return whether the text now ends with the stop string."""
         while self.matched and self.text[self.matched] != char:
             self.matched = self.borders[self.matched - 1]
         self.matched += self.text[self.matched] == char
         return self.matched == len(self.text)
 
 
-class Stops:
+class StopMatcher:
     """Reads an answer piece by piece.
 
     Args:
-        texts: what ends it; empty ones count for nothing.
+        texts: the stop strings; empty ones are ignored.
 
     Attributes:
-        end: where the first of them begins, in characters from the answer's beginning; None while there is
-            none. Nothing may be read after that.
-        num_held: how many characters at the end may be the beginning of one.
+        end: offset of the first match, in characters from the answer's beginning; None while there is none.
+            Nothing may be read after a match.
+        num_held: number of characters at the end that may be the beginning of a match.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -54,7 +54,7 @@ class Stops:
         self._num_read = 0
 
     def push(self, piece: str) -> None:
-        """Read a piece. Of several texts that come to their end in it, the one that begins first counts."""
+        """Read a piece. If several strings are completed in it, the one that begins first counts."""
         starts = []
         for pattern in self._patterns:
             for at, char in enumerate(piece, start=self._num_read + 1):

@@ -19,10 +19,10 @@ from serving import TOKEN, hosted, team, until
 from midfill.engine.api import AdapterSource, Request
 from midfill.engine.remote.client.endpoint import RemoteSpec
 from midfill.engine.remote.client.remote import RemoteEngine
-from midfill.engine.remote.client.text_tokenizer import RenderedTokenizer
+from midfill.engine.remote.client.text_tokenizer import TextTokenizer
 from midfill.engine.remote.server.guard import _Bucket
-from midfill.engine.remote.server.listen import Listen, read_tokens, serve
-from midfill.engine.remote.server.model_host import Host
+from midfill.engine.remote.server.listen import ListenSpec, read_tokens, serve
+from midfill.engine.remote.server.model_host import ModelHost
 from midfill.engine.scripted import Script, ScriptedEngine
 from midfill.errors import (
     AdapterError,
@@ -58,7 +58,7 @@ def log_of(path):
 
 async def test_a_socket_is_its_owners_alone_and_goes_with_the_service(tmp_path):
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path)) as (_, address):
+    async with hosted(ListenSpec(socket=path)) as (_, address):
         assert address == f"unix:{path}"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert not path.exists()
@@ -66,7 +66,7 @@ async def test_a_socket_is_its_owners_alone_and_goes_with_the_service(tmp_path):
 
 async def test_completions_in_openais_form(tmp_path):
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path)), client_of(path) as client:
+    async with hosted(ListenSpec(socket=path)), client_of(path) as client:
         body = {"prompt": "a = ", "max_tokens": 3, "logprobs": 1}
         answer = (await client.post("/v1/completions", json=body)).json()
         assert answer["choices"][0]["text"] == "hel"
@@ -90,13 +90,13 @@ async def test_completions_in_openais_form(tmp_path):
 async def test_sentinels_in_a_prompt_that_is_text_are_sentinels(tmp_path):
     """Who has not the vocabulary spells them out, and breaks up what looks like one in a file's text."""
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path)), client_of(path) as client:
+    async with hosted(ListenSpec(socket=path)), client_of(path) as client:
         for prompt, num in (("<|fim_prefix|>a<|fim_suffix|><|fim_middle|>", 4), ("< |fim_prefix|>", 15)):
             answer = (await client.post("/v1/completions", json={"prompt": prompt})).json()
             assert answer["usage"]["prompt_tokens"] == num
-    async with hosted(Listen(socket=path)), engine_of(path) as engine:
+    async with hosted(ListenSpec(socket=path)), engine_of(path) as engine:
         tokenizer = engine.model.tokenizer
-        assert isinstance(tokenizer, RenderedTokenizer)
+        assert isinstance(tokenizer, TextTokenizer)
         ids = (tokenizer.token_id("<|fim_prefix|>"), *tokenizer.encode("a <|fim_prefix|>"))
         asked = Request(ids, 3)
         assert "".join([token.text async for token in engine.generate(asked)]) == "hel"
@@ -115,7 +115,7 @@ async def test_sentinels_in_a_prompt_that_is_text_are_sentinels(tmp_path):
 )
 async def test_an_answer_ends_before_a_stop(tmp_path, stream, stop, text, why):
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path)), client_of(path) as client:
+    async with hosted(ListenSpec(socket=path)), client_of(path) as client:
         body = {"prompt": "a", "max_tokens": 9, "stop": stop, "stream": stream, "logprobs": 1}
         answer = await client.post("/v1/completions", json=body)
         if stream:
@@ -144,7 +144,7 @@ async def test_an_answer_ends_before_a_stop(tmp_path, stream, stop, text, why):
 )
 async def test_a_bad_request_is_refused_without_quoting_it(tmp_path, body, status):
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path)), client_of(path) as client:
+    async with hosted(ListenSpec(socket=path)), client_of(path) as client:
         answer = await client.post("/v1/completions", content=body)
         assert answer.status_code == status
         assert answer.json()["error"]["message"]
@@ -158,15 +158,15 @@ async def test_a_body_of_unknown_length_is_limited_too(tmp_path):
             yield b" " * 100_000
 
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path)), client_of(path) as client:
+    async with hosted(ListenSpec(socket=path)), client_of(path) as client:
         assert (await client.post("/v1/completions", content=parts())).status_code == 413
         assert (await client.post("/v1/completions", json={"prompt": "a"})).status_code == 200
 
 
 async def test_what_is_demanded_idle_and_reused_crosses(tmp_path):
     path, log = tmp_path / "s.sock", tmp_path / "log"
-    async with hosted(Listen(socket=path), log=str(log)), engine_of(path) as engine:
-        found = request(engine, "x", starts_with="<>")
+    async with hosted(ListenSpec(socket=path), log=str(log)), engine_of(path) as engine:
+        found = request(engine, "x", forced_prefix="<>")
         assert "".join([token.text async for token in engine.generate(found)]) == "<>hello"
         assert found.stats.num_computed > 0
         idle = request(engine, "slow", idle=True)
@@ -176,12 +176,12 @@ async def test_what_is_demanded_idle_and_reused_crosses(tmp_path):
         assert [row["idle"] for row in log_of(log)] == [False, True]
         engine.prewarm(idle.tokens)
         await until(lambda: len(log_of(log)) == 3)
-        assert log_of(log)[2]["fate"] == "prewarmed"
+        assert log_of(log)[2]["outcome"] == "prewarmed"
 
 
 async def test_adapters_of_several_windows_are_in_the_model_together(tmp_path):
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path), unload_s=0.2) as (host, _), client_of(path) as client:
+    async with hosted(ListenSpec(socket=path), unload_s=0.2) as (host, _), client_of(path) as client:
 
         async def want(window, *keys, pid=None):
             adapters = [{"key": key, "name": key, "path": "/nowhere"} for key in keys]
@@ -213,7 +213,7 @@ async def test_adapters_of_several_windows_are_in_the_model_together(tmp_path):
 
 async def test_an_idle_request_goes_first_once_somebody_waits_for_it(tmp_path):
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path)), engine_of(path) as engine, engine_of(path) as other:
+    async with hosted(ListenSpec(socket=path)), engine_of(path) as engine, engine_of(path) as other:
         idle, loud = request(engine, "slow", idle=True), request(other, "slow")
         async with aclosing(other.generate(loud)) as first, aclosing(engine.generate(idle)) as second:
             await anext(first)
@@ -229,7 +229,7 @@ async def test_an_idle_request_goes_first_once_somebody_waits_for_it(tmp_path):
 @in_its_own_time
 async def test_a_request_that_waits_for_its_turn_is_not_taken_for_dead(tmp_path):
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path)), engine_of(path) as engine, engine_of(path) as other:
+    async with hosted(ListenSpec(socket=path)), engine_of(path) as engine, engine_of(path) as other:
         came = asyncio.Event()
 
         async def read_all():
@@ -255,7 +255,7 @@ async def test_a_request_that_waits_for_its_turn_is_not_taken_for_dead(tmp_path)
 @in_its_own_time
 async def test_a_service_that_has_too_much_to_do_is_busy_and_not_away(tmp_path):
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path)), engine_of(path) as engine, engine_of(path) as other:
+    async with hosted(ListenSpec(socket=path)), engine_of(path) as engine, engine_of(path) as other:
         async with aclosing(other.generate(request(other, "long", 500))) as tokens:
             await anext(tokens)
             for _ in range(2):
@@ -269,24 +269,24 @@ async def test_a_service_that_has_too_much_to_do_is_busy_and_not_away(tmp_path):
 
 async def test_leaving_the_stream_frees_the_device_at_once(tmp_path):
     path, log = tmp_path / "s.sock", tmp_path / "log"
-    async with hosted(Listen(socket=path), log=str(log)) as (host, _), engine_of(path) as engine:
+    async with hosted(ListenSpec(socket=path), log=str(log)) as (host, _), engine_of(path) as engine:
         async with aclosing(engine.generate(request(engine, "slow", 500))) as tokens:
             for _ in range(3):
                 await anext(tokens)
         await until(lambda: log_of(log))
         (row,) = log_of(log)
-        assert row["fate"] == "cancelled"
+        assert row["outcome"] == "cancelled"
         assert row["steps"] < 40
         assert b"midfill_requests_running 0.0" in metrics_of(host)
 
 
 def metrics_of(host):
-    return generate_latest(host.meters.registry)
+    return generate_latest(host.metrics.registry)
 
 
 async def test_what_the_model_says_of_its_fault_arrives(tmp_path):
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path)), engine_of(path) as engine:
+    async with hosted(ListenSpec(socket=path)), engine_of(path) as engine:
         with pytest.raises(EngineError, match=r"^out of memory$"):
             async for _ in engine.generate(request(engine, "bad")):
                 pass
@@ -295,14 +295,14 @@ async def test_what_the_model_says_of_its_fault_arrives(tmp_path):
 
 async def test_a_model_leaves_memory_and_comes_back_and_the_process_ends(tmp_path):
     path = tmp_path / "s.sock"
-    async with hosted(Listen(socket=path), unload_s=0.1) as (host, _), engine_of(path) as engine:
+    async with hosted(ListenSpec(socket=path), unload_s=0.1) as (host, _), engine_of(path) as engine:
         assert [token.text async for token in engine.generate(request(engine, "good"))]
         await until(lambda: host.engine is None)
         assert [token.text async for token in engine.generate(request(engine, "good"))]
     ends = asyncio.get_running_loop().create_task(
         serve(
-            Host(lambda: ScriptedEngine(Script()), exit_s=0.1, vocabulary="x"),
-            Listen(socket=path),
+            ModelHost(lambda: ScriptedEngine(Script()), exit_s=0.1, vocabulary="x"),
+            ListenSpec(socket=path),
             lambda _address: None,
         )
     )
@@ -312,7 +312,7 @@ async def test_a_model_leaves_memory_and_comes_back_and_the_process_ends(tmp_pat
 async def test_what_was_loaded_in_part_is_closed():
     engine = Held()
     engine.may_close.set()
-    host = Host(lambda: engine, vocabulary="x", adapters=(AdapterSource("k", "n", Path("/nowhere")),))
+    host = ModelHost(lambda: engine, vocabulary="x", adapters=(AdapterSource("k", "n", Path("/nowhere")),))
     with pytest.raises(AdapterError, match="no such adapter"):
         await host.load()
     assert engine.closed.is_set()
@@ -322,7 +322,7 @@ async def test_what_was_loaded_in_part_is_closed():
 async def host_that_unloads():
     """A host whose model has begun to leave memory, and the engines that it has made."""
     engines = []
-    host = Host(lambda: Held(engines), unload_s=0.01, vocabulary="x")
+    host = ModelHost(lambda: Held(engines), unload_s=0.01, vocabulary="x")
     await host.load()
     await until(lambda: host.engine is None)
     return host, engines
@@ -362,7 +362,7 @@ async def test_ending_waits_for_a_model_that_leaves_though_another_is_wanted():
 async def test_ending_while_the_model_is_loaded_closes_it():
     engine = Held()
     engine.may_load.clear()
-    host = Host(lambda: engine, vocabulary="x")
+    host = ModelHost(lambda: engine, vocabulary="x")
     loading = asyncio.ensure_future(host.load())
     await until(engine.starting.is_set)
     ending = asyncio.ensure_future(host.close())
@@ -377,7 +377,7 @@ async def test_ending_while_the_model_is_loaded_closes_it():
 
 
 async def test_no_report_of_loading_is_missed():
-    host = Host(lambda: ScriptedEngine(Script(load_delay_s=30)), vocabulary="x")
+    host = ModelHost(lambda: ScriptedEngine(Script(load_delay_s=30)), vocabulary="x")
     async with aclosing(host.progress()) as reports:
         await anext(reports)
         # It comes while the one before is being sent.
@@ -390,7 +390,7 @@ async def test_no_report_of_loading_is_missed():
 async def test_who_hangs_up_while_the_model_is_loaded_leaves_nothing_and_it_is_loaded_all_the_same():
     engine = Held()
     engine.may_load.clear()
-    host = Host(lambda: engine, vocabulary="x")
+    host = ModelHost(lambda: engine, vocabulary="x")
     others = asyncio.all_tasks()
     reports = host.progress()
     await anext(reports)
@@ -412,7 +412,7 @@ async def test_a_model_stays_in_memory_while_adapters_are_put_into_it():
             await asyncio.sleep(100)
             await super().set_adapters(adapters)
 
-    host = Host(lambda: Slow(Script()), unload_s=60, vocabulary="x")
+    host = ModelHost(lambda: Slow(Script()), unload_s=60, vocabulary="x")
     await host.want("one", [AdapterSource("k", "n", Path("/nowhere"))])
     assert set(host.engine._adapters) == {"k"}
     await asyncio.sleep(61)
@@ -505,8 +505,8 @@ async def test_a_team_is_served_with_tls_and_an_authority_of_its_own(tmp_path, m
 @pytest.mark.parametrize(
     ("listen", "remedy"),
     [
-        (Listen(), "--tokens"),
-        (Listen(tokens={"short": "ada"}), "shorter than 16"),
+        (ListenSpec(), "--tokens"),
+        (ListenSpec(tokens={"short": "ada"}), "fewer than 16"),
         (team(host="0.0.0.0"), "--tls-cert"),  # noqa: S104 - what is refused
         (team(host="gpu-box"), "--tls-cert"),
     ],

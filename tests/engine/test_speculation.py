@@ -7,89 +7,89 @@ import tiny
 import torch
 
 from midfill.engine.loading import load
-from midfill.engine.speculation import Drafts
+from midfill.engine.speculation import NgramProposer
 
 TEXT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
 
 
-def cheap() -> Drafts:
+def cheap() -> NgramProposer:
     """Wider passes cost nothing more, so as much as possible is guessed."""
-    drafts = Drafts()
+    proposer = NgramProposer()
     for num_tokens in range(1, 9):
-        drafts.timed(num_tokens, 0.01)
-    return drafts
+        proposer.record_duration(num_tokens, 0.01)
+    return proposer
 
 
 def test_what_followed_the_same_tokens_is_guessed():
-    drafts = cheap()
-    drafts.learn(TEXT)
-    assert drafts.guess([50, 2, 3, 4]) == ([5, 6, 7, 8, 9, 10, 11], 3)
-    assert drafts.guess([50, 51, 9, 10]) == ([11, 12], 2)
-    assert drafts.guess([50, 51, 52]) == ([], 0)
-    assert drafts.guess([]) == ([], 0)
+    proposer = cheap()
+    proposer.learn(TEXT)
+    assert proposer.propose([50, 2, 3, 4]) == ([5, 6, 7, 8, 9, 10, 11], 3)
+    assert proposer.propose([50, 51, 9, 10]) == ([11, 12], 2)
+    assert proposer.propose([50, 51, 52]) == ([], 0)
+    assert proposer.propose([]) == ([], 0)
 
 
 def test_the_newest_continuation_counts():
-    drafts = cheap()
-    drafts.learn(TEXT)
-    drafts.learn([20, 2, 3, 4, 30, 31])
-    assert drafts.guess([2, 3, 4])[0] == [30, 31]
+    proposer = cheap()
+    proposer.learn(TEXT)
+    proposer.learn([20, 2, 3, 4, 30, 31])
+    assert proposer.propose([2, 3, 4])[0] == [30, 31]
 
 
 def test_what_is_learned_later_continues_what_came_before():
-    drafts = cheap()
-    drafts.learn(TEXT[:6])
-    drafts.learn(TEXT, 6)
-    assert drafts.guess([4, 5, 6])[0] == [7, 8, 9, 10, 11, 12]
+    proposer = cheap()
+    proposer.learn(TEXT[:6])
+    proposer.learn(TEXT, 6)
+    assert proposer.propose([4, 5, 6])[0] == [7, 8, 9, 10, 11, 12]
 
 
 def test_texts_that_were_learned_apart_do_not_follow_each_other():
-    drafts = cheap()
-    drafts.learn([1, 2, 3])
-    drafts.learn([4, 5, 6])
-    assert drafts.guess([1, 2, 3]) == ([], 0)
-    assert drafts.guess([40, 1, 2])[0] == [3]
+    proposer = cheap()
+    proposer.learn([1, 2, 3])
+    proposer.learn([4, 5, 6])
+    assert proposer.propose([1, 2, 3]) == ([], 0)
+    assert proposer.propose([40, 1, 2])[0] == [3]
 
 
 def test_the_end_of_a_text_does_not_hide_an_older_continuation():
-    drafts = cheap()
-    drafts.learn(TEXT)
-    drafts.learn([60, 3, 4, 5])
-    assert drafts.guess([3, 4, 5])[0] == [6, 7, 8, 9, 10, 11, 12]
+    proposer = cheap()
+    proposer.learn(TEXT)
+    proposer.learn([60, 3, 4, 5])
+    assert proposer.propose([3, 4, 5])[0] == [6, 7, 8, 9, 10, 11, 12]
 
 
 def test_wrong_guesses_end_the_guessing_and_a_while_later_it_is_tried_again():
-    drafts = Drafts()
+    proposer = NgramProposer()
     for num_tokens in range(1, 9):
-        drafts.timed(num_tokens, 0.01 * (1 + 0.3 * (num_tokens - 1)))
-    drafts.learn(TEXT)
+        proposer.record_duration(num_tokens, 0.01 * (1 + 0.3 * (num_tokens - 1)))
+    proposer.learn(TEXT)
     tail = [3, 4, 5]
-    assert drafts.guess(tail)[0]
+    assert proposer.propose(tail)[0]
     for _ in range(20):
-        drafts.judge(3, 4, 0)
-        drafts.judge(2, 4, 0)
-    assert drafts.guess(tail) == ([], 0)
+        proposer.record_acceptance(3, 4, 0)
+        proposer.record_acceptance(2, 4, 0)
+    assert proposer.propose(tail) == ([], 0)
     attempts = 0
-    while not drafts.guess(tail)[0]:
+    while not proposer.propose(tail)[0]:
         attempts += 1
         assert attempts < 200
     assert attempts > 5
 
 
 def test_where_wider_passes_cost_too_much_nothing_is_guessed():
-    drafts = Drafts()
+    proposer = NgramProposer()
     for num_tokens in range(1, 9):
-        drafts.timed(num_tokens, 0.01 * num_tokens)
-    drafts.learn(TEXT)
-    assert drafts.guess([3, 4, 5]) == ([], 0)
+        proposer.record_duration(num_tokens, 0.01 * num_tokens)
+    proposer.learn(TEXT)
+    assert proposer.propose([3, 4, 5]) == ([], 0)
 
 
 def test_memory_is_bounded():
-    drafts = cheap()
+    proposer = cheap()
     for start in range(0, 400_000, 4000):
-        drafts.learn(list(range(start, start + 4000)))
-    assert len(drafts._log) < 75_000
-    assert len(drafts._followers) < 150_000
+        proposer.learn(list(range(start, start + 4000)))
+    assert len(proposer._log) < 75_000
+    assert len(proposer._followers) < 150_000
 
 
 @pytest.mark.parametrize("runner", ["torch", pytest.param("openvino", marks=pytest.mark.slow)])
@@ -105,7 +105,7 @@ async def test_guesses_change_no_token_and_save_passes(tmp_path, runner):
         def counting(chunks, allowed, interrupted):
             choices = forward(chunks, allowed, interrupted)
             sizes.extend(
-                (chunk.num_guesses, len(chosen) - 1)
+                (chunk.num_draft_tokens, len(chosen) - 1)
                 for chunk, chosen in zip(chunks, choices, strict=True)
                 if chunk.samples
             )

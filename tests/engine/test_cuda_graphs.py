@@ -16,12 +16,12 @@ import torch
 from stepping import Recorder, Sequences, expected, prompts
 
 from midfill.engine.local import load
-from midfill.engine.scheduler import Chunk, Sequence
-from midfill.engine.torch.cuda_graphs import MARGIN, Replays
+from midfill.engine.scheduler import Chunk, SequenceState
+from midfill.engine.torch.cuda_graphs import MARGIN, GraphRunner
 from midfill.engine.torch.fuse import fuse
-from midfill.engine.torch.graph_shapes import Shape
-from midfill.engine.torch.kv_cache import FixedMemory, flash_rows, packed_rows
-from midfill.engine.torch.runner import Runner
+from midfill.engine.torch.graph_shapes import GraphShape
+from midfill.engine.torch.kv_cache import FixedKVCache, flash_kernel, packed_kernel
+from midfill.engine.torch.runner import TorchRunner
 
 KINDS = list(tiny.CONFIGS)
 GIGABYTE = 1 << 30
@@ -37,7 +37,7 @@ def make(path, *, captures=15):
     """A runner with the first passes captured: all widths at one length, two at a shorter one."""
     recorder = Recorder()
     runner = plain(path)
-    runner.use_replays(recorder, lambda _like, _heads: packed_rows, 4, GIGABYTE)
+    runner.use_graphs(recorder, lambda _like, _heads: packed_kernel, 4, GIGABYTE)
     for _ in range(captures):
         if not runner.idle():
             break
@@ -46,7 +46,7 @@ def make(path, *, captures=15):
 
 
 def plain(path):
-    return Runner(tiny.build(path, "float32"), "float32", torch.device("cpu"))
+    return TorchRunner(tiny.build(path, "float32"), "float32", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,7 +96,7 @@ def test_only_one_slow_step_runs_ahead(models):
     runner, recorder = make(models["qwen2"].path)
     [prompt] = prompts(3, 40)
     for step_s, ahead in ((0.004, 1), (0.001, 2)):
-        runner._replays.pace(step_s)
+        runner._graphs.set_step_duration(step_s)
         running = Sequences(runner, [prompt])
         recorder.waits.clear()
         for _ in range(4):
@@ -109,7 +109,7 @@ def test_one_part_of_a_prompt_is_read_while_the_next_is_prepared(models):
     runner, recorder = make(path)
     [prompt] = prompts(16, 300)
     for step_s, waits in ((0.004, [0, 0, 0, 0]), (0.001, [1, 1, 1])):
-        runner._replays.pace(step_s)
+        runner._graphs.set_step_duration(step_s)
         recorder.waits.clear()
         running = Sequences(runner, [prompt])
         for _ in range(4):
@@ -125,7 +125,7 @@ def test_capturing_while_the_model_loads(models):
     shares = []
     runner.capture(shares.append, limit_s=0.5)
     assert shares == sorted(shares)
-    assert 0 < runner._replays.num_captured <= len(shares) + 1
+    assert 0 < runner._graphs.num_captured <= len(shares) + 1
     [prompt] = prompts(15, 40)
     running = Sequences(runner, [prompt])
     recorder.num_replays = 0
@@ -198,7 +198,7 @@ def test_a_copied_past_is_not_what_ran_ahead(models):
     running.step([0])
     # Slot 0 now gets the past of slot 1, and the very token that its next step was to compute.
     token = running.tokens[0][-1]
-    chunk = Chunk(Sequence(None, []), 0, 40, [token], samples=True, copy_from=1)
+    chunk = Chunk(SequenceState(None, []), 0, 40, [token], samples=True, copy_from=1)
     [[choice]] = runner.forward([chunk], [None])
     assert [choice.id] == expected(path, [*documents[1], token], 1)[-1:]
 
@@ -227,7 +227,7 @@ def test_guesses_are_verified_in_the_same_pass(models, length, num_right):
     [prompt] = prompts(17, length)
     right = expected(path, prompt, 10)[length:]
     guesses = [token if i < num_right else (token + 1) % 256 for i, token in enumerate(right[:7])]
-    chunk = Chunk(Sequence(None, []), 0, 0, [*prompt, *guesses], samples=True, num_guesses=7)
+    chunk = Chunk(SequenceState(None, []), 0, 0, [*prompt, *guesses], samples=True, num_draft_tokens=7)
     [found] = runner.forward([chunk], [None])
     assert [choice.id for choice in found] == right[: num_right + 1]
     assert recorder.num_replays == 1
@@ -283,7 +283,7 @@ def test_less_memory_is_a_shorter_context(models):
     path = models["llama"].path
     runner = plain(path)
     token_bytes = 3 * 2 * 2 * 12 * 4
-    runner.use_replays(Recorder(), lambda _like, _heads: packed_rows, 4, 3 * 4 * 300 * token_bytes)
+    runner.use_graphs(Recorder(), lambda _like, _heads: packed_kernel, 4, 3 * 4 * 300 * token_bytes)
     assert runner.context == 256
 
 
@@ -308,32 +308,32 @@ def test_out_of_memory_frees_the_graphs_and_goes_on_without(models):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernel", [packed_rows, flash_rows], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", [packed_kernel, flash_kernel], ids=lambda kernel: kernel.__name__)
 def test_a_pass_asks_for_no_value_on_the_host(models, kind, kernel):
     """What cannot be captured fails here too: tensors without values, on a device of their own, in bf16."""
     meta = torch.device("meta")
     model = tiny.build(models[kind].path, "bfloat16")
     fuse(model)
-    runner = Runner(model, "bfloat16", torch.device("cpu"))
+    runner = TorchRunner(model, "bfloat16", torch.device("cpu"))
     with torch.inference_mode():
-        runner.forward([Chunk(Sequence(None, []), 0, 0, [1], samples=False)], [None])
-        like = [tuple(x.to(meta) for x in runner._memory.entries(layer, 0, 1)) for layer in range(3)]
+        runner.forward([Chunk(SequenceState(None, []), 0, 0, [1], samples=False)], [None])
+        like = [tuple(x.to(meta) for x in runner._cache.entries(layer, 0, 1)) for layer in range(3)]
         model.to(meta)
-        replays = Replays(
+        replays = GraphRunner(
             runner.run,
-            FixedMemory(like, 4, 512 + MARGIN),
+            FixedKVCache(like, 4, 512 + MARGIN),
             context=512,
             vocab_size=runner.vocab_size,
             kernel=kernel,
-            branches=runner._branches,
+            lora=runner._lora,
             device=Recorder(),
-            place=meta,
+            tensor_device=meta,
         )
         for shape in (
-            Shape(1, 1, 256),
-            Shape(4, 8, 512),
-            Shape(1, 128, 512),
-            Shape(1, 512, 1024, head=False),
+            GraphShape(1, 1, 256),
+            GraphShape(4, 8, 512),
+            GraphShape(1, 128, 512),
+            GraphShape(1, 512, 1024, head=False),
         ):
             replays._run(shape)
     assert like[0][0].dtype == torch.bfloat16

@@ -118,7 +118,7 @@ async def test_a_request_under_way_keeps_the_adapter_that_leaves(model, sources,
             found += [token.id async for token in tokens]
         await swap
         assert found == oracles(first, PROMPT, 40, control)
-        with pytest.raises(EngineError, match="is not in the model"):
+        with pytest.raises(EngineError, match="is not loaded"):
             await ids(engine, first)
         assert await ids(engine, sources[1].key) == oracles(sources[1].key, PROMPT, 12, control)
 
@@ -164,7 +164,7 @@ async def test_one_that_cannot_be_used_changes_nothing(model, sources, oracles, 
             await engine.set_adapters([AdapterSource("0" * 64, "other", sources[1].path)])
         with pytest.raises(AdapterError, match="no adapter"):
             await engine.set_adapters([AdapterSource("0" * 64, "none", tmp_path)])
-        with pytest.raises(AdapterError, match="room for 4"):
+        with pytest.raises(AdapterError, match="at most 4"):
             await engine.set_adapters([AdapterSource(str(n), "x", tmp_path) for n in range(5)])
         for key in (sources[0].key, "base"):
             assert await ids(engine, key) == oracles(key, PROMPT, 12, control)

@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("demanded", ["d", "def", "return x", "  in", "\n\n", "ä€", "deprecated"])
 async def test_the_output_begins_with_what_is_demanded(model, demanded):
     async with tiny.running(model) as engine:
-        tokens = await tiny.collect(engine, [3, 1, 4], 24, starts_with=demanded)
+        tokens = await tiny.collect(engine, [3, 1, 4], 24, forced_prefix=demanded)
     text = "".join(token.text for token in tokens)
     assert text.startswith(demanded)
     assert len(tokens) > 1
@@ -49,7 +49,7 @@ async def test_the_choice_is_the_most_likely_token_that_agrees(model):
     async with tiny.running(model) as engine:
         tokenizer = engine.model.tokenizer
         pieces = tokenizer.vocab_bytes()
-        [token] = await tiny.collect(engine, ids, 1, starts_with="def")
+        [token] = await tiny.collect(engine, ids, 1, forced_prefix="def")
     with tiny.torch.inference_mode():
         logprobs = reference(tiny.torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     agreeing = [i for i, piece in enumerate(pieces) if piece in {b"d", b"de", b"def"}]
@@ -67,5 +67,5 @@ async def test_a_demand_that_the_model_meets_anyway_changes_nothing(model):
             piece = pieces[free[0].id] if free else b""
             if piece and piece.isascii():
                 break
-        healed = await tiny.collect(engine, [start, 20, 30], 8, starts_with=piece.decode())
+        healed = await tiny.collect(engine, [start, 20, 30], 8, forced_prefix=piece.decode())
     assert [token.id for token in healed] == [token.id for token in free]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from midfill.engine.torch.threads import FreeCores, Usage, read_usage
+from midfill.engine.torch.threads import ThreadCount, Usage, read_usage
 
 
 def threads_after(most, *intervals):
     """The threads chosen after intervals of (seconds, idle seconds, own seconds)."""
     now = Usage(0.0, 0.0, 0.0)
-    cores = FreeCores(most, lambda: now)
+    cores = ThreadCount(most, lambda: now)
     for seconds, idle, own in intervals:
         now = Usage(now.now_s + seconds, now.idle_s + idle, now.own_s + own)
         cores.update(now.now_s)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from midfill.adapters.format import Adapter, Branch
-from midfill.engine.openvino import int8_weights as rounded
-from midfill.engine.openvino.int8_weights import Rounded, forget_merged, read_merged, read_weights
+from midfill.engine.openvino import int8_weights
+from midfill.engine.openvino.int8_weights import QuantizedTensor, forget_merged, read_merged, read_weights
 from midfill.errors import AdapterError, ModelError
 
 MATRIX = "model.layers.0.mlp.gate_proj.weight"
@@ -29,7 +29,7 @@ def model(tmp_path, monkeypatch):
 @pytest.fixture
 def kept(monkeypatch, tmp_path):
     """Models of any size are kept; gives what is in the cache."""
-    monkeypatch.setattr(rounded, "_WORTH_KEEPING", 0)
+    monkeypatch.setattr(int8_weights, "_MIN_CACHED_ELEMENTS", 0)
     return lambda: sorted(path.name for path in (tmp_path / "cache" / "rounded").iterdir())
 
 
@@ -46,7 +46,7 @@ def test_matrices_are_rounded_by_rows_and_the_rest_is_exact(model):
         if truth.ndim != 2:
             assert np.array_equal(found, truth.numpy())
             continue
-        assert isinstance(found, Rounded)
+        assert isinstance(found, QuantizedTensor)
         steps = np.abs(truth.numpy()).max(axis=1, keepdims=True) / 127
         assert np.all(np.abs(found.values * found.scales - truth.numpy()) <= steps / 2 * 1.0001)
     assert shares[-1] == pytest.approx(1.0)
@@ -71,7 +71,7 @@ def test_a_kept_model_is_not_read_again(model, kept):
     assert not shares
     assert len(kept()) == 1
     for name, tensor in first.items():
-        if isinstance(tensor, Rounded):
+        if isinstance(tensor, QuantizedTensor):
             assert np.array_equal(again[name].values, tensor.values)
             assert np.array_equal(again[name].scales, tensor.scales)
         else:
@@ -81,7 +81,7 @@ def test_a_kept_model_is_not_read_again(model, kept):
 def test_given_back_pages_come_back(model, kept):
     weights = read_weights(model.path, exact=lambda _: False, num_threads=1, report=lambda _: None)
     before = weights.tensors[MATRIX].values.copy()
-    weights.give_back()
+    weights.release_pages()
     assert np.array_equal(weights.tensors[MATRIX].values, before)
     assert kept()
 
@@ -119,7 +119,7 @@ def test_a_damaged_copy_is_made_anew(model, kept, tmp_path):
 def test_without_a_cache_it_works_all_the_same(model, kept, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder would be")
     tensors, _ = read(model)
-    assert isinstance(tensors[MATRIX], Rounded)
+    assert isinstance(tensors[MATRIX], QuantizedTensor)
 
 
 def test_what_is_not_finite_is_refused_and_not_kept(model, kept):
@@ -190,7 +190,7 @@ def test_merged_weights_are_kept_beside_those_of_the_base(model, kept):
     _, found = merged(model, adapter_of(model, 0.1))
     assert len(kept()) == 2
     before = found.tensors[MATRIX].values.copy()
-    found.give_back()
+    found.release_pages()
     assert np.array_equal(found.tensors[MATRIX].values, before)
     both = kept()
     _, again = merged(model, adapter_of(model, 0.1))
@@ -204,7 +204,7 @@ def test_merged_weights_are_kept_beside_those_of_the_base(model, kept):
     values = other.tensors[MATRIX].values.copy()
     forget_merged(model.path)
     assert set(kept()) < set(both)
-    other.give_back()
+    other.release_pages()
     assert np.array_equal(other.tensors[MATRIX].values, values)
 
 

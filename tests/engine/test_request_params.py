@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from serving import TOKEN, hosted, team
 
 from midfill.engine.api import ModelInfo
-from midfill.engine.remote.server import guard
-from midfill.engine.remote.server import request_params as asked
-from midfill.engine.remote.server.stop_strings import Stops
+from midfill.engine.remote.server import guard, request_params
+from midfill.engine.remote.server.stop_strings import StopMatcher
 from midfill.engine.scripted import CharTokenizer, Rule, Script
 from midfill.errors import ModelError
 from midfill.fim.templates import FAMILIES, infill
@@ -47,7 +46,7 @@ async def asking(listen, **options):
 @pytest.fixture(autouse=True)
 def _without_limits_of_rate(monkeypatch):
     monkeypatch.setattr(guard, "_BURST", 1e9)
-    monkeypatch.setattr(guard, "_REFUSED_S", 0.0)
+    monkeypatch.setattr(guard, "_REFUSAL_DELAY_S", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +94,7 @@ REFUSED = {
     "logit_bias": ({"50256": -100}, [1], 5),
     "seed": ("x", 1.5, 10**30),
     "user": (5, "x" * 1001, ["ada"]),
-    "suffix": (5, ["x"], "x" * (asked.MAX_TOKENS * 16 + 1)),
+    "suffix": (5, ["x"], "x" * (request_params.MAX_TOKENS * 16 + 1)),
     "stop": (["x"] * 9, "x" * 101, [5], {"a": 1}, ["a", None], 7),
     "max_tokens": (-1, 65_537, 1.5, "9", True, 10**30),
     "prompt": (None, 5, {}, ["a", "b"], [[1], [2]], [1, "a"], [True], [1.5], [-1], [2**40], "", [], [[]]),
@@ -207,7 +206,7 @@ async def test_a_suffix_needs_a_model_that_fills_in():
     def cannot(*_):
         raise ModelError("The FIM family of this one is not known.")
 
-    for options, words in (({}, "does not fill"), ({"infill": cannot}, "is not known")):
+    for options, words in (({}, "does not support fill-in-the-middle"), ({"infill": cannot}, "is not known")):
         async with asking(team(), script=SCRIPT, **options) as (_, client):
             answer = await client.post("/v1/completions", json={"prompt": "a", "suffix": "b"})
             assert answer.status_code == 400
@@ -324,7 +323,7 @@ def naive(texts, pieces):
     st.lists(st.text("abc", max_size=4), max_size=30),
 )
 def test_stops_are_found_as_by_looking_at_the_whole_text(texts, pieces):
-    stops, found = Stops(texts), []
+    stops, found = StopMatcher(texts), []
     for piece in pieces:
         stops.push(piece)
         found.append((stops.end, stops.num_held))
@@ -338,7 +337,7 @@ def test_stops_are_found_as_by_looking_at_the_whole_text(texts, pieces):
 def test_the_time_for_a_stop_grows_with_the_text_alone():
     """Characters read and steps back, not seconds: at most two steps for each character and text."""
     text = "a" * 20_000
-    stops = Stops(["a" * 99 + "b"] * 8)
+    stops = StopMatcher(["a" * 99 + "b"] * 8)
     steps = 0
 
     def count(frame, event, _argument):
@@ -347,7 +346,7 @@ def test_the_time_for_a_stop_grows_with_the_text_alone():
         return count
 
     for size in (5_000, 20_000):
-        stops, steps = Stops(["a" * 99 + "b"] * 8), 0
+        stops, steps = StopMatcher(["a" * 99 + "b"] * 8), 0
         before = sys.gettrace()
         sys.settrace(count)
         try:

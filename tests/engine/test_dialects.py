@@ -13,13 +13,13 @@ from tiny import write_tokenizer
 from midfill.completion.answer import Trigger
 from midfill.completion.completer import Completer
 from midfill.engine.api import Request
-from midfill.engine.remote.client.circuit_breaker import Breaker
+from midfill.engine.remote.client.circuit_breaker import CircuitBreaker
 from midfill.engine.remote.client.credentials import find_key
-from midfill.engine.remote.client.dialects import DIALECTS, Lines, WireError
+from midfill.engine.remote.client.dialects import DIALECTS, InvalidResponseError, StreamParser
 from midfill.engine.remote.client.endpoint import RemoteSpec
 from midfill.engine.remote.client.fallback import FallbackEngine
 from midfill.engine.remote.client.remote import RemoteEngine
-from midfill.engine.remote.client.text_tokenizer import RenderedTokenizer
+from midfill.engine.remote.client.text_tokenizer import TextTokenizer
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import EngineUnavailableError, ModelError, SettingsError
 from midfill.fim.probing import identify
@@ -78,7 +78,7 @@ async def test_a_vocabulary_that_differs_is_not_used(model, change):
         server.pages["/tokenize"] = lambda body: {"tokens": change(real(body)["tokens"])}
         server.pages["/props"] = lambda _body: {"default_generation_settings": {"n_ctx": 512}}
         engine = await started(server, candidates=(model,))
-        assert isinstance(engine.model.tokenizer, RenderedTokenizer)
+        assert isinstance(engine.model.tokenizer, TextTokenizer)
         assert (engine.model.proven, engine.model.context) == (False, 512)
         await engine.close()
 
@@ -109,7 +109,7 @@ async def test_vllm_writes_half_a_word_anew_token_by_token(model):
     async with Faulty(models=listing("vllm"), script=script) as server:
         server.pages["/tokenize"] = tokenize(tokenizer, "prompt")
         engine = await started(server, candidates=(model,))
-        assert await text_of(engine, Request((7,), 8, starts_with="lo")) == "loads"
+        assert await text_of(engine, Request((7,), 8, forced_prefix="lo")) == "loads"
         assert len(server.completions) == 3
         await engine.close()
 
@@ -150,7 +150,8 @@ async def test_text_is_sent_where_the_vocabulary_is_not_known(kind):
             ids += [tokenizer.token_id(name)] if part == "sentinel" else tokenizer.encode(pieces[name])
         stop = tokenizer.token_id(family.stops[0])
         assert (
-            await text_of(engine, Request(tuple(ids), 8, frozenset({stop}), starts_with=' "lo')) == ' "loads'
+            await text_of(engine, Request(tuple(ids), 8, frozenset({stop}), forced_prefix=' "lo'))
+            == ' "loads'
         )
         (body,) = server.completions
         prompt = body["prompt"]
@@ -167,7 +168,7 @@ async def test_text_is_sent_where_the_vocabulary_is_not_known(kind):
 
 
 def test_text_never_becomes_a_sentinel_where_text_is_sent():
-    tokenizer = RenderedTokenizer()
+    tokenizer = TextTokenizer()
     for text in (
         "a <|fim_middle|> b",
         "<fim_prefix>",
@@ -241,7 +242,7 @@ def test_where_a_key_comes_from(monkeypatch):
     # PowerShell begins what it prints with a byte order mark, where it is told UTF-8.
     say = "import sys; sys.stdout.buffer.write(bytes([239, 187, 191]) + b'from-a-program' + bytes([13, 10]))"
     assert find_key(f'command:"{sys.executable}" -c "{say}"') == "from-a-program"
-    with pytest.raises(SettingsError, match="not in UTF-8"):
+    with pytest.raises(SettingsError, match="not UTF-8"):
         find_key(
             f'command:"{sys.executable}" -c "import sys; sys.stdout.buffer.write(bytes([255, 254, 97, 0]))"'
         )
@@ -278,7 +279,7 @@ def test_the_command_of_a_key_runs_nothing_of_the_current_folder(monkeypatch, tm
 
 
 def test_a_breaker_opens_and_lets_one_through_to_see():
-    breaker = Breaker()
+    breaker = CircuitBreaker()
     for _ in range(3):
         assert breaker.allows(0.0)
         breaker.begin()
@@ -291,7 +292,7 @@ def test_a_breaker_opens_and_lets_one_through_to_see():
     assert not breaker.allows(1.5)
     assert breaker.allows(1.6)
     breaker.begin()
-    breaker.leave()
+    breaker.abandon()
     assert breaker.allows(1.7), "it was taken back; the next one sees"
     breaker.begin()
     breaker.succeed()
@@ -302,11 +303,11 @@ def test_a_breaker_opens_and_lets_one_through_to_see():
 def test_lines_are_bounded_and_may_be_cut_anywhere():
     whole = b': comment\r\nevent: x\r\ndata: {"a": 1}\r\n\r\ndata:{"b": 2}\n\ndata: [DONE]\n{"c": 3}'
     for size in (1, 3, len(whole)):
-        lines = Lines()
+        lines = StreamParser()
         found = [one for at in range(0, len(whole), size) for one in lines.take(whole[at : at + size])]
         assert [*found, *lines.take(None)] == [{"a": 1}, {"b": 2}, {}, {"c": 3}]
-    with pytest.raises(WireError):
-        Lines(limit=10).take(b"x" * 11)
+    with pytest.raises(InvalidResponseError):
+        StreamParser(limit=10).take(b"x" * 11)
 
 
 async def test_the_model_here_takes_over_where_the_user_wants_that(model):

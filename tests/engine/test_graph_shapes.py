@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from midfill.engine.torch import graph_shapes as graphs
-from midfill.engine.torch.graph_shapes import Graphs, Shape
+from midfill.engine.torch import graph_shapes
+from midfill.engine.torch.graph_shapes import GraphCache, GraphShape
 
 LONGEST = 8192 + 512
 
@@ -30,7 +30,7 @@ class Captures:
 
 def make(**options):
     captures = Captures(**options)
-    return captures, Graphs(LONGEST, captures.capture, captures.has_room)
+    return captures, GraphCache(LONGEST, captures.capture, captures.has_room)
 
 
 def wanted(found, rows, width, end, *, head=True):
@@ -64,7 +64,7 @@ def test_the_keys_that_are_read_are_bounded_by_a_bucket(end, keys):
     ],
 )
 def test_chunks_are_padded_to_the_next_rows_and_width(lengths, size):
-    assert graphs.fit(lengths) == size
+    assert graph_shapes.fit(lengths) == size
 
 
 @pytest.mark.parametrize(
@@ -80,15 +80,15 @@ def test_chunks_are_padded_to_the_next_rows_and_width(lengths, size):
     ],
 )
 def test_short_chunks_share_a_pass_and_long_ones_have_their_own(lengths, expected):
-    assert graphs.groups(lengths) == expected
+    assert graph_shapes.groups(lengths) == expected
 
 
 def test_the_first_captures_serve_every_step_of_one_sequence():
     _, found = make()
-    for _ in range(len(graphs.WIDTHS) + 1):
+    for _ in range(len(graph_shapes.WIDTHS) + 1):
         assert found.capture_next()
     for end in (1, 300, 8192):
-        for width in graphs.WIDTHS:
+        for width in graph_shapes.WIDTHS:
             shape, _ = wanted(found, 1, width, end)
             assert (shape.width, shape.keys) == (width, LONGEST)
     shape, _ = wanted(found, 1, 512, 8192, head=False)
@@ -102,12 +102,12 @@ def test_the_cheapest_captured_pass_is_chosen():
     assert len(set(captures.shapes)) == len(captures.shapes) == len(found)
     for rows, width, end in [(1, 1, 100), (1, 8, 1000), (2, 1, 3000), (4, 16, 50), (1, 512, 512)]:
         shape, captured = wanted(found, rows, width, end)
-        assert shape.serves(Shape(rows, width, end))
+        assert shape.serves(GraphShape(rows, width, end))
         assert captured == str(shape)
         assert not [
             other
             for other in captures.shapes
-            if other.serves(Shape(rows, width, end)) and other.cost < shape.cost
+            if other.serves(GraphShape(rows, width, end)) and other.cost < shape.cost
         ]
 
 
@@ -123,8 +123,8 @@ def test_what_was_missed_is_captured_next():
     assert wanted(found, 1, 1, 100)[0].keys == LONGEST
     found.capture_next()
     found.capture_next()
-    assert captures.shapes[1:] == [Shape(1, 1, 256), Shape(2, 1, 256)]
-    assert wanted(found, 2, 1, 100)[0] == Shape(2, 1, 256)
+    assert captures.shapes[1:] == [GraphShape(1, 1, 256), GraphShape(2, 1, 256)]
+    assert wanted(found, 2, 1, 100)[0] == GraphShape(2, 1, 256)
 
 
 def test_without_room_nothing_more_is_captured():
@@ -165,9 +165,9 @@ def test_out_of_memory_frees_every_pass():
 )
 def test_slots_have_room_for_the_context_or_for_what_fits_into_a_third_of_the_memory(free_gb, expected):
     # 12 KB a token and 4 slots, as the 0.5b has.
-    assert graphs.capacity(32768, 12_288, 4, int(free_gb * 2**30)) == expected
+    assert graph_shapes.capacity(32768, 12_288, 4, int(free_gb * 2**30)) == expected
 
 
 def test_no_room_for_slots_at_all():
     with pytest.raises(MemoryError, match="4 slots"):
-        graphs.capacity(32768, 12_288, 4, 1 << 20)
+        graph_shapes.capacity(32768, 12_288, 4, 1 << 20)
