@@ -78,7 +78,7 @@ async def stream(
 
     `on_text` is called with all of the text after each token.
     """
-    num_held = len(request.starts_with)
+    num_held = len(request.forced_prefix)
     whole, stopper = Normalizer(cursor), Stopper(cursor)
     async with aclosing(engine.generate(request)) as tokens:
         async for token in tokens:

@@ -61,7 +61,7 @@ class Pipeline:
             prompt.tokens,
             prompt.max_new_tokens,
             prompt.stop_ids,
-            starts_with=prompt.starts_with,
+            forced_prefix=prompt.forced_prefix,
             adapter=self.adapter_of(snapshot.document),
         )
         in_flight.run_as(request)
