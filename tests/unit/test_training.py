@@ -41,7 +41,9 @@ async def test_a_better_adapter_is_used_if_the_user_says_so(answer, used):
 
 async def test_a_rejected_adapter_is_not_offered():
     person = Person("Use it")
-    await AdapterTraining(person, None)._show_verdict(RESULT | {"verdict": "rejected", "reasons": ["It was worse."]})
+    await AdapterTraining(person, None)._show_verdict(
+        RESULT | {"verdict": "rejected", "reasons": ["It was worse."]}
+    )
     assert person.heard == [
         ("info", "The adapter mine was judged rejected and is not used. It was worse."),
     ]
