@@ -371,7 +371,7 @@ def _invalid(key: str, name: str, value: Any, error: ValidationError) -> str:
     """Return a sentence that names an invalid value and what is valid."""
     first = error.errors()[0]
     if first["type"] == "string_pattern_mismatch":
-        why = _FORMS[name]
+        why = _FORMS.get(name, first["msg"])
     else:
         why = re.sub(r"^(Input|String) should\b", "it must", first["msg"].removeprefix("Value error, "))
     shown = "this value" if name in _UNQUOTED or "@" in str(value) else _shown(value)

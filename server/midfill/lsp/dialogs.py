@@ -1,6 +1,6 @@
 """What the features of the server need of an editor's window: messages, questions, progress.
 
-Knows nothing of LSP: `editor.Editor` provides it.
+Knows nothing of LSP: `editor.EditorConnection` provides it.
 """
 
 from __future__ import annotations

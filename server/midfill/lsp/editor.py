@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from midfill.lsp.server import MidfillServer
 
 
-class Editor:
+class EditorConnection:
     """The editor that one server serves. Provides `dialogs.Dialogs`."""
 
     def __init__(self, server: MidfillServer) -> None:

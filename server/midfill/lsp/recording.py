@@ -183,7 +183,7 @@ def read(path: Path) -> list[RecordedMessage]:
             lines.append(RecordedMessage(at_s, value["from"] == "client", message, raw))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise MidfillError(
-                f"{path}:{number}: this line is not part of a midfill recording. Remove it, or record again."
+                f"{path}:{number}: not a line of a midfill recording. Record one: midfill serve --record."
             ) from error
     if not lines:
         raise MidfillError(f"The recording {path} holds no messages.")

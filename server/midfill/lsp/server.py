@@ -17,7 +17,7 @@ from pygls.lsp.server import LanguageServer
 
 from midfill import __version__
 from midfill.engine.api import Engine
-from midfill.lsp.editor import Editor
+from midfill.lsp.editor import EditorConnection
 from midfill.lsp.messages import TEST_HOOKS
 from midfill.lsp.protocol import Protocol, Tap
 from midfill.lsp.routes import ROUTES, TEST_ROUTES
@@ -58,7 +58,7 @@ class MidfillServer(LanguageServer):
             protocol_cls=cast("type[Protocol]", protocol),
             notebook_document_sync=notebooks,
         )
-        self.session = Session(settings, make_engine, Editor(self))
+        self.session = Session(settings, make_engine, EditorConnection(self))
         for route in routes:
             self.feature(route.method, route.options)(_with_session(route.handler, self.session))
 

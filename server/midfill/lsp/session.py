@@ -17,7 +17,7 @@ from midfill.completion.stats.acceptance import Journal
 from midfill.completion.stats.request_log import Costs
 from midfill.engine.api import Engine
 from midfill.lsp.adapter_routing import AdapterRouter
-from midfill.lsp.editor import Editor
+from midfill.lsp.editor import EditorConnection
 from midfill.lsp.items import PopupStyle
 from midfill.lsp.train_command import AdapterTraining
 from midfill.settings import Settings
@@ -50,7 +50,9 @@ class Session:
         num_chars_closed: size of the documents that were closed since the last trim of the heap.
     """
 
-    def __init__(self, settings: Settings, make_engine: Callable[[Settings], Engine], editor: Editor) -> None:
+    def __init__(
+        self, settings: Settings, make_engine: Callable[[Settings], Engine], editor: EditorConnection
+    ) -> None:
         self.own_settings = settings
         self.make_engine = make_engine
         self.editor = editor
