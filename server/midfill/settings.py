@@ -30,7 +30,7 @@ from midfill.system import text_files
 from midfill.system.printable import printable
 from midfill.text.secret_filter import SECRET_FILES
 
-_RESTART = "It takes effect when the server starts."
+_RESTART = "Restart the server to apply a change."
 
 
 class Scope(StrEnum):
@@ -116,8 +116,8 @@ class Settings(BaseModel):
     )
     engine_model: Annotated[str | None, _AT_START_FROM_FILE] = Field(
         default=None,
-        description="If `engine` is a URL: the name of the model on that server. None: the first that it "
-        "lists.",
+        description="If `engine` is a URL: the name of the model on that server. Without it: the first that "
+        "the server lists.",
     )
     engine_api: Annotated[
         Literal["auto", "vllm", "sglang", "llama.cpp", "ollama", "mistral", "openai", "midfill"],
@@ -448,11 +448,11 @@ _MAY_SET = {Scope.FILE: "file", Scope.EDITOR: "file, editor", Scope.PROJECT: "fi
 
 def markdown_table() -> str:
     """Return the table of settings for the documentation; a test compares the two."""
-    rows = ["| setting | default | set in | a change counts | meaning |", "|---|---|---|---|---|"]
+    rows = ["| setting | default | set in | a change applies | meaning |", "|---|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         own = policy(name)
         default = "none" if field.default is None else f"`{_as_toml(field.default)}`"
-        when = "at the next start" if own.restart else "at once"
+        when = "after a restart" if own.restart else "at once"
         rows.append(f"| `{name}` | {default} | {_MAY_SET[own.scope]} | {when} | {field.description} |")
     return "\n".join(rows) + "\n"
 

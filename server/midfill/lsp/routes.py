@@ -56,7 +56,6 @@ _GHOST = types.InlineCompletionOptions()
 _POPUP = types.CompletionOptions(resolve_provider=False)
 _COMMANDS = types.ExecuteCommandOptions(list(execute_command.COMMANDS))
 
-# fmt: off
 ROUTES = (
     Route("initialize", initialize.handle),
     Route("initialized", initialized.handle),
@@ -76,7 +75,6 @@ ROUTES = (
     Route("midfill/explain", explain.handle, messages.read_explain),
     Route("midfill/status", status.handle),
 )
-# fmt: on
 
 # Only if MIDFILL_TEST_HOOKS is set.
 TEST_ROUTES = (
