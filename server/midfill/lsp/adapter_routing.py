@@ -94,12 +94,20 @@ class AdapterRouter:
         return ", ".join(entry.name for entry in self._entries.values()) or None
 
     async def start(
-        self, engine: Engine, model: BaseModel | None, folders: Sequence[Path], *, is_remote: bool = False
+        self,
+        engine: Engine,
+        model: BaseModel | None,
+        folders: Sequence[Path],
+        *,
+        is_remote: bool = False,
+        held_out: bool = False,
     ) -> None:
         """Begin to serve adapters from a started engine; `model` is the one on this machine that it runs.
 
         If the engine is remote the model need not be here: its server checks whether an adapter fits.
+        With `held_out` the adapters are routed, for the statistics, but neither loaded nor used.
         """
+        self.held_out = held_out
         can = model is not None or is_remote
         self._engine = engine if can and isinstance(engine, Adaptable) else None
         self._model = model

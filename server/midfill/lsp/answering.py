@@ -1,4 +1,4 @@
-"""What ghost text and popup have in common: compute an answer, log it, and let the editor report acceptance.
+"""Shared by ghost text and popup: compute an answer, log it, and let the editor report its acceptance.
 
 Runs on the event loop.
 """

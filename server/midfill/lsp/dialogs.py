@@ -1,4 +1,4 @@
-"""What the features of the server need of an editor's window: messages, questions, progress.
+"""The interface to an editor's window: messages, questions, progress.
 
 Knows nothing of LSP: `editor.EditorConnection` provides it.
 """

@@ -97,15 +97,16 @@ async def _start_adapters(session: Session, engine: Engine) -> None:
     settings = session.settings
     if settings.adapter is not None:
         return
+    held_out = False
     if settings.adapter_holdout:
         # An editor that restarts its server passes the id on, so that the session stays the same.
         session.acceptance.session = id_ = os.environ.get("MIDFILL_SESSION") or uuid.uuid4().hex
-        session.router.held_out = acceptance.is_held_out(id_)
+        held_out = acceptance.is_held_out(id_)
     is_remote = bool(settings.engine_urls)
     name = engine.model.name if is_remote else settings.model
     model = await asyncio.to_thread(find_model, name)
     folders = [path for _, path in session.editor.workspace_folders()]
-    await session.router.start(engine, model, folders, is_remote=is_remote)
+    await session.router.start(engine, model, folders, is_remote=is_remote, held_out=held_out)
 
 
 def _show_failure(session: Session, why: str) -> None:

@@ -14,7 +14,7 @@ types. The faults that are corrected here, each with a test (params of documents
 - a coroutine handler starts after later messages were handled, so it would see a newer document
   (`test_server.py`); it keeps a second copy of every document (`test_load.py`);
 - writing to a client that does not read blocks the event loop (`test_load.py`);
-- it announces commands and file operations that nobody serves (`test_capabilities.py`).
+- it announces commands and file operations that it does not serve (`test_capabilities.py`).
 
 Runs on the event loop, with one thread that reads and one that writes.
 """

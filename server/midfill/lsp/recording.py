@@ -205,7 +205,7 @@ def _check_depth(value: Any) -> None:
 
 @dataclass(slots=True)
 class _Transcript:
-    """What a client has received so far, recorded or replayed.
+    """The answers that a client has received so far, recorded or replayed.
 
     Attributes:
         answers: by request id (as JSON); several if an id was used again.

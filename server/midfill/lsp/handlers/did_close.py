@@ -5,7 +5,7 @@ from __future__ import annotations
 from midfill.lsp.session import Session
 from midfill.system import malloc
 
-# After so many characters of closed documents the C library returns memory to the system.
+# Number of characters of closed documents after which the C library returns memory to the system.
 _TRIM_CHARS = 16_000_000
 
 
