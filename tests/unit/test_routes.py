@@ -14,7 +14,7 @@ HANDLERS = Path(midfill.lsp.handlers.__file__).parent
 # Methods whose handlers share a file.
 SHARED = {
     **dict.fromkeys(("didOpen", "didChange", "didClose"), "notebook_document"),
-    **dict.fromkeys(("documentText", "indexed", "costs"), "test_hooks"),
+    **dict.fromkeys(("documentText", "indexed", "costs"), "hooks"),
 }
 
 

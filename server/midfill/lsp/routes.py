@@ -23,12 +23,12 @@ from midfill.lsp.handlers import (
     did_save,
     execute_command,
     explain,
+    hooks,
     initialize,
     initialized,
     inline_completion,
     notebook_document,
     status,
-    test_hooks,
 )
 from midfill.lsp.session import Session
 
@@ -78,7 +78,7 @@ ROUTES = (
 
 # Only if MIDFILL_TEST_HOOKS is set.
 TEST_ROUTES = (
-    Route("midfill/documentText", test_hooks.document_text, messages.read_uri),
-    Route("midfill/indexed", test_hooks.indexed),
-    Route("midfill/costs", test_hooks.costs, messages.read_costs),
+    Route("midfill/documentText", hooks.document_text, messages.read_uri),
+    Route("midfill/indexed", hooks.indexed),
+    Route("midfill/costs", hooks.costs, messages.read_costs),
 )

@@ -33,7 +33,7 @@ class MidfillServer(LanguageServer):
         settings: the user's own, before the editor adds its own.
         make_engine: makes the engine when the settings are complete; may be slow, so it runs in a thread.
         tap: gets the body of every message and its sender, "client" or "server".
-        test_hooks: add the requests that only tests and benchmarks send.
+        hooks: add the requests that only tests and benchmarks send.
     """
 
     protocol: Protocol
@@ -44,9 +44,9 @@ class MidfillServer(LanguageServer):
         make_engine: Callable[[Settings], Engine],
         *,
         tap: Tap | None = None,
-        test_hooks: bool = False,
+        hooks: bool = False,
     ) -> None:
-        routes = ROUTES + (TEST_ROUTES if test_hooks else ())
+        routes = ROUTES + (TEST_ROUTES if hooks else ())
         readers = {route.method: route.reader for route in routes if route.reader is not None}
         protocol = partial(Protocol, readers=readers, tap=tap)
         # Notebooks of every kind, cells of every language.
@@ -101,5 +101,5 @@ def serve(settings: Settings, make_engine: Callable[[Settings], Engine], tap: Ta
     # Not `asyncio.run`: it waits for every thread at the end, one that imports torch or loads too.
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    server = MidfillServer(settings, make_engine, tap=tap, test_hooks=bool(os.environ.get(TEST_HOOKS)))
+    server = MidfillServer(settings, make_engine, tap=tap, hooks=bool(os.environ.get(TEST_HOOKS)))
     return loop.run_until_complete(server.run(stdin, stdout))
