@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsprotocol import types
 
+from midfill.lsp.editor_process import wait_for_end
 from midfill.lsp.progress import WorkDoneProgress
 from midfill.system.printable import printable
 from midfill.text.documents import Encoding
@@ -98,6 +99,7 @@ class EditorConnection:
                 types.RegistrationParams([types.Registration(f"midfill-{uuid.uuid4()}", method, options)])
             )
 
-    def watch_process(self, process_id: int) -> Coroutine[Any, Any, None]:
-        """Return a coroutine that stops the server when the editor's process ends."""
-        return self._server.protocol.watch_editor(process_id)
+    async def stop_with_process(self, process_id: int) -> None:
+        """Stop the server when the editor's process ends, if that can be watched."""
+        if await wait_for_end(process_id):
+            self._server.protocol.stop(1)

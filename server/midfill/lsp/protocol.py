@@ -26,7 +26,6 @@ import contextlib
 import inspect
 import json
 import logging
-import os
 import select
 import signal
 import sys
@@ -35,7 +34,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
-import psutil
 from lsprotocol import types
 from pygls.exceptions import JsonRpcException
 from pygls.lsp.server import LanguageServer
@@ -64,7 +62,6 @@ _REPLACED_BUILTINS = (
     types.NOTEBOOK_DOCUMENT_DID_CLOSE,
     types.WORKSPACE_EXECUTE_COMMAND,
 )
-_PARENT_CHECK_S = 5.0
 _CLOSE_S = 2.0
 
 
@@ -323,7 +320,7 @@ class Protocol(LanguageServerProtocol):
             self._exit.set_result(status)
 
     async def serve(self, stdin: int, stdout: int) -> int:
-        """Serve file descriptors until `exit`, end of input, a broken output, SIGTERM or a dead parent.
+        """Serve file descriptors until `exit`, end of input, a broken output, SIGTERM or `stop`.
 
         Returns the exit status.
         """
@@ -373,56 +370,6 @@ class Protocol(LanguageServerProtocol):
         with contextlib.suppress(OSError):  # a regular file cannot be watched, and has no other end
             loop.add_reader(stdout, woken)
 
-    async def watch_editor(self, process_id: int) -> None:
-        """Stop when the editor's process ends, even if our input stays open.
-
-        The number comes from the editor and means nothing here if the two run in different containers. So it
-        counts only if that process is an ancestor of this one.
-        """
-        process = _ancestor(process_id)
-        if process is None:
-            _LOG.info(
-                "the editor's process %d is not watched, since it did not start this one; "
-                "the server ends when its input does",
-                process_id,
-            )
-            return
-        if hasattr(os, "pidfd_open"):
-            with contextlib.suppress(OSError):  # an old kernel, or it has just ended
-                await _wait_for_end(os.pidfd_open(process_id), process)
-        # By its time of birth: another process may get the number.
-        while _is_alive(process):  # noqa: ASYNC110 - no event exists for this elsewhere
-            await asyncio.sleep(_PARENT_CHECK_S)
-        self.stop(1)
-
-
-def _ancestor(process_id: int) -> psutil.Process | None:
-    """Return the process with this number among the ancestors of this one; None if there is none."""
-    try:
-        return next((one for one in psutil.Process().parents() if one.pid == process_id), None)
-    except psutil.Error:
-        return None
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-async def _wait_for_end(descriptor: int, process: psutil.Process) -> None:
-    """Wait until the process of a pidfd has ended; return at once if its number was not `process`'s."""
-    loop = asyncio.get_running_loop()
-    ended = loop.create_future()
-    loop.add_reader(descriptor, partial(_resolve, ended))
-    try:
-        if _is_alive(process):
-            await ended
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
-
 
 def _invalid(message: str) -> ResponseError:
     return ResponseError(types.ErrorCodes.InvalidRequest, message)
@@ -463,8 +410,3 @@ def _kind_and_location(error: BaseException) -> str:
         trace = trace.tb_next
     location = f"{trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}" if trace else "?"
     return f"{type(error).__name__} in {location}"
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

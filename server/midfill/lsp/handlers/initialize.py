@@ -18,4 +18,4 @@ def handle(session: Session, params: types.InitializeParams) -> None:
     # What the demo and the benchmarks accept says nothing about a user.
     session.acceptance.counts = params.client_info is None or params.client_info.name != OWN_CLIENT
     if isinstance(params.process_id, int) and params.process_id > 0:
-        session.spawn(session.editor.watch_process(params.process_id))
+        session.spawn(session.editor.stop_with_process(params.process_id))
