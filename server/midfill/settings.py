@@ -442,12 +442,12 @@ def store(key: str, value: str | float | bool, path: Path | None = None) -> Path
     return path
 
 
-# Who may set a setting, in the words of the documentation.
+# How server/docs/settings.md says who may set a setting.
 _MAY_SET = {Scope.FILE: "file", Scope.EDITOR: "file, editor", Scope.PROJECT: "file, editor, project"}
 
 
 def markdown_table() -> str:
-    """Return the table of settings for the documentation; a test compares the two."""
+    """Return the table of server/docs/settings.md; a test compares the two."""
     rows = ["| setting | default | set in | a change applies | meaning |", "|---|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         own = policy(name)
