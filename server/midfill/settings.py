@@ -383,7 +383,7 @@ def _unknown(key: Any, names: Mapping[str, str]) -> str:
 
     close = difflib.get_close_matches(str(key)[:80], names, 1)
     hint = f"Did you mean {close[0]!r}?" if close else "Remove it, or check its spelling."
-    return f"Unknown setting {_shown(key)}. {hint}"
+    return f"Unknown setting {str(key)[:80]!r}. {hint}"
 
 
 def _shown(value: Any) -> str:

@@ -96,7 +96,7 @@ async def test_a_training_is_shown_and_cancelled_with_a_checkpoint(start, tmp_pa
     assert shares == sorted(shares)
     train(server)
     refused = await until(server, lambda m: m.get("id") == "train")
-    assert "trained already" in refused["result"]["error"]
+    assert "already being trained" in refused["result"]["error"]
     server.notify("window/workDoneProgress/cancel", {"token": token})
     ended = await until(server, lambda m: m.get("params", {}).get("token") == token and progress(m, "end"))
     assert ended["params"]["value"]["message"] == "stopped"

@@ -288,8 +288,8 @@ def test_no_settings_of_any_kind_are_no_junk(values):
     [
         ({"maxNewTokens": "many"}, "Setting 'maxNewTokens' cannot be \"many\": it must be a valid integer."),
         ({"device": "gpu"}, "Setting 'device' cannot be \"gpu\": use `auto`, `cpu`, `cuda` or `cuda:N`."),
-        ({"modle": "x"}, "Unknown setting \"modle\". Did you mean 'model'?"),
-        ({"xyz": 1}, 'Unknown setting "xyz". Remove it, or check its spelling.'),
+        ({"modle": "x"}, "Unknown setting 'modle'. Did you mean 'model'?"),
+        ({"xyz": 1}, "Unknown setting 'xyz'. Remove it, or check its spelling."),
         ([1], "Settings must be an object of names and values, not [1]."),
         ({"engine": []}, "Setting 'engine' cannot be []: the list of URLs is empty."),
     ],
