@@ -12,7 +12,7 @@ from typing import Any
 from lsprotocol import types
 
 from midfill.completion.completer import Answer
-from midfill.completion.suggestions import up_to_closers
+from midfill.completion.suggestions import text_before_closers
 from midfill.text.documents import Change, Encoding, Point, Snapshot, content_length, split_lines
 
 _LABEL_CHARS = 60
@@ -101,7 +101,7 @@ def popup_item(
     text, num_replaced = answer.text, answer.num_replaced
     if num_replaced and not style.takes_edits:
         # A plain text cannot say what it replaces.
-        text, num_replaced = up_to_closers(text, snapshot.line_after[:num_replaced]), 0
+        text, num_replaced = text_before_closers(text, snapshot.line_after[:num_replaced]), 0
         if not text:
             return None
     pattern = _WORDS.get(snapshot.document.language_id, _WORD)

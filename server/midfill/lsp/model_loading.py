@@ -11,7 +11,7 @@ import uuid
 
 from midfill.completion import calibrations
 from midfill.completion.stats import acceptance
-from midfill.completion.stats.request_log import Metered
+from midfill.completion.stats.request_log import InstrumentedEngine
 from midfill.engine.api import Engine
 from midfill.errors import EngineUnavailableError, MidfillError
 from midfill.fim.probing import identify
@@ -53,7 +53,7 @@ async def _try_load(session: Session) -> bool:
             await asyncio.gather(engine.start(report), asyncio.to_thread(secret_shapes.prepare))
             family = await identify(engine, session.settings.family)
             await _load_calibration(session, engine.model.name)
-            completer.use(Metered(engine, session.costs), family)
+            completer.use(InstrumentedEngine(engine, session.costs), family)
         except EngineUnavailableError as error:
             _show_failure(session, str(error))
             if session.engine is not None:

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from midfill.completion.completer import Answer, Completer
-from midfill.completion.stats.acceptance import Journal
-from midfill.completion.stats.request_log import Costs
+from midfill.completion.stats.acceptance import AcceptanceTracker
+from midfill.completion.stats.request_log import RequestStats
 from midfill.engine.api import Engine
 from midfill.lsp.adapter_routing import AdapterRouter
 from midfill.lsp.editor import EditorConnection
@@ -60,12 +60,12 @@ class Session:
         self.completer = Completer(settings, looks_ahead=True, adapter_of=self.router.adapter_of)
         self.training = AdapterTraining(editor, use=partial(self.router.bind, where="workspace"))
         self.engine: Engine | None = None
-        self.costs = Costs()
+        self.costs = RequestStats()
         self.documents: dict[str, Document] = {}
         self.cursors: dict[str, Point] = {}
         self.notebooks = Notebooks()
         self.answers: dict[str, Answer] = {}
-        self.acceptance = Journal(self.documents)
+        self.acceptance = AcceptanceTracker(self.documents)
         self.encoding = Encoding.UTF16
         self.popup_style = PopupStyle()
         self.initialized = False
@@ -110,7 +110,7 @@ class Session:
         if (document := self.documents.get(uri)) is not None:
             end = Point(len(document.lines) - 1, len(document.lines[-1]))
             cursor = document.clamp(self.cursors.get(uri, end))
-            self.completer.rest(self.whole(Snapshot(document, cursor)))
+            self.completer.on_idle(self.whole(Snapshot(document, cursor)))
 
     # Tasks
 

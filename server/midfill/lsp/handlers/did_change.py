@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from midfill.completion.suggestions import closing_changes
+from midfill.completion.suggestions import auto_closing_changes
 from midfill.lsp.messages import EditedDocument
 from midfill.lsp.session import Session
 from midfill.text.documents import Change, Document, Point, Snapshot
@@ -29,7 +29,7 @@ def apply_edit(session: Session, edited: EditedDocument, *, may_autoclose: bool 
         return
     version = document.version if edited.version is None else edited.version
     after, done = document, 0
-    for at in closing_changes(edited.changes) if may_autoclose else ():
+    for at in auto_closing_changes(edited.changes) if may_autoclose else ():
         after = after.edit(edited.changes[done:at], version, session.encoding)
         _note_autoclose(session, after, edited.changes[at])
         done = at
@@ -47,4 +47,4 @@ def apply_edit(session: Session, edited: EditedDocument, *, may_autoclose: bool 
 def _note_autoclose(session: Session, document: Document, change: Change) -> None:
     """Tell the completer that part of a change, about to be made, may be an auto-closed bracket."""
     before = Snapshot(document, document.point(change.start or (0, 0), session.encoding))
-    session.completer.closing(session.whole(before))
+    session.completer.before_auto_close(session.whole(before))
