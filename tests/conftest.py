@@ -22,6 +22,8 @@ def _folders_of_its_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIDFILL_STATE", str(tmp_path_factory.mktemp("state")))
         patch.setenv("MIDFILL_DATA", str(tmp_path_factory.mktemp("data")))
+        # The requests that only tests send (`lsp/handlers/hooks.py`).
+        patch.setenv("MIDFILL_TEST_HOOKS", "1")
         yield
 
 

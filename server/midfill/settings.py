@@ -1,17 +1,18 @@
 """Settings: one typed schema, read from the user's own file and from the editor.
 
 The user's file is `config.toml` in the user's configuration folder (`MIDFILL_CONFIG` names another).
-Editors send the same keys in `initializationOptions` and `workspace/didChangeConfiguration`, where
-camelCase is understood too. Files of a workspace set nothing: they may come from anyone.
+Editors send the same keys in `initializationOptions` and `workspace/didChangeConfiguration`, in snake_case or
+camelCase. Files of a workspace set nothing: they may come from anyone.
 
-Who may set a key, and whether a running server follows, is data: the `Policy` of its field. A field without
-one is the file's alone.
+The `Policy` of a field says who may set it, and whether a running server takes a change. A field without one
+may be set in the user's file only.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,28 +26,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.alias_generators import to_camel
 
 from midfill.errors import SettingsError
-from midfill.system import text_files as textfiles
+from midfill.system import text_files
+from midfill.system.printable import printable
 from midfill.text.secret_filter import SECRET_FILES
 
-_RESTART = "It takes effect when the server starts."
+_RESTART = "Restart the server to apply a change."
 
 
 class Scope(StrEnum):
-    """Who may set a setting."""
+    """Who may set a setting. Each scope includes those before it."""
 
     FILE = "file"
-    """The user's own settings file and the command line. An editor may pass on what a workspace's own files
-    say, and these settings say where code is sent and what is run."""
+    """The user's own settings file and the command line. Not an editor: it may pass on what files of a
+    workspace say, and these settings decide where code is sent and which programs are run."""
     EDITOR = "editor"
-    """The user's settings of an editor, too."""
+    """The user's settings in an editor."""
     PROJECT = "project"
-    """The settings of a project, too, in an editor that keeps those of projects which the user trusts, as VS
-    Code does."""
+    """The settings of a project, in an editor that asks the user which projects to trust, as VS Code does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How a setting may be set.
+    """Who may set a setting, and when a change takes effect.
 
     Attributes:
         scope: who may set it.
@@ -62,11 +63,19 @@ _AT_START = Policy(Scope.EDITOR, restart=True)
 _ANY_TIME = Policy(Scope.EDITOR)
 _BY_PROJECT = Policy(Scope.PROJECT)
 
-ENGINES_HERE = ("auto", "local", "shared")
+LOCAL_ENGINES = ("auto", "local", "shared")
+
+# The form of a setting with a pattern, for error messages.
+_FORMS = {
+    "device": "use `auto`, `cpu`, `cuda` or `cuda:N`",
+    "engine_key": "say where the key is read from: `env:NAME`, `keyring:SERVICE/USER` or `command:PROGRAM`",
+}
+# Their values are not quoted in error messages: a user may have written the secret itself.
+_UNQUOTED = {"engine_key"}
 
 
 class Settings(BaseModel):
-    """Every setting, with its default, range and meaning."""
+    """Every setting, with its default, range and description for users."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -78,163 +87,180 @@ class Settings(BaseModel):
         protected_namespaces=(),
     )
 
-    enabled: Annotated[bool, _BY_PROJECT] = Field(
-        default=True, description="Whether suggestions are made at all."
-    )
+    enabled: Annotated[bool, _BY_PROJECT] = Field(default=True, description="Show suggestions.")
     model: Annotated[str, _AT_START] = Field(
         default="qwen2.5-coder-0.5b",
         min_length=1,
-        description="Catalogue name, Hugging Face id, local folder or GGUF file of the model.",
+        description="The model that writes the suggestions: a name of `midfill model list`, a Hugging Face "
+        "id, a local folder or a GGUF file.",
     )
     family: Annotated[str | None, _AT_START] = Field(
         default=None,
-        description="FIM family of a model that midfill does not recognise, for example `starcoder`.",
+        description="Fill-in-the-middle format of the model, for example `starcoder`. Only needed for a "
+        "model that midfill does not recognise.",
     )
     adapter: Annotated[str | None, _AT_START] = Field(
         default=None,
-        description="One LoRA adapter for everything, whatever `midfill adapter use` says: a folder in PEFT "
-        "format, or a name of `midfill adapter list`.",
+        description="LoRA adapter for all files, in place of those chosen with `midfill adapter use`: a "
+        "folder in PEFT format, or a name of `midfill adapter list`.",
     )
     adapter_holdout: Annotated[bool, _AT_START] = Field(
         default=False,
-        description="Whether one session in ten is without the adapters that `midfill adapter use` chose, "
-        "so that `midfill adapter stats` can compare.",
+        description="Run one session in ten without the adapters chosen with `midfill adapter use`, so that "
+        "`midfill adapter stats` can compare sessions with and without them.",
     )
     engine: Annotated[str | tuple[str, ...], _AT_START_FROM_FILE] = Field(
         default="auto",
-        description="Who runs the model: `auto` or `local` is midfill itself, `shared` one process for all "
-        "your editors, a URL (or several, in a list) a server that has it.",
+        description="Where the model runs. `auto` or `local`: in the server itself. `shared`: in one "
+        "process for all your editors. A URL, or a list of URLs: on a model server.",
     )
     engine_model: Annotated[str | None, _AT_START_FROM_FILE] = Field(
-        default=None, description="The model to use, as that server calls it; none: its first."
+        default=None,
+        description="If `engine` is a URL: the name of the model on that server. Without it: the first that "
+        "the server lists.",
     )
     engine_api: Annotated[
         Literal["auto", "vllm", "sglang", "llama.cpp", "ollama", "mistral", "openai", "midfill"],
         _AT_START_FROM_FILE,
-    ] = Field(default="auto", description="What kind of server it is; `auto` asks it.")
+    ] = Field(
+        default="auto",
+        description="If `engine` is a URL: the kind of that server. `auto`: detect it.",
+    )
     engine_key: Annotated[str, _AT_START_FROM_FILE] = Field(
         default="env:MIDFILL_API_KEY",
         pattern=r"^(env|keyring|command):.+$",
-        description="Where that server's key comes from: `env:NAME`, `keyring:SERVICE/USER` or "
-        "`command:PROGRAM`.",
+        description="If `engine` is a URL: where its API key is read from. `env:NAME`: an environment "
+        "variable. `keyring:SERVICE/USER`: the system's keyring. `command:PROGRAM`: the output of a "
+        "program.",
     )
     engine_ca: Annotated[str | None, _AT_START_FROM_FILE] = Field(
-        default=None, description="A file of certificates (PEM) to trust beside the system's."
+        default=None,
+        description="If `engine` is a URL: a file of certificates (PEM) to trust in addition to the "
+        "system's.",
     )
     engine_fallback: Annotated[bool, _AT_START_FROM_FILE] = Field(
         default=False,
-        description="Whether the model `model` runs here while that server does not answer.",
+        description="If `engine` is a URL: run `model` on this machine while that server does not answer.",
     )
     engine_unload_min: Annotated[float, _AT_START_FROM_FILE] = Field(
         default=15.0,
         ge=0,
         le=100_000,
-        description="Minutes without a request after which a shared engine's model leaves memory; 0: never.",
+        description="Minutes without a request after which a shared engine unloads its model from memory. "
+        "0: never.",
     )
     engine_exit_min: Annotated[float, _AT_START_FROM_FILE] = Field(
         default=60.0,
         ge=0,
         le=100_000,
-        description="The same for the end of its process.",
+        description="Minutes without a request after which the process of a shared engine exits. 0: never.",
     )
     device: Annotated[str, _AT_START] = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="`auto`, `cpu`, `cuda` or `cuda:N`.",
+        description="Device that runs the model: `cpu`, `cuda`, or `cuda:N` for one of several GPUs. "
+        "`auto`: a GPU if there is one.",
     )
     dtype: Annotated[Literal["auto", "int8", "float32", "bfloat16"], _AT_START] = Field(
         default="auto",
-        description="Number format of the weights; `auto` is int8 on a CPU and bfloat16 on a GPU.",
+        description="Number format of the model's weights. `auto`: int8 on a CPU, bfloat16 on a GPU.",
     )
     runner: Annotated[Literal["auto", "openvino", "torch"], _AT_START] = Field(
         default="auto",
-        description="What runs the model; `auto` is OpenVINO for int8 on a CPU where it can, else torch.",
+        description="Library that runs the model. `auto`: OpenVINO for int8 on a CPU if it supports the "
+        "model, otherwise torch.",
     )
     num_threads: Annotated[int, _AT_START] = Field(
         default=0,
         ge=0,
         le=1024,
-        description="CPU threads; 0 means one per physical core (torch takes fewer while others are busy).",
+        description="CPU threads that run the model. 0: one per physical core (torch uses fewer while other "
+        "programs are busy).",
     )
     prefix_tokens: Annotated[int, _ANY_TIME] = Field(
-        default=256, ge=16, le=65_536, description="Most tokens of the prompt from before the cursor."
+        default=256, ge=16, le=65_536, description="Maximum prompt tokens taken from before the cursor."
     )
     suffix_tokens: Annotated[int, _ANY_TIME] = Field(
-        default=128, ge=0, le=65_536, description="Most tokens of the prompt from after the cursor."
+        default=128, ge=0, le=65_536, description="Maximum prompt tokens taken from after the cursor."
     )
     context: Annotated[tuple[Literal["imports", "open", "repository", "edits"], ...], _BY_PROJECT] = Field(
         default=(),
-        description="What the prompt may show of other files: what is defined by `imports`, pieces of `open` "
-        "documents and of the whole `repository`, recent `edits`. Empty: nothing, and no file is read.",
+        description="What the prompt may contain from other files: definitions that the file imports "
+        "(`imports`), parts of open documents (`open`) and of the whole repository (`repository`), recent "
+        "edits (`edits`). Empty: nothing, and no other file is read.",
     )
     context_tokens: Annotated[int, _ANY_TIME] = Field(
-        default=256, ge=0, le=65_536, description="Most tokens of the prompt from other files."
+        default=256, ge=0, le=65_536, description="Maximum prompt tokens taken from other files."
     )
     max_new_tokens: Annotated[int, _BY_PROJECT] = Field(
-        default=32, ge=1, le=1024, description="Most tokens that a suggestion may have."
+        default=32, ge=1, le=1024, description="Maximum length of a suggestion, in tokens."
     )
     max_new_tokens_invoked: Annotated[int, _BY_PROJECT] = Field(
         default=64,
         ge=1,
         le=1024,
-        description="The same where the suggestion was asked for explicitly, if that is more.",
+        description="Maximum length, in tokens, of a suggestion that you ask for explicitly; if it is less "
+        "than `max_new_tokens`, that counts.",
     )
     popup_budget_ms: Annotated[int, _ANY_TIME] = Field(
         default=80,
         ge=0,
         le=60_000,
-        description="Most milliseconds that the popup waits for the model; what comes later is in the popup "
-        "at the next key.",
+        description="Maximum time, in milliseconds, that the completion popup waits for the model. A "
+        "suggestion that takes longer is in the popup at the next keystroke.",
     )
     layout: Annotated[Literal["auto", "anchored", "appending", "psm", "spm"], _ANY_TIME] = Field(
         default="auto",
-        description="Order of the prompt's parts, for measurements; `auto` is what was measured best for "
+        description="Order of the prompt's parts, for experiments. `auto`: the order that measured best for "
         "the model's family.",
     )
     healing: Annotated[bool, _ANY_TIME] = Field(
         default=True,
-        description="Whether a half-typed word is taken back and completed as a whole; off for measurements.",
+        description="Complete a half-typed word as a whole (token healing). Off for experiments only.",
     )
     prefetch: Annotated[bool, _ANY_TIME] = Field(
         default=True,
-        description="Compute what comes next, as if the suggestion on the screen had been accepted, while "
-        "the model has nothing else to do.",
+        description="While the model is idle, compute the suggestion that would follow if you accepted the "
+        "one that is shown.",
     )
     eagerness: Annotated[Literal["low", "normal", "high", "always"], _BY_PROJECT] = Field(
         default="normal",
-        description="How readily something is shown unasked: `low` only what is rated highest, `normal` and "
-        "`high` more, `always` whatever the model wrote. Asking explicitly always shows it.",
+        description="How likely a suggestion must be right to be shown while you type. `low`: only the most "
+        "likely ones. `normal`, `high`: more. `always`: everything. What you ask for explicitly is always "
+        "shown.",
     )
     deadline_s: Annotated[float, _ANY_TIME] = Field(
-        default=10.0, ge=0.1, le=600, description="Seconds after which a request is given up."
+        default=10.0,
+        ge=0.1,
+        le=600,
+        description="Seconds after which a request ends without a suggestion.",
     )
     disabled_languages: Annotated[tuple[str, ...], _BY_PROJECT] = Field(
         default=(),
-        description="Languages that get no suggestions, as any editor calls them, for example `markdown`.",
+        description="Languages without suggestions, for example `markdown`. The names of any editor work.",
     )
     excluded_files: Annotated[tuple[str, ...], _ANY_TIME] = Field(
         default=SECRET_FILES,
-        description="Patterns of names (or of the ends of paths) of files that get no suggestions and are "
-        "never shown to the model.",
+        description="Files that get no suggestions and are never shown to the model: patterns of their "
+        "names, or of the ends of their paths.",
     )
     detect_secrets: Annotated[bool, _ANY_TIME] = Field(
         default=True,
-        description="Whether a file in which a password, a token or a private key is found gets no "
-        "suggestions either.",
+        description="Give no suggestions in a file that contains a password, a token or a private key.",
     )
     count_feedback: Annotated[bool, _ANY_TIME] = Field(
         default=True,
-        description="Whether accepted suggestions are counted, on this machine only and without their text; "
+        description="Count how many suggestions you accept, on this machine only and without their text. "
         "`midfill status` shows the counts.",
     )
     max_file_kb: Annotated[Annotated[int, Field(ge=1)], _ANY_TIME] = Field(
-        default=20_000, description="Documents larger than this many kilobytes get no suggestions."
+        default=20_000, description="Give no suggestions in documents larger than this many kilobytes."
     )
 
     @field_validator("engine")
     @classmethod
-    def _is_a_place(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if value in ENGINES_HERE:
+    def _check_engine(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if value in LOCAL_ENGINES:
             return value
         urls = (value,) if isinstance(value, str) else value
         for url in urls:
@@ -243,16 +269,17 @@ class Settings(BaseModel):
             whole = parts.scheme in {"http", "https"} and parts.hostname and _is_port(parts)
             if not plain or not whole or parts.username or parts.query:
                 raise ValueError(
-                    f"{url!r} is none of {', '.join(ENGINES_HERE)} and no URL like http://host:8000"
+                    "use `auto`, `local`, `shared` or a URL such as http://host:8000; put a key into "
+                    "`engine_key`"
                 )
         if not urls:
-            raise ValueError("no URL is named")
+            raise ValueError("the list of URLs is empty")
         return value
 
     @property
     def engine_urls(self) -> tuple[str, ...]:
-        """The servers that have the model; none where it runs on this machine."""
-        if self.engine in ENGINES_HERE:
+        """The URLs of the servers that run the model; empty if it runs on this machine."""
+        if self.engine in LOCAL_ENGINES:
             return ()
         return (self.engine,) if isinstance(self.engine, str) else self.engine
 
@@ -265,7 +292,7 @@ def _is_port(parts: SplitResult) -> bool:
 
 
 def policy(name: str) -> Policy:
-    """Return how a setting may be set. One that does not say is the file's alone."""
+    """Return the policy of a setting. Without one it may be set in the user's file only."""
     metadata = Settings.model_fields[name].metadata
     return next((one for one in metadata if isinstance(one, Policy)), _AT_START_FROM_FILE)
 
@@ -277,23 +304,23 @@ def changed(settings: Settings) -> list[str]:
 
 
 def config_path() -> Path:
-    """Where the user's own settings file is (it need not exist)."""
+    """Return the path of the user's own settings file, which need not exist."""
     if named := os.environ.get("MIDFILL_CONFIG"):
         return Path(named)
     return platformdirs.user_config_path("midfill") / "config.toml"
 
 
 def load(path: Path | None = None) -> Settings:
-    """Read the user's settings file; defaults where there is none.
+    """Read the user's settings file; without one return the defaults.
 
-    Raises `SettingsError` naming the file and the key.
+    Raises `SettingsError` naming the file, the key and the value.
     """
     path = path or config_path()
     return parse(_read(path), where=str(path))
 
 
 def parse(values: Mapping[str, Any], *, base: Settings | None = None, where: str = "settings") -> Settings:
-    """Check `values` and lay them over `base`. Raises `SettingsError` naming every bad key."""
+    """Check `values` and put them over `base`. Raises `SettingsError` naming every bad key."""
     settings, problems = merge(values, base or Settings())
     if problems:
         raise SettingsError(f"{where}: " + " ".join(problems))
@@ -301,29 +328,31 @@ def parse(values: Mapping[str, Any], *, base: Settings | None = None, where: str
 
 
 def merge(values: Any, base: Settings, own: Settings | None = None) -> tuple[Settings, list[str]]:
-    """Lay the good ones of `values` over `base`; say what is wrong with the others, a sentence each.
+    """Put the valid ones of `values` over `base`. Return the result, and a sentence for each invalid one.
 
-    `values` is whatever an editor sent: junk leaves `base` as it is, and so does what is the file's alone. A
-    null takes a setting back: it becomes what the user's own file says (`own`; None if that file is what is
-    being read).
+    `values` is whatever an editor sent; what is no object changes nothing. `own` are the settings of the
+    user's own file, or None if `values` are from that file. If it is given, settings of the scope `FILE` are
+    refused, and a null sets a setting back to its value in `own`.
     """
     if values is None or values == []:
-        # An empty table of Lua is a list as soon as it is JSON.
+        # Lua has one kind of table: an empty one becomes a list in JSON.
         return base, []
     if not isinstance(values, Mapping):
-        return base, [f"Settings must be an object, not {type(values).__name__}."]
+        return base, [f"Settings must be an object of names and values, not {_shown(values)}."]
     names = {alias: name for name in Settings.model_fields for alias in (name, to_camel(name))}
     merged = base.model_dump()
     problems = []
     for key, value in values.items():
         name = names.get(key)
         if name is None:
-            # A client that is newer than the server takes back what the server never knew.
+            # A client that is newer than the server may set back what this server does not know.
             if value is not None:
-                problems.append(f"Unknown setting {key!r}.")
+                problems.append(_unknown(key, names))
             continue
         if own is not None and policy(name).scope is Scope.FILE:
-            problems.append(f"Setting {key!r} is taken from {config_path()} only, not from an editor.")
+            problems.append(
+                f"Setting {key!r} is taken from {config_path()} only, not from an editor. Set it there."
+            )
             continue
         if value is None and own is not None:
             merged[name] = getattr(own, name)
@@ -332,17 +361,43 @@ def merge(values: Any, base: Settings, own: Settings | None = None) -> tuple[Set
         try:
             Settings.model_validate({name: value})
         except ValidationError as error:
-            what = error.errors()[0]["msg"]
-            problems.append(f"Setting {key!r}: {what}; {value!r:.80} was ignored.")
+            problems.append(_invalid(key, name, value, error))
         else:
             merged[name] = value
     return Settings.model_validate(merged), problems
 
 
-def keep_start_only(new: Settings, old: Settings) -> tuple[Settings, list[str]]:
-    """Undo changes of settings that count only at the start; a sentence for each that was changed.
+def _invalid(key: str, name: str, value: Any, error: ValidationError) -> str:
+    """Return a sentence that names an invalid value and what is valid."""
+    first = error.errors()[0]
+    if first["type"] == "string_pattern_mismatch":
+        why = _FORMS.get(name, first["msg"])
+    else:
+        why = re.sub(r"^(Input|String) should\b", "it must", first["msg"].removeprefix("Value error, "))
+    shown = "this value" if name in _UNQUOTED or "@" in str(value) else _shown(value)
+    return f"Setting {key!r} cannot be {shown}: {why}."
 
-    A running server's model, adapter and device were chosen when it started, and stay.
+
+def _unknown(key: Any, names: Mapping[str, str]) -> str:
+    import difflib  # noqa: PLC0415 - for errors only
+
+    close = difflib.get_close_matches(str(key)[:80], names, 1)
+    hint = f"Did you mean {close[0]!r}?" if close else "Remove it, or check its spelling."
+    return f"Unknown setting {str(key)[:80]!r}. {hint}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as users write it, in JSON's notation, at most 80 characters of it."""
+    try:
+        return printable(json.dumps(value, ensure_ascii=False)[:80])
+    except (TypeError, ValueError):
+        return repr(value)[:80]
+
+
+def keep_start_only(new: Settings, old: Settings) -> tuple[Settings, list[str]]:
+    """Undo changes of settings that need a restart. Return the result, and a sentence for each of them.
+
+    A running server keeps the model, adapter and device that it has started with.
     """
     kept = {
         name: getattr(old, name)
@@ -355,9 +410,9 @@ def keep_start_only(new: Settings, old: Settings) -> tuple[Settings, list[str]]:
 
 
 def store(key: str, value: str | float | bool, path: Path | None = None) -> Path:
-    """Write one setting into the user's file; all else in it stays as it is. Returns the file's path.
+    """Write one setting into the user's file and change nothing else in it. Returns the file's path.
 
-    Comments, the order, line ends, a byte order mark, the mode and a symbolic link stay, too.
+    Comments, the order, line ends, a byte order mark, the mode and a symbolic link are kept, too.
     Raises `SettingsError` for a bad key or value, or a file that cannot be read or written.
     """
     import tomlkit  # noqa: PLC0415 - the server writes no settings
@@ -365,23 +420,25 @@ def store(key: str, value: str | float | bool, path: Path | None = None) -> Path
 
     path = path or config_path()
     values = _read(path)
-    # A user may have spelled the key as editors do.
+    # The file may have the key in camelCase, as editors write it.
     spelled = to_camel(key) if to_camel(key) in values else key
     parse(values | {spelled: value}, where=str(path))
     try:
         before = path.read_bytes().decode() if path.exists() else ""
-        document = tomlkit.parse(before.removeprefix(textfiles.BOM))
+        document = tomlkit.parse(before.removeprefix(text_files.BOM))
         document[spelled] = value
         after = tomlkit.dumps(document)
         if 0 < before.count("\n") == before.count("\r\n"):
-            # What was added ends as the other lines do.
+            # The new line ends like the others.
             after = after.replace("\r\n", "\n").replace("\n", "\r\n")
         if tomllib.loads(after) != values | {spelled: value}:
-            raise SettingsError(f"Cannot put {key!r} into {path}: write it there yourself.")
-        textfiles.replace(path, (textfiles.BOM if before.startswith(textfiles.BOM) else "") + after)
+            raise SettingsError(
+                f"Cannot write {key!r} into {path} without changing other settings. Edit the file yourself."
+            )
+        text_files.replace(path, (text_files.BOM if before.startswith(text_files.BOM) else "") + after)
     except (OSError, TOMLKitError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise SettingsError(f"Cannot write {path}: {why}.") from error
+        raise SettingsError(f"Cannot write the settings file {path}: {why}.") from error
     return path
 
 
@@ -391,25 +448,25 @@ _MAY_SET = {Scope.FILE: "file", Scope.EDITOR: "file, editor", Scope.PROJECT: "fi
 
 def markdown_table() -> str:
     """Return the table of server/docs/settings.md; a test compares the two."""
-    rows = ["| setting | default | set in | a change counts | meaning |", "|---|---|---|---|---|"]
+    rows = ["| setting | default | set in | a change applies | meaning |", "|---|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         own = policy(name)
         default = "none" if field.default is None else f"`{_as_toml(field.default)}`"
-        when = "at the next start" if own.restart else "at once"
+        when = "after a restart" if own.restart else "at once"
         rows.append(f"| `{name}` | {default} | {_MAY_SET[own.scope]} | {when} | {field.description} |")
     return "\n".join(rows) + "\n"
 
 
 def _as_toml(value: str | float | bool | tuple[str, ...]) -> str:
-    # On values of the schema the two notations differ in nothing else.
+    # For the values of the schema TOML and JSON differ in nothing else.
     return json.dumps(value, ensure_ascii=False)
 
 
 def vscode_settings() -> dict[str, dict[str, Any]]:
-    """The settings as an extension of VS Code declares them; a test compares them.
+    """Return the settings as VS Code's extension declares them; a test compares the two.
 
-    What is no project's business has the scope "machine": VS Code takes it from the user's own settings only.
-    The tag "restart" is on what counts only at the start. What an editor may not set is left out.
+    Settings that a project may not set get the scope "machine": VS Code takes them from the user's own
+    settings only. Those that need a restart get the tag "restart". Those that no editor may set are left out.
     """
     declared = {}
     for name, schema in Settings.model_json_schema(by_alias=False)["properties"].items():
@@ -430,9 +487,9 @@ def vscode_settings() -> dict[str, dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(textfiles.read(path))
+        return tomllib.loads(text_files.read(path))
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
         said = str(error).rstrip(".")
-        raise SettingsError(f"Cannot read {path}: {said}. Mend or delete the file.") from error
+        raise SettingsError(f"Cannot read the settings file {path}: {said}. Correct or delete it.") from error

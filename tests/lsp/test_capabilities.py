@@ -1,6 +1,10 @@
 """What is announced is served, and what is served is announced."""
 
 import pytest
+from raw import Raw
+
+from midfill.lsp.messages import TEST_HOOKS
+from midfill.lsp.routes import TEST_ROUTES
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -108,3 +112,16 @@ async def test_what_is_announced_in_detail(scripted):
     }
     # No item has more to tell when it is asked again.
     assert announced["completionProvider"] == {"resolveProvider": False}
+
+
+@pytest.mark.parametrize("method", [route.method for route in TEST_ROUTES])
+async def test_hooks_for_tests_exist_only_when_asked_for(script, method):
+    params = {"textDocument": {"uri": "file:///a.py"}}
+    async with await Raw.start(*script(), env={TEST_HOOKS: ""}) as server:
+        await server.initialize()
+        server.request(1, method, params)
+        assert (await server.answer(1))["error"]["code"] == -32601
+    async with await Raw.start(*script(), env={TEST_HOOKS: "1"}) as server:
+        await server.initialize()
+        server.request(1, method, params)
+        assert (await server.answer(1)).get("error", {}).get("code") != -32601

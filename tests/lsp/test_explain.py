@@ -74,7 +74,7 @@ async def test_there_may_be_nothing_to_explain(client):
     told = await server.request("workspace/executeCommand", {"command": "midfill.explain"})
     assert told == {"source": "none", "reason": "not-open", "message": "The document is not open."}
     [shown] = [params["message"] for method, params in server.heard if method == "window/showMessage"]
-    assert shown == "midfill: Nothing has been asked for yet."
+    assert shown == "midfill: No suggestion has been requested yet."
 
 
 async def test_the_command_line_shows_it(script, tmp_path):

@@ -17,15 +17,15 @@ URI = "file:///work/main.py"
 # Writes more than a pipe takes, in every way, from the event loop and from a thread, when it is initialized.
 NOISY = """
 import faulthandler, logging, os, sys, threading, warnings
-import midfill.cli as cli, midfill.server as server
+import midfill.cli.main as cli, midfill.lsp.handlers.initialized as handler
 
 MUCH = "x" * 200_000
-old = server.MidfillServer.initialized
+old = handler.load_model
 
 def fails():
     raise RuntimeError(MUCH)
 
-def initialized(self, params):
+def load_model(session):
     print(MUCH)
     print(MUCH, file=sys.stderr)
     warnings.warn(MUCH)
@@ -41,9 +41,9 @@ def initialized(self, params):
             os.write(number, MUCH.encode())
         except BlockingIOError:
             pass
-    old(self, params)
+    return old(session)
 
-server.MidfillServer.initialized = initialized
+handler.load_model = load_model
 cli.main()
 """
 

@@ -286,11 +286,11 @@ async def test_its_files_are_not_handed_to_children(script):
 async def test_standard_output_carries_nothing_but_frames(script, tmp_path):
     """What a library prints goes to stderr."""
     code = (
-        "import sys, os, midfill.lsp.server as s, midfill.cli.main as c\n"
-        "old = s.MidfillServer.initialized\n"
-        "def initialized(self, p):\n"
-        "    print('noise'); os.system('echo noise'); os.write(1, b'noise'); old(self, p)\n"
-        "s.MidfillServer.initialized = initialized\n"
+        "import sys, os, midfill.lsp.handlers.initialized as h, midfill.cli.main as c\n"
+        "old = h.load_model\n"
+        "def load_model(session):\n"
+        "    print('noise'); os.system('echo noise'); os.write(1, b'noise'); return old(session)\n"
+        "h.load_model = load_model\n"
         f"sys.argv = ['midfill', 'serve', *{script()!r}]\n"
         "c.main()\n"
     )

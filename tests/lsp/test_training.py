@@ -96,7 +96,7 @@ async def test_a_training_is_shown_and_cancelled_with_a_checkpoint(start, tmp_pa
     assert shares == sorted(shares)
     train(server)
     refused = await until(server, lambda m: m.get("id") == "train")
-    assert "trained already" in refused["result"]["error"]
+    assert "already being trained" in refused["result"]["error"]
     server.notify("window/workDoneProgress/cancel", {"token": token})
     ended = await until(server, lambda m: m.get("params", {}).get("token") == token and progress(m, "end"))
     assert ended["params"]["value"]["message"] == "stopped"
@@ -108,7 +108,7 @@ async def test_a_training_is_shown_and_cancelled_with_a_checkpoint(start, tmp_pa
     train(server, name="mine")
     asked = await until(server, is_question, answer=False)
     titles = [action["title"] for action in asked["params"]["actions"]]
-    assert titles == ["Train", "Go on from the checkpoint", "Do not train"]
+    assert titles == ["Train", "Resume from the checkpoint", "Do not train"]
     server.send({"jsonrpc": "2.0", "id": asked["id"], "result": {"title": titles[1]}})
     await until(server, lambda m: progress(m, "report"))
     [worker] = workers(server)

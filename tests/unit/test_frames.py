@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from midfill.lsp.protocol import FrameReader
+from midfill.lsp.framing import FrameReader
 
 pytestmark = pytest.mark.fuzz
 

@@ -281,3 +281,24 @@ def test_whatever_an_editor_sends_the_settings_are_valid_and_the_files_own_are_k
 @pytest.mark.parametrize("values", [None, {}, []])
 def test_no_settings_of_any_kind_are_no_junk(values):
     assert merge(values, Settings()) == (Settings(), [])
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"maxNewTokens": "many"}, "Setting 'maxNewTokens' cannot be \"many\": it must be a valid integer."),
+        ({"device": "gpu"}, "Setting 'device' cannot be \"gpu\": use `auto`, `cpu`, `cuda` or `cuda:N`."),
+        ({"modle": "x"}, "Unknown setting 'modle'. Did you mean 'model'?"),
+        ({"xyz": 1}, "Unknown setting 'xyz'. Remove it, or check its spelling."),
+        ([1], "Settings must be an object of names and values, not [1]."),
+        ({"engine": []}, "Setting 'engine' cannot be []: the list of URLs is empty."),
+    ],
+)
+def test_an_error_names_the_value_and_the_remedy(values, sentence):
+    assert merge(values, Settings())[1] == [sentence]
+
+
+@pytest.mark.parametrize("values", [{"engine_key": "sk-123"}, {"engine": "http://me:sk-123@box"}])
+def test_an_error_does_not_quote_a_key(values):
+    [problem] = merge(values, Settings())[1]
+    assert "sk-123" not in problem

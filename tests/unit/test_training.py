@@ -3,7 +3,7 @@
 import pytest
 
 from midfill.errors import AdapterError
-from midfill.lsp.train_command import Training
+from midfill.lsp.train_command import AdapterTraining
 
 RESULT = {"adapter": "mine", "verdict": "enabled", "reasons": [], "commits": 24, "nll_gain": 0.123}
 
@@ -15,8 +15,11 @@ class Person:
         self.answer = answer
         self.heard = []
 
-    def say(self, sentence, *, failed=False):
-        self.heard.append((sentence, failed))
+    def show_info(self, sentence):
+        self.heard.append(("info", sentence))
+
+    def show_error(self, sentence):
+        self.heard.append(("error", sentence))
 
     async def ask(self, question, answers):
         self.heard.append((question, answers))
@@ -30,17 +33,19 @@ async def test_a_better_adapter_is_used_if_the_user_says_so(answer, used):
     async def use(name):
         names.append(name)
 
-    await Training(person, use)._tell(RESULT)
+    await AdapterTraining(person, use)._show_verdict(RESULT)
     assert names == used
     [(question, _)] = person.heard
-    assert "mine is better than its base on 24 later commits (gain +0.123" in question
+    assert "mine is better than its base model on 24 later commits (log-loss lower by 0.123" in question
 
 
 async def test_a_rejected_adapter_is_not_offered():
     person = Person("Use it")
-    await Training(person, None)._tell(RESULT | {"verdict": "rejected", "reasons": ["It was worse."]})
+    await AdapterTraining(person, None)._show_verdict(
+        RESULT | {"verdict": "rejected", "reasons": ["It was worse."]}
+    )
     assert person.heard == [
-        ("The adapter mine was judged rejected and stays off. It was worse.", False),
+        ("info", "The adapter mine was judged rejected and is not used. It was worse."),
     ]
 
 
@@ -49,5 +54,5 @@ async def test_what_goes_wrong_with_using_it_is_said():
         raise AdapterError("It is gone.")
 
     person = Person("Use it")
-    await Training(person, use)._tell(RESULT)
-    assert person.heard[-1] == ("It is gone.", True)
+    await AdapterTraining(person, use)._show_verdict(RESULT)
+    assert person.heard[-1] == ("error", "It is gone.")

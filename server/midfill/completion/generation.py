@@ -74,7 +74,7 @@ async def stream(
     output: Generation,
     on_text: Callable[[str], None],
 ) -> None:
-    """Collect the model's text after `starts_with` in `output`, up to the end of the suggestion.
+    """Collect the model's text after `forced_prefix` in `output`, up to the end of the suggestion.
 
     `on_text` is called with all of the text after each token.
     """

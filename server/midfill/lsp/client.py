@@ -1,6 +1,6 @@
-"""A small LSP client over stdio: drives the real server for the demo and the benchmarks.
+"""A small LSP client over stdio that drives the real server for the demo, evaluations and benchmarks.
 
-Speaks plain dictionaries, so that it needs none of the server's types.
+Messages are plain dictionaries, so that it needs none of the server's types. Runs on the event loop.
 """
 
 from __future__ import annotations
@@ -9,25 +9,27 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from midfill.errors import MidfillError
-from midfill.lsp.messages import OWN_CLIENT
+from midfill.lsp.framing import to_frame
+from midfill.lsp.messages import OWN_CLIENT, TEST_HOOKS
 
-# -P: the folder that the user stands in must not be searched for modules.
+# -P: Python must not search the current folder for modules.
 SERVE_COMMAND = (sys.executable, "-P", "-m", "midfill", "serve")
 
 _EXIT_S = 5.0
 
 
 class ServerError(MidfillError):
-    """The server answered a request with an error, or is gone.
+    """The server answered a request with an error, or has ended.
 
     Attributes:
-        code: the JSON-RPC error code; 0 if the server is gone.
+        code: the JSON-RPC error code; 0 if the server has ended.
     """
 
     def __init__(self, code: int, message: str) -> None:
@@ -35,14 +37,13 @@ class ServerError(MidfillError):
         self.code = code
 
 
-def to_frame(message: Any) -> bytes:
-    """A message as it goes over the wire."""
-    body = json.dumps(message).encode()
-    return b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+def encode(message: Any) -> bytes:
+    """Return a message as a frame."""
+    return to_frame(json.dumps(message).encode())
 
 
 async def read_message(stream: asyncio.StreamReader) -> Any:
-    """The next message, or None when the server has closed its output."""
+    """Return the next message, or None when the server has closed its output."""
     try:
         header = await stream.readuntil(b"\r\n\r\n")
         length = int(header.lower().split(b"content-length:")[1].split(b"\r\n")[0])
@@ -52,13 +53,17 @@ async def read_message(stream: asyncio.StreamReader) -> Any:
 
 
 class Client:
-    """One server process and the conversation with it. Make it with `start`."""
+    """One server process and the connection to it. Make it with `start`.
+
+    Attributes:
+        on_notification: called with the method and the params of each notification.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
         self.on_notification: Callable[[str, Any], None] = lambda _method, _params: None
         self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._pending: dict[int, asyncio.Future[Any]] = {}
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
@@ -70,14 +75,17 @@ class Client:
         env: Mapping[str, str] | None = None,
         stderr: int | None = asyncio.subprocess.DEVNULL,
     ) -> Client:
-        """Start a server process."""
+        """Start a server process, with the requests that only tests and benchmarks send.
+
+        `env` replaces this process's environment.
+        """
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,
             cwd=cwd,
-            env=env,
+            env={**(os.environ if env is None else env), TEST_HOOKS: "1"},
         )
         return cls(process)
 
@@ -87,10 +95,10 @@ class Client:
         name: str = OWN_CLIENT,
         folder: Path | None = None,
     ) -> Any:
-        """Shake hands; the server then starts to load its model. Returns the server's capabilities.
+        """Initialize the server, which then loads its model. Returns the result, with its capabilities.
 
-        Under any other name than its own, a client's suggestions count as a user's: see `feedback`.
-        `folder` is the workspace, if there is one.
+        Under any `name` but `OWN_CLIENT`, accepted suggestions count in the user's acceptance statistics.
+        `folder` is the workspace; None: there is none.
         """
         params = {
             "processId": None,
@@ -116,13 +124,13 @@ class Client:
         folder: Path | None = None,
         name: str = OWN_CLIENT,
     ) -> None:
-        """Shake hands and wait until the server has loaded its model; `report` hears how it goes.
+        """Initialize the server and wait until it has loaded its model; `report` gets its progress.
 
-        Raises `MidfillError` with what the server says if it cannot, or that it took too long.
+        Raises `MidfillError` with the server's own message if it cannot, or when `timeout_s` is over.
         """
         loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def hear(method: str, params: Any) -> None:
+        def on_notification(method: str, params: Any) -> None:
             if loaded.done():
                 return
             if method == "window/showMessage":
@@ -132,18 +140,18 @@ class Client:
             elif method == "$/progress" and params["value"].get("message"):
                 report(params["value"]["message"])
 
-        self.on_notification = hear
+        self.on_notification = on_notification
         await self.initialize(options, name, folder)
         try:
             await asyncio.wait_for(loaded, timeout_s)
         except TimeoutError:
-            raise MidfillError(f"The server has not loaded its model within {timeout_s:.0f} s.") from None
+            raise MidfillError(f"The server did not load its model within {timeout_s:.0f} s.") from None
 
     def send_request(self, method: str, params: Any) -> tuple[int, asyncio.Future[Any]]:
-        """Send a request; returns its id and the future of its result, which may raise `ServerError`."""
+        """Send a request. Return its id and the future of its result, which may raise `ServerError`."""
         id_ = next(self._ids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting[id_] = future
+        self._pending[id_] = future
         self._send({"jsonrpc": "2.0", "id": id_, "method": method, "params": params})
         return id_, future
 
@@ -156,11 +164,11 @@ class Client:
         self._send({"jsonrpc": "2.0", "method": method, "params": params})
 
     def cancel(self, id_: int) -> None:
-        """Ask the server to cancel a request; it still answers it."""
+        """Ask the server to cancel a request; it still sends a response."""
         self.notify("$/cancelRequest", {"id": id_})
 
     async def close(self) -> int:
-        """Shut the server down, kill it if it does not go, and return its exit status."""
+        """Shut the server down, kill it if it does not end, and return its exit status."""
         with contextlib.suppress(ServerError, TimeoutError, ConnectionError):
             await asyncio.wait_for(self.request("shutdown", None), _EXIT_S)
             self.notify("exit", None)
@@ -175,8 +183,8 @@ class Client:
     def _send(self, message: Any) -> None:
         stdin = self.process.stdin
         if stdin is None or stdin.is_closing():
-            raise ServerError(0, "The server is gone.")
-        stdin.write(to_frame(message))
+            raise ServerError(0, "The server has ended.")
+        stdin.write(encode(message))
 
     async def _read(self) -> None:
         stdout = self.process.stdout
@@ -184,9 +192,9 @@ class Client:
             return
         while (message := await read_message(stdout)) is not None:
             self._receive(message)
-        for future in self._waiting.values():
+        for future in self._pending.values():
             if not future.done():
-                future.set_exception(ServerError(0, "The server ended."))
+                future.set_exception(ServerError(0, "The server ended before it answered."))
 
     def _receive(self, message: dict[str, Any]) -> None:
         if "method" in message:
@@ -195,7 +203,7 @@ class Client:
             else:
                 self.on_notification(message["method"], message.get("params"))
             return
-        future = self._waiting.pop(message["id"], None)
+        future = self._pending.pop(message["id"], None)
         if future is None or future.done():
             return
         if (error := message.get("error")) is not None:

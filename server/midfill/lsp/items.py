@@ -1,6 +1,6 @@
-"""Suggestions as the items that an editor shows: ghost text and entries of the popup.
+"""Convert answers to the items that an editor shows: ghost text and entries of its popup.
 
-Knows positions and the protocol's types, not where suggestions come from. Runs on the event loop.
+Knows positions and LSP's types, but not how answers are made. Pure.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 from lsprotocol import types
 
-from midfill.completion.answer import Answer
-from midfill.completion.autoclose import text_before_closers
+from midfill.completion.completer import Answer
+from midfill.completion.suggestions import text_before_closers
 from midfill.text.documents import Change, Encoding, Point, Snapshot, content_length, split_lines
 
 _LABEL_CHARS = 60
@@ -21,7 +21,7 @@ _LONG_LINE = 2_000
 _BACKTICKS = re.compile(r"`+")
 _INFO = re.compile(r"[\w+#.-]*")
 _WORD = re.compile(r"\w*\Z")
-# What editors take for a word in languages where it may hold more than letters and digits.
+# The words of languages in which editors count more than letters and digits to a word.
 _WORDS = {
     **dict.fromkeys(("css", "less", "scss", "sass", "html", "xml"), re.compile(r"[\w-]*\Z")),
     **dict.fromkeys(
@@ -33,13 +33,13 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class PopupStyle:
-    """What a client does with items of the popup.
+    """How a client treats items of the popup.
 
     Attributes:
         markdown: it shows documentation as Markdown.
-        insert_text_mode: it asks how lines below the first are to be indented, and would guess if not told.
-        takes_edits: it inserts the text of an edit as it is. Neovim 0.11 keeps it up to its first blank only,
-            but inserts a plain text whole, from the beginning of the word before the cursor on.
+        insert_text_mode: it supports `insertTextMode`, and guesses the indentation of lines without it.
+        takes_edits: it inserts the text of an edit unchanged. Neovim 0.11 cuts it at the first blank, but
+            inserts a plain text whole, in place of the word before the cursor.
     """
 
     markdown: bool = False
@@ -48,7 +48,7 @@ class PopupStyle:
 
     @staticmethod
     def of(params: types.InitializeParams) -> PopupStyle:
-        """The style of a client that introduces itself."""
+        """Return the style of the client that sent these params."""
         text_document = params.capabilities.text_document
         completion = text_document.completion if text_document else None
         item = completion.completion_item if completion else None
@@ -69,15 +69,15 @@ def inline_item(
     selected: Change | None,
     command: types.Command | None,
 ) -> dict[str, Any]:
-    """An item of `textDocument/inlineCompletion`.
+    """Return an item of `textDocument/inlineCompletion`.
 
-    `selected` is the popup's item that the editor would insert first: the editor shows only what extends
-    it, over the same range.
+    `selected` is the popup's selected item, which the editor would insert first: it shows only items that
+    extend it and have the same range.
     """
     if selected is not None and selected.start is not None and selected.end is not None:
         start, end = selected.start, selected.end
         if answer.num_replaced:
-            # Closers are of one unit in every encoding.
+            # A closer is one unit long in every encoding.
             end = (end[0], end[1] + answer.num_replaced)
         area = types.Range(types.Position(*start), types.Position(*end))
         item: dict[str, Any] = {"insertText": selected.text + answer.text, "range": area}
@@ -92,14 +92,15 @@ def inline_item(
 def popup_item(
     snapshot: Snapshot, answer: Answer, encoding: Encoding, command: types.Command | None, style: PopupStyle
 ) -> types.CompletionItem | None:
-    """An item of `textDocument/completion`, with the whole suggestion as its documentation.
+    """Return an item of `textDocument/completion`, with the whole suggestion as its documentation.
 
-    It begins with the word before the cursor: that is what all editors hold an item against.
+    It begins with the word before the cursor, because editors filter items by that word. None if the client
+    cannot replace what the suggestion replaces, and nothing is left without that.
     """
     before = snapshot.line_before
     text, num_replaced = answer.text, answer.num_replaced
     if num_replaced and not style.takes_edits:
-        # It could not say what it replaces.
+        # A plain text cannot say what it replaces.
         text, num_replaced = text_before_closers(text, snapshot.line_after[:num_replaced]), 0
         if not text:
             return None
@@ -109,14 +110,14 @@ def popup_item(
     first = next(line for line in lines if line.strip())
     label = first.strip()
     area = _range(snapshot, encoding, len(before) - len(word), num_replaced)
-    # Of a line that no popup can show, nothing is repeated.
+    # A line too long for any popup is not repeated in it.
     shown = before.lstrip() if len(before) <= _LONG_LINE else word
     return types.CompletionItem(
         label=label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…",
         kind=types.CompletionItemKind.Text,
         detail="midfill",
         documentation=_documentation(snapshot.document.sent_language, shown + text, markdown=style.markdown),
-        # Behind the items of the language's own server.
+        # After the items of the language's own server.
         sort_text="\U0010ffff",
         filter_text=first,
         text_edit=types.TextEdit(area, word + text) if style.takes_edits else None,
@@ -128,7 +129,7 @@ def popup_item(
 
 
 def with_selected(snapshot: Snapshot, selected: Change, encoding: Encoding) -> Snapshot:
-    """The document as it would be with the popup's selected item accepted, and the cursor behind that."""
+    """Return the document as if the popup's selected item were accepted, with the cursor after it."""
     document = snapshot.document
     edited = document.edit([selected], document.version, encoding)
     start, _ = sorted(document.point(end or (0, 0), encoding) for end in (selected.start, selected.end))
@@ -141,7 +142,7 @@ def _documentation(language_id: str, code: str, *, markdown: bool) -> types.Mark
     code = "\n".join(line[: content_length(line)] for line in split_lines(code))
     if not markdown:
         return code
-    # Longer than any in the code, which would end it.
+    # The fence must be longer than any run of backticks in the code.
     longest = max(map(len, _BACKTICKS.findall(code)), default=0)
     fence = "`" * max(3, longest + 1)
     info = language_id if _INFO.fullmatch(language_id) else ""
@@ -149,7 +150,7 @@ def _documentation(language_id: str, code: str, *, markdown: bool) -> types.Mark
 
 
 def _range(snapshot: Snapshot, encoding: Encoding, from_column: int, num_replaced: int) -> types.Range:
-    """From a column of the cursor's line to the cursor, and some characters further."""
+    """Return the range from a column of the cursor's line to `num_replaced` characters after the cursor."""
     line, column = snapshot.cursor.line, snapshot.cursor.column
     ends = (Point(line, from_column), Point(line, column + num_replaced))
     return types.Range(*(types.Position(*snapshot.document.position(end, encoding)) for end in ends))

@@ -1,4 +1,4 @@
-"""`$/progress`: long work in the editor's window, for clients that show it. Runs on the event loop."""
+"""`$/progress`: show long work in the editor's window, if the client can. Runs on the event loop."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pygls.exceptions import JsonRpcException
 from pygls.lsp.server import LanguageServer
 
 
-class Progress(contextlib.AbstractAsyncContextManager["Callable[[str, float | None], None]"]):
-    """A piece of long work in the editor's window, from entering the context to leaving it.
+class WorkDoneProgress(contextlib.AbstractAsyncContextManager["Callable[[str, float | None], None]"]):
+    """Show a piece of long work in the editor's window, from entering the context to leaving it.
 
     Args:
-        server: whose client shows it.
+        server: the server whose client shows it.
         title: what the work is.
-        outcome: what is shown at the end.
-        cancel: called when the user wants it to end; None if it cannot.
+        outcome: called at the end; returns the text to show then.
+        cancel: called when the user cancels the work; None if that is not possible.
     """
 
     def __init__(
@@ -37,22 +37,22 @@ class Progress(contextlib.AbstractAsyncContextManager["Callable[[str, float | No
         self._title = title
         self._token = f"midfill-{uuid.uuid4()}"
         self._loop = asyncio.get_running_loop()
-        self._asking: asyncio.Task[None] | None = None
-        self._shown = False
-        self._reported: types.WorkDoneProgressReport | None = None  # the newest
-        self._ended: types.WorkDoneProgressEnd | None = None
+        self._creation: asyncio.Task[None] | None = None
+        self._is_shown = False
+        self._newest: types.WorkDoneProgressReport | None = None
+        self._end: types.WorkDoneProgressEnd | None = None
 
     async def __aenter__(self) -> Callable[[str, float | None], None]:
         window = self._server.client_capabilities.window
         if window is not None and window.work_done_progress:
-            self._asking = self._loop.create_task(self._ask())
+            self._creation = self._loop.create_task(self._create())
         return self.report
 
-    async def _ask(self) -> None:
-        """Show it from when the client agrees, however late; nothing if it refuses, as LSP demands.
+    async def _create(self) -> None:
+        """Create the token; show the progress once the client agrees, and nothing if it refuses.
 
-        The work does not wait for that, since the protocol sets no time for it. A client that agrees when the
-        work has ended is told both, so that it keeps no token.
+        The work does not wait for that, since LSP sets no time limit for the answer. A client that agrees
+        after the work has ended gets both the begin and the end, so that it keeps no token.
         """
         try:
             await self._server.work_done_progress.create_async(self._token)
@@ -61,36 +61,36 @@ class Progress(contextlib.AbstractAsyncContextManager["Callable[[str, float | No
         begin = types.WorkDoneProgressBegin(self._title, cancellable=self._cancel is not None, percentage=0)
         self._server.work_done_progress.begin(self._token, begin)
         self._server.work_done_progress.tokens[self._token].add_done_callback(self._cancelled)
-        self._shown = True
-        self._tell()
+        self._is_shown = True
+        self._send()
 
     def _cancelled(self, wanted: Future[Any]) -> None:
         if wanted.cancelled() and self._cancel is not None:
             self._cancel()
 
     def report(self, message: str, share: float | None) -> None:
-        """See `midfill.engine.api.Progress`; may be called from any thread."""
+        """Report a message and the share that is done, from 0 to 1 (None: unknown). Call on any thread."""
         percentage = None if share is None else round(100 * share)
         value = types.WorkDoneProgressReport(message=message, percentage=percentage)
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._note, value)
 
     def _note(self, value: types.WorkDoneProgressReport) -> None:
-        self._reported = value
-        self._tell()
+        self._newest = value
+        self._send()
 
-    def _tell(self) -> None:
-        """Send what is new, if it is shown."""
-        if not self._shown:
+    def _send(self) -> None:
+        """Send the newest report, or the end, if the client shows the progress."""
+        if not self._is_shown:
             return
         progress = self._server.work_done_progress
-        if self._ended is not None:
-            progress.end(self._token, self._ended)
+        if self._end is not None:
+            progress.end(self._token, self._end)
             progress.tokens.pop(self._token, None)
-            self._shown = False
-        elif self._reported is not None:
-            progress.report(self._token, self._reported)
+            self._is_shown = False
+        elif self._newest is not None:
+            progress.report(self._token, self._newest)
 
     async def __aexit__(self, *_: object) -> None:
-        self._ended = types.WorkDoneProgressEnd(message=self._outcome())
-        self._tell()
+        self._end = types.WorkDoneProgressEnd(message=self._outcome())
+        self._send()

@@ -1,11 +1,11 @@
-"""Sessions on file: `midfill serve --record` writes one, `midfill replay` plays it against a fresh server.
+"""Recorded sessions: `midfill serve --record` writes one, `midfill replay` plays it to a new server.
 
 A recording is a file of JSON lines: a header, then every message with its time and its sender. It holds
-source text, so it is only made when asked for, and only its owner can read it. A replay sends what
-the editor sent, in the same order to the answers, and compares what comes back: so a user's bug
-report becomes a test.
+source text, so it is made on request only, and only its owner can read it. A replay sends the editor's
+messages again, in the same order relative to the server's, and compares the answers: so a user's bug report
+becomes a test.
 
-The recorder runs on the server's event loop, the replay on one of its own.
+The recorder runs on the server's event loop, the replay on its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import Any, TextIO
 
 from midfill import __version__
 from midfill.errors import MidfillError
-from midfill.lsp.client import SERVE_COMMAND, read_message, to_frame
+from midfill.lsp.client import SERVE_COMMAND, encode, read_message
+from midfill.lsp.framing import to_frame
 from midfill.lsp.messages import OWN_CLIENT
 from midfill.system import text_files as textfiles
 from midfill.system.json_files import parse_json
@@ -36,24 +37,25 @@ from midfill.text.characters import escaped
 _LOG = logging.getLogger(__name__)
 
 _FORMAT = 1
-_WARNING = "This file contains the source text of your editor session. Look it through before you share it."
+_WARNING = "This file contains the source text of your editor session. Read it before you share it."
 _MAX_FILES = 1000
 _MAX_DEPTH = 100
-# A model may take long to be loaded; past this, the replay goes on and reports what is missing.
-_PATIENCE_S = 120.0
+# How long the replay waits for one message; then it continues and reports what is missing. Loading a model
+# may take long.
+_MESSAGE_TIMEOUT_S = 120.0
 _END_S = 5.0
-# Until the model has been loaded, their answers depend on how long that takes: they are not compared.
+# Not compared while the model is loading: their answers depend on how long that takes.
 _NEED_MODEL = {"textDocument/inlineCompletion", "textDocument/completion", "midfill/explain"}
-# Different each time, and no difference in what the user sees.
+# Keys whose values differ each time, without a difference to the user.
 _VOLATILE = {"latencyMs", "serverInfo", "reusedTokens", "stages", "command"}
 
 
 class Recorder:
-    """Writes one session. What cannot be written is said once; the server goes on."""
+    """Writes one session to a file. If that fails it is logged once, and the server continues."""
 
     def __init__(self, path: Path) -> None:
         path, self._file = _create(path)
-        _LOG.warning("recording the session, source text included: %s", path)
+        _LOG.warning("recording the session, with its source text, to %s", path)
         self._begun = time.monotonic()
         self._write(
             {
@@ -65,7 +67,7 @@ class Recorder:
         )
 
     def note(self, sender: str, body: bytes) -> None:
-        """Write a message down. `sender` is "client" or "server"."""
+        """Write one message. `sender` is "client" or "server"."""
         line: dict[str, Any] = {"t": round(time.monotonic() - self._begun, 6), "from": sender}
         try:
             line["message"] = json.loads(body)
@@ -77,16 +79,19 @@ class Recorder:
         if self._file is None:
             return
         try:
-            # Line by line: the last lines before a crash are those that matter.
+            # Flushed line by line: the last lines before a crash matter most.
             self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
             self._file.flush()
         except (OSError, RecursionError) as error:
-            _LOG.warning("the recording ends here: %s", type(error).__name__)
+            _LOG.warning("the recording stops: it cannot be written (%s)", type(error).__name__)
             self._file = None
 
 
 def _create(path: Path) -> tuple[Path, TextIO | None]:
-    """A new file that only its owner can read; an older recording of that name is kept."""
+    """Create a file that only its owner can read; an existing one of that name is kept.
+
+    Returns the path, which may have got a number, and the file.
+    """
     for number in range(1, _MAX_FILES):
         name = path if number == 1 else path.with_name(f"{path.name}.{number}")
         try:
@@ -96,11 +101,11 @@ def _create(path: Path) -> tuple[Path, TextIO | None]:
         except OSError as error:
             raise MidfillError(f"Cannot write the recording {name}: {error.strerror}.") from error
         return name, os.fdopen(descriptor, "w", encoding="utf-8")
-    raise MidfillError(f"There are {_MAX_FILES} recordings named {path} already: delete some.")
+    raise MidfillError(f"{_MAX_FILES} recordings named {path} exist already. Delete some of them.")
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class RecordedMessage:
     """One recorded message.
 
     Attributes:
@@ -122,17 +127,17 @@ class Line:
 
     @property
     def ends_progress(self) -> bool:
-        """Whether it says that something which takes long has ended."""
+        """True if it reports the end of long work, such as loading the model."""
         params = self.message.get("params") if self.method == "$/progress" else None
         value = params.get("value") if isinstance(params, dict) else None
         return isinstance(value, dict) and value.get("kind") == "end"
 
     @property
-    def is_left_out(self) -> bool:
-        """Whether a replay does not send it.
+    def is_skipped(self) -> bool:
+        """True if a replay does not send it.
 
-        That is an answer to the recorded server, as the new one gets its own; and a wish to train an adapter
-        or to choose one, which would count for whoever replays it.
+        Those are responses to requests of the recorded server, since the new one gets its own, and commands
+        that train or bind an adapter, which would change the adapters of the user who replays.
         """
         if self.method is None:
             return self.key is not None
@@ -142,14 +147,14 @@ class Line:
 
     @property
     def key(self) -> str | None:
-        """What identifies a request and its answer: the id, as JSON."""
+        """The id of a request or a response, as JSON; None for a notification."""
         if not isinstance(self.message, dict) or "id" not in self.message:
             return None
         return json.dumps(self.message["id"])
 
 
-def read(path: Path) -> list[Line]:
-    """Read a recording. Raises `MidfillError` naming the line that is wrong; a cut last line is dropped."""
+def read(path: Path) -> list[RecordedMessage]:
+    """Read a recording; an incomplete last line is dropped. Raises `MidfillError` naming the bad line."""
     try:
         rows = textfiles.read(path).split("\n")
     except (OSError, UnicodeError) as error:
@@ -161,28 +166,32 @@ def read(path: Path) -> list[Line]:
             _check_depth(value)
             if number == 1:
                 if value["midfillRecording"] != _FORMAT:
-                    raise MidfillError(f"{path} was made by another version of midfill.")
+                    raise MidfillError(
+                        f"The recording {path} has another format. Replay it with the midfill that wrote it."
+                    )
                 continue
             message = value.get("message")
             if "bytes" in value:
                 raw = value["bytes"].encode("latin-1")
-                # Who wrote the file may call a message no message.
+                # In an edited file it may be valid JSON.
                 with suppress(ValueError, RecursionError):
                     message = json.loads(raw)
             else:
                 raw = json.dumps(message).encode()
             at_s = round(float(value["t"]), 6)
-            _ = int(at_s)  # of what is no time it is an error
-            lines.append(Line(at_s, value["from"] == "client", message, raw))
+            _ = int(at_s)  # an error for NaN and infinity
+            lines.append(RecordedMessage(at_s, value["from"] == "client", message, raw))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise MidfillError(f"{path}:{number}: not a line of a midfill recording.") from error
+            raise MidfillError(
+                f"{path}:{number}: not a line of a midfill recording. Record one: midfill serve --record."
+            ) from error
     if not lines:
-        raise MidfillError(f"{path} holds no recorded session.")
+        raise MidfillError(f"The recording {path} holds no messages.")
     return lines
 
 
 def _check_depth(value: Any) -> None:
-    """Raise `ValueError` for lists and objects that are nested deeper than in any message."""
+    """Raise `ValueError` for lists and objects that are nested deeper than in any real message."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         inside = [
@@ -195,46 +204,46 @@ def _check_depth(value: Any) -> None:
 
 
 @dataclass(slots=True)
-class _Session:
-    """Answers as they come, recorded or replayed.
+class _Transcript:
+    """The answers that a client has received so far, recorded or replayed.
 
     Attributes:
-        answers: by request id (as JSON); several where an id was used again.
+        answers: by request id (as JSON); several if an id was used again.
         latencies_ms: of the ghost text requests.
         num_loads: how often the end of loading was reported.
-        order: (request id, how many answers it had then) as the answers came.
+        order: (request id, number of its answers so far) for each answer, in the order of arrival.
     """
 
     answers: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     latencies_ms: list[float] = field(default_factory=list)
     num_loads: int = 0
     order: list[tuple[str, int]] = field(default_factory=list)
-    _asked_s: dict[str, float] = field(default_factory=dict)
+    _sent_s: dict[str, float] = field(default_factory=dict)
 
-    def asked(self, key: str | None, method: str | None, at_s: float) -> None:
+    def sent(self, key: str | None, method: str | None, at_s: float) -> None:
         if key is not None and method == "textDocument/inlineCompletion":
-            self._asked_s[key] = at_s
+            self._sent_s[key] = at_s
 
-    def heard(self, line: Line) -> None:
+    def received(self, line: RecordedMessage) -> None:
         if line.method is None and line.key is not None:
             self.answers[line.key].append({k: line.message.get(k) for k in ("result", "error")})
             self.order.append((line.key, len(self.answers[line.key])))
-            if (asked_s := self._asked_s.pop(line.key, None)) is not None:
-                self.latencies_ms.append((line.at_s - asked_s) * 1000)
+            if (sent_s := self._sent_s.pop(line.key, None)) is not None:
+                self.latencies_ms.append((line.at_s - sent_s) * 1000)
         elif line.ends_progress:
             self.num_loads += 1
 
 
 async def replay(path: Path, command: str | None = None, speed: float = 1.0) -> dict[str, Any]:
-    """Play a recording's client against a fresh server: `midfill serve`, or a command line of the user's.
+    """Play a recording's client to a new server: `midfill serve`, or the command line `command`.
 
-    Each message is sent when its time has come (`speed` times as fast; 0 for no waiting) and when every
-    answer that the editor had before it, and the end of loading if it had seen that, has come too.
-    What the editor asked to train or to choose an adapter is left out: it would count for whoever replays it.
+    Each message is sent at its recorded time (`speed` times as fast; 0: without waiting), but not before
+    every answer that the editor had received by then, and the end of loading, has arrived here too.
+    Commands that train or bind an adapter are skipped (`RecordedMessage.is_skipped`).
     Returns counts, latencies and the answers that differ. Raises `MidfillError`.
     """
     lines = read(path)
-    recorded = _Session()
+    recorded = _Transcript()
     program: Sequence[str] = shlex.split(command) if command else SERVE_COMMAND
     try:
         process = await asyncio.create_subprocess_exec(
@@ -245,27 +254,27 @@ async def replay(path: Path, command: str | None = None, speed: float = 1.0) -> 
         )
     except OSError as error:
         raise MidfillError(f"Cannot start {program[0]}: {error.strerror}.") from error
-    player = _Player(process, lines)
+    player = _Replayer(process, lines)
     reader = asyncio.create_task(player.listen())
-    asked: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    begun = time.monotonic()
+    requests_by_id: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    started_s = time.monotonic()
     try:
         for line in lines:
             if not line.from_client:
-                # An answer to nothing that was asked will not come again; what was no message has null's.
-                if line.method is not None or line.key in asked or line.key == "null":
-                    recorded.heard(line)
+                # A response to no request will not come again; that to an invalid message has the id null.
+                if line.method is not None or line.key in requests_by_id or line.key == "null":
+                    recorded.received(line)
                 continue
-            if line.is_left_out:
+            if line.is_skipped:
                 continue
-            recorded.asked(line.key, line.method, line.at_s)
+            recorded.sent(line.key, line.method, line.at_s)
             if speed > 0:
-                await asyncio.sleep(max(0.0, line.at_s / speed - (time.monotonic() - begun)))
-            await player.caught_up(recorded)
+                await asyncio.sleep(max(0.0, line.at_s / speed - (time.monotonic() - started_s)))
+            await player.catch_up(recorded)
             if line.key is not None and line.method is not None:
-                asked[line.key].append((line.method, recorded.num_loads))
+                requests_by_id[line.key].append((line.method, recorded.num_loads))
             player.send(line)
-        await player.caught_up(recorded, _END_S)
+        await player.catch_up(recorded, _END_S)
     finally:
         if process.stdin is not None:
             process.stdin.close()
@@ -275,69 +284,70 @@ async def replay(path: Path, command: str | None = None, speed: float = 1.0) -> 
             process.kill()
             await process.wait()
         await reader
-    return _compare(asked, recorded, player.session)
+    return _compare(requests_by_id, recorded, player.transcript)
 
 
-class _Player:
-    """The editor's part of a replay."""
+class _Replayer:
+    """The client of a replay."""
 
-    def __init__(self, process: asyncio.subprocess.Process, lines: list[Line]) -> None:
-        self.session = _Session()
+    def __init__(self, process: asyncio.subprocess.Process, lines: list[RecordedMessage]) -> None:
+        self.transcript = _Transcript()
         self._process = process
         self._begun = time.monotonic()
-        self._news = asyncio.Event()
+        self._arrived = asyncio.Event()
         self._ended = False
-        self._num_heard = 0
-        # What the recorded editor said to the server's own requests, by method.
-        asked = {line.key: line.method for line in lines if not line.from_client and line.method}
+        self._num_received = 0
+        # The recorded editor's responses to the server's own requests, by method.
+        methods = {line.key: line.method for line in lines if not line.from_client and line.method}
         self._replies: dict[str, list[Any]] = defaultdict(list)
         for line in lines:
-            if line.from_client and line.method is None and (method := asked.get(line.key)):
+            if line.from_client and line.method is None and (method := methods.get(line.key)):
                 self._replies[method].append(line.message)
 
-    def send(self, line: Line) -> None:
+    def send(self, line: RecordedMessage) -> None:
         message = line.message
-        self.session.asked(line.key, line.method, time.monotonic() - self._begun)
+        self.transcript.sent(line.key, line.method, time.monotonic() - self._begun)
         if line.method == "initialize" and isinstance(message.get("params"), dict):
-            # The recorded editor is gone, and the server would go with it. What it accepted was counted then.
+            # Not the recorded process id: the server would end with that process. And not its name: what
+            # was accepted has been counted already.
             changed = {"processId": None, "clientInfo": {"name": OWN_CLIENT}}
             message = message | {"params": message["params"] | changed}
-            self._write(to_frame(message))
+            self._write(encode(message))
         else:
-            self._write(b"Content-Length: %d\r\n\r\n%b" % (len(line.raw), line.raw))
+            self._write(to_frame(line.raw))
 
     async def listen(self) -> None:
         stdout = self._process.stdout
         while stdout is not None and (message := await read_message(stdout)) is not None:
-            line = Line(time.monotonic() - self._begun, False, message, b"")
+            line = RecordedMessage(time.monotonic() - self._begun, False, message, b"")
             if line.method is not None and line.key is not None:
                 replies = self._replies[line.method]
                 reply = replies.pop(0) if replies else {"jsonrpc": "2.0", "result": None}
-                self._write(to_frame(reply | {"id": message["id"]}))
-            self.session.heard(line)
-            self._news.set()
+                self._write(encode(reply | {"id": message["id"]}))
+            self.transcript.received(line)
+            self._arrived.set()
         self._ended = True
-        self._news.set()
+        self._arrived.set()
 
-    async def caught_up(self, recorded: _Session, patience_s: float = _PATIENCE_S) -> None:
-        """Wait until this session has heard what the recorded one had at this point."""
+    async def catch_up(self, recorded: _Transcript, timeout_s: float = _MESSAGE_TIMEOUT_S) -> None:
+        """Wait until this client has received what the recorded one had at this point."""
         try:
-            async with asyncio.timeout(patience_s):
-                while not self._ended and not self._has_heard(recorded):
-                    self._news.clear()
-                    await self._news.wait()
+            async with asyncio.timeout(timeout_s):
+                while not self._ended and not self._has_received(recorded):
+                    self._arrived.clear()
+                    await self._arrived.wait()
         except TimeoutError:
-            # What is missing by now will not come; nobody waits for it twice.
-            self._num_heard = len(recorded.order)
-            self.session.num_loads = max(self.session.num_loads, recorded.num_loads)
+            # What is missing now counts as received, so that it is waited for once only.
+            self._num_received = len(recorded.order)
+            self.transcript.num_loads = max(self.transcript.num_loads, recorded.num_loads)
 
-    def _has_heard(self, recorded: _Session) -> bool:
-        while self._num_heard < len(recorded.order):
-            key, num = recorded.order[self._num_heard]
-            if len(self.session.answers[key]) < num:
+    def _has_received(self, recorded: _Transcript) -> bool:
+        while self._num_received < len(recorded.order):
+            key, num = recorded.order[self._num_received]
+            if len(self.transcript.answers[key]) < num:
                 return False
-            self._num_heard += 1
-        return self.session.num_loads >= recorded.num_loads
+            self._num_received += 1
+        return self.transcript.num_loads >= recorded.num_loads
 
     def _write(self, data: bytes) -> None:
         if self._process.stdin is not None and not self._process.stdin.is_closing():
@@ -345,12 +355,15 @@ class _Player:
 
 
 def _compare(
-    asked: dict[str, list[tuple[str, int]]], recorded: _Session, replayed: _Session
+    requests_by_id: dict[str, list[tuple[str, int]]], recorded: _Transcript, replayed: _Transcript
 ) -> dict[str, Any]:
-    """`asked`: (method, how often a model had been loaded by then) of each request, by id."""
+    """Return the result of `replay`.
+
+    `requests_by_id` has (method, number of models loaded by then) of each request.
+    """
     different: list[dict[str, Any]] = []
     num_equal = num_loading = 0
-    for key, requests in asked.items():
+    for key, requests in requests_by_id.items():
         for number, ((method, num_loads), old) in enumerate(
             zip(requests, recorded.answers[key], strict=False)
         ):
@@ -364,7 +377,7 @@ def _compare(
             else:
                 different.append({"id": json.loads(key), "method": method, "recorded": old, "replayed": new})
     return {
-        "requests": sum(map(len, asked.values())),
+        "requests": sum(map(len, requests_by_id.values())),
         "while_loading": num_loading,
         "compared": num_equal + len(different),
         "equal": num_equal,
@@ -374,7 +387,7 @@ def _compare(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """What `replay` returned, for people: the differences, then a line of sums."""
+    """Return the result of `replay` as text: the differences, then a summary line."""
     lines = []
     for entry in result["different"]:
         lines.append(f"{entry['method']} {entry['id']}")
@@ -384,7 +397,7 @@ def describe(result: dict[str, Any]) -> str:
     median_ms = result["median_ms"]
     lines.append(
         f"{result['equal']} of {result['compared']} answers are equal; "
-        f"ghost text took {median_ms['recorded']} ms then, {median_ms['replayed']} ms now (median)."
+        f"median time of ghost text: {median_ms['recorded']} ms recorded, {median_ms['replayed']} ms now."
     )
     return escaped("\n".join(lines))
 

@@ -1,4 +1,4 @@
-"""Fill the holes of an evaluation through the real server, which gets what an editor would send it."""
+"""Fill the holes of an evaluation through the real server, by the messages that an editor would send."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from midfill.text.documents import Encoding, count_units
 
 
 class ServerFiller:
-    """The real server over pipes. Make it with `start`, and close it."""
+    """The real server over pipes, as a filler of `evaluation`. Make it with `start`, and close it."""
 
     def __init__(self, client: Client, model: str) -> None:
         self.model = model
@@ -31,11 +31,10 @@ class ServerFiller:
         engine: str | None = None,
         folder: Path | None = None,
     ) -> ServerFiller:
-        """Start a server and wait until it has loaded its model.
+        """Start a server and wait until it has loaded its model and indexed the workspace.
 
         `options` are settings as an editor sends them; `engine` names a script instead of a model, for
-        tests; `folder` is the workspace, which has then been indexed. Raises `MidfillError` with what the
-        server says if it cannot load.
+        tests; `folder` is the workspace. Raises `MidfillError` with the server's message if it cannot load.
         """
         client = await Client.start([*SERVE_COMMAND, *(["--engine", engine] if engine else [])])
         try:
@@ -51,27 +50,27 @@ class ServerFiller:
         await self._client.close()
 
     async def fill(self, hole: Hole, trigger: Trigger) -> Filled:
-        """See `Filler.fill`. The time is the client's, from the request to the answer."""
+        """Fill one hole. The latency is the client's, from the request to the answer."""
         item = {"uri": hole.uri, "languageId": hole.language, "version": 1, "text": hole.before + hole.after}
         document = {"textDocument": {"uri": hole.uri}}
         line, column = hole.cursor.line, count_units(hole.line_before, Encoding.UTF16)
         self._client.notify("textDocument/didOpen", {"textDocument": item})
-        begun = time.monotonic()
+        sent_s = time.monotonic()
         params = document | {
             "position": {"line": line, "character": column},
             "context": {"triggerKind": 1 if trigger is Trigger.INVOKED else 2},
         }
         items = (await self._client.request("textDocument/inlineCompletion", params))["items"]
-        latency_ms = (time.monotonic() - begun) * 1000
-        why = await self._client.request("midfill/explain", document)
+        latency_ms = (time.monotonic() - sent_s) * 1000
+        explained = await self._client.request("midfill/explain", document)
         self._client.notify("textDocument/didClose", document)
-        return Filled(_inserted(items[0], hole) if items else "", why["reason"], latency_ms)
+        return Filled(_inserted(items[0], hole) if items else "", explained["reason"], latency_ms)
 
 
 def _inserted(item: Mapping[str, Any], hole: Hole) -> str:
-    """The text between `before` and `after` once an editor has applied the item.
+    """Return the text between `before` and `after` once an editor has applied the item.
 
-    An item may replace what stands around the cursor and say it again; that is not part of the hole.
+    An item may replace text around the cursor and repeat it; that text is not part of the hole.
     """
     text: str = item["insertText"].replace("\r\n", "\n")
     area = item.get("range")
@@ -79,13 +78,13 @@ def _inserted(item: Mapping[str, Any], hole: Hole) -> str:
         return text
     column = count_units(hole.line_before, Encoding.UTF16)
     num_before, num_after = column - area["start"]["character"], area["end"]["character"] - column
-    said_before = hole.line_before[len(hole.line_before) - num_before :] if num_before > 0 else ""
-    said_after = hole.after[:num_after] if num_after > 0 else ""
-    return text.removeprefix(said_before).removesuffix(said_after)
+    repeated_before = hole.line_before[len(hole.line_before) - num_before :] if num_before > 0 else ""
+    repeated_after = hole.after[:num_after] if num_after > 0 else ""
+    return text.removeprefix(repeated_before).removesuffix(repeated_after)
 
 
 def options_of(settings: Settings, base: Settings) -> dict[str, Any]:
-    """What an editor has to send so that a server with `base` has `settings`."""
+    """Return what an editor has to send so that a server with the settings `base` gets `settings`."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in settings.model_dump().items()

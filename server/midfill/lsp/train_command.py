@@ -1,21 +1,21 @@
-"""An adapter that is learnt because an editor has asked for it: the question, the process, the verdict.
+"""Train an adapter at an editor's request: ask the user, run the process, show the verdict.
 
-The user is asked first, whoever sent the command: a file of a workspace can make some editors send commands.
-What learns is the process that `midfill adapter train` starts. Knows nothing of LSP. Runs on the event loop;
-the process is read by a thread.
+The user is always asked first: a file of a workspace can make some editors send commands. Training runs in
+the same process that `midfill adapter train` starts. Knows nothing of LSP. Runs on the event loop; a thread
+reads the process.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from midfill.adapters.registry import check_name
 from midfill.errors import AdapterError, MidfillError
+from midfill.lsp.dialogs import Dialogs
 from midfill.models import store
 from midfill.settings import Settings
 
@@ -24,44 +24,30 @@ if TYPE_CHECKING:
     from midfill.training.job import Job
     from midfill.training.process import TrainingProcess
 
-_TRAIN, _RESUME, _LEAVE = "Train", "Go on from the checkpoint", "Do not train"
+_TRAIN, _RESUME, _LEAVE = "Train", "Resume from the checkpoint", "Do not train"
 _USE, _KEEP = "Use it", "Do not use it"
 
-# Where the stages of the process begin and end in the whole; they begin anew for each thing that is measured.
-_STAGES = {"train": (0.0, 0.5), "choose": (0.5, 0.6), "evaluate": (0.6, 1.0)}
+# The range of each stage in the progress of the whole. A stage reports from 0 to 1 several times, once for
+# each thing that it measures.
+_STAGES = {"train": (0.0, 0.5), "choose": (0.5, 0.6), "judge": (0.6, 1.0)}
 
 
-class Editor(Protocol):
-    """What is needed of the editor."""
-
-    def say(self, sentence: str, *, failed: bool = False) -> None:
-        """Show a sentence, as an error or not."""
-
-    async def ask(self, question: str, answers: tuple[str, ...]) -> str | None:
-        """Have the user choose; None if the user does not, or cannot be asked."""
-
-    def progress(
-        self, title: str, outcome: Callable[[], str], cancel: Callable[[], None]
-    ) -> AbstractAsyncContextManager[Callable[[str, float | None], None]]:
-        """Show how far it is; see `progress.Progress`."""
-
-
-class Training:
-    """The training of one server: one at a time.
+class AdapterTraining:
+    """Trains adapters for one server, one at a time.
 
     Args:
-        editor: see there.
-        use: has the adapter of a name used in the workspace. Raises `MidfillError`.
+        dialogs: the editor's window.
+        use: binds the adapter of a name to the workspace. Raises `MidfillError`.
     """
 
-    def __init__(self, editor: Editor, use: Callable[[str], Awaitable[None]]) -> None:
-        self._editor = editor
+    def __init__(self, dialogs: Dialogs, use: Callable[[str], Awaitable[None]]) -> None:
+        self._dialogs = dialogs
         self._use = use
-        self._process: TrainingProcess | None = None
-        self._busy = False
+        self._process: Process | None = None
+        self._is_busy = False
 
     def stop(self) -> bool:
-        """End it, with a checkpoint. Whether there was one."""
+        """Stop a running training, which leaves a checkpoint. Return whether one was running."""
         if self._process is not None:
             self._process.stop()
         return self._process is not None
@@ -69,42 +55,44 @@ class Training:
     async def plan(
         self, folder: Path | None, name: str | None, minutes: float, settings: Settings
     ) -> tuple[Job, LocalModel]:
-        """What is to be done. `run` has to follow. Raises `MidfillError` if it cannot."""
-        if self._busy:
-            raise AdapterError("An adapter is being trained already. To end that: midfill.adapter.stop")
+        """Return the job and its model; `run` has to follow. Raises `MidfillError` if it cannot be done."""
+        if self._is_busy:
+            raise AdapterError("An adapter is already being trained. Stop it first: midfill.adapter.stop")
         if folder is None:
-            raise AdapterError("No folder is open whose history an adapter could learn from.")
-        self._busy = True
+            raise AdapterError("No folder is open. Open the repository to train on.")
+        self._is_busy = True
         try:
             return await asyncio.to_thread(_plan, folder, name, minutes, settings)
         except BaseException:
-            self._busy = False
+            self._is_busy = False
             raise
 
     async def run(self, job: Job, model: LocalModel, settings: Settings) -> None:
-        """Ask the user, train, and say what has come of it."""
+        """Ask the user, train, and show the verdict."""
         try:
-            agreed = await self._agreed(job, model)
-            last = {} if agreed is None else await self._train(agreed, model, settings)
+            confirmed = await self._confirm(job, model)
+            last = {} if confirmed is None else await self._train(confirmed, model, settings)
         except MidfillError as error:
             last = {"error": str(error)}
         finally:
-            self._process, self._busy = None, False
+            self._process, self._is_busy = None, False
         if "result" in last:
-            await self._tell(last["result"])
-        elif said := last.get("stopped") or last.get("error"):
-            self._editor.say(said, failed="error" in last)
+            await self._show_verdict(last["result"])
+        elif "stopped" in last:
+            self._dialogs.show_info(last["stopped"])
+        elif "error" in last:
+            self._dialogs.show_error(last["error"])
 
-    async def _agreed(self, job: Job, model: LocalModel) -> Job | None:
-        from midfill.training.job import can_resume  # noqa: PLC0415 - only who trains
+    async def _confirm(self, job: Job, model: LocalModel) -> Job | None:
+        from midfill.training.worker import can_resume  # noqa: PLC0415 - needed for training only
 
         question = (
-            f"midfill: learn an adapter for {model.name} from the git history of {job.repo}? It takes about "
-            f"{job.budget_s / 60:.0f} minutes beside your work, stays on this machine, and is used only "
-            "if it proves better."
+            f"train an adapter for {model.name} on the git history of {job.repo}? This takes about "
+            f"{job.budget_s / 60:.0f} minutes in the background. The adapter stays on this machine and is "
+            "used only if it proves better than the model alone."
         )
         answers = (_TRAIN, _RESUME, _LEAVE) if can_resume(job.name) else (_TRAIN, _LEAVE)
-        chosen = await self._editor.ask(question, answers)
+        chosen = await self._dialogs.ask(question, answers)
         return {_TRAIN: job, _RESUME: replace(job, resume=True)}.get(chosen or "")
 
     async def _train(self, job: Job, model: LocalModel, settings: Settings) -> dict[str, Any]:
@@ -118,31 +106,31 @@ class Training:
             return last["result"]["verdict"] if "result" in last else next(iter(last), "failed")
 
         try:
-            async with self._editor.progress(f"midfill: adapter {job.name}", outcome, process.stop) as report:
-                last |= await asyncio.to_thread(process.run, _Whole(report))
+            async with self._dialogs.progress(f"adapter {job.name}", outcome, process.stop) as report:
+                last |= await asyncio.to_thread(process.run, _TotalProgress(report))
         finally:
             process.stop()
         return last
 
-    async def _tell(self, result: dict[str, Any]) -> None:
+    async def _show_verdict(self, result: dict[str, Any]) -> None:
         name, verdict = result["adapter"], result["verdict"]
         if verdict != "enabled":
             reasons = " ".join(result["reasons"])
-            self._editor.say(f"The adapter {name} was judged {verdict} and stays off. {reasons}")
+            self._dialogs.show_info(f"The adapter {name} was judged {verdict} and is not used. {reasons}")
             return
         question = (
-            f"midfill: the adapter {name} is better than its base on {result['commits']} later commits "
-            f"(gain {result['nll_gain']:+.3f} nats per token). Use it in this workspace?"
+            f"the adapter {name} is better than its base model on {result['commits']} later commits "
+            f"(log-loss lower by {result['nll_gain']:.3f} nats per token). Use it in this workspace?"
         )
-        if await self._editor.ask(question, (_USE, _KEEP)) == _USE:
+        if await self._dialogs.ask(question, (_USE, _KEEP)) == _USE:
             try:
                 await self._use(name)
             except MidfillError as error:
-                self._editor.say(str(error), failed=True)
+                self._dialogs.show_error(str(error))
 
 
-class _Whole:
-    """Stages as shares of one whole, which never falls: some editors take what is reported for a sum."""
+class _TotalProgress:
+    """Map the progress of stages to one total that never falls: some editors add up what is reported."""
 
     def __init__(self, report: Callable[[str, float | None], None]) -> None:
         self._report = report

@@ -1,0 +1,38 @@
+"""`midfill/status`: what runs, for an editor's status line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from midfill import __version__
+from midfill.lsp.session import Session
+from midfill.settings import changed
+
+
+def handle(session: Session, _: Any) -> dict[str, Any]:
+    """Return the model, its state and its speed.
+
+    `state` is "loading", "ready" or "failed", and `message` says why it failed. `model` is the name that the
+    user chose; what only the loaded model knows is null before. `heldOut` is the adapter that this session
+    runs without, for comparison (`adapter_holdout`). `changedSettings` names the settings that are not at
+    their defaults, `calibration` the file that `midfill eval calibrate` has written.
+    """
+    completer = session.completer
+    loaded = session.engine.model if completer.is_ready and session.engine is not None else None
+    adapter = (loaded.adapter or session.router.name_for(None)) if loaded else None
+    held_out = session.router.held_out
+    speed = session.costs.tokens_per_second()
+    return {
+        "state": "failed" if completer.failure is not None else "ready" if loaded else "loading",
+        "message": completer.failure,
+        "enabled": completer.settings.enabled,
+        "model": loaded.name if loaded else completer.settings.model,
+        "adapter": adapter if not held_out else None,
+        "heldOut": adapter if held_out else None,
+        "device": loaded.device if loaded else None,
+        "dtype": loaded.dtype if loaded else None,
+        "calibration": completer.calibration.source or None,
+        "changedSettings": changed(completer.settings),
+        "tokensPerSecond": None if speed is None else round(speed, 1),
+        "version": __version__,
+    }
