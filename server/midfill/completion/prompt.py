@@ -46,9 +46,9 @@ class Prompt:
 
     Attributes:
         tokens: ids, sentinels included.
-        forced_prefix: the characters just before the cursor that were held back from the prompt, because half a
-            token would mislead the model; the output has to begin with them (token healing).
-        max_new_tokens: the requested number plus the tokens of `forced_prefix`, limited by the context window.
+        forced_prefix: the characters just before the cursor that were held back from the prompt, because half
+            a token would mislead the model; the output has to begin with them (token healing).
+        max_new_tokens: the requested number plus the tokens of `forced_prefix`, within the context window.
         stop_ids: ids that end the output.
         layout: the order of the parts.
         segments: (source, number of tokens) in prompt order, for explanations and measurements.

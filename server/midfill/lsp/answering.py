@@ -10,11 +10,11 @@ import logging
 
 from lsprotocol import types
 
-from midfill.completion.completer import Answer, Trigger
+from midfill.completion.answer import Answer, Trigger
 from midfill.completion.reasons import Reason
 from midfill.completion.stats import acceptance
 from midfill.lsp.session import Session
-from midfill.system import last_used
+from midfill.system import last_request
 from midfill.text.documents import Snapshot
 
 _LOG = logging.getLogger(__name__)
@@ -32,9 +32,9 @@ async def answer(session: Session, whole: Snapshot | None, trigger: Trigger) -> 
     if whole is None:
         _LOG.info("empty answer: %s", Reason.NOT_OPEN)
         return Answer(reason=Reason.NOT_OPEN)
-    if last_used.is_due():
+    if last_request.is_due():
         # In a thread: the folder may be on a slow disk.
-        asyncio.get_running_loop().run_in_executor(None, last_used.note)
+        asyncio.get_running_loop().run_in_executor(None, last_request.mark)
     found = await session.completer.complete(whole, trigger)
     session.costs.answered(found.source, found.reason, found.latency_ms)
     uri = whole.document.uri
@@ -63,5 +63,5 @@ def acceptance_command(session: Session, snapshot: Snapshot, shown: Answer) -> t
         return None
     adapter = session.router.name_for(snapshot.document) or engine.model.adapter
     model = acceptance.key_of(engine.model.name, adapter, held_out=session.router.held_out)
-    id_ = session.acceptance.offer(snapshot.document, snapshot.cursor, shown.text, model, shown.num_replaced)
+    id_ = session.acceptance.shown(snapshot.document, snapshot.cursor, shown.text, model, shown.num_replaced)
     return None if id_ is None else types.Command("midfill: accepted", ACCEPTED, arguments=[id_])

@@ -11,8 +11,8 @@ from typing import Any
 
 from lsprotocol import types
 
-from midfill.completion.completer import Answer
-from midfill.completion.suggestions import text_before_closers
+from midfill.completion.answer import Answer
+from midfill.completion.autoclose import text_before_closers
 from midfill.text.documents import Change, Encoding, Point, Snapshot, content_length, split_lines
 
 _LABEL_CHARS = 60

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from midfill.completion.completer import Answer, Completer
+from midfill.completion.answer import Answer
+from midfill.completion.completer import Completer
 from midfill.completion.stats.acceptance import AcceptanceTracker
 from midfill.completion.stats.request_log import RequestStats
 from midfill.engine.api import Engine
@@ -57,7 +58,7 @@ class Session:
         self.make_engine = make_engine
         self.editor = editor
         self.router = AdapterRouter(editor, on_change=self._drop_work)
-        self.completer = Completer(settings, looks_ahead=True, adapter_of=self.router.adapter_of)
+        self.completer = Completer(settings, adapter_of=self.router.adapter_of)
         self.training = AdapterTraining(editor, use=partial(self.router.bind, where="workspace"))
         self.engine: Engine | None = None
         self.costs = RequestStats()

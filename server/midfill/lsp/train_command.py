@@ -43,7 +43,7 @@ class AdapterTraining:
     def __init__(self, dialogs: Dialogs, use: Callable[[str], Awaitable[None]]) -> None:
         self._dialogs = dialogs
         self._use = use
-        self._process: Process | None = None
+        self._process: TrainingProcess | None = None
         self._is_busy = False
 
     def stop(self) -> bool:
@@ -84,7 +84,7 @@ class AdapterTraining:
             self._dialogs.show_error(last["error"])
 
     async def _confirm(self, job: Job, model: LocalModel) -> Job | None:
-        from midfill.training.worker import can_resume  # noqa: PLC0415 - needed for training only
+        from midfill.training.job import can_resume  # noqa: PLC0415 - needed for training only
 
         question = (
             f"train an adapter for {model.name} on the git history of {job.repo}? This takes about "

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 
 from lsprotocol import types
 
-from midfill.completion.completer import Answer, Trigger
+from midfill.completion.answer import Answer, Trigger
 from midfill.lsp.answering import acceptance_command, answer
 from midfill.lsp.items import popup_item
 from midfill.lsp.messages import CompletionRequest

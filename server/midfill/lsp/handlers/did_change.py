@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from midfill.completion.suggestions import auto_closing_changes
+from midfill.completion.autoclose import auto_closing_changes
 from midfill.lsp.messages import EditedDocument
 from midfill.lsp.session import Session
 from midfill.text.documents import Change, Document, Point, Snapshot

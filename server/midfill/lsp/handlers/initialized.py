@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from midfill.completion.context.collector import IGNORE_FILES
+from midfill.completion.context.ignore import IGNORE_FILES
 from midfill.lsp.handlers.did_change_workspace_folders import open_folders
 from midfill.lsp.model_loading import load_model
 from midfill.lsp.session import Session

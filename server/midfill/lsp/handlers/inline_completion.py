@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import Any
 
-from midfill.completion.completer import Trigger
+from midfill.completion.answer import Trigger
 from midfill.lsp.answering import acceptance_command, answer
 from midfill.lsp.items import inline_item, with_selected
 from midfill.lsp.messages import CompletionRequest
