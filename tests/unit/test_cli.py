@@ -44,7 +44,7 @@ def test_help_imports_nothing_heavy():
     code = """
 import sys
 sys.argv = ["midfill", "--help"]
-from midfill.cli import main
+from midfill.cli.main import main
 try:
     main()
 except SystemExit:
@@ -87,7 +87,7 @@ def test_line_ends_are_those_of_the_file_where_stdout_would_change_them(tmp_path
     program = (
         "import io, sys; sys.stdout = io.TextIOWrapper(sys.stdout.buffer, newline='\\r\\n');"
         "sys.argv = ['midfill', 'complete', 'a.py:3:5', '--engine', 'scripted:script.json'];"
-        "from midfill.cli import main; main()"
+        "from midfill.cli.main import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True)
     assert done.stdout.rstrip() == b"y = 2\r\n    return x + y"
@@ -121,7 +121,7 @@ def test_a_completion_from_stdin_as_json(midfill, script):
         ("a.py:0:1", "'a.py:0:1' is not FILE:LINE:COL"),
         ("a.py", "'a.py' is not FILE:LINE:COL"),
         ("a.py:x:y", "'a.py:x:y' is not FILE:LINE:COL"),
-        ("binary.py:1:1", "binary.py is not text in UTF-8."),
+        ("binary.py:1:1", "binary.py is not UTF-8 text."),
     ],
 )
 def test_a_bad_place_is_named(midfill, tmp_path, where, message):
