@@ -56,7 +56,7 @@ def test_an_adapter_from_import_to_removal(base, tmp_path):
     assert Bindings().read().resolve(tmp_path / "project" / "x.py", "python") == listed["digest"]
     assert f"workspace {tmp_path / 'project'}" in midfill("show", listed["digest"][:12])
     assert "is in use (workspace" in midfill("rm", "mine")
-    assert "mine is in" in midfill("export", "mine", tmp_path / "out")
+    assert "Exported mine to" in midfill("export", "mine", tmp_path / "out")
     assert "exists already" in midfill("export", "mine", tmp_path / "out")
     assert "All is well" in midfill("doctor")
     assert "Deleted mine" in midfill("rm", "mine", "--force")
