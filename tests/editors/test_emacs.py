@@ -292,11 +292,11 @@ def test_commands_say_what_happens(emacs):
     editor = emacs(SUM, text=VALUES).ready()
     type_total(editor)
     editor.lisp("(progn (midfill-explain) t)")
-    editor.until(lambda: "The last suggestion came from: model." in editor.messages, "the explanation")
+    editor.until(lambda: "Source of the last suggestion: model." in editor.messages, "the explanation")
     editor.lisp("(progn (midfill-status) t)")
     editor.until(lambda: "last answer: The last suggestion" in editor.messages, "the status")
     assert "server: ready, midfill 0" in editor.messages
-    assert "this buffer: served" in editor.messages
+    assert "this buffer: active" in editor.messages
     editor.lisp("(progn (midfill-toggle) t)")
     editor.shows("")
     editor.until(lambda: any("midfill:off" in line for line in editor.screen), "the mode line")

@@ -1,5 +1,5 @@
 vim9script
-# Ghost text: asks the server, follows what is typed, accepts. And the command :Midfill.
+# Ghost text: send requests, follow typing, accept suggestions. And the command :Midfill.
 #
 # A suggestion belongs to the place where it was asked for. While what stands between that place and the
 # cursor is a beginning of it, the rest is shown, and the server is not asked. That happens in TextChangedI,
@@ -270,7 +270,7 @@ export def Suggestion(): string
   return Rest(shown, Here()).text
 enddef
 
-# Insert the suggestion, or a part of it: 'word' or 'line'. Returns whether there was one.
+# Insert the suggestion or its next 'word' or 'line'. Return true if there was one.
 export def Accept(part = ''): bool
   const place = Here()
   const suggestion = shown
@@ -315,12 +315,12 @@ def RunCommand(command: dict<any>)
   endif
 enddef
 
-# Take the suggestion off the screen; the next key asks again.
+# Dismiss the suggestion; the next key requests another one.
 export def Dismiss()
   Clear()
 enddef
 
-# Ask explicitly: also where nothing is shown unasked.
+# Request a suggestion, even where none is shown automatically.
 export def Trigger()
   if CanShow()
     seen = Here()
@@ -393,17 +393,17 @@ def Show(lines: list<string>)
   endfor
 enddef
 
-# Call Done with lines that say how the last answer for the buffer came about.
+# Call Done with lines that explain the last answer for the buffer.
 def Explain(Done: func(list<string>))
   if !server.Serves(bufnr())
-    Done([printf('midfill does not serve this buffer (the server is %s).', server.state)])
+    Done([printf('midfill is not active in this buffer (server: %s).', server.state)])
     return
   endif
   server.Request('midfill/explain', {textDocument: documents.Identifier(bufnr())},
-    (result) => Done(type(result) == v:t_dict ? Explanation(result) : ['The server does not say.']))
+    (result) => Done(type(result) == v:t_dict ? Explanation(result) : ['The server sent no explanation.']))
 enddef
 
-# A value of an answer if it is of this type, else another one: a newer server may say what is not known here.
+# Return a field of an answer if it has the type of `otherwise`, or else that: a newer server may differ.
 def Typed(values: any, name: string, otherwise: any): any
   const value = type(values) == v:t_dict ? values->get(name, otherwise) : otherwise
   if type(otherwise) == v:t_float && type(value) == v:t_number
@@ -420,20 +420,20 @@ def Explanation(result: dict<any>): list<string>
   if message != ''
     add(lines, message)
   elseif reason != ''
-    add(lines, printf('Nothing was suggested: %s.', reason))
+    add(lines, printf('No suggestion: %s.', reason))
   elseif source == 'none'
-    add(lines, 'Nothing has been asked for here yet.')
+    add(lines, 'No suggestion has been requested in this buffer yet.')
   else
-    add(lines, printf('The last suggestion came from: %s.', source))
+    add(lines, printf('Source of the last suggestion: %s.', source))
   endif
   if has_key(result, 'latencyMs') && result.latencyMs != v:null
-    add(lines, printf('%.0f ms in all', Typed(result, 'latencyMs', 0.0)))
+    add(lines, printf('total: %.0f ms', Typed(result, 'latencyMs', 0.0)))
     for stage in Typed(result, 'stages', [])
       add(lines, printf('  %-16s%8.1f ms', Typed(stage, 'stage', '?'), Typed(stage, 'ms', 0.0)))
     endfor
   endif
   if Typed(result, 'promptTokens', 0) > 0
-    add(lines, printf('prompt: %d tokens, %d of them computed before; %d tokens written',
+    add(lines, printf('prompt: %d tokens, %d of them cached; %d tokens generated',
       result.promptTokens, Typed(result, 'reusedTokens', 0), Typed(result, 'generatedTokens', 0)))
     for segment in Typed(result, 'segments', [])
       add(lines, printf('  %-16s%8d tokens', Typed(segment, 'source', '?'), Typed(segment, 'tokens', 0)))
@@ -448,9 +448,9 @@ enddef
 def Status()
   const lines = [
     printf('server: %s%s', server.state, server.version == '' ? '' : ', midfill ' .. server.version),
-    printf('model: %s', server.model == '' ? 'not known yet' : server.model),
+    printf('model: %s', server.model == '' ? 'unknown until the server is ready' : server.model),
     printf('suggestions: %s', is_enabled ? 'on' : 'off (:Midfill toggle)'),
-    printf('this buffer: %s', server.Serves(bufnr()) ? 'served' : 'not served'),
+    printf('this buffer: %s', server.Serves(bufnr()) ? 'active' : 'not active'),
   ]
   Explain((explained) => Show(lines + ['last answer: ' .. explained[0]]))
 enddef
@@ -485,13 +485,13 @@ enddef
 
 export def Run(name: string)
   if !has_key(COMMANDS, name)
-    server.Say(printf('no command "%s"; there are: %s', name, join(sort(keys(COMMANDS)), ', ')), 'ErrorMsg')
+    server.Say(printf('unknown command "%s"; known: %s', name, join(sort(keys(COMMANDS)), ', ')), 'ErrorMsg')
     return
   endif
   COMMANDS[name]()
 enddef
 
-# A word or two for the status line; '' where midfill does not serve the buffer.
+# Return a short text for the status line; '' if midfill is not active in the buffer.
 export def Statusline(): string
   if !is_enabled
     return 'midfill off'
@@ -509,7 +509,7 @@ def IsVisible(): bool
   return Suggestion() != ''
 enddef
 
-# Start. Called once, after all mappings of the user's have been made.
+# Start midfill. Called once, after all mappings of the user.
 export def Start()
   if &encoding != 'utf-8'
     server.Say(printf("'encoding' must be utf-8, not %s", &encoding), 'ErrorMsg')
