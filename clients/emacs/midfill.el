@@ -485,7 +485,7 @@ FORMAT is given the members NAME and NUMBER of each of its items."
                  ((midfill--text result :reason)
                   (format "No suggestion: %s." (midfill--text result :reason)))
                  ((equal source "none") "No suggestion has been requested in this buffer yet.")
-                 (t (format "Source of the last suggestion: %s." source))))
+                 (t (format "The last suggestion came from: %s." source))))
      (when (numberp (midfill-server-get result :latencyMs))
        (cons (format "total: %.0f ms" (midfill-server-get result :latencyMs))
              (midfill--rows result :stages "  %-16s%8.1f ms" :stage :ms)))

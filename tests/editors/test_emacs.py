@@ -292,7 +292,7 @@ def test_commands_say_what_happens(emacs):
     editor = emacs(SUM, text=VALUES).ready()
     type_total(editor)
     editor.lisp("(progn (midfill-explain) t)")
-    editor.until(lambda: "Source of the last suggestion: model." in editor.messages, "the explanation")
+    editor.until(lambda: "The last suggestion came from: model." in editor.messages, "the explanation")
     editor.lisp("(progn (midfill-status) t)")
     editor.until(lambda: "last answer: The last suggestion" in editor.messages, "the status")
     assert "server: ready, midfill 0" in editor.messages

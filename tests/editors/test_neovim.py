@@ -489,7 +489,7 @@ def test_commands(neovim):
         "train",
     ]
     editor.api.command("Midfill explain")
-    editor.until(lambda: "Source of the last suggestion: model" in messages(editor), "the explanation")
+    editor.until(lambda: "The last suggestion came from: model" in messages(editor), "the explanation")
     editor.api.command("Midfill status")
     editor.until(lambda: "last answer:" in messages(editor), "the status")
     # Neovim 0.10 does not keep what a server says of itself.

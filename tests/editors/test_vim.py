@@ -334,7 +334,7 @@ def test_commands_say_what_happens(vim):
     editor.press("Escape")
     editor.run("set cmdheight=12")
     editor.run("Midfill explain")
-    editor.until(lambda: "Source of the last suggestion: model." in editor.messages, "the explanation")
+    editor.until(lambda: "The last suggestion came from: model." in editor.messages, "the explanation")
     editor.run("Midfill status")
     editor.until(lambda: "last answer: The last suggestion" in editor.messages, "the status")
     assert "server: ready, midfill 0" in editor.messages

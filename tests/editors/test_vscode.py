@@ -321,7 +321,7 @@ def test_explain_the_last_suggestion(window):
     window.type("total = ")
     window.gets("sum(values)")
     window.press("Escape")
-    window.explains("Source of the last suggestion: ")
+    window.explains("The last suggestion came from: ")
     window.click("Details")
     window.page.locator(".tab.active", has_text="explanation.json").wait_for()
     window.until(lambda: '"segments"' in window.lines, "the explanation")

@@ -70,6 +70,11 @@ def test_what_is_written_is_shown_and_a_second_run_has_nothing_to_do(home, name)
     assert "already set up" in run(name)
 
 
+def test_the_plugins_are_found():
+    clients = editors.here().clients
+    assert {"emacs", "neovim", "vim"} <= {folder.name for folder in clients.iterdir()}
+
+
 @pytest.mark.parametrize(
     ("name", "theirs"),
     [

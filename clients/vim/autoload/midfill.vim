@@ -424,7 +424,7 @@ def Explanation(result: dict<any>): list<string>
   elseif source == 'none'
     add(lines, 'No suggestion has been requested in this buffer yet.')
   else
-    add(lines, printf('Source of the last suggestion: %s.', source))
+    add(lines, printf('The last suggestion came from: %s.', source))
   endif
   if has_key(result, 'latencyMs') && result.latencyMs != v:null
     add(lines, printf('total: %.0f ms', Typed(result, 'latencyMs', 0.0)))

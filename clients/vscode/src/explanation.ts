@@ -42,7 +42,7 @@ export async function explainLast(session: Session, pages: Pages): Promise<void>
   const what = nothing
     ? "No suggestion has been requested in this file yet."
     : // A newer server may send a reason without a sentence.
-      message || (reason ? `No suggestion: ${reason}.` : `Source of the last suggestion: ${source}.`);
+      message || (reason ? `No suggestion: ${reason}.` : `The last suggestion came from: ${source}.`);
   const offered = nothing ? [] : ["Details"];
   const chosen = await vscode.window.showInformationMessage(`midfill: ${what}`, ...offered);
   if (chosen === "Details") {

@@ -177,9 +177,9 @@ def _listen(socket: Path | None, tokens: Path | None, **others: Any) -> Listen:
     """Return where to listen and who may connect. Raises `SettingsError` for options that are not safe."""
     from midfill.engine.remote.server.listen import Listen, read_tokens
 
-    users = read_tokens(tokens) if tokens is not None else {}
     if socket is not None and tokens is not None:
         raise SettingsError("--socket and --tokens exclude each other: only you can connect to the socket.")
+    users = read_tokens(tokens) if tokens is not None else {}
     listen = Listen(socket=socket, tokens=users, **others)
     listen.check()
     return listen
@@ -226,5 +226,5 @@ def _sources(names: tuple[str, ...]) -> tuple[AdapterSource, ...]:
     for folder in folders.values():
         if not folder.is_dir():
             known = ", ".join(entry.name for entry in Registry().entries()) or "none yet"
-            raise AdapterError(f"There is no adapter {folder}. Give a folder or a registered name: {known}.")
+            raise AdapterError(f"There is no folder or registered adapter {folder}. Registered: {known}.")
     return tuple(AdapterSource(digest_of(folder), name, folder) for name, folder in folders.items())

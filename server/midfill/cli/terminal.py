@@ -66,6 +66,8 @@ def with_progress(title: str, work: Callable[[Progress], T]) -> T:
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        # Elsewhere, an empty line would be all that is left of the bar.
+        disable=not console.is_terminal,
     ) as bar:
         # A column renders its text without `Terminal.render_str`.
         task = bar.add_task(shown(title), total=None)

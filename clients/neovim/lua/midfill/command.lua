@@ -35,7 +35,7 @@ local function explanation(explained)
   elseif source == "none" then
     lines[1] = "No suggestion has been requested in this buffer yet."
   else
-    lines[1] = ("Source of the last suggestion: %s."):format(source)
+    lines[1] = ("The last suggestion came from: %s."):format(source)
   end
   local latency_ms = typed(explained, "latencyMs", -1)
   if latency_ms >= 0 then
