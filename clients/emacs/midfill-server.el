@@ -69,7 +69,7 @@ folders.  The server is started in the folder of this package."
 
 (defcustom midfill-settings nil
   "Settings of the server, as a property list.
-The names are those of the server's settings, as keywords; false is
+The names are those of server/docs/settings.md, as keywords; false is
 `:json-false'.  For example: (:eagerness \"low\" :prefetch :json-false)"
   :type '(plist :key-type symbol)
   :risky t)

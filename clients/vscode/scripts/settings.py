@@ -1,4 +1,4 @@
-"""Write the server's settings into package.json. Run it after a change of `midfill.settings`."""
+"""Writes the server's settings into package.json: run it when `midfill.settings` has changed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MANIFEST = Path(__file__).parents[1] / "package.json"
 
 
 def generated(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest with the current settings and version of the server."""
+    """The manifest with the server's settings and version as they are now."""
     result: dict[str, Any] = json.loads(json.dumps(manifest))
     result["version"] = __version__
     own, server = result["contributes"]["configuration"]
     server["properties"] = vscode_settings()
-    # An untrusted folder may change no setting, not even those that a workspace may set otherwise.
+    # A folder that is not trusted sets nothing, what a window's settings may choose included.
     result["capabilities"]["untrustedWorkspaces"]["restrictedConfigurations"] = [
         *own["properties"],
         *server["properties"],
@@ -31,4 +31,4 @@ if __name__ == "__main__":
     before = MANIFEST.read_text(encoding="utf-8")
     after = json.dumps(generated(json.loads(before)), indent=2, ensure_ascii=False) + "\n"
     MANIFEST.write_text(after, encoding="utf-8")
-    sys.stdout.write("package.json is up to date\n" if after == before else "package.json was updated\n")
+    sys.stdout.write("package.json is as it was\n" if after == before else "package.json was changed\n")

@@ -153,7 +153,9 @@ def adapter_rollback(as_json: bool) -> None:
 
 @adapter.command("import")
 @click.argument("source")
-@click.option("--name", metavar="NAME", help="Its name here. [default: the name of its folder]")
+@click.option(
+    "--name", metavar="NAME", help="Name of the adapter on this machine. [default: the name of its folder]"
+)
 @MODEL
 @JSON
 def adapter_import(source: str, name: str | None, model: str | None, as_json: bool) -> None:

@@ -218,9 +218,9 @@ def adapter_eval(
 ) -> None:
     """Evaluate an adapter against its base model on the newest commits of a repository.
 
-    The verdict is "enabled" if it is significantly better in every comparison; "rejected" and
-    "inconclusive" both mean off. The verdict of a registered adapter is stored. A folder in PEFT format can
-    be evaluated without being registered.
+    The verdict is "enabled" only if the adapter is significantly better and passes every other check;
+    "rejected" and "inconclusive" both mean off. The verdict of a registered adapter is stored. A folder in
+    PEFT format can be evaluated without being registered.
 
     \b
     Examples:

@@ -121,7 +121,11 @@ def bench_index(folder: Path, lookups: int, seed: int, as_json: bool) -> None:
 
 
 @bench.command("engine")
-@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device",
+    metavar="NAME",
+    help="Device of the model: auto, cpu, cuda or cuda:N. [default: the setting `device`]",
+)
 @GGUF
 @click.option(
     "--shape", metavar="NAME", help="Use random weights of this known model shape. An unknown NAME lists all."
@@ -214,7 +218,11 @@ def bench_engine(
 @click.option(
     "--rounds", type=click.IntRange(1), default=8, show_default=True, help="Number of runs of each kind."
 )
-@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device",
+    metavar="NAME",
+    help="Device of the model: auto, cpu, cuda or cuda:N. [default: the setting `device`]",
+)
 @MODEL
 @JSON
 def bench_adapters(rank: int, rounds: int, device: str | None, model: str | None, as_json: bool) -> None:

@@ -158,7 +158,7 @@ def bench_load(
     as_json: bool,
     engine_override: str | None,
 ) -> None:
-    """Simulate concurrent users typing against one engine, and report the saturation point.
+    """Let simulated users type concurrently against one engine, and report the saturation point.
 
     Each user has a completion pipeline, as in an editor, and plays the typing in a loop. Suggestions are
     typed through. The first 5 seconds of a run are not counted. Nobody else should use the engine meanwhile.

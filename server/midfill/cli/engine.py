@@ -144,9 +144,9 @@ def engine_serve(
 
     Supported parameters: prompt (one string or one list of token ids), suffix (for models that fill in the
     middle), max_tokens, stop (8 strings of 100 characters), stream, stream_options, logprobs (0 or 1), model.
-    Decoding is always greedy: top_p and seed have no effect, and a temperature above 0 (the default here) is
-    refused unless --any-temperature is given. n and best_of must be 1, echo false, logit_bias empty and the
-    penalties 0; user is ignored. Any other parameter is refused with status 400 and its name.
+    Decoding is always greedy: top_p and seed have no effect, and temperature must be 0 (the default here)
+    unless --any-temperature is given. n and best_of must be 1, echo false, logit_bias empty and the penalties
+    0; user is ignored. Any other parameter is refused with status 400 and its name.
 
     All users get equal shares of the model. Limits per user: 16 requests at once, 20 per second, 10 minutes
     for each.
