@@ -71,7 +71,7 @@ They are called in the buffer after each command."
   :group 'midfill)
 
 (cl-defstruct (midfill--place (:constructor midfill--make-place) (:copier nil))
-  "Where point is, in which text."
+  "The position of point, and the text around it."
   buffer point tail size tick)
 
 (cl-defstruct (midfill--suggestion (:constructor midfill--make-suggestion) (:copier nil))
@@ -82,14 +82,14 @@ that it was accepted."
   place text closers command connection)
 
 (cl-defstruct (midfill--question (:constructor midfill--make-question) (:copier nil))
-  "A request that has not been answered."
+  "A pending request."
   place connection id)
 
 (defvar midfill--shown nil
   "The suggestion on the screen.")
 
 (defvar midfill--pending nil
-  "The request that has not been answered.")
+  "The pending request.")
 
 (defvar midfill--timer nil
   "Timer of the next request.")
@@ -135,12 +135,12 @@ that it was accepted."
   (buffer-substring-no-properties (point) (line-end-position)))
 
 (defun midfill--here ()
-  "The place where point is."
+  "Return the place of point."
   (midfill--make-place :buffer (current-buffer) :point (point) :tail (midfill--tail)
                        :size (buffer-size) :tick (buffer-chars-modified-tick)))
 
 (defun midfill--is-here (place)
-  "Whether PLACE is where point is, in the same text."
+  "Return non-nil if PLACE is at point, in the same text."
   (and place
        (eq (midfill--place-buffer place) (current-buffer))
        (= (midfill--place-tick place) (buffer-chars-modified-tick))
@@ -187,8 +187,8 @@ A cons of the text and of those closers behind point that are in it."
              (cons rest closers))))))
 
 (defun midfill--piece (text part)
-  "The first word of TEXT, or the rest of its first line, or all of it.
-PART is `word', `line' or nil.  An empty first line goes with the next."
+  "Return the first word of TEXT, or the rest of its first line, or all of it.
+PART is `word', `line' or nil.  An empty first line includes the next."
   (if (and part
            (string-match (if (eq part 'word)
                              "\\`[ \t\n]*\\(?:[[:word:]_]+\\|[^[:word:]_ \t\n]+\\)"
@@ -198,7 +198,7 @@ PART is `word', `line' or nil.  An empty first line goes with the next."
     text))
 
 (defun midfill--is-inserting ()
-  "Whether keys are text: not in the normal state of Evil, for example."
+  "Return non-nil if keys insert text: not in Evil's normal state."
   (cond
    ((bound-and-true-p evil-local-mode) (memq (bound-and-true-p evil-state) '(insert emacs)))
    ((bound-and-true-p viper-mode)
@@ -206,7 +206,7 @@ PART is `word', `line' or nil.  An empty first line goes with the next."
    (t t)))
 
 (defun midfill--can-show ()
-  "Whether ghost text may stand at point now."
+  "Return non-nil if ghost text may be shown at point now."
   (and midfill--enabled
        (bound-and-true-p midfill-mode)
        (eq (window-buffer) (current-buffer))
@@ -290,7 +290,7 @@ editor has closed by itself: ghost text can only add."
                                 :connection connection))))
 
 (defun midfill--answered (question result)
-  "Show RESULT, the answer to QUESTION, if it is still wanted."
+  "Show RESULT, the answer to QUESTION, unless it is outdated."
   (when (eq question midfill--pending)
     (setq midfill--pending nil)
     (let* ((place (midfill--question-place question))
@@ -333,7 +333,7 @@ KIND is 1 if the user requested it, 2 if it is automatic."
                    (midfill--ask 2)))))))))
 
 (defun midfill--after-command ()
-  "Go on with what is shown, or ask anew."
+  "Continue the suggestion, or request another one."
   ;; Emacs takes a function that fails off the hook, and the suggestion would stay on the screen for good.
   (condition-case err
       (midfill--follow)
@@ -343,7 +343,7 @@ KIND is 1 if the user requested it, 2 if it is automatic."
      (midfill--clear))))
 
 (defun midfill--follow ()
-  "Draw the rest of the suggestion at point, or ask anew."
+  "Draw the rest of the suggestion at point, or request another one."
   (let* ((tick (buffer-chars-modified-tick))
          (is-edited (not (eql tick midfill--tick)))
          (rest (midfill--rest midfill--shown)))
@@ -362,7 +362,8 @@ KIND is 1 if the user requested it, 2 if it is automatic."
           (midfill--ask-soon)))))))
 
 (defun midfill--before-redisplay (&rest _)
-  "Take the suggestion away if it must not be drawn: much happens by no command."
+  "Hide the suggestion if it may not be shown any more.
+Not every change comes from a command."
   (when (and (overlayp midfill--overlay) (overlay-buffer midfill--overlay))
     (with-current-buffer (overlay-buffer midfill--overlay)
       (unless (and (eq (overlay-get midfill--overlay 'window) (selected-window))
@@ -398,7 +399,7 @@ KIND is 1 if the user requested it, 2 if it is automatic."
                     (midfill--suggestion-connection suggestion)))))
 
 (defun midfill--run (command connection)
-  "Have the server at CONNECTION run an item's COMMAND, if it has one."
+  "Ask the server at CONNECTION to run an item's COMMAND, if it has one."
   (when command
     (midfill-server-request connection :workspace/executeCommand
                             (list :command (midfill-server-get command :command)
@@ -457,19 +458,19 @@ KIND is 1 if the user requested it, 2 if it is automatic."
                                 midfill-server-state)))))
 
 (defun midfill--text (object key)
-  "The member KEY of the JSON OBJECT if it is a text, else nil.
-A newer server may say what is not known here."
+  "Return the member KEY of the JSON OBJECT if it is a string, else nil.
+A newer server may send other types."
   (let ((value (midfill-server-get object key)))
     (and (stringp value) value)))
 
 (defun midfill--number (object key)
-  "The member KEY of the JSON OBJECT if it is a number, else 0."
+  "Return the member KEY of the JSON OBJECT if it is a number, else 0."
   (let ((value (midfill-server-get object key)))
     (if (numberp value) value 0)))
 
 (defun midfill--rows (object key format name number)
-  "Lines for the list that is the member KEY of the JSON OBJECT.
-FORMAT is given the members NAME and NUMBER of each of its items."
+  "Return lines for the list that is the member KEY of the JSON OBJECT.
+FORMAT is applied to the members NAME and NUMBER of each of its items."
   (let ((rows (midfill-server-get object key)))
     (and (sequencep rows)
          (mapcar (lambda (row)
@@ -477,7 +478,7 @@ FORMAT is given the members NAME and NUMBER of each of its items."
                  rows))))
 
 (defun midfill--explanation (result)
-  "RESULT, an answer to `midfill/explain', as lines for people."
+  "Return RESULT, an answer to `midfill/explain', as lines for people."
   (let ((source (or (midfill--text result :source) "none")))
     (append
      (list (cond ((null result) "The server sent no explanation.")
@@ -536,8 +537,8 @@ FORMAT is given the members NAME and NUMBER of each of its items."
 ;;; Popup items
 
 (defun midfill-completion-at-point ()
-  "Offer the suggestion to `completion-at-point': its first line.
-The rest is inserted with it."
+  "Offer the suggestion to `completion-at-point' by its first line.
+Accepting it inserts all lines."
   (when-let* ((connection (and (eq midfill-client 'own) midfill--enabled (midfill-server-connection)))
               (item (midfill--popup-item connection))
               (text (midfill-server-get item :textEdit :newText))
@@ -567,7 +568,7 @@ The rest is inserted with it."
                   (midfill--run (midfill-server-get item :command) connection))))))))
 
 (defun midfill--popup-start (range)
-  "Where the RANGE of an item begins: at the word before point."
+  "Return the position at which the RANGE of an item begins."
   (let ((column (midfill-server-get range :start :character))
         (start (point)))
     (while (and (> start (line-beginning-position))
@@ -576,7 +577,7 @@ The rest is inserted with it."
     start))
 
 (defun midfill--popup-item (connection)
-  "The completion item that CONNECTION has for point."
+  "Request the completion item for point from CONNECTION."
   (midfill-server-flush connection)
   (midfill-server-get
    (ignore-errors

@@ -382,7 +382,7 @@ def _tensor(file: Path, tensors: Any, name: str, shape: tuple[int, int]) -> npt.
     found = tuple(tensors.get_slice(name).get_shape())
     if found != shape:
         raise AdapterError(
-            f"The adapter {file.parent} does not fit the model: {name} has shape {found}, but the model needs "
+            f"The adapter {file.parent} does not fit the model: {name} has shape {found}, the model needs "
             f"{shape}. Use an adapter trained on this model."
         )
     kind = tensors.get_slice(name).get_dtype()
