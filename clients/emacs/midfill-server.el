@@ -1,4 +1,4 @@
-;;; midfill-server.el --- Who talks to midfill's server  -*- lexical-binding: t -*-
+;;; midfill-server.el --- Connections to the midfill server  -*- lexical-binding: t -*-
 
 ;; Copyright the midfill authors
 ;; SPDX-License-Identifier: Apache-2.0
@@ -7,15 +7,15 @@
 
 ;;; Commentary:
 
-;; Ghost text needs a connection to a server that knows the buffer's text.  There are three kinds of it
+;; Ghost text needs a connection to a server that knows the buffer's text.  There are three kinds
 ;; (`midfill-client'):
 ;;
-;; - `own': a process of our own, one for all buffers, so that the model is in memory once.  It stands
-;;   beside whatever Eglot or lsp-mode run in the buffer; Eglot itself has room for one server only.
+;; - `own': a separate process, one for all buffers, so that the model is in memory once.  It runs
+;;   beside Eglot or lsp-mode in the buffer; Eglot itself supports one server per buffer only.
 ;; - `eglot': the server that Eglot runs for the buffer, if it offers inline completion.
-;; - `lsp-mode': an add-on client that is registered with lsp-mode.
+;; - `lsp-mode': an add-on client of lsp-mode.
 ;;
-;; This file knows processes, documents and messages; it knows nothing of what is shown.
+;; This file knows processes, documents and messages; it knows nothing about what is shown.
 
 ;;; Code:
 
@@ -53,17 +53,17 @@
   :prefix "midfill-")
 
 (defcustom midfill-client 'own
-  "Who talks to the server.
+  "How Emacs is connected to the server.
 A change takes effect in buffers where `midfill-mode' is switched on
-after it."
-  :type '(choice (const :tag "A process of its own, beside Eglot and lsp-mode" own)
-                 (const :tag "Eglot, where midfill is the buffer's server" eglot)
+afterwards."
+  :type '(choice (const :tag "Separate process, beside Eglot and lsp-mode" own)
+                 (const :tag "Eglot, with midfill as the buffer's server" eglot)
                  (const :tag "lsp-mode, as an add-on server" lsp-mode)))
 
 (defcustom midfill-command '("midfill" "serve")
   "The program that starts the server, and its arguments.
-A name is looked for on the variable `exec-path', but not in its relative
-folders.  The server is started in the package's own folder."
+A name is searched for in the variable `exec-path', except in its relative
+folders.  The server is started in the folder of this package."
   :type '(repeat string)
   :risky t)
 
@@ -75,25 +75,25 @@ The names are those of server/docs/settings.md, as keywords; false is
   :risky t)
 
 (defconst midfill-server--pauses '(0.25 1 4)
-  "Seconds before a dead server is started again; then it is given up.")
+  "Seconds before a crashed server is restarted; after the last one it stays off.")
 
 (defconst midfill-server--recovered 600
-  "Having lived for so many seconds, a server has recovered.")
+  "A server that has run for this many seconds resets the count of crashes.")
 
 (defconst midfill-server--languages
   '((c++-mode . "cpp") (c++-ts-mode . "cpp") (sh-mode . "shellscript") (bash-ts-mode . "shellscript")
     (js-jsx-mode . "javascriptreact") (tsx-ts-mode . "typescriptreact") (mhtml-mode . "html")
     (latex-mode . "latex") (LaTeX-mode . "latex") (cperl-mode . "perl") (enh-ruby-mode . "ruby")
     (js2-mode . "javascript") (csharp-mode . "csharp") (tuareg-mode . "ocaml") (conf-toml-mode . "toml"))
-  "Language identifiers that are not the major mode's name.")
+  "Language identifiers that differ from the name of the major mode.")
 
 (defvar midfill-server-state 'stopped
-  "What the server does, as far as it tells us: that of our own, or lsp-mode's.
+  "State of the server: the separate process, or that of lsp-mode.
 One of `stopped', `missing', `starting', `loading', `ready', `failed',
 `restarting' and `given-up'.")
 
 (defvar midfill-server-percentage nil
-  "How much of the model is loaded, in per cent; nil if not known.")
+  "Loading progress in per cent; nil if unknown.")
 
 (defvar midfill-server-model nil
   "Name of the model, if known.")
@@ -102,50 +102,50 @@ One of `stopped', `missing', `starting', `loading', `ready', `failed',
   "Version of the server, if known.")
 
 (defvar midfill-server-ready-hook nil
-  "Run when suggestions can be had.")
+  "Run when the model is ready.")
 
 (defvar midfill-server-gone-hook nil
   "Run when the connection is lost.")
 
 (defvar midfill-server--own nil
-  "The connection to the server of our own.")
+  "The connection to the separate server.")
 
 (defvar midfill-server--initialized nil
-  "Whether `midfill-server--own' has answered `initialize'.")
+  "Non-nil if `midfill-server--own' has answered `initialize'.")
 
 (defvar midfill-server--started 0.0
-  "When it was started, in seconds.")
+  "Time at which the server was started, in seconds.")
 
 (defvar midfill-server--deaths 0
-  "How often it has died lately.")
+  "Number of crashes since the server last ran for long.")
 
 (defvar midfill-server--folders nil
-  "URIs of the folders that it knows.")
+  "URIs of the folders that the server knows.")
 
 (defvar-local midfill-server--opened nil
   "The connection that knows this buffer's document.")
 
 (defvar-local midfill-server--uri nil
-  "Under which name it knows that.")
+  "URI of this buffer's document.")
 
 (defvar-local midfill-server--version 0
   "The document's version.")
 
 (defvar-local midfill-server--changes nil
-  "Edits that the server has not been told of, last one first.
-t where they cannot be told one by one.")
+  "Edits that have not been sent to the server, last one first.
+The value t means that the whole text has to be sent.")
 
 (defvar-local midfill-server--anchor '(1 . 0)
-  "The beginning of a line, and how many lines stand above it.
-No text before it has changed since it was found.")
+  "A line's first position, and the number of lines above it.
+No text before it has changed since it was computed.")
 
 (defvar-local midfill-server--size 0
-  "How large the buffer is, by the edits that we were told of.")
+  "Size of the buffer according to the edits that were noted.")
 
-;;; Documents of our own server
+;;; Documents of the separate server
 
 (defun midfill-server--column (pos)
-  "Column of POS in its line, in UTF-16 code units."
+  "Return the column of POS in its line, in UTF-16 code units."
   (save-excursion
     (goto-char pos)
     (let* ((start (line-beginning-position))
@@ -156,7 +156,7 @@ No text before it has changed since it was found.")
       column)))
 
 (defun midfill-server--line (pos)
-  "How many lines stand above that of POS, which is counted from the last one on."
+  "Return the number of lines above that of POS, counting from the anchor."
   (save-restriction
     (widen)
     (unless (<= (car midfill-server--anchor) pos)
@@ -168,35 +168,35 @@ No text before it has changed since it was found.")
       line)))
 
 (defun midfill-server--position (pos)
-  "The place POS as the protocol writes it."
+  "Return POS as a position of the protocol."
   (save-restriction
     (widen)
     (list :line (midfill-server--line pos) :character (midfill-server--column pos))))
 
 (defun midfill-server--text (start end)
-  "The text from START to END; bytes that are no characters are U+FFFD."
+  "Return the text from START to END, with U+FFFD for invalid bytes."
   (save-restriction
     (widen)
     (replace-regexp-in-string
      "[^\x00-\U0010FFFF]" "\uFFFD" (buffer-substring-no-properties start end) t t)))
 
 (defun midfill-server--uri-of-file (file)
-  "The URI of FILE."
+  "Return the URI of FILE."
   (concat "file://" (url-hexify-string (expand-file-name file) url-path-allowed-chars)))
 
 (defun midfill-server--buffer-uri ()
-  "The URI of this buffer."
+  "Return the URI of this buffer."
   (if (and buffer-file-name (not (file-remote-p buffer-file-name)))
       (midfill-server--uri-of-file (file-truename buffer-file-name))
     (concat "untitled:" (url-hexify-string (buffer-name)))))
 
 (defun midfill-server--language ()
-  "The language identifier of this buffer."
+  "Return the language identifier of this buffer."
   (or (alist-get major-mode midfill-server--languages)
       (replace-regexp-in-string "\\(?:-ts\\)?-mode\\'" "" (symbol-name major-mode))))
 
 (defun midfill-server--before-change (start end)
-  "Note where the text from START to END is, which is about to be changed."
+  "Note the range from START to END, which is about to be edited."
   (unless (eq midfill-server--changes t)
     ;; The end comes first: the beginning's line is where the next count begins.
     (let* ((last (midfill-server--position end))
@@ -207,7 +207,7 @@ No text before it has changed since it was found.")
     (setq midfill-server--anchor '(1 . 0))))
 
 (defun midfill-server--after-change (start end length)
-  "Note what stands from START to END now, where LENGTH characters were."
+  "Note that START to END is the new text of LENGTH characters."
   (cl-incf midfill-server--size (- end start length))
   (unless (eq midfill-server--changes t)
     (let ((change (car midfill-server--changes)))
@@ -220,7 +220,7 @@ No text before it has changed since it was found.")
         (setq midfill-server--changes t)))))
 
 (defun midfill-server--content-changes ()
-  "The edits, as `textDocument/didChange' has them; nil if there are none."
+  "Return the edits for `textDocument/didChange'; nil if there are none."
   (cond
    ((or (eq midfill-server--changes t)
         (/= midfill-server--size (buffer-size))
@@ -233,7 +233,7 @@ No text before it has changed since it was found.")
                      (reverse midfill-server--changes))))))
 
 (defun midfill-server--flush ()
-  "Send the edits of this buffer to the server of our own."
+  "Send the edits of this buffer to the separate server."
   (when-let ((changes (midfill-server--content-changes)))
     (setq midfill-server--changes nil
           midfill-server--size (buffer-size))
@@ -243,7 +243,7 @@ No text before it has changed since it was found.")
                           :contentChanges changes))))
 
 (defun midfill-server--add-folder ()
-  "Tell the server of the project that this buffer belongs to."
+  "Send the project folder of this buffer to the server."
   (when-let* ((project (and buffer-file-name
                             (not (file-remote-p buffer-file-name))
                             (project-current)))
@@ -260,7 +260,7 @@ No text before it has changed since it was found.")
                           :removed []))))))
 
 (defun midfill-server--open ()
-  "Give this buffer to the server of our own."
+  "Open this buffer in the separate server."
   (midfill-server--add-folder)
   (setq midfill-server--opened midfill-server--own
         midfill-server--uri (midfill-server--buffer-uri)
@@ -280,7 +280,7 @@ No text before it has changed since it was found.")
                               :text (midfill-server--text 1 (1+ (buffer-size)))))))
 
 (defun midfill-server--saved ()
-  "Tell the server that this buffer was saved."
+  "Notify the server that this buffer was saved."
   (when (midfill-server-connection)
     (midfill-server--flush)
     (jsonrpc-notify midfill-server--opened :textDocument/didSave
@@ -291,17 +291,17 @@ No text before it has changed since it was found.")
   (midfill-server-detach)
   (midfill-server-attach))
 
-;;; The process of our own
+;;; The separate process
 
 (defun midfill-server--notified (connection method params)
-  "Take the notification METHOD with PARAMS of CONNECTION."
+  "Handle the notification METHOD with PARAMS from CONNECTION."
   (when (eq connection midfill-server--own)
     (pcase method
       ('$/progress (midfill-server--progressed params))
       ('window/showMessage (message "%s" (plist-get params :message))))))
 
 (defun midfill-server--progressed (params)
-  "Follow the loading of the model; PARAMS are those of `$/progress'."
+  "Follow the loading of the model by PARAMS of `$/progress'."
   (pcase (midfill-server-get params :value :kind)
     ("end"
      (setq midfill-server-percentage nil
@@ -318,7 +318,7 @@ No text before it has changed since it was found.")
   (force-mode-line-update t))
 
 (defun midfill-server--ended (connection)
-  "CONNECTION is lost: start another server, if that has hope."
+  "Restart the server after CONNECTION was lost, unless it crashes too often."
   (when (eq connection midfill-server--own)
     (setq midfill-server--own nil
           midfill-server-percentage nil
@@ -334,21 +334,21 @@ No text before it has changed since it was found.")
       (cond
        ((null pause)
         (setq midfill-server-state 'given-up)
-        (message "midfill: the server ended again (%s) and stays off; M-x midfill-log may say why, M-x midfill-restart starts it" how))
+        (message "midfill: the server crashed again (%s) and stays off; M-x midfill-log may show why, M-x midfill-restart restarts it" how))
        (t
         (setq midfill-server-state 'restarting)
         (when (= midfill-server--deaths 1)
-          (message "midfill: the server ended (%s) and is started again; M-x midfill-log may say why" how))
+          (message "midfill: the server crashed (%s) and is being restarted; M-x midfill-log may show why" how))
         (run-with-timer pause nil #'midfill-server--revive))))
     (force-mode-line-update t)))
 
 (defun midfill-server--revive ()
-  "Start the server again after its death."
+  "Restart the server after a crash."
   (when (eq midfill-server-state 'restarting)
     (midfill-server--attach-all)))
 
 (defun midfill-server--attach-all ()
-  "Serve all buffers that want it."
+  "Attach all buffers in which `midfill-mode' is on."
   (dolist (buffer (buffer-list))
     (with-current-buffer buffer
       (when (bound-and-true-p midfill-mode)
@@ -361,16 +361,16 @@ No text before it has changed since it was found.")
     :textDocument (:synchronization (:didSave t)
                    :completion (:completionItem (:snippetSupport :json-false))
                    :inlineCompletion (:dynamicRegistration :json-false)))
-  "What our own client can do.")
+  "The capabilities of this client.")
 
 (defconst midfill-server--here
   (file-name-directory (expand-file-name (or load-file-name buffer-file-name default-directory)))
   "The folder of this package.")
 
 (defun midfill-server--program (name)
-  "The absolute path of the program NAME; nil if there is none.
-The folder of the current buffer may be a stranger's repository, so
-relative folders of the variable `exec-path' do not count."
+  "Return the absolute path of the program NAME; nil if there is none.
+The folder of the current buffer may be an untrusted repository, so
+relative folders of the variable `exec-path' are ignored."
   (let ((default-directory midfill-server--here)
         (exec-path (cl-remove-if-not (lambda (folder) (and folder (file-name-absolute-p folder)))
                                      exec-path)))
@@ -378,21 +378,21 @@ relative folders of the variable `exec-path' do not count."
       (executable-find name))))
 
 (defun midfill-server--environment ()
-  "The environment of the server.
-Python imports nothing from the current folder."
+  "Return the environment of the server.
+It keeps Python from importing from the current folder."
   (cons "PYTHONSAFEPATH=1" process-environment))
 
 (defun midfill-server--install ()
-  "The way to get the server, for messages.
-What is beside this package can be installed."
+  "Return the command to install the server, for messages.
+It names the repository if this package is inside one."
   (let ((checkout (expand-file-name "../../" midfill-server--here)))
     (if (file-exists-p (expand-file-name "pyproject.toml" checkout))
         (concat "pip install " (shell-quote-argument (directory-file-name checkout)))
-      "pip install . in a checkout of its repository")))
+      "run `pip install .' in a checkout of its repository")))
 
 (defun midfill-server--process ()
   "Start the program `midfill-command'."
-  ;; In a folder of ours: the process holds none of the user's, is a local one, and imports nothing by chance.
+  ;; In the folder of this package: it is local, and the process cannot import from a folder of the user.
   (let ((default-directory midfill-server--here)
         (process-environment (midfill-server--environment))
         (command (cons (midfill-server--program (car midfill-command)) (cdr midfill-command))))
@@ -402,7 +402,7 @@ What is beside this package can be installed."
                   :stderr (get-buffer-create "*midfill stderr*"))))
 
 (defun midfill-server--start ()
-  "Start the server of our own."
+  "Start the separate server."
   (setq midfill-server-state 'starting
         midfill-server--initialized nil
         midfill-server--folders nil
@@ -411,11 +411,11 @@ What is beside this package can be installed."
         (apply #'make-instance 'jsonrpc-process-connection
                :name "midfill"
                :process #'midfill-server--process
-               ;; A request that is not known is an error, and nothing else is asked for.
+               ;; Answer any other request of the server with an error.
                :request-dispatcher
                (lambda (_connection method _params)
                  (unless (eq method 'window/workDoneProgress/create)
-                   (jsonrpc-error :code -32601 :message "Not known here")))
+                   (jsonrpc-error :code -32601 :message "Unknown method")))
                :notification-dispatcher #'midfill-server--notified
                :on-shutdown #'midfill-server--ended
                ;; Source text is not logged.
@@ -438,13 +438,13 @@ What is beside this package can be installed."
          (midfill-server--attach-all)))
      :error-fn
      (lambda (failure)
-       ;; A server that has died is another matter.
+       ;; A crash is handled by `midfill-server--ended'.
        (when (and (eq connection midfill-server--own) (jsonrpc-running-p connection))
          (setq midfill-server-state 'failed)
          (message "midfill: the server cannot start: %s" (plist-get failure :message)))))))
 
 (defun midfill-server--attach-own ()
-  "Serve this buffer with the server of our own; start one where there is none."
+  "Attach this buffer to the separate server; start it if none is running."
   (let ((program (car midfill-command)))
     (cond
      ((eq midfill-server-state 'given-up))
@@ -455,19 +455,19 @@ What is beside this package can be installed."
      ((and program (midfill-server--program program)) (midfill-server--start))
      ((not (eq midfill-server-state 'missing))
       (setq midfill-server-state 'missing)
-      (message "midfill: cannot run %S; install the server (%s), or name it in `midfill-command'"
+      (message "midfill: cannot run %S; install the server (%s), or set `midfill-command'"
                program (midfill-server--install))))))
 
 ;;; lsp-mode
 
 (defvar midfill-server--is-registered nil
-  "Whether lsp-mode knows of us.")
+  "Non-nil if midfill is registered with lsp-mode.")
 
 (defun midfill-server--register ()
-  "Make midfill known to lsp-mode, as a server beside the language's own."
+  "Register midfill with lsp-mode, as a server beside the language's own."
   (unless midfill-server--is-registered
     (unless (require 'lsp-mode nil t)
-      (user-error "Not installed: lsp-mode; `midfill-client' can be `own'"))
+      (user-error "Package lsp-mode is not installed; install it, or set `midfill-client' to `own'"))
     (lsp-register-client
      (make-lsp-client
       :notification-handlers
@@ -488,13 +488,13 @@ What is beside this package can be installed."
 ;;; All kinds of connection
 
 (defun midfill-server-attach ()
-  "Have this buffer served."
+  "Attach this buffer to the server."
   (pcase midfill-client
     ('own (midfill-server--attach-own))
     ('lsp-mode (midfill-server--register))))
 
 (defun midfill-server-detach ()
-  "Take this buffer away from the server of our own."
+  "Detach this buffer from the separate server."
   (when midfill-server--opened
     (when (and (eq midfill-server--opened midfill-server--own)
                (jsonrpc-running-p midfill-server--own))
@@ -509,7 +509,7 @@ What is beside this package can be installed."
     (remove-hook 'after-set-visited-file-name-hook #'midfill-server--renamed t)))
 
 (defun midfill-server-connection ()
-  "The connection that serves this buffer; nil if there is none."
+  "Return the connection of this buffer; nil if there is none."
   (pcase midfill-client
     ('own (and midfill-server--own
                (eq midfill-server--opened midfill-server--own)
@@ -526,7 +526,7 @@ What is beside this package can be installed."
                            workspace))))))
 
 (defun midfill-server-position-params ()
-  "This buffer and point, as the protocol writes them."
+  "Return this buffer and point as parameters of the protocol."
   (pcase midfill-client
     ('own (list :textDocument (list :uri midfill-server--uri)
                 :position (midfill-server--position (point))))
@@ -534,7 +534,7 @@ What is beside this package can be installed."
     (_ (lsp--text-document-position-params))))
 
 (defun midfill-server-get (object &rest keys)
-  "The member of the JSON OBJECT that KEYS lead to.
+  "Return the member of the JSON OBJECT at the path KEYS.
 lsp-mode reads objects as hash tables, the others as property lists."
   (dolist (key keys object)
     (setq object (cond
@@ -543,8 +543,8 @@ lsp-mode reads objects as hash tables, the others as property lists."
                   ((consp object) (plist-get object key))))))
 
 (defun midfill-server-request (connection method params done)
-  "Ask CONNECTION with METHOD and PARAMS; return a handle for cancelling.
-DONE is called with the result, or nil if there is none."
+  "Send METHOD with PARAMS to CONNECTION; return a handle for cancelling.
+DONE is called with the result, or with nil if there is none."
   (if (eq midfill-client 'lsp-mode)
       (let ((lsp--cur-workspace connection)
             (token (make-symbol "midfill")))
@@ -552,7 +552,7 @@ DONE is called with the result, or nil if there is none."
                            :error-handler (lambda (&rest _) (funcall done nil)))
         token)
     (midfill-server-flush connection)
-    ;; The public function does not tell the number that a cancellation has to name.
+    ;; The public function does not return the id that a cancellation needs.
     (car (jsonrpc--async-request-1 connection method params :success-fn done :timeout 60
                                    :timeout-fn #'ignore
                                    :error-fn (lambda (&rest _) (funcall done nil))))))
@@ -564,21 +564,21 @@ DONE is called with the result, or nil if there is none."
    ((eq midfill-client 'eglot) (eglot--signal-textDocument/didChange))))
 
 (defun midfill-server-notify (connection method params)
-  "Tell CONNECTION of METHOD with PARAMS."
+  "Send the notification METHOD with PARAMS to CONNECTION."
   (if (eq midfill-client 'lsp-mode)
       (let ((lsp--cur-workspace connection))
         (lsp-notify (substring (symbol-name method) 1) params))
     (jsonrpc-notify connection method params)))
 
 (defun midfill-server-cancel (connection id)
-  "Take the request ID of CONNECTION back."
+  "Cancel the request ID of CONNECTION."
   (cond
    ((symbolp id) (lsp-cancel-request-by-token id))
    ((jsonrpc-running-p connection)
     (jsonrpc-notify connection :$/cancelRequest (list :id id)))))
 
 (defun midfill-server-restart ()
-  "Stop the server and start a fresh one."
+  "Restart the server."
   (pcase midfill-client
     ('own
      (let ((old midfill-server--own))
@@ -587,7 +587,7 @@ DONE is called with the result, or nil if there is none."
              midfill-server-state 'stopped)
        (run-hooks 'midfill-server-gone-hook)
        (when old
-         ;; It ends by itself when nobody writes to it any more.
+         ;; The server ends when its input is closed.
          (ignore-errors (process-send-eof (jsonrpc--process old)))
          (jsonrpc-shutdown old))
        (midfill-server--attach-all)))

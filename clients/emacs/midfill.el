@@ -18,15 +18,15 @@
 ;;     (global-midfill-mode)
 ;;
 ;; TAB accepts a suggestion, C-<right> its next word, M-<right> the rest of its line, C-g dismisses it.
-;; These keys are bound only while a suggestion is shown.  C-c \ asks explicitly.
+;; These keys are bound only while a suggestion is shown.  C-c \ requests one.
 ;;
-;; By default the server is a process of midfill's own, beside whatever Eglot or lsp-mode run; see
-;; `midfill-client' for the other ways.
+;; By default the server is a separate process, beside Eglot or lsp-mode; see `midfill-client' for the
+;; alternatives.
 ;;
-;; How it works: a suggestion belongs to the place where it was asked for.  While what stands between
-;; that place and point is a beginning of it, and nothing else has changed, the rest is shown, and the
-;; server is not asked.  That is found out in `post-command-hook', before Emacs draws, so that nothing
-;; flickers.  There is one suggestion at a time in all of Emacs.
+;; How it works: a suggestion belongs to the position at which it was requested.  While the text typed
+;; since then is a beginning of it, and nothing else has changed, its rest is shown, without a request.
+;; This is decided in `post-command-hook', before Emacs draws, so that nothing flickers.  There is one
+;; suggestion at a time in all of Emacs.
 
 ;;; Code:
 
@@ -34,35 +34,35 @@
 (require 'midfill-server)
 
 (defcustom midfill-auto t
-  "Whether suggestions come unasked."
+  "Non-nil means to show suggestions while typing."
   :type 'boolean
   :group 'midfill)
 
 (defcustom midfill-debounce 0.015
-  "Seconds of rest after a key before the server is asked."
+  "Seconds without a key before a suggestion is requested."
   :type 'number
   :group 'midfill)
 
 (defcustom midfill-hide-during-completion t
-  "Whether ghost text is hidden while a popup of completions is open."
+  "Non-nil means to hide ghost text while a completion popup is open."
   :type 'boolean
   :group 'midfill)
 
 (defcustom midfill-popup nil
-  "Whether suggestions are offered by `completion-at-point', too.
-They are asked for where no other function there has anything.  With
-Eglot and lsp-mode (`midfill-client') those offer them instead."
+  "Non-nil means to offer suggestions in `completion-at-point', too.
+They are requested if no other completion function has anything.  With
+Eglot or lsp-mode as `midfill-client', those offer them instead."
   :type 'boolean
   :group 'midfill)
 
 (defcustom midfill-silent-commands '(undo undo-only undo-redo undo-tree-undo undo-tree-redo evil-undo)
-  "Commands that change text but bring no suggestion unasked."
+  "Commands that change text without triggering a suggestion."
   :type '(repeat function)
   :group 'midfill)
 
 (defcustom midfill-inhibit-functions nil
-  "Functions without arguments; one that returns non-nil forbids ghost text.
-They are called in the buffer, after each command."
+  "Functions without arguments that prevent ghost text by returning non-nil.
+They are called in the buffer after each command."
   :type 'hook
   :group 'midfill)
 
@@ -71,7 +71,7 @@ They are called in the buffer, after each command."
   :group 'midfill)
 
 (cl-defstruct (midfill--place (:constructor midfill--make-place) (:copier nil))
-  "Where point is, in which text."
+  "The position of point, and the text around it."
   buffer point tail size tick)
 
 (cl-defstruct (midfill--suggestion (:constructor midfill--make-suggestion) (:copier nil))
@@ -82,17 +82,17 @@ that it was accepted."
   place text closers command connection)
 
 (cl-defstruct (midfill--question (:constructor midfill--make-question) (:copier nil))
-  "A request that has not been answered."
+  "A pending request."
   place connection id)
 
 (defvar midfill--shown nil
   "The suggestion on the screen.")
 
 (defvar midfill--pending nil
-  "The request that has not been answered.")
+  "The pending request.")
 
 (defvar midfill--timer nil
-  "Asks after a rest.")
+  "Timer of the next request.")
 
 (defvar midfill--overlay nil
   "Draws the suggestion.")
@@ -104,10 +104,10 @@ that it was accepted."
   "State of the buffer's text after the last command there.")
 
 (defvar midfill--enabled t
-  "Whether there are suggestions at all.")
+  "Non-nil if suggestions are switched on.")
 
 (defvar-local midfill--is-visible nil
-  "Whether the keys of `midfill-suggestion-map' work.")
+  "Non-nil if the keys of `midfill-suggestion-map' are active.")
 
 (defvar midfill-suggestion-map
   (let ((map (make-sparse-keymap)))
@@ -126,7 +126,7 @@ that it was accepted."
   "Keys of `midfill-mode'.")
 
 (defvar midfill--keys `((midfill--is-visible . ,midfill-suggestion-map))
-  "In front of all other keys, for as long as a suggestion is shown.")
+  "Keymaps that take precedence while a suggestion is shown.")
 
 ;;; Places
 
@@ -135,12 +135,12 @@ that it was accepted."
   (buffer-substring-no-properties (point) (line-end-position)))
 
 (defun midfill--here ()
-  "The place where point is."
+  "Return the place of point."
   (midfill--make-place :buffer (current-buffer) :point (point) :tail (midfill--tail)
                        :size (buffer-size) :tick (buffer-chars-modified-tick)))
 
 (defun midfill--is-here (place)
-  "Whether PLACE is where point is, in the same text."
+  "Return non-nil if PLACE is at point, in the same text."
   (and place
        (eq (midfill--place-buffer place) (current-buffer))
        (= (midfill--place-tick place) (buffer-chars-modified-tick))
@@ -187,8 +187,8 @@ A cons of the text and of those closers behind point that are in it."
              (cons rest closers))))))
 
 (defun midfill--piece (text part)
-  "The first word of TEXT, or the rest of its first line, or all of it.
-PART is `word', `line' or nil.  An empty first line goes with the next."
+  "Return the first word of TEXT, or the rest of its first line, or all of it.
+PART is `word', `line' or nil.  An empty first line includes the next."
   (if (and part
            (string-match (if (eq part 'word)
                              "\\`[ \t\n]*\\(?:[[:word:]_]+\\|[^[:word:]_ \t\n]+\\)"
@@ -198,7 +198,7 @@ PART is `word', `line' or nil.  An empty first line goes with the next."
     text))
 
 (defun midfill--is-inserting ()
-  "Whether keys are text: not in the normal state of Evil, for example."
+  "Return non-nil if keys insert text: not in Evil's normal state."
   (cond
    ((bound-and-true-p evil-local-mode) (memq (bound-and-true-p evil-state) '(insert emacs)))
    ((bound-and-true-p viper-mode)
@@ -206,7 +206,7 @@ PART is `word', `line' or nil.  An empty first line goes with the next."
    (t t)))
 
 (defun midfill--can-show ()
-  "Whether ghost text may stand at point now."
+  "Return non-nil if ghost text may be shown at point now."
   (and midfill--enabled
        (bound-and-true-p midfill-mode)
        (eq (window-buffer) (current-buffer))
@@ -240,7 +240,7 @@ PART is `word', `line' or nil.  An empty first line goes with the next."
     (setq midfill--is-visible t)))
 
 (defun midfill--cancel ()
-  "Take the request back."
+  "Cancel the pending request."
   (when midfill--timer
     (cancel-timer midfill--timer)
     (setq midfill--timer nil))
@@ -251,7 +251,7 @@ PART is `word', `line' or nil.  An empty first line goes with the next."
                              (midfill--question-id question)))))
 
 (defun midfill--clear ()
-  "Take the suggestion off the screen and the request back."
+  "Hide the suggestion and cancel the pending request."
   (setq midfill--shown nil)
   (when (and (overlayp midfill--overlay) (overlay-buffer midfill--overlay))
     (with-current-buffer (overlay-buffer midfill--overlay)
@@ -290,7 +290,7 @@ editor has closed by itself: ghost text can only add."
                                 :connection connection))))
 
 (defun midfill--answered (question result)
-  "Show RESULT, the answer to QUESTION, if it is still wanted."
+  "Show RESULT, the answer to QUESTION, unless it is outdated."
   (when (eq question midfill--pending)
     (setq midfill--pending nil)
     (let* ((place (midfill--question-place question))
@@ -306,8 +306,8 @@ editor has closed by itself: ghost text can only add."
               (midfill--draw (midfill--rest midfill--shown)))))))))
 
 (defun midfill--ask (kind)
-  "Ask for a suggestion at point.
-KIND is 1 if the user wants it explicitly, 2 if not."
+  "Request a suggestion at point.
+KIND is 1 if the user requested it, 2 if it is automatic."
   (midfill--clear)
   (when-let ((connection (midfill-server-connection)))
     (midfill-server-flush connection)
@@ -320,7 +320,7 @@ KIND is 1 if the user wants it explicitly, 2 if not."
              (lambda (result) (midfill--answered question result)))))))
 
 (defun midfill--ask-soon ()
-  "Ask for a suggestion after a short rest."
+  "Request a suggestion after `midfill-debounce'."
   (let ((place midfill--seen))
     (setq midfill--timer
           (run-with-timer
@@ -333,7 +333,7 @@ KIND is 1 if the user wants it explicitly, 2 if not."
                    (midfill--ask 2)))))))))
 
 (defun midfill--after-command ()
-  "Go on with what is shown, or ask anew."
+  "Continue the suggestion, or request another one."
   ;; Emacs takes a function that fails off the hook, and the suggestion would stay on the screen for good.
   (condition-case err
       (midfill--follow)
@@ -343,7 +343,7 @@ KIND is 1 if the user wants it explicitly, 2 if not."
      (midfill--clear))))
 
 (defun midfill--follow ()
-  "Draw the rest of the suggestion at point, or ask anew."
+  "Draw the rest of the suggestion at point, or request another one."
   (let* ((tick (buffer-chars-modified-tick))
          (is-edited (not (eql tick midfill--tick)))
          (rest (midfill--rest midfill--shown)))
@@ -362,7 +362,8 @@ KIND is 1 if the user wants it explicitly, 2 if not."
           (midfill--ask-soon)))))))
 
 (defun midfill--before-redisplay (&rest _)
-  "Take the suggestion away if it must not be drawn: much happens by no command."
+  "Hide the suggestion if it may not be shown any more.
+Not every change comes from a command."
   (when (and (overlayp midfill--overlay) (overlay-buffer midfill--overlay))
     (with-current-buffer (overlay-buffer midfill--overlay)
       (unless (and (eq (overlay-get midfill--overlay 'window) (selected-window))
@@ -371,7 +372,7 @@ KIND is 1 if the user wants it explicitly, 2 if not."
         (midfill--clear)))))
 
 (defun midfill--became-ready ()
-  "Ask for whoever waits behind what was typed before the server was ready."
+  "Request a suggestion for text typed before the server was ready."
   (with-current-buffer (window-buffer)
     (when (and midfill-auto (midfill--is-here midfill--seen) (midfill--can-show))
       (midfill--ask 2))))
@@ -382,7 +383,7 @@ KIND is 1 if the user wants it explicitly, 2 if not."
   "Insert the suggestion, or PART of it: `word' or `line'."
   (interactive)
   (let* ((suggestion midfill--shown)
-         (rest (or (midfill--rest suggestion) (user-error "There is no suggestion here")))
+         (rest (or (midfill--rest suggestion) (user-error "There is no suggestion at point")))
          (piece (midfill--piece (car rest) part))
          (is-all (equal piece (car rest))))
     ;; One undo takes back what was accepted, and not what had been typed before.
@@ -398,7 +399,7 @@ KIND is 1 if the user wants it explicitly, 2 if not."
                     (midfill--suggestion-connection suggestion)))))
 
 (defun midfill--run (command connection)
-  "Have the server at CONNECTION run an item's COMMAND, if it has one."
+  "Ask the server at CONNECTION to run an item's COMMAND, if it has one."
   (when command
     (midfill-server-request connection :workspace/executeCommand
                             (list :command (midfill-server-get command :command)
@@ -416,17 +417,17 @@ KIND is 1 if the user wants it explicitly, 2 if not."
   (midfill-accept 'line))
 
 (defun midfill-dismiss ()
-  "Take the suggestion off the screen; the next change asks again."
+  "Dismiss the suggestion; the next change requests another one."
   (interactive)
   (midfill--clear))
 
 (defun midfill-suggest ()
-  "Ask explicitly: also where nothing is shown unasked."
+  "Request a suggestion, even where none is shown automatically."
   (interactive)
   (cond
-   ((not (bound-and-true-p midfill-mode)) (user-error "The mode midfill-mode is off in this buffer"))
-   ((not midfill--enabled) (user-error "Suggestions are off; M-x midfill-toggle"))
-   ((not (midfill-server-connection)) (user-error "No server for this buffer (%s)" midfill-server-state))
+   ((not (bound-and-true-p midfill-mode)) (user-error "`midfill-mode' is off in this buffer; switch it on with M-x midfill-mode"))
+   ((not midfill--enabled) (user-error "Suggestions are off; switch them on with M-x midfill-toggle"))
+   ((not (midfill-server-connection)) (user-error "The server is not ready (%s); see M-x midfill-status" midfill-server-state))
    (t (midfill--ask 1)
       (setq midfill--seen (midfill--here)))))
 
@@ -440,36 +441,36 @@ KIND is 1 if the user wants it explicitly, 2 if not."
   (force-mode-line-update t))
 
 (defun midfill--tell-enabled ()
-  "Tell the server whether suggestions are wanted."
+  "Send to the server if suggestions are switched on."
   (when-let ((connection (midfill-server-connection)))
     (midfill-server-notify connection :workspace/didChangeConfiguration
                            (list :settings
                                  (list :midfill (list :enabled (if midfill--enabled t :json-false)))))))
 
 (defun midfill--explain (done)
-  "Call DONE with sentences on how the last answer for this buffer came about."
+  "Call DONE with lines that explain the last answer for this buffer."
   (if-let ((connection (midfill-server-connection)))
       (midfill-server-request
        connection :midfill/explain
        (list :textDocument (midfill-server-get (midfill-server-position-params) :textDocument))
        (lambda (result) (funcall done (midfill--explanation result))))
-    (funcall done (list (format "midfill does not serve this buffer (the server is %s)."
+    (funcall done (list (format "midfill is not active in this buffer (server: %s)."
                                 midfill-server-state)))))
 
 (defun midfill--text (object key)
-  "The member KEY of the JSON OBJECT if it is a text, else nil.
-A newer server may say what is not known here."
+  "Return the member KEY of the JSON OBJECT if it is a string, else nil.
+A newer server may send other types."
   (let ((value (midfill-server-get object key)))
     (and (stringp value) value)))
 
 (defun midfill--number (object key)
-  "The member KEY of the JSON OBJECT if it is a number, else 0."
+  "Return the member KEY of the JSON OBJECT if it is a number, else 0."
   (let ((value (midfill-server-get object key)))
     (if (numberp value) value 0)))
 
 (defun midfill--rows (object key format name number)
-  "Lines for the list that is the member KEY of the JSON OBJECT.
-FORMAT is given the members NAME and NUMBER of each of its items."
+  "Return lines for the list that is the member KEY of the JSON OBJECT.
+FORMAT is applied to the members NAME and NUMBER of each of its items."
   (let ((rows (midfill-server-get object key)))
     (and (sequencep rows)
          (mapcar (lambda (row)
@@ -477,67 +478,67 @@ FORMAT is given the members NAME and NUMBER of each of its items."
                  rows))))
 
 (defun midfill--explanation (result)
-  "RESULT, an answer to `midfill/explain', as lines for people."
+  "Return RESULT, an answer to `midfill/explain', as lines for people."
   (let ((source (or (midfill--text result :source) "none")))
     (append
-     (list (cond ((null result) "The server does not say.")
+     (list (cond ((null result) "The server sent no explanation.")
                  ((midfill--text result :message))
                  ((midfill--text result :reason)
-                  (format "Nothing was suggested: %s." (midfill--text result :reason)))
-                 ((equal source "none") "Nothing has been asked for here yet.")
+                  (format "No suggestion: %s." (midfill--text result :reason)))
+                 ((equal source "none") "No suggestion has been requested in this buffer yet.")
                  (t (format "The last suggestion came from: %s." source))))
      (when (numberp (midfill-server-get result :latencyMs))
-       (cons (format "%.0f ms in all" (midfill-server-get result :latencyMs))
+       (cons (format "total: %.0f ms" (midfill-server-get result :latencyMs))
              (midfill--rows result :stages "  %-16s%8.1f ms" :stage :ms)))
      (when (> (midfill--number result :promptTokens) 0)
-       (cons (format "prompt: %d tokens, %d of them computed before; %d tokens written"
+       (cons (format "prompt: %d tokens, %d of them cached; %d tokens generated"
                      (midfill--number result :promptTokens) (midfill--number result :reusedTokens)
                      (midfill--number result :generatedTokens))
              (midfill--rows result :segments "  %-16s%8d tokens" :source :tokens)))
      (midfill--rows result :filters "filter: %s (%+d characters)" :filter :characters))))
 
 (defun midfill-explain ()
-  "Say why the last answer for this buffer was as it was."
+  "Explain the last answer for this buffer."
   (interactive)
   (midfill--explain (lambda (lines) (message "%s" (string-join lines "\n")))))
 
 (defun midfill-status ()
-  "Say what the server does, and what it answered last."
+  "Show the state of the server and its last answer."
   (interactive)
   (let ((lines (list (format "client: %s" midfill-client)
                      (format "suggestions: %s" (if midfill--enabled "on" "off (M-x midfill-toggle)"))
-                     (format "this buffer: %s" (if (midfill-server-connection) "served" "not served")))))
+                     (format "this buffer: %s" (if (midfill-server-connection) "active" "not active")))))
     (when (eq midfill-client 'own)
       (setq lines (append (list (format "server: %s%s" midfill-server-state
                                         (if midfill-server-version
                                             (format ", midfill %s" midfill-server-version)
                                           ""))
-                                (format "model: %s" (or midfill-server-model "not known yet")))
+                                (format "model: %s" (or midfill-server-model "unknown until the server is ready")))
                           lines)))
     (midfill--explain
      (lambda (explained)
        (message "%s\nlast answer: %s" (string-join lines "\n") (car explained))))))
 
 (defun midfill-restart ()
-  "Stop the server and start a fresh one."
+  "Restart the server."
   (interactive)
   (midfill--clear)
   (midfill-server-restart))
 
 (defun midfill-log ()
-  "Show what the server of our own has written to its log."
+  "Show the log of the separate server."
   (interactive)
   (let ((buffer (or (get-buffer " *midfill stderr*") (get-buffer "*midfill stderr*"))))
     (unless buffer
-      (user-error "The server has written no log; with Eglot or lsp-mode, see theirs"))
+      (user-error "The server has written no log; with Eglot or lsp-mode, see their buffers"))
     (pop-to-buffer buffer)
     (goto-char (point-max))))
 
 ;;; Popup items
 
 (defun midfill-completion-at-point ()
-  "Offer the suggestion to `completion-at-point': its first line.
-The rest is inserted with it."
+  "Offer the suggestion to `completion-at-point' by its first line.
+Accepting it inserts all lines."
   (when-let* ((connection (and (eq midfill-client 'own) midfill--enabled (midfill-server-connection)))
               (item (midfill--popup-item connection))
               (text (midfill-server-get item :textEdit :newText))
@@ -567,7 +568,7 @@ The rest is inserted with it."
                   (midfill--run (midfill-server-get item :command) connection))))))))
 
 (defun midfill--popup-start (range)
-  "Where the RANGE of an item begins: at the word before point."
+  "Return the position at which the RANGE of an item begins."
   (let ((column (midfill-server-get range :start :character))
         (start (point)))
     (while (and (> start (line-beginning-position))
@@ -576,7 +577,7 @@ The rest is inserted with it."
     start))
 
 (defun midfill--popup-item (connection)
-  "The completion item that CONNECTION has for point."
+  "Request the completion item for point from CONNECTION."
   (midfill-server-flush connection)
   (midfill-server-get
    (ignore-errors
@@ -587,7 +588,7 @@ The rest is inserted with it."
 ;;; The mode
 
 (defun midfill--lighter ()
-  "Text of the mode in the mode line."
+  "Return the mode line text of the mode."
   (cond
    ((not midfill--enabled) " midfill:off")
    ((not (eq midfill-client 'own)) (if (midfill-server-connection) " midfill" ""))
@@ -602,7 +603,7 @@ The rest is inserted with it."
 \\<midfill-suggestion-map>
 \\[midfill-accept] accepts a suggestion, \\[midfill-accept-word] its next word, \\[midfill-accept-line] the
 rest of its line, \\[midfill-dismiss] dismisses it; these keys are bound only
-while one is shown.  \\<midfill-mode-map>\\[midfill-suggest] asks explicitly."
+while one is shown.  \\<midfill-mode-map>\\[midfill-suggest] requests one."
   :lighter (:eval (midfill--lighter))
   :group 'midfill
   (cond
@@ -625,7 +626,7 @@ while one is shown.  \\<midfill-mode-map>\\[midfill-suggest] asks explicitly."
       (remove-hook 'pre-redisplay-functions #'midfill--before-redisplay)))))
 
 (defun midfill--turn-on ()
-  "Switch `midfill-mode' on, where one can write."
+  "Switch `midfill-mode' on in buffers that can be edited."
   (unless (or buffer-read-only
               (minibufferp)
               ;; Buffers that nobody sees.

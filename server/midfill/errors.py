@@ -1,23 +1,23 @@
-"""The one exception tree. Messages are sentences for users: what happened, with which value, what to do.
+"""All exceptions of midfill. A message is a sentence for users: what happened, with which value, what to do.
 
-Cancellation is not an error and has no class here: a cancelled task raises `asyncio.CancelledError`.
+Cancellation is not an error: a cancelled task raises `asyncio.CancelledError`.
 """
 
 from midfill.system.printable import shown
 
-# The longest sentences of ours list the names that can be chosen from.
+# The longest messages list all names that can be chosen.
 _MAX_CHARS = 2000
 
 
 class MidfillError(Exception):
-    """The base of every error that midfill raises on purpose.
+    """The base class of every error that midfill raises on purpose.
 
-    Its text is one printable line, whatever a server or a file has put into it: it is for terminals, logs and
-    editors.
+    Its text is one printable line for terminals, logs and editors: control characters that a server or file
+    has put into it are spelled out.
     """
 
     def __str__(self) -> str:
-        """The sentence."""
+        """Return the message."""
         return shown(super().__str__(), _MAX_CHARS)
 
 
@@ -26,7 +26,7 @@ class SettingsError(MidfillError):
 
 
 class ModelError(MidfillError):
-    """A model cannot be found, fetched, verified, converted or used."""
+    """A model cannot be found, downloaded, verified, converted or used."""
 
 
 class AdapterError(MidfillError):
@@ -42,4 +42,4 @@ class EngineUnavailableError(EngineError):
 
 
 class EngineOverloadedError(EngineError):
-    """The engine has too many requests waiting; this one was not taken."""
+    """The engine has too many waiting requests and rejected this one."""

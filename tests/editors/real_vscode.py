@@ -432,7 +432,7 @@ class Window:
 
     def _explain(self):
         self.run("Notifications: Clear All Notifications")
-        self.run("midfill: Explain the Last Suggestion")
+        self.run("midfill: Explain Last Suggestion")
 
     def asks_popup_for(self, item):
         """The popup has the item; asked again until it has."""

@@ -298,7 +298,7 @@ def test_commands_say_what_happens(emacs):
     editor.lisp("(progn (midfill-status) t)")
     editor.until(lambda: "last answer: The last suggestion" in editor.messages, "the status")
     assert "server: ready, midfill 0" in editor.messages
-    assert "this buffer: served" in editor.messages
+    assert "this buffer: active" in editor.messages
     editor.lisp("(progn (midfill-toggle) t)")
     editor.shows("")
     editor.until(lambda: any("midfill:off" in line for line in editor.screen), "the mode line")

@@ -355,7 +355,7 @@ def test_a_server_that_is_in_the_folder_that_is_open_is_none(neovim, tmp_path, m
     editor = neovim(text=VALUES, command=[command, "serve"], before=NO_PROVIDER)
     assert editor.state == "missing"
     editor.api.command("checkhealth midfill")
-    assert "cannot be run" in editor.text
+    assert "cannot run" in editor.text
     assert hostile.ran == []
 
 
@@ -489,15 +489,15 @@ def test_commands(neovim):
         "train",
     ]
     editor.api.command("Midfill explain")
-    editor.until(lambda: "last suggestion came from: model" in messages(editor), "the explanation")
+    editor.until(lambda: "The last suggestion came from: model" in messages(editor), "the explanation")
     editor.api.command("Midfill status")
     editor.until(lambda: "last answer:" in messages(editor), "the status")
     # Neovim 0.10 does not keep what a server says of itself.
     keeps = editor.lua("return vim.fn.has('nvim-0.11') == 1")
     assert f"server: ready{', midfill 0' if keeps else ''}" in messages(editor)
-    assert "this buffer: served" in messages(editor)
+    assert "this buffer: active" in messages(editor)
     editor.api.command("Midfill nonsense")
-    assert 'no command "nonsense"' in editor.notes[-1]
+    assert 'unknown command "nonsense"' in editor.notes[-1]
     editor.api.command("Midfill log")
     assert editor.lua("return vim.api.nvim_buf_get_name(0)").endswith("lsp.log")
 
@@ -530,7 +530,7 @@ def test_an_adapter_that_is_not_here_is_named_and_none_can_be_chosen(neovim, tmp
     editor.api.command("Midfill adapter")
     editor.until(lambda: editor.notes, "what became of it")
     assert editor.lua("return CHOICES") == ["no adapter"]
-    assert "no adapter in this workspace" in editor.notes[-1]
+    assert "this workspace now uses no adapter" in editor.notes[-1]
     editor.api.command("Midfill adapter nobody")
     editor.until(lambda: "nobody" in editor.notes[-1], "what the server says")
     editor.api.command("Midfill status now")

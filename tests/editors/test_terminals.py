@@ -127,7 +127,7 @@ def test_a_server_that_dies_is_started_again(terminal):
     editor.until(lambda: editor.server_pid not in {None, pid} and editor.state == "ready", "a new server")
     # Whoever waits with the cursor behind the text is served without a key.
     editor.sees("total = sum(values)")
-    assert editor.messages.count(f"the server ended ({editor.KILLED}) and is started again") == 1
+    assert editor.messages.count(f"the server crashed ({editor.KILLED}) and is being restarted") == 1
     editor.press("Tab")
     editor.reads(VALUES + "\ntotal = sum(values)")
     pid = editor.server_pid
@@ -136,7 +136,7 @@ def test_a_server_that_dies_is_started_again(terminal):
     editor.press("Enter")
     editor.type("total = ")
     editor.shows("sum(values)")
-    assert editor.messages.count("midfill: the server ended") == 1
+    assert editor.messages.count("midfill: the server crashed") == 1
 
 
 def test_a_server_that_dies_again_and_again_is_given_up(terminal, name, tmp_path):
@@ -144,7 +144,7 @@ def test_a_server_that_dies_again_and_again_is_given_up(terminal, name, tmp_path
     editor = terminal(text="", command=command, before=ONE_PAUSE[name])
     editor.until(lambda: editor.state in {"given up", "given-up"}, "the end of all trials")
     assert (tmp_path / "starts").read_text().count("start") == 4
-    assert editor.messages.count("(status 3) and is started again") == 1
+    assert editor.messages.count("(status 3) and is being restarted") == 1
     assert editor.RESTART in editor.messages
 
 

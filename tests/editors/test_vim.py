@@ -339,8 +339,8 @@ def test_commands_say_what_happens(vim):
     editor.run("Midfill status")
     editor.until(lambda: "last answer: The last suggestion" in editor.messages, "the status")
     assert "server: ready, midfill 0" in editor.messages
-    assert "this buffer: served" in editor.messages
-    assert 'no command "nonsense"' in editor.run("Midfill nonsense")
+    assert "this buffer: active" in editor.messages
+    assert 'unknown command "nonsense"' in editor.run("Midfill nonsense")
     editor.run("Midfill toggle")
     assert editor.eval("midfill#Statusline()") == "midfill off"
     asked = editor.asked

@@ -238,7 +238,7 @@ def test_a_server_that_dies_again_and_again_is_given_up(window, vscode, engine):
     dying = ["/bin/sh", "-c", f"echo start >> {starts}; exit 3"]
     vscode.configure(**engine.settings | {"midfill__server__command": dying})
     window.shows("midfill stopped")
-    window.says("ended 3 times in three minutes (status 3)")
+    window.says("crashed 3 times within three minutes (status 3)")
     assert starts.read_text().count("start") == 3
     assert "status 3" in window.tooltip
     vscode.configure(**engine.settings)
@@ -271,7 +271,7 @@ def test_a_setting_that_counts_at_the_start_restarts_the_server(window, vscode, 
 
 def test_restart(window):
     [pid] = window.server_pids
-    window.run("midfill: Restart the Server")
+    window.run("midfill: Restart Server")
     window.until(lambda: len(window.server_pids) == 1 and window.server_pids != [pid], "a new server")
     window.shows("scripted")
     assert window.notes == []
@@ -302,13 +302,13 @@ def test_the_tooltip_tells_the_model_and_its_speed(window):
 
 def test_toggle(window, engine):
     window.open("toggle.py", VALUES)
-    window.run("midfill: Switch On or Off")
+    window.run("midfill: Toggle Suggestions")
     window.shows("midfill off")
     window.type("total = ")
     window.until(lambda: engine.answered("disabled"), "an answer")
     assert window.ghost == ""
     window.explains("switched off")
-    window.run("midfill: Switch On or Off")
+    window.run("midfill: Toggle Suggestions")
     window.shows("scripted")
     window.press("Alt+Backslash")
     window.gets("sum(values)")
@@ -316,25 +316,25 @@ def test_toggle(window, engine):
 
 def test_toggle_for_a_language(window):
     window.open("language.py", VALUES)
-    window.run("midfill: Switch On or Off for This Language")
+    window.run("midfill: Toggle Suggestions for This Language")
     window.shows("midfill off: python")
-    window.run("midfill: Switch On or Off for This Language")
+    window.run("midfill: Toggle Suggestions for This Language")
     window.shows("scripted")
 
 
 def test_snooze_and_the_menu(window, engine):
     window.open("menu.py", VALUES)
     window.page.locator(STATUS).click()
-    window.choose("Snooze")
+    window.choose("Snooze suggestions")
     window.choose("15 minutes")
-    window.shows("midfill snoozes")
+    window.shows("midfill snoozed")
     assert "No suggestions until" in window.tooltip
     before = engine.answered("disabled")
     window.press("Control+1")
     window.type("total = ")
     window.until(lambda: engine.answered("disabled") > before, "an answer")
     window.page.locator(STATUS).click()
-    window.choose("End the snooze")
+    window.choose("End snooze")
     window.shows("scripted")
     window.press("Control+1")
     window.press("Alt+Backslash")
@@ -363,7 +363,7 @@ def test_models_and_adapters_are_offered(window):
 
 def test_an_adapter_is_learnt_only_if_the_user_agrees(window, model):
     question = f"learn an adapter for {model.name} from the git history of"
-    window.run("midfill: Learn an Adapter from This Repository")
+    window.run("midfill: Train an Adapter on This Repository")
     window.says(question)
     window.click("Do not train")
     window.until(lambda: not window.notes, "the end of the question")
@@ -371,7 +371,7 @@ def test_an_adapter_is_learnt_only_if_the_user_agrees(window, model):
     window.again(
         "the question",
         lambda: any(question in note for note in window.notes),
-        lambda: window.run("midfill: Learn an Adapter from This Repository"),
+        lambda: window.run("midfill: Train an Adapter on This Repository"),
     )
     window.page.get_by_role("button", name="Train", exact=True).click()
     # The folder is no repository, which whoever reads its history finds.
@@ -420,7 +420,7 @@ def test_the_server_is_installed_into_an_environment_of_its_own(another_window, 
     window.gets("sum(values)")
     # One on the PATH is preferred, once it is there.
     vscode.program("midfill", Path(sys.executable).parent / "midfill")
-    window.run("midfill: Restart the Server")
+    window.run("midfill: Restart Server")
     window.until(lambda: window.serves(Path(sys.executable).parent / "midfill"), "the server on the PATH")
     window.shows("scripted")
 
@@ -454,7 +454,7 @@ def test_nothing_of_the_folder_that_is_open_is_run(another_window, vscode, engin
         vscode.configure(**engine.settings | {"midfill__server__command": [name]})
         window.until(lambda name=name: f'Cannot run "{name}"' in window.tooltip, f"that {name} is none")
     vscode.configure(**engine.settings | {"midfill__server__command": []})
-    window.run("midfill: Install the Server in an Environment of Its Own")
+    window.run("midfill: Install Server in a Separate Environment")
     window.shows("scripted")
     assert window.serves(vscode.data / "User/globalStorage/midfill.midfill/server/bin/midfill")
     assert hostile.ran == []

@@ -167,8 +167,8 @@ def test_made_up_typing_is_drawn(tmp_path, engine):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ((), 2, "Give either a TRACE, a file of recorded typing, or --files DIR"),
-        (("a.jsonl", "--files", "."), 2, "Give either a TRACE, a file of recorded typing, or --files DIR"),
+        ((), 2, "Give either a TRACE (a file of recorded typing) or --files DIR"),
+        (("a.jsonl", "--files", "."), 2, "Give either a TRACE (a file of recorded typing) or --files DIR"),
         (("nowhere.jsonl",), 1, "Cannot read nowhere.jsonl"),
         (("--files", "/nowhere"), 1, "has no source file of"),
     ],
@@ -187,7 +187,7 @@ def test_a_comparison_that_cannot_be_made_is_a_sentence(trace, engine, tmp_path,
     assert "Run: midfill model pull qwen2.5-coder-0.5b --gguf" in done.stderr
     done = run("replay", trace, "--against", "generate", "--engine", engine())
     assert done.returncode == 1
-    assert "Fetch the model first: midfill model pull qwen2.5-coder-0.5b" in done.stderr
+    assert "Run: midfill model pull qwen2.5-coder-0.5b\n" in done.stderr
 
 
 def test_a_model_that_cannot_be_loaded_is_a_sentence(trace, tmp_path):

@@ -73,7 +73,9 @@ def test_settings_and_options_that_cannot_be_meant_are_refused(tmp_path):
     ):
         done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 2
-        assert "Usage" in done.stderr
+        assert done.stderr.startswith("midfill eval")
+        assert done.stderr.endswith("--help\n")
+        assert done.stderr.count("\n") == 1
     done = subprocess.run(
         [*COMMAND, "repo", str(tmp_path), "--set", "no_setting=1"],
         capture_output=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from midfill.cli.shared import engine_maker
+from midfill.cli.engine_choice import engine_factory
 from midfill.completion.confidence import Eagerness
 from midfill.evaluation import holes, infilling, repository, sandbox
 from midfill.evaluation.fillers import PipelineFiller
@@ -51,7 +51,7 @@ LEAST_SIMILARITY = 0.20
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(model):
-    it = engine_maker(None)(Settings(model=model.name))
+    it = engine_factory(None)(Settings(model=model.name))
     await it.start(lambda _message, _share: None)
     yield it
     await it.close()

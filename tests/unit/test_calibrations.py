@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from midfill.cli.doctor import _calibration
+from midfill.cli.doctor_checks import _calibration
 from midfill.completion import calibrations
 from midfill.completion.calibrations import CalibrationError, Saved
 from midfill.completion.confidence import BUILT_IN, WEIGHTS, Eagerness, Evidence, confidence, length_to_show

@@ -1,11 +1,15 @@
 """The command line as a process: what a person types, what comes back."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 
+import click
 import pytest
+
+from midfill.cli.main import cli
 
 COMMAND = [sys.executable, "-P", "-m", "midfill"]
 
@@ -69,6 +73,51 @@ def test_every_command_has_help(midfill, arguments):
     assert "Usage: " in done.stdout
 
 
+def commands(group=cli, path=("midfill",)):
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+@pytest.mark.parametrize(
+    ("path", "command"), list(commands()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_help_page_has_an_example_and_explains_every_option(path, command):
+    assert f"\n  {path}" in inspect.cleandoc(command.help)
+    for option in command.params:
+        if isinstance(option, click.Option) and not option.hidden:
+            assert option.help, option.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("--bogus", "midfill: No such option '--bogus'. For help: midfill --help"),
+        ("serv", "midfill: No such command 'serv'. Did you mean 'serve'? For help: midfill --help"),
+        ("model use", "midfill model use: Missing argument 'NAME'. For help: midfill model use --help"),
+        ("eval calibrate --reset --write",
+         "midfill eval calibrate: --reset takes no RESULTS, --held-out or --write. "
+         "For help: midfill eval calibrate --help"),
+        ("serve --log-level loud",
+         "midfill serve: Invalid value for '--log-level': 'loud' is not one of 'debug', 'info', 'warning', "
+         "'error'. For help: midfill serve --help"),
+    ],
+)  # fmt: skip
+def test_a_wrong_use_is_one_line_that_names_the_help(midfill, arguments, line):
+    done = midfill(*arguments.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == line + "\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["model"]])
+def test_a_group_alone_shows_its_help(midfill, arguments):
+    done = midfill(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"Usage: {' '.join(['midfill', *arguments])} [OPTIONS] COMMAND")
+
+
 def test_the_version_is_printed(midfill):
     assert midfill("--version").stdout.startswith("midfill 0.")
 
@@ -121,7 +170,7 @@ def test_a_completion_from_stdin_as_json(midfill, script):
         ("a.py:0:1", "'a.py:0:1' is not FILE:LINE:COL"),
         ("a.py", "'a.py' is not FILE:LINE:COL"),
         ("a.py:x:y", "'a.py:x:y' is not FILE:LINE:COL"),
-        ("binary.py:1:1", "binary.py is not text in UTF-8."),
+        ("binary.py:1:1", "binary.py is not UTF-8 text."),
     ],
 )
 def test_a_bad_place_is_named(midfill, tmp_path, where, message):

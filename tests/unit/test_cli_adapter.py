@@ -42,8 +42,8 @@ def midfill(*arguments):
 
 
 def test_an_adapter_from_import_to_removal(base, tmp_path):
-    assert "No adapters so far" in midfill("list")
-    assert "mine is here" in midfill("import", write_adapter(tmp_path / "a"), "--name", "mine")
+    assert "No adapters yet" in midfill("list")
+    assert "Imported mine" in midfill("import", write_adapter(tmp_path / "a"), "--name", "mine")
     [listed] = json.loads(midfill("list", "--json"))["adapters"]
     assert (listed["name"], listed["rank"], listed["judgement"]["verdict"], listed["used"]) == (
         "mine",
@@ -51,16 +51,16 @@ def test_an_adapter_from_import_to_removal(base, tmp_path):
         "none",
         [],
     )
-    assert "not judged" in midfill("list")
-    assert f"mine is used in {tmp_path / 'project'}." in midfill("use", "mine")
+    assert "not evaluated" in midfill("list")
+    assert f"mine is now used in {tmp_path / 'project'}." in midfill("use", "mine")
     assert Bindings().read().resolve(tmp_path / "project" / "x.py", "python") == listed["digest"]
     assert f"workspace {tmp_path / 'project'}" in midfill("show", listed["digest"][:12])
-    assert "is used (workspace" in midfill("rm", "mine")
-    assert "mine is in" in midfill("export", "mine", tmp_path / "out")
+    assert "is in use (workspace" in midfill("rm", "mine")
+    assert "Exported mine to" in midfill("export", "mine", tmp_path / "out")
     assert "exists already" in midfill("export", "mine", tmp_path / "out")
     assert "All is well" in midfill("doctor")
-    assert "mine is deleted" in midfill("rm", "mine", "--force")
-    assert "mine is here" in midfill("import", tmp_path / "out", "--name", "mine")
+    assert "Deleted mine" in midfill("rm", "mine", "--force")
+    assert "Imported mine" in midfill("import", tmp_path / "out", "--name", "mine")
     assert Registry().get("mine").digest == listed["digest"]
     assert Bindings().read().uses(listed["digest"]) == []
 
@@ -68,8 +68,8 @@ def test_an_adapter_from_import_to_removal(base, tmp_path):
 def test_places(base, tmp_path):
     midfill("import", write_adapter(tmp_path / "a"), "--name", "mine")
     assert "for python" in midfill("use", "mine", "--language", "python")
-    assert "wherever no other one is" in midfill("use", "mine", "--global")
-    assert "Choose one of" in midfill("use", "mine", "--global", "--language", "python")
+    assert "for all files without an adapter of their own" in midfill("use", "mine", "--global")
+    assert "Give only one of" in midfill("use", "mine", "--global", "--language", "python")
     assert "No adapter is used in" in midfill("off")
     assert Bindings().read().resolve(tmp_path / "project" / "x.py", "python") is None
     assert "everywhere else: mine" in midfill("rollback")
@@ -88,19 +88,19 @@ def test_one_that_was_judged_bad_is_used_by_force_only(base, tmp_path):
     assert "verdict 'rejected'" in refusal
     assert "worse than the base" in refusal
     assert Bindings().read().workspaces == {}
-    assert "mine is used" in midfill("use", "mine", "--force")
+    assert "mine is now used" in midfill("use", "mine", "--force")
     assert "rejected, forced" in midfill("list")
     assert json.loads(midfill("show", "mine", "--json"))["judgement"]["forced"] is True
 
 
 def test_what_is_wrong_is_said(base, tmp_path):
     assert "no adapter 'other'" in midfill("use", "other")
-    assert "no folder './nowhere'" in midfill("import", "./nowhere")
+    assert "'./nowhere' is neither a folder nor" in midfill("import", "./nowhere")
     pickled = write_adapter(tmp_path / "pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     assert "pickled" in midfill("import", pickled)
     other = write_adapter(tmp_path / "other", base_model_name_or_path="bigcode/starcoder2-3b")
-    assert "made for bigcode/starcoder2-3b" in midfill("import", other)
+    assert "trained for bigcode/starcoder2-3b" in midfill("import", other)
     midfill("import", write_adapter(tmp_path / "a"), "--name", "mine")
     midfill("use", "mine", "--global")
     entry = Registry().get("mine")
@@ -109,7 +109,7 @@ def test_what_is_wrong_is_said(base, tmp_path):
     assert "have changed" in midfill("doctor")
     assert "have changed" in midfill("use", "mine")
     Registry().remove("mine")
-    assert "is not here any more" in midfill("doctor")
+    assert "is not on this machine any more" in midfill("doctor")
 
 
 CODE = {"README.md": b"hello", "modeling.py": b"raise SystemExit", "optimizer.pt": b"pickle"}
@@ -169,7 +169,7 @@ def test_an_adapter_comes_from_the_hub(hub, tmp_path):
     [
         ("someone/pickled", "has no adapter_model.safetensors.*pickled weights are refused"),
         ("someone/no-adapter", "has no adapter_config.json"),
-        ("someone/for-another", "was made for Qwen/Qwen2.5-Coder-7B, not for"),
+        ("someone/for-another", "was trained for Qwen/Qwen2.5-Coder-7B, not for"),
         ("someone/of-another-shape", "does not fit"),
         ("someone/lying", "wrong SHA-256"),
         ("someone/gated", "accept its licence at"),

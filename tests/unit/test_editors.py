@@ -70,6 +70,11 @@ def test_what_is_written_is_shown_and_a_second_run_has_nothing_to_do(home, name)
     assert "already set up" in run(name)
 
 
+def test_the_plugins_are_found():
+    clients = editors.here().clients
+    assert {"emacs", "neovim", "vim"} <= {folder.name for folder in clients.iterdir()}
+
+
 @pytest.mark.parametrize(
     ("name", "theirs"),
     [
@@ -225,7 +230,7 @@ def test_a_link_stays_a_link(home):
 def test_a_file_that_changed_meanwhile_is_not_written(home):
     edit = editors.find("vim").plan(editors.here()).edit
     (home / ".vimrc").write_text("set number\n")
-    with pytest.raises(MidfillError, match="changed meanwhile"):
+    with pytest.raises(MidfillError, match="has changed in the meantime"):
         editors.write(edit)
     assert (home / ".vimrc").read_text() == "set number\n"
 
@@ -242,7 +247,7 @@ def test_programs_of_the_current_folder_are_no_editors(home, tmp_path, monkeypat
 
 def test_editors_on_the_path_are_found(home):
     (home / "bin").mkdir()
-    assert "No editor that midfill knows" in run()
+    assert "No supported editor was found" in run()
     for program in ("nvim", "hx", "subl"):
         (home / "bin" / program).write_text("#!/bin/sh\n")
         (home / "bin" / program).chmod(0o755)

@@ -59,7 +59,7 @@ def test_an_adapter_that_is_neither_registered_nor_a_folder_is_refused():
 
 
 def test_forcing_what_is_not_registered_is_refused(tmp_path):
-    with pytest.raises(MidfillError, match="import the adapter first"):
+    with pytest.raises(MidfillError, match="needs a registered adapter"):
         run("eval", tmp_path, "--force")
 
 

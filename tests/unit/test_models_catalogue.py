@@ -106,7 +106,7 @@ def test_a_good_catalogue_is_read():
         ("total_bytes = 25", "total_bytes = 31", "add up"),
         ("total_bytes = 25", "total_bytes = 20", "add up"),
         ('sha256 = "0', 'sha256 = "g', "hexadecimal"),
-        ('package = "parts{n}"', 'package = "parts"', "part's number"),
+        ('package = "parts{n}"', 'package = "parts"', "the number of the part"),
         ("parts = 3\n", "", "wheels, has no 'parts'"),
     ],
 )

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from lsprotocol import types
 
 from midfill import errors
-from midfill.cli.doctor import Check
+from midfill.cli.doctor_checks import Check
 from midfill.cli.engine_check import Findings, table
-from midfill.cli.shared import show
-from midfill.cli.terminal import say, terminal
+from midfill.cli.terminal import say, show, terminal
 from midfill.engine.remote.client import dialects as wire
 from midfill.errors import EngineError, MidfillError
 from midfill.lsp.server import MidfillServer
@@ -129,7 +128,7 @@ def test_a_message_in_the_editor_is_printable(text, monkeypatch):
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_what_is_under_way_is_printable(text, capsys, monkeypatch):
-    from midfill.cli.shared import with_progress  # noqa: PLC0415
+    from midfill.cli.terminal import with_progress  # noqa: PLC0415
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     with_progress(f"fetching {text}", lambda report: report(f"file {text}", 0.5))
@@ -139,7 +138,7 @@ def test_what_is_under_way_is_printable(text, capsys, monkeypatch):
 
 
 def test_progress_takes_no_markup_from_a_title():
-    from midfill.cli.shared import with_progress  # noqa: PLC0415
+    from midfill.cli.terminal import with_progress  # noqa: PLC0415
 
     def work(report):
         report("[/x] [link=https://example.org]", 0.5)

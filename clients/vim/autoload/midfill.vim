@@ -1,9 +1,9 @@
 vim9script
-# Ghost text: asks the server, follows what is typed, accepts. And the command :Midfill.
+# Ghost text: send requests, follow typing, accept suggestions. And the command :Midfill.
 #
-# A suggestion belongs to the place where it was asked for. While what stands between that place and the
-# cursor is a beginning of it, the rest is shown, and the server is not asked. That happens in TextChangedI,
-# before Vim draws, so that nothing flickers.
+# A suggestion belongs to the position at which it was requested. While the text typed since then is a
+# beginning of it, its rest is shown without a request. This happens in TextChangedI, before Vim draws, so that
+# nothing flickers.
 
 import autoload './midfill/config.vim'
 import autoload './midfill/documents.vim'
@@ -18,9 +18,9 @@ const POPUP_MS = 2000
 var seen: dict<any> = {}
 # What is on the screen: place, text, closers behind the cursor that are in it, command. {} is nothing.
 var shown: dict<any> = {}
-# The buffer in which it is drawn.
+# The buffer in which the suggestion is drawn.
 var drawn_in = -1
-# The request that has not been answered: place, id. {} is none.
+# The pending request: place, id. {} is none.
 var pending: dict<any> = {}
 var timer = -1
 var is_enabled = true
@@ -88,7 +88,7 @@ def Rest(suggestion: dict<any>, place: dict<any>): dict<string>
   return len(Closing(text, closers)) >= num_new ? {text: text, closers: closers} : none
 enddef
 
-# Text with its tabs as blanks, as it looks from a column on: text properties do not know tab stops.
+# Return a text with tabs as spaces, as it looks from a column on: text properties ignore tab stops.
 def ExpandTabs(text: string, column: number): string
   if stridx(text, "\t") < 0
     return text
@@ -143,7 +143,7 @@ def CancelRequest()
   endif
 enddef
 
-# Take the suggestion off the screen and the request back.
+# Hide the suggestion and cancel the pending request.
 def Clear()
   CancelRequest()
   if !empty(shown)
@@ -152,7 +152,7 @@ def Clear()
   endif
 enddef
 
-# Whether ghost text may stand on the screen now.
+# Return true if ghost text may be shown now.
 def CanShow(): bool
   return is_enabled && mode() =~ '^i' && !pumvisible() && !&paste && reg_executing() == ''
 enddef
@@ -209,7 +209,7 @@ def Answered(question: dict<any>, result: any)
   endif
 enddef
 
-# The text or the cursor has changed: go on with what is shown, or ask anew.
+# After a change of the text or the cursor: continue the suggestion, or request another one.
 def Changed()
   if !CanShow()
     seen = {}
@@ -236,9 +236,9 @@ def Changed()
   endif
 enddef
 
-# Vim waits for a key, or its mode is another one: what must not stand on the screen any more goes.
+# When Vim waits for a key or changes its mode: hide a suggestion that may not be shown any more.
 #
-# Not every way out of insert mode has an InsertLeave: CTRL-C, <Insert>, CTRL-R =, 'pastetoggle' have none.
+# Not every way out of insert mode triggers InsertLeave: CTRL-C, <Insert>, CTRL-R =, 'pastetoggle' do not.
 def Settled()
   if !CanShow() && (!empty(shown) || !empty(pending) || !empty(seen))
     seen = {}
@@ -248,16 +248,16 @@ def Settled()
   endif
 enddef
 
-# Ask though nothing has changed.
+# Request a suggestion without a change of the text.
 def Again()
   seen = {}
   Changed()
 enddef
 
-# Blanks, then a word or a run of signs. In a string, a line end is a sign for \S.
+# White space, then a word or a run of other characters. In a string, \S matches a line end.
 const WORD = '^[[:space:]]*\%(\k\+\|\%(\k\@![^[:space:]]\)\+\)'
 
-# The first word of a text, the rest of its first line (or the next one, if that is empty), or all of it.
+# Return the first word of a text, the rest of its first line (or the next line if that is empty), or all of it.
 def Piece(text: string, part: string): string
   if part == 'word'
     return matchstr(text, WORD) ?? text
@@ -265,12 +265,12 @@ def Piece(text: string, part: string): string
   return part == 'line' ? matchstr(text, "^\n\\?[^\n]*") : text
 enddef
 
-# What is suggested at the cursor; '' if nothing is.
+# Return the suggestion at the cursor; '' if there is none.
 export def Suggestion(): string
   return Rest(shown, Here()).text
 enddef
 
-# Insert the suggestion, or a part of it: 'word' or 'line'. Returns whether there was one.
+# Insert the suggestion or its next 'word' or 'line'. Return true if there was one.
 export def Accept(part = ''): bool
   const place = Here()
   const suggestion = shown
@@ -290,11 +290,11 @@ export def Accept(part = ''): bool
   return true
 enddef
 
-# Insert text at the cursor, in the place of so many bytes behind it.
+# Insert text at the cursor, in place of this many bytes after it.
 def Insert(place: dict<any>, text: string, num_replaced: number)
   const lines = split(text, "\n", true)
   const after = strpart(place.after, num_replaced)
-  # One undo takes back what was accepted, and not what had been typed before.
+  # One undo reverts the accepted text, but not the text typed before.
   &undolevels = &undolevels
   if len(lines) == 1
     setline(place.row, place.before .. text .. after)
@@ -306,7 +306,7 @@ def Insert(place: dict<any>, text: string, num_replaced: number)
   cursor(place.row + len(lines) - 1, len(lines[-1]) + 1)
 enddef
 
-# Have the server run an item's command: it says that the item was accepted.
+# Ask the server to run an item's command, which reports that the item was accepted.
 def RunCommand(command: dict<any>)
   if !empty(command)
     const params = {command: command.command, arguments: command->get('arguments', [])}
@@ -315,12 +315,12 @@ def RunCommand(command: dict<any>)
   endif
 enddef
 
-# Take the suggestion off the screen; the next key asks again.
+# Dismiss the suggestion; the next key requests another one.
 export def Dismiss()
   Clear()
 enddef
 
-# Ask explicitly: also where nothing is shown unasked.
+# Request a suggestion, even where none is shown automatically.
 export def Trigger()
   if CanShow()
     seen = Here()
@@ -337,7 +337,7 @@ export def Complete(findstart: bool, base: string): any
   return empty(popup) ? [] : [popup.item]
 enddef
 
-# What Complete found.
+# The item that Complete found.
 var popup: dict<any> = {}
 
 def PopupItem(): dict<any>
@@ -393,17 +393,17 @@ def Show(lines: list<string>)
   endfor
 enddef
 
-# Call Done with lines that say how the last answer for the buffer came about.
+# Call Done with lines that explain the last answer for the buffer.
 def Explain(Done: func(list<string>))
   if !server.Serves(bufnr())
-    Done([printf('midfill does not serve this buffer (the server is %s).', server.state)])
+    Done([printf('midfill is not active in this buffer (server: %s).', server.state)])
     return
   endif
   server.Request('midfill/explain', {textDocument: documents.Identifier(bufnr())},
-    (result) => Done(type(result) == v:t_dict ? Explanation(result) : ['The server does not say.']))
+    (result) => Done(type(result) == v:t_dict ? Explanation(result) : ['The server sent no explanation.']))
 enddef
 
-# A value of an answer if it is of this type, else another one: a newer server may say what is not known here.
+# Return a field of an answer if it has the type of `otherwise`, or else that: a newer server may differ.
 def Typed(values: any, name: string, otherwise: any): any
   const value = type(values) == v:t_dict ? values->get(name, otherwise) : otherwise
   if type(otherwise) == v:t_float && type(value) == v:t_number
@@ -420,20 +420,20 @@ def Explanation(result: dict<any>): list<string>
   if message != ''
     add(lines, message)
   elseif reason != ''
-    add(lines, printf('Nothing was suggested: %s.', reason))
+    add(lines, printf('No suggestion: %s.', reason))
   elseif source == 'none'
-    add(lines, 'Nothing has been asked for here yet.')
+    add(lines, 'No suggestion has been requested in this buffer yet.')
   else
     add(lines, printf('The last suggestion came from: %s.', source))
   endif
   if has_key(result, 'latencyMs') && result.latencyMs != v:null
-    add(lines, printf('%.0f ms in all', Typed(result, 'latencyMs', 0.0)))
+    add(lines, printf('total: %.0f ms', Typed(result, 'latencyMs', 0.0)))
     for stage in Typed(result, 'stages', [])
       add(lines, printf('  %-16s%8.1f ms', Typed(stage, 'stage', '?'), Typed(stage, 'ms', 0.0)))
     endfor
   endif
   if Typed(result, 'promptTokens', 0) > 0
-    add(lines, printf('prompt: %d tokens, %d of them computed before; %d tokens written',
+    add(lines, printf('prompt: %d tokens, %d of them cached; %d tokens generated',
       result.promptTokens, Typed(result, 'reusedTokens', 0), Typed(result, 'generatedTokens', 0)))
     for segment in Typed(result, 'segments', [])
       add(lines, printf('  %-16s%8d tokens', Typed(segment, 'source', '?'), Typed(segment, 'tokens', 0)))
@@ -448,9 +448,9 @@ enddef
 def Status()
   const lines = [
     printf('server: %s%s', server.state, server.version == '' ? '' : ', midfill ' .. server.version),
-    printf('model: %s', server.model == '' ? 'not known yet' : server.model),
+    printf('model: %s', server.model == '' ? 'unknown until the server is ready' : server.model),
     printf('suggestions: %s', is_enabled ? 'on' : 'off (:Midfill toggle)'),
-    printf('this buffer: %s', server.Serves(bufnr()) ? 'served' : 'not served'),
+    printf('this buffer: %s', server.Serves(bufnr()) ? 'active' : 'not active'),
   ]
   Explain((explained) => Show(lines + ['last answer: ' .. explained[0]]))
 enddef
@@ -485,13 +485,13 @@ enddef
 
 export def Run(name: string)
   if !has_key(COMMANDS, name)
-    server.Say(printf('no command "%s"; there are: %s', name, join(sort(keys(COMMANDS)), ', ')), 'ErrorMsg')
+    server.Say(printf('unknown command "%s"; known: %s', name, join(sort(keys(COMMANDS)), ', ')), 'ErrorMsg')
     return
   endif
   COMMANDS[name]()
 enddef
 
-# A word or two for the status line; '' where midfill does not serve the buffer.
+# Return a short text for the status line; '' if midfill is not active in the buffer.
 export def Statusline(): string
   if !is_enabled
     return 'midfill off'
@@ -509,7 +509,7 @@ def IsVisible(): bool
   return Suggestion() != ''
 enddef
 
-# Start. Called once, after all mappings of the user's have been made.
+# Start midfill. Called once, after all mappings of the user.
 export def Start()
   if &encoding != 'utf-8'
     server.Say(printf("'encoding' must be utf-8, not %s", &encoding), 'ErrorMsg')

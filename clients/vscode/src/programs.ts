@@ -1,9 +1,9 @@
 /**
- * Programs: where they are and how they are started. Every process of the extension begins here.
+ * Finds and starts programs. Every process of the extension is started here.
  *
- * The extension host may run in the folder that the user has opened, and the folder may be a stranger's. So
- * nothing in it is found by chance: not a program (Windows looks in the current folder first, and so does
- * whoever has "." on the PATH), and not a module of Python (`-c` and `-m` look there first).
+ * The extension host may run in the folder that the user has opened, and that folder may be untrusted. So no
+ * program is found there (Windows searches the current folder first, as does a PATH with "."), and no Python
+ * module is imported from there (`-c` and `-m` search it first).
  */
 
 import { type ChildProcessWithoutNullStreams, spawn } from "node:child_process";
@@ -12,20 +12,20 @@ import * as path from "node:path";
 import type { CancellationToken } from "vscode";
 
 export const WINDOWS = process.platform === "win32";
-/** How Python is started: it imports neither from the current folder nor from the user's site-packages. */
+/** Option of Python: import neither from the current folder nor from the user's site-packages. */
 export const ISOLATED = "-I";
 
-/** A program's end: its status and what it wrote. */
+/** The exit status and the output of a program. */
 export interface Ended {
   status: number | null;
   output: string;
 }
 
 export class Programs {
-  /** @param folder they are started in this one, which is the extension's own. */
+  /** @param folder the extension's own folder, in which programs are started. */
   constructor(private readonly folder: string) {}
 
-  /** Starts a program; throws if it cannot be. */
+  /** Starts a program. Throws if there is no such program, or it cannot be started. */
   async start([name = "", ...args]: string[]): Promise<ChildProcessWithoutNullStreams> {
     const program = await find(name);
     if (program === undefined) {
@@ -34,7 +34,7 @@ export class Programs {
     await fs.mkdir(this.folder, { recursive: true });
     const child = spawn(program, args, {
       cwd: this.folder,
-      // Python does not import from there either, whatever its arguments are.
+      // Keeps Python from importing from the current folder, whatever its arguments are.
       env: { ...process.env, PYTHONSAFEPATH: "1" },
       windowsHide: true,
     });
@@ -47,9 +47,9 @@ export class Programs {
   }
 
   /**
-   * Runs a program to its end.
+   * Runs a program and waits for its end.
    *
-   * @param told is given each line that it writes.
+   * @param told called with each line of output.
    */
   async run(command: string[], told?: (line: string) => void, token?: CancellationToken): Promise<Ended> {
     const child = await this.start(command);
@@ -79,9 +79,9 @@ export class Programs {
 }
 
 /**
- * The absolute path of a program; undefined if there is none in an absolute folder of PATH.
+ * Returns the absolute path of a program; undefined if no absolute folder of the PATH contains it.
  *
- * A path with a relative folder in it is never found: it would depend on the folder that is open.
+ * Relative paths are never found: they would depend on the folder that is open.
  */
 export async function find(name: string): Promise<string | undefined> {
   if (isAbsolute(name)) {
@@ -100,7 +100,7 @@ export async function find(name: string): Promise<string | undefined> {
   return undefined;
 }
 
-/** On Windows a path without a drive depends on the current folder's. */
+/** On Windows, a path without a drive is relative to the current drive. */
 function isAbsolute(file: string): boolean {
   return path.isAbsolute(file) && (!WINDOWS || path.parse(file).root.length > 1);
 }

@@ -1,4 +1,4 @@
-/** The server while it runs: started, told of settings, watched, and started again when it dies. */
+/** Runs the server: starts it, sends it the settings, watches it, and restarts it after a crash. */
 
 import { type ChildProcess } from "node:child_process";
 import * as vscode from "vscode";
@@ -17,12 +17,12 @@ import {
 import { type Configuration, SECTION } from "./configuration.js";
 import { type Programs } from "./programs.js";
 
-// A server that dies is started again after the first and the second time; the third within this is the last.
+// Pauses before the first and second restart; a third crash within WINDOW_MS is final.
 const PAUSES_MS = [500, 4_000];
 const WINDOW_MS = 180_000;
-// How often, at most, the server is asked how fast the model is.
+// Minimum interval between two requests for the status.
 const REFRESH_MS = 1_000;
-// How long the end of the process may come after the end of its output.
+// Maximum time between the end of the server's output and the end of its process.
 const END_MS = 1_000;
 
 /** The answer of `midfill/status`. */
@@ -56,14 +56,14 @@ export interface Explanation {
 
 type Progress = WorkDoneProgressBegin | WorkDoneProgressReport | WorkDoneProgressEnd;
 
-/** A server that was started, and why it ended, once it has. */
+/** A started server. `ended` resolves to the reason why it ended. */
 interface Run {
   client: LanguageClient;
   child?: ChildProcess;
   ended: Promise<string>;
 }
 
-/** What goes wrong is in the log; `Session` says what the user has to know of it. */
+/** Logs errors without showing them; `Session` shows what the user needs to know. */
 class QuietClient extends LanguageClient {
   override error(message: string, data?: unknown): void {
     super.error(message, data, false);
@@ -99,33 +99,33 @@ export class Session implements vscode.Disposable {
     return this.current;
   }
 
-  /** When the pause that the user asked for ends. */
+  /** The end of the snooze, if there is one. */
   get snoozeEnd(): Date | undefined {
     return this.snoozedUntil;
   }
 
-  /** Starts the server by this command, in the place of one that runs; its earlier deaths are forgotten. */
+  /** Starts the server with this command, replaces a running one, and resets the count of crashes. */
   async start(command: string[]): Promise<void> {
     this.command = command;
     this.deaths = [];
     await this.launch();
   }
 
-  /** Ends the server, and says why there is none. */
+  /** Stops the server and sets the state. */
   async stop(state: State): Promise<void> {
     this.turn += 1;
     await this.end();
     this.become(state);
   }
 
-  /** Starts the server again if there are folders now whose documents it is not told of. */
+  /** Restarts the server if there are now folders whose documents are not sent to it. */
   async foldersChanged(): Promise<void> {
     if (this.run !== undefined && schemes().some((scheme) => !this.served.includes(scheme))) {
       await this.launch();
     }
   }
 
-  /** Tells the server what is set now. */
+  /** Sends the current settings to the server. */
   async configure(): Promise<void> {
     const settings = { [SECTION]: this.values() };
     try {
@@ -136,7 +136,7 @@ export class Session implements vscode.Disposable {
     this.updateSoon(0);
   }
 
-  /** No suggestions for this long; 0 ends a pause. */
+  /** Snoozes suggestions; 0 ends the snooze. */
   async pause(minutes: number): Promise<void> {
     clearTimeout(this.snooze);
     this.snoozedUntil = undefined;
@@ -147,7 +147,7 @@ export class Session implements vscode.Disposable {
     await this.configure();
   }
 
-  /** How the last answer for a document came about. */
+  /** Asks the server to explain its last answer for a document. */
   async explain(document: vscode.Uri, text: boolean): Promise<Explanation | undefined> {
     return this.run?.client.sendRequest<Explanation>("midfill/explain", {
       textDocument: { uri: document.toString() },
@@ -187,7 +187,7 @@ export class Session implements vscode.Disposable {
     const turn = ++this.turn;
     await this.end();
     if (turn !== this.turn) {
-      // A later start has begun meanwhile.
+      // A later start has begun in the meantime.
       return;
     }
     this.become({ kind: "starting" });
@@ -263,7 +263,7 @@ export class Session implements vscode.Disposable {
     };
   }
 
-  /** Asks the server how it is. */
+  /** Requests the status of the server. */
   private async update(): Promise<void> {
     const client = this.run?.client;
     if (client === undefined) {
@@ -294,9 +294,9 @@ export class Session implements vscode.Disposable {
     }, pauseMs);
   }
 
-  /** A server that is just ending does not answer, and need not: it is told all of it when it starts again. */
+  /** Logs that the server did not receive a message. It gets all settings when it is restarted. */
   private unheard(error: unknown): void {
-    this.log.debug(`the server does not hear: ${String(error)}`);
+    this.log.debug(`the server did not receive a message: ${String(error)}`);
   }
 
   private progressed(progress: Progress): void {
@@ -313,7 +313,7 @@ export class Session implements vscode.Disposable {
 
   private async died(run: Run, error?: unknown): Promise<void> {
     if (run !== this.run) {
-      // It was ended, or its death is known already.
+      // It was stopped on purpose, or its end is known already.
       return;
     }
     this.run = undefined;
@@ -335,7 +335,7 @@ export class Session implements vscode.Disposable {
 
   private async giveUp(why: string): Promise<void> {
     const times = this.deaths.length;
-    const message = `midfill: The server has ended ${times} times in three minutes (${why}) and is not started again.`;
+    const message = `midfill: The server crashed ${times} times within three minutes (${why}) and stays off.`;
     const chosen = await vscode.window.showErrorMessage(message, "Restart", "Show Log");
     if (chosen === "Restart") {
       await vscode.commands.executeCommand("midfill.restart");
@@ -358,16 +358,16 @@ export class Session implements vscode.Disposable {
 }
 
 /**
- * What the documents are that the server is told of: files, what is not saved yet, cells of notebooks, and the
- * files of virtual workspaces, which the server cannot read, but need not. Others are the editor's own: diffs,
- * output, input fields.
+ * Returns the URI schemes of documents that are sent to the server: files, unsaved documents, notebook cells,
+ * and files of virtual workspaces (which the server cannot read itself). Other schemes are the editor's own, such
+ * as diffs, output and input fields.
  */
 function schemes(): string[] {
   const folders = (vscode.workspace.workspaceFolders ?? []).map(({ uri }) => uri.scheme);
   return [...new Set(["file", "untitled", "vscode-notebook-cell", ...folders])];
 }
 
-/** Ends a server, one too that does not answer or has not come so far. */
+/** Ends a server, even if it does not answer or has not started completely. */
 async function release({ client, child, ended }: Run): Promise<void> {
   await client.dispose().catch(() => child?.kill());
   const isAlive = (await Promise.race([ended, after(END_MS, undefined)])) === undefined;

@@ -1,4 +1,4 @@
-/** The item in the status bar: what the server does, in a word; more in its tooltip; the menu behind it. */
+/** The status bar item: state of the server, details in its tooltip, the menu on a click. */
 
 import * as vscode from "vscode";
 
@@ -8,7 +8,7 @@ import { type ServerStatus, type Session } from "./session.js";
 interface Face {
   icon: string;
   text: string;
-  /** What the tooltip says first. */
+  /** First line of the tooltip. */
   what: string;
   alarming?: boolean;
 }
@@ -71,17 +71,17 @@ export class StatusBar implements vscode.Disposable {
           alarming: true,
         };
       case "starting":
-        return { icon: "loading~spin", text: "midfill", what: "The server is being started." };
+        return { icon: "loading~spin", text: "midfill", what: "The server is starting." };
       case "failed":
         return {
           icon: "error",
           text: "midfill failed",
-          what: state.status.message ?? "The model cannot be loaded.",
+          what: state.status.message ?? "The model could not be loaded.",
           alarming: true,
         };
       case "loading": {
         const share = state.percentage === undefined ? "" : ` ${state.percentage} %`;
-        const what = `The model is being loaded${state.step === undefined ? "" : `: ${state.step}`}.`;
+        const what = `Loading the model${state.step === undefined ? "" : `: ${state.step}`}.`;
         return { icon: "loading~spin", text: `midfill${share}`, what };
       }
       case "ready":
@@ -90,7 +90,7 @@ export class StatusBar implements vscode.Disposable {
     const { enabled, model, adapter } = state.status;
     if (snoozeEnd !== undefined) {
       const until = snoozeEnd.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
-      return { icon: "clock", text: "midfill snoozes", what: `No suggestions until ${until}.` };
+      return { icon: "clock", text: "midfill snoozed", what: `No suggestions until ${until}.` };
     }
     if (!enabled) {
       return { icon: "circle-slash", text: "midfill off", what: "Suggestions are switched off." };

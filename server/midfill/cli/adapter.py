@@ -1,4 +1,4 @@
-"""`midfill adapter`: adapters on this machine, where they are used, and what is wrong with them."""
+"""`midfill adapter`: import, use, list and check adapters. Training is in `adapter_training`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from midfill.cli.shared import JSON, MODEL, read_settings, show, with_progress
-from midfill.cli.terminal import say
+from midfill.cli.engine_choice import installed_model, read_settings
+from midfill.cli.options import JSON, MODEL
+from midfill.cli.terminal import say, show, with_progress
 from midfill.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -19,25 +20,36 @@ if TYPE_CHECKING:
 FOLDER = click.option(
     "--workspace",
     type=click.Path(path_type=Path, file_okay=False),
-    help="In this folder and below; by default the repository that you are in.",
+    help="For files in this folder and below. [default: the repository of the current folder]",
 )
-LANGUAGE = click.option("--language", metavar="ID", help="For a language, for example python.")
-EVERYWHERE = click.option("--global", "everywhere", is_flag=True, help="Everywhere else.")
+LANGUAGE = click.option("--language", metavar="ID", help="For files of this language, for example python.")
+EVERYWHERE = click.option(
+    "--global",
+    "everywhere",
+    is_flag=True,
+    help="For all files that have no adapter of a workspace or language.",
+)
 
 
 @click.group()
 def adapter() -> None:
-    """Adapters (LoRA) that fit the model to a project: list, use, import, check.
+    """Train, import, use and check LoRA adapters, which adapt the model to a project.
 
-    One that is used in a workspace goes before one for a language, and that before a global one. Running
-    servers notice a change at the next edit.
+    The adapter of a workspace takes precedence over that of a language, and that over the global one.
+    Running servers notice a change at the next edit.
     """
 
 
 @adapter.command("list")
 @JSON
 def adapter_list(as_json: bool) -> None:
-    """List the adapters on this machine, what their judgement came to, and where they are used."""
+    """List the adapters on this machine, with their verdict and where they are used.
+
+    \b
+    Examples:
+      midfill adapter list
+      midfill adapter list --json
+    """
     from midfill.adapters.bindings import Bindings
     from midfill.adapters.registry import Registry
 
@@ -49,7 +61,7 @@ def adapter_list(as_json: bool) -> None:
 @click.argument("name")
 @JSON
 def adapter_show(name: str, as_json: bool) -> None:
-    """Show all that is known of an adapter.
+    """Show the details of one adapter: base model, size, source, verdict with reasons, use and folder.
 
     \b
     Example:
@@ -67,12 +79,14 @@ def adapter_show(name: str, as_json: bool) -> None:
 @LANGUAGE
 @EVERYWHERE
 @click.option(
-    "--force", is_flag=True, help="Although its judgement was against it; this is recorded and shown."
+    "--force",
+    is_flag=True,
+    help="Use it even if its evaluation rejected it. The registry records that it was forced.",
 )
 def adapter_use(
     name: str, workspace: Path | None, language: str | None, everywhere: bool, force: bool
 ) -> None:
-    """Use an adapter in a workspace, for a language, or everywhere.
+    """Use an adapter in a workspace (the default), for a language, or everywhere.
 
     \b
     Examples:
@@ -84,17 +98,17 @@ def adapter_use(
     from midfill.adapters.bindings import Bindings
     from midfill.adapters.registry import Registry, check_usable
 
-    place = _place(workspace, language, everywhere)
+    scope = _scope(workspace, language, everywhere)
     registry = Registry()
     entry = registry.get(name)
     registry.check(entry)
     if force and not entry.judgement.usable:
         entry = registry.force(entry.digest)
     check_usable(entry)
-    Bindings().bind(entry.digest, **place)
-    say(f"{entry.name} is used {_where(place)}.")
+    Bindings().bind(entry.digest, **scope)
+    say(f"The adapter {entry.name} is now used {_describe_scope(scope)}.")
     if read_settings().adapter is not None:
-        say("Your setting `adapter` goes before it; unset that to use this one.", err=True)
+        say("Your setting `adapter` takes precedence. Remove it to use this adapter.", err=True)
 
 
 @adapter.command("off")
@@ -102,9 +116,9 @@ def adapter_use(
 @LANGUAGE
 @EVERYWHERE
 def adapter_off(workspace: Path | None, language: str | None, everywhere: bool) -> None:
-    """Use no adapter in a workspace, for a language, or everywhere else.
+    """Stop using an adapter in a workspace (the default), for a language, or everywhere else.
 
-    In a workspace that is off neither the adapter of a language nor the global one is used.
+    In a workspace that is switched off, neither a language's adapter nor the global one is used.
 
     \b
     Examples:
@@ -113,15 +127,20 @@ def adapter_off(workspace: Path | None, language: str | None, everywhere: bool) 
     """
     from midfill.adapters.bindings import OFF, Bindings
 
-    place = _place(workspace, language, everywhere)
-    Bindings().bind(OFF if "workspace" in place else None, **place)
-    say(f"No adapter is used {_where(place)}.")
+    scope = _scope(workspace, language, everywhere)
+    Bindings().bind(OFF if "workspace" in scope else None, **scope)
+    say(f"No adapter is used {_describe_scope(scope)} any more.")
 
 
 @adapter.command("rollback")
 @JSON
 def adapter_rollback(as_json: bool) -> None:
-    """Take back the latest change of where adapters are used; again, the one before it."""
+    """Undo the latest `use` or `off`. Run it again to undo the change before.
+
+    \b
+    Example:
+      midfill adapter rollback
+    """
     from dataclasses import asdict
 
     from midfill.adapters.bindings import Bindings
@@ -129,18 +148,21 @@ def adapter_rollback(as_json: bool) -> None:
 
     bound = Bindings().rollback()
     names = {entry.digest: entry.name for entry in Registry().entries()}
-    show(asdict(bound), lambda _: _places(bound, names), as_json=as_json)
+    show(asdict(bound), lambda _: _bindings_text(bound, names), as_json=as_json)
 
 
 @adapter.command("import")
 @click.argument("source")
-@click.option("--name", metavar="NAME", help="What to call it; by default as its folder.")
+@click.option(
+    "--name", metavar="NAME", help="Name of the adapter on this machine. [default: the name of its folder]"
+)
 @MODEL
 @JSON
 def adapter_import(source: str, name: str | None, model: str | None, as_json: bool) -> None:
-    """Take in an adapter: a folder in PEFT's format, or a Hugging Face id, which is fetched.
+    """Import an adapter. SOURCE is a folder in PEFT format, or a Hugging Face id to download.
 
-    It is checked against the model first: yours, or the one of --model. Only safetensors are read.
+    The adapter is first checked against its base model: the model of your settings, or the one of --model.
+    Only safetensors files are read.
 
     \b
     Examples:
@@ -154,7 +176,7 @@ def adapter_import(source: str, name: str | None, model: str | None, as_json: bo
     from midfill.models.catalogue import is_hub_id
     from midfill.models.store import as_path
 
-    base = _base(model)
+    base = installed_model(read_settings(model=model).model)
     path = as_path(source)
     called = name or (path or Path(source)).resolve().name
     if path is not None:
@@ -163,23 +185,23 @@ def adapter_import(source: str, name: str | None, model: str | None, as_json: bo
     elif is_hub_id(source):
         with tempfile.TemporaryDirectory(prefix="midfill-adapter-") as folder:
             found = Path(folder)
-            with_progress(f"fetching {source}", lambda report: hub.fetch_adapter(source, found, report))
+            with_progress(f"downloading {source}", lambda report: hub.fetch_adapter(source, found, report))
             _check_base(found, base)
             entry = Registry().add(found, name=called, base=base, source=f"{source} of the hub")
     else:
-        raise AdapterError(f"There is no folder {source!r}, and it is no Hugging Face id (owner/name).")
+        raise AdapterError(f"{source!r} is neither a folder nor a Hugging Face id (owner/name).")
     if as_json:
         show(entry.as_dict(), str, as_json=True)
         return
-    say(f"{entry.name} is here ({entry.digest[:12]}, rank {entry.rank}, for {entry.base}).")
-    say(f"It was not judged. Use it with: midfill adapter use {entry.name}")
+    say(f"Imported {entry.name} ({entry.digest[:12]}, rank {entry.rank}, for {entry.base}).")
+    say(f"It has not been evaluated. To use it: midfill adapter use {entry.name}")
 
 
 @adapter.command("export")
 @click.argument("name")
 @click.argument("folder", type=click.Path(path_type=Path))
 def adapter_export(name: str, folder: Path) -> None:
-    """Copy an adapter into a new folder, in PEFT's format.
+    """Copy an adapter to a new folder, in PEFT format.
 
     \b
     Example:
@@ -197,15 +219,15 @@ def adapter_export(name: str, folder: Path) -> None:
         for file in entry.path.iterdir():
             shutil.copyfile(file, folder / file.name)
     except FileExistsError as error:
-        raise AdapterError(f"{folder} exists already; name a new folder.") from error
+        raise AdapterError(f"{folder} already exists. Name a new folder.") from error
     except OSError as error:
-        raise AdapterError(f"{folder} cannot be written: {error.strerror}.") from error
-    say(f"{entry.name} is in {folder}.")
+        raise AdapterError(f"Cannot write {folder}: {error.strerror}.") from error
+    say(f"Exported {entry.name} to {folder}.")
 
 
 @adapter.command("rm")
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Although it is used somewhere; it is used nowhere then.")
+@click.option("--force", is_flag=True, help="Remove it even if it is in use, and unbind it.")
 def adapter_rm(name: str, force: bool) -> None:
     """Delete an adapter from this machine.
 
@@ -222,22 +244,27 @@ def adapter_rm(name: str, force: bool) -> None:
     entry = registry.get(name)
     if (used := bindings.read().uses(entry.digest)) and not force:
         raise AdapterError(
-            f"{entry.name} is used ({', '.join(used)}). To delete it all the same: "
+            f"The adapter {entry.name} is in use ({', '.join(used)}). To delete and unbind it, run: "
             f"midfill adapter rm {entry.name} --force"
         )
     bindings.release(entry.digest)
     registry.remove(entry.digest)
     if (found := store.find(entry.base)) is not None:
         forget_merged(found.path)
-    say(f"{entry.name} is deleted.")
+    say(f"Deleted {entry.name}.")
 
 
 @adapter.command("doctor")
 @JSON
 def adapter_doctor(as_json: bool) -> None:
-    """Check every adapter: its files, its base model, its judgement, and that what is used is there.
+    """Check every adapter: its files, base model and verdict, and that each one in use still exists.
 
-    Ends with status 1 if something is wrong.
+    Exits with status 1 if there is a problem.
+
+    \b
+    Examples:
+      midfill adapter doctor
+      midfill adapter doctor --json
     """
     from midfill.adapters.registry import Registry
 
@@ -261,38 +288,35 @@ def _problems(registry: Registry) -> list[str]:
             found = store.find(entry.base)
             registry.check(entry, found)
             if found is None:
-                raise AdapterError(f"The base model of {entry.name}, {entry.base}, is not on this machine.")
+                raise AdapterError(
+                    f"The base model of {entry.name} is not on this machine. "
+                    f"Run: midfill model pull {entry.base}"
+                )
             if bound.uses(entry.digest):
                 check_usable(entry)
         except MidfillError as error:
             problems.append(str(error))
     everywhere = [bound.everywhere] if bound.everywhere else []
     problems += [
-        f"{digest[:12]} is used ({', '.join(bound.uses(digest))}), but is not here any more."
+        f"The adapter {digest[:12]} is in use ({', '.join(bound.uses(digest))}), but is not on this machine "
+        "any more. Import it again, or run `midfill adapter off` there."
         for digest in dict.fromkeys([*bound.workspaces.values(), *bound.languages.values(), *everywhere])
         if digest not in entries and digest != OFF
     ]
     problems += [
-        f"{folder} belongs to no adapter that is known; delete it."
+        f"{folder} belongs to no registered adapter. Delete it."
         for folder in sorted(registry.root.glob("*/"))
         if not folder.name.startswith(".") and folder.name not in entries
     ]
     if (asked := asked_by(_repository())) and asked not in entries:
-        problems.append(f"This workspace asks for the adapter {asked[:12]}, which is not on this machine.")
+        problems.append(
+            f"This workspace requests the adapter {asked[:12]}, which is not on this machine. Import it."
+        )
     return problems
 
 
-def _base(model: str | None) -> LocalModel:
-    from midfill.models import store
-
-    name = read_settings(model=model).model
-    if (found := store.find(name)) is None:
-        raise AdapterError(f"The base model {name!r} is not on this machine: midfill model pull {name}")
-    return found
-
-
 def _check_base(folder: Path, base: LocalModel) -> None:
-    """Refuse an adapter that says it belongs to another model, where both are known by name."""
+    """Raise `AdapterError` if the adapter's configuration names another base model."""
     from midfill.adapters.format import read_config
     from midfill.models import catalogue
 
@@ -303,20 +327,20 @@ def _check_base(folder: Path, base: LocalModel) -> None:
         plain = said.rpartition("/")[2].lower()
         if plain.removesuffix("-instruct") not in {name.removesuffix("-instruct") for name in known}:
             raise AdapterError(
-                f"This adapter was made for {said}, not for {base.name}. Name its model: --model {said}"
+                f"This adapter was trained for {said}, not for {base.name}. Add: --model {said}"
             )
 
 
 def _repository() -> Path:
-    """The repository that the current folder is in, or that folder."""
+    """Return the repository of the current folder, or the folder itself outside a repository."""
     here = Path.cwd()
     return next((folder for folder in (here, *here.parents) if (folder / ".git").exists()), here)
 
 
-def _place(workspace: Path | None, language: str | None, everywhere: bool) -> dict[str, Any]:
-    """Where, as the arguments of `Bindings.bind`."""
+def _scope(workspace: Path | None, language: str | None, everywhere: bool) -> dict[str, Any]:
+    """Return the keyword arguments of `Bindings.bind`: a workspace, a language, or nothing for everywhere."""
     if (workspace is not None) + (language is not None) + everywhere > 1:
-        raise AdapterError("Choose one of --workspace, --language and --global.")
+        raise AdapterError("Give only one of --workspace, --language and --global.")
     if language is not None:
         from midfill.text.languages import normalise
 
@@ -326,10 +350,10 @@ def _place(workspace: Path | None, language: str | None, everywhere: bool) -> di
     return {"workspace": (workspace.expanduser() if workspace is not None else _repository()).absolute()}
 
 
-def _where(place: dict[str, Any]) -> str:
-    if "workspace" in place:
-        return f"in {place['workspace']}"
-    return f"for {place['language']}" if place else "wherever no other one is"
+def _describe_scope(scope: dict[str, Any]) -> str:
+    if "workspace" in scope:
+        return f"in {scope['workspace']}"
+    return f"for {scope['language']}" if scope else "for all files without an adapter of their own"
 
 
 def _as_dict(entry: Entry, bound: Bound) -> dict[str, Any]:
@@ -340,12 +364,14 @@ def _table(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("name", "digest", "base", "rank", "judgement", "used"):
+    for title in ("name", "digest", "base", "rank", "verdict", "used"):
         table.add_column(title)
     for entry in result["adapters"]:
         row = [entry["name"], entry["digest"][:12], entry["base"], str(entry["rank"])]
         table.add_row(*row, _verdict(entry["judgement"]), ", ".join(entry["used"]))
-    return table if result["adapters"] else "No adapters so far. `midfill adapter import` takes one in."
+    return (
+        table if result["adapters"] else "No adapters yet. Get one: midfill adapter train, or adapter import."
+    )
 
 
 def _page(entry: dict[str, Any]) -> str:
@@ -357,7 +383,7 @@ def _page(entry: dict[str, Any]) -> str:
         "rank": f"{entry['rank']} ({entry['num_parameters'] / 1e6:.1f} million weights)",
         "created": entry["created"],
         "source": entry["source"],
-        "judgement": " ".join([_verdict(judgement), *judgement["reasons"]]),
+        "verdict": " ".join([_verdict(judgement), *judgement["reasons"]]),
         "used": ", ".join(entry["used"]) or "nowhere",
         "folder": entry["path"],
     }
@@ -365,17 +391,17 @@ def _page(entry: dict[str, Any]) -> str:
 
 
 def _verdict(judgement: dict[str, Any]) -> str:
-    shown = "not judged" if judgement["verdict"] == "none" else str(judgement["verdict"])
+    shown = "not evaluated" if judgement["verdict"] == "none" else str(judgement["verdict"])
     return f"{shown}, forced" if judgement["forced"] else shown
 
 
-def _places(bound: Bound, names: dict[str, str]) -> str:
+def _bindings_text(bound: Bound, names: dict[str, str]) -> str:
     pairs = [(f"workspace {path}", digest) for path, digest in bound.workspaces.items()]
     pairs += [(f"language {name}", digest) for name, digest in bound.languages.items()]
     pairs += [("everywhere else", bound.everywhere)] if bound.everywhere else []
-    shown = [f"{place}: {names.get(digest, digest[:12])}" for place, digest in pairs]
+    shown = [f"{scope}: {names.get(digest, digest[:12])}" for scope, digest in pairs]
     return "\n".join(shown) or "No adapter is used anywhere."
 
 
 def _report(result: dict[str, Any]) -> str:
-    return "\n".join(result["problems"]) or "All is well."
+    return "\n".join(result["problems"]) or "No problems found."

@@ -1,4 +1,4 @@
-"""`midfill bench`: how fast the suggestions come."""
+"""`midfill bench`: measure speed. `load` and `soak` are in `bench_load` and `bench_soak`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from midfill.cli.shared import JSON, MODEL, SCRIPT, engine_maker, read_settings, show, with_progress
-from midfill.cli.terminal import say
+from midfill.cli.engine_choice import engine_factory, installed_model, read_settings
+from midfill.cli.options import ENGINE, JSON, MODEL
+from midfill.cli.terminal import say, show, with_progress
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
@@ -26,45 +27,55 @@ if TYPE_CHECKING:
 GGUF = click.option(
     "--gguf",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The same weights, for the comparison with llama.cpp; else the one that was pulled.",
+    help="GGUF file of the same weights, for llama.cpp. [default: the one that `model pull --gguf` stored]",
 )
 
 
-_MADE_UP = 60
+_NUM_SIMULATED = 60
 _FILES = click.option(
-    "--files", type=click.Path(path_type=Path), help="Make up typing into this source tree."
+    "--files", type=click.Path(path_type=Path), help="Simulate typing into this source tree."
 )
 _EPISODES = click.option(
     "--episodes",
     type=click.IntRange(1),
-    show_default=f"all of a recording, {_MADE_UP} made up",
-    help="How many to play: the first of a recording, or made up.",
+    show_default=f"all of a recording, {_NUM_SIMULATED} simulated",
+    help="Number of typing sessions to play: the first of a recording, or simulated.",
 )
 _SEED = click.option(
-    "--seed", type=int, default=0, show_default=True, help="Another seed is another typist with other typing."
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Random seed of simulated typing: another one simulates another user.",
 )
 
 
 def typing_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of what is typed, where that is no recording; see `read_sessions`."""
+    """Add the options that `read_sessions` takes when there is no recording."""
     return _FILES(_EPISODES(_SEED(command)))
 
 
 @click.group()
 def bench() -> None:
-    """Measure midfill's own speed."""
+    """Measure the speed of midfill, and compare it with other engines."""
 
 
 @bench.command("lsp")
-@click.option("--keys", type=click.IntRange(10), default=500, show_default=True, help="Keys to type.")
-@click.option("--busy", is_flag=True, help="While a real model decodes in the same process.")
+@click.option(
+    "--keys", type=click.IntRange(10), default=500, show_default=True, help="Number of keys to type."
+)
+@click.option("--busy", is_flag=True, help="Measure while a real model decodes in the same process.")
 @MODEL
 @JSON
 def bench_lsp(keys: int, busy: bool, model: str | None, as_json: bool) -> None:
-    """Type into the real server and measure what all but the model takes.
+    """Measure the latency of the server without the model, per key.
 
-    A script takes the model's place; each key is timed from its change and request to the answer.
+    A scripted engine replaces the model. Each key is timed from its change and request to the answer.
 
+    \b
+    Examples:
+      midfill bench lsp
+      midfill bench lsp --keys 2000 --busy --json
     """
     from midfill.bench.lsp import bench_lsp as measure
 
@@ -75,11 +86,23 @@ def bench_lsp(keys: int, busy: bool, model: str | None, as_json: bool) -> None:
 
 @bench.command("index")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--lookups", type=click.IntRange(1), default=300, show_default=True, help="Places to try.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Which places.")
+@click.option(
+    "--lookups",
+    type=click.IntRange(1),
+    default=300,
+    show_default=True,
+    help="Number of context lookups to time.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Random seed: another one looks up other positions.",
+)
 @JSON
 def bench_index(folder: Path, lookups: int, seed: int, as_json: bool) -> None:
-    """Index FOLDER as the server does: time, memory, and what a request waits for its context.
+    """Index FOLDER as the server does; print time, memory, and the latency of context lookups.
 
     \b
     Examples:
@@ -98,24 +121,42 @@ def bench_index(folder: Path, lookups: int, seed: int, as_json: bool) -> None:
 
 
 @bench.command("engine")
-@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
-@GGUF
-@click.option("--shape", metavar="NAME", help="Random weights of a known shape; a wrong NAME lists them.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--prefill-tokens", type=click.IntRange(1), default=512, show_default=True, help="To read.")
 @click.option(
-    "--context-tokens", type=click.IntRange(1), default=384, show_default=True, help="Before what is written."
+    "--device",
+    metavar="NAME",
+    help="Device of the model: auto, cpu, cuda or cuda:N. [default: the setting `device`]",
+)
+@GGUF
+@click.option(
+    "--shape", metavar="NAME", help="Use random weights of this known model shape. An unknown NAME lists all."
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Number of runs of each engine."
+)
+@click.option(
+    "--prefill-tokens",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Prompt tokens of the prefill measurement.",
+)
+@click.option(
+    "--context-tokens",
+    type=click.IntRange(1),
+    default=384,
+    show_default=True,
+    help="Prompt tokens of the decode measurement.",
 )
 @click.option(
     "--cancellations",
     type=click.IntRange(0),
     default=50,
     show_default=True,
-    help="Requests to take back while a prompt of 4,000 tokens is read.",
+    help="Number of requests to cancel during the prefill of 4,000 tokens.",
 )
 @MODEL
 @JSON
-@SCRIPT
+@ENGINE
 def bench_engine(
     device: str | None,
     gguf: Path | None,
@@ -126,14 +167,14 @@ def bench_engine(
     cancellations: int,
     model: str | None,
     as_json: bool,
-    script: str | None,
+    engine_override: str | None,
 ) -> None:
-    """Measure how fast the model reads and writes, beside generate and llama.cpp.
+    """Measure prefill and decode speed, and compare with transformers' generate and llama.cpp.
 
-    All run the same weights in turn, in the same minutes; the GGUF file (`midfill model pull NAME --gguf`)
-    and the package xllamacpp (`pip install xllamacpp`) are needed for llama.cpp. It takes a minute
-    or two: leave the machine alone. With --shape nothing is fetched: the weights are made up, in a
-    temporary folder (2 bytes a weight).
+    All engines run the same weights in turns, within the same minutes. llama.cpp needs the GGUF file
+    (`midfill model pull NAME --gguf`) and `pip install xllamacpp`. Takes a minute or two, during which the
+    machine should be idle. With --shape nothing is downloaded: random weights are written to a temporary
+    folder (2 bytes per weight).
 
     \b
     Examples:
@@ -147,7 +188,7 @@ def bench_engine(
     from midfill.models import store
 
     if shape is not None and (model is not None or gguf is not None):
-        raise click.UsageError("--shape makes a model up: give it without --model and --gguf.")
+        raise click.UsageError("--shape uses random weights: leave out --model and --gguf.")
     settings = read_settings(model=model, device=device)
     plan = EnginePlan(rounds, prefill_tokens, context_tokens, cancellations=cancellations)
 
@@ -156,12 +197,16 @@ def bench_engine(
             used, weights = settings, Weights()
             if shape is not None:
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="midfill-shape-")))
-                write_shape(shape, folder, report=lambda share: report(f"making up {shape}", share))
+                write_shape(
+                    shape, folder, report=lambda share: report(f"writing random weights of {shape}", share)
+                )
                 used, weights = settings.model_copy(update={"model": str(folder)}), Weights(folder)
-            elif script is None and (found := store.find(settings.model)) is not None:
+            elif engine_override is None and (found := store.find(settings.model)) is not None:
                 weights = Weights(found.path, gguf or store.find_gguf(settings.model))
             result = asyncio.run(
-                measure(used, engine_maker(script, drafts=False), report, weights=weights, plan=plan)
+                measure(
+                    used, engine_factory(engine_override, drafts=False), report, weights=weights, plan=plan
+                )
             )
             return result if shape is None else result | {"model": f"random:{shape}"}
 
@@ -169,15 +214,21 @@ def bench_engine(
 
 
 @bench.command("adapters")
-@click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
+@click.option("--rank", type=click.IntRange(1, 256), default=16, show_default=True, help="LoRA rank.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=8, show_default=True, help="Number of runs of each kind."
+)
+@click.option(
+    "--device",
+    metavar="NAME",
+    help="Device of the model: auto, cpu, cuda or cuda:N. [default: the setting `device`]",
+)
 @MODEL
 @JSON
 def bench_adapters(rank: int, rounds: int, device: str | None, model: str | None, as_json: bool) -> None:
-    """Measure what an adapter costs: a token with it and without, and a swap while an answer is written.
+    """Measure the cost of an adapter: time per token with and without it, and time of a swap.
 
-    The adapters are made up, in a temporary folder. The model is loaded twice: leave the machine alone.
+    Random adapters are written to a temporary folder. The model is loaded twice; the machine should be idle.
 
     \b
     Examples:
@@ -186,12 +237,10 @@ def bench_adapters(rank: int, rounds: int, device: str | None, model: str | None
     """
     from midfill.bench.adapters import AdapterPlan, table
     from midfill.bench.adapters import bench_adapters as measure
-    from midfill.models import store
 
     settings = read_settings(model=model, device=device, engine="local")
-    if (found := store.find(settings.model)) is None:
-        raise MidfillError(f"{settings.model!r} is not on this machine: midfill model pull {settings.model}")
-    make = engine_maker(None, drafts=False)
+    found = installed_model(settings.model)
+    make = engine_factory(None, drafts=False)
     with TemporaryDirectory(prefix="midfill-adapters-") as folder:
         result = with_progress(
             "measuring",
@@ -212,24 +261,33 @@ def bench_adapters(rank: int, rounds: int, device: str | None, model: str | None
 @bench.command("replay")
 @click.argument("trace", metavar="[TRACE]", required=False, type=click.Path(path_type=Path))
 @typing_options
-@click.option("--limit-s", type=click.FloatRange(0, min_open=True), help="Stop typing after so many seconds.")
 @click.option(
-    "--speed", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Type faster."
+    "--limit-s", type=click.FloatRange(0, min_open=True), help="Stop typing after this many seconds."
+)
+@click.option(
+    "--speed",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Speed-up factor.",
 )
 @click.option(
     "--accept/--no-accept",
     "accepts",
     default=True,
-    help="Whether right suggestions are accepted; otherwise they are typed through.",
+    help="Accept correct suggestions, or type through them.",
+    show_default=True,
 )
 @click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw the latencies and the outcomes (PNG, SVG, PDF)."
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Draw latencies and outcomes to this file (PNG, SVG or PDF).",
 )
 @click.option(
     "--against",
     type=click.Choice(["llama.cpp", "generate"]),
     multiple=True,
-    help="Play every document to this engine too, in turn, and print the ratios. May be given twice.",
+    help="Also play each session with this engine, in turns, and print the ratios. May be repeated.",
 )
 @GGUF
 @click.option(
@@ -237,16 +295,16 @@ def bench_adapters(rank: int, rounds: int, device: str | None, model: str | None
     type=(click.IntRange(1), click.IntRange(0)),
     default=(256, 64),
     show_default=True,
-    help="Whole lines before and after the cursor that llama.cpp is sent.",
+    help="Number of lines before and after the cursor that llama.cpp is sent.",
 )
 @click.option(
     "--patient",
     is_flag=True,
-    help="llama.cpp finishes, and keeps, what nobody waits for: so its plugin does.",
+    help="Let llama.cpp finish and cache outdated requests, as its editor plugin does.",
 )
 @MODEL
 @JSON
-@SCRIPT
+@ENGINE
 def bench_replay(
     trace: Path | None,
     files: Path | None,
@@ -262,13 +320,13 @@ def bench_replay(
     patient: bool,
     model: str | None,
     as_json: bool,
-    script: str | None,
+    engine_override: str | None,
 ) -> None:
-    """Type like a person into the real server, in real time, and measure what the person gets.
+    """Play recorded or simulated typing to the real server, in real time, and measure what the user gets.
 
-    TRACE is a file of recorded typing (.jsonl or .jsonl.gz); with --files the typing is made up from
-    statistics of real people, the same for the same seed. Requests are cancelled by the next key, and a
-    suggestion that leads to the text that is to be typed is accepted.
+    TRACE is a file of recorded typing (.jsonl or .jsonl.gz). With --files, typing is simulated from
+    statistics of real users; the same seed gives the same typing. Each key cancels the request before it. A
+    suggestion that agrees with the text to be typed is accepted.
 
     \b
     Examples:
@@ -287,7 +345,7 @@ def bench_replay(
     sessions = read_sessions(trace, files, seed, episodes)
     settings = read_settings(model=model)
     baselines = [_baseline(name, settings, gguf, lines, patient=patient) for name in dict.fromkeys(against)]
-    backends = [ServerBackend(script, {"model": model} if model else None), *baselines]
+    backends = [ServerBackend(engine_override, {"model": model} if model else None), *baselines]
     runs = with_progress(
         "loading the model",
         lambda tell: asyncio.run(
@@ -296,7 +354,7 @@ def bench_replay(
     )
     what: dict[str, Any] = {"trace": str(trace or files), "seed": seed if files else None, "speed": speed}
     what["accepts"] = accepts
-    what["model"] = settings.model if script is None else "scripted"
+    what["model"] = settings.model if engine_override is None else "scripted"
     summary = what | report.summarise(runs[0])
     if baselines:
         summary["others"] = {run.name: report.summarise(run) for run in runs[1:]}
@@ -310,31 +368,28 @@ def bench_replay(
 def read_sessions(
     trace: Path | None, files: Path | None, seed: int, episodes: int | None
 ) -> list[TypingSession]:
-    """What is to be typed: a recording, or what `typing_options` say. Raises `MidfillError`."""
+    """Read a recording, or simulate typing by `typing_options`. Raises `MidfillError`."""
     from midfill.bench import trace as traces
     from midfill.bench import virtual_user
 
     if trace is not None and files is None:
         return traces.read_trace(trace)[:episodes]
     if files is not None and trace is None:
-        return virtual_user.generate(files, seed, episodes or _MADE_UP)
-    raise click.UsageError("Give either a TRACE, a file of recorded typing, or --files DIR, a source tree.")
+        return virtual_user.generate(files, seed, episodes or _NUM_SIMULATED)
+    raise click.UsageError("Give either a TRACE (a file of recorded typing) or --files DIR (a source tree).")
 
 
 def _baseline(
     name: str, settings: Settings, gguf: Path | None, lines: tuple[int, int], *, patient: bool
 ) -> Backend:
-    """Another engine on the same weights. Raises `MidfillError` with the remedy if it cannot be had."""
+    """Return another engine on the same weights. Raises `MidfillError` if it is not installed."""
     from midfill.bench.backends import GenerateBackend
     from midfill.bench.baselines import can_run_llama_cpp
     from midfill.bench.llama_vim import LlamaVim, Options
     from midfill.models import store
 
-    found = store.find(settings.model)
     if name == "generate":
-        if found is None:
-            raise MidfillError(f"Fetch the model first: midfill model pull {settings.model}")
-        return GenerateBackend(found, settings)
+        return GenerateBackend(installed_model(settings.model), settings)
     if not can_run_llama_cpp():
         raise MidfillError("--against llama.cpp needs xllamacpp. Run: pip install xllamacpp")
     if (file := gguf or store.find_gguf(settings.model)) is None:
@@ -346,13 +401,19 @@ def _baseline(
 
 
 @bench.command("shared")
-@click.option("--rounds", type=click.IntRange(4, 1000), default=60, show_default=True)
+@click.option(
+    "--rounds",
+    type=click.IntRange(4, 1000),
+    default=60,
+    show_default=True,
+    help="Number of requests to each.",
+)
 @MODEL
 @JSON
 def bench_shared(rounds: int, model: str | None, as_json: bool) -> None:
-    """What it costs that the model is in another process (`engine = "shared"`), beside one in this process.
+    """Measure the cost of `engine = "shared"`: a model in another process instead of the server's.
 
-    Needs memory for two models.
+    Needs memory for two copies of the model.
 
     \b
     Example:
@@ -361,7 +422,7 @@ def bench_shared(rounds: int, model: str | None, as_json: bool) -> None:
     from midfill.bench import shared_engine
 
     settings = read_settings(model=model)
-    here, shared = engine_maker("local"), engine_maker("shared")
+    here, shared = engine_factory("local"), engine_factory("shared")
     result = with_progress(
         "measuring",
         lambda report: asyncio.run(

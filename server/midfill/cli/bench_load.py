@@ -1,4 +1,4 @@
-"""`midfill bench load`: many people who type, against one engine or in a simulation of many."""
+"""`midfill bench load`: many users typing at once, against one engine or in a simulation of many."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from midfill.bench.target import SERVED
-from midfill.cli.bench import bench, read_sessions, typing_options
-from midfill.cli.shared import JSON, MODEL, SCRIPT, engine_maker, read_settings, show, with_progress
+from midfill.cli.bench import read_sessions, typing_options
+from midfill.cli.engine_choice import engine_factory, read_settings
+from midfill.cli.options import ENGINE, JSON, MODEL
+from midfill.cli.terminal import show, with_progress
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
@@ -26,40 +28,42 @@ _FILE = click.Path(path_type=Path)
 
 
 class _Counts(click.ParamType[tuple[int, ...]]):
-    """`1,2,4,8`: how many, in several runs."""
+    """A list of positive numbers such as `1,2,4,8`, converted to a sorted tuple without repeats."""
 
     name = "N,N,..."
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
-        """See `click.ParamType`."""
+        """Return the numbers."""
         if isinstance(value, tuple):
             return value
         parts = str(value).split(",")
         if not all(part.strip().isdecimal() and 0 < int(part) <= _MAX_USERS for part in parts):
-            self.fail(f"{value!r} is not a list of numbers from 1 to {_MAX_USERS}, like 1,2,4,8.", param, ctx)
+            self.fail(
+                f"{value!r} is not a list of numbers from 1 to {_MAX_USERS}, such as 1,2,4,8.", param, ctx
+            )
         return tuple(sorted({int(part) for part in parts}))
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What is to be measured."""
+    """The measurements to make: one run for each plan."""
 
     settings: Settings
-    script: str | None
+    engine_override: str | None
     sessions: list[TypingSession]
     plans: list[LoadPlan]
     save: Path | None
     known: EngineProfile | None
 
     async def measure(self, report: Progress) -> dict[str, Any]:
-        """The runs, each beside what is predicted where the engine's service times are known."""
+        """Return the runs, each with its prediction if the engine's service times are known."""
         from midfill.bench import load, simulation
         from midfill.bench.engine_profile import profile_engine
         from midfill.fim.probing import identify
 
-        engine = await asyncio.to_thread(engine_maker(self.script), self.settings)
+        engine = await asyncio.to_thread(engine_factory(self.engine_override), self.settings)
         try:
             await engine.start(report)
             family = await identify(engine, self.settings.family)
@@ -80,47 +84,62 @@ class _Run:
             await engine.close()
 
 
-@bench.command("load")
+@click.command("load")
 @click.option(
-    "--users", type=_Counts(), default="1,2,4,8", show_default=True, help="How many type at once; a run each."
+    "--users",
+    type=_Counts(),
+    default="1,2,4,8",
+    show_default=True,
+    help="Numbers of concurrent users: one run for each.",
 )
-@click.option("--trace", type=_FILE, help="Recorded typing (.jsonl or .jsonl.gz).")
+@click.option("--trace", type=_FILE, help="File of recorded typing (.jsonl or .jsonl.gz).")
 @typing_options
 @click.option(
-    "--duration", type=click.FloatRange(6), default=30.0, show_default=True, help="Seconds of each run."
+    "--duration",
+    type=click.FloatRange(6),
+    default=30.0,
+    show_default=True,
+    help="Length of each run in seconds.",
 )
 @click.option(
     "--target-ms",
     type=click.FloatRange(1),
     default=250.0,
     show_default=True,
-    help="The 95th percentile of the time to suggestion that is still good.",
+    help="Target for the 95th percentile of the time to a suggestion, in milliseconds.",
 )
 @click.option(
-    "--save-service", "save", type=_FILE, help="Measure first what the engine takes, and write it here."
+    "--save-service",
+    "save",
+    type=_FILE,
+    help="First measure the engine's service times, and save them to this file.",
 )
-@click.option("--service", type=_FILE, help="What --save-service wrote.")
+@click.option("--service", type=_FILE, help="Read the service times that --save-service wrote.")
 @click.option(
-    "--simulate", is_flag=True, help="Ask no model: compute from --service how many replicas it takes."
+    "--simulate",
+    is_flag=True,
+    help="Use no model: compute from --service how many replicas are needed.",
 )
-@click.option("--replicas", type=click.IntRange(1), help="With --simulate: what so many replicas give.")
+@click.option(
+    "--replicas", type=click.IntRange(1), help="With --simulate: predict the result for this many replicas."
+)
 @click.option(
     "--served",
     type=click.FloatRange(0, 1),
     default=SERVED,
     show_default=True,
-    help="The least of the suggestions before the next key, by those that one alone (the first run) gets.",
+    help="Target for the share of suggestions shown before the next key, relative to the first run.",
 )
 @click.option(
     "--router",
     type=click.Choice(["sticky", "least-loaded"]),
     default="sticky",
     show_default=True,
-    help="With --simulate: whether typists keep to the replica that has computed their prompt.",
+    help="With --simulate: send each user to the replica with their KV cache, or to the least loaded one.",
 )
 @MODEL
 @JSON
-@SCRIPT
+@ENGINE
 def bench_load(
     users: tuple[int, ...],
     trace: Path | None,
@@ -137,17 +156,17 @@ def bench_load(
     router: str,
     model: str | None,
     as_json: bool,
-    script: str | None,
+    engine_override: str | None,
 ) -> None:
-    """Let many people type at once against one engine: what they wait, and how many are too many.
+    """Let simulated users type concurrently against one engine, and report the saturation point.
 
-    Every typist has a pipeline as in an editor, and plays the recording over and over; all share the engine.
-    Suggestions are typed through. The first 5 seconds of a run do not count. Let nobody else use the engine
-    meanwhile. What an engine fails to answer has failed, whatever `engine_fallback` says.
+    Each user has a completion pipeline, as in an editor, and plays the typing in a loop. Suggestions are
+    typed through. The first 5 seconds of a run are not counted. Nobody else should use the engine meanwhile.
+    `engine_fallback` is ignored: a failed request counts as failed.
 
-    With --save-service the engine is measured request by request first, and every run stands beside what the
-    simulation predicts for it. --simulate needs nothing but that file: for each number of typists it finds
-    how many such engines keep the 95th percentile below --target-ms, or says what --replicas of them do.
+    With --save-service, service times are measured first, and each run is compared with its prediction.
+    --simulate needs only that file: for each number of users it computes how many replicas keep the 95th
+    percentile below --target-ms, or predicts the result for --replicas.
 
     \b
     Examples:
@@ -157,23 +176,25 @@ def bench_load(
     """
     if simulate:
         if service is None:
-            raise click.UsageError("--simulate needs --service FILE, which a run with --save-service writes.")
+            raise click.UsageError(
+                "--simulate needs --service FILE, which a run with --save-service FILE writes."
+            )
         question = _Question(users, seed, duration, (target_ms, served), replicas, router == "sticky")
         _simulate(service, question, as_json=as_json)
         return
     from midfill.bench import load
     from midfill.bench.engine_profile import EngineProfile
 
-    # What stands in for the engine is not the engine.
+    # The fallback would be measured in place of the engine.
     settings = read_settings(model=model, engine_fallback=False)
     sessions = read_sessions(trace, files, seed, episodes)
     known = None if service is None else EngineProfile.read(service)
     if known is not None and [len(one.keys) for one in known.sessions] != [len(one.keys) for one in sessions]:
-        raise MidfillError(f"{service} was measured with other typing; give the same --trace and --episodes.")
+        raise MidfillError(f"{service} was measured with other typing. Give the same --trace and --episodes.")
     plans = [load.LoadPlan(count, duration, seed) for count in users]
-    run = _Run(settings, script, sessions, plans, save, known)
+    run = _Run(settings, engine_override, sessions, plans, save, known)
     found = with_progress("loading the model", lambda report: asyncio.run(run.measure(report)))
-    what = {"trace": str(trace or files), "engine": script or settings.engine, "seed": seed}
+    what = {"trace": str(trace or files), "engine": engine_override or settings.engine, "seed": seed}
     result = what | {"seconds": duration, "target_ms": target_ms, "served": served} | found
     saturates = load.saturation(result["runs"], load.Goal(target_ms, served))
     show(result | {"saturates": saturates}, load.table, as_json=as_json)
@@ -181,7 +202,7 @@ def bench_load(
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """What is to be computed, for each number of typists."""
+    """What to compute for each number of users: the replicas they need, or the result for `replicas`."""
 
     users: tuple[int, ...]
     seed: int
@@ -191,7 +212,7 @@ class _Question:
     sticky: bool
 
     def answer(self, service: EngineProfile, report: Progress) -> dict[str, Any]:
-        """The number of replicas, or what the given number of them does."""
+        """Return the number of replicas, or the prediction for the given number of them."""
         from midfill.bench import load, simulation, sizing
 
         replica_set = simulation.ReplicaSet(self.replicas or 1, sticky=self.sticky)
@@ -201,7 +222,7 @@ class _Question:
         what |= {"router": "sticky" if self.sticky else "least-loaded"}
         found: list[dict[str, Any]] = []
         for number, users in enumerate(self.users):
-            report(f"simulating {users} typists", number / len(self.users))
+            report(f"simulating {users} users", number / len(self.users))
             if self.replicas is None:
                 found.append(sizing.size(service, users, goal, replica_set, self.seed))
             else:

@@ -1,166 +1,54 @@
-"""`midfill demo`: the real server and the real model, on sample files, in the terminal.
-
-Starts `midfill serve` as an editor would, types into each sample key by key, asks at every key and
-shows what ghost text the last one got.
-"""
+"""`midfill demo`: ghost text in the terminal, without an editor."""
 
 from __future__ import annotations
 
 import asyncio
-import random
+import json
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from importlib import resources
-from typing import Any
 
-from rich.console import Console
-from rich.text import Text
+import click
 
-from midfill.lsp.client import Client, ServerError
-from midfill.system.printable import shown as as_shown
-from midfill.text.languages import language_id
+from midfill.cli.engine_choice import read_settings
+from midfill.cli.options import JSON, MODEL
+from midfill.cli.terminal import terminal, with_progress
+from midfill.errors import MidfillError
 
-_OPEN, _CLOSE = "⟦", "⟧"
-# A quick typist; the seed makes every run type alike.
-_KEY_INTERVAL_S = (0.045, 0.13)
-_LINES_ABOVE = 4
-_ANSWER_S = 30.0
-
-EDITOR_LINES = (
+_NEXT_STEPS = (
     ("VS Code", "clients/vscode: npm ci --ignore-scripts && npm run package, then install midfill.vsix"),
-    ("Neovim", "midfill setup neovim --write     (vim, emacs and helix likewise)"),
-    ("others", "midfill setup                    shows what each editor that is here needs"),
+    ("Neovim", "midfill setup neovim --write     (also: vim, emacs, helix)"),
+    ("others", "midfill setup                    shows what each installed editor needs"),
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Suggestion:
-    """One ghost text that was shown."""
+@click.command()
+@MODEL
+@JSON
+def demo(model: str | None, as_json: bool) -> None:
+    """Type into sample files and show the ghost text, with the real server and model.
 
-    file: str
-    line: int
-    text: str
-    latency_ms: float
-    source: str
+    Downloads the model first if it is not on this machine.
 
-
-@dataclass(frozen=True, slots=True)
-class Spot:
-    """A place in a sample: what stands before and behind it, and what is typed there."""
-
-    before: str
-    typed: str
-    after: str
-
-
-def samples() -> Iterator[tuple[str, list[Spot]]]:
-    """File name and spots of each bundled sample."""
-    folder = resources.files("midfill.cli.samples")
-    for entry in sorted(folder.iterdir(), key=lambda item: item.name):
-        if not entry.name.endswith(".sample"):
-            continue
-        pieces = entry.read_text(encoding="utf-8").split(_OPEN)
-        spots = []
-        before = pieces[0]
-        for number, piece in enumerate(pieces[1:], start=1):
-            typed, rest = piece.split(_CLOSE)
-            later = "".join(part.split(_CLOSE)[1] for part in pieces[number + 1 :])
-            spots.append(Spot(before, typed, rest + later))
-            before += typed + rest
-        yield entry.name.removesuffix(".sample"), spots
-
-
-async def run(console: Console | None, options: dict[str, Any]) -> list[Suggestion]:
-    """Play every sample; suggestions in order. Shows them if there is a console.
-
-    Raises `MidfillError` if the server or its model does not start.
+    \b
+    Examples:
+      midfill demo
+      midfill demo --model qwen2.5-coder-1.5b --json
     """
-    client = await Client.start()
-    try:
-        with console.status("starting midfill serve") if console else nullcontext() as status:
+    from midfill.cli import demo_session
+    from midfill.models import fetch, store
 
-            def report(message: str) -> None:
-                if status is not None:
-                    status.update(
-                        Text(as_shown(f"midfill serve: {message}"))
-                    )  # of a bare text it reads markup
-
-            await client.load(options, report)
-        shown = []
-        for name, spots in samples():
-            for spot in spots:
-                suggestion = await _play(client, name, spot)
-                shown.append(suggestion)
-                if console is not None:
-                    _show(console, spot, suggestion)
-        return shown
-    finally:
-        await client.close()
-
-
-async def _play(client: Client, name: str, spot: Spot) -> Suggestion:
-    """Open the file, type, ask at every key; the newest request wins."""
-    uri = f"file:///demo/{name}"
-    document = {"uri": uri, "version": 0}
-    language = language_id(name)
-    opened = {"uri": uri, "languageId": language, "version": 0, "text": spot.before + spot.after}
-    client.notify("textDocument/didOpen", {"textDocument": opened})
-    line = spot.before.count("\n")
-    column = len(spot.before) - spot.before.rfind("\n") - 1
-    keys = random.Random(name)  # noqa: S311 - a typist, not a secret
-    asked: tuple[int, asyncio.Future[Any]] | None = None
     begun = time.monotonic()
-    for version, char in enumerate(spot.typed, start=1):
-        await asyncio.sleep(keys.uniform(*_KEY_INTERVAL_S))
-        place = {"line": line, "character": column}
-        document["version"] = version
-        change = {"range": {"start": place, "end": place}, "text": char}
-        client.notify("textDocument/didChange", {"textDocument": document, "contentChanges": [change]})
-        column += 1
-        if asked is not None and not asked[1].done():
-            client.cancel(asked[0])
-            asked[1].add_done_callback(lambda future: future.cancelled() or future.exception())
-        begun = time.monotonic()
-        position = {"line": line, "character": column}
-        params = {"textDocument": {"uri": uri}, "position": position, "context": {"triggerKind": 2}}
-        asked = client.send_request("textDocument/inlineCompletion", params)
-    items: list[dict[str, Any]] = []
-    if asked is not None:
-        try:
-            items = (await asyncio.wait_for(asked[1], _ANSWER_S))["items"]
-        except (TimeoutError, ServerError):
-            items = []
-    latency_ms = (time.monotonic() - begun) * 1000
-    why = await client.request("midfill/explain", {"textDocument": {"uri": uri}})
-    client.notify("textDocument/didClose", {"textDocument": {"uri": uri}})
-    text = items[0]["insertText"] if items else ""
-    source = why["source"] if text else f"none: {why['reason']}"
-    return Suggestion(name, line + 1, text, round(latency_ms, 1), source)
-
-
-def _show(console: Console, spot: Spot, suggestion: Suggestion) -> None:
-    head = Text()
-    head.append(f"{suggestion.file}:{suggestion.line}", style="bold cyan")
-    head.append(f"  {suggestion.latency_ms:.0f} ms  ", style="yellow")
-    head.append(suggestion.source, style="magenta" if suggestion.text else "red")
-    above, _, line = spot.before.rpartition("\n")
-    below, _, _ = spot.after.partition("\n")
-    body = Text()
-    for context in above.split("\n")[-_LINES_ABOVE:]:
-        body.append(f"  {context}\n", style="dim")
-    body.append(f"  {line}{spot.typed}", style="bold")
-    body.append(suggestion.text.replace("\n", "\n  "), style="italic green")
-    body.append(f"{below}\n", style="bold")
-    console.print(head)
-    console.print(body, soft_wrap=True)
-
-
-def summary(model: str, suggestions: list[Suggestion], seconds: float) -> dict[str, Any]:
-    """What `--json` prints."""
-    return {
-        "suggestions": [asdict(suggestion) for suggestion in suggestions],
-        "model": model,
-        "seconds": round(seconds, 2),
-    }
+    settings = read_settings(model=model)
+    if store.find(settings.model) is None:
+        with_progress(f"downloading {settings.model}", lambda report: fetch.pull(settings.model, report))
+    console = None if as_json else terminal()
+    suggestions = asyncio.run(demo_session.play(console, {"model": settings.model}))
+    seconds = time.monotonic() - begun
+    if console is None:
+        click.echo(json.dumps(demo_session.summary(settings.model, suggestions, seconds)))
+    else:
+        console.print(f"{settings.model}, {seconds:.1f} s in total. To use it in your editor:", style="bold")
+        for editor, line in _NEXT_STEPS:
+            console.print(f"  {editor:8} ", style="cyan", end="")
+            console.print(line, soft_wrap=True)
+    if not all(suggestion.text for suggestion in suggestions):
+        raise MidfillError("Some samples got no suggestion. To find out why, run: midfill doctor")

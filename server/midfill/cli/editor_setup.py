@@ -1,8 +1,8 @@
-"""Editors on this machine, and how each of them is told to start midfill.
+"""The configuration files by which each editor starts midfill.
 
-An editor is a row of `EDITORS`: its programs, the file that configures it, and what belongs there. What is
-not ours in such a file stays as it is: our lines stand between two marks, in a file of their own, or are put
-in by a parser that keeps comments. Nothing is written before `write`, and what was there is kept beside it.
+Each editor is a row of `EDITORS`: its programs, its configuration file and the lines to add. The user's own
+lines never change: ours stand between two marks, in a separate file, or are inserted by a parser that keeps
+comments. Only `write` writes, and it keeps a backup beside the file.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import midfill
 from midfill.errors import MidfillError
 from midfill.system import text_files as textfiles
 from midfill.system.programs import find_program
 
 _BEGIN, _END = ">>> midfill >>>", "<<< midfill <<<"
 
-# Of Helix's own table: a list in the user's file takes the place of the whole list, so it names these too.
+# From Helix's default table: a list in the user's file replaces the whole list, so it has to name these too.
 _HELIX_SERVERS = {
     "python": ["pylsp"],
     "javascript": ["typescript-language-server"],
@@ -43,7 +44,7 @@ _HELIX_SERVERS = {
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """A file as it is (None: it is not there) and as it is to be."""
+    """A file's text before (None: there is no file) and after the change."""
 
     path: Path
     before: str | None
@@ -51,7 +52,7 @@ class Edit:
 
     @property
     def diff(self) -> str:
-        """The change in unified form; "" if there is none."""
+        """Return the change as a unified diff; "" if there is none."""
         old = [] if self.before is None else self.before.splitlines(keepends=True)
         new = self.after.splitlines(keepends=True)
         name = str(self.path)
@@ -61,12 +62,12 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be done for an editor.
+    """The changes and steps that set up one editor.
 
     Attributes:
-        edit: of its configuration; None where that is the user's own to write.
-        steps: what is to be done by hand, or what to know; sentences.
-        shown: the configuration itself where nothing is edited.
+        edit: of its configuration file; None if the user has to write it.
+        steps: sentences for the user: what to do by hand, or what to know.
+        shown: the configuration to copy, if `edit` is None.
     """
 
     edit: Edit | None = None
@@ -76,11 +77,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where configurations are, and what is to be started.
+    """The user's folders, and the command to start.
 
     Attributes:
-        command: starts this installation, by absolute paths.
-        clients: the folder of the plugins for editors.
+        command: starts the server of this installation, with absolute paths.
+        clients: the folder of the editor plugins.
+        home: the user's home folder.
     """
 
     command: tuple[str, ...]
@@ -89,14 +91,14 @@ class Home:
 
     @property
     def config(self) -> Path:
-        """The folder of configurations."""
+        """Return the folder of configuration files."""
         if sys.platform == "win32":
             return Path(os.environ.get("LOCALAPPDATA") or self.home / "AppData" / "Local")
         return Path(os.environ.get("XDG_CONFIG_HOME") or self.home / ".config")
 
     @property
     def applications(self) -> Path:
-        """The folder where programs with windows keep theirs."""
+        """Return the folder where graphical applications keep their configuration."""
         if sys.platform == "win32":
             return Path(os.environ.get("APPDATA") or self.home / "AppData" / "Roaming")
         if sys.platform == "darwin":
@@ -106,13 +108,13 @@ class Home:
 
 @dataclass(frozen=True, slots=True)
 class Editor:
-    """An editor that may be set up.
+    """An editor that midfill can set up.
 
     Attributes:
         name: as in `midfill setup NAME`.
         title: its name for people.
-        programs: one of them on the PATH means that it is installed.
-        plan: what is to be done.
+        programs: it is installed if one of these is on the PATH.
+        plan: returns what to change for the given folders.
     """
 
     name: str
@@ -122,16 +124,16 @@ class Editor:
 
     @property
     def found(self) -> str | None:
-        """The path of its program; None if it is not installed."""
+        """Return the path of its program; None if it is not installed."""
         return next((path for program in self.programs if (path := find_program(program))), None)
 
 
 def here() -> Home:
-    """What is installed here, for the user who runs it."""
+    """Return the folders of the current user, and the command of this installation."""
     script = Path(sysconfig.get_path("scripts")) / ("midfill.exe" if sys.platform == "win32" else "midfill")
     command = (str(script),) if script.exists() else (sys.executable, "-P", "-m", "midfill")
-    package = Path(__file__).parent
-    # In a wheel they lie in the package; in a working copy, where they are edited.
+    package = Path(midfill.__file__).parent
+    # A wheel has the plugins inside the package; a working copy at the top of the repository.
     clients = next(
         (path for path in (package / "clients", package.parents[1] / "clients") if path.is_dir()),
         package / "clients",
@@ -140,23 +142,25 @@ def here() -> Home:
 
 
 def find(name: str) -> Editor:
-    """The editor of that name or program. Raises `MidfillError` if there is none."""
+    """Return the editor with this name or program. Raises `MidfillError` if there is none."""
     for editor in EDITORS:
         if name.lower() in {editor.name, *editor.programs}:
             return editor
     known = ", ".join(editor.name for editor in EDITORS)
-    raise MidfillError(f"Unknown editor {name!r}; known are: {known}. Others start: midfill serve")
+    raise MidfillError(
+        f"Unknown editor {name!r}. Known editors: {known}. In any other, configure: midfill serve"
+    )
 
 
 def write(edit: Edit) -> Path | None:
-    """Put an edit on the disk, whole or not at all. Returns where the file that was there is kept.
+    """Write an edit atomically. Return the path of the backup; None if there was no file.
 
-    Raises `MidfillError` if the file is not as it was, or cannot be written.
+    Raises `MidfillError` if the file has changed since the edit was planned, or cannot be written.
     """
-    # Who keeps dotfiles elsewhere has links here; they stay.
+    # Dotfiles are often symbolic links, which must stay.
     path = edit.path.resolve()
     if _read(path) != edit.before:
-        raise MidfillError(f"{edit.path} has changed meanwhile: run the command again.")
+        raise MidfillError(f"{edit.path} has changed in the meantime. Run the command again.")
     backup = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +169,7 @@ def write(edit: Edit) -> Path | None:
             shutil.copy2(path, backup)
         textfiles.replace(path, edit.after)
     except OSError as error:
-        raise MidfillError(f"Cannot write {edit.path} ({error.strerror}).") from error
+        raise MidfillError(f"Cannot write {edit.path}: {error.strerror}.") from error
     return backup
 
 
@@ -179,23 +183,27 @@ def _unused(path: Path) -> Path:
 
 
 def _read(path: Path) -> str | None:
-    """A file's text, line ends and byte order mark as they are; None if there is no such file."""
+    """Return a file's text with its line ends and byte order mark; None if there is no file."""
     try:
         data = path.read_bytes()
         text = textfiles.decode(data)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise MidfillError(f"Cannot read {path} ({error.strerror}).") from error
+        raise MidfillError(f"Cannot read {path}: {error.strerror}.") from error
     except UnicodeError as error:
         raise MidfillError(f"Cannot read {path}: {error}") from error
     return textfiles.BOM + text if data.startswith(codecs.BOM_UTF8) else text
 
 
 def _with_block(path: Path, comment: str, lines: str, own: re.Pattern[str]) -> Plan:
-    """Lines of ours at the end of a user's file, between marks; those of an earlier run are replaced.
+    """Return the plan to put lines between marks at the end of a file, or to replace those of an earlier run.
 
-    `own` finds lines by which the user has set it up already.
+    Args:
+        path: the user's file.
+        comment: starts a comment line in it.
+        lines: what to add.
+        own: matches lines with which the user has set up midfill already; nothing is added then.
     """
     before = _read(path)
     text = before or ""
@@ -209,7 +217,7 @@ def _with_block(path: Path, comment: str, lines: str, own: re.Pattern[str]) -> P
     if found := marked.search(text):
         after = text[: found.start()] + block + text[found.end() :]
     elif own.search(text):
-        return Plan(Edit(path, before, text), ("Your own lines set it up.",))
+        return Plan(Edit(path, before, text), ("Your own lines in this file already set up midfill.",))
     else:
         gap = "" if not text else ending if text.endswith("\n") else 2 * ending
         after = text + gap + block
@@ -217,7 +225,7 @@ def _with_block(path: Path, comment: str, lines: str, own: re.Pattern[str]) -> P
 
 
 def _quoted(text: str) -> str:
-    """A string of Lua, Emacs Lisp or JSON."""
+    """Return the text as a string literal of Lua, Emacs Lisp or JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -227,7 +235,7 @@ def _neovim(home: Home) -> Plan:
     before = _read(path)
     for init in (folder / "init.lua", folder / "init.vim"):
         if before is None and re.search(r"require\W+midfill\W", _read(init) or ""):
-            return Plan(Edit(path, "", ""), (f"Your own lines in {init} set it up.",))
+            return Plan(Edit(path, "", ""), (f"Your own lines in {init} already set up midfill.",))
     command = ", ".join(map(_quoted, home.command))
     after = (
         "-- Written by: midfill setup neovim\n"
@@ -236,7 +244,7 @@ def _neovim(home: Home) -> Plan:
     )
     return Plan(
         Edit(path, before, after),
-        ("<Tab> accepts, <C-Right> a word, <M-Right> a line. :checkhealth midfill looks at it all.",),
+        ("<Tab> accepts, <C-Right> accepts a word, <M-Right> a line. To check it: :checkhealth midfill",),
     )
 
 
@@ -257,7 +265,10 @@ def _vim(home: Home) -> Plan:
     plan = _with_block(
         path, '"', lines, re.compile(r"^[^\"\n]*clients/vim\b|^[^\"\n]*g:midfill_", re.MULTILINE)
     )
-    return Plan(plan.edit, (*plan.steps, "<Tab> accepts, <C-Right> a word, <M-Right> a line: :help midfill"))
+    return Plan(
+        plan.edit,
+        (*plan.steps, "<Tab> accepts, <C-Right> accepts a word, <M-Right> a line. More: :help midfill"),
+    )
 
 
 def _emacs(home: Home) -> Plan:
@@ -276,7 +287,7 @@ def _emacs(home: Home) -> Plan:
         "(global-midfill-mode)\n"
     )
     plan = _with_block(path, ";;", lines, re.compile(r"^[^;\n]*global-midfill-mode", re.MULTILINE))
-    return Plan(plan.edit, (*plan.steps, "TAB accepts, C-<right> a word, M-<right> a line."))
+    return Plan(plan.edit, (*plan.steps, "TAB accepts, C-<right> accepts a word, M-<right> a line."))
 
 
 def _helix(home: Home) -> Plan:
@@ -308,10 +319,10 @@ def _helix(home: Home) -> Plan:
                 names.append("midfill")
         after = mark + tomlkit.dumps(document)
     except (TOMLKitError, TypeError, AttributeError, ValueError) as error:
-        raise MidfillError(f"{path} is not the TOML that Helix reads ({error}): mend it first.") from error
+        raise MidfillError(f"{path} is not valid TOML for Helix ({error}). Correct it first.") from error
     steps = (
-        "Helix shows popup items; it has no ghost text.",
-        f"For {', '.join(_HELIX_SERVERS)}; add it to `language-servers` of others yourself.",
+        "Helix shows suggestions in its popup; it has no ghost text.",
+        f"Set up for {', '.join(_HELIX_SERVERS)}. For other languages, add it to their `language-servers`.",
     )
     return Plan(Edit(path, before, after), steps)
 
@@ -325,10 +336,10 @@ def _code(folder: str) -> Callable[[Home], Plan]:
         code = _code_of(text)
         start = code.find("{")
         if start < 0:
-            raise MidfillError(f"{path} is not the JSON that VS Code reads: mend it first.")
+            raise MidfillError(f"{path} is not valid JSON for VS Code. Correct it first.")
         steps = (
-            "The extension is in clients/vscode of midfill's repository: `npm ci && npm run package`, "
-            "then `code --install-extension midfill.vsix`.",
+            "To install the extension, run in clients/vscode of midfill's repository: `npm ci && "
+            "npm run package`, then `code --install-extension midfill.vsix`.",
         )
         if found := re.search(r'"midfill\.server\.command"\s*:\s*(\[[^\]]*\])', code):
             after = text[: found.start(1)] + command + text[found.end(1) :]
@@ -343,7 +354,7 @@ def _code(folder: str) -> Callable[[Home], Plan]:
 
 
 def _code_of(text: str) -> str:
-    """JSON with comments: the same with blanks where comments are."""
+    """Return JSON with comments, with spaces in place of the comments."""
     pattern = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
     return pattern.sub(lambda match: match.group(1) or re.sub(r"[^\n]", " ", match.group()), text)
 
@@ -353,7 +364,7 @@ def _sublime(home: Home) -> Plan:
     shown = json.dumps({"clients": {"midfill": client}}, indent=2)
     return Plan(
         None,
-        ("With the package LSP: this goes into Preferences > Package Settings > LSP > Settings.",),
+        ("Install the package LSP. Put this into Preferences > Package Settings > LSP > Settings.",),
         shown,
     )
 
@@ -363,28 +374,34 @@ def _kate(home: Home) -> Plan:
         "command": list(home.command),
         "rootIndicationFileNames": [".git"],
         "highlightingModeRegex": ".*",
-        # Else Kate calls every file by the name of this entry, and not by its language.
+        # Without it Kate sends the name of this entry as the language of every file.
         "documentLanguageId": False,
     }
     shown = json.dumps({"servers": {"python": server}}, indent=2)
     return Plan(
         None,
         (
-            "Put this into Settings > Configure Kate > LSP Client > User Server Settings. Popup items. "
-            "Kate runs one server for a language: it takes the place of the language's own.",
+            "Put this into Settings > Configure Kate > LSP Client > User Server Settings. Kate shows "
+            "suggestions in its popup. It runs one server per language: midfill replaces the language's own.",
         ),
         shown,
     )
 
 
 def _zed(_: Home) -> Plan:
-    return Plan(None, ("Zed starts servers that an extension of it brings, and there is none for midfill.",))
+    return Plan(
+        None,
+        ("Not supported: Zed starts servers from extensions only, and there is none for midfill.",),
+    )
 
 
 def _jetbrains(home: Home) -> Plan:
     return Plan(
         None,
-        ("With the plugin LSP4IJ: Settings > Languages & Frameworks > Language Servers > +.",),
+        (
+            "Install the plugin LSP4IJ. Add this command in Settings > Languages & Frameworks > Language "
+            "Servers > +.",
+        ),
         " ".join(home.command),
     )
 

@@ -1,4 +1,4 @@
-"""`midfill engine`: engines in other processes and on other machines."""
+"""`midfill engine`: check a model server, or serve a model."""
 
 from __future__ import annotations
 
@@ -7,46 +7,51 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from midfill.cli.shared import (
-    ADAPTER,
-    JSON,
-    MODEL,
+from midfill.cli.engine_choice import (
     adapter_folder,
-    engine_maker,
-    read_engine,
+    engine_factory,
     read_settings,
     remote_engine,
+    with_engine,
 )
+from midfill.cli.options import ADAPTER, JSON, MODEL
 from midfill.cli.terminal import terminal
 from midfill.errors import AdapterError, SettingsError
 
 if TYPE_CHECKING:
-    from midfill.engine.api import AdapterSource
+    from midfill.engine.api import AdapterSource, Engine
+    from midfill.engine.remote.server.listen import ListenSpec
+    from midfill.settings import Settings
 
 _FILE = click.Path(path_type=Path)
+# Longer than an editor waits for a first token: a slow server is a finding, not a failure.
+_CHECK_DEADLINE_S = 60.0
 
 
 @click.group()
 def engine() -> None:
-    """Engines that run in another process or on another machine."""
+    """Check a model server on another machine, or serve this machine's model to others."""
 
 
 @engine.command("check")
 @click.argument("url")
 @click.option(
-    "--key", metavar="WHERE", help="Where its key is: env:NAME, keyring:SERVICE/USER, command:PROGRAM."
+    "--key",
+    metavar="WHERE",
+    help="Where to read the server's API key: env:NAME, keyring:SERVICE/USER or command:PROGRAM.",
 )
-@click.option("--model", "name", metavar="NAME", help="The model to use, as the server calls it.")
+@click.option("--model", "name", metavar="NAME", help="Model to use, by the server's name for it.")
 @JSON
 def engine_check(url: str, key: str | None, name: str | None, as_json: bool) -> None:
-    """Ask a model server whether it is fit for code completion: model, training, speed, cancellation.
+    """Check that a model server is suitable for completion: model, FIM, speed, prefix cache, cancellation.
 
-    Ends with status 1 if it cannot be used.
+    Sends made-up code only. Exits with status 1 if the server cannot be used.
 
     \b
     Examples:
@@ -55,7 +60,9 @@ def engine_check(url: str, key: str | None, name: str | None, as_json: bool) -> 
     """
     from midfill.cli.engine_check import check, table
 
-    settings = read_engine(read_settings(engine_key=key, engine_model=name, deadline_s=60.0), url)
+    settings = with_engine(
+        read_settings(engine_key=key, engine_model=name, deadline_s=_CHECK_DEADLINE_S), url
+    )
     findings = asyncio.run(check(remote_engine(settings), settings))
     if as_json:
         click.echo(json.dumps(findings.as_dict()))
@@ -65,63 +72,84 @@ def engine_check(url: str, key: str | None, name: str | None, as_json: bool) -> 
         raise click.exceptions.Exit(1)
 
 
+_LISTEN_OPTIONS = (
+    click.option("--socket", type=_FILE, help="ListenSpec on this Unix socket. Only you can connect."),
+    click.option("--host", default="127.0.0.1", show_default=True, help="ListenSpec on this address."),
+    click.option(
+        "--port",
+        type=click.IntRange(0, 65535),
+        default=8765,
+        show_default=True,
+        help="ListenSpec on this TCP port; 0 chooses a free one.",
+    ),
+    click.option(
+        "--tokens",
+        type=_FILE,
+        help="File of users and their access tokens, one `USER TOKEN` per line, with mode 600.",
+    ),
+    click.option("--tls-cert", type=_FILE, help="TLS certificate (PEM)."),
+    click.option("--tls-key", type=_FILE, help="Private key of the certificate (PEM), with mode 600."),
+    click.option(
+        "--behind-proxy", is_flag=True, help="Serve plain HTTP beyond this machine: a proxy terminates TLS."
+    ),
+    click.option(
+        "--name",
+        "names",
+        multiple=True,
+        metavar="HOST",
+        help="ModelHost name by which clients reach this server. May be repeated.",
+    ),
+    click.option(
+        "--any-temperature",
+        is_flag=True,
+        help="Accept a temperature above 0, and answer as for 0. Such requests are refused by default.",
+    ),
+)
+
+
+def _listen_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that become a `ListenSpec`."""
+    for option in reversed(_LISTEN_OPTIONS):
+        command = option(command)
+    return command
+
+
 @engine.command("serve")
-@click.option("--socket", type=_FILE, help="Listen on this Unix socket, for yourself alone.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Listen on this address, for a team.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True)
-@click.option("--tokens", type=_FILE, help="Who may ask: lines of `user token`, in a file of mode 600.")
-@click.option("--tls-cert", type=_FILE, help="Certificate (PEM).")
-@click.option("--tls-key", type=_FILE, help="Its key (PEM), in a file of mode 600.")
-@click.option("--behind-proxy", is_flag=True, help="Something before it encrypts; it does not.")
-@click.option("--name", "names", multiple=True, help="A host name that it is called by; may be repeated.")
+@_listen_options
 @click.option(
     "--with-adapter",
     "adapters",
     multiple=True,
-    metavar="NAME",
-    help="An adapter (its folder, or a name of `adapter list`) to offer as a model of its own as well.",
-)
-@click.option(
-    "--any-temperature",
-    is_flag=True,
-    help="Take requests with a temperature above 0 too, and answer as for 0; without this they are refused.",
+    metavar="NAME|DIR",
+    help="Offer this adapter as an additional model. May be repeated.",
 )
 @click.option("--settings", "given", hidden=True, help="For the shared engine: settings as JSON.")
-@click.option("--detach", is_flag=True, hidden=True, help="Go on in a child process.")
+@click.option("--detach", is_flag=True, hidden=True, help="Continue in a child process.")
 @MODEL
 @ADAPTER
-@click.option("--engine", "script", hidden=True, help="For tests: scripted:FILE.")
+@click.option("--engine", "engine_override", hidden=True, help="For tests: scripted:FILE.")
 def engine_serve(
-    socket: Path | None,
-    host: str,
-    port: int,
-    tokens: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    behind_proxy: bool,
-    names: tuple[str, ...],
     adapters: tuple[str, ...],
-    any_temperature: bool,
     given: str | None,
     detach: bool,
     model: str | None,
     adapter: str | None,
-    script: str | None,
+    engine_override: str | None,
+    **listen_options: Any,
 ) -> None:
-    """Serve the model of this machine to several editors or people, in the form of OpenAI's /v1/completions.
+    """Serve this machine's model to editors and people, by OpenAI's /v1/completions protocol.
 
-    With `engine = "shared"` in your settings file this is started for you. For a team it needs tokens, and
-    beyond this machine TLS. What is asked and answered is never logged; /metrics is for Prometheus.
+    With `engine = "shared"` in your settings file, editors start this for you. A team needs --tokens and, to
+    be reached from other machines, TLS. Prompts and answers are never logged. /metrics is for Prometheus.
 
-    Of OpenAI's parameters these work: prompt (one text, or one list of token ids), suffix (the text after the
-    hole, for models that fill in the middle), max_tokens, stop (8 texts of 100 characters), stream,
-    stream_options, logprobs (0 or 1), and model. The engine always takes the likeliest token: temperature 0
-    (the default here), any top_p and any seed give the same answer; a higher temperature is refused unless
-    --any-temperature is given. n and best_of must be 1, echo false, logit_bias empty, the penalties 0. user
-    is taken and not used. Whatever else is sent is refused with status 400 and its name.
+    Supported parameters: prompt (one string or one list of token ids), suffix (for models that fill in the
+    middle), max_tokens, stop (8 strings of 100 characters), stream, stream_options, logprobs (0 or 1), model.
+    Decoding is always greedy: top_p and seed have no effect, and temperature must be 0 (the default here)
+    unless --any-temperature is given. n and best_of must be 1, echo false, logit_bias empty and the penalties
+    0; user is ignored. Any other parameter is refused with status 400 and its name.
 
-    Each user has an equal share of the model, however many requests they send: at most 16 at once, 20 a
-    second, each for at most 10 minutes.
+    All users get equal shares of the model. Limits per user: 16 requests at once, 20 per second, 10 minutes
+    for each.
 
     \b
     Examples:
@@ -134,63 +162,69 @@ def engine_serve(
         os._exit(0)
     if detach:
         os.setsid()
-    from midfill.engine.remote.server.listen import ListenSpec, read_tokens, run
-    from midfill.engine.remote.server.model_host import ModelHost
-    from midfill.fim.templates import infill
     from midfill.settings import Settings, parse
-    from midfill.system.log_stream import unblocked
-    from midfill.system.printable import LogFormatter
 
     if given is not None:
         settings = parse(json.loads(given), base=Settings(), where="--settings")
     else:
         settings = read_settings(model=model, adapter=adapter)
-    # Whatever the settings say of other engines, this is where the model runs.
-    settings = read_engine(settings, "local")
-    listen = ListenSpec(
-        socket=socket,
-        host=host,
-        port=port,
-        tokens=read_tokens(tokens) if tokens is not None else {},
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        names=names,
-        behind_proxy=behind_proxy,
-        any_temperature=any_temperature,
-    )
+    listen = _listen(**listen_options)
+    # Whatever `engine` says, the model runs in this process.
+    _serve(with_engine(settings, "local"), listen, engine_factory(engine_override), _sources(adapters))
+
+
+def _listen(socket: Path | None, tokens: Path | None, **others: Any) -> ListenSpec:
+    """Return where to listen and who may connect. Raises `SettingsError` for options that are not safe."""
+    from midfill.engine.remote.server.listen import ListenSpec, read_tokens
+
     if socket is not None and tokens is not None:
-        raise SettingsError("--socket is for yourself alone and needs no --tokens.")
+        raise SettingsError("--socket and --tokens exclude each other: only you can connect to the socket.")
+    users = read_tokens(tokens) if tokens is not None else {}
+    listen = ListenSpec(socket=socket, tokens=users, **others)
     listen.check()
-    make = engine_maker(script)
-    exits_s = settings.engine_exit_min * 60 if socket is not None else 0.0
-    unloads_s = settings.engine_unload_min * 60
-    served = ModelHost(
+    return listen
+
+
+def _serve(
+    settings: Settings,
+    listen: ListenSpec,
+    make: Callable[[Settings], Engine],
+    adapters: tuple[AdapterSource, ...],
+) -> None:
+    """Serve until the process is stopped or, on a socket, was idle for the setting `engine_exit_min`."""
+    from midfill.engine.remote.server.listen import run
+    from midfill.engine.remote.server.model_host import ModelHost
+    from midfill.fim.templates import infill
+    from midfill.system.log_stream import unblocked
+    from midfill.system.printable import LogFormatter
+
+    host = ModelHost(
         lambda: make(settings),
-        unloads_s,
-        exits_s,
-        adapters=_sources(adapters),
+        settings.engine_unload_min * 60,
+        settings.engine_exit_min * 60 if listen.socket is not None else 0.0,
+        adapters=adapters,
         infill=lambda info, before, after: infill(info, settings.family, before, after),
     )
     with unblocked():
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(handlers=[handler])
-        run(served, listen)
+        run(host, listen)
 
 
 def _sources(names: tuple[str, ...]) -> tuple[AdapterSource, ...]:
-    """Adapters that users of the engine may ask for. Raises `AdapterError`."""
+    """Return the adapters that clients may request. Raises `AdapterError` if one does not exist."""
     from midfill.adapters.format import digest_of
     from midfill.adapters.registry import Registry
     from midfill.engine.api import MAX_ADAPTERS, AdapterSource
 
     if len(names) > MAX_ADAPTERS:
         raise SettingsError(
-            f"--with-adapter is given {len(names)} times; there is room for {MAX_ADAPTERS} adapters."
+            f"--with-adapter is given {len(names)} times, but at most {MAX_ADAPTERS} adapters can be offered."
         )
     folders = {Path(name).name: adapter_folder(name) for name in names}
     for folder in folders.values():
         if not folder.is_dir():
             known = ", ".join(entry.name for entry in Registry().entries()) or "none yet"
-            raise AdapterError(f"There is no adapter {folder}: give a folder, or a name of these: {known}.")
+            raise AdapterError(f"There is no folder or registered adapter {folder}. Registered: {known}.")
     return tuple(AdapterSource(digest_of(folder), name, folder) for name, folder in folders.items())

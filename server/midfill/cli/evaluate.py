@@ -1,4 +1,4 @@
-"""`midfill eval`: how good the suggestions are."""
+"""`midfill eval`: measure how good the suggestions are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from midfill.cli.shared import ADAPTER, JSON, MODEL, SCRIPT, engine_maker, read_settings, show, with_progress
-from midfill.cli.terminal import say
+from midfill.cli.engine_choice import engine_factory, read_settings
+from midfill.cli.options import ADAPTER, ENGINE, JSON, MODEL
+from midfill.cli.terminal import say, show, with_progress
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
@@ -21,17 +22,20 @@ if TYPE_CHECKING:
     from midfill.evaluation.fillers import Filler
     from midfill.settings import Settings
 
+_FILE = click.Path(path_type=Path)
 _RESULTS = click.option(
-    "--results", type=click.Path(path_type=Path), help="Keep results here, and go on from them."
+    "--results", type=_FILE, help="Save results to this file, and skip those that it has already."
 )
-_SERVER = click.option("--server", is_flag=True, help="Through `midfill serve` in a process of its own.")
-_PLOT = click.option("--plot", type=click.Path(path_type=Path), help="Draw the results (PNG, SVG, PDF).")
+_SERVER = click.option(
+    "--server", is_flag=True, help="Ask a `midfill serve` process, as an editor would, not the pipeline."
+)
+_PLOT = click.option("--plot", type=_FILE, help="Draw the results to this file (PNG, SVG or PDF).")
 _SET = click.option(
     "--set",
     "given",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a setting for this run; may be repeated.",
+    help="Change a setting for this run. May be repeated.",
 )
 
 _DEADLINE_S = 120.0
@@ -43,24 +47,30 @@ def evaluate() -> None:
 
 
 @evaluate.command("infilling")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--raw", is_flag=True, help="The model alone: no anchoring, healing, stopping or clean-up.")
+@click.argument("file", type=_FILE)
 @click.option(
-    "--cut", is_flag=True, help="Also test beginnings of a text that fails, as if it had been stopped there."
+    "--raw", is_flag=True, help="Ask the model alone: no anchoring, token healing, early stop or clean-up."
+)
+@click.option(
+    "--cut",
+    is_flag=True,
+    help="If a text fails, also test its beginnings, as if generation had stopped there.",
 )
 @_SERVER
-@click.option("--limit", type=click.IntRange(1), help="At most this many tasks, evenly from each kind.")
-@click.option("--max-tokens", type=click.IntRange(1, 1024), help="Most tokens of a suggestion.")
-@_RESULTS
+@click.option("--limit", type=click.IntRange(1), help="Maximum number of tasks, spread over all kinds.")
 @click.option(
-    "--compare", type=click.Path(path_type=Path), help="Results of another run, to compare in pairs."
+    "--max-tokens",
+    type=click.IntRange(1, 1024),
+    help="Maximum number of tokens per suggestion. [default: the setting `max_new_tokens`]",
 )
+@_RESULTS
+@click.option("--compare", type=_FILE, help="Compare with these results of another run, task by task.")
 @_PLOT
 @_SET
 @MODEL
 @ADAPTER
 @JSON
-@SCRIPT
+@ENGINE
 def eval_infilling(
     file: Path,
     raw: bool,
@@ -75,13 +85,13 @@ def eval_infilling(
     model: str | None,
     adapter: str | None,
     as_json: bool,
-    script: str | None,
+    engine_override: str | None,
 ) -> None:
-    """Fill the holes of FILE's tasks, run their tests, and print what share passes.
+    """Fill the holes of FILE's tasks, run their tests, and print the share that passes.
 
-    FILE has a JSON object a line (.jsonl or .jsonl.gz), in the format of HumanEval-Infilling: task_id,
+    FILE has one JSON object per line (.jsonl or .jsonl.gz), in the format of HumanEval-Infilling: task_id,
     prompt, suffix, canonical_solution, test. The programs are run, without network where the system allows
-    it, but they can write your files: use tasks that you trust. JavaScript needs node, Java a JDK.
+    it, but they can write your files: use tasks that you trust. JavaScript needs node, Java needs a JDK.
 
     \b
     Examples:
@@ -89,60 +99,63 @@ def eval_infilling(
       midfill eval infilling tasks.jsonl --results new.jsonl --compare old.jsonl --json
       midfill eval infilling tasks.jsonl --raw --cut --plot raw.png
     """
-    from midfill.evaluation import infilling, records, sandbox
+    from midfill.evaluation import infilling, records
 
     if raw and server:
-        raise click.UsageError("--raw leaves the server out: give one of --raw and --server.")
+        raise click.UsageError("--raw and --server exclude each other.")
     draw = _plotter(plot)
     tasks, skipped = infilling.runnable(infilling.read_tasks(file))
     tasks = infilling.sample(tasks, limit) if limit else tasks
     settings = _settings(given, model=model, adapter=adapter, max_new_tokens=max_tokens)
     earlier = records.read(compare)[1] if compare else None
-    header = {
-        "eval": "infilling",
-        "tasks": file.name,
-        "cut": cut,
-        "through": _through(raw, server),
-        **_described(settings),
-    }
+    through = _through(raw, server)
+    header = {"eval": "infilling", "tasks": file.name, "cut": cut, "through": through, **_described(settings)}
     kept = records.Records(results, header)
     if any(task.id not in kept.rows for task in tasks):
-        _with_filler(
-            settings,
-            script,
-            lambda filler, tell: infilling.evaluate(tasks, filler, kept, tell, cut=cut),
-            raw=raw,
-            server=server,
-        )
-    found = [infilling.Result(**kept.rows[task.id]) for task in tasks]
-    summary = {"model": settings.model, "through": _through(raw, server), **infilling.summarise(found)}
-    summary |= {"network": not sandbox.isolation(), "skipped": skipped}
-    if earlier is not None:
-        summary["compared"] = infilling.compare(found, earlier)
+
+        async def fill(filler: Filler, tell: Callable[[float], None]) -> None:
+            await infilling.evaluate(tasks, filler, kept, tell, cut=cut)
+
+        _with_filler(settings, engine_override, fill, raw=raw, server=server)
+    summary = {"model": settings.model, "through": through}
+    summary |= _infilling_summary([kept.rows[task.id] for task in tasks], skipped, earlier)
     if plot is not None:
         draw.infilling(summary, plot)
     show(summary, infilling.describe, as_json=as_json)
 
 
+def _infilling_summary(rows: list[dict[str, Any]], skipped: Any, earlier: Any) -> dict[str, Any]:
+    """Return the pass rates of the results and, if there are earlier results, the comparison with them."""
+    from midfill.evaluation import infilling, sandbox
+
+    found = [infilling.Result(**row) for row in rows]
+    summary = {**infilling.summarise(found), "network": not sandbox.isolation(), "skipped": skipped}
+    if earlier is not None:
+        summary["compared"] = infilling.compare(found, earlier)
+    return summary
+
+
 @evaluate.command("repo")
-@click.argument("path", type=click.Path(path_type=Path), required=False)
-@click.option("--holes", type=click.IntRange(1), default=100, show_default=True, help="How many holes.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Which holes.")
+@click.argument("path", type=_FILE, required=False)
+@click.option("--holes", type=click.IntRange(1), default=100, show_default=True, help="Number of holes.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Random seed: another one chooses other holes."
+)
 @_SERVER
 @_RESULTS
 @click.option(
     "--compare",
     nargs=2,
-    type=click.Path(path_type=Path),
+    type=_FILE,
     metavar="A B",
-    help="Instead of a run: what is better in results B than in results A of the same holes.",
+    help="Run nothing: print what changed from results A to results B of the same holes.",
 )
 @_PLOT
 @_SET
 @MODEL
 @ADAPTER
 @JSON
-@SCRIPT
+@ENGINE
 def eval_repo(
     path: Path | None,
     holes: int,
@@ -155,13 +168,13 @@ def eval_repo(
     model: str | None,
     adapter: str | None,
     as_json: bool,
-    script: str | None,
+    engine_override: str | None,
 ) -> None:
-    """Make holes in the repository at PATH, fill them, and compare with what stood there.
+    """Cut holes into the repository at PATH, fill them, and compare with the original code.
 
-    Files of recent commits are drawn more often; the same seed draws the same holes. Nothing is run or
-    changed. Suggestions are asked for as by typing; what each `eagerness` would show of them is worked out
-    from one run (not with --server, where the server decides). The file of --results holds source text.
+    Recently committed files are chosen more often; the same seed chooses the same holes. Nothing is executed
+    or changed. Suggestions are requested as while typing. One run gives the results for every `eagerness`
+    (except with --server, where the server's setting decides). The file of --results contains source text.
 
     \b
     Examples:
@@ -170,44 +183,67 @@ def eval_repo(
       midfill eval repo . --set suffix_tokens=512 --results long.jsonl
       midfill eval repo --compare short.jsonl long.jsonl --json
     """
-    from midfill.completion import calibrations
-    from midfill.completion.confidence import Eagerness
-    from midfill.evaluation import holes as places
-    from midfill.evaluation import records, repository
-
     if compare:
-        eagerness = Eagerness(_settings(given).eagerness)
-        difference = repository.compare(records.read(compare[0]), records.read(compare[1]), eagerness)
-        show(difference, repository.describe_difference, as_json=as_json)
+        _compare_repo_results(*compare, _settings(given).eagerness, as_json=as_json)
         return
     if path is None:
         raise click.UsageError("Give the PATH of a repository, or --compare A B.")
+    from midfill.completion import calibrations
+    from midfill.completion.confidence import Eagerness
+    from midfill.evaluation import repository
+
     draw = _plotter(plot)
     settings = _settings(given, model=model, adapter=adapter)
-    samples = places.choose(path, settings, count=holes, seed=seed)
     eagerness = Eagerness(settings.eagerness)
     header = {"eval": "repo", "repository": path.resolve().name, "seed": seed, **_described(settings)}
     header["through"] = _through(raw=False, server=server)
     if server:
         header["eagerness"] = str(eagerness)
-    else:
-        # The gate is the last stage, so that it can be applied to the results.
-        settings = settings.model_copy(update={"eagerness": "always"})
-    kept = records.Records(results, header)
-    if any(sample.id not in kept.rows for sample in samples):
-        _with_filler(
-            settings,
-            script,
-            lambda filler, tell: repository.evaluate(samples, filler, kept, tell),
-            server=server,
-            folder=path.resolve(),
-        )
-    found = [repository.read_result(kept.rows[sample.id]) for sample in samples]
+    kept_header, rows = _fill_repo_holes(
+        path, settings, header, engine_override, results=results, count=holes, seed=seed, server=server
+    )
+    found = [repository.read_result(row) for row in rows]
     by = calibrations.in_use(settings.model).calibration
-    summary = {**kept.header, **repository.summarise(found, eagerness, by)}
+    summary = {**kept_header, **repository.summarise(found, eagerness, by)}
     if plot is not None:
         draw.repository(found, summary, plot, by)
     show(summary, repository.describe, as_json=as_json)
+
+
+def _compare_repo_results(first: Path, second: Path, eagerness: str, *, as_json: bool) -> None:
+    from midfill.completion.confidence import Eagerness
+    from midfill.evaluation import records, repository
+
+    difference = repository.compare(records.read(first), records.read(second), Eagerness(eagerness))
+    show(difference, repository.describe_difference, as_json=as_json)
+
+
+def _fill_repo_holes(
+    path: Path,
+    settings: Settings,
+    header: dict[str, Any],
+    engine_override: str | None,
+    *,
+    results: Path | None,
+    count: int,
+    seed: int,
+    server: bool,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Fill the holes that the file of results does not have yet. Return its header and a row per hole."""
+    from midfill.evaluation import holes, records, repository
+
+    samples = holes.choose(path, settings, count=count, seed=seed)
+    kept = records.Records(results, header)
+    if not server:
+        # The confidence filter is the last stage, so it can be applied to the results afterwards.
+        settings = settings.model_copy(update={"eagerness": "always"})
+    if any(sample.id not in kept.rows for sample in samples):
+
+        async def fill(filler: Filler, tell: Callable[[float], None]) -> None:
+            await repository.evaluate(samples, filler, kept, tell)
+
+        _with_filler(settings, engine_override, fill, server=server, folder=path.resolve())
+    return kept.header, [kept.rows[sample.id] for sample in samples]
 
 
 @evaluate.command("families")
@@ -216,16 +252,17 @@ def eval_repo(
     "vocabs",
     multiple=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A GGUF file with a vocabulary; may be repeated. Without it, the models on this machine.",
+    help="GGUF file with a vocabulary. May be repeated. [default: the models on this machine]",
 )
-@click.option("--no-probe", is_flag=True, help="Only look at vocabularies; load no model.")
+@click.option("--no-probe", is_flag=True, help="Check vocabularies only; load no model.")
 @JSON
 def eval_families(vocabs: tuple[Path, ...], no_probe: bool, as_json: bool) -> None:
-    """Hold the table of FIM families against real vocabularies and models.
+    """Check the table of FIM families against real vocabularies and models.
 
-    For each family: whether its sentinels are single control tokens, which ids they and its stops have,
-    in which orders its prompts can be laid out. Each installed model is loaded and probed: in which
-    order of prefix and suffix it finds known middles likeliest. Ends with status 1 if one disagrees.
+    For each family, prints if its sentinels are single control tokens, the ids of the sentinels and stops,
+    and the prompt layouts that it supports. Each installed model is loaded and probed for the order of
+    prefix and suffix with the lowest log-loss of known middles. Exits with status 1 if a model disagrees
+    with its family.
 
     \b
     Examples:
@@ -242,11 +279,11 @@ def eval_families(vocabs: tuple[Path, ...], no_probe: bool, as_json: bool) -> No
     tokenizers |= {model.name: load_tokenizer(model.path) for model in models}
     if not tokenizers:
         raise MidfillError(
-            "There is no model on this machine: run `midfill model pull`, or give --vocab FILE.gguf."
+            "There is no model on this machine. Run `midfill model pull NAME`, or give --vocab FILE.gguf."
         )
     settings = read_settings()
     engines = {
-        model.name: partial(engine_maker(None), settings.model_copy(update={"model": model.name}))
+        model.name: partial(engine_factory(None), settings.model_copy(update={"model": model.name}))
         for model in models
         if not no_probe
     }
@@ -257,17 +294,17 @@ def eval_families(vocabs: tuple[Path, ...], no_probe: bool, as_json: bool) -> No
 
 
 @evaluate.command("calibrate")
-@click.argument("training", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--held-out", multiple=True, type=click.Path(path_type=Path), help="Judge it on these results.")
+@click.argument("training", metavar="[RESULTS]...", nargs=-1, type=_FILE)
+@click.option("--held-out", multiple=True, type=_FILE, help="Evaluate on these results. May be repeated.")
 @click.option(
-    "--write", "writes", is_flag=True, help="Use it for this model from the next start of servers on."
+    "--write", "writes", is_flag=True, help="Save it for this model. Servers use it when they next start."
 )
-@click.option("--force", is_flag=True, help="Write it even if it is no better than the built-in one.")
-@click.option("--reset", is_flag=True, help="Instead: remove what was written for the model.")
+@click.option("--force", is_flag=True, help="With --write: save it even if the built-in one is better.")
+@click.option("--reset", is_flag=True, help="Remove the saved calibration of the model instead.")
 @click.option(
     "--model",
     metavar="NAME",
-    help="The model it is for, as `midfill/status` names it, if not that of the results or settings.",
+    help="Model to calibrate. [default: that of the results; with --reset, that of your settings]",
 )
 @JSON
 def eval_calibrate(
@@ -279,11 +316,11 @@ def eval_calibrate(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Fit what decides on showing a suggestion (`eagerness`) to results of `midfill eval repo`.
+    """Fit the confidence filter (setting `eagerness`) to results of `midfill eval repo`.
 
-    Give a file of results for each repository, two at least: thresholds are chosen by predictions for
-    repositories that the weights have not seen. Without --write nothing changes. It is written if it
-    predicts better than the built-in calibration, to a file of your own that holds numbers only.
+    The filter decides which suggestions are shown. Give one file of RESULTS per repository, at least two:
+    thresholds are chosen on repositories that the weights were not fitted to. With --write, the calibration
+    is saved if it predicts better than the built-in one. The saved file contains numbers only.
 
     \b
     Examples:
@@ -295,14 +332,14 @@ def eval_calibrate(
 
     if reset:
         if training or held_out or writes:
-            raise click.UsageError("--reset stands alone, but for --model.")
+            raise click.UsageError("--reset takes no RESULTS, --held-out or --write.")
         name = model or read_settings().model
         removed = calibrations.remove(name)
-        text = f"Removed {removed}." if removed else f"There is no calibration of your own for {name}."
+        text = f"Removed {removed}." if removed else f"There is no saved calibration for {name}."
         show({"model": name, "removed": removed and str(removed)}, lambda _: text, as_json=as_json)
         return
     if not training:
-        raise click.UsageError("Give files of results of `midfill eval repo`, or --reset.")
+        raise click.UsageError("Give result files of `midfill eval repo`, or --reset.")
     from midfill.evaluation import calibration
 
     result = calibration.calibrate(training, held_out)
@@ -311,27 +348,29 @@ def eval_calibrate(
     why = calibration.why_not(result)
     if writes and why is not None and not force:
         show(result, calibration.describe, as_json=as_json)
-        raise MidfillError(f"Not written. {why} --force writes it anyway.")
+        raise MidfillError(f"Not saved. {why} To save it anyway, add --force.")
     if writes:
         today = time.strftime("%Y-%m-%d")
         result["file"] = str(calibrations.write(calibration.to_saved(result, name, today)))
     show(result, calibration.describe, as_json=as_json)
     if writes and not as_json:
-        say(f"Written to {result['file']}: {name} is judged by it from the next start on.")
+        say(f"Saved to {result['file']}. Servers use it for {name} when they next start.")
     elif not as_json:
-        say(why or "--write uses it.")
+        say(why or "To use it, add --write.")
 
 
 def _settings(given: tuple[str, ...], **overrides: Any) -> Settings:
-    """The user's settings, with `--set` and other options laid over them.
+    """Return the user's settings, with `--set` and other options on top.
 
-    Quality is measured apart from speed, so that a slow hour of the machine does not count as silence.
+    The deadline is long: quality is measured apart from speed, so a slow machine must not lose suggestions.
     """
     overrides["deadline_s"] = _DEADLINE_S
     for one in given:
         key, equals, value = one.partition("=")
         if not equals:
-            raise click.UsageError(f"--set {one}: write KEY=VALUE, for example --set max_new_tokens=64.")
+            raise click.UsageError(
+                f"--set {one} is not KEY=VALUE. Write, for example, --set max_new_tokens=64."
+            )
         try:
             overrides[key.strip()] = tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:
@@ -345,7 +384,7 @@ def _through(raw: bool, server: bool) -> str:
 
 
 def _described(settings: Settings) -> dict[str, Any]:
-    """What the header of results says of the settings: the model, and what is not the default."""
+    """Return the settings for the header of results: the model, and all that are not the default."""
     from midfill.settings import Settings
 
     base = Settings()
@@ -359,14 +398,14 @@ def _described(settings: Settings) -> dict[str, Any]:
 
 def _with_filler(
     settings: Settings,
-    script: str | None,
+    engine_override: str | None,
     work: Callable[[Filler, Callable[[float], None]], Awaitable[None]],
     *,
     raw: bool = False,
     server: bool = False,
     folder: Path | None = None,
 ) -> None:
-    """Run `work` with a filler that is ready, under a progress bar. `folder` is the workspace, if any."""
+    """Run `work` with a started filler, under a progress bar. `folder` is the workspace, if any."""
     from midfill.evaluation import fillers
     from midfill.lsp import server_filler
     from midfill.settings import load
@@ -377,13 +416,15 @@ def _with_filler(
 
         if server:
             options = server_filler.options_of(settings, load())
-            filler = await server_filler.ServerFiller.start(options, settings.model, report, script, folder)
+            filler = await server_filler.ServerFiller.start(
+                options, settings.model, report, engine_override, folder
+            )
             try:
                 await work(filler, tell)
             finally:
                 await filler.close()
             return
-        engine = engine_maker(script)(settings)
+        engine = engine_factory(engine_override)(settings)
         try:
             await engine.start(report)
             if raw:
@@ -404,7 +445,7 @@ def _with_filler(
 
 
 def _plotter(plot: Path | None) -> Any:
-    """The module that draws, if a picture is wanted. Raises `MidfillError` before anything is measured."""
+    """Return the module that draws plots, or None. Raises `MidfillError` if matplotlib is missing."""
     if plot is None:
         return None
     from midfill.bench.plot import need_matplotlib

@@ -1,4 +1,4 @@
-"""`midfill model`: list, fetch, check and choose models."""
+"""`midfill model`: list, download, check and choose models."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ from typing import Any
 
 import click
 
-from midfill.cli.shared import ADAPTER, JSON, engine_maker, read_settings, with_progress
-from midfill.cli.terminal import say, terminal
+from midfill.cli.engine_choice import engine_factory, installed_model, read_settings
+from midfill.cli.options import ADAPTER, JSON
+from midfill.cli.terminal import say, terminal, with_progress
 from midfill.errors import MidfillError
 
 
 @click.group()
 def model() -> None:
-    """List, fetch, check and choose models."""
+    """List, download, check and choose models."""
 
 
 @model.command("list")
 @JSON
 def model_list(as_json: bool) -> None:
-    """List the models that midfill knows by name, and those that are on this machine."""
+    """List the models of midfill's catalogue, and all others that are on this machine.
+
+    \b
+    Examples:
+      midfill model list
+      midfill model list --json
+    """
     from midfill.models import catalogue, store
 
     here = {installed.name: installed for installed in store.installed()}
@@ -59,20 +66,19 @@ def model_list(as_json: bool) -> None:
         here_mark = "yes" if row["installed"] else ""
         table.add_row(chosen, row["name"], parameters, memory, row.get("license", ""), here_mark)
     terminal().print(table)
-    say(
-        "\n* the one in use. Fetch one with `midfill model pull NAME`, "
-        "choose it with `midfill model use NAME`."
-    )
+    say("\n* in use. Download: midfill model pull NAME. Choose: midfill model use NAME.")
 
 
 @model.command("pull")
 @click.argument("name")
-@click.option("--gguf", is_flag=True, help="The GGUF file of the same weights, for llama.cpp.")
+@click.option(
+    "--gguf", is_flag=True, help="Download the GGUF file of the same weights instead, for llama.cpp."
+)
 def model_pull(name: str, gguf: bool) -> None:
-    """Fetch a model: a catalogue name, a Hugging Face id, or a GGUF file to convert.
+    """Download a model. NAME is a catalogue name, a Hugging Face id, or a GGUF file to convert.
 
-    It can be stopped and started again; what is here already is not fetched twice. midfill itself
-    does not need the file that --gguf fetches: it is for the comparisons of `midfill bench`.
+    A stopped download resumes when you run the command again; nothing is downloaded twice. midfill itself
+    does not need the file that --gguf downloads: `midfill bench` compares with llama.cpp on it.
 
     \b
     Examples:
@@ -83,10 +89,10 @@ def model_pull(name: str, gguf: bool) -> None:
     from midfill.models import fetch
 
     if gguf:
-        file = with_progress(f"fetching {name}", lambda report: fetch.pull_gguf(name, report))
+        file = with_progress(f"downloading {name}", lambda report: fetch.pull_gguf(name, report))
         say(f"The GGUF file of {name} is ready: {file}")
         return
-    found = with_progress(f"fetching {name}", lambda report: fetch.pull(name, report))
+    found = with_progress(f"downloading {name}", lambda report: fetch.pull(name, report))
     say(f"{found.name} is ready: {found.path}")
 
 
@@ -95,21 +101,21 @@ def model_pull(name: str, gguf: bool) -> None:
 @ADAPTER
 @JSON
 def model_check(name: str, adapter: str | None, as_json: bool) -> None:
-    """Load a model, show what midfill makes of it, and let it fill known holes.
+    """Load a model, detect its FIM template, and test that it fills known holes.
 
-    The probe shows how likely the model finds the true text of four holes, in nats per character (0 is
-    certain), in each order of prefix and suffix, and after the prefix alone. A model that fits no FIM
-    family by its name is used in the order that it understands.
+    The probe prints the log-loss of the true text of four holes, in nats per character (0 is certain), for
+    each order of prefix and suffix, and for the prefix alone. A model whose name matches no FIM family is
+    used with the order that it predicts best. Exits with status 1 if the model fails.
 
     \b
     Examples:
       midfill model check qwen2.5-coder-0.5b
       midfill model check ./my-model --json
     """
-    from midfill.cli.doctor import check_model
+    from midfill.cli.doctor_checks import check_model
 
     settings = read_settings(model=name, adapter=adapter)
-    result = asyncio.run(check_model(settings, engine_maker(None)))
+    result = asyncio.run(check_model(settings, engine_factory(None)))
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -120,46 +126,59 @@ def model_check(name: str, adapter: str | None, as_json: bool) -> None:
             mark = click.style("pass", fg="green") if hole["passed"] else click.style("fail", fg="red")
             say(f"{mark}  {hole['hole']}  ->  {hole['text']!r}")
     if not result["passed"]:
-        raise MidfillError(f"{name} does not fill the holes: is it a base model with FIM training?")
+        raise MidfillError(
+            f"{name} does not fill the holes. Use a base model that was trained for fill-in-the-middle."
+        )
 
 
 @model.command("use")
 @click.argument("name")
 def model_use(name: str) -> None:
-    """Choose the model for all editors; written to your settings file."""
+    """Choose the model for all editors: writes `model` to your settings file.
+
+    \b
+    Example:
+      midfill model use qwen2.5-coder-1.5b
+    """
     from midfill import settings
     from midfill.models import catalogue, store
 
     if store.find(name) is None:
-        hint = f"Fetch it first: midfill model pull {name}"
+        hint = f"Run: midfill model pull {name}"
         if catalogue.lookup(name) is None and "/" not in name:
-            hint = "`midfill model list` shows the names that midfill knows."
-        raise MidfillError(f"{name!r} is not on this machine. {hint}")
+            hint = "To see the known names, run: midfill model list"
+        raise MidfillError(f"The model {name!r} is not on this machine. {hint}")
     path_given = None if catalogue.lookup(name) else store.as_path(name)
     value = str(path_given or name)
     path = settings.store("model", value)
-    say(f"midfill uses {value} from the next start on ({path}).")
+    say(f"The model is now {value} (written to {path}). Running servers switch when they are restarted.")
 
 
 @model.command("path")
 @click.argument("name", required=False)
-@click.option("--gguf", is_flag=True, help="The GGUF file that `midfill model pull NAME --gguf` has fetched.")
+@click.option(
+    "--gguf",
+    is_flag=True,
+    help="Print the path of the GGUF file that `midfill model pull NAME --gguf` downloaded.",
+)
 def model_path(name: str | None, gguf: bool) -> None:
-    """Print where a model is on disk; without NAME, the folder of all models."""
+    """Print the path of a model; without NAME, the folder of all models.
+
+    \b
+    Examples:
+      midfill model path
+      midfill model path qwen2.5-coder-0.5b
+    """
     from midfill.models import store
 
     if gguf and name is not None:
         if (file := store.find_gguf(name)) is None:
             raise MidfillError(
-                f"The GGUF file of {name!r} is not on this machine. "
-                f"Fetch it: midfill model pull {name} --gguf"
+                f"The GGUF file of {name!r} is not on this machine. Run: midfill model pull {name} --gguf"
             )
         say(str(file))
         return
     if name is None:
         say(str(store.models_dir()))
         return
-    found = store.find(name)
-    if found is None:
-        raise MidfillError(f"{name!r} is not on this machine. Fetch it: midfill model pull {name}")
-    say(str(found.path))
+    say(str(installed_model(name).path))

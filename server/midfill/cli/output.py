@@ -1,4 +1,4 @@
-"""Standard output that cannot take everything: its encoding, a full disk, a reader that has left."""
+"""Guard standard output: characters outside its encoding, a full disk, a closed pipe."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class OutputError(OSError):
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output; characters that its encoding does not know are replaced, where they would raise."""
+    """Standard output that replaces characters its encoding does not have, instead of raising."""
 
     def write(self, text: str, /) -> int:
-        """See `io.TextIOBase`. Raises `OutputError`."""
+        """Write the text. Raises `OutputError`."""
         try:
             return super().write(text)
         except OSError as error:
             raise OutputError(error.errno, error.strerror) from error
 
     def flush(self) -> None:
-        """See `io.IOBase`. Raises `OutputError`."""
+        """Flush the buffer. Raises `OutputError`."""
         try:
             super().flush()
         except OSError as error:
@@ -35,9 +35,9 @@ class _Output(io.TextIOWrapper):
 
 
 def guard(run: Callable[[], int]) -> int:
-    """Run a command, which returns its exit status. An `OSError` becomes a sentence and status 1.
+    """Run a command and return its exit status. An `OSError` is printed as one line, with status 1.
 
-    Nothing is said if whoever reads the output has left, as in `midfill model list | head -1`.
+    A closed pipe, as in `midfill model list | head -1`, prints nothing.
     """
     stdout = sys.stdout
     if isinstance(stdout, io.TextIOWrapper):
@@ -58,7 +58,7 @@ def guard(run: Callable[[], int]) -> int:
         status = 1
     finally:
         if isinstance(own, _Output):
-            _give_back(own)
+            _detach(own)
         sys.stdout = stdout
     return status
 
@@ -74,12 +74,12 @@ def _explain(error: OSError) -> None:
         say(f"midfill: {what}: {error.strerror or type(error).__name__}.", err=True)
 
 
-def _give_back(output: _Output) -> None:
-    """Leave the descriptor to the interpreter, which would complain at its end of what cannot be written."""
+def _detach(output: _Output) -> None:
+    """Leave the descriptor to the interpreter, which would print an error at exit if it cannot flush it."""
     try:
         output.flush()
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, output.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, output.fileno())
+        os.close(null)
     output.detach()

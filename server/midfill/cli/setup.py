@@ -1,4 +1,4 @@
-"""`midfill setup`: midfill in the editors of this machine."""
+"""`midfill setup`: configure the editors of this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from midfill.cli.shared import JSON
+from midfill.cli.options import JSON
 from midfill.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("names", metavar="[EDITOR]...", nargs=-1)
 @click.option(
-    "--write", "writes", is_flag=True, help="Write it, after showing it; files that were there are kept."
+    "--write",
+    "writes",
+    is_flag=True,
+    help="Write the configuration after showing it. A backup of each changed file is kept beside it.",
 )
 @JSON
 def setup(names: tuple[str, ...], writes: bool, as_json: bool) -> None:
-    """Tell your editors to start midfill: shows what would be written, and with --write writes it.
+    """Configure your editors to start midfill. Without --write, only show what would be written.
 
-    Without EDITOR it is all those that are installed. Known are vscode, vscode-insiders, vscodium, neovim,
-    vim, emacs, helix, sublime, kate, zed and jetbrains. Your own lines stay as they are.
+    EDITOR is one of vscode, vscode-insiders, vscodium, neovim, vim, emacs, helix, sublime, kate, zed and
+    jetbrains; the default is every editor that is installed. Your own lines in a file are not changed.
 
     \b
     Examples:
@@ -44,13 +47,13 @@ def setup(names: tuple[str, ...], writes: bool, as_json: bool) -> None:
         click.echo(json.dumps({"command": list(home.command), "editors": reports}))
     elif not chosen:
         known = ", ".join(editor.name for editor in editors.EDITORS)
-        say(f"No editor that midfill knows is on your PATH. Name one of: {known}")
+        say(f"No supported editor was found on your PATH. Name one of these: {known}")
     elif not writes and any(report["status"] == "to do" for report in reports):
-        say("Nothing has been written. To write it: midfill setup " + " ".join((*names, "--write")))
+        say("Nothing was written. To write it, run: midfill setup " + " ".join((*names, "--write")))
 
 
 def _set_up(editor: Editor, home: Home, *, writes: bool, shows: bool) -> dict[str, Any]:
-    """Show the plan of an editor, and carry it out. Returns what happened, for JSON."""
+    """Show an editor's plan and, if `writes`, carry it out. Return the report for JSON."""
     from midfill.cli.editor_setup import write
 
     plan = editor.plan(home)
@@ -79,7 +82,7 @@ def _set_up(editor: Editor, home: Home, *, writes: bool, shows: bool) -> dict[st
         if report["status"] == "ready":
             say("It is already set up.")
         elif report["status"] == "written":
-            kept = f" What was there is in {report['backup']}." if report["backup"] else ""
+            kept = f" The previous version is in {report['backup']}." if report["backup"] else ""
             say(f"Written to {report['file']}.{kept}")
         for step in plan.steps:
             say(step)

@@ -141,7 +141,7 @@ async def _identify_served(engine: Engine, named: str | None) -> tuple[str, Fami
     """
     model = engine.model
     name = named or model.family or family_in_name(model.name)
-    remedy = f'Choose another model there, or set `family = "..."` to one of: {", ".join(FAMILIES)}.'
+    remedy = f'Serve another model, or set `family = "..."` to one of: {", ".join(FAMILIES)}.'
     if name is None:
         raise ModelError(f"The FIM family of {model.name!r} ({model.served_by}) is not known. {remedy}")
     name, family = recognise_family(model, name)

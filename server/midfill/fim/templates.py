@@ -336,7 +336,7 @@ def check_family(name: str, family: Family, tokenizer: Tokenizer) -> None:
     for problem in problems(family, tokenizer):
         raise ModelError(
             f"The FIM family {name!r} does not fit the model: {problem}. "
-            "Choose a base model of that family, or the right `family`."
+            "Use a base model of that family, or correct the setting `family`."
         )
 
 

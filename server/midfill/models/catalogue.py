@@ -172,4 +172,4 @@ def _check_entry(entry: Entry, where: str) -> None:
     if not 0 < wheels.size_of(wheels.parts) <= wheels.part_bytes:
         raise ModelError(f"{where} has wheel sizes that do not add up to total_bytes.")
     if "{n" not in wheels.package or "{n" not in wheels.member:
-        raise ModelError(f"{where} has a package or member without the part's number, {{n}}.")
+        raise ModelError(f"{where} has a package or member without {{n}}, the number of the part.")

@@ -137,11 +137,11 @@ class _Reader:
         # A key takes at least 8 + 4 + 1 bytes, a tensor's entry 8 + 4 + 8 + 4 + 8.
         if num_keys * 13 + num_tensors * 32 > self._size - self._at:
             raise self._damaged(
-                f"its header promises {num_keys} keys and {num_tensors} tensors, more than fit in the file"
+                f"its header claims {num_keys} keys and {num_tensors} tensors, more than fit into the file"
             )
         if num_keys > _MAX_KEYS or num_tensors > _MAX_TENSORS:
             raise self._damaged(
-                f"its header promises {num_keys} keys and {num_tensors} tensors; models have at most "
+                f"its header claims {num_keys} keys and {num_tensors} tensors; models have at most "
                 f"{_MAX_KEYS} and {_MAX_TENSORS}"
             )
         metadata: dict[str, Any] = {}

@@ -130,7 +130,7 @@ def _sentencepiece_bpe(
         or len(scores) != len(metadata["tokenizer.ggml.tokens"])
         or not all(isinstance(score, int | float) for score in scores)
     ):
-        raise ModelError(f"The vocabulary of {source} is damaged: it has no score for each token.")
+        raise ModelError(f"The vocabulary of {source} is damaged: some tokens have no score.")
     normalizers: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_MARK}
     ]

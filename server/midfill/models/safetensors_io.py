@@ -74,7 +74,7 @@ def find_tensors(path: Path) -> dict[str, Path]:
         names = _shards(index)
     else:
         pickled = next(iter([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]), None)
-        hint = f" ({pickled.name} is pickled and is not opened)" if pickled is not None else ""
+        hint = f" ({pickled.name} is pickled and is never loaded)" if pickled is not None else ""
         raise ModelError(f"{path} has no model.safetensors{hint}. Pull the model again or convert it.")
     files: dict[str, Path] = {}
     for file in names:

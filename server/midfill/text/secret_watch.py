@@ -102,7 +102,7 @@ class SecretWatch:
                 found += await asyncio.get_running_loop().run_in_executor(self._pool, _secret_lines, block)
         except Exception as error:  # noqa: BLE001 - the next request tries again
             # Not its message, which may quote the text.
-            _LOG.error("a document could not be searched for secrets: %s", type(error).__name__)
+            _LOG.error("the search for secrets in a document failed: %s", type(error).__name__)
         else:
             self._judged[uri] = _replaced(known, document, known.lines[first:old_end], found)
         finally:

@@ -11,7 +11,7 @@ local function show(lines)
   vim.api.nvim_echo({ { table.concat(lines, "\n") } }, true, {})
 end
 
---- A value of an answer if it is of this type, else another one: a newer server may say what is not known here.
+--- Return a field of an answer if it has the type of `otherwise`, or else that: a newer server may differ.
 ---@generic T
 ---@param values any
 ---@param name string
@@ -31,22 +31,22 @@ local function explanation(explained)
   if message ~= "" then
     lines[1] = message
   elseif reason ~= "" then
-    lines[1] = ("Nothing was suggested: %s."):format(reason)
+    lines[1] = ("No suggestion: %s."):format(reason)
   elseif source == "none" then
-    lines[1] = "Nothing has been asked for here yet."
+    lines[1] = "No suggestion has been requested in this buffer yet."
   else
     lines[1] = ("The last suggestion came from: %s."):format(source)
   end
   local latency_ms = typed(explained, "latencyMs", -1)
   if latency_ms >= 0 then
-    table.insert(lines, ("%.0f ms in all"):format(latency_ms))
+    table.insert(lines, ("total: %.0f ms"):format(latency_ms))
     for _, stage in ipairs(typed(explained, "stages", {})) do
       table.insert(lines, ("  %-16s%8.1f ms"):format(typed(stage, "stage", "?"), typed(stage, "ms", 0)))
     end
   end
   local num_prompt = typed(explained, "promptTokens", 0)
   if num_prompt > 0 then
-    local counts = "prompt: %d tokens, %d of them computed before; %d tokens written"
+    local counts = "prompt: %d tokens, %d of them cached; %d tokens generated"
     local reused, generated = typed(explained, "reusedTokens", 0), typed(explained, "generatedTokens", 0)
     table.insert(lines, counts:format(num_prompt, reused, generated))
     for _, segment in ipairs(typed(explained, "segments", {})) do
@@ -61,13 +61,13 @@ local function explanation(explained)
   return lines
 end
 
---- Ask why the last answer for the buffer was as it was.
+--- Request the explanation of the last answer for the buffer.
 ---@param buf integer
 ---@param done fun(lines: string[])
 local function explain(buf, done)
   local client = server.client_of(buf)
   if client == nil then
-    done({ ("midfill does not serve this buffer (the server is %s)."):format(server.state) })
+    done({ ("midfill is not active in this buffer (server: %s)."):format(server.state) })
     return
   end
   local params = { textDocument = vim.lsp.util.make_text_document_params(buf) }
@@ -86,10 +86,10 @@ function COMMANDS.status()
   local info = client and client.server_info
   local lines = {
     ("server: %s%s"):format(server.state, info and (", midfill %s"):format(info.version) or ""),
-    ("model: %s"):format(server.model or "not known yet"),
+    ("model: %s"):format(server.model or "unknown until the server is ready"),
     ("suggestions: %s"):format(midfill.is_enabled() and "on" or "off (:Midfill toggle)"),
     ("ghost text: %s"):format(config.values.inline == "native" and "by Neovim" or "by this plugin"),
-    ("this buffer: %s"):format(server.client_of(buf) and "served" or "not served"),
+    ("this buffer: %s"):format(server.client_of(buf) and "active" or "not active"),
   }
   if server.client_of(buf) == nil then
     show(lines)
@@ -122,12 +122,12 @@ function COMMANDS.restart()
   server.restart()
 end
 
---- Choose among models and start the server with that one; the choice holds until Neovim ends.
+--- Restart the server with a model; the choice holds until Neovim ends.
 ---@param name string
 local function use_model(name)
   config.values.settings.model = name
   server.restart()
-  vim.notify(("midfill: starting with %s. To keep it: midfill model use %s"):format(name, name))
+  vim.notify(("midfill: restarting with %s. To use it always, run: midfill model use %s"):format(name, name))
 end
 
 function COMMANDS.model(name)
@@ -135,7 +135,7 @@ function COMMANDS.model(name)
     use_model(name)
     return
   end
-  -- The program that serves also lists; what follows "serve" is the server's.
+  -- The same program lists the models; words from "serve" on are for the server.
   local command = {}
   for _, word in ipairs(config.values.cmd) do
     if word == "serve" then
@@ -145,7 +145,7 @@ function COMMANDS.model(name)
   end
   local resolved = programs.resolve(vim.list_extend(command, { "model", "list", "--json" }))
   if resolved == nil then
-    vim.notify(("midfill: cannot run %q"):format(command[1]), vim.log.levels.ERROR)
+    vim.notify(("midfill: cannot run %q; check the option `cmd`"):format(command[1]), vim.log.levels.ERROR)
     return
   end
   local options = vim.tbl_extend("error", programs.options(), { text = true })
@@ -177,7 +177,7 @@ end
 local function execute(command, arguments, done)
   local client = server.client()
   if client == nil then
-    vim.notify(("midfill: there is no server (%s)"):format(server.state), vim.log.levels.ERROR)
+    vim.notify(("midfill: the server is not running (%s); start it with :Midfill restart"):format(server.state), vim.log.levels.ERROR)
     return
   end
   local params = { command = command, arguments = arguments }
@@ -194,10 +194,10 @@ end
 local function use_adapter(name)
   local command = name == "off" and "midfill.adapter.off" or "midfill.adapter.use"
   execute(command, name == "off" and {} or { name }, function(result)
-    -- What went wrong has been said by the server already.
+    -- The server has already shown the error.
     if result.error == nil or result.error == vim.NIL then
       vim.notify(
-        "midfill: " .. (name == "off" and "no adapter" or "adapter " .. name) .. " in this workspace"
+        "midfill: this workspace now uses " .. (name == "off" and "no adapter" or "the adapter " .. name)
       )
     end
   end)
@@ -226,7 +226,7 @@ function COMMANDS.adapter(name)
   end)
 end
 
--- The server asks first, and then shows progress, which ends with `:Midfill train stop`.
+-- The server asks for confirmation, and then reports progress. `:Midfill train stop` stops it.
 function COMMANDS.train(stop)
   local command = stop == "stop" and "midfill.adapter.stop" or "midfill.adapter.train"
   execute(command, {}, function() end)
@@ -240,7 +240,7 @@ function M.create()
     local command = COMMANDS[name]
     if command == nil then
       vim.notify(
-        ("midfill: no command %q; there are: %s"):format(name, table.concat(names, ", ")),
+        ("midfill: unknown command %q; known: %s"):format(name, table.concat(names, ", ")),
         vim.log.levels.ERROR
       )
     elseif more or (argument and name ~= "model" and name ~= "adapter" and name ~= "train") then

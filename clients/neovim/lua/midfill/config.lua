@@ -1,23 +1,23 @@
---- What the user may set, and the defaults.
+--- The options of `setup`, and their defaults.
 
 local M = {}
 
----@class midfill.Keys Keys of insert mode; false leaves a key alone.
+---@class midfill.Keys Keys of insert mode; false maps none.
 ---@field accept string|false the whole suggestion
 ---@field accept_word string|false its next word
 ---@field accept_line string|false the rest of its line
 ---@field dismiss string|false
----@field trigger string|false ask explicitly: also where nothing is shown unasked
+---@field trigger string|false request a suggestion, even where none is shown automatically
 
 ---@class midfill.Config
----@field cmd string[] how the server is started; arguments of `midfill serve` may follow
+---@field cmd string[] command that starts the server; arguments of `midfill serve` may follow
 ---@field settings table<string, any> the server's settings, as in its config.toml
 ---@field filetypes table<string, boolean> file types that get suggestions; "*" is all others
----@field auto boolean whether suggestions come unasked
----@field debounce_ms integer rest after a key before the server is asked
+---@field auto boolean show suggestions while typing
+---@field debounce_ms integer milliseconds without a key before a request is sent
 ---@field hide_during_completion boolean no ghost text while Neovim's own popup menu is open
----@field popup boolean whether suggestions are offered as popup items, too
----@field inline "own"|"native" who shows ghost text: this plugin, or Neovim itself (0.12), which waits longer
+---@field popup boolean also offer suggestions as popup items
+---@field inline "own"|"native" ghost text by this plugin, or by Neovim itself (0.12), which waits longer
 ---@field keys midfill.Keys
 
 ---@type midfill.Config
@@ -28,7 +28,7 @@ local DEFAULTS = {
   auto = true,
   debounce_ms = 15,
   hide_during_completion = true,
-  -- Ghost text is there already.
+  -- Ghost text shows the suggestion already.
   popup = false,
   inline = "own",
   keys = {
@@ -52,7 +52,7 @@ local function check(given, known, at)
     if default == nil then
       local names = vim.tbl_keys(known)
       table.sort(names)
-      error(("midfill: unknown option %s%s; there are: %s"):format(at, name, table.concat(names, ", ")), 0)
+      error(("midfill: unknown option %s%s; known: %s"):format(at, name, table.concat(names, ", ")), 0)
     end
     local off = at == "keys." and value == false
     if type(value) ~= type(default) and not off then
@@ -64,7 +64,7 @@ local function check(given, known, at)
   end
 end
 
---- Take the user's options. Raises a sentence that names what is wrong.
+--- Set the user's options. Raises an error that names the wrong option and its value.
 ---@param options? table
 function M.set(options)
   options = options or {}
@@ -72,10 +72,10 @@ function M.set(options)
   check(options.keys or {}, DEFAULTS.keys, "keys.")
   local values = vim.tbl_deep_extend("force", vim.deepcopy(DEFAULTS), options)
   if not vim.tbl_contains({ "own", "native" }, values.inline) then
-    error(("midfill: the option inline is own or native, not %q"):format(values.inline), 0)
+    error(("midfill: the option inline must be own or native, not %q"):format(values.inline), 0)
   end
   if values.inline == "native" and vim.lsp.inline_completion == nil then
-    error("midfill: the option inline is native, which needs Neovim 0.12; leave it out, or update Neovim", 0)
+    error("midfill: the option inline = native needs Neovim 0.12; remove it, or update Neovim", 0)
   end
   if #values.cmd == 0 then
     error("midfill: the option cmd is empty; the default is { 'midfill', 'serve' }", 0)

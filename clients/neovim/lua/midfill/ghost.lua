@@ -1,8 +1,8 @@
---- Ghost text drawn by ourselves, for Neovim 0.10 and 0.11: asks the server, follows what is typed, accepts.
+--- Ghost text by this plugin, for all versions of Neovim: send requests, follow typing, accept suggestions.
 ---
---- A suggestion belongs to the place where it was asked for. While what stands between that place and the
---- cursor is a beginning of it, the rest is shown, and the server is not asked. That happens in the same
---- turn as the key, before Neovim draws, so that nothing flickers.
+--- A suggestion belongs to the position at which it was requested. While the text typed since then is a
+--- beginning of it, its rest is shown without a request. This happens in the same turn as the key, before
+--- Neovim draws, so that nothing flickers.
 
 local closers = require("midfill.closers")
 local config = require("midfill.config")
@@ -173,7 +173,7 @@ local function cancel()
   end
 end
 
---- Take the suggestion off the screen and the request back.
+--- Hide the suggestion and cancel the pending request.
 function M.clear()
   cancel()
   if shown ~= nil then
@@ -185,7 +185,7 @@ function M.clear()
   end
 end
 
---- A column in bytes of a column in a client's units.
+--- Convert a column in a client's units to bytes.
 ---@param line string
 ---@param column integer
 ---@param encoding string
@@ -266,7 +266,7 @@ local function request(kind)
   mine.id = id
 end
 
---- Whether ghost text may stand on the screen now.
+--- Return true if ghost text may be shown now.
 function M.can_show()
   return vim.api.nvim_get_mode().mode:sub(1, 1) == "i"
     and not vim.o.paste
@@ -277,7 +277,7 @@ local function is_automatic()
   return config.values.auto and vim.b.midfill_enabled ~= false and vim.fn.reg_executing() == ""
 end
 
---- The text or the cursor has changed: go on with what is shown, or ask anew.
+--- After a change of the text or the cursor: continue the suggestion, or request another one.
 local function changed()
   if not M.can_show() then
     seen = nil
@@ -305,7 +305,7 @@ local function changed()
       config.values.debounce_ms,
       0,
       vim.schedule_wrap(function()
-        -- It may have been taken back after it had been scheduled.
+        -- It may have been cancelled after this was scheduled.
         if enabled and seen == place and M.can_show() then
           request(AUTOMATIC)
         end
@@ -314,7 +314,7 @@ local function changed()
   end
 end
 
---- Ask though nothing has changed.
+--- Request a suggestion without a change of the text.
 local function again()
   if enabled then
     seen = nil
@@ -326,9 +326,9 @@ function M.is_visible()
   return shown ~= nil and rest_at(shown, here()) ~= nil
 end
 
---- Insert the suggestion, or a piece of it.
+--- Insert the suggestion, or its next word or line.
 ---@param part? "word"|"line"
----@return boolean whether there was one
+---@return boolean accepted false if there was none
 function M.accept(part)
   local place = here()
   local suggestion = shown
@@ -345,7 +345,7 @@ function M.accept(part)
     num_replaced = #closers.closing(piece, place.after:sub(1, num_replaced))
   end
   local lines = vim.split(piece, "\n", { plain = true })
-  -- One undo takes back what was accepted, and not what had been typed before.
+  -- One undo reverts the accepted text, but not the text typed before.
   vim.cmd("let &undolevels = &undolevels")
   vim.api.nvim_buf_set_text(place.buf, place.row, place.col, place.row, place.col + num_replaced, lines)
   local col = #lines[#lines] + (#lines == 1 and place.col or 0)
@@ -363,7 +363,7 @@ function M.accept(part)
   return true
 end
 
---- What a mapping returns that accepts; nil if there is nothing to accept.
+--- Return the keys of a mapping that accepts; nil if there is nothing to accept.
 ---@param part? "word"|"line"
 ---@return string?
 function M.accepting_keys(part)
@@ -378,15 +378,15 @@ function M.dismissing_keys()
   return M.is_visible() and "<Cmd>lua require('midfill').dismiss()<CR>" or nil
 end
 
---- Take the suggestion off the screen; the next key asks again.
----@return boolean whether there was one
+--- Dismiss the suggestion; the next key requests another one.
+---@return boolean dismissed false if there was none
 function M.dismiss()
   local was_visible = M.is_visible()
   M.clear()
   return was_visible
 end
 
---- Ask explicitly.
+--- Request a suggestion, even where none is shown automatically.
 function M.trigger()
   if enabled and M.can_show() then
     M.clear()
@@ -400,7 +400,7 @@ function M.is_waiting()
   return pending ~= nil
 end
 
---- Nothing may stand on the screen now.
+--- Hide everything.
 local function leave()
   if shown ~= nil or pending ~= nil or seen ~= nil then
     seen = nil
@@ -425,7 +425,7 @@ function M.watch(group)
   on({ "InsertEnter", "CompleteDone" }, function()
     vim.schedule(again)
   end)
-  -- Not every way out of insert mode has an InsertLeave: CTRL-C, <Insert> and CTRL-R = have none.
+  -- Not every way out of insert mode triggers InsertLeave: CTRL-C, <Insert> and CTRL-R = do not.
   on({ "InsertLeave", "BufLeave", "WinLeave" }, leave)
   on({ "ModeChanged", "SafeState", "OptionSet" }, function(event)
     if not M.can_show() then

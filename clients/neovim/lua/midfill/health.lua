@@ -11,8 +11,8 @@ local function check_program()
   local path = programs.find(program)
   if path == nil then
     vim.health.error(
-      ("%q cannot be run"):format(program),
-      { programs.install(), "name it by the option `cmd` of require('midfill').setup" }
+      ("cannot run %q"):format(program),
+      { programs.install(), "or set the option `cmd` of require('midfill').setup" }
     )
     return
   end
@@ -23,7 +23,7 @@ local function check_program()
   if ok and result.code == 0 then
     vim.health.ok(("%s: %s"):format(path, vim.trim(result.stdout)))
   else
-    vim.health.warn(("%s does not tell its version"):format(path))
+    vim.health.warn(("%s --version failed"):format(path))
   end
 end
 
@@ -33,9 +33,9 @@ local function check_server()
     vim.health.ok(("the server is ready, model %s"):format(server.model or "unknown"))
   elseif state == "failed" or state == "given up" or state == "missing" then
     vim.health.error(("the server is %s"):format(state), {
-      ":Midfill log may say why",
+      ":Midfill log may show why",
       "`midfill doctor` checks the installation",
-      ":Midfill restart starts it again",
+      ":Midfill restart restarts it",
     })
   else
     vim.health.info(("the server is %s"):format(state))
@@ -44,7 +44,7 @@ local function check_server()
   if client then
     local num_buffers = vim.tbl_count(client.attached_buffers)
     vim.health.info(
-      ("it serves %d buffer(s); columns count in %s"):format(num_buffers, client.offset_encoding)
+      ("active in %d buffer(s); position encoding %s"):format(num_buffers, client.offset_encoding)
     )
   end
 end
@@ -70,12 +70,12 @@ end
 function M.check()
   vim.health.start("midfill")
   if vim.fn.has("nvim-0.10") == 0 then
-    vim.health.error("Neovim 0.10 or newer is needed")
+    vim.health.error("Neovim 0.10 or newer is required")
     return
   end
   vim.health.info(
-    config.values.inline == "native" and "ghost text by vim.lsp.inline_completion"
-      or "ghost text by this plugin"
+    config.values.inline == "native" and "ghost text is drawn by vim.lsp.inline_completion"
+      or "ghost text is drawn by this plugin"
   )
   check_program()
   check_server()

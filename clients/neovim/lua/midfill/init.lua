@@ -7,7 +7,7 @@ local M = {}
 
 local enabled = true
 
---- Who shows the ghost text.
+--- Return the module that shows the ghost text.
 local function backend()
   return require(config.values.inline == "native" and "midfill.native" or "midfill.ghost")
 end
@@ -17,26 +17,26 @@ function M.is_enabled()
   return enabled
 end
 
---- Insert the suggestion that is shown, or a piece of it.
+--- Insert the suggestion on the screen, or its next word or line.
 ---@param part? "word"|"line"
----@return boolean whether there was one
+---@return boolean accepted false if there was none
 function M.accept(part)
   return backend().accept(part)
 end
 
---- Take the suggestion off the screen.
----@return boolean whether there was one
+--- Dismiss the suggestion on the screen.
+---@return boolean dismissed false if there was none
 function M.dismiss()
   return backend().dismiss()
 end
 
---- Ask explicitly: also where nothing is shown unasked.
+--- Request a suggestion, even at a position where none is shown automatically.
 function M.trigger()
   backend().trigger()
 end
 
 --- Switch suggestions on or off, ghost text and popup items.
----@param on? boolean default: the other way round
+---@param on? boolean default: toggle
 function M.toggle(on)
   enabled = on == nil and not enabled or on == true
   local client = server.client()
@@ -48,7 +48,7 @@ function M.toggle(on)
   vim.cmd.redrawstatus()
 end
 
---- A word or two for the status line; "" where midfill does not serve the buffer.
+--- Return a short text for the status line; "" if midfill is not active in the buffer.
 ---@return string
 function M.statusline()
   if not enabled then
@@ -83,16 +83,16 @@ local function map_keys()
   map(keys.dismiss, "dismiss", function()
     return backend().dismissing_keys()
   end)
-  map(keys.trigger, "ask explicitly", function()
+  map(keys.trigger, "request a suggestion", function()
     return "<Cmd>lua require('midfill').trigger()<CR>"
   end)
 end
 
---- Start. Call it once, after your own mappings.
----@param options? midfill.Config every field may be left out
+--- Start midfill. Call this once, after your own mappings.
+---@param options? midfill.Config every field is optional
 function M.setup(options)
   if vim.fn.has("nvim-0.10") == 0 then
-    vim.notify("midfill: Neovim 0.10 or newer is needed.", vim.log.levels.ERROR)
+    vim.notify("midfill: Neovim 0.10 or newer is required.", vim.log.levels.ERROR)
     return
   end
   config.set(options)

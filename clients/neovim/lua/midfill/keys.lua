@@ -1,11 +1,11 @@
---- Keys that do what they did before wherever there is no suggestion.
+--- Keys that keep their earlier meaning while there is no suggestion.
 
 local M = {}
 
----@type table<string, string> keys that are ours already, and their fallbacks
+---@type table<string, string> keys that are already mapped by this plugin, and their fallbacks
 local fallbacks = {}
 
---- A key sequence that acts as `lhs` did before it was ours: the user's global mapping, or no mapping.
+--- Return a key sequence with the earlier meaning of `lhs`: the user's global mapping, or the key itself.
 ---@param lhs string
 ---@return string
 local function fallback_of(lhs)
@@ -31,7 +31,7 @@ end
 --- Map a key of insert mode.
 ---@param lhs string|false
 ---@param description string
----@param keys fun(): string? the keys it stands for now; nil for what it did before
+---@param keys fun(): string? returns the keys to execute; nil for the earlier meaning
 function M.map(lhs, description, keys)
   if not lhs then
     return

@@ -1,6 +1,6 @@
 --- Ghost text by Neovim itself: `vim.lsp.inline_completion`, from Neovim 0.12 on.
 ---
---- Neovim asks 200 ms after the last key, whatever the server is capable of, so this is a choice, not the default.
+--- Neovim sends its request 200 ms after the last key, so this is optional and not the default.
 
 local pieces = require("midfill.pieces")
 local server = require("midfill.server")
@@ -8,7 +8,7 @@ local server = require("midfill.server")
 local M = {}
 
 ---@param part? "word"|"line"
----@return boolean whether there was one
+---@return boolean accepted false if there was none
 function M.accept(part)
   if part == nil then
     return vim.lsp.inline_completion.get()
@@ -26,14 +26,14 @@ function M.accept(part)
   })
 end
 
---- What a mapping returns that accepts; nil if there is nothing to accept.
+--- Return the keys of a mapping that accepts; nil if there is nothing to accept.
 ---@param part? "word"|"line"
 ---@return string?
 function M.accepting_keys(part)
   return M.accept(part) and "" or nil
 end
 
---- Neovim has no way to take a suggestion off the screen, or to ask explicitly.
+--- Neovim's inline completion can neither dismiss a suggestion nor request one.
 ---@return string?
 function M.dismissing_keys()
   return nil
@@ -45,7 +45,7 @@ end
 
 function M.trigger()
   vim.notify(
-    "midfill: Neovim's own inline completion cannot be asked explicitly; see `inline` in :help midfill"
+    "midfill: not supported by Neovim's own inline completion; see :help midfill-inline"
   )
 end
 
@@ -59,7 +59,7 @@ end
 ---@param on boolean
 local function set(client, on)
   vim.lsp.inline_completion.enable(on, { client_id = client.id })
-  -- For Neovim a buffer without a mark of its own is off already, and nothing would be switched off there.
+  -- Neovim regards a buffer without an entry as off, so that switching it off would have no effect there.
   for buf in pairs(on and client.attached_buffers or {}) do
     vim.lsp.inline_completion.enable(true, { bufnr = buf })
   end

@@ -1,11 +1,11 @@
---- Pieces of a suggestion that can be accepted by themselves.
+--- The parts of a suggestion that can be accepted separately.
 
 local M = {}
 
---- Blanks, then a word or a run of signs. In a string, a line end is a sign for `\S`, and no blank for `\_s`.
+--- White space, then a word or a run of other characters. In a string, `\S` matches a line end and `\_s` does not.
 local WORD = vim.regex([=[^[[:space:]]*\%(\k\+\|\%(\k\@![^[:space:]]\)\+\)]=])
 
---- The first word of a text, the rest of its first line (or the next one, if that is empty), or all of it.
+--- Return the first word of a text, the rest of its first line (or the next line if that is empty), or all of it.
 ---@param text string
 ---@param part? "word"|"line"
 ---@return string

@@ -1,26 +1,26 @@
---- Programs: where they are, and how they are started.
+--- Find programs, and the options to start them with.
 ---
---- The current folder may be a stranger's repository, so nothing in it is found by chance: not a program
---- (Windows looks there first, and so does whoever has "." on the PATH), and not a module of Python.
+--- The current folder may be an untrusted repository, so no program is found there (Windows searches it first,
+--- as does a PATH with "."), and no Python module is imported from it.
 
 local M = {}
 
 local WINDOWS = vim.fn.has("win32") == 1
 local HERE = vim.fs.dirname(vim.fn.fnamemodify(debug.getinfo(1, "S").source:sub(2), ":p"))
 
---- How a program is started: in this plugin's own folder, and Python imports nothing from there either.
+--- Return the options that start a program in this plugin's own folder, from which Python imports nothing.
 ---@return { cwd: string, env: table<string, string> }
 function M.options()
   return { cwd = HERE, env = { PYTHONSAFEPATH = "1" } }
 end
 
---- The way to get the server, for messages: what is beside this plugin can be installed.
+--- Return the command that installs the server, for messages: from this plugin's repository if it is in one.
 ---@return string
 function M.install()
   local checkout = vim.fs.dirname(vim.fs.dirname(vim.fs.dirname(vim.fs.dirname(HERE))))
   return vim.fn.filereadable(checkout .. "/pyproject.toml") == 1
       and "pip install " .. vim.fn.shellescape(checkout)
-    or "pip install . in a checkout of its repository"
+    or "run `pip install .` in a checkout of its repository"
 end
 
 ---@param path string
@@ -28,8 +28,8 @@ local function is_absolute(path)
   return path:find(WINDOWS and "^%a:[\\/]" or "^/") ~= nil or (WINDOWS and path:find("^[\\/][\\/]") ~= nil)
 end
 
---- The absolute path of a program; nil if there is none in an absolute folder of PATH. A path with a relative
---- folder in it is never found.
+--- Return the absolute path of a program; nil if no absolute folder of the PATH contains it. Relative paths are
+--- never found.
 ---@param name string
 ---@return string?
 function M.find(name)
@@ -48,7 +48,7 @@ function M.find(name)
   return nil
 end
 
---- A command with the path of its program in the place of the name; nil if there is no such program.
+--- Return a command with its program's absolute path; nil if there is no such program.
 ---@param command string[]
 ---@return string[]?
 function M.resolve(command)

@@ -1,24 +1,24 @@
---- The server's process as an LSP client: one for all buffers, so that the model is in memory once.
+--- The LSP client and its server process: one for all buffers, so that the model is in memory once.
 
 local config = require("midfill.config")
 local programs = require("midfill.programs")
 
 local M = {}
 
---- Pauses before a dead server is started again; after the last one it is given up.
+--- Pauses before a crashed server is restarted; after the last one it stays off.
 local BACK_OFF_MS = { 250, 1000, 4000 }
---- Having lived this long, a server has recovered.
+--- A server that has run this long resets the count of crashes.
 local RECOVERED_S = 600
 
 ---@alias midfill.State "stopped"|"missing"|"starting"|"loading"|"ready"|"failed"|"restarting"|"given up"
 
 ---@type midfill.State
 M.state = "stopped"
----@type integer? per cent of the model that is loaded
+---@type integer? loading progress in per cent
 M.percentage = nil
 ---@type string? the model's name
 M.model = nil
---- Called when the model is ready, and when the server is gone.
+--- Called when the model is ready, and when the server has ended.
 M.on_ready = function() end
 M.on_gone = function() end
 
@@ -39,7 +39,7 @@ local function become(state)
   vim.cmd.redrawstatus()
 end
 
---- A method of a client: with a dot in Neovim 0.10, with a colon since.
+--- Call a method of a client: with a dot in Neovim 0.10, with a colon since then.
 ---@param client vim.lsp.Client
 ---@param method string
 function M.call(client, method, ...)
@@ -55,7 +55,7 @@ function M.client()
   return client and not M.call(client, "is_stopped") and client or nil
 end
 
---- The client, if it serves this buffer.
+--- Return the client if it is attached to this buffer.
 ---@param buf integer
 ---@return vim.lsp.Client?
 function M.client_of(buf)
@@ -96,7 +96,7 @@ local function ended(code, signal)
   if pause == nil then
     become("given up")
     say(
-      ("the server ended again (%s) and stays off. :Midfill log may say why; :Midfill restart starts it."):format(
+      ("the server crashed again (%s) and stays off. :Midfill log may show why; :Midfill restart restarts it."):format(
         how
       ),
       vim.log.levels.ERROR
@@ -106,7 +106,7 @@ local function ended(code, signal)
   become("restarting")
   if deaths == 1 then
     say(
-      ("the server ended (%s) and is started again. :Midfill log may say why."):format(how),
+      ("the server crashed (%s) and is being restarted. :Midfill log may show why."):format(how),
       vim.log.levels.WARN
     )
   end
@@ -117,7 +117,7 @@ local function ended(code, signal)
   end, pause)
 end
 
---- What starts the process. Neovim is told that it ended well, since we say ourselves how it ended.
+--- Return a function that starts the process. It reports success to Neovim, because we report failures ourselves.
 ---@param command string[]
 local function spawn(command)
   return function(dispatchers)
@@ -161,7 +161,7 @@ local function add_folder(client, root)
   M.call(client, "notify", "workspace/didChangeWorkspaceFolders", event)
 end
 
---- Serve a buffer, if its kind is wanted; starts the server when none runs.
+--- Attach a buffer if its file type is wanted. Start the server if none is running.
 ---@param buf integer
 function M.attach(buf)
   if not is_wanted(buf) or M.state == "given up" then
@@ -179,7 +179,7 @@ function M.attach(buf)
     if M.state ~= "missing" then
       become("missing")
       say(
-        ("cannot run %q. Install the server (%s), or name it: require('midfill').setup { cmd = { '/path/to/midfill', 'serve' } }"):format(
+        ("cannot run %q. Install the server (%s), or set its path: require('midfill').setup { cmd = { '/path/to/midfill', 'serve' } }"):format(
           config.values.cmd[1],
           programs.install()
         ),
@@ -195,7 +195,7 @@ function M.attach(buf)
     cmd = spawn(command),
     root_dir = root,
     capabilities = capabilities(),
-    -- An empty table would become a list.
+    -- An empty Lua table would be sent as a list.
     init_options = next(config.values.settings) and config.values.settings or vim.empty_dict(),
     on_init = function(client)
       if not config.values.popup then
@@ -213,14 +213,14 @@ function M.attach(buf)
   end
 end
 
---- Serve all loaded buffers of wanted kinds.
+--- Attach all loaded buffers of wanted file types.
 function M.attach_all()
   for _, buf in ipairs(vim.api.nvim_list_bufs()) do
     M.attach(buf)
   end
 end
 
---- Stop the server and start a fresh one.
+--- Restart the server.
 function M.restart()
   deaths = 0
   local client = M.client()
@@ -260,8 +260,8 @@ local function progressed(id, value)
   end
 end
 
---- Of a popup item of several lines Neovim 0.12 inserts the first, and 0.10 all as one, with NUL characters for
---- line ends. Put all of them in their place.
+--- Correct a popup item of several lines: Neovim 0.12 inserts only its first line, and 0.10 inserts all as one
+--- line, with NUL characters for line ends.
 local function break_lines()
   local done = vim.v.completed_item
   local item = vim.tbl_get(done, "user_data", "nvim", "lsp", "completion_item") or {}

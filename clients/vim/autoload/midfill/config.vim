@@ -1,21 +1,21 @@
 vim9script
-# What the user may set, and the defaults.
+# The options, and their defaults.
 
 # Options are variables: g:midfill_command and so on.
 const DEFAULTS: dict<any> = {
-  # What starts the server; arguments of `midfill serve` may follow.
+  # Command that starts the server; arguments of `midfill serve` may follow.
   command: ['midfill', 'serve'],
   # Settings of the server, as in its config.toml.
   settings: {},
   # File types that get suggestions; '*' is all others.
   filetypes: {'*': true, gitrebase: false, help: false, netrw: false},
-  # Whether suggestions come unasked.
+  # Show suggestions while typing.
   auto: true,
-  # Rest after a key before the server is asked.
+  # Milliseconds without a key before a request is sent.
   debounce_ms: 15,
 }
 
-# Keys of insert mode: g:midfill_keys. '' leaves a key alone.
+# Keys of insert mode: g:midfill_keys. '' maps none.
 const KEYS: dict<string> = {
   accept: '<Tab>',
   accept_word: '<C-Right>',
@@ -36,7 +36,7 @@ export def Keys(): dict<string>
   const chosen: dict<any> = get(g:, 'midfill_keys', {})
   for [name, key] in items(chosen)
     if !has_key(KEYS, name) || type(key) != v:t_string
-      throw printf('midfill: g:midfill_keys has %s for "%s"; there are: %s, each a string',
+      throw printf('midfill: g:midfill_keys has %s for "%s"; known: %s, each a string',
         string(key), name, join(sort(keys(KEYS)), ', '))
     endif
   endfor
@@ -48,7 +48,7 @@ export def IsWanted(filetype: string): bool
   return !empty(filetypes->get(filetype, filetypes['*']))
 enddef
 
-# The options' names, without g:midfill_.
+# Return the names of the options, without g:midfill_.
 export def Names(): list<string>
   return sort(keys(DEFAULTS) + ['keys'])
 enddef

@@ -1,8 +1,8 @@
 vim9script
-# Buffers as the server's documents, and places in them as the protocol writes them.
+# Buffers as documents of the server, and their positions in the protocol.
 #
-# Every line of a buffer ends with a line end, the last one too. A listener notes which lines were
-# touched; what became of them is read when the server is told. Columns are UTF-16 code units.
+# Every line of a buffer, including the last one, ends with a line end. A listener notes which lines were
+# changed; their text is read when the changes are sent. Columns are UTF-16 code units.
 
 # Of more than this, the server is told whole lines.
 const MAX_CHARS = 10000
@@ -12,7 +12,7 @@ const MAX_CHARS = 10000
 # that we were told of), and the listener's id.
 var documents: dict<dict<any>> = {}
 
-# The path of a file as a URI.
+# Return the path of a file as a URI.
 export def UriOf(path: string): string
   return 'file://' .. substitute(path, '[^A-Za-z0-9/._~-]', (m) => Percent(m[0]), 'g')
 enddef
@@ -21,12 +21,12 @@ def Percent(char: string): string
   return range(len(char))->mapnew((_, i) => printf('%%%02X', char2nr(strpart(char, i, 1)) % 256))->join('')
 enddef
 
-# Text as the server may read it: no NUL, which Vim has as a line end, and no bytes that are no characters.
+# Return text for the server: without NUL, which Vim uses for line ends, and without invalid bytes.
 def Clean(line: string): string
   return list2str(str2list(line))->substitute("\n", "\ufffd", 'g')
 enddef
 
-# How many UTF-16 code units a text has.
+# Return the number of UTF-16 code units of a text.
 export def Units(text: string): number
   return NumUnits(str2list(text))
 enddef
@@ -39,7 +39,7 @@ def NumUnits(chars: list<number>): number
   return num_units
 enddef
 
-# The cursor as a position.
+# Return the cursor as a position.
 export def Cursor(): dict<number>
   const before = strpart(getline('.'), 0, col('.') - 1)
   return {line: line('.') - 1, character: Units(before)}
@@ -53,7 +53,7 @@ export def Identifier(buf: number): dict<any>
   return {uri: documents[string(buf)].uri}
 enddef
 
-# All open documents are those of a server that is gone.
+# Close all documents, because their server has ended.
 export def Forget()
   for document in values(documents)
     listener_remove(document.listener)
@@ -61,7 +61,7 @@ export def Forget()
   documents = {}
 enddef
 
-# Start a document. Returns what the server is told.
+# Open a document. Return the parameters of textDocument/didOpen.
 export def Open(buf: number): dict<any>
   const name = bufname(buf) == '' ? 'untitled:' .. buf : UriOf(fnamemodify(bufname(buf), ':p'))
   final lines = getbufline(buf, 1, '$')->mapnew((_, line) => Clean(line))
@@ -79,25 +79,25 @@ export def Open(buf: number): dict<any>
   return {textDocument: {uri: name, languageId: LANGUAGES->get(language, language), version: 1, text: text}}
 enddef
 
-# Language identifiers that are not the file type's name.
+# Language identifiers that differ from the file type.
 const LANGUAGES = {cs: 'csharp', sh: 'shellscript', bash: 'shellscript', zsh: 'shellscript', tex: 'latex',
   typescriptreact: 'typescriptreact', javascriptreact: 'javascriptreact', text: 'plaintext'}
 
-# End a document. Returns what the server is told.
+# Close a document. Return the parameters of textDocument/didClose.
 export def Close(buf: number): dict<any>
   const document = remove(documents, string(buf))
   listener_remove(document.listener)
   return {textDocument: {uri: document.uri}}
 enddef
 
-# Have the whole of a buffer looked at.
+# Compare the whole buffer at the next flush.
 export def Reread(buf: number)
   if IsOpen(buf)
     documents[string(buf)]->extend({above: 0, below: 0, count: -1})
   endif
 enddef
 
-# Note the lines that a series of changes has touched.
+# Note the lines that a series of changes affects.
 def Touched(buf: number, changes: list<dict<any>>)
   if !IsOpen(buf)
     return
@@ -105,7 +105,7 @@ def Touched(buf: number, changes: list<dict<any>>)
   final document = documents[string(buf)]
   for change in changes
     const above = change.lnum - 1
-    # The change's end is a line number of before it.
+    # The end of a change is a line number from before the change.
     const below = max([0, document.count - change.end + 1])
     if document.above < 0
       document.above = above
@@ -118,7 +118,7 @@ def Touched(buf: number, changes: list<dict<any>>)
   endfor
 enddef
 
-# What the server has to be told of the changes of a buffer; {} if there were none.
+# Return the parameters of textDocument/didChange for the changes of a buffer; {} if there were none.
 export def Changes(buf: number): dict<any>
   listener_flush(buf)
   final document = documents[string(buf)]
@@ -129,7 +129,7 @@ export def Changes(buf: number): dict<any>
   var above: number = document.above
   var below: number = document.below
   if document.count != num_lines || above + below > min([num_lines, len(document.lines)])
-    # The listener was not told of all: the whole buffer is looked at.
+    # The listener missed a change: compare the whole buffer.
     above = 0
     below = 0
   endif

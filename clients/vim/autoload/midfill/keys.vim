@@ -1,10 +1,10 @@
 vim9script
-# Keys of insert mode that do what they did before wherever there is no suggestion.
+# Keys of insert mode that keep their earlier meaning while there is no suggestion.
 
-# Of each key of ours: what it does, when, and the keys that act as it did before.
+# For each mapped key: the keys to execute, when, and the keys with its earlier meaning.
 var actions: list<dict<any>> = []
 
-# A key sequence that acts as a key did before it was ours: the user's global mapping, or no mapping.
+# Return a key sequence with the earlier meaning of a key: the user's global mapping, or the key itself.
 def FallbackOf(key: string): string
   const plug = printf('<Plug>(midfill-fallback-%d)', len(actions))
   const raw = eval(printf('"\%s"', plug))
@@ -22,7 +22,7 @@ def FallbackOf(key: string): string
   return raw
 enddef
 
-# Map a key to a command, for as long as `Wants` says so. '' is no key.
+# Map a key to a command that is executed while `Wants` returns true. '' maps none.
 export def Map(key: string, command: string, Wants: func(): bool)
   if key == ''
     return
@@ -32,7 +32,7 @@ export def Map(key: string, command: string, Wants: func(): bool)
   execute printf('imap <special><silent><expr> %s midfill#keys#Pressed(%d)', key, len(actions) - 1)
 enddef
 
-# What a key stands for now. The text is locked meanwhile, so it is a command and not its effect.
+# Return the keys to execute. The text is locked meanwhile, so this returns a command instead of executing it.
 export def Pressed(number: number): string
   const action = actions[number]
   return action.Wants() ? action.keys : action.fallback

@@ -1,26 +1,26 @@
 vim9script
-# Programs: where they are, and how they are started.
+# Find programs, and the options to start them with.
 #
-# The current folder may be a stranger's repository, so nothing in it is found by chance: not a program
-# (Windows looks there first, and so does whoever has '.' on the PATH), and not a module of Python.
+# The current folder may be an untrusted repository, so no program is found there (Windows searches it first,
+# as does a PATH with '.'), and no Python module is imported from it.
 
 const WINDOWS = has('win32')
 
-# How a program is started: in this plugin's own folder, and Python imports nothing from there either.
+# Options that start a program in this plugin's own folder, from which Python imports nothing.
 export const OPTIONS = {cwd: expand('<sfile>:p:h'), env: {PYTHONSAFEPATH: '1'}}
 
-# The way to get the server, for messages: what is beside this plugin can be installed.
+# The command that installs the server, for messages: from this plugin's repository if it is in one.
 const CHECKOUT = fnamemodify(expand('<sfile>:p:h'), ':h:h:h:h')
 export const INSTALL = filereadable(CHECKOUT .. '/pyproject.toml')
   ? 'pip install ' .. shellescape(CHECKOUT)
-  : 'pip install . in a checkout of its repository'
+  : 'run `pip install .` in a checkout of its repository'
 
 def IsAbsolute(path: string): bool
   return path =~ (WINDOWS ? '^\(\a:[\\/]\|[\\/]\{2}\)' : '^/')
 enddef
 
-# The absolute path of a program; '' if there is none in an absolute folder of PATH. A path with a relative
-# folder in it is never found.
+# Return the absolute path of a program; '' if no absolute folder of the PATH contains it. Relative paths are
+# never found.
 export def Find(name: string): string
   if IsAbsolute(name)
     return executable(name) ? name : ''

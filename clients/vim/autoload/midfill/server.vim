@@ -1,21 +1,21 @@
 vim9script
-# The server's process: one for all buffers, so that the model is in memory once.
+# The server process: one for all buffers, so that the model is in memory once.
 #
-# Knows the process, the protocol's messages and which buffers are served; nothing of what is shown.
+# Knows the process, the protocol's messages and which buffers are attached; nothing about what is shown.
 
 import autoload './config.vim'
 import autoload './documents.vim'
 import autoload './program.vim'
 
-# Pauses before a dead server is started again; after the last one it is given up.
+# Pauses before a crashed server is restarted; after the last one it stays off.
 const BACK_OFF_MS = [250, 1000, 4000]
-# Having lived this long, a server has recovered.
+# A server that has run this long resets the count of crashes.
 const RECOVERED_S = 600
 const MAX_LOG_LINES = 2000
 
 # stopped, missing, starting, loading, ready, failed, restarting or given up
 export var state = 'stopped'
-# Per cent of the model that is loaded; -1 if not known.
+# Loading progress in per cent; -1 if unknown.
 export var percentage = -1
 export var model = ''
 export var version = ''
@@ -32,7 +32,7 @@ var OnReady: func = () => {
 var OnGone: func = () => {
 }
 
-# Have functions called when suggestions can be had, and when the server is gone.
+# Set the functions to call when the model is ready, and when the server has ended.
 export def Watch(Ready: func, Gone: func)
   OnReady = Ready
   OnGone = Gone
@@ -53,12 +53,12 @@ def IsRunning(): bool
   return type(job) == v:t_job && job_status(job) == 'run'
 enddef
 
-# Whether a buffer is served now.
+# Return true if the server knows the buffer.
 export def Serves(buf: number): bool
   return IsRunning() && is_initialized && documents.IsOpen(buf)
 enddef
 
-# Send a request; Done is called with its result, or with v:null. Returns its number, for Cancel.
+# Send a request, and call Done with its result or v:null. Return its number for Cancel.
 export def Request(method: string, params: any, Done: func(any)): number
   const Answered = (_, message: dict<any>) => {
     Done(message->get('result', v:null))
@@ -67,7 +67,7 @@ export def Request(method: string, params: any, Done: func(any)): number
   return type(sent) == v:t_dict ? sent->get('id', -1) : -1
 enddef
 
-# Ask and wait. Returns v:null if there is no answer in time.
+# Send a request and wait. Return the result; v:null if there is no answer in time.
 export def Ask(method: string, params: any, timeout_ms: number): any
   const answer: any = ch_evalexpr(job, {method: method, params: params}, {timeout: timeout_ms})
   return type(answer) == v:t_dict ? answer->get('result', v:null) : v:null
@@ -79,12 +79,12 @@ export def Notify(method: string, params: any)
   endif
 enddef
 
-# Take a request back.
+# Cancel a request.
 export def Cancel(id: number)
   Notify('$/cancelRequest', {id: id})
 enddef
 
-# Tell the server what has become of a buffer.
+# Send the changes of a buffer to the server.
 export def Flush(buf: number)
   const changes = documents.Changes(buf)
   if !empty(changes)
@@ -112,7 +112,7 @@ def IsWanted(buf: number): bool
     && config.IsWanted(getbufvar(buf, '&filetype'))
 enddef
 
-# Serve a buffer, if its kind is wanted; starts the server when none runs.
+# Attach a buffer if its file type is wanted. Start the server if none is running.
 export def Attach(buf: number)
   if documents.IsOpen(buf) || !IsWanted(buf) || index(['given up', 'restarting'], state) >= 0
     return
@@ -128,7 +128,7 @@ export def Attach(buf: number)
   if found == ''
     if state != 'missing'
       Become('missing')
-      Say(printf("cannot run %s. Install the server (%s), or name it: let g:midfill_command = ['/path/to/midfill', 'serve']",
+      Say(printf("cannot run %s. Install the server (%s), or set its path: let g:midfill_command = ['/path/to/midfill', 'serve']",
         string(get(command, 0, '')), program.INSTALL), 'ErrorMsg')
     endif
     return
@@ -136,14 +136,14 @@ export def Attach(buf: number)
   Start([found] + command[1 :])
 enddef
 
-# Serve a buffer no more.
+# Detach a buffer.
 export def Detach(buf: number)
   if documents.IsOpen(buf)
     Notify('textDocument/didClose', documents.Close(buf))
   endif
 enddef
 
-# The name or the kind of a buffer has changed.
+# Reopen a buffer after a change of its name or file type.
 export def Renew(buf: number)
   Detach(buf)
   Attach(buf)
@@ -186,7 +186,7 @@ def Start(command: list<string>)
   job = mine
   if job_status(mine) == 'fail'
     Become('failed')
-    Say('the server cannot be started: ' .. join(command), 'ErrorMsg')
+    Say('cannot start the server: ' .. join(command), 'ErrorMsg')
     return
   endif
   const capabilities = {
@@ -215,7 +215,7 @@ def Initialized(mine: job, result: any)
   endif
   if type(result) != v:t_dict
     Become('failed')
-    Say('the server does not start; :Midfill log may say why.', 'ErrorMsg')
+    Say('the server did not start; :Midfill log may show why.', 'ErrorMsg')
     return
   endif
   version = result->get('serverInfo', {})->get('version', '')
@@ -224,20 +224,20 @@ def Initialized(mine: job, result: any)
   AttachAll()
 enddef
 
-# Answer the server's own request. Its number may be a string, which ch_sendexpr() of Vim 9.0 refuses.
+# Answer a request of the server. Its id may be a string, which ch_sendexpr() of Vim 9.0 refuses.
 def Answer(answer: dict<any>)
   const body = json_encode(extendnew(answer, {jsonrpc: '2.0'}))
   ch_sendraw(job, printf("Content-Length: %d\r\n\r\n%s", len(body), body))
 enddef
 
-# A message that is no answer.
+# Handle a request or notification of the server.
 def Heard(message: dict<any>)
   const method = message->get('method', '')
   if message->has_key('id')
     if method == 'window/workDoneProgress/create'
       Answer({id: message.id, result: v:null})
     elseif method != ''
-      Answer({id: message.id, error: {code: -32601, message: 'Not known here'}})
+      Answer({id: message.id, error: {code: -32601, message: 'Unknown method'}})
     endif
   elseif method == '$/progress'
     Progressed(message.params.value)
@@ -284,13 +284,13 @@ def Ended(old: job, status: number)
   deaths += 1
   if deaths > len(BACK_OFF_MS)
     Become('given up')
-    Say(printf('the server ended again (%s) and stays off. :Midfill log may say why; :Midfill restart starts it.', how),
+    Say(printf('the server crashed again (%s) and stays off. :Midfill log may show why; :Midfill restart restarts it.', how),
       'ErrorMsg')
     return
   endif
   Become('restarting')
   if deaths == 1
-    Say(printf('the server ended (%s) and is started again. :Midfill log may say why.', how), 'WarningMsg')
+    Say(printf('the server crashed (%s) and is being restarted. :Midfill log may show why.', how), 'WarningMsg')
   endif
   timer_start(BACK_OFF_MS[deaths - 1], (_) => {
     if state == 'restarting'
@@ -300,14 +300,14 @@ def Ended(old: job, status: number)
   })
 enddef
 
-# Stop the server and start a fresh one.
+# Restart the server.
 export def Restart()
   const old = job
   deaths = 0
-  # What is heard of the old one from now on does not count.
+  # Ignore all further messages of the old server.
   job = v:null
   if type(old) == v:t_job && job_status(old) == 'run'
-    # It ends by itself when nobody can write to it any more.
+    # The server ends when its input is closed.
     ch_close(old)
     job_stop(old)
     documents.Forget()
@@ -317,7 +317,7 @@ export def Restart()
   AttachAll()
 enddef
 
-# Vim is about to end, and the server with it.
+# End the server when Vim ends.
 export def Leave()
   is_expected = true
   if IsRunning() && is_initialized

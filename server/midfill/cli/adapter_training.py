@@ -1,4 +1,4 @@
-"""`midfill adapter plan`, `train`, `eval`, `stats`: adapters from a repository's history."""
+"""`midfill adapter plan`, `train`, `eval`, `stats`: train adapters on a repository's history."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from midfill.cli.adapter import adapter
-from midfill.cli.shared import JSON, MODEL, read_settings, show, with_progress
-from midfill.cli.terminal import say
+from midfill.cli.engine_choice import installed_model, read_settings
+from midfill.cli.options import JSON, MODEL
+from midfill.cli.terminal import say, show, with_progress
 from midfill.errors import MidfillError
 
 if TYPE_CHECKING:
-    from midfill.models.store import LocalModel
+    from midfill.settings import Settings
 
 _UNITS = {"": 60.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Duration(click.ParamType[float]):
-    """A time such as 90s, 20m or 1h; a bare number is minutes. In seconds."""
+    """A duration such as 90s, 20m or 1h, converted to seconds; a bare number is minutes."""
 
     name = "time"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """See the class."""
+        """Return the duration in seconds."""
         if isinstance(value, float):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(value).strip())
         if match is None or not float(match[1]):
-            self.fail(f"{value!r} is no time. Write 90s, 20m or 1h.", param, ctx)
+            self.fail(f"{value!r} is not a duration. Write, for example, 90s, 20m or 1h.", param, ctx)
         return float(match[1]) * _UNITS[match[2]]
 
 
@@ -39,33 +39,37 @@ _REPO = click.option(
     type=click.Path(path_type=Path),
     default=Path(),
     show_default="the current folder",
-    help="The git repository.",
+    help="Git repository.",
 )
 _BUDGET = click.option(
-    "--budget", type=Duration(), default="20m", show_default=True, help="Time for training and judging."
+    "--budget",
+    type=Duration(),
+    default="20m",
+    show_default=True,
+    help="Time for training and evaluation together: 90s, 20m, 1h; a bare number is minutes.",
 )
-
 
 _BASE_WEIGHTS = click.option(
     "--base-weights",
     type=click.Choice(("auto", "float32", "int8")),
     default="auto",
     show_default="what fits into free memory",
-    help="How the base model is held on a CPU. With int8 learning takes half the memory, and a "
+    help="Format of the base model's weights on a CPU. int8 halves the memory of training and takes a "
     "quarter more time.",
 )
 
 
-@adapter.command("plan")
+@click.command("plan")
 @_REPO
 @_BUDGET
 @_BASE_WEIGHTS
 @MODEL
 @JSON
 def adapter_plan(repo: Path, budget: float, base_weights: str, model: str | None, as_json: bool) -> None:
-    """Show what `midfill adapter train` would learn, and what its judgement could see. Changes nothing.
+    """Dry run: list the commits and files that would be used for training and evaluation.
 
-    Files and commits that are left out are counted by reason. Nothing of a repository is run.
+    Also counts the files and commits that are left out, by reason. Changes nothing, and runs no code of the
+    repository.
 
     \b
     Examples:
@@ -79,7 +83,7 @@ def adapter_plan(repo: Path, budget: float, base_weights: str, model: str | None
     from midfill.training.selection import select
 
     settings = read_settings(model=model)
-    base = _base(settings.model)
+    base = installed_model(settings.model)
 
     def work(report: Any) -> dict[str, Any]:
         report("reading the history", None)
@@ -90,43 +94,51 @@ def adapter_plan(repo: Path, budget: float, base_weights: str, model: str | None
         free = psutil.virtual_memory().available
         room = memory.estimate(base.path, base_weights, settings, free)
         speed = plan.estimate_speed(base.path, room["base_weights"])
-        return plan.summarise(selection, examples, speed, budget, _shown(settings), room)
+        return plan.summarise(selection, examples, speed, budget, _prompt_settings(settings), room)
 
     show(with_progress("planning", work), plan.describe, as_json=as_json)
 
 
-_NAME = click.option("--name", metavar="NAME", help="The adapter's name; by default the repository's.")
+_NAME = click.option(
+    "--name", metavar="NAME", help="Name of the adapter. [default: the name of the repository]"
+)
 _FORCE = click.option(
-    "--force", is_flag=True, help="Use it whatever the verdict; that is recorded and shown."
+    "--force",
+    is_flag=True,
+    help="Enable the adapter whatever the verdict. The registry records that it was forced.",
 )
 _THREADS = click.option(
-    "--threads", type=click.IntRange(0), default=0, show_default="all cores but one", help="CPU threads."
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    show_default="all cores but one",
+    help="Number of CPU threads.",
 )
 
 
-@adapter.command("train")
+@click.command("train")
 @_REPO
 @_BUDGET
 @_NAME
-@click.option("--resume", is_flag=True, help="Go on from where a stopped training was.")
+@click.option("--resume", is_flag=True, help="Continue a stopped training from its checkpoint.")
 @click.option(
     "--processes",
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="Train with so many processes: one for each GPU.",
+    help="Number of training processes: one for each GPU.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(1),
-    help="Make so many steps, however long they take: the same steps with the same --base-weights make the "
-    "same adapter.",
+    help="Train for this number of steps instead of the time of --budget. Equal --steps and --base-weights "
+    "give an equal adapter.",
 )
 @click.option(
     "--job",
     "job_file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the job into this file, for torchrun, and do nothing else.",
+    help="Only write the job to this file, for torchrun.",
 )
 @_THREADS
 @_BASE_WEIGHTS
@@ -147,15 +159,15 @@ def adapter_train(
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Learn an adapter from a repository's history, and prove it on later commits.
+    """Train an adapter on a repository's history, and evaluate it on later commits.
 
-    It learns from the commits before the newest ones, with the prompts that the server sends. The newest
-    commits then judge it. Only an adapter that is better there, beyond chance, is registered as enabled; any
-    other one is registered too, and stays off. All of it happens on this machine, at the lowest priority,
-    and stands aside while you are being answered. Ctrl-C keeps a checkpoint; --resume goes on exactly there.
+    Training uses the older commits and the server's own prompts; the newest commits are held out for the
+    evaluation. Only an adapter that is significantly better there is registered as enabled; any other is
+    registered too, but stays off. Everything runs on this machine, at the lowest priority, and pauses while
+    a server on this machine computes suggestions. Ctrl-C saves a checkpoint; --resume continues from it.
 
-    With several GPUs the examples of a step are divided among the processes, which meet on this machine only.
-    They learn what one process learns in the same steps. Torch's own launcher does as well: see --job.
+    With several GPUs, the examples of each step are divided among the processes, which connect on this
+    machine only. The result is that of one process after the same steps. For torchrun, see --job.
 
     \b
     Examples:
@@ -185,14 +197,14 @@ def adapter_train(
     if job_file is not None:
         from midfill.system import text_files
 
-        request = request_of("train", job, _base(settings.model), settings)
+        request = request_of("train", job, installed_model(settings.model), settings)
         text_files.replace(job_file, json.dumps(request), private=True)
         return
     result = _run("train", job, settings, processes=processes)
     show(result, _describe, as_json=as_json)
 
 
-@adapter.command("eval")
+@click.command("eval")
 @click.argument("name", metavar="NAME|DIR")
 @_REPO
 @_THREADS
@@ -203,10 +215,11 @@ def adapter_train(
 def adapter_eval(
     name: str, repo: Path, threads: int, base_weights: str, force: bool, model: str | None, as_json: bool
 ) -> None:
-    """Judge an adapter on the newest commits of a repository, beside its base model.
+    """Evaluate an adapter against its base model on the newest commits of a repository.
 
-    "enabled" means better beyond chance in every condition; "rejected" and "inconclusive" both mean off.
-    A registered adapter takes the verdict. A folder in PEFT format can be judged without being registered.
+    The verdict is "enabled" only if the adapter is significantly better and passes every other check;
+    "rejected" and "inconclusive" both mean off. The verdict of a registered adapter is stored. A folder in
+    PEFT format can be evaluated without being registered.
 
     \b
     Examples:
@@ -223,7 +236,7 @@ def adapter_eval(
     if entry is None and not folder.is_dir():
         registry.get(name)
     if force and entry is None:
-        raise MidfillError("--force is recorded in the registry: import the adapter first.")
+        raise MidfillError(f"--force needs a registered adapter. First run: midfill adapter import {name}")
     label = entry.name if entry is not None else name_for(folder)
     job = Job(
         repo.resolve(),
@@ -242,15 +255,15 @@ def adapter_eval(
     show({"adapter": label, "forced": force, **result}, _describe, as_json=as_json)
 
 
-@adapter.command("stats")
+@click.command("stats")
 @JSON
 def adapter_stats(as_json: bool) -> None:
-    """Show how many suggestions were accepted with each adapter, and without one.
+    """Show how many suggestions were accepted with each adapter and without one.
 
-    Counted on this machine by running servers, without any text; see `midfill status`. With the setting
-    `adapter_holdout` one session in ten, by chance, is without its adapter, and both groups are compared: the
-    difference of the accepted shares, with its 95 % interval, in which it is sessions that count. Without
-    it, sessions with and without an adapter differ in more than the adapter.
+    Running servers keep these counts on this machine, without any text; see `midfill status`. With the
+    setting `adapter_holdout`, one random session in ten runs without its adapter. The two groups are then
+    compared: the difference between their acceptance rates, with a 95 % interval over sessions. Without that
+    setting the groups differ in more than the adapter.
 
     \b
     Example:
@@ -280,7 +293,7 @@ def adapter_stats(as_json: bool) -> None:
 
 
 def _compare(sessions: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sessions with each adapter beside those that it was held out of."""
+    """Compare, for each adapter, the sessions with it to those that it was held out of."""
     from midfill.completion.stats import acceptance as feedback
     from midfill.evaluation.statistics import difference
 
@@ -354,14 +367,14 @@ def _run(
     adapter: Path | None = None,
     fingerprint: str | None = None,
 ) -> dict[str, Any]:
-    """Do a job in a process of its own, with a progress bar."""
+    """Run a job in a separate process, with a progress bar. Return its result. Raises `MidfillError`."""
     import contextlib
     import signal
 
     from midfill.training import process as training
     from midfill.training.job import request_of
 
-    request = request_of(kind, job, _base(settings.model), settings, adapter, fingerprint)
+    request = request_of(kind, job, installed_model(settings.model), settings, adapter, fingerprint)
     last: dict[str, Any] = {}
 
     def work(report: Any) -> None:
@@ -371,8 +384,8 @@ def _run(
                 try:
                     event = next(coming, None)
                 except KeyboardInterrupt:
-                    report("stopping, with a checkpoint", None)
-                    # The terminal has told both; whoever sent it to this process alone has not.
+                    report("stopping; saving a checkpoint", None)
+                    # Ctrl-C in a terminal reaches both processes; a signal sent to this one does not.
                     with contextlib.suppress(OSError):
                         process.send_signal(signal.SIGINT)
                     coming = training.events(process)
@@ -386,7 +399,7 @@ def _run(
 
     with_progress(kind, work)
     if "stopped" in last:
-        say(f"{last['stopped']} Go on with: midfill adapter train --resume --name {job.name}", err=True)
+        say(f"{last['stopped']} To continue: midfill adapter train --resume --name {job.name}", err=True)
         raise click.Abort
     if "error" in last:
         raise MidfillError(last["error"])
@@ -395,7 +408,7 @@ def _run(
 
 
 def _describe(result: dict[str, Any]) -> str:
-    """A verdict for a person."""
+    """Return the verdict and its figures as text."""
     colours = {"enabled": "green", "rejected": "red", "inconclusive": "yellow"}
     rows = [
         f"{result['adapter']}: {click.style(result['verdict'], fg=colours[result['verdict']], bold=True)}"
@@ -406,11 +419,13 @@ def _describe(result: dict[str, Any]) -> str:
         bounds = f" ({interval[0]:+.4f} to {interval[1]:+.4f})" if interval else ""
         rows.append(
             f"log-loss  {result['nll_base']:.4f} to {result['nll_adapter']:.4f} nats per token, gain "
-            f"{result['nll_gain']:+.4f}{bounds}; {result['examples']} places, {result['commits']} commits"
+            f"{result['nll_gain']:+.4f}{bounds}; {result['examples']} examples, {result['commits']} commits"
         )
-        rows.append(f"          {result['nll_gain_at_ends']:+.4f} of the gain by knowing where to end")
+        rows.append(
+            f"          {result['nll_gain_at_ends']:+.4f} of the gain comes from ending at the right place"
+        )
     if saved := result["saved_chars"]:
-        rows.append(f"saved     {saved['base']} to {saved['adapter']} characters at {saved['holes']} places")
+        rows.append(f"saved     {saved['base']} to {saved['adapter']} characters at {saved['holes']} holes")
     if result["general"] is not None:
         rows.append(f"other     log-loss {result['general'] - 1:+.1%} on other code")
     if result["latency"] is not None:
@@ -422,22 +437,13 @@ def _describe(result: dict[str, Any]) -> str:
         )
     rows.append(f"report    {result['report']}")
     if result["forced"]:
-        rows.append("It is used in spite of the verdict, because of --force.")
+        rows.append("Enabled in spite of the verdict, because of --force.")
     elif result["verdict"] != "enabled":
-        rows.append("It stays off.")
+        rows.append("The adapter stays off.")
     return "\n".join(rows)
 
 
-def _base(name: str) -> LocalModel:
-    from midfill.models import store
-
-    found = store.find(name)
-    if found is None:
-        raise MidfillError(f"The model {name!r} is not on this machine. Run: midfill model pull {name}")
-    return found
-
-
-def _shown(settings: Any) -> dict[str, Any]:
-    """The settings that a prompt depends on."""
+def _prompt_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings that a prompt depends on."""
     names = ("model", "prefix_tokens", "suffix_tokens", "context", "context_tokens", "layout", "healing")
     return {name: getattr(settings, name) for name in names}
