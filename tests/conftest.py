@@ -1,8 +1,9 @@
 """In which order, and beside what, tests run.
 
-`pytest` starts two processes, to which modules are dealt out in the order below. What drives real editors is one
-group, which one of them begins with; what needs a real model is another, at the end. A `serial` test measures
-time or memory: no other test runs meanwhile. One file, `-s` or `--pdb` run in one process; so does `-n 0`.
+`pytest` starts two processes, to which modules are dealt out in the order below. What drives real editors
+is one group, which one of them begins with; what needs a real model is another, at the end. A `serial` test
+measures time or memory: no other test runs meanwhile. One file, `-s` or `--pdb` run in one process; so does
+everything with `-n 0`.
 """
 
 import os
