@@ -36,7 +36,7 @@ async def hosted(listen, *, rules=RULES, log="", limits=None, make=None, script=
 
 
 async def until(condition):
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         for _ in range(10_000):
             if condition():
                 return

@@ -73,7 +73,7 @@ async def answer(server, uri, language="python"):
 
 async def settled(server, uri, expected, language="python"):
     """The answer becomes this one, since changes are noticed at edits, once a second."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (found := await answer(server, uri, language)) != expected:
             assert found in "012"
 
@@ -173,7 +173,7 @@ async def test_another_model_is_noticed(home, start, tmp_path):
     folder = write_adapter(tmp_path / "foreign", seed=8)
     Bindings().bind(Registry().add(folder, name="foreign", base=base).digest)
     server = await start()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not (listed := await command(server, "midfill.adapter.list"))["failures"]:
             pass
     assert "is another model" in listed["failures"][0]
@@ -187,7 +187,7 @@ def asks_for(home, name):
 async def question(server):
     """What the server asks the user; it may have come already, before another answer."""
     method = "window/showMessageRequest"
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not (asked := [message for message in server.seen if message.get("method") == method]):
             await server.receive()
     [message] = asked
@@ -214,7 +214,7 @@ async def test_a_workspace_that_is_refused(home, start, result):
     asked = await question(server)
     server.send({"jsonrpc": "2.0", "id": asked["id"], "result": result})
     assert await answer(server, (home / "project" / "a.py").as_uri()) == "0"
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while bool(Bindings().read().refused) is not (result is not None):
             await server.serves()
     assert Bindings().read().workspaces == {}
@@ -243,7 +243,7 @@ async def test_a_session_may_be_without_its_adapter_for_comparison(home, start, 
     server = await start(initializationOptions={"adapterHoldout": True})
     uri = (home / "project" / "a.py").as_uri()
     status = {}
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not (status.get("adapter") or status.get("heldOut")):
             status = (await request(server, "midfill/status", {}))["result"]
     assert (status["adapter"], status["heldOut"]) == ((None, "one") if held_out else ("one", None))
@@ -286,7 +286,7 @@ async def test_an_adapter_of_the_teams_engine_is_used_where_it_is_bound(home, sc
             await server.loaded()
             await settled(server, (home / "project" / "a.py").as_uri(), "1")
             Bindings().bind(digest("two"), language="rust")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not (listed := await command(server, "midfill.adapter.list"))["failures"]:
                     assert await answer(server, (home / "a.py").as_uri()) == "1"
             assert "has not the adapter two; start it with --with-adapter two" in listed["failures"][0]

@@ -55,7 +55,7 @@ async def midfill(*arguments):
 async def shown(client):
     """What a new server shows unasked of a text that the model is sure of; why, its status, its messages."""
     it = await client({"after": "a = ", "text": "compute(v)", "logprob": SURE})
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (status := await it.request("midfill/status", None))["state"] != "ready":
             pass
     item = {"uri": URI, "languageId": "python", "version": 1, "text": "a = \n"}

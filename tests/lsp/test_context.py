@@ -96,7 +96,7 @@ async def test_the_indexing_process_is_our_own_and_ends(scripted, root):
     uri = (root / "main.py").as_uri()
     open_document(server, uri, MAIN)
     await until(server, uri, MAIN, "seen")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while process.children(recursive=True):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     assert seen <= {("-P", "-X", "utf8", "-m", "midfill.context.worker")}
@@ -161,7 +161,7 @@ async def test_files_that_change_on_disk_are_seen(scripted, root):
         server.notify("workspace/didChangeWatchedFiles", junk)
     server.notify("workspace/didChangeWatchedFiles", changed)
     # Another document makes this one's context be chosen anew.
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         number = 0
         while await ask(server, uri, text) != "seen":
             number += 1
@@ -201,7 +201,7 @@ async def test_the_server_ends_while_it_indexes(script, root):
         server.notify("exit")
         assert await server.status() == 0
     assert children
-    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert psutil.wait_procs(children, timeout=60)[1] == []
 
 
 async def test_an_evaluation_sees_what_an_editor_would(script, root):

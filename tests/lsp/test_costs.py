@@ -14,7 +14,7 @@ URI = "file:///work/main.py"
 
 async def ready(client):
     """The (scripted) model has been loaded."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not any(m == "$/progress" and p["value"]["kind"] == "end" for m, p in client.heard):
             await client.request("midfill/costs", {"after": 0})
 

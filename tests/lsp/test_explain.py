@@ -16,7 +16,7 @@ HERE = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 13}, 
 async def asked(client, tmp_path, *, text="2))\nprint(3)\n"):
     log = tmp_path / "midfill.log"
     server = await client({"text": text}, arguments=["--log-file", str(log), "--log-level", "debug"])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not any(m == "$/progress" and p["value"]["kind"] == "end" for m, p in server.heard):
             await server.request("midfill/explain", {"textDocument": {"uri": URI}})
     server.notify("textDocument/didOpen", {"textDocument": DOCUMENT})

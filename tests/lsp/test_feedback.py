@@ -21,7 +21,7 @@ async def start(script, tmp_path, monkeypatch, name="an editor", options=None):
     heard = []
     client.on_notification = lambda method, params: heard.append((method, params))
     await client.initialize(options, name)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not any(m == "$/progress" and p["value"]["kind"] == "end" for m, p in heard):
             await client.request("midfill/explain", {"textDocument": {"uri": URI}})
     item = {"uri": URI, "languageId": "python", "version": 1, "text": "x = \ny = 2\n"}

@@ -71,7 +71,7 @@ class Typist:
 
     async def ran(self, count):
         """The model has ended this many requests: what became of them."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(self.runs) < count:
                 await self.client.request("midfill/explain", DOCUMENT)
         return [run["fate"] for run in self.runs]
@@ -82,7 +82,7 @@ def typist(client, tmp_path):
     async def start(*rules, **options):
         log = tmp_path / "log"
         server = await client(*rules, log=str(log), **options)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not any(m == "$/progress" and p["value"]["kind"] == "end" for m, p in server.heard):
                 await server.request("midfill/explain", DOCUMENT)
         return Typist(server, log)

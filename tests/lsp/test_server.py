@@ -48,7 +48,7 @@ async def explain(client, uri=URI):
 
 async def ready(client):
     """The (scripted) model has been loaded."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not any(m == "$/progress" and p["value"]["kind"] == "end" for m, p in client.heard):
             await client.request("midfill/explain", {"textDocument": {"uri": "file:///ready"}})
 

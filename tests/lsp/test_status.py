@@ -11,7 +11,7 @@ URI = "file:///work/main.py"
 
 async def status(client, state=None):
     """The status; if `state` is given, once it is that."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             found = await client.request("midfill/status", None)
             if state in {None, found["state"]}:

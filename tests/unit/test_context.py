@@ -65,7 +65,7 @@ def make():
         context.open_folders([(folder.name, folder) for folder in folders])
         made.append(context)
         if context.indexer is not None:
-            assert context.indexer.scanned.wait(30)
+            assert context.indexer.scanned.wait(60)
         return context
 
     yield make
@@ -117,7 +117,7 @@ def test_nothing_that_stands_near_the_cursor_but_far_parts_of_the_document_itsel
 def test_without_a_folder_open_documents_are_context_and_no_file_is_read(root, make):
     context = make()
     context.opened(document(root / "shapes.py", SHAPES + "\n\ndef perimeter(rectangle):\n    return 4\n"))
-    assert context.indexer.wait(10)
+    assert context.indexer.wait(60)
     text = "rectangle = largest_rectangle(rectangles)\nprint(rectangle.area(), perimeter(rectangle"
     collected = context.collect(at_end(document(root / "main.py", text)))
     assert set(sources(collected)) == {(Source.OPEN, "shapes.py")}
@@ -132,11 +132,11 @@ def test_an_open_document_counts_as_it_is_in_the_editor(root, make):
     context.edited(shapes, edited)
     main = document(root / "main.py", "from shapes import smallest_rectangle\nbest = smallest_rectangle(")
     context.collect(at_end(main))
-    assert context.indexer.wait(10)
+    assert context.indexer.wait(60)
     assert any("def smallest_rectangle" in one.text for one in context.collect(at_end(main)).snippets)
     # Closed without saving: the file's text counts again.
     context.closed(edited.uri)
-    assert context.indexer.wait(10)
+    assert context.indexer.wait(60)
     assert context.indexer.index.define({"shapes", "smallest_rectangle"}) == []
     assert context.indexer.index.define({"shapes", "largest_rectangle"})
 
@@ -149,13 +149,13 @@ def test_files_that_change_are_read_again(root, make):
     (root / "new.py").write_text("def new_function(a):\n    return a * 2 + 1\n")
     context.files_changed([(root / name).as_uri() for name in ("shapes.py", "orders.py", "new.py")])
     context.files_changed(["untitled:1", "file:///elsewhere/x.py", "file://host/x.py", ":"])
-    assert context.indexer.wait(10)
+    assert context.indexer.wait(60)
     assert sorted(index.paths()) == ["new.py", "shapes.py"]
     assert index.define({"shapes", "largest_rectangle"}) == []
     assert [found.text for _, found in index.define({"shapes", "triangle"})] == ["def triangle(a, b, c):"]
     (root / ".gitignore").write_text("new.py\n")
     context.files_changed([(root / ".gitignore").as_uri()])
-    assert context.indexer.wait(30)
+    assert context.indexer.wait(60)
     assert index.paths() == ["shapes.py"]
 
 
@@ -167,7 +167,7 @@ def test_several_folders_and_those_that_nobody_chose(root, make, tmp_path, monke
     assert sorted(context.indexer.index.paths()) == ["orders.py", "other/shapes.py", "shapes.py"]
     (other / "shapes.py").unlink()
     context.files_changed([(other / "shapes.py").as_uri()])
-    assert context.indexer.wait(10)
+    assert context.indexer.wait(60)
     assert sorted(context.indexer.index.paths()) == ["orders.py", "shapes.py"]
     monkeypatch.setenv("HOME", str(root))
     context.open_folders([("home", root), ("/", root.parents[-1])])
@@ -184,14 +184,14 @@ def test_the_context_stays_while_the_user_works_at_one_place(root, make):
     # If it were chosen again it would not be the same: the file that it comes from is gone.
     (root / "shapes.py").unlink()
     context.files_changed([(root / "shapes.py").as_uri()])
-    assert context.indexer.wait(10)
+    assert context.indexer.wait(60)
     for line in range(6, 40):
         edited = main.edit([Change("x", (line, 0), (line, 0))], line, Encoding.UTF16)
         context.edited(main, edited)
         main = edited
         assert context.collect(Snapshot(main, Point(line, 1))) is first
     context.opened(document(root / "other.py", "x = 1\n"))
-    assert context.indexer.wait(10)
+    assert context.indexer.wait(60)
     assert context.collect(Snapshot(main, Point(40, 0))) is not first
 
 
@@ -203,7 +203,7 @@ def test_the_context_is_renewed_early_where_nobody_waits(root, make):
     assert not context.renew(Snapshot(main, Point(8, 0)))
     (root / "shapes.py").unlink()
     context.files_changed([(root / "shapes.py").as_uri()])
-    assert context.indexer.wait(10)
+    assert context.indexer.wait(60)
     assert context.collect(Snapshot(main, Point(30, 0))) is first
     assert context.renew(Snapshot(main, Point(30, 0)))
     assert context.collect(Snapshot(main, Point(30, 0))) is not first
@@ -434,7 +434,7 @@ def test_a_planted_secret_is_in_none_of_a_thousand_prompts(root, make):
                 context.edited(other, edited)
                 other = edited
             if count % 100 == 0:
-                assert context.indexer.wait(10)
+                assert context.indexer.wait(60)
         text = (
             f"from service_{number} import Client_{number}, connect_{number}\n\n\ndef run(client, retries):\n"
         )
