@@ -23,7 +23,7 @@ FOLDERS = ("unit", "scenarios", "engine", "lsp", "editors", "real", "gpu")
 QUICK = ("unit", "scenarios")
 # Never two tests of one of these at a time.
 GROUPS = {"editors": "editors", "real": "models", "gpu": "models"}
-NOT_QUICK = ("slow", "fuzz", "real", "serial")
+NOT_QUICK = ("fuzz", "programs", "real", "serial", "slow")
 SHARED = pytest.StashKey[str]()
 
 
@@ -50,6 +50,13 @@ def pytest_xdist_auto_num_workers(config):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     single = any(Path(argument.split("::")[0]).suffix == ".py" for argument in config.args)
     return 0 if single or fcntl is None or config.option.capture == "no" or cores == 1 else 2
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`-m quick` does not even import what the other folders need."""
+    if config.option.markexpr == "quick" and collection_path.parent == TESTS and collection_path.is_dir():
+        return True if collection_path.name not in QUICK else None
+    return None
 
 
 class _ByModule(LoadGroupScheduling):

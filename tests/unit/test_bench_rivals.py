@@ -7,6 +7,8 @@ import pytest
 
 from midfill.bench.rivals import GENERATE, LLAMA_CPP, Rival, RivalError
 
+pytestmark = pytest.mark.programs
+
 
 async def test_a_folder_without_a_model_is_a_reason(tmp_path):
     with pytest.raises(RivalError, match=r"^generate: \w+: "):

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.programs
+
 COMMAND = [sys.executable, "-P", "-m", "midfill"]
 
 

@@ -25,6 +25,8 @@ from midfill.evaluation.repository import (
 from midfill.evaluation.statistics import mcnemar, ratio_interval
 from midfill.settings import Settings
 
+pytestmark = pytest.mark.programs
+
 CODE = '''"""What it does.
 
 This is prose, which is not completed.

@@ -21,6 +21,8 @@ from midfill.learning.history import Repository
 from midfill.learning.selection import select
 from midfill.settings import Settings
 
+pytestmark = pytest.mark.programs
+
 posix = pytest.mark.skipif(sys.platform == "win32", reason="the programs here are shell scripts")
 
 
