@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from real_terminal import Terminal
+from real_terminal import LIMIT_S, Terminal
 
 PLUGIN = Path(__file__).parents[2] / "clients" / "vim"
 
@@ -125,7 +125,7 @@ class Vim(Terminal):
         (self.folder / "question.part").write_text(f"{self._questions}\n{expression}\n", encoding="utf-8")
         (self.folder / "question.part").rename(self.folder / "question")
         answer = self.folder / f"answer{self._questions}"
-        end = time.monotonic() + 10
+        end = time.monotonic() + LIMIT_S
         while not answer.exists():
             if time.monotonic() > end:
                 raise AssertionError(f"Vim does not answer: {Terminal.describe(self)}")

@@ -64,6 +64,7 @@ def trace(tmp_path):
     return path
 
 
+@pytest.mark.serial
 def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(trace, engine):
     found = measured(
         "replay",
@@ -91,6 +92,7 @@ def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(trace, engine):
     assert all(found[name] is not None for name in whole)
 
 
+@pytest.mark.serial
 def test_a_suggestion_can_be_typed_through_instead(trace, engine):
     rules = {"after": "total =", "text": " sum(values)"}, {"text": "zzz"}
     found = measured("replay", trace, "--no-accept", "--engine", engine(*rules))
@@ -102,6 +104,7 @@ def test_a_suggestion_can_be_typed_through_instead(trace, engine):
     assert found["sources"]["typed-through"] == inside["requests"]
 
 
+@pytest.mark.serial
 def test_requests_that_the_next_key_overtakes_are_cancelled(trace, engine):
     found = measured("replay", trace, "--speed", 3, "--engine", engine(PROBE, {"hang": True}))
     assert found["requests"] == len(TYPED)
@@ -113,6 +116,7 @@ def test_requests_that_the_next_key_overtakes_are_cancelled(trace, engine):
     assert found["suggestion_ms"] == {"p50": None, "p95": None, "p99": None}
 
 
+@pytest.mark.serial
 def test_what_cancelled_requests_have_written_is_counted(trace, engine):
     slow = {"text": "z" * 50, "token_delay_s": 0.03}
     found = measured("replay", trace, "--engine", engine(PROBE, slow))
@@ -126,6 +130,7 @@ def test_what_cancelled_requests_have_written_is_counted(trace, engine):
     assert 0 < found["cancel_to_free_ms"]["p50"] < 50 * 30
 
 
+@pytest.mark.serial
 def test_a_suggestion_that_leads_elsewhere_is_not_accepted(trace, engine):
     found = measured("replay", trace, "--speed", 2, "--engine", engine({"text": "sum(other)"}))
     assert found["fates"]["accepted"] == 0
@@ -135,6 +140,7 @@ def test_a_suggestion_that_leads_elsewhere_is_not_accepted(trace, engine):
     assert found["unaccepted_tokens"] > 0
 
 
+@pytest.mark.serial
 def test_the_time_can_be_limited(trace, engine):
     found = measured("replay", trace, "--limit-s", 1, "--engine", engine({"text": "zzz"}))
     assert 2 <= found["keys"] <= 5
