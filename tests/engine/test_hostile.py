@@ -75,6 +75,7 @@ def enemy(kind):
     return f"0123456789abcdef-{kind}"
 
 
+@pytest.mark.serial
 @pytest.mark.slow
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("kind", NAMES)

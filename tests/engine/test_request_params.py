@@ -17,6 +17,7 @@ from midfill.engine.remote.server.stop_strings import StopMatcher
 from midfill.engine.scripted import CharTokenizer, Rule, Script
 from midfill.errors import ModelError
 from midfill.fim.templates import FAMILIES, infill
+from profiles import examples
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 FIM = "<|fim_prefix|>{}<|fim_suffix|>{}<|fim_middle|>"
@@ -317,7 +318,7 @@ def naive(texts, pieces):
     return found
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples())
 @given(
     st.lists(st.text("ab", max_size=6), max_size=8),
     st.lists(st.text("abc", max_size=4), max_size=30),

@@ -22,6 +22,7 @@ from midfill.engine.remote.server.connections import ConnectionLimits
 from midfill.engine.scripted import Rule, Script
 from midfill.errors import MidfillError
 from midfill.fim.templates import infill
+from profiles import examples
 
 SHORT = ConnectionLimits(head_s=0.1, body_s=0.1, unread_s=0.1)
 SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
@@ -130,7 +131,7 @@ def with_server(test, caplog, limits=None):
 
 
 @pytest.mark.fuzz
-@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(30), suppress_health_check=SLOW)
 @given(st.lists(RAW, min_size=1, max_size=8))
 def test_raw_bytes(caplog, many):
     async def send(url):
@@ -148,7 +149,7 @@ def test_raw_bytes(caplog, many):
 
 
 @pytest.mark.fuzz
-@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(30), suppress_health_check=SLOW)
 @given(st.lists(RAW, min_size=1, max_size=4))
 def test_raw_bytes_of_who_stays(caplog, many):
     """Without an end; the deadlines are short."""
@@ -164,7 +165,7 @@ def test_raw_bytes_of_who_stays(caplog, many):
 
 
 @pytest.mark.fuzz
-@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(30), suppress_health_check=SLOW)
 @given(st.lists(st.tuples(st.booleans(), FIELDS | JSON | st.binary(max_size=40)), min_size=1, max_size=10))
 def test_bodies(caplog, many):
     async def send(url):
@@ -256,7 +257,7 @@ PIECES = st.one_of(
 
 
 @pytest.mark.fuzz
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples())
 @given(st.sampled_from(sorted(DIALECTS)), st.dictionaries(WORDS, OBJECTS, max_size=6))
 def test_an_object_of_a_stream_is_a_piece_or_no_answer(kind, value):
     with contextlib.suppress(InvalidResponseError):
@@ -269,7 +270,7 @@ def test_an_object_of_a_stream_is_a_piece_or_no_answer(kind, value):
 
 
 @pytest.mark.fuzz
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples())
 @given(st.lists(st.binary(max_size=30) | OBJECTS.map(event), max_size=10))
 def test_bytes_of_a_stream_are_objects_or_no_answer(parts):
     lines = StreamParser(limit=100)
@@ -279,7 +280,7 @@ def test_bytes_of_a_stream_are_objects_or_no_answer(parts):
 
 
 @pytest.mark.fuzz
-@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(30), suppress_health_check=SLOW)
 @given(
     st.lists(
         st.lists(PIECES, max_size=8).map(lambda parts: [STREAM, *parts]) | st.lists(PIECES, max_size=5),
@@ -312,7 +313,7 @@ def test_an_answer_costs_its_request_and_the_next_is_served(caplog, scripts):
 
 
 @pytest.mark.fuzz
-@settings(max_examples=8, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=examples(30), suppress_health_check=SLOW)
 @given(OBJECTS | st.dictionaries(st.sampled_from(["data", "object", "models"]), OBJECTS, max_size=3))
 def test_any_list_of_models_is_used_or_is_a_sentence(caplog, models):
     async def run():

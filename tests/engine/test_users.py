@@ -15,6 +15,7 @@ from midfill.engine.api import Request
 from midfill.engine.kv_slots import Slots
 from midfill.engine.scheduler import Priority, Scheduler, SequenceState
 from midfill.errors import EngineOverloadedError
+from profiles import examples
 
 PASS_S, TOKEN_S = 0.025, 0.0009  # of the default model on two cores
 
@@ -240,7 +241,7 @@ def test_a_typist_waits_no_more_than_twice_as_long_beside_a_hostile_user(hostile
     assert ratio <= 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(5))
 @given(st.data())
 def test_whoever_comes_and_goes_the_books_are_right_and_nobody_waits_for_ever(data):
     num_slots = data.draw(st.integers(1, 4))

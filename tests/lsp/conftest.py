@@ -57,10 +57,30 @@ async def client(script):
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(tmp_path_factory):
-    """One server for all those tests of a module that leave no trace in it."""
-    path = tmp_path_factory.mktemp("shared") / "script.json"
-    path.write_text(json.dumps({"rules": [WARM, {"text": "1"}]}))
-    async with await Raw.start("--engine", f"scripted:{path}") as server:
-        await server.initialize()
-        yield server
+async def shares(tmp_path_factory):
+    """Give the module's server with these rules, to those of its tests that leave no trace in it.
+
+    `await shares(rule, ...)` starts it at the first call. What the engine did is in `engine_log`.
+    """
+    servers = {}
+
+    async def share(*rules):
+        key = json.dumps(rules)
+        if key not in servers:
+            folder = tmp_path_factory.mktemp("shared")
+            script = {"rules": [WARM, *rules], "log": str(folder / "log")}
+            (folder / "script.json").write_text(json.dumps(script))
+            server = servers[key] = await Raw.start("--engine", f"scripted:{folder / 'script.json'}")
+            server.engine_log = folder / "log"
+            await server.initialize()
+        return servers[key]
+
+    yield share
+    for server in servers.values():
+        await server.__aexit__()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def shared(shares):
+    """The module's server that suggests "1"."""
+    return await shares({"text": "1"})

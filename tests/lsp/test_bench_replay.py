@@ -73,6 +73,7 @@ def write_trace(path, pause_ms=0):
     return path
 
 
+@pytest.mark.serial
 def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(tmp_path, engine):
     # It is accepted when it appears, however long the typist would have waited for it.
     found = measured(
@@ -100,6 +101,7 @@ def test_a_right_suggestion_is_accepted_and_its_keys_are_saved(tmp_path, engine)
     assert all(found[name] is not None for name in whole)
 
 
+@pytest.mark.serial
 def test_a_suggestion_can_be_typed_through_instead(tmp_path, engine):
     rules = {"after": "total =", "text": " sum(values)"}, {"text": "zzz"}
     trace = write_trace(tmp_path / "trace.jsonl", pause_ms=5_000)
@@ -112,6 +114,7 @@ def test_a_suggestion_can_be_typed_through_instead(tmp_path, engine):
     assert inside["requests"] - missed <= found["sources"].get("typed-through", 0) <= inside["requests"]
 
 
+@pytest.mark.serial
 def test_requests_that_the_next_key_overtakes_are_cancelled(trace, engine):
     found = measured("replay", trace, "--speed", 3, "--engine", engine(PROBE, {"hang": True}))
     assert found["requests"] == len(TYPED)
@@ -123,6 +126,7 @@ def test_requests_that_the_next_key_overtakes_are_cancelled(trace, engine):
     assert found["suggestion_ms"] == {"p50": None, "p95": None, "p99": None}
 
 
+@pytest.mark.serial
 def test_what_cancelled_requests_have_written_is_counted(trace, engine):
     slow = {"text": "z" * 50, "token_delay_s": 0.03}
     found = measured("replay", trace, "--engine", engine(PROBE, slow))
@@ -136,6 +140,7 @@ def test_what_cancelled_requests_have_written_is_counted(trace, engine):
     assert 0 < found["cancel_to_free_ms"]["p50"] < 50 * 30
 
 
+@pytest.mark.serial
 def test_a_suggestion_that_leads_elsewhere_is_not_accepted(trace, engine):
     found = measured("replay", trace, "--speed", 2, "--engine", engine({"text": "sum(other)"}))
     assert found["outcomes"]["accepted"] == 0
@@ -145,6 +150,7 @@ def test_a_suggestion_that_leads_elsewhere_is_not_accepted(trace, engine):
     assert found["unaccepted_tokens"] > 0
 
 
+@pytest.mark.serial
 def test_the_time_can_be_limited(trace, engine):
     found = measured("replay", trace, "--limit-s", 1, "--engine", engine({"text": "zzz"}))
     assert 2 <= found["keys"] <= 5

@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw import Blocking
 
+from profiles import examples
+
 pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
 
 URI = "file:///work/main.py"
@@ -70,7 +72,7 @@ def server(tmp_path_factory):
     server.close()
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(3), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sent=messages, as_requests=st.booleans())
 def test_whatever_is_sent_the_next_request_is_answered(server, sent, as_requests):
     for method, params in sent:

@@ -292,7 +292,7 @@ async def test_a_socket_pair_serves_as_stdio(script):
             [*COMMAND, *script()], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL
         )
         theirs.close()
-        ours.settimeout(10)
+        ours.settimeout(60)
         ours.sendall(
             frame({"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"capabilities": {}}})
         )

@@ -219,24 +219,24 @@ CURSORS = {
 
 
 @pytest.mark.parametrize("what", CURSORS)
-async def test_a_change_at_each_of_many_cursors_takes_time_in_proportion(scripted, what):
-    server = await scripted({"text": "1"})
-    await server.loaded()
+async def test_a_change_at_each_of_many_cursors_takes_time_in_proportion(shared, what):
+    await shared.loaded()
 
     async def seconds(num, version):
         uri = f"file:///work/{num}.py"
-        open_document(server, "".join(f"foo{line} = bar\n" for line in range(num)) + "é" * 20 * num, uri)
+        open_document(shared, "".join(f"foo{line} = bar\n" for line in range(num)) + "é" * 20 * num, uri)
         # There is a suggestion, so that edits are followed.
-        ask(server, version, 0, 0, uri=uri)
-        await server.answer(version)
+        ask(shared, version, 0, 0, uri=uri)
+        await shared.answer(version)
         taken = []
         for turn in range(3):
             document = {"uri": uri, "version": version + turn}
             changes = {"textDocument": document, "contentChanges": CURSORS[what](num)}
-            begun = server.loop_s()
-            server.notify("textDocument/didChange", changes)
-            await server.serves()
-            taken.append(server.loop_s() - begun)
+            begun = shared.loop_s()
+            shared.notify("textDocument/didChange", changes)
+            await shared.serves()
+            taken.append(shared.loop_s() - begun)
+        shared.notify("textDocument/didClose", {"textDocument": {"uri": uri}})
         return min(taken)
 
     few, many = await seconds(500, 10), await seconds(2_000, 20)

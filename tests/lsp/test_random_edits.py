@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from naive import changes, joined, naive_edit, texts
 from raw import Blocking
 
+from profiles import examples
+
 URI = "file:///work/main.py"
 ENCODINGS = ["utf-8", "utf-16", "utf-32"]
 
@@ -40,7 +42,7 @@ def as_json(change):
 
 @pytest.mark.slow
 @pytest.mark.fuzz
-@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=texts, edits=st.lists(st.lists(changes, max_size=3), max_size=4), encoding=st.sampled_from(ENCODINGS)
 )

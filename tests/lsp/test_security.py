@@ -131,20 +131,18 @@ async def test_a_message_that_breaks_the_server_is_not_logged(script):
 
 
 @pytest.mark.parametrize("name", [".env", ".env.local", "server.pem", "id_rsa", ".ENV", "a.key"])
-async def test_files_that_hold_secrets_never_reach_the_model(scripted, tmp_path, name):
-    log = tmp_path / "log"
-    server = await scripted({"text": "1"}, log=str(log))
-    await server.loaded()
-    num_before = len(log.read_text().splitlines())
+async def test_files_that_hold_secrets_never_reach_the_model(shared, name):
+    await shared.loaded()
+    num_before = len(shared.engine_log.read_text().splitlines())
     for uri in (
         f"file:///work/{name}",
         f"untitled:{name}",
         f"git:/work/{name}?x",
         f"vscode-notebook-cell:/work/{name}#1",
     ):
-        open_document(server, "KEY=", uri)
-        assert await ask(server, 0, 4, uri) == []
-    assert len(log.read_text().splitlines()) == num_before
+        open_document(shared, "KEY=", uri)
+        assert await ask(shared, 0, 4, uri) == []
+    assert len(shared.engine_log.read_text().splitlines()) == num_before
 
 
 async def test_a_secret_typed_into_a_file_ends_its_suggestions(scripted, tmp_path):
@@ -171,8 +169,8 @@ async def test_a_secret_typed_into_a_file_ends_its_suggestions(scripted, tmp_pat
 
 
 @pytest.mark.parametrize("sentinel", SENTINELS)
-async def test_sentinels_in_a_file_do_not_act_as_sentinels(scripted, sentinel):
-    server = await scripted({"after": f"{sentinel} a =", "text": " 1"})
+async def test_sentinels_in_a_file_do_not_act_as_sentinels(shares, sentinel):
+    server = await shares(*({"after": f"{one} a =", "text": " 1"} for one in SENTINELS))
     await server.loaded()
     uri = "file:///work/main.py"
     text = f"b = '{sentinel}'\n{sentinel} a =\n"

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
 from click.testing import CliRunner
 
 from midfill.cli.main import cli
+
+pytestmark = pytest.mark.programs
 
 
 def test_a_folder_is_indexed_and_measured(tmp_path):

@@ -11,6 +11,8 @@ import pytest
 
 from midfill.cli.main import cli
 
+pytestmark = pytest.mark.programs
+
 COMMAND = [sys.executable, "-P", "-m", "midfill"]
 
 

@@ -164,6 +164,7 @@ def test_an_adapter_comes_from_the_hub(hub, tmp_path):
     assert (entry.path / "adapter_model.safetensors").read_bytes() == original.read_bytes()
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.programs
+
 COMMAND = [sys.executable, "-P", "-m", "midfill"]
 PRINTING = [
     "--help",

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from midfill.completion.context.ignore import IgnoreRules
+from profiles import examples
 
-NUM_EXAMPLES = int(os.environ.get("MIDFILL_FUZZ_EXAMPLES", "60"))
 PIECES = ["a", "b", "ab", "*", "**", "***", "?", "/", "/**/", "**/", "/**", "\\", " ", "!", "#", "é", "."]
 PIECES += [
     "[ab]",
@@ -86,8 +86,7 @@ def ours(rules, path):
 
 @pytest.mark.fuzz
 @settings(
-    max_examples=NUM_EXAMPLES,
-    deadline=None,
+    max_examples=examples(5),
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

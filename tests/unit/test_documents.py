@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from naive import changes, joined, naive_edit, naive_offset, positions, texts
 
 from midfill.text.documents import Change, Document, Encoding, Point, Snapshot, changed_lines, split_lines
+from profiles import examples
 
 
 @pytest.mark.fuzz
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=examples())
 @given(texts, st.lists(changes, max_size=6), st.sampled_from(Encoding))
 def test_edits_equal_a_naive_model(text, edits, encoding):
     naive = joined(text)
@@ -107,7 +108,7 @@ def test_many_changes_of_one_long_line_take_time_in_proportion(inserted, backwar
 
 
 @pytest.mark.fuzz
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples())
 @given(texts, positions, st.sampled_from(Encoding))
 def test_places_go_there_and_back(text, position, encoding):
     document = Document.open("file:///a", "python", 1, joined(text))
@@ -183,7 +184,7 @@ def test_the_changed_lines_are_all_that_differs(size):
 
 
 @pytest.mark.fuzz
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples())
 @given(texts, changes, st.sampled_from(Encoding))
 def test_the_end_of_a_change_is_behind_its_text(text, change, encoding):
     before = Document.open("file:///a", "python", 1, joined(text))

@@ -25,6 +25,8 @@ from midfill.evaluation.infilling import (
 from midfill.evaluation.records import Records, read
 from midfill.settings import Settings
 
+pytestmark = pytest.mark.programs
+
 ROW = {
     "task_id": "Single/1",
     "entry_point": "add",

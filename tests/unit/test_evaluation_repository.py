@@ -26,6 +26,8 @@ from midfill.lsp.server_filler import options_of
 from midfill.settings import Settings
 from midfill.text.documents import Document, Point, Snapshot
 
+pytestmark = pytest.mark.programs
+
 CODE = '''"""What it does.
 
 This is prose, which is not completed.

@@ -20,6 +20,8 @@ from midfill.settings import Settings
 from midfill.training.history import Repository
 from midfill.training.selection import select
 
+pytestmark = pytest.mark.programs
+
 posix = pytest.mark.skipif(sys.platform == "win32", reason="the programs here are shell scripts")
 
 

@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it is glibc that keeps what is freed")
+pytestmark = [
+    pytest.mark.programs,
+    pytest.mark.skipif(sys.platform != "linux", reason="it is glibc that keeps what is freed"),
+]
 
 BLOCKS = """
 import psutil

@@ -14,6 +14,8 @@ from midfill.errors import ModelError
 from midfill.models import catalogue, fetch, store
 from midfill.models.gguf import convert
 
+pytestmark = pytest.mark.programs
+
 CATALOGUE = """
 [[model]]
 name = "tiny"

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from midfill.errors import ModelError
 from midfill.models.tokenizer import FastTokenizer, load_tokenizer
+from profiles import examples
 
 NAMES = ["deepseek-coder", "gpt-2", "llama-spm", "qwen2", "refact", "starcoder"]
 
@@ -110,7 +111,7 @@ def test_ids_beyond_the_vocabulary_have_no_text(vocabulary):
     assert tokenizer.token_bytes(tokenizer.num_ids) == b""
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(2))
 @given(text=st.text(alphabet=st.characters(), max_size=40))
 @pytest.mark.parametrize("name", ["qwen2", "llama-spm", "deepseek-coder"])
 def test_any_text_round_trips(vocabulary, name, text):

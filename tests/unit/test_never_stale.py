@@ -22,6 +22,7 @@ from midfill.engine.api import ModelInfo, Token
 from midfill.engine.scripted import CharTokenizer
 from midfill.settings import Settings
 from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
+from profiles import examples
 
 ALPHABET = "aabc ()'{}\n\n \0"
 CLOSERS = {"(": ")", "'": "'", "{": "}"}
@@ -311,7 +312,7 @@ async def play(steps, seed):
     return session
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(2), suppress_health_check=[HealthCheck.too_slow])
 @given(STEPS, st.integers(0, 1000))
 def test_no_answer_is_stale(steps, seed):
     virtual_time.run(play(steps, seed))

@@ -12,6 +12,7 @@ from midfill.engine.api import ModelInfo
 from midfill.fim.templates import FAMILIES, Layout
 from midfill.settings import Settings
 from midfill.text.documents import Change, Document, Encoding, Point, Snapshot
+from profiles import examples
 
 # A vocabulary, the family whose sentinels it has, and a `model_type`.
 MODELS = [
@@ -125,7 +126,7 @@ def press(document, cursor, key):
 
 @pytest.mark.parametrize(("vocab", "family", "layout"), CASES)
 @given(rows=lines, ending=endings, at=st.tuples(st.integers(0, 40), st.integers(0, 600)), typed=keys)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(7), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_prompt_is_exactly_the_text_around_the_cursor(  # noqa: PLR0917 - hypothesis passes them by name
     vocabulary, vocab, family, layout, rows, ending, at, typed
 ):
@@ -157,7 +158,7 @@ def test_a_prompt_is_exactly_the_text_around_the_cursor(  # noqa: PLR0917 - hypo
     context=st.integers(16, 600),
     asked=st.integers(1, 1024),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(7), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_prompt_and_output_fit_into_any_context(  # noqa: PLR0917 - hypothesis passes them by name
     vocabulary, vocab, family, rows, at, context, asked
 ):

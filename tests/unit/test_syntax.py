@@ -193,6 +193,7 @@ print((resident() - before) / 1e6)
 """
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("what", ["from_nothing", "cut_off", "growing"])
 def test_three_thousand_parses_leave_nothing(what):
     """In a process of its own, whose memory is this alone."""
