@@ -379,7 +379,7 @@ def _invalid(key: str, name: str, value: Any, error: ValidationError) -> str:
 
 
 def _unknown(key: Any, names: Mapping[str, str]) -> str:
-    import difflib  # noqa: PLC0415 - for errors only
+    import difflib
 
     close = difflib.get_close_matches(str(key)[:80], names, 1)
     hint = f"Did you mean {close[0]!r}?" if close else "Remove it, or check its spelling."
@@ -415,8 +415,8 @@ def store(key: str, value: str | float | bool, path: Path | None = None) -> Path
     Comments, the order, line ends, a byte order mark, the mode and a symbolic link are kept, too.
     Raises `SettingsError` for a bad key or value, or a file that cannot be read or written.
     """
-    import tomlkit  # noqa: PLC0415 - the server writes no settings
-    from tomlkit.exceptions import TOMLKitError  # noqa: PLC0415
+    import tomlkit
+    from tomlkit.exceptions import TOMLKitError
 
     path = path or config_path()
     values = _read(path)

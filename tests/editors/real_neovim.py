@@ -63,7 +63,7 @@ class Neovim:
         command=None,
         config=None,
     ):
-        import pynvim  # noqa: PLC0415 - only where there is a Neovim
+        import pynvim
 
         self.folder = folder
         self.log = folder / "engine.log"

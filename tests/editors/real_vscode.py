@@ -161,7 +161,7 @@ class VSCode:
     """
 
     def __init__(self, folder, *vsix, hostile=None):
-        from playwright.sync_api import sync_playwright  # noqa: PLC0415 - only where there is a browser
+        from playwright.sync_api import sync_playwright
 
         self.folder = folder
         self.hostile = hostile

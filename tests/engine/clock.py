@@ -117,7 +117,7 @@ class Mailbox:
     def put(self, message):
         self._messages.append(message)
 
-    def get(self, timeout=None):  # noqa: ARG002 - see the class
+    def get(self, timeout=None):
         return self._clock.read(self._messages)
 
     def empty(self):
@@ -144,6 +144,6 @@ class _Inline(ThreadPoolExecutor):
         done = Future()
         try:
             done.set_result(work(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 - it is the caller's
+        except BaseException as error:
             done.set_exception(error)
         return done

@@ -8,7 +8,7 @@ from midfill.engine.remote.server.listen import ListenSpec, serve
 from midfill.engine.remote.server.model_host import ModelHost
 from midfill.engine.scripted import Rule, Script, ScriptedEngine
 
-TOKEN = "0123456789abcdef-ada"  # noqa: S105 - of a test
+TOKEN = "0123456789abcdef-ada"
 RULES = [
     Rule(after="slow", text="x" * 500, token_delay_s=0.01),
     Rule(after="long", text="x" * 500, token_delay_s=0.1),

@@ -404,7 +404,7 @@ async def test_after_a_cancellation_the_tokens_still_equal_generate(tmp_path, ki
 async def test_passes_left_in_the_middle_change_no_token(tmp_path):
     model = tiny.write_model("qwen2", tmp_path)
     reference = tiny.reference(tmp_path)
-    random = Random(3)  # noqa: S311 - a sample
+    random = Random(3)
     # Prompts that share beginnings of all lengths, more of them than there are slots.
     prompts: list[list[int]] = []
     while len(prompts) < 16:

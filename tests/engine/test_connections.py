@@ -204,7 +204,7 @@ async def test_a_user_has_so_many_connections_and_the_one_that_rests_longest_lea
 
 async def test_connections_of_one_address_do_not_push_out_those_of_another():
     limits = ConnectionLimits(anonymous_per_address=0, anonymous=4)
-    async with hosted(team(host="0.0.0.0", behind_proxy=True), limits=limits) as (_, url):  # noqa: S104
+    async with hosted(team(host="0.0.0.0", behind_proxy=True), limits=limits) as (_, url):
         port = urlsplit(url).port
         reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0))
         writer.write(b"GET")

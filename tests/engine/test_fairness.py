@@ -61,8 +61,7 @@ class Simulation:
         )
         stops = stops_s or {}
         self.typists = [
-            Typist(number, random.Random(number), stops.get(number, seconds))  # noqa: S311 - not a secret
-            for number in range(num_typists)
+            Typist(number, random.Random(number), stops.get(number, seconds)) for number in range(num_typists)
         ]
         self._counter = itertools.count()
         self._events = []

@@ -120,7 +120,7 @@ def test_kinds_come_in_their_shares(repository, model):
 def test_a_node_is_tree_sitters_and_a_block_ends_where_it_ends():
     text = "é = 1\n" + stage(1) + stage(2)
     source = Source(text, "python")
-    chooser = random.Random(0)  # noqa: S311 - for a place
+    chooser = random.Random(0)
     nodes = set()
     pending = [new_parser("python").parse(text.encode()).root_node]
     while pending:
@@ -141,7 +141,7 @@ def test_a_line_that_may_hold_a_secret_is_in_no_middle():
     text = stage(1) + "token = 'a'\n" + stage(2)
     row = stage(1).count("\n")
     source = Source(text, "python", frozenset({row}))
-    chooser = random.Random(0)  # noqa: S311 - for a place
+    chooser = random.Random(0)
     for kind in SHARES:
         for _ in range(100):
             if (span := source.draw(kind, range(text.count("\n")), chooser)) is not None:

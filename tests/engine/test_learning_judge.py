@@ -52,7 +52,7 @@ def model(tmp_path_factory):
     examples = data.build_general_examples(local, SETTINGS, seed=5, count=160)
     torch.set_num_threads(1)
     optimiser = torch.optim.AdamW(made.parameters(), lr=4e-3)
-    chooser = random.Random(0)  # noqa: S311 - for samples
+    chooser = random.Random(0)
     torch.manual_seed(0)
     for _ in range(40):
         batch = chooser.sample(examples, 8)
@@ -182,12 +182,12 @@ def test_an_adapter_of_another_repository_is_not_enabled(job, model, tmp_path):
 
 def test_an_adapter_that_learnt_wrong_answers_is_not_enabled(job, model, examples, tmp_path):
     targets = [example.target for example in examples.train]
-    random.Random(1).shuffle(targets)  # noqa: S311 - for an order
+    random.Random(1).shuffle(targets)
     # Whatever stands at other places, letter by letter in any order.
     shuffled = []
     for example, target in zip(examples.train, targets, strict=True):
         letters = list(target)
-        random.Random(2).shuffle(letters)  # noqa: S311 - for an order
+        random.Random(2).shuffle(letters)
         shuffled.append(replace(example, target=tuple(letters)))
     adapter = learnt(model, shuffled, tmp_path, steps=40)
     assert evaluated(job, adapter, model)[0] != "enabled"

@@ -146,7 +146,7 @@ async def test_nothing_is_watched_when_nothing_runs(start):
     timer = supervisor._timer
     await tiny.collect_ids(supervisor, LONG, 3)
     assert supervisor._timer is timer
-    while not fleet.engines[0].idle:  # noqa: ASYNC110 - the thread says nothing when it comes to rest
+    while not fleet.engines[0].idle:
         await asyncio.sleep(0)
     timer.cancel()
     supervisor._check()

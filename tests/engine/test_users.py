@@ -186,7 +186,7 @@ def p95(values):
 def waits_of_a_typist(neighbour):
     scheduler = make()
     typist = Typist(scheduler, "ada")
-    now_s, chance = 0.0, random.Random(7)  # noqa: S311 - not a secret
+    now_s, chance = 0.0, random.Random(7)
     idle_steps = 0
     while len(typist.waits_s) < 60:
         if typist.asked is None and idle_steps <= 0:

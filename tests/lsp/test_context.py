@@ -66,7 +66,7 @@ async def ask(server, uri, text):
 async def until(server, uri, text, expected):
     """Ask until the answer is as expected: the index is built in the background."""
     async with asyncio.timeout(240):
-        while await ask(server, uri, text) != expected:  # noqa: ASYNC110 - another process has no event
+        while await ask(server, uri, text) != expected:
             await asyncio.sleep(0.05)
 
 
@@ -98,7 +98,7 @@ async def test_the_indexing_process_is_our_own_and_ends(scripted, root):
     open_document(server, uri, MAIN)
     await until(server, uri, MAIN, "seen")
     async with asyncio.timeout(60):
-        while process.children(recursive=True):  # noqa: ASYNC110
+        while process.children(recursive=True):
             await asyncio.sleep(0.05)
     assert seen <= {("-P", "-X", "utf8", "-m", "midfill.completion.context.worker")}
 

@@ -1,5 +1,4 @@
 """The life of a server process: how it starts, what it refuses, and every way in which it ends."""
-# ruff: noqa: ASYNC220 - the short-lived processes of these tests need no event loop
 
 import asyncio
 import signal

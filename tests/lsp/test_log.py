@@ -182,7 +182,7 @@ async def test_descriptors_that_do_not_block_are_served(script):
     our_output, for_output = os.pipe()
     os.set_blocking(for_input, False)
     os.set_blocking(for_output, False)
-    process = subprocess.Popen(  # noqa: ASYNC220
+    process = subprocess.Popen(
         [*COMMAND, *script()], stdin=for_input, stdout=for_output, stderr=subprocess.DEVNULL
     )
     os.close(for_input)

@@ -1,5 +1,4 @@
 """A recorded session, replayed against a fresh server, gives the same answers."""
-# ruff: noqa: ASYNC221 - the command line is run while nothing else is
 
 import json
 import shlex

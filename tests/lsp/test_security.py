@@ -1,5 +1,4 @@
 """What the server never does: listen, connect, import or write here, repeat your text in a log."""
-# ruff: noqa: ASYNC240 - nothing waits for these few files
 
 import asyncio
 import json
@@ -15,7 +14,7 @@ from raw import Raw
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-SECRET = "hunter2-the-secret"  # noqa: S105 - it is looked for in the logs
+SECRET = "hunter2-the-secret"
 CONSOLE_SCRIPT = [str(Path(sys.executable).with_name("midfill")), "serve"]
 MODULE = [sys.executable, "-P", "-m", "midfill", "serve"]
 SENTINELS = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|endoftext|>", "<|file_sep|>"]

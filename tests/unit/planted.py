@@ -20,7 +20,7 @@ def _of(rng, alphabet, length, *, varied=True):
 
 def certain(rng=None):
     """{kind: (line of a file, the secret in it)} of what makes a whole file a secret."""
-    rng = rng or random.Random()  # noqa: S311 - nothing here is kept
+    rng = rng or random.Random()
     hexes = string.hexdigits[:16]
     header, claims = (
         base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=")
@@ -129,7 +129,7 @@ def _services(rng):
 
 def possible(rng=None):
     """The same of what is kept out of the context with the lines around it."""
-    rng = rng or random.Random()  # noqa: S311
+    rng = rng or random.Random()
     encoded, hexed = _of(rng, _ALNUM + "+/", 64), _of(rng, string.hexdigits[:16], 40)
     word = "".join(rng.choice(string.ascii_lowercase) for _ in range(12))
     return {

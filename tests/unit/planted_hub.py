@@ -73,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
                 ]
             self.answer(200, json.dumps(found).encode())
 
-    do_HEAD = do_GET  # noqa: N815 - http.server finds it by this name
+    do_HEAD = do_GET
 
     def sibling(self, name, file, content):
         found = {"rfilename": file, "size": len(content)}

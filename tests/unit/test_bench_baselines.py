@@ -7,6 +7,8 @@ import pytest
 
 from midfill.bench.baselines import GENERATE, LLAMA_CPP, BaselineError, BaselineProcess
 
+pytestmark = pytest.mark.programs
+
 
 async def test_a_folder_without_a_model_is_a_reason(tmp_path):
     with pytest.raises(BaselineError, match=r"^generate: \w+: "):

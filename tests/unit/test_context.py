@@ -254,7 +254,7 @@ def test_switched_off_nothing_is_read_or_given(root, make):
 
 
 def test_an_index_that_was_changed_in_pieces_equals_a_new_one():
-    rng = random.Random(4)  # noqa: S311
+    rng = random.Random(4)
     texts = [f"def f{n}(a):\n    return a.b{n % 7} + c{n % 5}\n\n\n" for n in range(30)]
     index, files = RepositoryIndex(), {}
     for _ in range(120):
@@ -411,7 +411,7 @@ def test_while_the_context_stays_its_tokens_do():
 
 def test_a_planted_secret_is_in_none_of_a_thousand_prompts(root, make):
     """In files of the workspace, in open documents, in recent edits; certain ones and possible ones."""
-    rng = random.Random()  # noqa: S311 - other secrets in every run; a failure names its kind
+    rng = random.Random()
     kinds = certain(rng) | possible(rng)
     secrets = {secret: kind for kind, (_, secret) in kinds.items()}
     code = "def connect_{n}(client, retries):\n    session = client.open_session(retries, {n})\n"

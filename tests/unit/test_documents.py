@@ -75,7 +75,7 @@ def many_changes(rng, lines):
 @pytest.mark.parametrize("encoding", Encoding)
 @pytest.mark.parametrize("seed", range(60))
 def test_many_changes_at_once_are_those_changes_one_by_one(seed, encoding):
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     document = Document.open("file:///a", "python", 1, "".join(lines_of_all_lengths(rng)))
     edits = list(many_changes(rng, document.lines))
     by_one = document
@@ -170,7 +170,7 @@ def test_a_line_is_inserted_with_the_line_ends_around_it(text, line, ending):
 
 @pytest.mark.parametrize("size", [0, 3, 255, 256, 600, 2_000])
 def test_the_changed_lines_are_all_that_differs(size):
-    rng = random.Random(size)  # noqa: S311
+    rng = random.Random(size)
     for _ in range(50):
         old = [f"{n}\n" for n in range(size)]
         new = old.copy()

@@ -12,7 +12,7 @@ from midfill.settings import Settings
 from midfill.training.history import Repository
 from midfill.training.selection import divide, select
 
-SECRET = 'PASSWORD = "hunter2-x9Kq81"\n'  # noqa: S105 - what is looked for
+SECRET = 'PASSWORD = "hunter2-x9Kq81"\n'
 
 
 @pytest.fixture

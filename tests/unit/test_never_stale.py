@@ -319,7 +319,7 @@ def test_no_answer_is_stale(steps, seed):
 
 
 def test_random_sessions_reach_every_source():
-    chance = random.Random(0)  # noqa: S311 - not a secret
+    chance = random.Random(0)
     reached, num_replacing = set(), 0
     for seed in range(60):
         steps = [(chance.choice(sorted(OPERATIONS)), chance.randint(0, 16)) for _ in range(60)]

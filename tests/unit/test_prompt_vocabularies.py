@@ -127,7 +127,7 @@ def press(document, cursor, key):
 @pytest.mark.parametrize(("vocab", "family", "layout"), CASES)
 @given(rows=lines, ending=endings, at=st.tuples(st.integers(0, 40), st.integers(0, 600)), typed=keys)
 @settings(max_examples=examples(7), suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_prompt_is_exactly_the_text_around_the_cursor(  # noqa: PLR0917 - hypothesis passes them by name
+def test_a_prompt_is_exactly_the_text_around_the_cursor(
     vocabulary, vocab, family, layout, rows, ending, at, typed
 ):
     tokenizer = vocabulary(vocab)
@@ -159,9 +159,7 @@ def test_a_prompt_is_exactly_the_text_around_the_cursor(  # noqa: PLR0917 - hypo
     asked=st.integers(1, 1024),
 )
 @settings(max_examples=examples(7), suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_prompt_and_output_fit_into_any_context(  # noqa: PLR0917 - hypothesis passes them by name
-    vocabulary, vocab, family, rows, at, context, asked
-):
+def test_prompt_and_output_fit_into_any_context(vocabulary, vocab, family, rows, at, context, asked):
     tokenizer = vocabulary(vocab)
     builder = PromptBuilder(model_of(tokenizer, family, context), Settings(max_new_tokens=4))
     document = Document.open("file:///a", "python", 1, "\n".join(rows))

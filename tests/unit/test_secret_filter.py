@@ -165,7 +165,7 @@ def test_a_very_long_line_is_judged_by_its_whole():
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_line_numbers_and_line_ends(end):
-    rng = random.Random(3)  # noqa: S311
+    rng = random.Random(3)
     lines, expected = [], {}
     for number, (line, _) in enumerate((certain(rng) | possible(rng)).values()):
         lines += ["a = 1", "İ = 'ß'", line]
@@ -175,7 +175,7 @@ def test_line_numbers_and_line_ends(end):
 
 def test_the_quick_search_finds_what_judging_every_line_finds():
     """On real code, with secrets planted in it."""
-    rng = random.Random(7)  # noqa: S311
+    rng = random.Random(7)
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     lines = [line for path in rng.sample(files, 6) for line in path.read_text("utf-8").split("\n")[:400]]
     for line, _ in (certain(rng) | possible(rng)).values():
@@ -186,7 +186,7 @@ def test_the_quick_search_finds_what_judging_every_line_finds():
 
 
 def test_watching_edits_finds_what_judging_the_whole_text_finds():
-    rng = random.Random(11)  # noqa: S311
+    rng = random.Random(11)
     secrets = [line for line, _ in certain(rng).values()]
     watch, lines = SecretWatch(in_background=False), []
     verdicts = set()

@@ -59,7 +59,7 @@ def clean_files():
             if path.suffix in SUFFIXES and not excused and path.is_file() and not path.is_symlink():
                 files.append(path)
     files.sort()
-    random.Random(20).shuffle(files)  # noqa: S311
+    random.Random(20).shuffle(files)
     found = []
     for path in files:
         try:
@@ -79,7 +79,7 @@ def clean():
 
 
 def planted():
-    rng = random.Random(5)  # noqa: S311
+    rng = random.Random(5)
     return [
         # detect-secrets leaves lines out on which something is called.
         (kind, f"a = 1\n{line.replace('call(', '').replace(', 1)', '')}\n")
@@ -106,8 +106,8 @@ def test_every_planted_secret_is_found():
 
 @pytest.mark.slow
 def test_detect_secrets_with_its_defaults_does_worse_on_both(clean, tmp_path):
-    from detect_secrets.core.scan import scan_file  # noqa: PLC0415 - takes 0.3 s
-    from detect_secrets.settings import default_settings  # noqa: PLC0415
+    from detect_secrets.core.scan import scan_file
+    from detect_secrets.settings import default_settings
 
     def finds(path, text):
         file = tmp_path / path.name

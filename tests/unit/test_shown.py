@@ -78,7 +78,7 @@ def test_a_record_of_the_log_is_one_line_without_commands(text):
     out = io.StringIO()
     handler = logging.StreamHandler(out)
     handler.setFormatter(LogFormatter("%(levelname)s %(name)s: %(message)s"))
-    logger = logging.Logger("midfill.test")  # noqa: LOG001 - nobody else gets it
+    logger = logging.Logger("midfill.test")
     logger.addHandler(handler)
     logger.warning("the engine failed: %s", text)
     (line,) = out.getvalue().removesuffix("\n").split("\n")
@@ -128,7 +128,7 @@ def test_a_message_in_the_editor_is_printable(text, monkeypatch):
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_what_is_under_way_is_printable(text, capsys, monkeypatch):
-    from midfill.cli.terminal import with_progress  # noqa: PLC0415
+    from midfill.cli.terminal import with_progress
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     with_progress(f"fetching {text}", lambda report: report(f"file {text}", 0.5))
@@ -138,7 +138,7 @@ def test_what_is_under_way_is_printable(text, capsys, monkeypatch):
 
 
 def test_progress_takes_no_markup_from_a_title():
-    from midfill.cli.terminal import with_progress  # noqa: PLC0415
+    from midfill.cli.terminal import with_progress
 
     def work(report):
         report("[/x] [link=https://example.org]", 0.5)
@@ -148,7 +148,7 @@ def test_progress_takes_no_markup_from_a_title():
 
 
 def test_the_command_line_prints_an_error_as_one_line(tmp_path):
-    from midfill.cli.main import cli  # noqa: PLC0415
+    from midfill.cli.main import cli
 
     result = CliRunner().invoke(cli, ["model", "path", "no\x1b[2Jmodel\nat all"])
     assert isinstance(result.exception, MidfillError)

@@ -283,7 +283,7 @@ def too_slow(function, hostile, largest):
 
 
 def drawn(name):
-    return random.Random(name).sample(HOSTILE, min(NUM_DRAWN, len(HOSTILE)))  # noqa: S311
+    return random.Random(name).sample(HOSTILE, min(NUM_DRAWN, len(HOSTILE)))
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -176,7 +176,7 @@ class Registry:
             AdapterError: it is no adapter, does not fit the model, or the name is taken.
             ModelError: the base model's files cannot be read.
         """
-        from midfill.adapters import format as peft_format  # noqa: PLC0415 - numpy, which `list` needs not
+        from midfill.adapters import format as peft_format
 
         check_name(name)
         layers, fingerprint = peft_format.layers_of(base.path), peft_format.fingerprint_of(base.path)
@@ -224,7 +224,7 @@ class Registry:
 
     def check(self, entry: Entry, base: BaseModel | None = None) -> None:
         """Raise `AdapterError` if an adapter's files have changed, or if it belongs to another model."""
-        from midfill.adapters import format as peft_format  # noqa: PLC0415 - numpy, which `list` needs not
+        from midfill.adapters import format as peft_format
 
         if peft_format.digest_of(entry.path) != entry.digest:
             raise AdapterError(
@@ -269,7 +269,7 @@ class Registry:
     @contextlib.contextmanager
     def _copied(self, folder: Path) -> Iterator[Path]:
         """Copy an adapter's two files into a temporary folder, which may be renamed within the context."""
-        from midfill.adapters import format as peft_format  # noqa: PLC0415 - numpy, which `list` needs not
+        from midfill.adapters import format as peft_format
 
         peft_format.read_config(folder)
         with tempfile.TemporaryDirectory(dir=self.root, prefix=".adding-", ignore_cleanup_errors=True) as new:

@@ -50,7 +50,7 @@ class AdapterPlan:
     decode_tokens: int = 24
 
 
-async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and where
+async def bench_adapters(
     settings: Settings,
     make: Callable[[Settings], Engine],
     model: LocalModel,
@@ -72,7 +72,7 @@ async def bench_adapters(  # noqa: PLR0913 - what is measured, on what, and wher
     Raises:
         EngineError: the engine does not support adapters.
     """
-    from midfill.engine.openvino.int8_weights import forget_merged  # noqa: PLC0415 - this measurement only
+    from midfill.engine.openvino.int8_weights import forget_merged
 
     forget_merged(model.path)
     sources = [
@@ -187,10 +187,10 @@ def _prompt(engine: Engine, plan: AdapterPlan) -> tuple[int, ...]:
 
 def _made_up(model: Path, folder: Path, rank: int, seed: int) -> AdapterSource:
     """Return an adapter with small random values on all linear layers of a model."""
-    import numpy as np  # noqa: PLC0415 - this measurement only
-    from safetensors.numpy import save_file  # noqa: PLC0415
+    import numpy as np
+    from safetensors.numpy import save_file
 
-    from midfill.adapters import format as peft_format  # noqa: PLC0415
+    from midfill.adapters import format as peft_format
 
     numbers = np.random.default_rng(seed)
     tensors = {}

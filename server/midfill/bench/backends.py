@@ -500,7 +500,7 @@ class GenerateBackend:
         after = encode(below)[: self._settings.suffix_tokens]
         return [*bos, *prefix, *before, *suffix, *after, *middle]
 
-    async def close(self, document: Document) -> list[EngineJob]:  # noqa: ARG002 - by the protocol
+    async def close(self, document: Document) -> list[EngineJob]:
         """Wait for all requests; return the work."""
         await asyncio.gather(*self._tasks.values())
         self._tasks.clear()

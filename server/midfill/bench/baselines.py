@@ -214,10 +214,10 @@ class _Generate:
     """Plain transformers: fp32 on a CPU, bfloat16 on a GPU."""
 
     def __init__(self, path: str, inbox: _Inbox, device: str) -> None:
-        import torch  # noqa: PLC0415 - only in this process
-        from transformers import AutoModelForCausalLM  # noqa: PLC0415
+        import torch
+        from transformers import AutoModelForCausalLM
 
-        from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415 - takes seconds for a large vocabulary
+        from midfill.models.tokenizer import load_tokenizer
 
         model = AutoModelForCausalLM.from_pretrained(
             path,
@@ -239,7 +239,7 @@ class _Generate:
 
     def run(self, message: dict[str, Any], stopped: Callable[[list[int]], bool]) -> Run:
         """Generate as the message says; `stopped` gets the tokens so far and ends the output."""
-        import torch  # noqa: PLC0415 - only in this process
+        import torch
 
         tokens, num_new, stop_ids = message["tokens"], message["num_new"], message.get("stop_ids") or []
         clock = _TokenClock()
@@ -271,10 +271,10 @@ class _Generate:
 
     def fill(self, message: dict[str, Any]) -> dict[str, Any]:
         """Generate a suggestion with the stop rules and the cleaning of midfill's pipeline."""
-        from midfill.completion.postprocess.clean import clean  # noqa: PLC0415 - the same
-        from midfill.completion.postprocess.cursor_context import CursorContext  # noqa: PLC0415 - not for the comparison of speeds
-        from midfill.completion.postprocess.normalization import normalized  # noqa: PLC0415 - the same
-        from midfill.completion.postprocess.stop import stop  # noqa: PLC0415 - the same
+        from midfill.completion.postprocess.clean import clean
+        from midfill.completion.postprocess.cursor_context import CursorContext
+        from midfill.completion.postprocess.normalization import normalized
+        from midfill.completion.postprocess.stop import stop
 
         before, after, following = message["place"]
         cursor = CursorContext(before, after, tuple(following))
@@ -301,7 +301,7 @@ class _Generate:
 
 def _load_llama_cpp(path: str, context: int, batch_tokens: int | None) -> tuple[_Answer, str]:
     """Start llama.cpp's server (from xllamacpp) on all physical cores; return it with its address."""
-    import xllamacpp  # noqa: PLC0415 - only in this process
+    import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = path
@@ -368,7 +368,7 @@ def main(kind: str, path: str, options: str) -> None:
                 reply({"address": address})
             for message in inbox:
                 reply(answer(message))
-        except Exception as error:  # noqa: BLE001 - the reason is all that the other side can use
+        except Exception as error:
             reply({"error": f"{kind}: {type(error).__name__}: {error}".splitlines()[0]})
     # Exit even if threads of a server or a model still run.
     os._exit(0)

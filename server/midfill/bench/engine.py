@@ -208,7 +208,7 @@ async def _cancellations(engine: Engine, plan: EnginePlan) -> list[float]:
     The first request is cancelled at the end of the prompt, where attention covers the most tokens, the last
     at its begin. The part before is in the KV cache already.
     """
-    moments = random.Random(0)  # noqa: S311 - a sample
+    moments = random.Random(0)
     num_tokens = min(_CANCELLED_TOKENS, engine.model.context - 1)
     prompt = _prompt(engine.model, "kept", num_tokens)
     await _run(engine, prompt, 1)
@@ -353,7 +353,7 @@ def _rounded(runs: dict[str, list[float]]) -> dict[str, list[float]]:
 
 def table(result: dict[str, Any]) -> Any:
     """Return the figures as a rich table."""
-    from rich.table import Table  # noqa: PLC0415 - only a person needs it
+    from rich.table import Table
 
     title = (
         "{model} ({device}, {dtype}), medians of {rounds} rounds: {prefill_tokens} prompt tokens; "

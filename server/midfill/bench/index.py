@@ -49,7 +49,7 @@ def bench_index(
             raise MidfillError(
                 f"Nothing in {folder} is indexed: it has no source code, or all of it is ignored."
             )
-        chosen = _choose(context, folder, sorted(paths), lookups, random.Random(seed))  # noqa: S311 - a sample
+        chosen = _choose(context, folder, sorted(paths), lookups, random.Random(seed))
         update_s = time.monotonic()
         indexer.changed([paths[0]])
         indexer.wait(60)

@@ -288,7 +288,7 @@ class LlamaVim:
         result: dict[str, Any] = answer
         return result
 
-    async def close(self, document: Document) -> list[EngineJob]:  # noqa: ARG002 - by the protocol
+    async def close(self, document: Document) -> list[EngineJob]:
         """Cancel all requests and wait until the server is free, so that the next session is not delayed."""
         if self._running is not None:
             self._running.cancel()

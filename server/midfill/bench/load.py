@@ -71,7 +71,7 @@ class LoadPlan:
 
     def order(self, user: int, num_sessions: int) -> tuple[float, Iterator[int]]:
         """Return a user's start time in seconds, and the endless order of its sessions."""
-        chance = random.Random(f"{self.seed} {user}")  # noqa: S311 - not a secret
+        chance = random.Random(f"{self.seed} {user}")
         delay_s = chance.uniform(0.0, _SPREAD_S)
 
         def numbers() -> Iterator[int]:
@@ -303,7 +303,7 @@ _ROWS = (
 
 def table(result: dict[str, Any]) -> Any:
     """Return a rich table of the runs, each with its prediction if there is one."""
-    from rich.table import Table  # noqa: PLC0415 - only a person needs it
+    from rich.table import Table
 
     runs = result["runs"]
     grid = Table(title="{model}: {seconds:g} s each".format(**result), title_justify="left", box=None)

@@ -24,7 +24,7 @@ _BUDGETS_MS = (40, 85, 152)
 def need_matplotlib() -> None:
     """Raise `MidfillError` if matplotlib is not installed, before anything is measured."""
     try:
-        import matplotlib  # noqa: F401, ICN001, PLC0415 - an extra
+        import matplotlib  # noqa: F401 - an extra
     except ImportError as error:
         raise MidfillError("--plot needs matplotlib. Run: pip install matplotlib") from error
 
@@ -32,7 +32,7 @@ def need_matplotlib() -> None:
 def plot(runs: Sequence[BackendRun], title: str, path: Path) -> None:
     """Draw the distribution of the latencies, and a timeline of each backend. Raises `MidfillError`."""
     need_matplotlib()
-    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4 + 4 * len(runs)), layout="constrained")
     above, *below = figure.subplots(1 + len(runs), 1)
@@ -108,7 +108,7 @@ def _timeline(axes: Axes, run: BackendRun) -> None:
 
 def _milliseconds(axes: Axes, axis: str) -> None:
     """Make an axis logarithmic, with plain numbers."""
-    from matplotlib.ticker import LogLocator  # noqa: PLC0415 - an extra
+    from matplotlib.ticker import LogLocator
 
     (axes.set_xscale if axis == "x" else axes.set_yscale)("log", subs=())
     one: Any = axes.xaxis if axis == "x" else axes.yaxis

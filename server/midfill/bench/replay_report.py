@@ -288,7 +288,7 @@ _ROWS = (
 
 def table(summary: dict[str, Any]) -> Any:
     """Return the figures as a rich table with a column for each backend."""
-    from rich.table import Table  # noqa: PLC0415 - only a person needs it
+    from rich.table import Table
 
     others = summary.get("others", {})
     title = "{requests} requests, {keys} keys in {episodes} documents, {seconds} s".format(**summary)

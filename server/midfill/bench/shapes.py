@@ -113,7 +113,7 @@ def write_shape(
 
 def _tokenizer(vocab_size: int, sentinels: tuple[str, ...]) -> dict[str, Any]:
     """Return a tokenizer.json of bytes, groups of letters that no text is encoded to, and the sentinels."""
-    from tokenizers import pre_tokenizers  # noqa: PLC0415 - only for writing
+    from tokenizers import pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = [chr(code) for code in range(ord("A"), ord("z") + 1) if chr(code).isalpha()]
@@ -132,8 +132,8 @@ def _tokenizer(vocab_size: int, sentinels: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _write_weights(folder: Path, seed: int, report: Callable[[float], None]) -> None:
-    import torch  # noqa: PLC0415 - takes a second
-    from safetensors.torch import save_file  # noqa: PLC0415
+    import torch
+    from safetensors.torch import save_file
 
     shapes = _tensors(folder)
     total = sum(shape.numel() for shape in shapes.values())
@@ -156,8 +156,8 @@ def _write_weights(folder: Path, seed: int, report: Callable[[float], None]) -> 
 
 def _tensors(folder: Path) -> dict[str, torch.Size]:
     """Return names and shapes of the parameters that transformers would save, tied ones once."""
-    import torch  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
@@ -184,7 +184,7 @@ def _tensor(name: str, shape: torch.Size, noise: torch.Tensor, place: int) -> to
 
     The noise is one block, drawn once and rolled by `place`: drawing 7e9 numbers takes minutes.
     """
-    import torch  # noqa: PLC0415
+    import torch
 
     if len(shape) == 1:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)

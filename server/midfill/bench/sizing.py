@@ -79,7 +79,7 @@ def _try(
 
 def table(result: dict[str, Any]) -> Any:
     """Return the result as a rich table."""
-    from rich.table import Table  # noqa: PLC0415 - only a person needs it
+    from rich.table import Table
 
     title = "{model} ({where}): p95 <= {target_ms:g} ms, {served:.0%} of a single user's suggestions".format(
         **result

@@ -337,7 +337,7 @@ async def soak(
         try:
             workspace = folder / "work"
             workspace.mkdir()
-            chance = random.Random(plan.seed)  # noqa: S311 - a made-up user
+            chance = random.Random(plan.seed)
             user = _User(client, chance, workspace, _documents(workspace, chance))
             await client.load(options, lambda message: report(message, None), name=_NAME, folder=workspace)
             for copy in user.copies:

@@ -37,7 +37,7 @@ _SKIPPED = {"node_modules", "__pycache__", "venv", "site-packages", "build", "di
 def generate(folder: Path, seed: int, num_sessions: int) -> list[TypingSession]:
     """Return sessions that retype lines of the code in `folder`. Raises `MidfillError` if it has none."""
     files = list(_files(folder))
-    chance = random.Random(seed)  # noqa: S311 - not a secret
+    chance = random.Random(seed)
     sessions: list[TypingSession] = []
     # A file may be unreadable, or have no line worth typing.
     while files and len(sessions) < num_sessions:

@@ -102,7 +102,7 @@ async def _type(client: Client, name: str, spot: TypingSpot) -> Suggestion:
     client.notify("textDocument/didOpen", {"textDocument": opened})
     line = spot.before.count("\n")
     column = len(spot.before) - spot.before.rfind("\n") - 1
-    keys = random.Random(name)  # noqa: S311 - typing speed, not a secret
+    keys = random.Random(name)
     asked: tuple[int, asyncio.Future[Any]] | None = None
     begun = time.monotonic()
     for version, char in enumerate(spot.typed, start=1):

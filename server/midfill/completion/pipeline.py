@@ -158,7 +158,7 @@ class Pipeline:
             unavailable = isinstance(error, EngineUnavailableError)
             output.failure = Reason.ENGINE_UNAVAILABLE if unavailable else Reason.ENGINE_ERROR
             output.detail = str(error)
-        except Exception as error:  # noqa: BLE001 - one request fails, whatever a model does
+        except Exception as error:
             # Not its message, which may quote the prompt.
             _LOG.error("the engine failed: %s", type(error).__name__)
             output.failure = Reason.ENGINE_ERROR

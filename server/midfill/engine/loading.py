@@ -103,7 +103,7 @@ def _openvino_shape(spec: EngineSpec) -> DecoderShape | None:
     # Float32 is the reference, which torch runs unless OpenVINO is asked for by name.
     dtypes = {"auto", "int8"} if spec.runner == "auto" else {"auto", "int8", "float32"}
     try:
-        from midfill.engine.openvino.graph import UnsupportedError, read_shape  # noqa: PLC0415 - imports openvino
+        from midfill.engine.openvino.graph import UnsupportedError, read_shape
     except ImportError as error:
         why = f"it cannot be imported ({error})"
     else:
@@ -127,7 +127,7 @@ def _has_cuda() -> bool:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         return False
-    import torch  # noqa: PLC0415 - takes a second
+    import torch
 
     return torch.cuda.is_available()
 
@@ -135,7 +135,7 @@ def _has_cuda() -> bool:
 def _load_openvino(
     spec: EngineSpec, shape: DecoderShape, progress: Progress, adapters: Mapping[str, Adapter]
 ) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
-    from midfill.engine.openvino import runner as openvino_runner  # noqa: PLC0415 - imports openvino
+    from midfill.engine.openvino import runner as openvino_runner
 
     with ThreadPoolExecutor(1, thread_name_prefix="midfill-ahead") as pool:
         vocabulary = pool.submit(_load_vocabulary, spec)
@@ -152,7 +152,7 @@ def _load_openvino(
 
 def _load_torch(spec: EngineSpec, progress: Progress) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
     progress("importing torch", None)
-    from midfill.engine.torch.loading import load_runner  # noqa: PLC0415 - this is what imports torch
+    from midfill.engine.torch.loading import load_runner
 
     return load_runner(
         spec.model.path,
@@ -166,7 +166,7 @@ def _load_torch(spec: EngineSpec, progress: Progress) -> tuple[LoadedRunner, tup
 
 def _load_vocabulary(spec: EngineSpec) -> tuple[Tokenizer, TokenIndex]:
     """Load the tokenizer and its index: two seconds of plain Python for a large vocabulary."""
-    from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415 - not needed before a model is
+    from midfill.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(spec.model.path)
     index = TokenIndex(tokenizer.vocab_bytes(), tokenizer.control_ids)

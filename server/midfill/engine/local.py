@@ -184,7 +184,7 @@ class LocalEngine:
             if self._loaded is not None:
                 steps = StepLoop(shared, self._loaded, max_waiting=MAX_WAITING, speculate=self._spec.drafts)
                 steps.run()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, waiting requests must be ended
+        except BaseException as error:
             _LOG.critical("the engine thread ended", exc_info=True)
             reason = f"The engine stopped after an internal error ({type(error).__name__})."
             self.lost = self.lost or reason
@@ -224,7 +224,7 @@ class LocalEngine:
             failure = EngineError(f"There is not enough memory for {name}; choose a smaller model.")
         except ImportError as error:
             failure = EngineError(f"A library for local models is missing: {error}. Install midfill again.")
-        except Exception as error:  # noqa: BLE001 - transformers and torch raise anything
+        except Exception as error:
             _LOG.exception("loading failed")
             failure = EngineError(f"The model could not be loaded: {type(error).__name__}: {error}")
         else:

@@ -269,9 +269,9 @@ class ScriptedEngine:
     def prewarm(
         self,
         tokens: Sequence[int],
-        adapter: str | None = None,  # noqa: ARG002 - it has none
+        adapter: str | None = None,
         *,
-        user: str = "",  # noqa: ARG002
+        user: str = "",
     ) -> None:
         """Log that a prewarm was requested; see `Engine.prewarm`."""
         self._note("prewarmed", len(tokens), idle=True)

@@ -264,7 +264,7 @@ class StepLoop:
                 out_of_memory=True,
             )
             return
-        except Exception as error:  # noqa: BLE001 - a failed step costs its requests, not the engine
+        except Exception as error:
             _LOG.exception("a step failed")
             self._fail(
                 chunks, f"The model failed on this request ({type(error).__name__}); see the log for details."

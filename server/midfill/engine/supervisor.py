@@ -172,7 +172,7 @@ class Supervisor:
             self._engine = self._make()
             await self._engine.start(lambda _message, _share: None)
             await self._engine.set_adapters(self._adapters)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the next request must report it
+        except Exception as error:
             # The next request tries again, as long as that is allowed.
             self._engine.lost = f"The model could not be restarted: {error}"
             if not self._closed:

@@ -270,11 +270,11 @@ def _started(
     with tempfile.TemporaryFile() as written:
         written.write(given)
         written.seek(0)
-        with subprocess.Popen(  # noqa: S603 - an absolute path, with what it may not do spelled out above
+        with subprocess.Popen(
             command, stdin=written, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
         ) as process:
             _limit_memory(process.pid)
-            assert process.stderr is not None  # noqa: S101 - for mypy
+            assert process.stderr is not None
             reader = threading.Thread(target=_drain, args=(process.stderr, said), daemon=True)
             reader.start()
             try:
@@ -287,7 +287,7 @@ def _started(
 
 def _read(process: subprocess.Popen[bytes], limit_s: float) -> tuple[bytes, str]:
     """Read a process's output up to its end or to a limit; return it, and the reached limit or ""."""
-    assert process.stdout is not None  # noqa: S101 - for mypy
+    assert process.stdout is not None
     late = threading.Event()
 
     def end() -> None:
@@ -323,7 +323,7 @@ def _limit_memory(process_id: int) -> None:
     A few small trees that contain each other ten times list ten thousand million files.
     """
     if sys.platform == "linux":
-        import resource  # noqa: PLC0415 - not on Windows
+        import resource
 
         with suppress(OSError, ValueError):
             resource.prlimit(process_id, resource.RLIMIT_DATA, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))

@@ -74,7 +74,7 @@ def choose(root: Path, settings: Settings, *, count: int, seed: int) -> list[Sam
     """
     if not root.is_dir():
         raise MidfillError(f"{root} is not a folder. Give the folder of a repository.")
-    chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
+    chooser = random.Random(seed)
     sources = list(_read(FileFilter(root.resolve(), settings.excluded_files), _history(root), settings))
     if not sources:
         raise MidfillError(

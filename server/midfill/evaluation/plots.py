@@ -22,7 +22,7 @@ _COLOURS = ("#4393c3", "#d6604d", "#1a9850", "#999999")
 
 def infilling(summary: Mapping[str, Any], path: Path) -> None:
     """Draw bars by kind: shares that pass and that are exact, and similarity. Raises `MidfillError`."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -44,7 +44,7 @@ def repository(
     results: Sequence[Result], summary: Mapping[str, Any], path: Path, by: Calibration = BUILT_IN
 ) -> None:
     """Draw the quality by kind of hole, and the reliability of the confidence. Raises `MidfillError`."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     kinds, reliable = figure.subplots(1, 2)

@@ -278,8 +278,8 @@ def _ids(family: Family, tokenizer: Tokenizer) -> dict[str, dict[str, int]]:
 
 def table(result: Mapping[str, Any]) -> Any:
     """Return the result of `examine` for the user, as rich tables."""
-    from rich.console import Group  # noqa: PLC0415 - only a person needs it
-    from rich.table import Table  # noqa: PLC0415
+    from rich.console import Group
+    from rich.table import Table
 
     grid = Table(box=None, header_style="bold")
     for title in ("family", "orders", "vocabulary", "sentinels", "stops"):

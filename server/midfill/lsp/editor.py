@@ -54,7 +54,7 @@ class EditorConnection:
         try:
             # The protocol gives results as they came.
             chosen: Any = await self._server.window_show_message_request_async(params)
-        except Exception:  # noqa: BLE001 - a client that cannot ask has not agreed
+        except Exception:
             return None
         title = chosen.get("title") if isinstance(chosen, dict) else None
         return title if isinstance(title, str) else None

@@ -61,7 +61,7 @@ async def _try_load(session: Session) -> bool:
             return False
         except MidfillError as error:
             _show_failure(session, str(error))
-        except Exception as error:  # noqa: BLE001 - the server stays up, whatever a model does
+        except Exception as error:
             _LOG.exception("loading the model failed")
             kind = type(error).__name__
             _show_failure(session, f"Loading the model failed ({kind}). The server's log has the details.")

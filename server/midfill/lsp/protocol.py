@@ -200,7 +200,7 @@ class Protocol(LanguageServerProtocol):
             return types.InitializedParams()
         try:
             return self._converter.structure(params, cast("type[Any]", known[2]))
-        except Exception:  # noqa: BLE001 - cattrs raises many kinds; all mean the same
+        except Exception:
             raise _malformed(method) from None
 
     def _read_initialize_params(self, params: Any) -> types.InitializeParams:
@@ -228,7 +228,7 @@ class Protocol(LanguageServerProtocol):
             structured = self._converter.structure(
                 {"processId": None, "rootUri": None} | params, types.InitializeParams
             )
-        except Exception:  # noqa: BLE001 - as in `_read_params`
+        except Exception:
             return None
         return structured
 
@@ -243,7 +243,7 @@ class Protocol(LanguageServerProtocol):
             return
         try:
             result = handler(argument)
-        except Exception as error:  # noqa: BLE001 - one request fails, never the server
+        except Exception as error:
             self._fail(id_, error, is_request=is_request)
             return
         if not inspect.isawaitable(result):

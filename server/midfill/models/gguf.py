@@ -351,7 +351,7 @@ def _expected(file: GGUFFile, architecture: _Architecture) -> Iterator[tuple[str
 
 def _tie(file: GGUFFile, weights: list[_Weight]) -> tuple[list[_Weight], bool]:
     """If embedding and head are the same matrix, keep the one with more bits only."""
-    import numpy as np  # noqa: PLC0415 - `model list` needs no numpy
+    import numpy as np
 
     by_source = {weight.source.name: weight for weight in weights}
     embedding = by_source["token_embd.weight"]
@@ -402,7 +402,7 @@ def _write_weights(file: GGUFFile, weights: list[_Weight], out: BinaryIO, progre
 
 def _blocks(file: GGUFFile, weight: _Weight) -> Iterator[NDArray[np.uint16]]:
     """Iterate over blocks of a weight's rows, as the bits of bfloat16."""
-    import numpy as np  # noqa: PLC0415 - `model list` needs no numpy
+    import numpy as np
 
     source = weight.source
     step = max(1, _BLOCK_VALUES // source.shape[-1])
@@ -426,7 +426,7 @@ def _blocks(file: GGUFFile, weight: _Weight) -> Iterator[NDArray[np.uint16]]:
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Return the values as bits of bfloat16, rounded to nearest, ties to even."""
-    import numpy as np  # noqa: PLC0415 - `model list` needs no numpy
+    import numpy as np
 
     bits = values.view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)

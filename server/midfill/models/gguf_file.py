@@ -76,8 +76,8 @@ class GGUFFile:
 
     def rows(self, tensor: TensorInfo, first: int, count: int) -> NDArray[np.float32]:
         """Return rows `first` to `first + count` of a tensor as float32, shape (count, last dimension)."""
-        import gguf  # noqa: PLC0415 - takes 0.2 s, which `model list` need not pay
-        import numpy as np  # noqa: PLC0415
+        import gguf
+        import numpy as np
 
         raw = np.frombuffer(
             self._bytes, np.uint8, count * tensor.row_bytes, tensor.offset + first * tensor.row_bytes
@@ -213,7 +213,7 @@ class _Reader:
     ) -> dict[str, TensorInfo]:
         if not entries:
             return {}  # a vocabulary-only file
-        import gguf  # noqa: PLC0415 - takes 0.2 s, which `model list` need not pay
+        import gguf
 
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 65_536:

@@ -116,8 +116,8 @@ def fetch(listing: Listing, folder: Path, report: Report) -> None:
 
 
 def _fetch_files(listing: Listing, folder: Path, report: Report) -> None:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - takes 0.3 s
-    from huggingface_hub.utils.tqdm import disable_progress_bars  # noqa: PLC0415
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     try:
@@ -168,10 +168,10 @@ def _ask(repository: str) -> Any:
 
     def ask() -> None:
         try:
-            from huggingface_hub import HfApi  # noqa: PLC0415 - takes 0.3 s
+            from huggingface_hub import HfApi
 
             answer.append(HfApi().model_info(repository, timeout=_FIRST_ANSWER_S, files_metadata=True))
-        except Exception as error:  # noqa: BLE001 - handed to the caller's thread
+        except Exception as error:
             answer.append(error)
 
     thread = threading.Thread(target=ask, name="midfill-hub", daemon=True)
@@ -186,7 +186,7 @@ def _ask(repository: str) -> Any:
 
 def _explain(error: Exception, repository: str, unreachable: str) -> Exception:
     """Return an error with a sentence for the user; errors that do not come from the hub are unchanged."""
-    from huggingface_hub import constants, errors  # noqa: PLC0415 - takes 0.3 s
+    from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repository}"
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
@@ -213,7 +213,7 @@ def _explain(error: Exception, repository: str, unreachable: str) -> Exception:
 
 def _is_network(error: Exception) -> bool:
     """Return whether there was no answer at all. The hub library's HTTP client depends on its version."""
-    from huggingface_hub import errors  # noqa: PLC0415 - takes 0.3 s
+    from huggingface_hub import errors
 
     if isinstance(error, errors.HfHubHTTPError | errors.OfflineModeIsEnabled):
         return False
@@ -225,7 +225,7 @@ def _is_network(error: Exception) -> bool:
 
 def _build_tokenizer(folder: Path, repository: str) -> None:
     """Make a tokenizer.json from the older files of a slow tokenizer."""
-    from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds, and few models need it
+    from transformers import AutoTokenizer
 
     try:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(folder)

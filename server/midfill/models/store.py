@@ -49,7 +49,7 @@ def cache_root() -> Path:
     """Return the folder of data that can be fetched again: $MIDFILL_CACHE, or the user's cache folder."""
     if chosen := os.environ.get("MIDFILL_CACHE"):
         return Path(chosen).expanduser().absolute()
-    import platformdirs  # noqa: PLC0415 - not needed where the variable is set
+    import platformdirs
 
     return platformdirs.user_cache_path("midfill")
 
@@ -239,7 +239,7 @@ def publish(building: Path, key: str, *, name: str, family: str | None, source: 
                 "sha256": hashlib.file_digest(stream, "sha256").hexdigest(),
             }
             _sync(stream.fileno())
-    from midfill import __version__  # noqa: PLC0415 - reads the installed package's metadata
+    from midfill import __version__
 
     manifest = {
         "format": _FORMAT,
@@ -322,7 +322,7 @@ def _is_inside(name: str) -> bool:
 
 def _hub_snapshot(hub: str) -> Path | None:
     """Return the main snapshot of a repository in the hub library's cache, if it is a complete model."""
-    from huggingface_hub import constants  # noqa: PLC0415 - only where midfill's own cache has nothing
+    from huggingface_hub import constants
 
     repository = Path(constants.HF_HUB_CACHE) / f"models--{hub.replace('/', '--')}"
     try:

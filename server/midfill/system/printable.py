@@ -42,11 +42,11 @@ def printable(text: str) -> str:
 class LogFormatter(logging.Formatter):
     """Formats a record as one printable line, followed by its traceback, if any."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+    def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the message as one printable line."""
         return one_line(super().formatMessage(record))
 
-    def formatException(  # noqa: N802 - the library's name
+    def formatException(
         self,
         ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
     ) -> str:

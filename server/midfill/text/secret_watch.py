@@ -100,7 +100,7 @@ class SecretWatch:
         try:
             for block in _blocks(document.lines[first:new_end]):
                 found += await asyncio.get_running_loop().run_in_executor(self._pool, _secret_lines, block)
-        except Exception as error:  # noqa: BLE001 - the next request tries again
+        except Exception as error:
             # Not its message, which may quote the text.
             _LOG.error("the search for secrets in a document failed: %s", type(error).__name__)
         else:

@@ -177,7 +177,7 @@ class ExampleBuilder:
         return self.cut(file, span, commit)
 
 
-def build_examples(  # noqa: PLR0913 - sources, model, size
+def build_examples(
     repository: Repository,
     selection: Selection,
     model: LocalModel,
@@ -204,7 +204,7 @@ def build_general_examples(
 ) -> list[Example]:
     """Return `count` examples from Python's standard library, without context."""
     root = Path(random.__file__).parent
-    chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
+    chooser = random.Random(seed)
     names = ("textwrap.py", "argparse.py", "tarfile.py", "ast.py", "queue.py", "shlex.py", "csv.py", "bdb.py")
     texts = [(name, (root / name).read_text(encoding="utf-8")) for name in names if (root / name).is_file()]
     files = [SourceFile(name, "python", text, frozenset()) for name, text in texts]
@@ -267,7 +267,7 @@ def checked_out_tree(selection: Selection, settings: Settings) -> Iterator[Path 
 
 
 def _train(selection: Selection, example_builder: ExampleBuilder, count: int, seed: int) -> Iterator[Example]:
-    chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
+    chooser = random.Random(seed)
     additions = [one for commit in selection.split.train for one in commit]
     # Recent code is more like the code that will be written next.
     recency = [
@@ -299,7 +299,7 @@ def _held_out(
     commits: Sequence[Sequence[Addition]], example_builder: ExampleBuilder, count: int, seed: int
 ) -> list[Example]:
     """Return about `count` examples, evenly from all commits, so that no commit dominates."""
-    chooser = random.Random(seed)  # noqa: S311 - for samples, not for secrets
+    chooser = random.Random(seed)
     most = min(_MAX_PER_COMMIT, max(1, -(-count // max(1, len(commits)))))
     found = []
     for additions in commits:

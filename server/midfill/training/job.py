@@ -89,12 +89,12 @@ def name_for(folder: Path) -> str:
 
 def most_threads() -> int:
     """Return the number of cores less one, which stays free for the editor and its servers."""
-    from midfill.engine.torch.threads import num_cores  # noqa: PLC0415 - only where somebody trains
+    from midfill.engine.torch.threads import num_cores
 
     return max(1, num_cores() - 1)
 
 
-def request_of(  # noqa: PLR0913, PLR0917 - each is a different thing
+def request_of(
     kind: str,
     job: Job,
     model: LocalModel,

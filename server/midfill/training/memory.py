@@ -101,7 +101,7 @@ def _longest(settings: Settings) -> int:
     return settings.prefix_tokens + settings.suffix_tokens + context + MAX_TARGET_TOKENS
 
 
-def estimate(  # noqa: PLR0913 - each is a different thing
+def estimate(
     model: Path, wanted: str, settings: Settings, free: float, num_processes: int = 1, *, learns: bool = True
 ) -> dict[str, Any]:
     """Return what each form needs, what is free, and which form to use, as `midfill adapter plan` shows it.

@@ -103,7 +103,7 @@ def _base_weights(job: Job, model: LocalModel, settings: Settings, *, learns: bo
     return agree_on_base_weights(memory.choose_form(room, count))
 
 
-def train(  # noqa: PLR0913 - each is a different thing
+def train(
     job: Job,
     model: LocalModel,
     settings: Settings,
@@ -158,7 +158,7 @@ def train(  # noqa: PLR0913 - each is a different thing
     return {"adapter": entry.name, "digest": entry.digest, "forced": job.force, **result}
 
 
-def evaluate(  # noqa: PLR0913, PLR0917 - each is a different thing
+def evaluate(
     job: Job, adapter: Path, fingerprint: str | None, model: LocalModel, settings: Settings, tell: Tell
 ) -> dict[str, Any]:
     """Evaluate an existing adapter, as it is, on the newest commits of a repository.
@@ -254,7 +254,7 @@ def _choose_and_save(
     return Measurements(problems=tuple(problems), scale=scale, dev=table)
 
 
-def _evaluate(  # noqa: PLR0913, PLR0917 - what the stages before it have made
+def _evaluate(
     run: _Run,
     adapted: Adapted | None,
     adapter: Path,

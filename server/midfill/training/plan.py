@@ -60,7 +60,7 @@ def estimate_speed(model: Path, base_weights: str | None = None) -> Speed:
     return Speed(1.5 * weights * per_weight, step * weights * per_weight)
 
 
-def summarise(  # noqa: PLR0913, PLR0917 - what a plan is made of
+def summarise(
     selection: Selection,
     examples: Examples,
     speed: Speed,

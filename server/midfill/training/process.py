@@ -47,7 +47,7 @@ def started(request: Mapping[str, Any], num_processes: int = 1) -> Iterator[subp
         processes = []
         for rank in range(num_processes):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": _LOOPBACK}
-            process = subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
+            process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 stderr=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
@@ -65,8 +65,8 @@ def started(request: Mapping[str, Any], num_processes: int = 1) -> Iterator[subp
 
 def events(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
     """Iterate over the events of a process. Raises `MidfillError` if it ends without a final event."""
-    assert process.stdout is not None  # noqa: S101 - for the type checker
-    assert process.stderr is not None  # noqa: S101
+    assert process.stdout is not None
+    assert process.stderr is not None
     said: list[bytes] = []
     # Read by a thread, so that a full pipe does not stop the process.
     reader = threading.Thread(target=lambda: said.append(process.stderr.read()), daemon=True)  # type: ignore[union-attr]

@@ -49,7 +49,7 @@ class FrozenInt8Linear(nn.Linear):
         if bias is not None:
             self.bias = nn.Parameter(bias.float(), requires_grad=False)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name nn.Linear gave it
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the product in float32."""
         output: torch.Tensor = _product(input, self.weight, self.scales)
         return output if self.bias is None else output + self.bias
@@ -66,7 +66,7 @@ def _product(inputs: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -
     return result.mul_(scales).view(*inputs.shape[:-1], len(values))
 
 
-def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:  # noqa: ARG001 - by name
+def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 

@@ -30,7 +30,7 @@ img { max-width: 100% } .verdict { font-weight: 600 } .quiet { color: #59636e }
 """
 
 
-def write(  # noqa: PLR0913 - what it is of, and what it says
+def write(
     path: Path,
     name: str,
     repository: str,
@@ -139,7 +139,7 @@ def _text(value: object) -> str:
 
 def _pictures(result: Mapping[str, Any], measurements: Measurements) -> list[str]:
     try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+        from matplotlib.figure import Figure
     except ImportError:
         return ["<p class='quiet'>No plots, because matplotlib is not installed: pip install matplotlib</p>"]
     pictures = []

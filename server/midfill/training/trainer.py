@@ -87,7 +87,7 @@ class Trainer:
         tell: called with the share done and a message.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - each is a different thing
+    def __init__(
         self,
         adapted: Adapted,
         recipe: Recipe,
@@ -208,7 +208,7 @@ class Trainer:
         per_epoch = len(self._examples) // size
         epoch, number = divmod(step, per_epoch)
         order = list(range(len(self._examples)))
-        random.Random(f"{self._recipe.seed}:{epoch}").shuffle(order)  # noqa: S311 - for an order
+        random.Random(f"{self._recipe.seed}:{epoch}").shuffle(order)
         return [self._examples[index] for index in order[number * size : (number + 1) * size]]
 
     def _add_up(self, total: float) -> float:

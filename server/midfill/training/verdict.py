@@ -281,7 +281,7 @@ def choose_scale(
     return best, {key: round(value, 5) for key, value in table.items()}
 
 
-def measure_losses(  # noqa: PLR0913 - each is a different thing
+def measure_losses(
     adapted: Adapted,
     test: Sequence[Example],
     general: Sequence[Example],
@@ -351,7 +351,7 @@ def _in_rounds(examples: Sequence[Example]) -> list[Example]:
     return [group[number] for number in range(rounds) for group in by_commit.values() if number < len(group)]
 
 
-async def fill(  # noqa: PLR0913, PLR0917 - each is a different thing
+async def fill(
     model: LocalModel,
     adapter: Path,
     settings: Settings,

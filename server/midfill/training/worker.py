@@ -63,7 +63,7 @@ def _serve(say: Callable[[dict[str, Any]], None]) -> None:
 def _work(request: Mapping[str, Any], tell: Any, stop: Callable[[], bool]) -> dict[str, Any]:
     values = request["job"]
     check_name(values["name"])
-    from midfill.training import pipeline  # noqa: PLC0415 - imports torch, after the process has become nice
+    from midfill.training import pipeline
 
     job = Job(
         **values
@@ -112,7 +112,7 @@ def process_group() -> Iterator[bool]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
         return
-    from torch import distributed  # noqa: PLC0415 - heavy
+    from torch import distributed
 
     meeting = os.environ.get(RENDEZVOUS)
     distributed.init_process_group(

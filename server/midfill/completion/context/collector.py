@@ -147,7 +147,7 @@ class ContextCollector:
             return
         folders = self._folders if {ContextSource.REPOSITORY, ContextSource.IMPORTS} & set(sources) else ()
         # Imported lazily: slow, and unused while `context` is empty.
-        from midfill.completion.context.indexer import Indexer  # noqa: PLC0415
+        from midfill.completion.context.indexer import Indexer
 
         self.indexer = Indexer(folders, self.settings.excluded_files)
         self._dirty = set(self._open)
@@ -332,7 +332,7 @@ class ContextCollector:
         """Yield definitions of imported names that are used near the cursor, the nearest first."""
         if self.indexer is None:
             return
-        from midfill.completion.context.chunks import imported_names  # noqa: PLC0415 - see `_restart`
+        from midfill.completion.context.chunks import imported_names
 
         document = snapshot.document
         names = imported_names(document.lines[:_IMPORT_LINES], document.language_id)

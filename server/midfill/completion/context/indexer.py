@@ -125,7 +125,7 @@ class Indexer:
                     self._update(kind, *arguments)
                 if self._jobs.empty():
                     self._commit()
-            except Exception as error:  # noqa: BLE001 - a file that cannot be indexed costs nothing else
+            except Exception as error:
                 # Not its message, which may quote a file.
                 _LOG.error("an indexing job failed: %s", type(error).__name__)
 
@@ -176,12 +176,12 @@ class Indexer:
             "excluded_files": self._excluded,
         }
         seen = set()
-        with subprocess.Popen(  # noqa: S603 - our own module, by our own interpreter
+        with subprocess.Popen(
             _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as process:
             self._process = process
-            assert process.stdin is not None  # noqa: S101 - for the type checker
-            assert process.stdout is not None  # noqa: S101
+            assert process.stdin is not None
+            assert process.stdout is not None
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()

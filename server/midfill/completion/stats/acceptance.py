@@ -518,7 +518,7 @@ def as_dict(table: Table) -> dict[str, dict[str, dict[str, int]]]:
 
 def table(counts: Table) -> Any:
     """Return counts as a rich table for the user, or a sentence if there are none."""
-    from rich.table import Table as Grid  # noqa: PLC0415 - only a person needs it
+    from rich.table import Table as Grid
 
     grid = Grid(box=None, pad_edge=False, header_style="bold")
     for title in (

@@ -145,7 +145,7 @@ class LoadedAdapters:
         try:
             swap.install()
             check(self._runner, {key: swap.adapters[key] for key in new})
-        except Exception as error:  # noqa: BLE001 - whatever a model raises, the previous adapters stay
+        except Exception as error:
             self._install()
             if isinstance(error, MidfillError):
                 return error

@@ -449,7 +449,7 @@ class _Graph:
         turned = opset15.add(opset15.multiply(heads, cosines), opset15.multiply(swapped, sines))
         return _reshape(turned, -1, num_heads * width)
 
-    def _attend(  # noqa: PLR0913, PLR0917 - what one layer's attention depends on
+    def _attend(
         self,
         inputs: ov.Node,
         name: str,

@@ -260,7 +260,7 @@ class _WeightReader:
 
     def _merge(self, name: str, start: int, values: Floats) -> None:
         """Add the adapter's change to these rows of a matrix."""
-        assert self.adapter is not None  # noqa: S101 - for the type checker
+        assert self.adapter is not None
         branch = self.adapter.branches[name.removesuffix(".weight")]
         with np.errstate(over="ignore", invalid="ignore"):  # reported below, with the name
             values += np.float32(branch.scale) * branch.up[start : start + len(values)] @ branch.down

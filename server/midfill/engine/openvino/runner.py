@@ -53,7 +53,7 @@ def _never() -> bool:
     return False
 
 
-def load(  # noqa: PLR0913 - what to load, and how
+def load(
     path: Path,
     shape: DecoderShape,
     *,

@@ -71,12 +71,12 @@ def attending(past: Past) -> Iterator[None]:
         _CURRENT.past = None
 
 
-def _forward(  # noqa: PLR0913, PLR0917 - the signature is that of transformers
+def _forward(
     module: Any,
     query: torch.Tensor,
-    key: torch.Tensor,  # noqa: ARG001 - the past has them
-    value: torch.Tensor,  # noqa: ARG001
-    attention_mask: torch.Tensor | None,  # noqa: ARG001 - none is built
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,

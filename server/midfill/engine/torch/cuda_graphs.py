@@ -102,7 +102,7 @@ class GraphRunner:
         tensor_device: where the tensors are.
     """
 
-    def __init__(  # noqa: PLR0913 - the model, its cache, its device
+    def __init__(
         self,
         forward: Forward,
         cache: FixedKVCache,

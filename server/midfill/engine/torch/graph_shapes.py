@@ -206,7 +206,7 @@ class GraphCache(Generic[T]):
         except MemoryError:
             self._stop("out of memory")
             return False
-        except Exception as error:  # noqa: BLE001 - whatever a model does that cannot be recorded
+        except Exception as error:
             _LOG.warning("CUDA graphs cannot capture this model (%s); it runs without graphs", error)
             self._stop("it cannot be captured")
             return False

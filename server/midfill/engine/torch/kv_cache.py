@@ -119,7 +119,7 @@ class FixedKVCache:
             for keys, values in like
         ]
 
-    def entries(self, layer: int, slot: int, length: int, like: LayerKV | None = None) -> LayerKV:  # noqa: ARG002
+    def entries(self, layer: int, slot: int, length: int, like: LayerKV | None = None) -> LayerKV:
         """Return views of a slot's keys and values in a layer."""
         keys, values = self.layers[layer]
         return keys[slot], values[slot]
@@ -168,8 +168,8 @@ class PackedPast:
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         layer_idx: int,
-        *args: Any,  # noqa: ARG002 - some architectures pass more; plain attention needs none of it
-        **kwargs: Any,  # noqa: ARG002
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new keys and values; see `attention.Past.update`."""
         self._layer = []
@@ -211,7 +211,7 @@ class PackedPast:
             mask = self._masks[key]
         return packed(query, keys, values, mask, scale).transpose(1, 2)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - called by transformers
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0; not used, because positions are given."""
         return 0
 
@@ -259,8 +259,8 @@ class FixedShapePast:
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         layer_idx: int,
-        *args: Any,  # noqa: ARG002 - see PackedPast.update
-        **kwargs: Any,  # noqa: ARG002
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new keys and values; see `attention.Past.update`."""
         self._layer = layer_idx
@@ -294,7 +294,7 @@ class FixedShapePast:
             self._ends.int(),
         )
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - called by transformers
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0; not used, because positions are given."""
         return 0
 
@@ -317,7 +317,7 @@ def flash_kernel(
     rows: FixedShapePast, query: torch.Tensor, entries: LayerKV, scale: float | None, window: int | None
 ) -> torch.Tensor:
     """`Kernel` with torch's flash attention, on CUDA only: reads the entries in place."""
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - only where it can run
+    from torch.nn.attention.varlen import varlen_attn
 
     width = rows.positions.shape[1]
     # A single query sees all keys. Saying so lets the kernel pack heads and split keys over the device.

@@ -39,7 +39,7 @@ With smaller blocks it would spend most of its time waiting for the interpreter 
 _DTYPES = ("int8", "float32", "bfloat16")
 
 
-def load_runner(  # noqa: PLR0913 - the fields of EngineSpec, by name
+def load_runner(
     path: Path,
     *,
     device: str,
@@ -80,19 +80,19 @@ def load_runner(  # noqa: PLR0913 - the fields of EngineSpec, by name
         if plan == "int8" and (name := _largest(files)) is not None:
             ahead[name] = pool.submit(_int8_weight, files[name], name)
         # Imports transformers, which takes as long as the largest weight and leaves one core free.
-        from midfill.engine.torch.runner import TorchRunner  # noqa: PLC0415
-        from midfill.engine.torch.weights import build_model  # noqa: PLC0415
+        from midfill.engine.torch.runner import TorchRunner
+        from midfill.engine.torch.weights import build_model
 
         result = pool.submit(meanwhile)
         model = build_model(path, files, plan, target, num_threads=num_threads, ahead=ahead, report=report)
     torch.set_num_threads(num_threads)
     if target.type == "cuda":
-        from midfill.engine.torch.fuse import fuse  # noqa: PLC0415 - used on CUDA only
+        from midfill.engine.torch.fuse import fuse
 
         fuse(model)
     runner = TorchRunner(model, plan, target, thread_count)
     if target.type == "cuda":
-        from midfill.engine.torch import cuda  # noqa: PLC0415 - used on CUDA only
+        from midfill.engine.torch import cuda
 
         runner.use_graphs(
             cuda.CudaDevice(target), partial(cuda.kernel, target), NUM_SLOTS, cuda.free_bytes(target)

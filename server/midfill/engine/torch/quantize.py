@@ -80,7 +80,7 @@ class Int8Linear(nn.Linear):
         self._packed = weight.packed
         self._reduce_range = _needs_reduced_range()
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name nn.Linear gave it
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the product in fp32."""
         if input.numel() == self.in_features:
             # One row: the scale per call is the scale per row.
@@ -106,7 +106,7 @@ class Int8Embedding(nn.Embedding):
         self.weight = nn.Parameter(weight.values, requires_grad=False)
         self._scales = weight.scales.float()[:, None]
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name nn.Embedding gave it
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return the rows in fp32."""
         return self.weight[input] * self._scales[input]
 

@@ -38,7 +38,7 @@ _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 """Layers whose past can be cut at any token, which reuse needs. Recurrent states cannot be cut."""
 
 
-def build_model(  # noqa: PLR0913 - what to load, how, and what is there already
+def build_model(
     path: Path,
     files: dict[str, Path],
     dtype: str,
@@ -129,7 +129,7 @@ def _parameters_on_meta() -> Iterator[None]:
 class _Loader:
     """Loads the tensors of the files into the modules of one model."""
 
-    def __init__(  # noqa: PLR0913 - the arguments of `build_model`
+    def __init__(
         self,
         model: Any,
         files: dict[str, Path],

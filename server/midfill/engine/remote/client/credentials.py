@@ -46,7 +46,7 @@ def _from_environment(name: str) -> str | None:
 
 def _from_keyring(place: str) -> str | None:
     try:
-        import keyring  # noqa: PLC0415 - an extra
+        import keyring
     except ImportError:
         raise SettingsError(
             "`engine_key` uses the keyring, which needs a package: pip install keyring"
@@ -69,7 +69,7 @@ def _from_command(line: str) -> str | None:
             raise SettingsError(
                 "The command of `engine_key` was not found: it is neither an absolute path nor on the PATH."
             )
-        done = subprocess.run(  # noqa: S603 - the user's own settings file names it
+        done = subprocess.run(
             [program, *arguments],
             # Not the current folder: it may be a repository, whose files the program might load.
             cwd=os.path.dirname(program),  # noqa: PTH120

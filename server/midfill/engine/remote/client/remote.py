@@ -154,7 +154,7 @@ class RemoteEngine:
                 except RetryElsewhereError as failure:
                     if failure.again and again:
                         again = False
-                        await asyncio.sleep(random.uniform(0.05, 0.15))  # noqa: S311 - spreads the retries of many clients
+                        await asyncio.sleep(random.uniform(0.05, 0.15))
                         continue
                     tried.append(endpoint)
                     if all(
@@ -171,7 +171,7 @@ class RemoteEngine:
         tokens: Sequence[int],
         adapter: str | None = None,
         *,
-        user: str = "",  # noqa: ARG002 - the server knows its users
+        user: str = "",
     ) -> None:
         """Let the server compute a prompt, unless it has work of ours or requests cost money."""
         endpoint = self._current or next(iter(self._endpoints), None)

@@ -297,7 +297,7 @@ class _CompletionRun:
         except EngineError:
             end = "failed"
             raise
-        except Exception as error:  # noqa: BLE001 - a model may raise anything
+        except Exception as error:
             end = "failed"
             # The error's text may quote the prompt.
             _LOG.error("a request failed: %s", type(error).__name__)
