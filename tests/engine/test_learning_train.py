@@ -21,7 +21,8 @@ from midfill.errors import AdapterError
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
 from midfill.system import last_request
-from midfill.training import data, worker
+from midfill.training import data
+from midfill.training import job as jobs
 from midfill.training import pipeline as learn
 from midfill.training.history import Repository
 from midfill.training.model import Adapted, Recipe, recipe_for, wait_for_quiet
@@ -197,14 +198,14 @@ def test_the_schedule_is_made_for_the_budget(model, examples, tmp_path):
 
 def test_a_training_keeps_to_the_form_that_it_began_with(model, examples, tmp_path, monkeypatch):
     monkeypatch.setenv("MIDFILL_DATA", str(tmp_path))
-    folder = worker.run_folder("tiny")
+    folder = jobs.run_folder("tiny")
 
     def begun(form):
         identity = {"base_weights": form}
         return Trainer(adapted(model), RECIPE, examples.train, folder / "checkpoint", identity, bool, print)
 
     begun("int8").save()
-    job = worker.Job(tmp_path, "tiny", 60.0)
+    job = jobs.Job(tmp_path, "tiny", 60.0)
     assert learn._base_weights(job, model, SETTINGS) == "float32"
     assert learn._base_weights(replace(job, resume=True), model, SETTINGS) == "int8"
     # Asked for another one, it says so before anything is overwritten.
@@ -236,9 +237,9 @@ def test_it_stands_aside_while_a_server_computes(monkeypatch, tmp_path):
 
 
 def job_file(repository, model, folder, name="tiny", **job):
-    made = worker.Job(repository.root, name, 60.0, **job)
+    made = jobs.Job(repository.root, name, 60.0, **job)
     file = folder / "job.json"
-    file.write_text(json.dumps(worker.request_of("train", made, model, SETTINGS)))
+    file.write_text(json.dumps(jobs.request_of("train", made, model, SETTINGS)))
     return file
 
 
