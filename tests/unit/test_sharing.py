@@ -13,13 +13,15 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="no Unix sockets")
 
 
 @pytest.fixture
-def temporary(tmp_path, monkeypatch):
+def temporary(tmp_path_factory, monkeypatch):
     """An empty temporary folder, on a system without a login's own."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    # Not named after the test: with the name of xdist's process it would be too long for a socket.
+    folder = tmp_path_factory.mktemp("s")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr("sys.platform", "linux")
     for name in ("XDG_RUNTIME_DIR", "MIDFILL_RUNTIME"):
         monkeypatch.delenv(name, raising=False)
-    return tmp_path
+    return folder
 
 
 def first(folder):
