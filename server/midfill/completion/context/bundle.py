@@ -1,4 +1,4 @@
-"""Types that the rooms of the context share: pieces of other files, and where they come from.
+"""Types that the modules of this package share: pieces of other files, and where they come from.
 
 A leaf: imports nothing of this package.
 """

@@ -1,4 +1,4 @@
-"""What an editor is told of a verdict. Training itself is in tests/lsp/test_training.py."""
+"""What an editor is told of a verdict. Training itself is in tests/lsp/test_train_command.py."""
 
 import pytest
 
