@@ -548,7 +548,7 @@ def test_an_adapter_is_learnt_if_the_user_agrees_and_progress_is_shown(neovim, m
     editor = neovim(SUM, text=VALUES, before=progress + select)
     editor.api.command("Midfill train")
     editor.until(lambda: editor.lua("return ASKED"), "the question")
-    assert f"learn an adapter for {model.name} from the git history of" in editor.lua("return ASKED")
+    assert f"train an adapter for {model.name} on the git history of" in editor.lua("return ASKED")
     # That folder is no repository, which whoever reads its history finds.
     editor.until(lambda: any("is in no git repository" in note for note in editor.notes), "what came of it")
     told = editor.lua("return PROGRESS")

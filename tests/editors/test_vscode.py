@@ -362,7 +362,7 @@ def test_models_and_adapters_are_offered(window):
 
 
 def test_an_adapter_is_learnt_only_if_the_user_agrees(window, model):
-    question = f"learn an adapter for {model.name} from the git history of"
+    question = f"train an adapter for {model.name} on the git history of"
     window.run("midfill: Train an Adapter on This Repository")
     window.says(question)
     window.click("Do not train")

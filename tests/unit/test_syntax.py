@@ -117,6 +117,11 @@ def test_any_text_has_an_outline(language, text):
         assert text[one.start : one.end] == one.text
 
 
+def test_a_text_on_which_the_scanner_of_a_grammar_never_ends_is_not_parsed():
+    """That loop is in C: no budget ends it, and it holds the interpreter lock."""
+    assert outline("\\é\n#(\\:𝄞", "perl") is None
+
+
 def test_a_text_that_takes_too_long_is_given_up(monkeypatch):
     growing = Growing.of("", "python")
     assert growing.outline("x = (") is not None

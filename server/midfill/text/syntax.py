@@ -75,7 +75,7 @@ _GRAMMARS = {
     "nix": _Grammar("nix", tokens_only=True),
     "objective-c": _Grammar("objc", tokens_only=True),
     "ocaml": _Grammar("ocaml", tokens_only=True),
-    "perl": _Grammar("perl", tokens_only=True),
+    # Not Perl's: its scanner does not end on some texts, and nothing can stop it.
     "php": _Grammar("php", lead=b"<?php "),
     "python": _Grammar("python"),
     "r": _Grammar("r", tokens_only=True),
