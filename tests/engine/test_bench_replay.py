@@ -40,11 +40,11 @@ async def played(*rules, pace=None):
 @in_its_own_time
 async def test_a_right_suggestion_is_accepted_and_its_keys_are_saved():
     found = await played(*RULES)
-    assert found["fates"]["accepted"] == 1
+    assert found["outcomes"]["accepted"] == 1
     assert found["keys"] == len(TYPED)
     assert found["keystrokes_saved"] == len(SUGGESTED) - 1
     assert found["requests"] == len("total =") + 1
-    assert found["fates"]["shown"] == len("total =")
+    assert found["outcomes"]["shown"] == len("total =")
     assert found["cancelled_share"] == 0
     # Those of what was accepted are neither wasted nor unaccepted.
     used = found["generated_tokens"] - found["wasted_tokens"] - found["unaccepted_tokens"]
@@ -54,8 +54,8 @@ async def test_a_right_suggestion_is_accepted_and_its_keys_are_saved():
 @in_its_own_time
 async def test_a_suggestion_that_is_typed_through_asks_the_model_nothing():
     found = await played(*RULES, pace=Pace(accepts=False))
-    assert found["fates"]["accepted"] == found["keystrokes_saved"] == 0
-    assert found["requests"] == found["fates"]["shown"] == len(TYPED)
+    assert found["outcomes"]["accepted"] == found["keystrokes_saved"] == 0
+    assert found["requests"] == found["outcomes"]["shown"] == len(TYPED)
     inside = found["inside_right_suggestion"]
     assert inside["requests"] == len(SUGGESTED) - 1
     assert found["sources"]["typed-through"] == inside["requests"]

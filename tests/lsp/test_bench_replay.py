@@ -110,7 +110,7 @@ def test_a_suggestion_can_be_typed_through_instead(tmp_path, engine):
     assert found["requests"] == len(TYPED)
     inside = found["inside_right_suggestion"]
     assert inside["requests"] == len(" sum(values)") - 1
-    missed = found["fates"]["cancelled"] + found["fates"]["late"]
+    missed = found["outcomes"]["cancelled"] + found["outcomes"]["late"]
     assert inside["requests"] - missed <= found["sources"].get("typed-through", 0) <= inside["requests"]
 
 
