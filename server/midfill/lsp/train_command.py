@@ -29,7 +29,7 @@ _USE, _KEEP = "Use it", "Do not use it"
 
 # The range of each stage in the progress of the whole. A stage reports from 0 to 1 several times, once for
 # each thing that it measures.
-_STAGES = {"train": (0.0, 0.5), "choose": (0.5, 0.6), "judge": (0.6, 1.0)}
+_STAGES = {"train": (0.0, 0.5), "choose": (0.5, 0.6), "evaluate": (0.6, 1.0)}
 
 
 class AdapterTraining:
