@@ -343,9 +343,9 @@ def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path,
         assert result["general"] < 1.02
         assert result["saved_chars"]["holes"]
         assert result["latency"] > 0
-        others = [reason for reason in result["reasons"] if "longer with it" not in reason]
+        others = [reason for reason in result["reasons"] if "longer with the adapter" not in reason]
         assert result["verdict"] == ("inconclusive" if others else "rejected")
-        assert all("more commits needed" in reason for reason in others)
+        assert all("more commits are needed" in reason for reason in others)
     expected = alone[form]
     assert found.keys() == expected.keys()
     assert any(one.abs().max() > 0 for name, one in expected.items() if "lora_B" in name)

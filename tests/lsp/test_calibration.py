@@ -77,7 +77,7 @@ async def test_what_is_fitted_is_written_used_and_taken_back(client, tmp_path, m
     # Without --write nothing changes.
     code, out, _ = await midfill("eval", "calibrate", *files[:2], "--held-out", files[2])
     assert code == 0
-    assert "--write uses it" in out
+    assert "To use it, add --write." in out
     assert not (tmp_path / "data").exists()
 
     training = (*files[:2], "--held-out", files[2])
@@ -123,7 +123,7 @@ async def test_what_is_no_better_is_not_written(tmp_path, monkeypatch):
         (tmp_path / file).write_text("".join(rows[:30]))
     code, out, errors = await midfill("eval", "calibrate", *files, "--write")
     assert code == 1
-    assert "Not written." in errors
+    assert "Not saved." in errors
     assert not (tmp_path / "data").exists()
     code, out, _ = await midfill("eval", "calibrate", *files, "--write", "--force")
     assert code == 0
@@ -132,6 +132,6 @@ async def test_what_is_no_better_is_not_written(tmp_path, monkeypatch):
 
 async def test_reset_and_files_do_not_go_together(tmp_path):
     code, _, errors = await midfill("eval", "calibrate", "--reset", str(tmp_path / "a"))
-    assert (code, "stands alone" in errors) == (2, True)
+    assert (code, "--reset takes no RESULTS" in errors) == (2, True)
     code, _, errors = await midfill("eval", "calibrate")
-    assert (code, "Give files of results" in errors) == (2, True)
+    assert (code, "Give result files" in errors) == (2, True)
