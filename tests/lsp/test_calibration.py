@@ -127,7 +127,7 @@ async def test_what_is_no_better_is_not_written(tmp_path, monkeypatch):
     assert not (tmp_path / "data").exists()
     code, out, _ = await midfill("eval", "calibrate", *files, "--write", "--force")
     assert code == 0
-    assert "is judged by it from the next start on" in out
+    assert "Servers use it for scripted" in out
 
 
 async def test_reset_and_files_do_not_go_together(tmp_path):
