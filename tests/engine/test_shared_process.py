@@ -11,7 +11,7 @@ from serving import hosted
 
 from midfill.engine.api import AdapterSource, Request
 from midfill.engine.remote.client.shared import SharedEngine, ShareSpec
-from midfill.engine.remote.server.listen import Listen
+from midfill.engine.remote.server.listen import ListenSpec
 from midfill.engine.scripted import Rule
 from midfill.errors import EngineUnavailableError
 from midfill.models.store import LocalModel
@@ -137,7 +137,7 @@ class Proxy:
 @asynccontextmanager
 async def proxied(spec, folder, **options):
     """A window whose connections to a process can be cut, which lives on."""
-    listen = Listen(socket=folder / "s")
+    listen = ListenSpec(socket=folder / "s")
     rules = [Rule(after="long = ", text="abc", hang=True), Rule(text="hello")]
     async with hosted(listen, rules=rules):
         proxy = Proxy(listen.socket, **options)
@@ -166,7 +166,7 @@ async def test_an_answer_that_was_begun_breaks_off_with_its_connection_and_is_no
         async with aclosing(engine.generate(request)) as tokens:
             assert (await anext(tokens)).text == "a"
             proxy.cut()
-            with pytest.raises(EngineUnavailableError, match="hung up"):
+            with pytest.raises(EngineUnavailableError, match="closed the connection"):
                 async for _ in tokens:
                     pass
         assert proxy.asked == 1

@@ -58,7 +58,7 @@ def test_an_adapter_from_import_to_removal(base, tmp_path):
     assert "is in use (workspace" in midfill("rm", "mine")
     assert "Exported mine to" in midfill("export", "mine", tmp_path / "out")
     assert "already exists" in midfill("export", "mine", tmp_path / "out")
-    assert "All is well" in midfill("doctor")
+    assert "No problems found" in midfill("doctor")
     assert "Deleted mine" in midfill("rm", "mine", "--force")
     assert "Imported mine" in midfill("import", tmp_path / "out", "--name", "mine")
     assert Registry().get("mine").digest == listed["digest"]
