@@ -68,10 +68,7 @@ def test_paths_tests_and_functions_that_are_named_exist(where, text):
     missing += [
         path
         for path in re.findall(r"`((?!tests/|server/|clients/)(?:\w+/)*\w+\.py)`", text)
-        if not any(
-            f"/{have.as_posix()}".endswith(f"/{path}")
-            for have in (*CODE, *TESTS, *SCRIPTS)
-        )
+        if not any(f"/{have.as_posix()}".endswith(f"/{path}") for have in (*CODE, *TESTS, *SCRIPTS))
     ]
     for name in re.findall(r"\b(test_\w+(?:\.py|\*)?)", text):
         if name.endswith(".py"):
