@@ -40,8 +40,8 @@ class Completer:
         failure: why there is no engine, once that is known.
         search_s: how long a request waits for the search for secrets in its document, in seconds.
         context: collects pieces of other files.
-        adapter_of: returns the adapter for a document; see `Request.adapter`. Call `drop_work` when it begins
-            to return another one.
+        adapter_of: returns the adapter for a document; see `Request.adapter`. Set it before `use`, and call
+            `drop_work` when it begins to return another one.
         calibration: the weights by which automatic suggestions are judged; set it before `use`.
     """
 
@@ -227,11 +227,7 @@ class Completer:
         self, engine: Engine, settings: Settings, family: tuple[str, Family] | None
     ) -> Pipeline:
         prompts = PromptBuilder(engine.model, settings, family)
-        return Pipeline(engine, prompts, settings, self.context, self._adapter_of, self.calibration)
-
-    def _adapter_of(self, document: Document) -> str | None:
-        # Looked up for each request: the attribute may change after `use`.
-        return self.adapter_of(document)
+        return Pipeline(engine, prompts, settings, self.context, self.adapter_of, self.calibration)
 
 
 def _since(begun: float) -> float:

@@ -118,7 +118,7 @@ class Session:
     def run_newest(self, kind: str, uri: str, work: Awaitable[T]) -> asyncio.Task[T]:
         """Run `work` as a task; a newer request of the same kind for the same document cancels it.
 
-        What the model computes for it continues if the newer request can use it (see `suggestions`).
+        What the model computes for it continues if the newer request can use it (see `completion.in_flight`).
         """
         key = (uri, kind)
         if (older := self._newest.get(key)) is not None:
