@@ -233,3 +233,37 @@ print(loaded, events, [name for name in ("torch", "transformers") if name in sys
     ).stdout
     assert out.strip() == "[] [] []"
     assert list((tmp_path / "home").iterdir()) == []
+
+
+_MANY_LENGTHS = """
+import sys
+from pathlib import Path
+
+import psutil
+
+from midfill.engine.openvino import runner as openvino_runner
+from midfill.engine.openvino.graph import read_shape
+from midfill.engine.scheduler import Chunk, SequenceState
+
+path = Path(sys.argv[1])
+runner = openvino_runner.load(path, read_shape(path), dtype="int8", num_threads=1, report=lambda _: None)
+
+
+def run(length):
+    prompt = SequenceState(None, [5] * length)
+    runner.forward([Chunk(prompt, 0, 0, prompt.tokens, samples=True)], [None])
+
+
+run(300)
+before = psutil.Process().memory_info().rss
+for length in range(1, 257):
+    run(length)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+def test_memory_does_not_grow_with_each_new_length_of_a_pass(model):
+    program = [sys.executable, "-c", _MANY_LENGTHS, str(model.path)]
+    done = subprocess.run(program, check=True, capture_output=True, text=True)
+    # 345 MB with the caches as they are by default, 176 with a bound on OpenVINO's alone, 8 with both.
+    assert int(done.stdout) < 80e6

@@ -24,7 +24,7 @@ from midfill.engine.adapters.lora_stack import LoraStack
 from midfill.engine.kv_slots import NUM_SLOTS
 from midfill.engine.openvino.graph import DecoderShape, build_parts, siblings, skip_quantization
 from midfill.engine.openvino.int8_weights import Floats, ModelWeights, Tensors, read_merged, read_weights
-from midfill.engine.openvino.quiet_import import ov
+from midfill.engine.openvino.quiet_import import CACHED_SHAPES, ov
 from midfill.engine.scheduler import Choice, Chunk, SequenceState
 
 _FIRST_BLOCKS = 64
@@ -87,6 +87,7 @@ def load(
         "INFERENCE_PRECISION_HINT": "f32",
         "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ACTIVATION_GROUP if dtype == "int8" else 0,
+        "CPU_RUNTIME_CACHE_CAPACITY": CACHED_SHAPES,
     }
     exact = skip_quantization(shape) if dtype == "int8" else lambda _: True
     weights = read_weights(path, exact=exact, num_threads=num_threads, report=report)
