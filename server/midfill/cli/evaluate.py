@@ -87,11 +87,15 @@ def eval_infilling(
     as_json: bool,
     engine_override: str | None,
 ) -> None:
-    """Fill the holes of FILE's tasks, run their tests, and print the share that passes.
+    """Fill the holes of FILE's tasks, run their tests, and print what is right.
 
-    FILE has one JSON object per line (.jsonl or .jsonl.gz), in the format of HumanEval-Infilling: task_id,
-    prompt, suffix, canonical_solution, test. The programs are run, without network where the system allows
-    it, but they can write your files: use tasks that you trust. JavaScript needs node, Java needs a JDK.
+    Prints the shares whose tests pass, that are the original text, whose first line is the original's ("line
+    0"), and that are empty and why, by kind and language.
+
+    FILE has one JSON object per line (.jsonl or .jsonl.gz): task_id, language, prompt, suffix,
+    canonical_solution, and as tests `test` (HumanEval-Infilling), `io_tests` (SAFIM) or none. The programs
+    are run, without network where the system allows it, but they can write your files: use tasks that you
+    trust. JavaScript needs node, Java a JDK, C++ needs g++.
 
     \b
     Examples:
@@ -99,17 +103,24 @@ def eval_infilling(
       midfill eval infilling tasks.jsonl --results new.jsonl --compare old.jsonl --json
       midfill eval infilling tasks.jsonl --raw --cut --plot raw.png
     """
-    from midfill.evaluation import infilling, records
+    from midfill.evaluation import infilling, infilling_tasks, records
 
     if raw and server:
         raise click.UsageError("--raw and --server exclude each other.")
     draw = _plotter(plot)
-    tasks, skipped = infilling.runnable(infilling.read_tasks(file))
-    tasks = infilling.sample(tasks, limit) if limit else tasks
+    tasks, skipped = infilling_tasks.runnable(infilling_tasks.read_tasks(file))
+    tasks = infilling_tasks.sample(tasks, limit) if limit else tasks
     settings = _settings(given, model=model, adapter=adapter, max_new_tokens=max_tokens)
     earlier = records.read(compare)[1] if compare else None
     through = _through(raw, server)
-    header = {"eval": "infilling", "tasks": file.name, "cut": cut, "through": through, **_described(settings)}
+    header = {
+        "eval": "infilling",
+        "version": 2,
+        "tasks": file.name,
+        "cut": cut,
+        "through": through,
+        **_described(settings),
+    }
     kept = records.Records(results, header)
     if any(task.id not in kept.rows for task in tasks):
 
