@@ -62,7 +62,8 @@ def test_tasks_are_filled_plotted_and_compared(tmp_path, script):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     again = measured("infilling", tasks, "--engine", script, "--server", "--compare", results)
     assert again["pass@1"] == first["pass@1"]
-    assert again["compared"] == {"tasks": 1, "better": 0, "worse": 0, "p": 1.0}
+    equal = {"tasks": 1, "better": 0, "worse": 0, "p": 1.0}
+    assert again["compared"] == {**equal, "line_0": equal}
 
 
 def test_settings_and_options_that_cannot_be_meant_are_refused(tmp_path):
