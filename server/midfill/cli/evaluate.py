@@ -146,6 +146,64 @@ def _infilling_summary(rows: list[dict[str, Any]], skipped: Any, earlier: Any) -
     return summary
 
 
+@evaluate.command("edits")
+@click.argument("folder", metavar="DIR", type=_FILE)
+@_RESULTS
+@_SET
+@MODEL
+@ADAPTER
+@JSON
+@ENGINE
+def eval_edits(
+    folder: Path,
+    results: Path | None,
+    given: tuple[str, ...],
+    model: str | None,
+    adapter: str | None,
+    as_json: bool,
+    engine_override: str | None,
+) -> None:
+    """Play next-edit scenarios to a server, and print how often it makes the right edit or stays silent.
+
+    DIR has .txtar files: each a buffer, a cursor, earlier edits, and the buffer as it should be after the
+    next one, or that nothing must be suggested. "score" is the mean agreement of the changed lines with the
+    expected ones (chrF, 0 to 1), where no suggestion counts as 0; "quiet" is the share of the scenarios
+    without a next edit in which nothing was suggested.
+
+    \b
+    Examples:
+      midfill eval edits scenarios/
+      midfill eval edits scenarios/ --set eagerness=careful --results careful.jsonl --json
+    """
+    from midfill.evaluation import next_edits, records
+    from midfill.lsp.server_editor import ServerEditor
+    from midfill.lsp.server_filler import options_of, start_server
+    from midfill.settings import load
+
+    scenarios = next_edits.read_scenarios(folder)
+    settings = _settings(given, model=model, adapter=adapter)
+    header = {"eval": "edits", "scenarios": folder.resolve().name, **_described(settings)}
+    kept = records.Records(results, header | {"eagerness": settings.eagerness})
+
+    async def run(report: Progress) -> None:
+        client = await start_server(options_of(settings, load()), report, engine_override)
+        try:
+            await next_edits.evaluate(
+                scenarios,
+                ServerEditor(client, settings.model),
+                kept,
+                lambda share: report("playing scenarios", share),
+            )
+        finally:
+            await client.close()
+
+    if any(scenario.id not in kept.rows for scenario in scenarios):
+        with_progress("loading the model", lambda report: asyncio.run(run(report)))
+    found = [next_edits.Result(**kept.rows[scenario.id]) for scenario in scenarios]
+    summary = {"model": settings.model, **next_edits.summarise(found)}
+    show(summary, next_edits.describe, as_json=as_json)
+
+
 @evaluate.command("repo")
 @click.argument("path", type=_FILE, required=False)
 @click.option("--holes", type=click.IntRange(1), default=100, show_default=True, help="Number of holes.")
