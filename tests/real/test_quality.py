@@ -81,7 +81,7 @@ async def test_infilling_has_not_dropped(engine):
 
 
 async def test_our_own_source_is_filled(engine):
-    samples = holes.choose(REPOSITORY, Settings(), count=NUM_HOLES, seed=0)
+    samples = holes.choose(REPOSITORY, Settings(), count=NUM_HOLES, seed=0, places="line-ends")
     records = Records(None, {})
     await repository.evaluate(samples, filler(engine, eagerness="always"), records, lambda _share: None)
     results = [repository.read_result(row) for row in records.rows.values()]

@@ -210,6 +210,13 @@ def eval_edits(
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Random seed: another one chooses other holes."
 )
+@click.option(
+    "--places",
+    type=click.Choice(["all", "line-ends", "inside"]),
+    default="all",
+    show_default=True,
+    help="Where holes may be: at the ends of lines, inside lines and words, or both.",
+)
 @_SERVER
 @_RESULTS
 @click.option(
@@ -229,6 +236,7 @@ def eval_repo(
     path: Path | None,
     holes: int,
     seed: int,
+    places: str,
     server: bool,
     results: Path | None,
     compare: tuple[Path, Path] | None,
@@ -249,7 +257,7 @@ def eval_repo(
     Examples:
       midfill eval repo .
       midfill eval repo ~/src/app --holes 300 --results app.jsonl --plot app.png
-      midfill eval repo . --set suffix_tokens=512 --results long.jsonl
+      midfill eval repo . --places inside --set suffix_tokens=512 --results long.jsonl
       midfill eval repo --compare short.jsonl long.jsonl --json
     """
     if compare:
@@ -265,11 +273,20 @@ def eval_repo(
     settings = _settings(given, model=model, adapter=adapter)
     eagerness = Eagerness(settings.eagerness)
     header = {"eval": "repo", "repository": path.resolve().name, "seed": seed, **_described(settings)}
+    header["places"] = places
     header["through"] = _through(raw=False, server=server)
     if server:
         header["eagerness"] = str(eagerness)
     kept_header, rows = _fill_repo_holes(
-        path, settings, header, engine_override, results=results, count=holes, seed=seed, server=server
+        path,
+        settings,
+        header,
+        engine_override,
+        results=results,
+        server=server,
+        count=holes,
+        seed=seed,
+        places=places,
     )
     found = [repository.read_result(row) for row in rows]
     by = calibrations.in_use(settings.model).calibration
@@ -294,14 +311,16 @@ def _fill_repo_holes(
     engine_override: str | None,
     *,
     results: Path | None,
-    count: int,
-    seed: int,
     server: bool,
+    **draw: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Fill the holes that the file of results does not have yet. Return its header and a row per hole."""
+    """Fill the holes that the file of results does not have yet. Return its header and a row per hole.
+
+    `draw` is passed to `holes.choose`.
+    """
     from midfill.evaluation import holes, records, repository
 
-    samples = holes.choose(path, settings, count=count, seed=seed)
+    samples = holes.choose(path, settings, **draw)
     kept = records.Records(results, header)
     if not server:
         # The confidence filter is the last stage, so it can be applied to the results afterwards.
