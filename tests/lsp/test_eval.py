@@ -62,7 +62,8 @@ def test_tasks_are_filled_plotted_and_compared(tmp_path, script):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     again = measured("infilling", tasks, "--engine", script, "--server", "--compare", results)
     assert again["pass@1"] == first["pass@1"]
-    assert again["compared"] == {"tasks": 1, "better": 0, "worse": 0, "p": 1.0}
+    equal = {"tasks": 1, "better": 0, "worse": 0, "p": 1.0}
+    assert again["compared"] == {**equal, "line_0": equal}
 
 
 def test_settings_and_options_that_cannot_be_meant_are_refused(tmp_path):
@@ -103,3 +104,21 @@ def test_a_repository_that_names_programs_runs_none(tmp_path, script, command):
     assert not marker.exists()
     assert "Traceback" not in done.stderr
     assert done.returncode == 0 if command[0] == "eval" else "git" in done.stderr, done.stderr
+
+
+def test_scenarios_are_played_to_the_server(tmp_path, script):
+    folder = tmp_path / "scenarios"
+    folder.mkdir()
+    head = "language: python\nfile: area.py\nrow: 2\ncol: 99\n"
+    buffer = "-- buffer.txt --\ndef area(radius):\n    return abs(\n-- steps --\nrequest-completion manual\n"
+    (folder / "edit.txtar").write_text(
+        f"id: edit\n{head}{buffer}-- history --\n<|file|> area.py\n<|old|>\ndef area(r):\n<|new|>\n"
+        "def area(radius):\n-- expected --\ndef area(radius):\n    return abs(radius) ** 2\n"
+    )
+    (folder / "silent.txtar").write_text(f"id: silent\n{head}{buffer}  expect !shown\n")
+    results = tmp_path / "results"
+    summary = measured("edits", folder, "--engine", script, "--results", results)
+    assert (summary["score"], summary["shown"], summary["quiet"]) == (1.0, 1.0, 0.0)
+    assert summary["latency_ms"]["p50"] > 0
+    again = measured("edits", folder, "--engine", script, "--results", results)
+    assert again == summary
