@@ -66,7 +66,7 @@ def test_typing_through_a_suggestion_shortens_it_at_once_and_asks_nobody(vim):
 
 
 # As plugins such as delimitMate do.
-AUTOPAIRS = 'execute([\'inoremap ( ()<C-g>U<Left>\', \'inoremap " ""<C-g>U<Left>\'])'
+AUTOPAIRS = "execute(['inoremap ( ()<C-g>U<Left>', 'inoremap \" \"\"<C-g>U<Left>'])"
 
 
 def test_brackets_and_quotes_that_vim_closes_take_nothing_away(vim):
