@@ -228,7 +228,7 @@ def test_service_times_are_kept_in_a_file(tmp_path):
     assert EngineProfile.read(path) == PROFILE
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1, "episodes": []}', '{"version": 99}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1, "sessions": []}', '{"version": 99}'])
 def test_a_file_that_is_none_is_refused(tmp_path, text):
     path = tmp_path / "box.json"
     path.write_text(text)

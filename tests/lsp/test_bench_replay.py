@@ -163,7 +163,7 @@ def test_made_up_typing_is_drawn(tmp_path, engine):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "a.py").write_text(source)
     picture = tmp_path / "replay.png"
-    options = ("--episodes", 2, "--speed", 4, "--plot", picture)
+    options = ("--sessions", 2, "--speed", 4, "--plot", picture)
     done = run("replay", "--files", tmp_path / "src", *options, "--engine", engine({"text": "width"}))
     assert done.returncode == 0, done.stderr
     assert "time to a suggestion, ms" in done.stdout

@@ -69,7 +69,8 @@ async def test_a_suggestion_extends_the_selected_item_of_the_popup(client, selec
     params = at(0, 11)
     params["context"]["selectedCompletionInfo"] = selected | {"range": area}
     answer = await server.request("textDocument/inlineCompletion", params)
-    assert answer["items"] == [{"insertText": insert, "range": area}]
+    closers = [[insert.index("("), insert.index(")")]]
+    assert answer["items"] == [{"insertText": insert, "range": area, "data": {"closers": closers}}]
     # The document itself has not changed.
     text = await server.request("midfill/documentText", {"textDocument": {"uri": URI}})
     assert text["text"] == "x = json.lo\n"
@@ -91,7 +92,7 @@ async def test_ghost_text_goes_to_the_cursor(client):
     open_document(server, "print(add(1, ))\n")
     here = {"line": 0, "character": 13}
     assert await ghost(server, 0, 13) == {
-        "items": [{"insertText": "2", "range": {"start": here, "end": here}}]
+        "items": [{"insertText": "2", "range": {"start": here, "end": here}, "data": {"closers": []}}]
     }
 
 

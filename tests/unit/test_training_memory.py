@@ -49,7 +49,7 @@ def test_too_little_memory_is_said_with_the_remedies(model):
     assert "not enough for float32" in sentence(room)
 
 
-def test_the_two_engines_of_the_judgement_count(model):
+def test_the_two_engines_of_the_evaluation_count(model):
     need = memory.needed(model, "int8", SETTINGS)
     learning = need.weights + need.adapter + need.activations + need.holes
     libraries = need.total() - learning

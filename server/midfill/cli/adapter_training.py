@@ -249,9 +249,9 @@ def adapter_eval(
     fingerprint = entry.fingerprint if entry is not None else None
     result = _run("eval", job, settings, adapter=folder, fingerprint=fingerprint)
     if entry is not None:
-        from midfill.training.verdict import judgement_of
+        from midfill.training.verdict import evaluation_of
 
-        registry.set_judgement(entry.name, judgement_of(result, forced=force))
+        registry.set_evaluation(entry.name, evaluation_of(result, forced=force))
     show({"adapter": label, "forced": force, **result}, _describe, as_json=as_json)
 
 

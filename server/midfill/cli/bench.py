@@ -35,8 +35,9 @@ _NUM_SIMULATED = 60
 _FILES = click.option(
     "--files", type=click.Path(path_type=Path), help="Simulate typing into this source tree."
 )
-_EPISODES = click.option(
-    "--episodes",
+_SESSIONS = click.option(
+    "--sessions",
+    "num_sessions",
     type=click.IntRange(1),
     show_default=f"all of a recording, {_NUM_SIMULATED} simulated",
     help="Number of typing sessions to play: the first of a recording, or simulated.",
@@ -52,7 +53,7 @@ _SEED = click.option(
 
 def typing_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that `read_sessions` takes when there is no recording."""
-    return _FILES(_EPISODES(_SEED(command)))
+    return _FILES(_SESSIONS(_SEED(command)))
 
 
 @click.group()
@@ -309,7 +310,7 @@ def bench_replay(
     trace: Path | None,
     files: Path | None,
     seed: int,
-    episodes: int | None,
+    num_sessions: int | None,
     limit_s: float | None,
     speed: float,
     accepts: bool,
@@ -342,7 +343,7 @@ def bench_replay(
 
     if plot is not None:
         need_matplotlib()
-    sessions = read_sessions(trace, files, seed, episodes)
+    sessions = read_sessions(trace, files, seed, num_sessions)
     settings = read_settings(model=model)
     baselines = [_baseline(name, settings, gguf, lines, patient=patient) for name in dict.fromkeys(against)]
     backends = [ServerBackend(engine_override, {"model": model} if model else None), *baselines]
@@ -366,16 +367,16 @@ def bench_replay(
 
 
 def read_sessions(
-    trace: Path | None, files: Path | None, seed: int, episodes: int | None
+    trace: Path | None, files: Path | None, seed: int, num_sessions: int | None
 ) -> list[TypingSession]:
     """Read a recording, or simulate typing by `typing_options`. Raises `MidfillError`."""
     from midfill.bench import trace as traces
     from midfill.bench import virtual_user
 
     if trace is not None and files is None:
-        return traces.read_trace(trace)[:episodes]
+        return traces.read_trace(trace)[:num_sessions]
     if files is not None and trace is None:
-        return virtual_user.generate(files, seed, episodes or _NUM_SIMULATED)
+        return virtual_user.generate(files, seed, num_sessions or _NUM_SIMULATED)
     raise click.UsageError("Give either a TRACE (a file of recorded typing) or --files DIR (a source tree).")
 
 

@@ -269,14 +269,14 @@ class AdapterRouter:
             digest = asked_by(folder)
             entry = known.get(digest or "")
             decided = str(folder) in bound.workspaces or digest in bound.refused.get(str(folder), ())
-            if entry is not None and entry.judgement.usable and not decided:
+            if entry is not None and entry.evaluation.usable and not decided:
                 found.append(AdapterRequest(folder, entry))
         return found
 
 
 def _question(request: AdapterRequest) -> str:
-    judgement = request.entry.judgement
-    verdict = "not judged" if judgement.verdict == "none" else f"judged {judgement.verdict}"
+    evaluation = request.entry.evaluation
+    verdict = "not evaluated" if evaluation.verdict == "none" else f"verdict: {evaluation.verdict}"
     return (
         f"the workspace {request.workspace.name} asks for your adapter {request.entry.name} ({verdict}). "
         "Use it there?"

@@ -13,6 +13,7 @@ from lsprotocol import types
 
 from midfill.completion.answer import Answer
 from midfill.completion.autoclose import text_before_closers
+from midfill.completion.closer_pairs import closer_pairs
 from midfill.text.documents import Change, Encoding, Point, Snapshot, content_length, split_lines
 
 _LABEL_CHARS = 60
@@ -72,8 +73,10 @@ def inline_item(
     """Return an item of `textDocument/inlineCompletion`.
 
     `selected` is the popup's selected item, which the editor would insert first: it shows only items that
-    extend it and have the same range.
+    extend it and have the same range. `data.closers` tells a client which closers of the text an editor
+    inserts by itself: the documentation of editors says how to use it.
     """
+    num_before = 0
     if selected is not None and selected.start is not None and selected.end is not None:
         start, end = selected.start, selected.end
         if answer.num_replaced:
@@ -81,9 +84,15 @@ def inline_item(
             end = (end[0], end[1] + answer.num_replaced)
         area = types.Range(types.Position(*start), types.Position(*end))
         item: dict[str, Any] = {"insertText": selected.text + answer.text, "range": area}
+        num_before = len(selected.text.replace("\r\n", "\n"))
     else:
         area = _range(snapshot, encoding, snapshot.cursor.column, answer.num_replaced)
         item = {"insertText": answer.text, "range": area}
+    replaced = snapshot.line_after[: answer.num_replaced]
+    pairs = closer_pairs(answer.text.replace("\r\n", "\n"), replaced)
+    item["data"] = {
+        "closers": [[-1 if at < 0 else num_before + at, num_before + closer] for at, closer in pairs]
+    }
     if command is not None:
         item["command"] = command
     return item

@@ -152,7 +152,7 @@ def train(
         adapter,
         name=job.name,
         base=model,
-        judgement=verdict.judgement_of(result, forced=job.force),
+        evaluation=verdict.evaluation_of(result, forced=job.force),
         source=f"midfill adapter train on {run.selection.repository} at {run.selection.head[:12]}",
     )
     return {"adapter": entry.name, "digest": entry.digest, "forced": job.force, **result}
@@ -273,7 +273,7 @@ def _evaluate(
             examples.test,
             examples.general,
             num_comparisons=num_comparisons,
-            records=Records(run.folder / "judged.jsonl", _header(run, adapter)),
+            records=Records(run.folder / "evaluation.jsonl", _header(run, adapter)),
             tell=lambda share: run.tell("evaluate", share, "log-loss on later commits"),
         )
         measurements = replace(measurements, scale=scale, dev=dev)
@@ -301,7 +301,7 @@ def _header(run: _Run, adapter: Path) -> dict[str, str]:
         "data": run.examples.digest,
         "base_weights": run.base_weights,
     }
-    file = run.folder / "judged.jsonl"
+    file = run.folder / "evaluation.jsonl"
     private_folder(file.parent)
     try:
         with file.open(encoding="utf-8") as lines:

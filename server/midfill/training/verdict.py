@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from midfill.adapters.registry import Judgement
+from midfill.adapters.registry import Evaluation
 from midfill.completion.answer import Trigger
 from midfill.engine.api import EngineSpec
 from midfill.engine.factory import create
@@ -414,8 +414,8 @@ def _hole(example: Example, root: Path) -> Hole:
     return Hole((root / example.path).as_uri(), example.language, example.before, example.after)
 
 
-def judgement_of(result: Mapping[str, Any], *, forced: bool) -> Judgement:
+def evaluation_of(result: Mapping[str, Any], *, forced: bool) -> Evaluation:
     """Return a result as the registry keeps it."""
     kept = {key: value for key, value in result.items() if key not in {"verdict", "reasons", "training"}}
     training = {key: value for key, value in (result["training"] or {}).items() if key != "losses"}
-    return Judgement(result["verdict"], tuple(result["reasons"]), forced, {**kept, "training": training})
+    return Evaluation(result["verdict"], tuple(result["reasons"]), forced, {**kept, "training": training})
