@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from raw import Raw
 
-from midfill.lsp.client import SERVE_COMMAND
+import forkserver
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -67,7 +67,7 @@ def ask(server, id_, line, character):
 
 
 def replay(path, script_arguments, *options):
-    command = shlex.join([*SERVE_COMMAND, *script_arguments])
+    command = shlex.join([*forkserver.command(), *script_arguments])
     return subprocess.run(
         [*MIDFILL, "replay", str(path), "--command", command, *options],
         capture_output=True,
@@ -95,7 +95,7 @@ async def test_a_replay_is_no_second_opinion(script, tmp_path, rules, monkeypatc
     await record(script, rules, path)
     counts = (tmp_path / "state" / "feedback.json").read_text()
     assert '"offered": 2' in counts
-    command = shlex.join([*SERVE_COMMAND, *script(*rules)])
+    command = shlex.join([*forkserver.command(), *script(*rules)])
     replayed = subprocess.run(
         [*MIDFILL, "replay", str(path), "--command", command, "--speed", "0"],
         capture_output=True,
