@@ -1,7 +1,7 @@
-"""Server processes forked from one process that has imported the server.
+"""Processes of midfill forked from one process that has imported the server.
 
 Most of the hundreds of tests that start a server test what it answers, not how Python starts; but the
-imports take most of the processor time of such a test. `command()` starts the same `midfill serve` with the
+imports take most of the processor time of such a test. `command()` starts the same program with the
 environment, the folder and the standard streams of its caller, only that the modules are imported already.
 `forked.py` is what the caller starts: it hands these over and waits. Its process id is not that of the
 server, so tests that look at the process itself, and those of how Python starts, use `SERVE_COMMAND`.
@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from midfill.lsp.client import SERVE_COMMAND
@@ -26,18 +27,19 @@ FORKED = Path(__file__).with_name("forked.py")
 _started: list[tuple[str, ...]] = []
 
 
-def command():
-    """Return a command that does what SERVE_COMMAND does, in less time where the system can."""
-    if not hasattr(os, "pidfd_open") or sys.platform != "linux":
-        return SERVE_COMMAND
+def command(*words):
+    """Return what starts midfill with these words, by a fork where the system can."""
+    if sys.platform != "linux":
+        return (*SERVE_COMMAND[:-1], *words)
     if not _started:
         _started.append(_start())
-    return _started[0]
+    return (*_started[0], *words)
 
 
 def _start():
     folder = tempfile.TemporaryDirectory(prefix="midfill-fork-")
-    path = f"{folder.name}/socket"
+    # Named so that a command line has the words "midfill serve", as the real one has.
+    path = f"{folder.name}/midfill"
     process = subprocess.Popen(
         [sys.executable, "-P", __file__, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -51,7 +53,7 @@ def _start():
         folder.cleanup()
 
     atexit.register(end)
-    return (sys.executable, "-I", "-S", str(FORKED), path, "serve")
+    return (sys.executable, "-I", "-S", str(FORKED), path)
 
 
 class _Starts:
@@ -142,9 +144,13 @@ def _run():
     try:
         main()
     except SystemExit as error:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(error.code or 0)
+        status = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _preload():

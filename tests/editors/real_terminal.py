@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
+
+import forkserver
+from midfill.lsp.client import SERVE_COMMAND
 
 # Generous: it is reached only by what never happens, and machines may be busy.
 LIMIT_S = 90
@@ -48,12 +50,11 @@ FUTURE = [
 
 def serve_command(folder, rules, log):
     """What starts the server with these rules of the scripted engine; `(None,)` is the real default model."""
-    command = [sys.executable, "-P", "-m", "midfill", "serve"]
-    if rules != (None,):
-        script = folder / "script.json"
-        script.write_text(json.dumps({"rules": rules, "log": str(log)}))
-        command += ["--engine", f"scripted:{script}"]
-    return command
+    if rules == (None,):
+        return list(SERVE_COMMAND)
+    script = folder / "script.json"
+    script.write_text(json.dumps({"rules": rules, "log": str(log)}))
+    return [*forkserver.command("serve"), "--engine", f"scripted:{script}"]
 
 
 class Terminal:

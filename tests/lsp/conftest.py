@@ -25,7 +25,7 @@ def script(tmp_path):
 @pytest.fixture
 def command(request):
     """What starts a server: a forked one, unless the test looks at the process itself."""
-    return COMMAND if request.node.get_closest_marker("process") else forkserver.command()
+    return COMMAND if request.node.get_closest_marker("process") else forkserver.command("serve")
 
 
 @pytest_asyncio.fixture(loop_scope="module")

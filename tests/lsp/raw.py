@@ -51,7 +51,7 @@ class Raw:
     @classmethod
     async def start(cls, *arguments, env=None, cwd=None, command=None):
         """Start a server: a forked one, if no other command is given (`tests/forkserver.py`)."""
-        command = tuple(command or forkserver.command())
+        command = tuple(command or forkserver.command("serve"))
         process = await asyncio.create_subprocess_exec(
             *command,
             *arguments,
@@ -62,7 +62,7 @@ class Raw:
             cwd=cwd,
             limit=1 << 26,
         )
-        return cls(process, forked=command == forkserver.command() != SERVE_COMMAND)
+        return cls(process, forked=command == forkserver.command("serve") != SERVE_COMMAND)
 
     async def __aenter__(self):
         return self

@@ -6,11 +6,11 @@ became of each request is not. That is tested in a time of its own (`tests/engin
 
 import json
 import subprocess
-import sys
 
 import pytest
 
-COMMAND = [sys.executable, "-P", "-m", "midfill", "bench"]
+import forkserver
+
 URI = "file:///replay/main.py"
 TYPED = "total = sum(values)"
 EACH_MS = 300
@@ -26,7 +26,11 @@ NAMES = {
 
 def run(*arguments):
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=280, check=False
+        forkserver.command("bench", *map(str, arguments)),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
 
 

@@ -18,7 +18,7 @@ HERE = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 4}, "
 
 async def start(script, tmp_path, monkeypatch, name="an editor", options=None):
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path / "state"))
-    client = await Client.start([*forkserver.command(), *script({"text": "compute(1)"})])
+    client = await Client.start([*forkserver.command("serve"), *script({"text": "compute(1)"})])
     heard = []
     client.on_notification = lambda method, params: heard.append((method, params))
     await client.initialize(options, name)
