@@ -43,7 +43,7 @@ def descendants(pid):
 class Raw:
     """Use `async with await Raw.start(...)`; the process is dead afterwards."""
 
-    def __init__(self, process, *, forked):
+    def __init__(self, process, *, forked=False):
         self.process = process
         self.seen = []
         self._forked = forked
