@@ -42,7 +42,10 @@ def runner(request, monkeypatch):
 def runner_of(model, adapter=None, **options):
     """The runner of a model with an adapter, without an engine around it; and the adapter's key."""
     loaded = load(
-        EngineSpec(model, **{"device": "cpu", "dtype": "float32", "adapter": adapter, **options}),
+        EngineSpec(
+            model,
+            **{"device": "cpu", "dtype": "float32", "num_threads": 1, "adapter": adapter, **options},
+        ),
         lambda *_: None,
     )
     return loaded.runner, loaded.adapters.default

@@ -152,7 +152,7 @@ def logprobs(model: torch.nn.Module, ids: list[int], generated: list[int]) -> li
 
 @asynccontextmanager
 async def running(model: LocalModel, *, load_model=load, **options: object):
-    spec = EngineSpec(model, **{"device": "cpu", "dtype": "float32", **options})
+    spec = EngineSpec(model, **{"device": "cpu", "dtype": "float32", "num_threads": 1, **options})
     engine = LocalEngine(spec, load=load_model)
     try:
         await engine.start(lambda *_: None)

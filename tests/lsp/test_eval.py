@@ -8,13 +8,17 @@ import pytest
 from hostile_git import lacking
 from planted_adapters import write_base
 
-COMMAND = [sys.executable, "-P", "-m", "midfill", "eval"]
+import forkserver
+
 CODE = "import math\n\n\ndef area(radius):\n    return math.pi * abs(radius) ** 2  # é𐐀\n\n\nprint(area(2))\n"
 
 
 def measured(*arguments):
     done = subprocess.run(
-        [*COMMAND, *map(str, arguments), "--json"], capture_output=True, text=True, check=False
+        [*forkserver.command("eval", *map(str, arguments)), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -72,13 +76,15 @@ def test_settings_and_options_that_cannot_be_meant_are_refused(tmp_path):
         ("repo", str(tmp_path), "--set", "max_new_tokens"),
         ("infilling", "x", "--raw", "--server"),
     ):
-        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            forkserver.command("eval", *arguments), capture_output=True, text=True, check=False
+        )
         assert done.returncode == 2
         assert done.stderr.startswith("midfill eval")
         assert done.stderr.endswith("--help\n")
         assert done.stderr.count("\n") == 1
     done = subprocess.run(
-        [*COMMAND, "repo", str(tmp_path), "--set", "no_setting=1"],
+        forkserver.command("eval", "repo", str(tmp_path), "--set", "no_setting=1"),
         capture_output=True,
         text=True,
         check=False,
@@ -99,7 +105,7 @@ def test_a_repository_that_names_programs_runs_none(tmp_path, script, command):
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     rest = ["--model", tmp_path / "base"] if command[0] == "adapter" else ["--holes", "2", "--engine", script]
     done = subprocess.run(
-        [*COMMAND[:-1], *map(str, [*command, folder, *rest])], capture_output=True, text=True, check=False
+        forkserver.command(*map(str, [*command, folder, *rest])), capture_output=True, text=True, check=False
     )
     assert not marker.exists()
     assert "Traceback" not in done.stderr

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import pytest_asyncio
 import raw
-from raw import Raw
+from raw import COMMAND, Raw
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from tiny import write_model
@@ -63,8 +63,8 @@ class Place:
         self.env = {"MIDFILL_CONFIG": str(config), "MIDFILL_RUNTIME": str(self.runtime)}
         self.servers = []
 
-    async def serve(self):
-        server = await Raw.start("--log-level", "info", env=self.env)
+    async def serve(self, command=None):
+        server = await Raw.start("--log-level", "info", env=self.env, command=command)
         self.servers.append(server)
         await server.initialize()
         return server
@@ -130,7 +130,7 @@ def asked_the_model(why):
 
 @pytest.mark.slow
 async def test_ten_servers_have_one_model_and_none_disturbs_another(place):
-    servers = [await place.serve() for _ in range(NUM_SERVERS)]
+    servers = [await place.serve(COMMAND) for _ in range(NUM_SERVERS)]
     await asyncio.gather(*map(loaded, servers))
     engines = [
         process
@@ -139,7 +139,7 @@ async def test_ten_servers_have_one_model_and_none_disturbs_another(place):
     ]
     assert [process.pid for process in engines] == [await place.pid()]
     for server in servers:
-        libraries = {Path(region.path).name for region in psutil.Process(server.process.pid).memory_maps()}
+        libraries = {Path(region.path).name for region in psutil.Process(server.pid).memory_maps()}
         assert not [name for name in libraries if "torch" in name or "openvino" in name]
 
     async def window(server):

@@ -9,6 +9,7 @@ import sys
 import click
 import pytest
 
+import forkserver
 from midfill.cli.main import cli
 
 pytestmark = pytest.mark.programs
@@ -26,7 +27,7 @@ def midfill(tmp_path):
 
     def run(*arguments, text=None, cwd=None):
         return subprocess.run(
-            [*COMMAND, *arguments],
+            forkserver.command(*arguments),
             input=text,
             capture_output=True,
             text=True,
