@@ -76,8 +76,8 @@ class _Starts:
         self._selector.register(self._listener, selectors.EVENT_READ, self._begin)
         while True:
             for key, _ in self._selector.select():
-                # One that ended in this round is not known any more.
-                if key.fileobj in self._selector.get_map():
+                # One that ended in this round is closed, and its number may be another's by now.
+                if self._selector.get_map().get(key.fd) is key:
                     key.data(key.fileobj)
 
     def _begin(self, listener):
