@@ -41,7 +41,11 @@ def _start():
     # Named so that a command line has the words "midfill serve", as the real one has.
     path = f"{folder.name}/midfill"
     process = subprocess.Popen(
-        [sys.executable, "-P", __file__, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-P", __file__, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # Control-C is for the tests alone.
+        start_new_session=True,
     )
     # It listens.
     assert process.stdout.readline() == b"ready\n"
@@ -72,21 +76,26 @@ class _Starts:
         self._selector.register(self._listener, selectors.EVENT_READ, self._begin)
         while True:
             for key, _ in self._selector.select():
-                # One that ended in this round is not known any more.
-                if key.fileobj in self._selector.get_map():
+                # One that ended in this round is closed, and its number may be another's by now.
+                if self._selector.get_map().get(key.fd) is key:
                     key.data(key.fileobj)
 
     def _begin(self, listener):
         caller, _ = listener.accept()
         size, streams, _, _ = socket.recv_fds(caller, 8, 3)
-        wanted = b""
-        while len(wanted) < int(size):
-            wanted += caller.recv(int(size) - len(wanted))
-        pid = os.fork()
+        wanted, more = b"", size
+        while more and len(wanted) < int(size):
+            more = caller.recv(int(size) - len(wanted))
+            wanted += more
+        # An editor may have killed its server before that has said what it wants.
+        pid = os.fork() if more else None
         if pid == 0:
             self._become(caller, streams, *ast.literal_eval(wanted.decode()))
         for stream in streams:
             os.close(stream)
+        if pid is None:
+            caller.close()
+            return
         ending = os.pidfd_open(pid)
         self._servers[ending] = self._servers[caller] = (pid, ending, caller)
         self._selector.register(ending, selectors.EVENT_READ, self._ended)

@@ -53,6 +53,7 @@ class Place:
             "model": str(model),
             "dtype": "float32",
             "runner": "torch",
+            "num_threads": 1,
             "eagerness": "always",
             "prefetch": False,
             "max_new_tokens": 8,
