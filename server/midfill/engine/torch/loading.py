@@ -84,12 +84,17 @@ def load_runner(
         from midfill.engine.torch.weights import build_model
 
         result = pool.submit(meanwhile)
-        model = build_model(path, files, plan, target, num_threads=num_threads, ahead=ahead, report=report)
+        model = build_model(
+            path,
+            files,
+            plan,
+            target,
+            num_threads=num_threads,
+            ahead=ahead,
+            report=report,
+            fused=target.type == "cuda",
+        )
     torch.set_num_threads(num_threads)
-    if target.type == "cuda":
-        from midfill.engine.torch.fuse import fuse
-
-        fuse(model)
     runner = TorchRunner(model, plan, target, thread_count)
     if target.type == "cuda":
         from midfill.engine.torch import cuda

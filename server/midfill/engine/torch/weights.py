@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from midfill.engine.torch.fuse import SharedProjection, fuse_norms, fuse_projections
 from midfill.engine.torch.quantize import Int8Embedding, Int8Linear, Int8Weight
 from midfill.errors import ModelError
 from midfill.models.safetensors_io import read_blocks
@@ -48,6 +49,7 @@ def build_model(
     ahead: dict[str, Future[Int8Weight]],
     report: Callable[[float], None],
     int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module] = Int8Linear,
+    fused: bool = False,
 ) -> Any:
     """Build the model of the folder `path`, ready for inference.
 
@@ -60,6 +62,7 @@ def build_model(
         ahead: int8 weights that are being built already, by the names of their tensors.
         report: called with the share done, 0..1; an exception raised by it ends the loading.
         int8_linear: makes a linear layer of its weight and bias, for "int8".
+        fused: compute layers of the same input as one, see `fuse`; their weights are read into one tensor.
 
     Returns:
         A transformers `PreTrainedModel` in eval mode, without gradients.
@@ -68,9 +71,14 @@ def build_model(
         ModelError: the folder does not hold a model that can be run; names the file or tensor at fault.
     """
     model = _empty_model(path, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    loader = _Loader(model, files, dtype, device, ahead=ahead, report=report, int8_linear=int8_linear)
+    shared = fuse_projections(model) if fused else []
+    loader = _Loader(
+        model, files, dtype, device, shared=shared, ahead=ahead, report=report, int8_linear=int8_linear
+    )
     loader.run(num_threads)
     model.to(device)  # moves the buffers; the parameters are there already
+    if fused:
+        fuse_norms(model)
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model
@@ -136,6 +144,7 @@ class _Loader:
         dtype: str,
         device: torch.device,
         *,
+        shared: Sequence[SharedProjection],
         ahead: dict[str, Future[Int8Weight]],
         report: Callable[[float], None],
         int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module],
@@ -151,6 +160,7 @@ class _Loader:
         # Names without a tensor in the files, to the name whose tensor they share.
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._shared = {one.linear: one for one in shared}
 
     def run(self, num_threads: int) -> None:
         """Check the names, then load the largest modules first, while memory for scratch space is still free.
@@ -187,9 +197,10 @@ class _Loader:
 
     def _check_names(self) -> None:
         expected = {
-            self._tied.get(full, full)
+            tensor
             for name, module in self._modules.items()
-            for full in (_join(name, key) for key in (*_parameters(module), *_stored(module)))
+            for key, value in [*_parameters(module).items(), *_stored(module).items()]
+            for tensor, _ in self._sources(_join(name, key), value.shape)
         }
         missing = sorted(expected - self._files.keys())
         if missing:
@@ -208,29 +219,43 @@ class _Loader:
                 f"for example {unknown[0]}. Use weights and a config.json of the same model."
             )
 
-    def _blocks(self, name: str, shape: torch.Size) -> Iterator[torch.Tensor]:
-        """Yield blocks of a tensor; see `safetensors_io.read_blocks`. Values may be infinite or NaN."""
-        name = self._tied.get(name, name)
-        return read_blocks(self._files[name], name, shape)
+    def _sources(self, name: str, shape: torch.Size) -> list[tuple[str, torch.Size]]:
+        """Return the tensors of the files, and their shapes, whose rows make up a tensor of the model."""
+        module, _, key = name.rpartition(".")
+        if (shared := self._shared.get(module)) is None:
+            return [(self._tied.get(name, name), shape)]
+        return [
+            (_join(part, key), torch.Size((size, *shape[1:])))
+            for part, size in zip(shared.parts, shared.sizes, strict=True)
+        ]
+
+    def _blocks(self, name: str, shape: torch.Size, *, check: bool = True) -> Iterator[torch.Tensor]:
+        """Yield blocks of a tensor's rows; see `safetensors_io.read_blocks`.
+
+        Raises `ModelError` at NaN or infinity, unless the caller looks for them (`check`).
+        """
+        for tensor, part in self._sources(name, shape):
+            for block in read_blocks(self._files[tensor], tensor, part):
+                # The extremes reveal NaN and infinity without memory of the block's size.
+                if (
+                    check
+                    and block.numel()
+                    and not all(math.isfinite(extreme) for extreme in torch.aminmax(block))
+                ):
+                    raise _not_finite(tensor)
+                yield block
 
     def _read(self, name: str, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read a tensor into new memory, with the shape and (unless `dtype` is given) the type of `like`."""
         result = torch.empty(like.shape, dtype=dtype or like.dtype, device=self._device)
         start = 0
         for block in self._blocks(name, like.shape):
-            # The extremes reveal NaN and infinity without memory of the block's size.
-            if block.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(block)):
-                raise self._not_finite(name)
             if like.ndim == 0:
                 result.copy_(block)
             else:
                 result[start : start + len(block)] = block
                 start += len(block)
         return result
-
-    def _not_finite(self, name: str) -> ModelError:
-        name = self._tied.get(name, name)
-        return ModelError(f"{name} holds values that are not finite (NaN or infinity). Pull the model again.")
 
     def _load_int8(self, name: str, module: nn.Linear) -> None:
         bias = None if module.bias is None else self._read(_join(name, "bias"), module.bias)
@@ -247,9 +272,9 @@ class _Loader:
             if ahead is not None and ahead.result().values.shape == shape:
                 return ahead.result()
             # Reading it detects a wrong shape.
-            return Int8Weight(shape, self._blocks(full, shape))
+            return Int8Weight(shape, self._blocks(full, shape, check=False))
         except ValueError as error:
-            raise self._not_finite(full) from error
+            raise _not_finite(self._tied.get(full, full)) from error
 
     def _replace(self, name: str, made: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
@@ -266,6 +291,10 @@ class _Loader:
                 key,
                 nn.Parameter(tensor, requires_grad=False) if key in _parameters(module) else tensor,
             )
+
+
+def _not_finite(tensor: str) -> ModelError:
+    return ModelError(f"{tensor} holds values that are not finite (NaN or infinity). Pull the model again.")
 
 
 def _join(module: str, key: str) -> str:
