@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from midfill.engine.torch.fuse import SharedProjection, fuse_norms, fuse_projections
 from midfill.engine.torch.quantize import Int8Embedding, Int8Linear, Int8Weight
+from midfill.engine.torch.weight_only import Int4Linear, Int4Weight, Int8WeightLinear, fits
 from midfill.errors import ModelError
 from midfill.models.safetensors_io import read_blocks
 from midfill.models.store import read_config
@@ -35,6 +36,10 @@ _HARMLESS = re.compile(r"(\.attn\.(masked_)?bias|\.masked_bias|\.rotary_emb\.inv
 
 # More than any model has: each layer is made before its weights are looked for.
 _LARGEST = {"num_hidden_layers": 1000, "hidden_size": 1 << 20, "vocab_size": 1 << 20}
+_COMPUTE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""The type of weights and activations, for formats that have one."""
+
+_QUANTIZED = {"int8", "int4"}
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 """Layers whose past can be cut at any token, which reuse needs. Recurrent states cannot be cut."""
 
@@ -50,19 +55,24 @@ def build_model(
     report: Callable[[float], None],
     int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module] = Int8Linear,
     fused: bool = False,
+    compute: torch.dtype | None = None,
+    packed: bool = True,
 ) -> Any:
     """Build the model of the folder `path`, ready for inference.
 
     Args:
         path: folder with `config.json`.
         files: the file of each tensor; see `safetensors_io.find_tensors`.
-        dtype: "int8", "float32" or "bfloat16".
+        dtype: "int8", "int4", "float32", "bfloat16" or "float16".
         device: where the weights go.
         num_threads: number of layers that are read and packed at a time.
         ahead: int8 weights that are being built already, by the names of their tensors.
         report: called with the share done, 0..1; an exception raised by it ends the loading.
         int8_linear: makes a linear layer of its weight and bias, for "int8".
         fused: compute layers of the same input as one, see `fuse`; their weights are read into one tensor.
+        compute: type of the activations with "int8" and "int4"; with None float32, and with "int8" the layers
+            of `quantize`, whose activations have 8 bits.
+        packed: use torch's packed products with 4-bit weights where the device has them.
 
     Returns:
         A transformers `PreTrainedModel` in eval mode, without gradients.
@@ -70,11 +80,12 @@ def build_model(
     Raises:
         ModelError: the folder does not hold a model that can be run; names the file or tensor at fault.
     """
-    model = _empty_model(path, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    model = _empty_model(path, _COMPUTE.get(dtype) or compute or torch.float32)
+    layers = _Layers(device, compute or torch.float32, int8_linear, packed=packed)
+    if dtype == "int8" and compute is not None:
+        layers.int8_linear = layers.int8_weight_linear
     shared = fuse_projections(model) if fused else []
-    loader = _Loader(
-        model, files, dtype, device, shared=shared, ahead=ahead, report=report, int8_linear=int8_linear
-    )
+    loader = _Loader(model, files, dtype, device, layers, shared=shared, ahead=ahead, report=report)
     loader.run(num_threads)
     model.to(device)  # moves the buffers; the parameters are there already
     if fused:
@@ -134,6 +145,42 @@ def _parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
+class _Layers:
+    """Makes the layers that hold quantized weights.
+
+    Args:
+        device: where they go.
+        compute: type of the activations.
+        int8_linear: see `build_model`.
+        packed: see `build_model`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        compute: torch.dtype,
+        int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module],
+        *,
+        packed: bool,
+    ) -> None:
+        self.compute = compute
+        self.int8_linear = int8_linear
+        self._device = device
+        self._packed = packed
+
+    def int8_weight_linear(self, weight: Int8Weight, bias: torch.Tensor | None) -> nn.Module:
+        """Return a linear layer with 8-bit weights."""
+        return Int8WeightLinear(weight, bias, self._device, self.compute)
+
+    def int4_linear(self, weight: Int4Weight, bias: torch.Tensor | None) -> nn.Module:
+        """Return a linear layer with 4-bit weights."""
+        return Int4Linear(weight, bias, self._device, packed=self._packed)
+
+    def embedding(self, weight: Int8Weight, padding_idx: int | None) -> nn.Module:
+        """Return an embedding with 8-bit rows."""
+        return Int8Embedding(weight, padding_idx, self._device, self.compute)
+
+
 class _Loader:
     """Loads the tensors of the files into the modules of one model."""
 
@@ -143,11 +190,11 @@ class _Loader:
         files: dict[str, Path],
         dtype: str,
         device: torch.device,
+        layers: _Layers,
         *,
         shared: Sequence[SharedProjection],
         ahead: dict[str, Future[Int8Weight]],
         report: Callable[[float], None],
-        int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module],
     ) -> None:
         self._model = model
         self._files = files
@@ -155,7 +202,7 @@ class _Loader:
         self._device = device
         self._ahead = ahead
         self._report = report
-        self._int8_linear = int8_linear
+        self._layers = layers
         self._embedding = model.get_input_embeddings()
         # Names without a tensor in the files, to the name whose tensor they share.
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
@@ -182,15 +229,19 @@ class _Loader:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        if self._dtype != "int8":
+        if self._dtype not in _QUANTIZED:
             self._model.tie_weights()
 
     def _load(self, name: str, module: nn.Module) -> None:
         with torch.inference_mode(mode=False), torch.no_grad():
-            if self._dtype == "int8" and type(module) is nn.Linear:
-                self._load_int8(name, module)
-            # Some models scale inside a subclass of Embedding; those stay in fp32.
-            elif self._dtype == "int8" and type(module) is nn.Embedding and module is self._embedding:
+            quantized = self._dtype in _QUANTIZED
+            if quantized and type(module) is nn.Linear:
+                if self._dtype == "int4" and fits(module.weight.shape):
+                    self._load_int4(name, module)
+                else:
+                    self._load_int8(name, module)
+            # Some models scale inside a subclass of Embedding; those stay as they are.
+            elif quantized and type(module) is nn.Embedding and module is self._embedding:
                 self._load_embedding(name, module)
             else:
                 self._load_plain(name, module)
@@ -259,10 +310,17 @@ class _Loader:
 
     def _load_int8(self, name: str, module: nn.Linear) -> None:
         bias = None if module.bias is None else self._read(_join(name, "bias"), module.bias)
-        self._replace(name, self._int8_linear(self._int8_weight(name, module), bias))
+        linear = self._layers.int8_linear if self._dtype == "int8" else self._layers.int8_weight_linear
+        self._replace(name, linear(self._int8_weight(name, module), bias))
+
+    def _load_int4(self, name: str, module: nn.Linear) -> None:
+        bias = None if module.bias is None else self._read(_join(name, "bias"), module.bias)
+        full, shape = _join(name, "weight"), module.weight.shape
+        weight = Int4Weight.of(shape, self._blocks(full, shape), self._layers.compute)
+        self._replace(name, self._layers.int4_linear(weight, bias))
 
     def _load_embedding(self, name: str, module: nn.Embedding) -> None:
-        self._replace(name, Int8Embedding(self._int8_weight(name, module), module.padding_idx))
+        self._replace(name, self._layers.embedding(self._int8_weight(name, module), module.padding_idx))
 
     def _int8_weight(self, name: str, module: nn.Linear | nn.Embedding) -> Int8Weight:
         full = _join(name, "weight")
