@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from stepping import Sequences, prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -246,3 +248,17 @@ def test_the_format_is_the_best_that_fits(tmp_path):
     assert chosen(4e9) == "bfloat16"
     with pytest.raises(EngineError, match="RTX's memory in int4"):
         chosen(1e9)
+
+
+@pytest.mark.parametrize(("scale", "fits"), [(1.0, True), (1e5, False)])
+async def test_a_model_whose_values_leave_the_range_of_float16_is_refused(tmp_path, scale, fits):
+    model = tiny.write_model("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] *= scale
+    save_file(tensors, tmp_path / "model.safetensors")
+    refused = pytest.raises(
+        EngineError, match=r"tiny-llama computes values that float16 cannot hold on cpu\."
+    )
+    with nullcontext() if fits else refused:
+        async with tiny.running(model, device="cpu", dtype="float16"):
+            pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import adapters
 import pytest
 import tiny
 import torch
@@ -10,6 +11,7 @@ from stepping import Sequences, expected, prompts
 from torch import nn
 from torch.nn import functional
 
+from midfill.engine.adapters.loaded import read
 from midfill.engine.torch import weight_only
 from midfill.engine.torch.memory import GROUP
 from midfill.engine.torch.quantize import Int8Embedding, Int8Weight
@@ -207,3 +209,25 @@ def test_a_tensor_at_fault_is_named(tmp_path):
     save_file(tensors, path / "model.safetensors")
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values"):
         build(path, "int4", fused=True, packed=False)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_bigcode"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_an_adapter_on_few_bits_gives_what_peft_gives_on_the_expanded_weights(tmp_path, kind, dtype):
+    path = write(kind, tmp_path / "model")
+    folder = adapters.write_adapter(path, tmp_path / "adapter", adapters.TARGETS[kind])
+    runner = TorchRunner(build(path, dtype, fused=True, packed=True), dtype, CPU)
+    adapter = read(folder, path)
+    runner.prepare({"key": adapter})()
+    exact = adapters.peft_model(write_expanded(path, tmp_path / "expanded", dtype), folder)
+    ids = list(range(40))
+    with torch.inference_mode():
+        expected_logits = exact(torch.tensor([ids])).logits[0, -1]
+        plain = exact.get_base_model()
+        with exact.disable_adapter():
+            base_logits = plain(torch.tensor([ids])).logits[0, -1]
+    found = torch.from_numpy(runner.probe(ids, "key"))
+    torch.testing.assert_close(found, expected_logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(runner.probe(ids, None)), base_logits, rtol=1e-3, atol=1e-3)
+    assert float((expected_logits - base_logits).abs().max()) > 0.1

@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from midfill.adapters.format import Adapter
 from midfill.engine.adapters import loaded
 from midfill.engine.adapters.loaded import LoadedAdapters
@@ -35,6 +37,8 @@ _LOG = logging.getLogger(__name__)
 
 _CAPTURE_S = 4.0
 """Seconds of loading spent on CUDA graphs; the remaining graphs are captured when the engine is idle."""
+
+_SAMPLE = "def area(width, height):\n    return width * height\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,8 @@ def load(
     runner.warm_up(min(runner.chunk_tokens, runner.context - 1))
     warm_up_s = time.monotonic() - began
     loaded.check(runner, adapters)
+    if device.kind != "cpu" or runner.dtype == "float16":
+        _check_range(runner, tokenizer, spec)
     runner.capture(lambda share: progress("capturing graphs", share), _CAPTURE_S)
     info = ModelInfo(
         name=spec.model.name,
@@ -129,6 +135,20 @@ def _place(spec: EngineSpec, find_gpus: Callable[[str], Sequence[Device]]) -> tu
     if why:
         _LOG.warning("%s", why)
     return devices.CPU, spec.dtype
+
+
+def _check_range(runner: LoadedRunner, tokenizer: Tokenizer, spec: EngineSpec) -> None:
+    """Check that the model's values are within the range of its format: some models leave that of float16.
+
+    Raises:
+        EngineError: they are not.
+    """
+    logits = runner.probe(tokenizer.encode(_SAMPLE), None)
+    if not bool(np.isfinite(logits).all()):
+        raise EngineError(
+            f"{spec.model.name} computes values that {runner.dtype} cannot hold on {runner.device}. Set "
+            "dtype to bfloat16 or float32, or device to cpu."
+        )
 
 
 def _openvino_shape(spec: EngineSpec, device: Device) -> DecoderShape | None:
