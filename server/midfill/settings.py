@@ -67,7 +67,7 @@ LOCAL_ENGINES = ("auto", "local", "shared")
 
 # The form of a setting with a pattern, for error messages.
 _FORMS = {
-    "device": "use `auto`, `cpu`, `cuda` or `cuda:N`",
+    "device": "use `auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`",
     "engine_key": "say where the key is read from: `env:NAME`, `keyring:SERVICE/USER` or `command:PROGRAM`",
 }
 # Their values are not quoted in error messages: a user may have written the secret itself.
@@ -157,13 +157,15 @@ class Settings(BaseModel):
     )
     device: Annotated[str, _AT_START] = Field(
         default="auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="Device that runs the model: `cpu`, `cuda`, or `cuda:N` for one of several GPUs. "
-        "`auto`: a GPU if there is one.",
+        pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$",
+        description="Device that runs the model: `cpu`, `cuda` (NVIDIA and AMD), `cuda:N` for one of several "
+        "GPUs, `mps` (Apple), `xpu` (Intel). `auto`: an NVIDIA or AMD GPU if it can run the model, otherwise "
+        "the CPU.",
     )
-    dtype: Annotated[Literal["auto", "int8", "float32", "bfloat16"], _AT_START] = Field(
+    dtype: Annotated[Literal["auto", "int8", "int4", "float32", "bfloat16", "float16"], _AT_START] = Field(
         default="auto",
-        description="Number format of the model's weights. `auto`: int8 on a CPU, bfloat16 on a GPU.",
+        description="Number format of the model's weights. `auto`: int8 on a CPU; on a GPU 16 bits, or "
+        "fewer if its memory is too small for them.",
     )
     runner: Annotated[Literal["auto", "openvino", "torch"], _AT_START] = Field(
         default="auto",
@@ -282,6 +284,13 @@ class Settings(BaseModel):
         if self.engine in LOCAL_ENGINES:
             return ()
         return (self.engine,) if isinstance(self.engine, str) else self.engine
+
+    @property
+    def longest_prompt(self) -> int:
+        """The maximum number of tokens of a prompt with its output."""
+        others = self.context_tokens if self.context else 0
+        output = max(self.max_new_tokens, self.max_new_tokens_invoked)
+        return self.prefix_tokens + self.suffix_tokens + others + output
 
 
 def _is_port(parts: SplitResult) -> bool:

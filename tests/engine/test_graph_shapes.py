@@ -168,6 +168,32 @@ def test_slots_have_room_for_the_context_or_for_what_fits_into_a_third_of_the_me
     assert graph_shapes.capacity(32768, 12_288, 4, int(free_gb * 2**30)) == expected
 
 
+@pytest.mark.parametrize(
+    ("free_gb", "prompt_tokens", "expected"),
+    [
+        (100, 704, 32768),  # all of it fits into an eighth
+        (6, 704, 16384),
+        (4, 704, 8192),
+        (4, 12_000, 16384),  # what the settings ask for counts
+        (2, 704, 8192),
+        (1, 704, 4096),
+        (1, 8192, 8192),  # more than a third, but less than two
+        (0.5, 8192, 2048),
+        (0.05, 704, 256),
+    ],
+)
+def test_where_memory_is_small_slots_have_room_for_the_prompts(free_gb, prompt_tokens, expected):
+    free = int(free_gb * 2**30)
+    assert graph_shapes.capacity(32768, 12_288, 4, free, prompt_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "expected"), [(0, 256), (1, 256), (256, 256), (257, 512), (704, 1024), (9000, 8192)]
+)
+def test_a_slot_has_room_for_a_prompt_in_the_smallest_bucket(prompt_tokens, expected):
+    assert graph_shapes.slot_tokens(8192, prompt_tokens) == expected
+
+
 def test_no_room_for_slots_at_all():
     with pytest.raises(MemoryError, match="4 slots"):
         graph_shapes.capacity(32768, 12_288, 4, 1 << 20)

@@ -103,6 +103,7 @@ def local_engine(settings: Settings, *, drafts: bool = True) -> Engine:
             num_threads=settings.num_threads,
             runner=settings.runner,
             drafts=drafts,
+            prompt_tokens=settings.longest_prompt,
         )
     )
 

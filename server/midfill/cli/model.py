@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,11 @@ from midfill.cli.engine_choice import engine_factory, installed_model, read_sett
 from midfill.cli.options import ADAPTER, JSON
 from midfill.cli.terminal import say, terminal, with_progress
 from midfill.errors import MidfillError
+
+if TYPE_CHECKING:
+    from midfill.engine.torch.devices import Device
+    from midfill.models.catalogue import Entry
+    from midfill.settings import Settings
 
 
 @click.group()
@@ -24,6 +29,9 @@ def model() -> None:
 def model_list(as_json: bool) -> None:
     """List the models of midfill's catalogue, and all others that are on this machine.
 
+    The memory is that of the device that the settings choose: on a GPU with the keys and values of the
+    longest prompt and 1 GB for other programs, in the best format that fits into what is free.
+
     \b
     Examples:
       midfill model list
@@ -31,6 +39,8 @@ def model_list(as_json: bool) -> None:
     """
     from midfill.models import catalogue, store
 
+    settings = read_settings()
+    device = _chosen_device(settings)
     here = {installed.name: installed for installed in store.installed()}
     rows: list[dict[str, Any]] = [
         {
@@ -39,7 +49,7 @@ def model_list(as_json: bool) -> None:
             "license": entry.license,
             "parameters": entry.parameters,
             "context": entry.context,
-            "memory_mb": entry.memory_mb,
+            **_memory_of(entry, device, settings),
             "hub": entry.hub,
             "installed": entry.name in here,
         }
@@ -50,9 +60,10 @@ def model_list(as_json: bool) -> None:
         for name, found in here.items()
         if name not in catalogue.entries()
     ]
-    used = read_settings().model
+    used = settings.model
     if as_json:
-        click.echo(json.dumps({"models": rows, "used": used}))
+        where = {"device": device.torch_name, "free_mb": round(device.free_bytes() / 1e6) or None}
+        click.echo(json.dumps({"models": rows, "used": used, **where}))
         return
     from rich.table import Table
 
@@ -61,12 +72,51 @@ def model_list(as_json: bool) -> None:
         table.add_column(title, justify="right" if title in ("parameters", "memory") else "left")
     for row in rows:
         parameters = f"{row['parameters'] / 1e9:.1f} B" if "parameters" in row else ""
-        memory = f"{row['memory_mb'] / 1000:.1f} GB" if "memory_mb" in row else ""
+        memory = _memory_text(row)
         chosen = "*" if row["name"] == used else ""
         here_mark = "yes" if row["installed"] else ""
         table.add_row(chosen, row["name"], parameters, memory, row.get("license", ""), here_mark)
     terminal().print(table)
+    if device.kind != "cpu":
+        say(f"\nMemory on {device.torch_name}, {device.name}: {device.free_bytes() / 1e9:.1f} GB are free.")
     say("\n* in use. Download: midfill model pull NAME. Choose: midfill model use NAME.")
+
+
+def _chosen_device(settings: Settings) -> Device:
+    """Return the device that the settings choose; the CPU if it is not there."""
+    from midfill.engine.torch import devices
+
+    try:
+        return devices.choose(settings.device, devices.find_gpus(settings.device))[0]
+    except MidfillError:
+        return devices.CPU
+
+
+def _memory_of(entry: Entry, device: Device, settings: Settings) -> dict[str, Any]:
+    """Return the memory that a model takes on a device, in which format, and if it is free.
+
+    Of the CPU only the estimate in the catalogue is returned.
+    """
+    from midfill.engine.torch import memory
+
+    if device.kind == "cpu":
+        return {"memory_mb": entry.memory_mb}
+    if (size := memory.size_in_catalogue(entry)) is None:
+        return {}
+    formats = device.automatic if settings.dtype == "auto" else (settings.dtype,)
+    needs = {dtype: memory.need(size, dtype, settings.longest_prompt) for dtype in formats}
+    fitting = memory.first_that_fits(needs, device.free_bytes())
+    dtype = fitting or formats[-1]
+    return {"memory_mb": round(needs[dtype].total / 1e6), "dtype": dtype, "fits": fitting is not None}
+
+
+def _memory_text(row: dict[str, Any]) -> str:
+    if "memory_mb" not in row:
+        return ""
+    text = f"{row['memory_mb'] / 1000:.1f} GB"
+    if "fits" not in row:
+        return text
+    return f"{text} {row['dtype']}" if row["fits"] else f"{text} too large"
 
 
 @model.command("pull")

@@ -7,13 +7,14 @@ import. Runs on the engine thread.
 
 from __future__ import annotations
 
-import ctypes
-import sys
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from midfill.adapters.format import Adapter
 from midfill.engine.adapters import loaded
@@ -21,6 +22,8 @@ from midfill.engine.adapters.loaded import LoadedAdapters
 from midfill.engine.api import RUNNERS, EngineSpec, ModelInfo, Progress, Tokenizer
 from midfill.engine.runner import LoadedRunner, Runner
 from midfill.engine.token_healing import TokenIndex
+from midfill.engine.torch import devices
+from midfill.engine.torch.devices import Device
 from midfill.engine.torch.threads import num_cores
 from midfill.errors import EngineError
 from midfill.models.store import verify
@@ -30,8 +33,12 @@ if TYPE_CHECKING:
     from midfill.engine.openvino.graph import DecoderShape
 
 
+_LOG = logging.getLogger(__name__)
+
 _CAPTURE_S = 4.0
 """Seconds of loading spent on CUDA graphs; the remaining graphs are captured when the engine is idle."""
+
+_SAMPLE = "def area(width, height):\n    return width * height\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +60,13 @@ class LoadedModel:
     warm_up_s: float = 0.0
 
 
-def load(spec: EngineSpec, progress: Progress) -> LoadedModel:
-    """Load the model that `spec` names; takes seconds.
+def load(
+    spec: EngineSpec,
+    progress: Progress,
+    *,
+    find_gpus: Callable[[str], Sequence[Device]] = devices.find_gpus,
+) -> LoadedModel:
+    """Load the model that `spec` names; takes seconds. `find_gpus` returns what `spec.device` chooses from.
 
     Raises:
         ModelError: the model cannot be used.
@@ -62,7 +74,8 @@ def load(spec: EngineSpec, progress: Progress) -> LoadedModel:
         EngineError: the runner, device or dtype cannot be had.
         MemoryError: there is not enough memory.
     """
-    shape = _openvino_shape(spec)
+    device, dtype = _place(spec, find_gpus)
+    shape = _openvino_shape(spec, device)
     default = None if spec.adapter is None else loaded.read(spec.adapter, spec.model.path)
     adapters = {} if default is None else {default.digest: default}
     with ThreadPoolExecutor(1, thread_name_prefix="midfill-verify") as pool:
@@ -70,7 +83,7 @@ def load(spec: EngineSpec, progress: Progress) -> LoadedModel:
         if shape is not None:
             runner, (tokenizer, index) = _load_openvino(spec, shape, progress, adapters)
         else:
-            runner, (tokenizer, index) = _load_torch(spec, progress)
+            runner, (tokenizer, index) = _load_torch(spec, device, dtype, progress)
         verified.result()
     install = runner.prepare(adapters)
     install()
@@ -79,6 +92,8 @@ def load(spec: EngineSpec, progress: Progress) -> LoadedModel:
     runner.warm_up(min(runner.chunk_tokens, runner.context - 1))
     warm_up_s = time.monotonic() - began
     loaded.check(runner, adapters)
+    if device.kind != "cpu" or runner.dtype == "float16":
+        _check_range(runner, tokenizer, spec)
     runner.capture(lambda share: progress("capturing graphs", share), _CAPTURE_S)
     info = ModelInfo(
         name=spec.model.name,
@@ -94,7 +109,49 @@ def load(spec: EngineSpec, progress: Progress) -> LoadedModel:
     return LoadedModel(info, runner, index, LoadedAdapters(runner, install, default), warm_up_s)
 
 
-def _openvino_shape(spec: EngineSpec) -> DecoderShape | None:
+def _place(spec: EngineSpec, find_gpus: Callable[[str], Sequence[Device]]) -> tuple[Device, str]:
+    """Return the device that the model runs on, and the format of its weights there.
+
+    With "auto" the CPU takes a model that the GPU cannot run, and the log says why.
+    """
+    device, why = devices.choose(spec.device, find_gpus(spec.device))
+    if device.kind != "cpu":
+        from midfill.engine.torch.loading import choose_format
+
+        try:
+            dtype = choose_format(
+                spec.model,
+                device,
+                spec.dtype,
+                prompt_tokens=spec.prompt_tokens,
+                adapters=spec.adapter is not None,
+            )
+        except EngineError as error:
+            if spec.device != "auto":
+                raise
+            why = f"{error} The model runs on the CPU."
+        else:
+            return device, dtype
+    if why:
+        _LOG.warning("%s", why)
+    return devices.CPU, spec.dtype
+
+
+def _check_range(runner: LoadedRunner, tokenizer: Tokenizer, spec: EngineSpec) -> None:
+    """Check that the model's values are within the range of its format: some models leave that of float16.
+
+    Raises:
+        EngineError: they are not.
+    """
+    logits = runner.probe(tokenizer.encode(_SAMPLE), None)
+    if not bool(np.isfinite(logits).all()):
+        raise EngineError(
+            f"{spec.model.name} computes values that {runner.dtype} cannot hold on {runner.device}. Set "
+            "dtype to bfloat16 or float32, or device to cpu."
+        )
+
+
+def _openvino_shape(spec: EngineSpec, device: Device) -> DecoderShape | None:
     """Return the shape of the model if OpenVINO is to run it, else None."""
     if spec.runner not in RUNNERS:
         raise EngineError(f'There is no runner "{spec.runner}"; use {", ".join(RUNNERS)}.')
@@ -107,8 +164,8 @@ def _openvino_shape(spec: EngineSpec) -> DecoderShape | None:
     except ImportError as error:
         why = f"it cannot be imported ({error})"
     else:
-        if spec.device != "cpu" and not (spec.device == "auto" and not _has_cuda()):
-            why = f'it does not support device "{spec.device}"'
+        if device.kind != "cpu":
+            why = f'it does not support device "{device.torch_name}"'
         elif spec.dtype not in dtypes:
             why = f"it does not support dtype {spec.dtype}"
         else:
@@ -119,17 +176,6 @@ def _openvino_shape(spec: EngineSpec) -> DecoderShape | None:
     if spec.runner == "openvino":
         raise EngineError(f'OpenVINO cannot run this model: {why}. Use runner "auto" or "torch".')
     return None
-
-
-def _has_cuda() -> bool:
-    """Return whether torch can use an NVIDIA driver. Without a driver, torch is not imported."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _load_openvino(
@@ -150,15 +196,18 @@ def _load_openvino(
         return runner, vocabulary.result()
 
 
-def _load_torch(spec: EngineSpec, progress: Progress) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
+def _load_torch(
+    spec: EngineSpec, device: Device, dtype: str, progress: Progress
+) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
     progress("importing torch", None)
     from midfill.engine.torch.loading import load_runner
 
     return load_runner(
         spec.model.path,
-        device=spec.device,
-        dtype=spec.dtype,
+        device=device,
+        dtype=dtype,
         num_threads=spec.num_threads,
+        prompt_tokens=spec.prompt_tokens,
         report=lambda share: progress("loading weights", share),
         meanwhile=lambda: _load_vocabulary(spec),
     )

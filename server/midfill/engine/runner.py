@@ -86,7 +86,7 @@ class LoadedRunner(Runner, Protocol):
     Attributes:
         architecture: transformers' `model_type`.
         device: for the user, for example "cpu".
-        dtype: "int8", "float32" or "bfloat16".
+        dtype: "int8", "int4", "float32", "bfloat16" or "float16".
     """
 
     architecture: str

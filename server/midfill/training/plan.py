@@ -153,12 +153,12 @@ def _memory(memory: Mapping[str, Any]) -> str:
     needs = ", ".join(f"{need / 1000:.1f} GB in {form}" for form, need in memory["needed_mb"].items())
     form, free = memory["base_weights"], f"{memory['free_mb'] / 1000:.1f} GB are free"
     if form is None:
-        verdict = "not enough for either"
+        verdict = "not enough for either" if len(memory["needed_mb"]) > 1 else "not enough"
     elif form in memory["fits"]:
         verdict = f"the base model would be held in {form}"
     else:
         verdict = f"not enough for {form}"
-    return f"memory    about {needs} on a CPU; {free}: {verdict}"
+    return f"memory    about {needs} on {memory.get('device', 'a CPU')}; {free}: {verdict}"
 
 
 def _but(dropped: Mapping[str, int]) -> str:

@@ -74,20 +74,41 @@ class GraphShape:
         )
 
 
-def capacity(context: int, token_bytes: int, num_slots: int, free_bytes: int) -> int:
+_COMMON_TOKENS = 8192
+"""Room for longer prompts than today's settings allow, where memory is not plenty."""
+
+
+def capacity(context: int, token_bytes: int, num_slots: int, free_bytes: int, prompt_tokens: int = 0) -> int:
     """Return the number of tokens per slot: the context, if a third of the free memory is enough for it.
 
-    Otherwise the largest bucket that fits into a third, so that passes and graphs have room too.
+    Otherwise the largest bucket that fits into a third, so that passes and graphs have room too. If
+    `prompt_tokens` is known (the longest prompt with its output), more than that and than 8192 tokens is
+    taken only if it fits into an eighth of the memory, and two thirds may be taken for the prompt.
 
     Raises:
         MemoryError: not even the smallest bucket fits.
     """
-    fitting = free_bytes // 3 // (token_bytes * num_slots)
-    if fitting >= context:
-        return context
-    if fitting < FIRST_BUCKET:
+    tokens = free_bytes // (token_bytes * num_slots)
+    most = context
+    if prompt_tokens and tokens // 8 < context:
+        most = max(slot_tokens(context, max(prompt_tokens, _COMMON_TOKENS)), _bucket_within(tokens // 8))
+    if tokens // 3 >= most:
+        return most
+    wanted = slot_tokens(context, prompt_tokens) if prompt_tokens else 0
+    found = max(_bucket_within(tokens // 3), wanted if wanted <= tokens * 2 // 3 else 0)
+    if not found:
         raise MemoryError(f"{num_slots} slots of {FIRST_BUCKET} tokens do not fit into the device's memory")
-    return FIRST_BUCKET << ((fitting // FIRST_BUCKET).bit_length() - 1)
+    return found
+
+
+def _bucket_within(tokens: int) -> int:
+    """Return the largest bucket of at most so many tokens, or 0."""
+    return FIRST_BUCKET << ((tokens // FIRST_BUCKET).bit_length() - 1) if tokens >= FIRST_BUCKET else 0
+
+
+def slot_tokens(context: int, prompt_tokens: int) -> int:
+    """Return the smallest bucket that has room for a prompt with its output, at most the context."""
+    return min(context, FIRST_BUCKET << (max(prompt_tokens - 1, 0) // FIRST_BUCKET).bit_length())
 
 
 def buckets(longest: int) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ import torch
 from midfill.adapters.format import Adapter
 from midfill.engine.kv_slots import NUM_SLOTS
 from midfill.engine.scheduler import Choice, Chunk, SequenceState
-from midfill.engine.torch import attention, graph_shapes
+from midfill.engine.torch import attention, devices, graph_shapes
 from midfill.engine.torch.cuda_graphs import MARGIN, GraphDevice, GraphRunner
 from midfill.engine.torch.errors import memory_errors
 from midfill.engine.torch.kv_cache import (
@@ -36,9 +36,6 @@ from midfill.engine.torch.lora import LoraLayers
 from midfill.engine.torch.sampling import choose
 from midfill.engine.torch.threads import ThreadCount
 
-_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
-"""Tokens per forward pass, by kind of device."""
-
 
 class TorchRunner:
     """One model on one device.
@@ -48,16 +45,24 @@ class TorchRunner:
         context: maximum number of tokens of one sequence.
         vocab_size: number of logits.
         device: for the user, for example "cpu".
-        dtype: "int8", "float32" or "bfloat16".
+        dtype: a format of `devices.DTYPES`.
         chunk_tokens, step_sequences, max_draft_tokens: see `engine.runner.Runner`.
     """
 
     step_sequences = NUM_SLOTS
 
     def __init__(
-        self, model: Any, dtype: str, device: torch.device, thread_count: ThreadCount | None = None
+        self,
+        model: Any,
+        dtype: str,
+        device: torch.device,
+        thread_count: ThreadCount | None = None,
+        chunk_tokens: int | None = None,
     ) -> None:
-        """Take over a loaded model; `thread_count`, if given, sets the number of threads of each pass.
+        """Take over a loaded model.
+
+        `thread_count`, if given, sets the number of threads of each pass; `chunk_tokens` is by default what
+        `devices.KINDS` has.
 
         Raises `ModelError` if the model's attention cannot be replaced.
         """
@@ -75,12 +80,12 @@ class TorchRunner:
         self.device = str(device)
         self.dtype = dtype
         self._thread_count = thread_count
-        self.chunk_tokens = _CHUNK_TOKENS[device.type]
+        self.chunk_tokens = chunk_tokens or devices.KINDS[device.type].chunk_tokens
         self.max_draft_tokens = graph_shapes.MAX_DRAFT_TOKENS
         self._num_layers: int = config.num_hidden_layers
         self._num_heads: int = config.num_attention_heads
         self._cache: KVCache = GrowingKVCache(self._num_layers, self.context)
-        self._lora = LoraLayers(model, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        self._lora = LoraLayers(model, _compute_dtype(model))
         self._graphs: GraphRunner | None = None
         self._positions = torch.arange(self.context, device=device)
 
@@ -149,7 +154,12 @@ class TorchRunner:
         return found
 
     def use_graphs(
-        self, device: GraphDevice, kernel: Callable[[LayerKV, int], Kernel], num_slots: int, free_bytes: int
+        self,
+        device: GraphDevice,
+        kernel: Callable[[LayerKV, int], Kernel],
+        num_slots: int,
+        free_bytes: int,
+        prompt_tokens: int = 0,
     ) -> None:
         """Allocate the memory of all slots, and run captured graphs from now on.
 
@@ -160,16 +170,14 @@ class TorchRunner:
             num_slots: number of slots.
             free_bytes: free memory of the device; see `graph_shapes.capacity`. If it is short, `context`
                 becomes less.
+            prompt_tokens: see `EngineSpec`.
 
         Raises:
             MemoryError: there is not enough memory.
         """
-        prompt = SequenceState(key=None, tokens=[0])
         with memory_errors(), torch.inference_mode():
-            self._compute([Chunk(prompt, 0, 0, prompt.tokens, samples=False)], [None])
-            like = [self._cache.entries(layer, 0, 1) for layer in range(self._num_layers)]
-            token_bytes = sum(tensor[0].nbytes for entries in like for tensor in entries)
-            self.context = graph_shapes.capacity(self.context, token_bytes, num_slots, free_bytes)
+            like = self._entries_of_one_token()
+            self._fit_context(like, num_slots, free_bytes, prompt_tokens)
             cache = FixedKVCache(like, num_slots, self.context + MARGIN)
             self._cache = cache
             self._graphs = GraphRunner(
@@ -182,6 +190,28 @@ class TorchRunner:
                 device=device,
                 tensor_device=self._device,
             )
+
+    def limit_context(self, num_slots: int, free_bytes: int, prompt_tokens: int = 0) -> None:
+        """Make `context` less if the memory of all slots would not fit; see `graph_shapes.capacity`.
+
+        Raises:
+            MemoryError: there is not enough memory.
+        """
+        with memory_errors(), torch.inference_mode():
+            like = self._entries_of_one_token()
+            self._fit_context(like, num_slots, free_bytes, prompt_tokens)
+        self.drop([0])
+        self._cache = GrowingKVCache(self._num_layers, self.context)
+
+    def _entries_of_one_token(self) -> list[LayerKV]:
+        """Return the keys and values of each layer in slot 0, after a pass over one token."""
+        prompt = SequenceState(key=None, tokens=[0])
+        self._compute([Chunk(prompt, 0, 0, prompt.tokens, samples=False)], [None])
+        return [self._cache.entries(layer, 0, 1) for layer in range(self._num_layers)]
+
+    def _fit_context(self, like: list[LayerKV], num_slots: int, free_bytes: int, prompt_tokens: int) -> None:
+        token_bytes = sum(tensor[0].nbytes for entries in like for tensor in entries)
+        self.context = graph_shapes.capacity(self.context, token_bytes, num_slots, free_bytes, prompt_tokens)
 
     def capture(self, report: Callable[[float], None], limit_s: float) -> None:
         """Capture graphs for about `limit_s` seconds, the likeliest first, on a device that has them.
@@ -232,8 +262,8 @@ class TorchRunner:
     def drop(self, slots: list[int]) -> None:
         """Free the memory of these slots."""
         self._cache.drop(slots)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self._device.type != "cpu":
+            devices.empty_cache(self._device.type)
 
     def _compute(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
         logits = self._logits(chunks, self._cache)
@@ -291,6 +321,14 @@ class TorchRunner:
         with attention.attending(past):
             output = module(input_ids=ids, position_ids=positions, use_cache=True, **kwargs)
         return None if wanted is None else output.logits[0].float()
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    """Return the type of a model's activations: that of its norms, which are never quantized."""
+    norm: torch.Tensor = next(
+        one for one in model.parameters() if one.ndim == 1 and len(one) and one.is_floating_point()
+    )
+    return norm.dtype
 
 
 def _chooser(rows: Any, allowed: array[int] | None) -> Callable[[int], Choice]:
