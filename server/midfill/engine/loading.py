@@ -1,8 +1,8 @@
-"""Load a model from its folder: choose the runner, then load in the order that is fastest.
+"""Load a model from its folder or file: choose the runner, then load in the order that is fastest.
 
 On a CPU OpenVINO runs the architectures that `openvino.graph` can build; torch runs all other architectures,
-GPUs and the reference (float32). Neither is imported before it is needed: torch and transformers take 4 s to
-import. Runs on the engine thread.
+GPUs and the reference (float32). llama.cpp runs GGUF files, if the user has chosen it. None is imported
+before it is needed: torch and transformers take 4 s to import. Runs on the engine thread.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from midfill.engine.adapters.loaded import LoadedAdapters
 from midfill.engine.api import RUNNERS, EngineSpec, ModelInfo, Progress, Tokenizer
 from midfill.engine.runner import LoadedRunner, Runner
 from midfill.engine.token_healing import TokenIndex
-from midfill.engine.torch.threads import num_cores
+from midfill.engine.torch.threads import ThreadCount, num_cores
 from midfill.errors import EngineError
+from midfill.models.gguf import tokenizer_from_metadata
+from midfill.models.gguf_file import open_gguf
 from midfill.models.store import verify
 from midfill.system import malloc
 
@@ -67,7 +69,9 @@ def load(spec: EngineSpec, progress: Progress) -> LoadedModel:
     adapters = {} if default is None else {default.digest: default}
     with ThreadPoolExecutor(1, thread_name_prefix="midfill-verify") as pool:
         verified = pool.submit(verify, spec.model.path)  # One core is free while libraries are imported.
-        if shape is not None:
+        if spec.runner == "llamacpp":
+            runner, (tokenizer, index) = _load_llamacpp(spec, progress)
+        elif shape is not None:
             runner, (tokenizer, index) = _load_openvino(spec, shape, progress, adapters)
         else:
             runner, (tokenizer, index) = _load_torch(spec, progress)
@@ -98,7 +102,7 @@ def _openvino_shape(spec: EngineSpec) -> DecoderShape | None:
     """Return the shape of the model if OpenVINO is to run it, else None."""
     if spec.runner not in RUNNERS:
         raise EngineError(f'There is no runner "{spec.runner}"; use {", ".join(RUNNERS)}.')
-    if spec.runner == "torch":
+    if spec.runner in {"torch", "llamacpp"}:
         return None
     # Float32 is the reference, which torch runs unless OpenVINO is asked for by name.
     dtypes = {"auto", "int8"} if spec.runner == "auto" else {"auto", "int8", "float32"}
@@ -150,6 +154,25 @@ def _load_openvino(
         return runner, vocabulary.result()
 
 
+def _load_llamacpp(spec: EngineSpec, progress: Progress) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
+    from midfill.engine.llamacpp import runner as llamacpp_runner
+
+    progress("mapping the model file", None)
+    with open_gguf(spec.model.path) as file:
+        header = file
+    with ThreadPoolExecutor(1, thread_name_prefix="midfill-ahead") as pool:
+        vocabulary = pool.submit(lambda: _indexed(tokenizer_from_metadata(header.metadata, header.path)))
+        runner = llamacpp_runner.load(
+            header,
+            device=spec.device,
+            dtype=spec.dtype,
+            num_threads=spec.num_threads or num_cores(),
+            # The user's number of threads is never changed.
+            thread_count=None if spec.num_threads else ThreadCount(num_cores()),
+        )
+        return runner, vocabulary.result()
+
+
 def _load_torch(spec: EngineSpec, progress: Progress) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
     progress("importing torch", None)
     from midfill.engine.torch.loading import load_runner
@@ -168,7 +191,10 @@ def _load_vocabulary(spec: EngineSpec) -> tuple[Tokenizer, TokenIndex]:
     """Load the tokenizer and its index: two seconds of plain Python for a large vocabulary."""
     from midfill.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(spec.model.path)
+    return _indexed(load_tokenizer(spec.model.path))
+
+
+def _indexed(tokenizer: Tokenizer) -> tuple[Tokenizer, TokenIndex]:
     index = TokenIndex(tokenizer.vocab_bytes(), tokenizer.control_ids)
     malloc.trim()
     return tokenizer, index

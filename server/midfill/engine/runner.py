@@ -1,7 +1,7 @@
 """The runner contract: what the step loop needs of a model.
 
-`torch.runner.TorchRunner` and `openvino.runner.OpenVinoRunner` implement it. Importing this module imports
-neither library.
+Implemented by `torch.runner.TorchRunner`, `openvino.runner.OpenVinoRunner` and
+`llamacpp.runner.LlamaCppRunner`. Importing this module imports none of the libraries.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class LoadedRunner(Runner, Protocol):
     """A runner as `loading` sees it, once, right after it was built.
 
     Attributes:
-        architecture: transformers' `model_type`.
+        architecture: transformers' `model_type`; llama.cpp's name of a GGUF file's.
         device: for the user, for example "cpu".
-        dtype: "int8", "float32" or "bfloat16".
+        dtype: "int8", "float32" or "bfloat16", or a GGUF file's type.
     """
 
     architecture: str

@@ -191,7 +191,12 @@ def tokenizer_from_gguf(path: Path) -> FastTokenizer:
         ModelError: the file or its vocabulary cannot be used.
     """
     with open_gguf(path) as file:
-        return FastTokenizer(tokenizer_json(file.metadata, str(path)))
+        return tokenizer_from_metadata(file.metadata, path)
+
+
+def tokenizer_from_metadata(metadata: Mapping[str, Any], path: Path) -> FastTokenizer:
+    """Return the tokenizer of a GGUF file's metadata; see `tokenizer_from_gguf`."""
+    return FastTokenizer(tokenizer_json(metadata, str(path)))
 
 
 def converted_bytes(path: Path) -> int:

@@ -1,0 +1,215 @@
+"""Run a GGUF file with llama.cpp: passes over chunks, the choice of a token, adapters.
+
+Implements `engine.runner.Runner`, as do `openvino.runner` and `torch.runner`. The weights stay as they are in
+the file, which is mapped into memory. All chunks of a step are computed in one pass, or in one per adapter. A
+pass on a CPU can be aborted at any operation. Knows arrays, slot numbers and token ids; nothing of requests
+or text. Imports neither torch nor transformers. Runs on the engine thread only, except for `prepare`.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from midfill.adapters.format import Adapter
+from midfill.engine.choosing import Floats, chooser
+from midfill.engine.kv_slots import NUM_SLOTS
+from midfill.engine.llamacpp.bindings import F16, F32, Q8_0, library
+from midfill.engine.llamacpp.context import Context, Model, PassAbortedError, Span
+from midfill.engine.scheduler import Choice, Chunk, SequenceState
+from midfill.engine.torch.threads import ThreadCount
+from midfill.errors import AdapterError, EngineError, ModelError
+from midfill.models.gguf_file import GGUFFile
+
+_SPARE_SLOT = NUM_SLOTS
+"""A sequence that no request ever gets."""
+
+_KV_TYPES = {"float32": F32, "float16": F16, "q8_0": Q8_0}
+
+
+def load(
+    file: GGUFFile,
+    *,
+    device: str,
+    dtype: str,
+    num_threads: int,
+    thread_count: ThreadCount | None = None,
+    kv_dtype: str = "float16",
+) -> LlamaCppRunner:
+    """Load a GGUF file.
+
+    Args:
+        file: its header; it may be closed.
+        device: see `EngineSpec`.
+        dtype: "auto" for the weights as they are, or "float32", which a file with other weights refuses.
+        num_threads: threads of each pass.
+        thread_count: chooses fewer while other programs are busy; None for always `num_threads`.
+        kv_dtype: number format of keys and values: "float16", "q8_0", or "float32" with dtype "float32".
+
+    Raises:
+        EngineError: the library cannot be used, or the device or dtype cannot be had.
+        ModelError: the file cannot be used.
+        MemoryError: there is not enough memory.
+    """
+    if dtype not in {"auto", "float32"}:
+        raise EngineError(
+            f'Runner "llamacpp" uses the weights of the GGUF file as they are; use dtype auto, not {dtype}.'
+        )
+    if device not in {"auto", "cpu"}:
+        raise EngineError(f'Runner "llamacpp" does not support device "{device}"; use auto or cpu.')
+    lib = library()
+    _check_types(file, dtype)
+    model = Model(lib, file.path)
+    context = Context(
+        model,
+        num_sequences=NUM_SLOTS + 1,
+        kv_type=_KV_TYPES["float32" if dtype == "float32" else kv_dtype],
+        num_threads=num_threads,
+        pass_tokens=LlamaCppRunner.chunk_tokens,
+        pass_rows=LlamaCppRunner.max_draft_tokens + 1,
+    )
+    return LlamaCppRunner(model, context, str(file.metadata.get("general.architecture")), dtype, thread_count)
+
+
+def _check_types(file: GGUFFile, dtype: str) -> None:
+    """Check that a file has weights, of the wanted type."""
+    if not file.tensors:
+        raise ModelError(f"{file.path} has a vocabulary but no weights, so it cannot be used as a model.")
+    types = {tensor.type_name for tensor in file.tensors.values()}
+    if dtype == "float32" and types != {"F32"}:
+        raise EngineError(f"{file.path} has weights of the types {', '.join(sorted(types))}; use dtype auto.")
+
+
+class LlamaCppRunner:
+    """One model.
+
+    Attributes:
+        architecture: llama.cpp's name, for example "qwen2".
+        context: maximum number of tokens of one sequence.
+        vocab_size: number of logits.
+        device: "cpu".
+        dtype: the file's type, for example "Q4_K - Medium", or "float32".
+        chunk_tokens, step_sequences, max_draft_tokens: see `engine.runner.Runner`.
+    """
+
+    device = "cpu"
+    chunk_tokens = 64
+    step_sequences = NUM_SLOTS
+    max_draft_tokens = 7
+
+    def __init__(
+        self,
+        model: Model,
+        context: Context,
+        architecture: str,
+        dtype: str,
+        thread_count: ThreadCount | None,
+    ) -> None:
+        self.architecture = architecture
+        self.context = model.context
+        self.vocab_size = model.vocab_size
+        self.dtype = dtype if dtype == "float32" else model.file_type
+        self._model = model
+        self._context = context
+        self._thread_count = thread_count
+        self._adapters: dict[str | None, int | None] = {None: None}
+
+    def forward(
+        self,
+        chunks: list[Chunk],
+        allowed: list[array[int] | None],
+        interrupted: Callable[[], bool] | None = None,
+    ) -> list[list[Choice]] | None:
+        """Compute the chunks of one step; see `Runner.forward`."""
+        if self._thread_count is not None:
+            self._context.set_threads(self._thread_count.update(time.monotonic()))
+        for chunk in chunks:
+            if chunk.copy_from is not None:
+                self._context.copy(chunk.copy_from, chunk.slot, chunk.start)
+        self._reserve(chunks)
+        by_adapter: dict[str | None, list[int]] = {}
+        for number, chunk in enumerate(chunks):
+            by_adapter.setdefault(chunk.sequence.key, []).append(number)
+        found: dict[int, list[Choice]] = {}
+        try:
+            for key, numbers in by_adapter.items():
+                rows = self._compute(key, [chunks[number] for number in numbers], interrupted)
+                for number, of_chunk in zip(numbers, rows, strict=True):
+                    chunk = chunks[number]
+                    choose = chooser(of_chunk, allowed[number])
+                    found[number] = chunk.verify(choose) if chunk.samples else []
+        except PassAbortedError:
+            return None
+        return [found[number] for number in range(len(chunks))]
+
+    def _compute(
+        self, key: str | None, chunks: Sequence[Chunk], interrupted: Callable[[], bool] | None
+    ) -> list[list[Floats]]:
+        """Return the requested rows of logits of each chunk; they are overwritten by the next pass."""
+        adapter = self._adapters[key]
+        for chunk in chunks:
+            self._recompute(chunk, adapter, interrupted)
+        spans = [
+            Span(
+                chunk.slot,
+                chunk.start,
+                chunk.tokens,
+                1 + chunk.num_draft_tokens if chunk.samples else 0,
+            )
+            for chunk in chunks
+        ]
+        return self._context.compute(spans, adapter, interrupted)
+
+    def _reserve(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            self._context.cut(chunk.slot, chunk.start)
+        self._context.reserve({chunk.slot: chunk.start + len(chunk.tokens) for chunk in chunks})
+
+    def _recompute(self, chunk: Chunk, adapter: int | None, interrupted: Callable[[], bool] | None) -> None:
+        """Compute the tokens before a chunk that were dropped to make room for other sequences."""
+        while (start := self._context.held[chunk.slot]) < chunk.start:
+            tokens = chunk.sequence.tokens[start : min(chunk.start, start + self.chunk_tokens)]
+            self._context.compute([Span(chunk.slot, start, tokens)], adapter, interrupted)
+
+    def drop(self, slots: list[int]) -> None:
+        """Free the cells of these slots."""
+        for slot in slots:
+            self._context.cut(slot, 0)
+
+    def prepare(self, adapters: Mapping[str, Adapter]) -> Callable[[], None]:
+        """Prepare to have exactly these adapters; see `Runner.prepare`."""
+        if adapters:
+            raise AdapterError('Runner "llamacpp" does not support adapters yet.')
+
+        def install() -> None:
+            self._adapters = {None: None}
+
+        return install
+
+    def probe(self, tokens: list[int], key: str | None) -> Floats:
+        """Return the logits after these tokens; see `Runner.probe`."""
+        chunk = Chunk(SequenceState(key, tokens), _SPARE_SLOT, 0, tokens, samples=True)
+        try:
+            self._reserve([chunk])
+            [[last]] = self._compute(key, [chunk], None)
+            logits: Floats = np.array(last)
+        finally:
+            self._context.cut(_SPARE_SLOT, 0)
+        return logits
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Run a chunk of this size and a single token: the first passes read the file."""
+        prompt = SequenceState(key=None, tokens=[0] * num_tokens)
+        self.forward([Chunk(prompt, 0, 0, prompt.tokens, samples=True)], [None])
+        self.forward([Chunk(prompt, 0, num_tokens, [0], samples=True)], [None])
+        self.drop([0])
+
+    def capture(self, report: Callable[[float], None], limit_s: float) -> None:
+        """Do nothing: there are no graphs to capture."""
+
+    def idle(self) -> bool:
+        """Return False: no work is ever deferred."""
+        return False
