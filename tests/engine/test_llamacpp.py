@@ -17,12 +17,13 @@ import tiny
 import tiny_gguf
 import torch
 
-from midfill.engine.llamacpp import bindings, context
+from midfill.engine.llamacpp import bindings, context, devices
 from midfill.engine.llamacpp import runner as llamacpp_runner
 from midfill.engine.llamacpp.context import Span
+from midfill.engine.llamacpp.devices import Gpu
 from midfill.engine.scheduler import Chunk, SequenceState
 from midfill.errors import EngineError, ModelError
-from midfill.models.gguf_file import open_gguf
+from midfill.models.gguf_file import GGUFFile, TensorInfo, open_gguf
 
 KEPT = 400  # tokens of the context of the model
 
@@ -249,7 +250,7 @@ def test_another_layout_is_refused(name, value):
 
 
 def test_files_that_cannot_be_used_are_one_sentence(tmp_path, model):
-    with pytest.raises(EngineError, match="use auto or cpu"):
+    with pytest.raises(EngineError, match=r'no device "cuda", but no GPU\. Use device auto or cpu'):
         load(model.path, device="cuda")
     with pytest.raises(EngineError, match="use dtype auto, not bfloat16"):
         load(model.path, dtype="bfloat16")
@@ -283,3 +284,40 @@ def test_the_pool_is_limited_by_the_context(model, runner):
     compute(runner, ids, 0)
     with pytest.raises(ValueError, match="beyond the context"):
         runner._context.compute([Span(0, KEPT, [1])], None, None)
+
+
+GPUS = [
+    Gpu("Vulkan0", "A processor's own", 3 << 30, 4 << 30),
+    Gpu("CUDA0", "A card", 5 << 30, 6 << 30),
+    Gpu("CUDA1", "Another card", 7 << 30, 8 << 30),
+]
+
+
+def test_the_device_with_the_most_memory_is_chosen_or_the_one_that_is_named():
+    assert devices.choose("auto", []) is None
+    assert devices.choose("cpu", GPUS) is None
+    assert devices.choose("auto", GPUS).name == "CUDA1"
+    assert devices.choose("cuda", GPUS).name == "CUDA0"
+    assert devices.choose("cuda:1", GPUS).name == "CUDA1"
+    with pytest.raises(EngineError, match=r'"cuda:2", but Vulkan0, CUDA0, CUDA1\.'):
+        devices.choose("cuda:2", GPUS)
+    assert str(GPUS[1]) == "CUDA0 (A card), 5.4 of 6.4 GB free"
+
+
+@pytest.mark.parametrize(
+    ("free", "layers"),
+    [(24 << 30, 29), (6 << 30, 28), (4 << 30, 16), (1 << 30, 0), (0, 0)],
+)
+def test_as_many_layers_as_fit_beside_the_reserve(tmp_path, free, layers):
+    # A 7B in 4 bits, without its weights: 4.56 GB, and 0.47 GB of keys and values, so 173 MB for each
+    # of 29 layers; 1.49 GB are kept free.
+    tensors = {"all": TensorInfo("all", (1 << 20, 4352), "Q4_0", 0, 4352)}
+    metadata = {
+        "general.architecture": "qwen2",
+        "qwen2.block_count": 28,
+        "qwen2.embedding_length": 3584,
+        "qwen2.attention.head_count": 28,
+        "qwen2.attention.head_count_kv": 4,
+    }
+    file = GGUFFile(tmp_path, metadata, tensors, None)
+    assert devices.layers_that_fit(Gpu("CUDA0", "", free, free), file, bindings.F16) == layers

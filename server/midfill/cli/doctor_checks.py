@@ -23,7 +23,7 @@ from midfill.completion import calibrations
 from midfill.completion.answer import Trigger
 from midfill.completion.completer import Completer
 from midfill.engine.api import Engine, Request
-from midfill.errors import MidfillError, SettingsError
+from midfill.errors import EngineError, MidfillError, SettingsError
 from midfill.fim.probing import identify, probe
 from midfill.models import catalogue, store
 from midfill.settings import Settings
@@ -100,9 +100,11 @@ def _settings_file() -> list[Check]:
 
 
 def _device(settings: Settings) -> Check:
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if settings.runner == "llamacpp":
+        return _llamacpp_device(settings, cores)
     import torch
 
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     cpu = f"{cores} cores, {torch.backends.cpu.get_cpu_capability()}"
     if torch.cuda.is_available():
         return Check("device", "ok", f"{torch.cuda.get_device_name()}; {cpu}")
@@ -110,6 +112,20 @@ def _device(settings: Settings) -> Check:
         remedy = "Set `device` to auto, or install the driver and a CUDA build of torch."
         return Check("device", "error", f"no CUDA device found, but `device` is {settings.device!r}", remedy)
     return Check("device", "ok", f"CPU: {cpu}")
+
+
+def _llamacpp_device(settings: Settings, cores: int) -> Check:
+    """Check what llama.cpp's library finds; GPUs need another build of it."""
+    from midfill.engine.llamacpp import devices
+
+    try:
+        found = devices.gpus()
+    except EngineError as error:
+        return Check("device", "error", str(error), f"Run: {devices.INSTALL}")
+    shown = [*map(str, found), f"CPU: {cores} cores"]
+    if not found and settings.device != "cpu":
+        return Check("device", "ok", f"{shown[0]}; no GPU: {devices.HINT}")
+    return Check("device", "ok", "; ".join(shown))
 
 
 def _cache() -> Check:
@@ -131,12 +147,12 @@ def _calibration(settings: Settings) -> Check:
 
 
 def _model(settings: Settings) -> Check:
+    remedy = f"Run: midfill model pull {settings.model}"
     try:
-        found = store.find(settings.model)
+        found = store.find_for(settings.model, settings.runner)
     except MidfillError as error:
-        return Check("model", "error", str(error), f"Run: midfill model pull {settings.model}")
+        return Check("model", "error", str(error), remedy)
     if found is None:
-        remedy = f"Run: midfill model pull {settings.model}"
         return Check("model", "error", f"{settings.model} is not on this machine", remedy)
     return Check("model", "ok", f"{found.name} in {found.path}")
 

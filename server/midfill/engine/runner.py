@@ -84,7 +84,7 @@ class LoadedRunner(Runner, Protocol):
     """A runner as `loading` sees it, once, right after it was built.
 
     Attributes:
-        architecture: transformers' `model_type`; llama.cpp's name of a GGUF file's.
+        architecture: transformers' `model_type`; llama.cpp's name if a GGUF file has another.
         device: for the user, for example "cpu".
         dtype: "int8", "float32" or "bfloat16", or a GGUF file's type.
     """

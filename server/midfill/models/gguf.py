@@ -1,4 +1,4 @@
-"""Convert a GGUF file to a folder that the engine loads: config.json, tokenizer.json, model.safetensors.
+"""Convert a GGUF file to a folder for torch and OpenVINO: config.json, tokenizer.json, model.safetensors.
 
 Done once per file. The weights are dequantised block by block and written directly to the safetensors file in
 bfloat16, so a model of any size takes little memory. Knows how llama.cpp's converter renames and rearranges
@@ -182,6 +182,12 @@ class _Weight:
 def supported_architectures() -> list[str]:
     """Return the values of `general.architecture` that `convert` supports."""
     return sorted(_ARCHITECTURES)
+
+
+def model_type_of(metadata: Mapping[str, Any]) -> str:
+    """Return transformers' `model_type` of a file; llama.cpp's name if the architecture has no conversion."""
+    name = str(metadata.get("general.architecture"))
+    return _ARCHITECTURES[name].model_type if name in _ARCHITECTURES else name
 
 
 def tokenizer_from_gguf(path: Path) -> FastTokenizer:

@@ -30,6 +30,7 @@ from midfill.engine.llamacpp.bindings import (
     Batch,
     Library,
 )
+from midfill.engine.llamacpp.devices import POOL_CELLS
 from midfill.errors import ModelError
 
 Floats = npt.NDArray[np.float32]
@@ -37,7 +38,7 @@ Floats = npt.NDArray[np.float32]
 _FIRST_CELLS = 4096
 """Cells that the pool has at first: four prompts of the usual size."""
 
-_KEPT_CELLS = 8192
+_KEPT_CELLS = POOL_CELLS
 """The pool grows up to this size to keep sequences, and beyond it only for those of the current pass."""
 
 _CELL_STEP = 256  # the library rounds up to this
@@ -70,7 +71,8 @@ class Model:
     Args:
         library: see `bindings.library`.
         path: the file, which `models.gguf_file` has read without an error.
-        num_gpu_layers: layers to put on GPUs; 0 for none.
+        gpu: handle of the GPU to use, or None.
+        num_gpu_layers: layers to put on it.
 
     Attributes:
         context: maximum number of tokens of one sequence.
@@ -81,9 +83,14 @@ class Model:
         ModelError: the library cannot load it, or it is of a kind whose past cannot be cut.
     """
 
-    def __init__(self, library: Library, path: Path, *, num_gpu_layers: int = 0) -> None:
+    def __init__(
+        self, library: Library, path: Path, *, gpu: int | None = None, num_gpu_layers: int = 0
+    ) -> None:
         params = library.llama_model_default_params()
         params.load_mode = LOAD_MAPPED
+        # The list ends with a null pointer; without one, all devices would be used.
+        devices = (ctypes.c_void_p * 2)(gpu, None)
+        params.devices = ctypes.addressof(devices)
         params.n_gpu_layers = num_gpu_layers
         library.errors.clear()
         handle = library.llama_model_load_from_file(str(path).encode(), params)

@@ -17,11 +17,13 @@ import numpy as np
 from midfill.adapters.format import Adapter
 from midfill.engine.choosing import Floats, chooser
 from midfill.engine.kv_slots import NUM_SLOTS
+from midfill.engine.llamacpp import devices
 from midfill.engine.llamacpp.bindings import F16, F32, Q8_0, library
 from midfill.engine.llamacpp.context import Context, Model, PassAbortedError, Span
 from midfill.engine.scheduler import Choice, Chunk, SequenceState
 from midfill.engine.torch.threads import ThreadCount
 from midfill.errors import AdapterError, EngineError, ModelError
+from midfill.models.gguf import model_type_of
 from midfill.models.gguf_file import GGUFFile
 
 _SPARE_SLOT = NUM_SLOTS
@@ -43,7 +45,7 @@ def load(
 
     Args:
         file: its header; it may be closed.
-        device: see `EngineSpec`.
+        device: see `devices.choose`.
         dtype: "auto" for the weights as they are, or "float32", which a file with other weights refuses.
         num_threads: threads of each pass.
         thread_count: chooses fewer while other programs are busy; None for always `num_threads`.
@@ -58,20 +60,28 @@ def load(
         raise EngineError(
             f'Runner "llamacpp" uses the weights of the GGUF file as they are; use dtype auto, not {dtype}.'
         )
-    if device not in {"auto", "cpu"}:
-        raise EngineError(f'Runner "llamacpp" does not support device "{device}"; use auto or cpu.')
-    lib = library()
+    kv_type = _KV_TYPES["float32" if dtype == "float32" else kv_dtype]
     _check_types(file, dtype)
-    model = Model(lib, file.path)
+    gpu = devices.choose(device, devices.gpus())
+    num_layers = 0 if gpu is None else devices.layers_that_fit(gpu, file, kv_type)
+    model = Model(library(), file.path, gpu=None if gpu is None else gpu.handle, num_gpu_layers=num_layers)
     context = Context(
         model,
         num_sequences=NUM_SLOTS + 1,
-        kv_type=_KV_TYPES["float32" if dtype == "float32" else kv_dtype],
+        kv_type=kv_type,
         num_threads=num_threads,
         pass_tokens=LlamaCppRunner.chunk_tokens,
         pass_rows=LlamaCppRunner.max_draft_tokens + 1,
     )
-    return LlamaCppRunner(model, context, str(file.metadata.get("general.architecture")), dtype, thread_count)
+    name = "cpu" if gpu is None or not num_layers else gpu.name
+    return LlamaCppRunner(
+        model,
+        context,
+        architecture=model_type_of(file.metadata),
+        device=name,
+        dtype=dtype,
+        thread_count=thread_count,
+    )
 
 
 def _check_types(file: GGUFFile, dtype: str) -> None:
@@ -87,15 +97,14 @@ class LlamaCppRunner:
     """One model.
 
     Attributes:
-        architecture: llama.cpp's name, for example "qwen2".
+        architecture: transformers' `model_type`; llama.cpp's name if the architecture has no conversion.
         context: maximum number of tokens of one sequence.
         vocab_size: number of logits.
-        device: "cpu".
+        device: "cpu", or the library's name of a GPU, for example "Vulkan0".
         dtype: the file's type, for example "Q4_K - Medium", or "float32".
         chunk_tokens, step_sequences, max_draft_tokens: see `engine.runner.Runner`.
     """
 
-    device = "cpu"
     chunk_tokens = 64
     step_sequences = NUM_SLOTS
     max_draft_tokens = 7
@@ -104,11 +113,14 @@ class LlamaCppRunner:
         self,
         model: Model,
         context: Context,
+        *,
         architecture: str,
+        device: str,
         dtype: str,
         thread_count: ThreadCount | None,
     ) -> None:
         self.architecture = architecture
+        self.device = device
         self.context = model.context
         self.vocab_size = model.vocab_size
         self.dtype = dtype if dtype == "float32" else model.file_type
