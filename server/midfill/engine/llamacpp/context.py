@@ -31,7 +31,7 @@ from midfill.engine.llamacpp.bindings import (
     Library,
 )
 from midfill.engine.llamacpp.devices import POOL_CELLS
-from midfill.errors import ModelError
+from midfill.errors import AdapterError, ModelError
 
 Floats = npt.NDArray[np.float32]
 
@@ -75,6 +75,7 @@ class Model:
         num_gpu_layers: layers to put on it.
 
     Attributes:
+        path: the file.
         context: maximum number of tokens of one sequence.
         vocab_size: number of logits.
         file_type: for the user, for example "Q4_K - Medium".
@@ -99,6 +100,7 @@ class Model:
         weakref.finalize(self, library.llama_model_free, handle)
         self.library = library
         self.handle = handle
+        self.path = path
         # Their state is one for the whole sequence, so that nothing but all of it can be forgotten.
         uncut = (library.llama_model_is_recurrent, library.llama_model_is_hybrid)
         other = (library.llama_model_has_encoder, library.llama_model_is_diffusion)
@@ -111,6 +113,17 @@ class Model:
         self.vocab: int = library.llama_model_get_vocab(handle)
         self.vocab_size: int = library.llama_vocab_n_tokens(self.vocab)
         self.file_type: str = library.llama_ftype_name(library.llama_model_ftype(handle)).decode()
+
+    def load_adapter(self, path: Path) -> int:
+        """Load an adapter's GGUF file; return its handle. Make contexts again before it is used.
+
+        Raises `AdapterError`.
+        """
+        self.library.errors.clear()
+        handle: int | None = self.library.llama_adapter_lora_init(self.handle, str(path).encode())
+        if not handle:
+            raise AdapterError(f"llama.cpp cannot load the adapter {path}: {self.library.reason()}.")
+        return handle
 
 
 class Context:
@@ -202,7 +215,7 @@ class Context:
         self._check(spans)
         for span in spans:
             self.cut(span.sequence, span.start)
-        self._use_adapter(adapter)
+        self.use_adapter(adapter)
         with self._flag.raised_when(interrupted):
             status = self._library.llama_decode(self._state.handle, self._batch.fill(spans))
         if status == ABORTED:
@@ -269,7 +282,8 @@ class Context:
             self.held[span.sequence] = span.start + len(span.tokens)
             self.cut(span.sequence, span.start)
 
-    def _use_adapter(self, adapter: int | None) -> None:
+    def use_adapter(self, adapter: int | None) -> None:
+        """Use an adapter from now on, or none. Raises `RuntimeError`."""
         if adapter == self._adapter:
             return
         handles = (ctypes.c_void_p * 1)(adapter)

@@ -11,18 +11,19 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from midfill.adapters.format import Adapter
 from midfill.engine.choosing import Floats, chooser
 from midfill.engine.kv_slots import NUM_SLOTS
-from midfill.engine.llamacpp import devices
+from midfill.engine.llamacpp import adapter_files, devices
 from midfill.engine.llamacpp.bindings import F16, F32, Q8_0, library
 from midfill.engine.llamacpp.context import Context, Model, PassAbortedError, Span
 from midfill.engine.scheduler import Choice, Chunk, SequenceState
 from midfill.engine.torch.threads import ThreadCount
-from midfill.errors import AdapterError, EngineError, ModelError
+from midfill.errors import EngineError, ModelError
 from midfill.models.gguf import model_type_of
 from midfill.models.gguf_file import GGUFFile
 
@@ -192,14 +193,31 @@ class LlamaCppRunner:
             self._context.cut(slot, 0)
 
     def prepare(self, adapters: Mapping[str, Adapter]) -> Callable[[], None]:
-        """Prepare to have exactly these adapters; see `Runner.prepare`."""
-        if adapters:
-            raise AdapterError('Runner "llamacpp" does not support adapters yet.')
+        """Prepare to have exactly these adapters; see `Runner.prepare`. Writes them as GGUF files."""
+        files = {key: adapter_files.write(adapter, self._model.path) for key, adapter in adapters.items()}
 
         def install() -> None:
-            self._adapters = {None: None}
+            self._install(files)
 
         return install
+
+    def _install(self, files: Mapping[str, Path]) -> None:
+        """Have exactly these adapters in the model. Raises `AdapterError`."""
+        loaded = {key: handle for key, handle in self._adapters.items() if key is None or key in files}
+        removed = [
+            handle for key, handle in self._adapters.items() if handle is not None and key not in files
+        ]
+        new = [key for key in files if key not in loaded]
+        self._adapters = loaded
+        if removed:
+            self._context.use_adapter(None)
+        for handle in removed:
+            self._model.library.llama_adapter_lora_free(handle)
+        for key in new:
+            loaded[key] = self._model.load_adapter(files[key])
+        if new:
+            # The size of a pass's graph is fixed when a context is made.
+            self._context.rebuild()
 
     def probe(self, tokens: list[int], key: str | None) -> Floats:
         """Return the logits after these tokens; see `Runner.probe`."""
