@@ -134,6 +134,41 @@ def test_an_aborted_pass_changes_nothing(model, runner):
     assert chosen(found) == [expected(model, ids), expected(model, [*other, 4])]
 
 
+@pytest.mark.parametrize("same", ["the same", "other tokens", "another user", "freed slots"])
+def test_an_aborted_pass_continues_after_its_finished_parts(model, runner, same):
+    [ids] = prompts(12, 90)
+    held = runner._context.held
+    runner._part_tokens = 32
+    # The second part begins once the first is computed.
+    assert runner.forward([chunk(ids, 0)], [None], lambda: held[0] >= 32) is None
+    assert held[0] == 32
+    assert runner._part_tokens == 16
+    if same == "freed slots":
+        runner.drop([0])
+    if same == "other tokens":
+        ids[20] ^= 1
+    next_ = chunk(ids, 0)
+    if same == "another user":
+        next_.sequence.user = "other"
+    begins = []
+    assert runner.forward([next_], [None], lambda: begins.append(held[0])) is not None
+    assert begins[0] == {"the same": 32, "other tokens": 20}.get(same, 0)
+    runner._part_tokens = 96
+    assert chosen(runner.forward([chunk(ids, 0)], [None])) == [expected(model, ids)]
+
+
+def test_a_finished_part_is_what_the_whole_would_have_computed(model, runner):
+    ids, other = prompts(13, 60, 30)
+    held = runner._context.held
+    runner._part_tokens = 16
+    pass_ = [chunk(ids, 0), chunk(other, 1)]
+    for at in (16, 32, 48):
+        assert runner.forward(pass_, [None] * 2, lambda at=at: held[0] >= at) is None
+    found = runner.forward(pass_, [None] * 2, lambda: False)
+    assert chosen(found) == [expected(model, ids), expected(model, other)]
+    assert held[:2] == [60, 30]
+
+
 def test_a_long_pass_ends_soon_after_it_is_interrupted(tmp_path):
     model = tiny.as_gguf(
         tiny.write_model(
@@ -169,7 +204,7 @@ def test_the_callback_is_native_and_reads_the_flag(runner):
         [Span(0, 0, [])],
         [Span(0, 0, [-1])],
         [Span(0, 0, [tiny.VOCAB_SIZE])],
-        [Span(0, 0, [5] * 65)],
+        [Span(0, 0, [5] * 97)],
         [Span(0, 0, [5] * 20, 9)],
         [],
     ],
