@@ -45,7 +45,7 @@ class LoadedModel:
         runner: the model itself.
         index: its vocabulary in byte order.
         adapters: the adapters in the model.
-        warm_up_s: duration of the warm-up, which includes a full chunk: no step should take much longer.
+        warm_up_s: duration of a warm-up with a full chunk: no step should take much longer.
     """
 
     info: ModelInfo
@@ -80,8 +80,9 @@ def load(spec: EngineSpec, progress: Progress) -> LoadedModel:
     install()
     progress("warming up", None)
     began = time.monotonic()
-    runner.warm_up(min(runner.chunk_tokens, runner.context - 1))
-    warm_up_s = time.monotonic() - began
+    num_tokens = min(runner.warm_up_tokens, runner.context - 1)
+    runner.warm_up(num_tokens)
+    warm_up_s = (time.monotonic() - began) * max(1.0, runner.chunk_tokens / num_tokens)
     loaded.check(runner, adapters)
     runner.capture(lambda share: progress("capturing graphs", share), _CAPTURE_S)
     info = ModelInfo(

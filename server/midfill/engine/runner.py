@@ -87,11 +87,13 @@ class LoadedRunner(Runner, Protocol):
         architecture: transformers' `model_type`; llama.cpp's name if a GGUF file has another.
         device: for the user, for example "cpu".
         dtype: "int8", "float32" or "bfloat16", or a GGUF file's type.
+        warm_up_tokens: tokens of the warm-up's pass; less than a chunk if nothing is compiled or packed.
     """
 
     architecture: str
     device: str
     dtype: str
+    warm_up_tokens: int
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk of this size and then a single token."""

@@ -35,8 +35,8 @@ from midfill.errors import AdapterError, ModelError
 
 Floats = npt.NDArray[np.float32]
 
-_FIRST_CELLS = 4096
-"""Cells that the pool has at first: four prompts of the usual size."""
+_FIRST_CELLS = 2048
+"""Cells that the pool has at first: three prompts of the usual size, 25 MB for the default model."""
 
 _KEPT_CELLS = POOL_CELLS
 """The pool grows up to this size to keep sequences, and beyond it only for those of the current pass."""

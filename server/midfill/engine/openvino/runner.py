@@ -123,6 +123,7 @@ class OpenVinoRunner:
 
     device = "cpu"
     chunk_tokens = 64  # 80 ms on two cores, where one token takes 25, and 32 take 50
+    warm_up_tokens = chunk_tokens
     step_sequences = NUM_SLOTS
     max_draft_tokens = 7
 

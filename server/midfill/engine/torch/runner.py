@@ -75,7 +75,7 @@ class TorchRunner:
         self.device = str(device)
         self.dtype = dtype
         self._thread_count = thread_count
-        self.chunk_tokens = _CHUNK_TOKENS[device.type]
+        self.chunk_tokens = self.warm_up_tokens = _CHUNK_TOKENS[device.type]
         self.max_draft_tokens = graph_shapes.MAX_DRAFT_TOKENS
         self._num_layers: int = config.num_hidden_layers
         self._num_heads: int = config.num_attention_heads
