@@ -167,10 +167,11 @@ class Settings(BaseModel):
         description="Number format of the model's weights. `auto`: int8 on a CPU; on a GPU 16 bits, or "
         "fewer if its memory is too small for them.",
     )
-    runner: Annotated[Literal["auto", "openvino", "torch"], _AT_START] = Field(
+    runner: Annotated[Literal["auto", "openvino", "torch", "llamacpp"], _AT_START] = Field(
         default="auto",
         description="Library that runs the model. `auto`: OpenVINO for int8 on a CPU if it supports the "
-        "model, otherwise torch.",
+        "model, otherwise torch. `llamacpp`: llama.cpp runs the model's GGUF file as it is; it needs the "
+        "package xllamacpp, in the version that `midfill doctor` names.",
     )
     num_threads: Annotated[int, _AT_START] = Field(
         default=0,

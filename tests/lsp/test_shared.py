@@ -18,7 +18,7 @@ import raw
 from raw import COMMAND, Raw
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from tiny import write_model
+from tiny import as_gguf, write_model
 
 from midfill.lsp.client import SERVE_COMMAND
 
@@ -45,7 +45,7 @@ def _patience(monkeypatch):
 class Place:
     """A user's settings and sockets; the shared engine there is ended by its pid."""
 
-    def __init__(self, folder, model):
+    def __init__(self, folder, model, **changes):
         self.runtime = folder / "run"
         self.runtime.mkdir(mode=0o700)
         settings = {
@@ -58,6 +58,7 @@ class Place:
             "prefetch": False,
             "max_new_tokens": 8,
             "deadline_s": 100.0,
+            **changes,
         }
         config = folder / "config.toml"
         config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
@@ -184,6 +185,33 @@ async def test_an_engine_that_dies_is_started_anew_by_the_next_request(place):
     answers = await asyncio.gather(*map(ask, servers))
     assert all(asked_the_model(why) for _, why in answers), answers
     assert await place.pid() not in {before, after}
+
+
+async def test_llama_cpp_ends_its_own_process_and_not_the_editors_server(tmp_path):
+    folder = tmp_path / "tiny-granite-code"
+    file = as_gguf(write_model("llama", folder)).path
+    place = Place(tmp_path, file, engine="local", runner="llamacpp")
+    try:
+        server = await place.serve()
+        await loaded(server)
+        for _ in range(2):
+            _, why = await ask(server)
+            assert asked_the_model(why), why
+            engine = psutil.Process(await place.pid())
+            assert engine.pid != server.process.pid
+            assert not [region for region in _files(server.process.pid) if "xllamacpp" in region]
+            assert [region for region in _files(engine.pid) if "xllamacpp" in region]
+            # As ggml does on a failed assertion.
+            engine.send_signal(signals.SIGABRT)
+            engine.wait(60)
+        _, why = await ask(server)
+        assert asked_the_model(why), why
+    finally:
+        await place.close()
+
+
+def _files(pid):
+    return [region.path for region in psutil.Process(pid).memory_maps()]
 
 
 @pytest.mark.parametrize("signal", ["SIGTERM", "SIGINT"])

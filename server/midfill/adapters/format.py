@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 
 from midfill.adapters.patterns import PatternError, compile_pattern, ends, fullmatch
 from midfill.errors import AdapterError, ModelError
+from midfill.models.gguf import linear_layers
+from midfill.models.gguf_file import open_gguf
 from midfill.models.safetensors_io import check_header, find_tensors, shapes_of
 from midfill.system.json_files import parse_json, read_json
 
@@ -191,16 +193,20 @@ def digest_of(path: Path) -> str:
 
 
 def layers_of(model: Path) -> dict[str, tuple[int, int]]:
-    """Return the linear layers of a model's folder: every matrix in its files except embeddings and the head.
+    """Return the linear layers of a model's folder or GGUF file: all matrices but embeddings and the head.
 
     Raises `ModelError`.
     """
-    layers = {}
-    for tensor, shape in shapes_of(find_tensors(model)).items():
-        name = tensor.removesuffix(".weight")
-        if name != tensor and name.rpartition(".")[2] not in _NO_LINEAR and len(shape) == 2:
-            layers[name] = (shape[0], shape[1])
-    return layers
+    if model.is_file():
+        with open_gguf(model) as file:
+            shapes = {name: layer.shape for name, layer in linear_layers(file).items()}
+    else:
+        shapes = {
+            tensor.removesuffix(".weight"): (shape[0], shape[1])
+            for tensor, shape in shapes_of(find_tensors(model)).items()
+            if tensor.endswith(".weight") and len(shape) == 2
+        }
+    return {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in _NO_LINEAR}
 
 
 def fingerprint_of(model: Path) -> str:

@@ -202,6 +202,9 @@ def bench_engine(
                     shape, folder, report=lambda share: report(f"writing random weights of {shape}", share)
                 )
                 used, weights = settings.model_copy(update={"model": str(folder)}), Weights(folder)
+            elif engine_override is None and settings.runner == "llamacpp":
+                # In fewer bits than any folder has them.
+                weights = Weights(None, gguf or store.find_gguf(settings.model))
             elif engine_override is None and (found := store.find(settings.model)) is not None:
                 weights = Weights(found.path, gguf or store.find_gguf(settings.model))
             result = asyncio.run(

@@ -108,9 +108,11 @@ def _settings_file() -> list[Check]:
 
 def _device(settings: Settings, gpus: Sequence[Device]) -> Check:
     """Check the device that the settings choose."""
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if settings.runner == "llamacpp":
+        return _llamacpp_device(settings, cores)
     import torch
 
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     cpu = f"{cores} cores, {torch.backends.cpu.get_cpu_capability()}"
     try:
         device, why = devices.choose(settings.device, gpus)
@@ -120,6 +122,20 @@ def _device(settings: Settings, gpus: Sequence[Device]) -> Check:
     if device.kind == "cpu":
         return Check("device", "ok", f"CPU: {cpu}" + f"; {why}" * bool(why))
     return Check("device", "ok", f"{device.torch_name}: {device.whole_name}; {cpu}")
+
+
+def _llamacpp_device(settings: Settings, cores: int) -> Check:
+    """Check what llama.cpp's library finds; GPUs need another build of it."""
+    from midfill.engine.llamacpp import devices
+
+    try:
+        found = devices.gpus()
+    except EngineError as error:
+        return Check("device", "error", str(error), f"Run: {devices.INSTALL}")
+    shown = [*map(str, found), f"CPU: {cores} cores"]
+    if not found and settings.device != "cpu":
+        return Check("device", "ok", f"{shown[0]}; no GPU: {devices.HINT}")
+    return Check("device", "ok", "; ".join(shown))
 
 
 def _cache() -> Check:
@@ -141,12 +157,12 @@ def _calibration(settings: Settings) -> Check:
 
 
 def _model(settings: Settings) -> Check:
+    remedy = f"Run: midfill model pull {settings.model}"
     try:
-        found = store.find(settings.model)
+        found = store.find_for(settings.model, settings.runner)
     except MidfillError as error:
-        return Check("model", "error", str(error), f"Run: midfill model pull {settings.model}")
+        return Check("model", "error", str(error), remedy)
     if found is None:
-        remedy = f"Run: midfill model pull {settings.model}"
         return Check("model", "error", f"{settings.model} is not on this machine", remedy)
     return Check("model", "ok", f"{found.name} in {found.path}")
 
@@ -158,7 +174,7 @@ def _memory(settings: Settings, gpus: Sequence[Device]) -> Check:
         found = store.find(settings.model)
     except MidfillError:
         device, found = devices.CPU, None
-    if device.kind != "cpu" and found is not None:
+    if settings.runner != "llamacpp" and device.kind != "cpu" and found is not None:
         return _gpu_memory(settings, device, found)
     free_mb = psutil.virtual_memory().available / _MB
     entry = catalogue.lookup(settings.model)

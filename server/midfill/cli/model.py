@@ -52,6 +52,7 @@ def model_list(as_json: bool) -> None:
             **_memory_of(entry, device, settings),
             "hub": entry.hub,
             "installed": entry.name in here,
+            "gguf": _gguf_state(entry),
         }
         for entry in catalogue.entries().values()
     ]
@@ -68,18 +69,29 @@ def model_list(as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "name", "parameters", "memory", "licence", "here"):
+    for title in ("", "name", "parameters", "memory", "licence", "here", "GGUF"):
         table.add_column(title, justify="right" if title in ("parameters", "memory") else "left")
     for row in rows:
         parameters = f"{row['parameters'] / 1e9:.1f} B" if "parameters" in row else ""
         memory = _memory_text(row)
         chosen = "*" if row["name"] == used else ""
         here_mark = "yes" if row["installed"] else ""
-        table.add_row(chosen, row["name"], parameters, memory, row.get("license", ""), here_mark)
+        license_, file = row.get("license", ""), row.get("gguf") or ""
+        table.add_row(chosen, row["name"], parameters, memory, license_, here_mark, file)
     terminal().print(table)
     if device.kind != "cpu":
         say(f"\nMemory on {device.torch_name}, {device.name}: {device.free_bytes() / 1e9:.1f} GB are free.")
     say("\n* in use. Download: midfill model pull NAME. Choose: midfill model use NAME.")
+    say('GGUF: the file for `runner = "llamacpp"`. Download: midfill model pull NAME --gguf.')
+
+
+def _gguf_state(entry: Entry) -> str | None:
+    """Return "here" or "available" for the GGUF file of a model of the catalogue, or None."""
+    from midfill.models import store
+
+    if store.find_gguf(entry.name) is not None:
+        return "here"
+    return "available" if entry.wheels is not None else None
 
 
 def _chosen_device(settings: Settings) -> Device:
@@ -122,13 +134,16 @@ def _memory_text(row: dict[str, Any]) -> str:
 @model.command("pull")
 @click.argument("name")
 @click.option(
-    "--gguf", is_flag=True, help="Download the GGUF file of the same weights instead, for llama.cpp."
+    "--gguf",
+    is_flag=True,
+    help='Download the GGUF file of the same weights instead, for `runner = "llamacpp"`, with which it is '
+    "the default.",
 )
 def model_pull(name: str, gguf: bool) -> None:
     """Download a model. NAME is a catalogue name, a Hugging Face id, or a GGUF file to convert.
 
-    A stopped download resumes when you run the command again; nothing is downloaded twice. midfill itself
-    does not need the file that --gguf downloads: `midfill bench` compares with llama.cpp on it.
+    A stopped download resumes when you run the command again; nothing is downloaded twice. The runners
+    OpenVINO and torch need no GGUF file; llama.cpp needs nothing else, and runs any GGUF file where it is.
 
     \b
     Examples:
@@ -138,7 +153,7 @@ def model_pull(name: str, gguf: bool) -> None:
     """
     from midfill.models import fetch
 
-    if gguf:
+    if gguf or read_settings().runner == "llamacpp":
         file = with_progress(f"downloading {name}", lambda report: fetch.pull_gguf(name, report))
         say(f"The GGUF file of {name} is ready: {file}")
         return
@@ -193,7 +208,7 @@ def model_use(name: str) -> None:
     from midfill import settings
     from midfill.models import catalogue, store
 
-    if store.find(name) is None:
+    if store.find_for(name, read_settings().runner) is None:
         hint = f"Run: midfill model pull {name}"
         if catalogue.lookup(name) is None and "/" not in name:
             hint = "To see the known names, run: midfill model list"

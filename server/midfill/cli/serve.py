@@ -71,7 +71,7 @@ def serve(
             # The server reports where the model runs, so the settings have to say it.
             settings, engine_override = with_engine(settings, engine_override), None
         tap = Recorder(record).note if record is not None else None
-        status = serve_stdio(settings, engine_factory(engine_override), tap)
+        status = serve_stdio(settings, engine_factory(engine_override, survive=True), tap)
     # A forward pass that still runs on the engine's thread must not keep the process alive.
     os._exit(status)
 

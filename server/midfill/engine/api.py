@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
 
 
 class LocalModel(Protocol):
-    """A model in a local folder: `config.json`, tokenizer, safetensors weights."""
+    """A model in a local folder (`config.json`, tokenizer, safetensors weights), or a GGUF file."""
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class LocalModel(Protocol):
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """The folder; for the runner "llamacpp" the GGUF file."""
         ...
 
     @property
@@ -79,7 +79,7 @@ class LocalModel(Protocol):
         ...
 
 
-RUNNERS = ("auto", "openvino", "torch")
+RUNNERS = ("auto", "openvino", "torch", "llamacpp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class EngineSpec:
     """The model to run in this process, and how to run it.
 
     Attributes:
-        model: the model's folder.
+        model: the model's folder or file.
         device: "auto" (an NVIDIA or AMD GPU that can run it, else the CPU), "cpu", "cuda", "cuda:1", "mps",
             "xpu", ...; see `torch.devices`.
         dtype: "auto" ("int8" on a CPU that can; on a GPU the best that fits), or one of `devices.DTYPES`.
@@ -95,7 +95,7 @@ class EngineSpec:
         num_threads: CPU threads of the model; 0 for one per physical core, and with torch fewer while other
             programs keep cores busy.
         runner: one of `RUNNERS`; "auto" is OpenVINO for int8 on a CPU if it knows the architecture, else
-            torch.
+            torch. "llamacpp" runs a GGUF file.
         drafts: use speculative decoding: propose draft tokens and verify several per pass. Off to measure
             without.
         prompt_tokens: the longest prompt with its output that the settings allow; 0 if not known. Where the

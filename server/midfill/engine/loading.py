@@ -1,8 +1,8 @@
-"""Load a model from its folder: choose the runner, then load in the order that is fastest.
+"""Load a model from its folder or file: choose the runner, then load in the order that is fastest.
 
 On a CPU OpenVINO runs the architectures that `openvino.graph` can build; torch runs all other architectures,
-GPUs and the reference (float32). Neither is imported before it is needed: torch and transformers take 4 s to
-import. Runs on the engine thread.
+GPUs and the reference (float32). llama.cpp runs GGUF files, if the user has chosen it. None is imported
+before it is needed: torch and transformers take 4 s to import. Runs on the engine thread.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from midfill.engine.runner import LoadedRunner, Runner
 from midfill.engine.token_healing import TokenIndex
 from midfill.engine.torch import devices
 from midfill.engine.torch.devices import Device
-from midfill.engine.torch.threads import num_cores
+from midfill.engine.torch.threads import ThreadCount, num_cores
 from midfill.errors import EngineError
+from midfill.models.gguf import tokenizer_from_metadata
+from midfill.models.gguf_file import open_gguf
 from midfill.models.store import verify
 from midfill.system import malloc
 
@@ -50,7 +52,7 @@ class LoadedModel:
         runner: the model itself.
         index: its vocabulary in byte order.
         adapters: the adapters in the model.
-        warm_up_s: duration of the warm-up, which includes a full chunk: no step should take much longer.
+        warm_up_s: duration of a warm-up with a full chunk: no step should take much longer.
     """
 
     info: ModelInfo
@@ -80,7 +82,9 @@ def load(
     adapters = {} if default is None else {default.digest: default}
     with ThreadPoolExecutor(1, thread_name_prefix="midfill-verify") as pool:
         verified = pool.submit(verify, spec.model.path)  # One core is free while libraries are imported.
-        if shape is not None:
+        if spec.runner == "llamacpp":
+            runner, (tokenizer, index) = _load_llamacpp(spec, progress)
+        elif shape is not None:
             runner, (tokenizer, index) = _load_openvino(spec, shape, progress, adapters)
         else:
             runner, (tokenizer, index) = _load_torch(spec, device, dtype, progress)
@@ -89,8 +93,9 @@ def load(
     install()
     progress("warming up", None)
     began = time.monotonic()
-    runner.warm_up(min(runner.chunk_tokens, runner.context - 1))
-    warm_up_s = time.monotonic() - began
+    num_tokens = min(runner.warm_up_tokens, runner.context - 1)
+    runner.warm_up(num_tokens)
+    warm_up_s = (time.monotonic() - began) * max(1.0, runner.chunk_tokens / num_tokens)
     loaded.check(runner, adapters)
     if device.kind != "cpu" or runner.dtype == "float16":
         _check_range(runner, tokenizer, spec)
@@ -114,6 +119,9 @@ def _place(spec: EngineSpec, find_gpus: Callable[[str], Sequence[Device]]) -> tu
 
     With "auto" the CPU takes a model that the GPU cannot run, and the log says why.
     """
+    if spec.runner == "llamacpp":
+        # Its own library looks for GPUs.
+        return devices.CPU, spec.dtype
     device, why = devices.choose(spec.device, find_gpus(spec.device))
     if device.kind != "cpu":
         from midfill.engine.torch.loading import choose_format
@@ -155,7 +163,7 @@ def _openvino_shape(spec: EngineSpec, device: Device) -> DecoderShape | None:
     """Return the shape of the model if OpenVINO is to run it, else None."""
     if spec.runner not in RUNNERS:
         raise EngineError(f'There is no runner "{spec.runner}"; use {", ".join(RUNNERS)}.')
-    if spec.runner == "torch":
+    if spec.runner in {"torch", "llamacpp"}:
         return None
     # Float32 is the reference, which torch runs unless OpenVINO is asked for by name.
     dtypes = {"auto", "int8"} if spec.runner == "auto" else {"auto", "int8", "float32"}
@@ -196,6 +204,25 @@ def _load_openvino(
         return runner, vocabulary.result()
 
 
+def _load_llamacpp(spec: EngineSpec, progress: Progress) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
+    from midfill.engine.llamacpp import runner as llamacpp_runner
+
+    progress("mapping the model file", None)
+    with open_gguf(spec.model.path) as file:
+        header = file
+    with ThreadPoolExecutor(1, thread_name_prefix="midfill-ahead") as pool:
+        vocabulary = pool.submit(lambda: _indexed(tokenizer_from_metadata(header.metadata, header.path)))
+        runner = llamacpp_runner.load(
+            header,
+            device=spec.device,
+            dtype=spec.dtype,
+            num_threads=spec.num_threads or num_cores(),
+            # The user's number of threads is never changed.
+            thread_count=None if spec.num_threads else ThreadCount(num_cores()),
+        )
+        return runner, vocabulary.result()
+
+
 def _load_torch(
     spec: EngineSpec, device: Device, dtype: str, progress: Progress
 ) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
@@ -217,7 +244,10 @@ def _load_vocabulary(spec: EngineSpec) -> tuple[Tokenizer, TokenIndex]:
     """Load the tokenizer and its index: two seconds of plain Python for a large vocabulary."""
     from midfill.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(spec.model.path)
+    return _indexed(load_tokenizer(spec.model.path))
+
+
+def _indexed(tokenizer: Tokenizer) -> tuple[Tokenizer, TokenIndex]:
     index = TokenIndex(tokenizer.vocab_bytes(), tokenizer.control_ids)
     malloc.trim()
     return tokenizer, index

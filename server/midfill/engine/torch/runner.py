@@ -80,7 +80,7 @@ class TorchRunner:
         self.device = str(device)
         self.dtype = dtype
         self._thread_count = thread_count
-        self.chunk_tokens = chunk_tokens or devices.KINDS[device.type].chunk_tokens
+        self.chunk_tokens = self.warm_up_tokens = chunk_tokens or devices.KINDS[device.type].chunk_tokens
         self.max_draft_tokens = graph_shapes.MAX_DRAFT_TOKENS
         self._num_layers: int = config.num_hidden_layers
         self._num_heads: int = config.num_attention_heads

@@ -36,6 +36,7 @@ from midfill.engine.api import AdapterSource, LocalModel, ModelInfo, Progress, R
 from midfill.engine.remote.client.endpoint import LostError, RemoteSpec
 from midfill.engine.remote.client.remote import RemoteEngine
 from midfill.errors import AdapterError, EngineError, EngineUnavailableError, ModelError
+from midfill.models.vocabulary import tokenizer_of
 from midfill.system.private import create_private
 
 _LOG = logging.getLogger(__name__)
@@ -150,6 +151,10 @@ class SharedEngine:
             raise EngineError(
                 '`engine = "shared"` needs Unix sockets, which this system does not have; use "local".'
             )
+        if self._spec.model.path.is_file():
+            # The vocabulary of a GGUF file takes as long as the model; `detection` finds it ready.
+            loading = asyncio.ensure_future(asyncio.to_thread(tokenizer_of, self._spec.model.path))
+            loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         await self._join()
         await self._wait_until_ready(progress)
         pid = await self._listener() or 0
