@@ -1,11 +1,16 @@
 """The real Helix, with midfill beside a language's own server that answers late."""
 
+import json
 import os
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from real_helix import PROGRAM, Helix
+
+from midfill.cli.editor_helix import read_health
 
 pytestmark = pytest.mark.slow
 
@@ -87,3 +92,29 @@ def test_the_commands_that_a_person_can_use_are_listed(helix):
 
     named = {f"midfill.{name}" for name in ("explain", "adapter.off", "adapter.train", "adapter.stop")}
     editor.until(lambda: listed() == named, "the list of commands")
+
+
+def test_setup_adds_midfill_to_the_servers_that_this_helix_has(hx, tmp_path):
+    environment = os.environ | {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    environment["PATH"] = f"{PROGRAM.parent}{os.pathsep}{os.environ['PATH']}"
+
+    def servers():
+        asked = [PROGRAM, "--health", "python"]
+        return read_health(
+            subprocess.run(asked, env=environment, check=True, capture_output=True).stdout.decode()
+        )
+
+    def setup(*options):
+        command = [sys.executable, "-P", "-m", "midfill", "setup", "helix", "--write", "--json", *options]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True)
+        return json.loads(done.stdout)["editors"][0]["file"]
+
+    before = servers()
+    assert before == ["ty", "ruff", "jedi", "pylsp", "zuban"]
+    written = Path(setup())
+    lists = {one["name"]: one["language-servers"] for one in tomllib.loads(written.read_text())["language"]}
+    assert lists["python"] == [*before, "midfill"]
+    assert lists["ruby"] == ["ruby-lsp", "solargraph", "midfill"]
+    assert servers() == before
+    setup("--undo")
+    assert not written.exists()
