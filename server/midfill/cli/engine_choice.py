@@ -68,13 +68,13 @@ def engine_factory(engine_override: str | None, *, drafts: bool = True) -> Calla
 
 
 def installed_model(name: str) -> LocalModel:
-    """Return a model of this machine. Raises `ModelError` that names the command to download it."""
-    from midfill.errors import ModelError
+    """Return a model of this machine. Raises `ModelMissingError` that names the command to download it."""
+    from midfill.errors import ModelMissingError
     from midfill.models import store
 
     found = store.find(name)
     if found is None:
-        raise ModelError(f"The model {name!r} is not on this machine. Run: midfill model pull {name}")
+        raise ModelMissingError(f"The model {name!r} is not on this machine. Run: midfill model pull {name}")
     return found
 
 

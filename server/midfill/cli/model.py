@@ -40,6 +40,7 @@ def model_list(as_json: bool) -> None:
             "parameters": entry.parameters,
             "context": entry.context,
             "memory_mb": entry.memory_mb,
+            "download_mb": entry.wheels.total_bytes // 1_000_000 if entry.wheels else None,
             "hub": entry.hub,
             "installed": entry.name in here,
         }
@@ -52,7 +53,7 @@ def model_list(as_json: bool) -> None:
     ]
     used = read_settings().model
     if as_json:
-        click.echo(json.dumps({"models": rows, "used": used}))
+        click.echo(json.dumps({"models": rows, "used": used, "cache": str(store.cache_root())}))
         return
     from rich.table import Table
 

@@ -49,6 +49,7 @@ class Session:
         acceptance: counts which suggestions are accepted.
         client: how the server answers this client.
         encoding: how the client counts columns.
+        model_missing: the model could not be loaded, because it has not been downloaded.
         initialized: the client has sent `initialized`, so the settings that need a restart are fixed.
         num_chars_closed: size of the documents that were closed since the last trim of the heap.
     """
@@ -72,6 +73,7 @@ class Session:
         self.client = ANY_CLIENT
         self.encoding = Encoding.UTF16
         self.popup_style = PopupStyle()
+        self.model_missing = False
         self.initialized = False
         self.num_chars_closed = 0
         self._shown: set[str] = set()
