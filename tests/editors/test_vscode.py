@@ -431,16 +431,22 @@ def test_restricted_mode_ignores_the_settings_of_a_workspace(another_window, vsc
 
 
 def test_the_server_is_installed_into_an_environment_of_its_own(another_window, vscode, engine):
-    vscode.configure(**engine.settings | {"midfill__server__command": []})
+    none = {"midfill__server__command": [], "midfill__server__arguments": []}
+    vscode.configure(**engine.settings | none, midfill__model="/nowhere/tiny.gguf")
     window = another_window("install")
     window.says("The server is not installed")
     # What is fetched, how much it is, and where it goes.
     [note] = window.notes
-    assert all(
-        words in note for words in ("about 1.6 GB", "qwen2.5-coder-0.5b, 0.5 GB", "midfill.midfill/server")
-    )
+    assert all(words in note for words in ("1.6 GB or more", "/nowhere/tiny.gguf", "midfill.midfill/server"))
     assert window.status == "midfill"
     window.click("Install")
+    window.shows("midfill downloading")
+    # One answer for both: the model is fetched next, without another question. Here that cannot succeed.
+    window.says("There is no model '/nowhere/tiny.gguf'")
+    assert [note for note in window.notes if "Download it" in note] == []
+    window.shows("midfill: no model")
+    window.run("Notifications: Clear All Notifications")
+    vscode.configure(**engine.settings | {"midfill__server__command": []})
     window.shows("scripted")
     program = vscode.data / "User/globalStorage/midfill.midfill/server/bin/midfill"
     assert window.serves(program)

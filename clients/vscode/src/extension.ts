@@ -96,7 +96,7 @@ class Extension {
     const size = model === DEFAULT_MODEL ? ", 0.5 GB" : "";
     const message =
       "midfill: The server is not installed: there is no midfill on the PATH. The extension can install it in a " +
-      `separate Python environment (about 1.6 GB, in ${this.installation.folder}) and download the model ` +
+      `separate Python environment (1.6 GB or more, in ${this.installation.folder}) and download the model ` +
       `(${model}${size}). Nothing has been fetched yet.`;
     const chosen = await vscode.window.showInformationMessage(message, "Install", "Settings");
     // The message may have been there for long: the server may be here by now.
