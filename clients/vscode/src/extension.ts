@@ -110,7 +110,14 @@ class Extension {
   }
 
   private async install(): Promise<void> {
-    if (await this.installation.install()) {
+    let installed = false;
+    try {
+      installed = await this.installation.install();
+    } finally {
+      // An installation that was cancelled or failed takes the answer about the model back, too.
+      this.agreed = this.agreed && installed;
+    }
+    if (installed) {
       await this.start();
     }
   }
