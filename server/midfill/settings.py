@@ -205,12 +205,13 @@ class Settings(BaseModel):
         description="Maximum length, in tokens, of a suggestion that you ask for explicitly; if it is less "
         "than `max_new_tokens`, that counts.",
     )
-    popup_budget_ms: Annotated[int, _ANY_TIME] = Field(
-        default=80,
+    popup_budget_ms: Annotated[int | None, _ANY_TIME] = Field(
+        default=None,
         ge=0,
         le=60_000,
         description="Maximum time, in milliseconds, that the completion popup waits for the model. A "
-        "suggestion that takes longer is in the popup at the next keystroke.",
+        "suggestion that takes longer is in the popup at the next keystroke. Without a value: 80, and in "
+        "Helix, which adds late items to its popup itself, as long as the model takes.",
     )
     layout: Annotated[Literal["auto", "anchored", "appending", "psm", "spm"], _ANY_TIME] = Field(
         default="auto",
@@ -486,7 +487,10 @@ def vscode_settings() -> dict[str, dict[str, Any]]:
         text = schema.pop("description")
         del schema["title"]
         if "anyOf" in schema:
-            schema["type"] = [one["type"] for one in schema.pop("anyOf")]
+            kinds = schema.pop("anyOf")
+            # Limits of one type say nothing of a value of another.
+            schema |= {key: limit for kind in kinds for key, limit in kind.items()}
+            schema["type"] = [kind["type"] for kind in kinds]
         declared[f"midfill.{to_camel(name)}"] = schema | {
             "markdownDescription": f"{text} {_RESTART}" if own.restart else text,
             "scope": "window" if own.scope is Scope.PROJECT else "machine",

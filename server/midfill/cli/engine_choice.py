@@ -76,16 +76,16 @@ def engine_factory(
 
 
 def installed_model(name: str, runner: str = "auto") -> LocalModel:
-    """Return a model of this machine. Raises `ModelError` that names the command to download it."""
-    from midfill.errors import ModelError
+    """Return a model of this machine. Raises `ModelMissingError` that names the command to download it."""
+    from midfill.errors import ModelMissingError
     from midfill.models import store
 
     found = store.find_for(name, runner)
     if found is not None:
         return found
     if runner != "llamacpp":
-        raise ModelError(f"The model {name!r} is not on this machine. Run: midfill model pull {name}")
-    raise ModelError(
+        raise ModelMissingError(f"The model {name!r} is not on this machine. Run: midfill model pull {name}")
+    raise ModelMissingError(
         f'There is no GGUF file of the model {name!r} on this machine, which runner "llamacpp" needs. '
         f"Run: midfill model pull {name} --gguf, or set `model` to the path of a GGUF file."
     )

@@ -50,6 +50,7 @@ def model_list(as_json: bool) -> None:
             "parameters": entry.parameters,
             "context": entry.context,
             **_memory_of(entry, device, settings),
+            "download_mb": entry.wheels.total_bytes // 1_000_000 if entry.wheels else None,
             "hub": entry.hub,
             "installed": entry.name in here,
             "gguf": _gguf_state(entry),
@@ -64,7 +65,7 @@ def model_list(as_json: bool) -> None:
     used = settings.model
     if as_json:
         where = {"device": device.torch_name, "free_mb": round(device.free_bytes() / 1e6) or None}
-        click.echo(json.dumps({"models": rows, "used": used, **where}))
+        click.echo(json.dumps({"models": rows, "used": used, "cache": str(store.cache_root()), **where}))
         return
     from rich.table import Table
 

@@ -14,6 +14,7 @@ from lsprotocol import types
 from midfill.completion.answer import Answer
 from midfill.completion.autoclose import text_before_closers
 from midfill.completion.closer_pairs import closer_pairs
+from midfill.lsp.known_clients import find
 from midfill.text.documents import Change, Encoding, Point, Snapshot, content_length, split_lines
 
 _LABEL_CHARS = 60
@@ -39,8 +40,7 @@ class PopupStyle:
     Attributes:
         markdown: it shows documentation as Markdown.
         insert_text_mode: it supports `insertTextMode`, and guesses the indentation of lines without it.
-        takes_edits: it inserts the text of an edit unchanged. Neovim 0.11 cuts it at the first blank, but
-            inserts a plain text whole, in place of the word before the cursor.
+        takes_edits: it inserts the text of an edit unchanged (`known_clients`).
     """
 
     markdown: bool = False
@@ -55,11 +55,10 @@ class PopupStyle:
         item = completion.completion_item if completion else None
         formats = (item.documentation_format if item else None) or ()
         modes = item.insert_text_mode_support.value_set if item and item.insert_text_mode_support else ()
-        info = params.client_info
         return PopupStyle(
             types.MarkupKind.Markdown in formats,
             types.InsertTextMode.AsIs in modes,
-            not (info is not None and info.name == "Neovim" and (info.version or "").startswith("0.11")),
+            find(params.client_info).takes_edits,
         )
 
 

@@ -29,7 +29,7 @@ from midfill import __version__
 from midfill.errors import MidfillError
 from midfill.lsp.client import SERVE_COMMAND, encode, read_message
 from midfill.lsp.framing import to_frame
-from midfill.lsp.messages import OWN_CLIENT
+from midfill.lsp.messages import OWN_CLIENT, REPLAYED
 from midfill.system import text_files as textfiles
 from midfill.system.json_files import parse_json
 from midfill.text.characters import escaped
@@ -308,10 +308,12 @@ class _Replayer:
         message = line.message
         self.transcript.sent(line.key, line.method, time.monotonic() - self._begun)
         if line.method == "initialize" and isinstance(message.get("params"), dict):
-            # Not the recorded process id: the server would end with that process. And not its name: what
-            # was accepted has been counted already.
-            changed = {"processId": None, "clientInfo": {"name": OWN_CLIENT}}
-            message = message | {"params": message["params"] | changed}
+            # Not the recorded process id: the server would end with that process. And not its name alone:
+            # what was accepted has been counted already.
+            recorded = message["params"].get("clientInfo")
+            named = isinstance(recorded, dict) and isinstance(recorded.get("name"), str)
+            client = recorded | {"name": REPLAYED + recorded["name"]} if named else {"name": OWN_CLIENT}
+            message = message | {"params": message["params"] | {"processId": None, "clientInfo": client}}
             self._write(encode(message))
         else:
             self._write(to_frame(line.raw))
