@@ -108,6 +108,18 @@ async def test_a_change_on_the_command_line_counts_in_a_running_server(home, sta
     await settled(server, uri, "0")
 
 
+async def test_one_may_be_chosen_while_the_model_is_loaded(home, scripted):
+    server = await scripted(
+        *RULES, arguments=["--model", str(home / "model")], initialize=False, load_delay_s=600
+    )
+    await server.initialize(rootUri=(home / "project").as_uri())
+    assert await command(server, "midfill.adapter.use", "one") == {"running": None, "error": None}
+    assert Bindings().read().uses(digest("one")) == [f"workspace {home / 'project'}"]
+    assert await command(server, "midfill.adapter.off") == {"running": None, "error": None}
+    assert Bindings().read().uses(digest("one")) == []
+    assert not any(message.get("method") == "window/showMessage" for message in server.seen)
+
+
 async def test_an_answer_of_one_adapter_is_not_given_for_another(home, start):
     """The document stays as it is, and what was remembered for it is forgotten."""
     server = await start()

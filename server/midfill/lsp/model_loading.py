@@ -106,8 +106,7 @@ async def _start_adapters(session: Session, engine: Engine) -> None:
     is_remote = bool(settings.engine_urls)
     name = engine.model.name if is_remote else settings.model
     model = await asyncio.to_thread(find_model, name)
-    folders = [path for _, path in session.editor.workspace_folders()]
-    await session.router.start(engine, model, folders, is_remote=is_remote, held_out=held_out)
+    await session.router.start(engine, model, is_remote=is_remote, held_out=held_out)
 
 
 def _show_failure(session: Session, why: str) -> None:
