@@ -6,6 +6,7 @@ import logging
 import re
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -15,11 +16,13 @@ from stepping import Sequences, prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from midfill.engine import loading as engine_loading
+from midfill.engine.api import EngineSpec
 from midfill.engine.torch import devices
 from midfill.engine.torch.devices import CPU, KINDS, Device, choose
 from midfill.engine.torch.loading import choose_format, load_runner
 from midfill.errors import EngineError
 from midfill.settings import Settings
+from midfill.training.verdict import start_alike
 
 WHEEL = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 """What torch's CUDA 13 wheels list."""
@@ -262,3 +265,50 @@ async def test_a_model_whose_values_leave_the_range_of_float16_is_refused(tmp_pa
     with nullcontext() if fits else refused:
         async with tiny.running(model, device="cpu", dtype="float16"):
             pass
+
+
+class Started:
+    """An engine that is on the device that it is told, or does not start."""
+
+    def __init__(self, device, dtype, error=None):
+        self.model = SimpleNamespace(device=device, dtype=dtype)
+        self.error = error
+        self.closed = False
+
+    async def start(self, _progress):
+        if self.error is not None:
+            raise self.error
+
+    async def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("second", "alike"),
+    [
+        (("cuda:0", "bfloat16"), True),
+        (("cuda:0", "int4"), False),
+        (("cpu", "int8"), False),
+        (("cuda:0", "", EngineError("it needs 2 GB")), False),
+    ],
+)
+async def test_the_engines_of_a_verdict_are_on_one_device_in_one_format(tmp_path, second, alike):
+    given = [Started("cuda:0", "bfloat16"), Started(*second)]
+    made = []
+
+    def make(spec):
+        made.append((spec.device, given.pop(0) if given else Started("cpu", "int8")))
+        return made[-1][1]
+
+    specs = [EngineSpec(tiny.LocalModel("tiny", tmp_path), adapter=one) for one in (None, tmp_path)]
+    engines = await start_alike(specs, make)
+    assert [engine.model.device for engine in engines] == ["cuda:0" if alike else "cpu"] * 2
+    assert [device for device, _ in made] == ["auto", "auto"] + ["cpu", "cpu"] * (not alike)
+    assert [engine.closed for _, engine in made] == [not alike] * 2 + [False, False] * (not alike)
+
+
+async def test_an_engine_that_does_not_start_on_the_cpu_either_is_an_error(tmp_path):
+    broken = Started("cpu", "int8", EngineError("no such runner"))
+    with pytest.raises(EngineError, match="no such runner"):
+        await start_alike([EngineSpec(tiny.LocalModel("tiny", tmp_path), device="cpu")], lambda _: broken)
+    assert broken.closed

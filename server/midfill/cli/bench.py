@@ -125,7 +125,7 @@ def bench_index(folder: Path, lookups: int, seed: int, as_json: bool) -> None:
 @click.option(
     "--device",
     metavar="NAME",
-    help="Device of the model: auto, cpu, cuda or cuda:N. [default: the setting `device`]",
+    help="Device of the model: auto, cpu, cuda, cuda:N, mps, xpu. [default: the setting `device`]",
 )
 @GGUF
 @click.option(
@@ -225,7 +225,7 @@ def bench_engine(
 @click.option(
     "--device",
     metavar="NAME",
-    help="Device of the model: auto, cpu, cuda or cuda:N. [default: the setting `device`]",
+    help="Device of the model: auto, cpu, cuda, cuda:N, mps, xpu. [default: the setting `device`]",
 )
 @MODEL
 @JSON

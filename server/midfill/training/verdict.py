@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from midfill.adapters.registry import Evaluation
 from midfill.completion.answer import Trigger
-from midfill.engine.api import EngineSpec
+from midfill.engine.api import Engine, EngineSpec
 from midfill.engine.factory import create
+from midfill.errors import EngineError
 from midfill.evaluation.fillers import Hole, PipelineFiller
 from midfill.evaluation.records import Records
 from midfill.evaluation.repository import score
@@ -379,11 +380,10 @@ async def fill(
         runner=settings.runner,
     )
     settings = settings.model_copy(update={"adapter": None, "deadline_s": 600.0})
-    engines = [create(spec), create(replace(spec, adapter=adapter))]
+    engines = await start_alike([spec, replace(spec, adapter=adapter)])
     fillers = []
     try:
         for engine in engines:
-            await engine.start(lambda _message, _share: None)
             filler = PipelineFiller(engine, settings)
             fillers.append(filler)
             if settings.context:
@@ -406,8 +406,36 @@ async def fill(
     finally:
         for filler in fillers:
             filler.close()
+        await _close(engines)
+
+
+async def start_alike(
+    specs: Sequence[EngineSpec], make: Callable[[EngineSpec], Engine] = create
+) -> list[Engine]:
+    """Start an engine for each spec, on one device and in one format, so that their speed can be compared.
+
+    Those that do not fit together into the memory of a GPU are started on the CPU. Raises as `Engine.start`.
+    """
+    engines = [make(spec) for spec in specs]
+    try:
         for engine in engines:
-            await engine.close()
+            await engine.start(lambda _message, _share: None)
+        if len({(engine.model.device, engine.model.dtype) for engine in engines}) == 1:
+            return engines
+    except EngineError:
+        if specs[0].device == "cpu":
+            await _close(engines)
+            raise
+    except BaseException:
+        await _close(engines)
+        raise
+    await _close(engines)
+    return await start_alike([replace(spec, device="cpu", dtype="auto") for spec in specs], make)
+
+
+async def _close(engines: Sequence[Engine]) -> None:
+    for engine in engines:
+        await engine.close()
 
 
 def _hole(example: Example, root: Path) -> Hole:
