@@ -153,7 +153,7 @@ def test_an_aborted_pass_continues_after_its_finished_parts(model, runner, same)
     begins = []
     assert runner.forward([next_], [None], lambda: begins.append(held[0])) is not None
     assert begins[0] == {"the same": 32, "other tokens": 20}.get(same, 0)
-    runner._part_tokens = 96
+    runner._part_tokens = 128
     assert chosen(runner.forward([chunk(ids, 0)], [None])) == [expected(model, ids)]
 
 
@@ -204,7 +204,7 @@ def test_the_callback_is_native_and_reads_the_flag(runner):
         [Span(0, 0, [])],
         [Span(0, 0, [-1])],
         [Span(0, 0, [tiny.VOCAB_SIZE])],
-        [Span(0, 0, [5] * 97)],
+        [Span(0, 0, [5] * 129)],
         [Span(0, 0, [5] * 20, 9)],
         [],
     ],
