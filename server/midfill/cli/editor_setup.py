@@ -23,6 +23,7 @@ from typing import Any
 import midfill
 from midfill.errors import MidfillError
 from midfill.system import text_files as textfiles
+from midfill.system.file_errors import why_unreadable, why_unwritable
 from midfill.system.programs import find_program
 
 _BEGIN, _END = ">>> midfill >>>", "<<< midfill <<<"
@@ -169,7 +170,7 @@ def write(edit: Edit) -> Path | None:
             shutil.copy2(path, backup)
         textfiles.replace(path, edit.after)
     except OSError as error:
-        raise MidfillError(f"Cannot write {edit.path}: {error.strerror}.") from error
+        raise MidfillError(f"Cannot write {edit.path}: {why_unwritable(error)}.") from error
     return backup
 
 
@@ -190,7 +191,7 @@ def _read(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise MidfillError(f"Cannot read {path}: {error.strerror}.") from error
+        raise MidfillError(f"Cannot read {path}: {why_unreadable(error)}.") from error
     except UnicodeError as error:
         raise MidfillError(f"Cannot read {path}: {error}") from error
     return textfiles.BOM + text if data.startswith(codecs.BOM_UTF8) else text

@@ -23,6 +23,7 @@ from midfill.evaluation.fillers import Filler, Hole
 from midfill.evaluation.records import Records
 from midfill.evaluation.statistics import mcnemar
 from midfill.fim.templates import FAMILIES
+from midfill.system.file_errors import why_unreadable
 from midfill.system.measure import percentiles
 
 _SHARES = {
@@ -129,7 +130,7 @@ def read_tasks(path: Path) -> list[Task]:
             for line in lines:
                 tasks.append(_task(json.loads(line)))  # noqa: PERF401 - the error names how far it came
     except OSError as error:
-        raise MidfillError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise MidfillError(f"Cannot read {path}: {why_unreadable(error)}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MidfillError(
             f"{path}, line {len(tasks) + 1}: this is not an infilling task ({error!r})."
