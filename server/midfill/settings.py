@@ -27,6 +27,7 @@ from pydantic.alias_generators import to_camel
 
 from midfill.errors import SettingsError
 from midfill.system import text_files
+from midfill.system.file_errors import why_unreadable, why_unwritable
 from midfill.system.printable import printable
 from midfill.text.secret_filter import SECRET_FILES
 
@@ -448,8 +449,7 @@ def store(key: str, value: str | float | bool, path: Path | None = None) -> Path
             )
         text_files.replace(path, (text_files.BOM if before.startswith(text_files.BOM) else "") + after)
     except (OSError, TOMLKitError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise SettingsError(f"Cannot write the settings file {path}: {why}.") from error
+        raise SettingsError(f"Cannot write the settings file {path}: {why_unwritable(error)}.") from error
     return path
 
 
@@ -504,6 +504,8 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(text_files.read(path))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise SettingsError(f"Cannot read the settings file {path}: {why_unreadable(error)}.") from error
+    except (UnicodeError, tomllib.TOMLDecodeError) as error:
         said = str(error).rstrip(".")
         raise SettingsError(f"Cannot read the settings file {path}: {said}. Correct or delete it.") from error

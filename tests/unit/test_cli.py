@@ -168,7 +168,7 @@ def test_a_completion_from_stdin_as_json(midfill, script):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("nowhere.py:1:1", "Cannot read nowhere.py: No such file or directory."),
+        ("nowhere.py:1:1", "Cannot read nowhere.py: there is no such file. Check the path."),
         ("a.py:9:1", "a.py has 2 lines, so there is no line 9."),
         ("a.py:0:1", "'a.py:0:1' is not FILE:LINE:COL"),
         ("a.py", "'a.py' is not FILE:LINE:COL"),

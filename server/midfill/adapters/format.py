@@ -30,6 +30,7 @@ from midfill.errors import AdapterError, ModelError
 from midfill.models.gguf import linear_layers
 from midfill.models.gguf_file import open_gguf
 from midfill.models.safetensors_io import check_header, find_tensors, shapes_of
+from midfill.system.file_errors import why_unreadable
 from midfill.system.json_files import parse_json, read_json
 
 CONFIG = "adapter_config.json"
@@ -188,7 +189,7 @@ def digest_of(path: Path) -> str:
             with (path / name).open("rb") as stream:
                 whole.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
-            raise AdapterError(f"{path / name} cannot be read: {error.strerror}.") from error
+            raise AdapterError(f"{path / name} cannot be read: {why_unreadable(error)}.") from error
     return whole.hexdigest()
 
 
@@ -247,12 +248,16 @@ def _samples(file: Path, names: list[str]) -> dict[str, bytes]:
 
 def _load_config(path: Path) -> Any:
     file = path / CONFIG
+    if not path.exists():
+        raise AdapterError(f"There is no folder {path}. Check the path.")
     if not _is_regular(file):
         raise AdapterError(f"{path} is not an adapter: it has no {CONFIG}.")
     try:
         return read_json(file, max_bytes=_MAX_CONFIG_BYTES)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} is not an adapter: {CONFIG} cannot be read ({error}).") from error
+        raise AdapterError(
+            f"{path} is not an adapter: {CONFIG} cannot be read: {why_unreadable(error)}."
+        ) from error
 
 
 def _is_regular(path: Path) -> bool:

@@ -11,6 +11,7 @@ from midfill.cli.engine_choice import installed_model, read_settings
 from midfill.cli.options import JSON, MODEL
 from midfill.cli.terminal import say, show, with_progress
 from midfill.errors import AdapterError
+from midfill.system.file_errors import why_unwritable
 
 if TYPE_CHECKING:
     from midfill.adapters.bindings import Bound
@@ -221,7 +222,7 @@ def adapter_export(name: str, folder: Path) -> None:
     except FileExistsError as error:
         raise AdapterError(f"{folder} already exists. Name a new folder.") from error
     except OSError as error:
-        raise AdapterError(f"Cannot write {folder}: {error.strerror}.") from error
+        raise AdapterError(f"Cannot write {folder}: {why_unwritable(error)}.") from error
     say(f"Exported {entry.name} to {folder}.")
 
 

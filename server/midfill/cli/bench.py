@@ -33,7 +33,9 @@ GGUF = click.option(
 
 _NUM_SIMULATED = 60
 _FILES = click.option(
-    "--files", type=click.Path(path_type=Path), help="Simulate typing into this source tree."
+    "--files",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Simulate typing into this source tree.",
 )
 _SESSIONS = click.option(
     "--sessions",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from midfill.errors import MidfillError
 from midfill.system import text_files as textfiles
+from midfill.system.file_errors import why_unreadable, why_unwritable
 
 BEGIN, END = ">>> midfill >>>", "<<< midfill <<<"
 
@@ -106,7 +107,7 @@ def write(edit: Edit) -> Path | None:
             shutil.copy2(path, backup)
         textfiles.replace(path, edit.after)
     except OSError as error:
-        raise MidfillError(f"Cannot write {edit.path}: {error.strerror}.") from error
+        raise MidfillError(f"Cannot write {edit.path}: {why_unwritable(error)}.") from error
     return backup
 
 
@@ -127,7 +128,7 @@ def read(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise MidfillError(f"Cannot read {path}: {error.strerror}.") from error
+        raise MidfillError(f"Cannot read {path}: {why_unreadable(error)}.") from error
     except UnicodeError as error:
         raise MidfillError(f"Cannot read {path}: {error}") from error
     return textfiles.BOM + text if data.startswith(codecs.BOM_UTF8) else text

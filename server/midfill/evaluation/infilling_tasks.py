@@ -14,6 +14,7 @@ from typing import Any
 from midfill.errors import MidfillError
 from midfill.evaluation import sandbox
 from midfill.evaluation.fillers import Hole
+from midfill.system.file_errors import why_unreadable
 
 _LANGUAGES = {
     "python": "python",
@@ -108,7 +109,7 @@ def read_tasks(path: Path) -> list[Task]:
             for line in lines:
                 tasks.append(_task(json.loads(line)))  # noqa: PERF401 - the error names how far it came
     except OSError as error:
-        raise MidfillError(f"Cannot read {path}: {error.strerror or error}.") from error
+        raise MidfillError(f"Cannot read {path}: {why_unreadable(error)}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MidfillError(
             f"{path}, line {len(tasks) + 1}: this is not an infilling task ({error!r})."

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from midfill.errors import MidfillError
 from midfill.evaluation.records import Records
 from midfill.system import text_files
+from midfill.system.file_errors import why_unreadable
 from midfill.system.measure import percentiles
 from midfill.text.documents import Point
 
@@ -144,7 +145,7 @@ def _read(path: Path) -> Scenario:
     try:
         return parse(text_files.read(path))
     except (OSError, UnicodeError) as error:
-        raise MidfillError(f"Cannot read {path}: {str(error).rstrip('.')}.") from error
+        raise MidfillError(f"Cannot read {path}: {why_unreadable(error)}.") from error
     except (KeyError, ValueError) as error:
         raise MidfillError(f"{path} is not a next-edit scenario: {str(error).rstrip('.')}.") from error
 

@@ -12,6 +12,7 @@ from midfill.completion.confidence import BUILT_IN, Calibration, confidence, lin
 from midfill.errors import MidfillError
 from midfill.evaluation.calibration import reliability
 from midfill.evaluation.repository import Result, score
+from midfill.system.file_errors import why_unwritable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,4 +97,4 @@ def _save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise MidfillError(f"Cannot write the picture {path}: {error}.") from error
+        raise MidfillError(f"Cannot write the picture {path}: {why_unwritable(error)}.") from error

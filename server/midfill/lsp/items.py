@@ -72,8 +72,8 @@ def inline_item(
     """Return an item of `textDocument/inlineCompletion`.
 
     `selected` is the popup's selected item, which the editor would insert first: it shows only items that
-    extend it and have the same range. `data.closers` tells a client which closers of the text an editor
-    inserts by itself: the documentation of editors says how to use it.
+    extend it and have the same range. The item's `data` tells a client which closers of the text an editor
+    inserts by itself; `server/docs/editors.md` says how to use it.
     """
     num_before = 0
     if selected is not None and selected.start is not None and selected.end is not None:

@@ -31,6 +31,7 @@ from midfill.lsp.client import SERVE_COMMAND, encode, read_message
 from midfill.lsp.framing import to_frame
 from midfill.lsp.messages import OWN_CLIENT, REPLAYED
 from midfill.system import text_files as textfiles
+from midfill.system.file_errors import why_unreadable, why_unwritable
 from midfill.system.json_files import parse_json
 from midfill.text.characters import escaped
 
@@ -99,7 +100,7 @@ def _create(path: Path) -> tuple[Path, TextIO | None]:
         except FileExistsError:
             continue
         except OSError as error:
-            raise MidfillError(f"Cannot write the recording {name}: {error.strerror}.") from error
+            raise MidfillError(f"Cannot write the recording {name}: {why_unwritable(error)}.") from error
         return name, os.fdopen(descriptor, "w", encoding="utf-8")
     raise MidfillError(f"{_MAX_FILES} recordings named {path} exist already. Delete some of them.")
 
@@ -158,7 +159,7 @@ def read(path: Path) -> list[RecordedMessage]:
     try:
         rows = textfiles.read(path).split("\n")
     except (OSError, UnicodeError) as error:
-        raise MidfillError(f"Cannot read the recording {path}: {str(error).rstrip('.')}.") from error
+        raise MidfillError(f"Cannot read the recording {path}: {why_unreadable(error)}.") from error
     complete, lines = rows[:-1], []
     for number, row in enumerate(complete, start=1):
         try:

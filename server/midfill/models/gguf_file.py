@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midfill.errors import ModelError
+from midfill.system.file_errors import why_unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +100,7 @@ def open_gguf(path: Path) -> Iterator[GGUFFile]:
     try:
         stream = path.open("rb")
     except OSError as error:
-        raise ModelError(f"The model file {path} cannot be read: {error.strerror}.") from error
+        raise ModelError(f"The model file {path} cannot be read: {why_unreadable(error)}.") from error
     with stream:
         try:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

@@ -21,6 +21,7 @@ from typing import Any
 from midfill.errors import ModelError
 from midfill.models import catalogue
 from midfill.models.catalogue import Entry
+from midfill.system.file_errors import why_unreadable
 from midfill.system.json_files import read_json
 from midfill.system.private import private_folder
 
@@ -171,7 +172,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(file)
     except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
+        raise ModelError(f"{file} cannot be read: {why_unreadable(error)}.") from error
     except ValueError as error:
         raise ModelError(f"{file} cannot be used: {error}. Fetch the model again.") from error
     if not isinstance(config, dict):
