@@ -17,6 +17,14 @@ from midfill.adapters.format import Adapter
 from midfill.engine.scheduler import Choice, Chunk
 
 
+class FixedMemoryError(MemoryError):
+    """A pass did not fit into memory, and fewer slots would not help: theirs is allocated once."""
+
+
+class DeviceLostError(Exception):
+    """Every operation on the device fails from now on. Only another device or process can go on."""
+
+
 class Runner(Protocol):
     """A model on a device. Runs on the engine thread, except for `prepare`.
 
@@ -53,6 +61,7 @@ class Runner(Protocol):
 
         Raises:
             MemoryError: there is not enough memory, on whatever device.
+            DeviceLostError: the device cannot be used any more.
         """
         ...
 
@@ -87,11 +96,13 @@ class LoadedRunner(Runner, Protocol):
         architecture: transformers' `model_type`.
         device: for the user, for example "cpu".
         dtype: "int8", "float32" or "bfloat16".
+        attention: see `ModelInfo`.
     """
 
     architecture: str
     device: str
     dtype: str
+    attention: str
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk of this size and then a single token."""

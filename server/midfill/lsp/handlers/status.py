@@ -14,7 +14,8 @@ def handle(session: Session, _: Any) -> dict[str, Any]:
 
     `state` is "loading", "ready" or "failed", and `message` says why it failed. `model` is the name that the
     user chose; what only the loaded model knows is null before. `heldOut` is the adapter that this session
-    runs without, for comparison (`adapter_holdout`). `changedSettings` names the settings that are not at
+    runs without, for comparison (`adapter_holdout`). `attention` is
+    the attention kernel on a GPU, "flash" or "plain". `changedSettings` names the settings that are not at
     their defaults, `calibration` the file that `midfill eval calibrate` has written.
     """
     completer = session.completer
@@ -31,6 +32,7 @@ def handle(session: Session, _: Any) -> dict[str, Any]:
         "heldOut": adapter if held_out else None,
         "device": loaded.device if loaded else None,
         "dtype": loaded.dtype if loaded else None,
+        "attention": (loaded.attention or None) if loaded else None,
         "calibration": completer.calibration.source or None,
         "changedSettings": changed(completer.settings),
         "tokensPerSecond": None if speed is None else round(speed, 1),
