@@ -33,6 +33,7 @@ async def test_a_loaded_model_tells_where_it_runs_and_how_fast(client):
     it = await client({"text": "a" * 20, "token_delay_s": 0.01}, options={"prefetch": False})
     found = await status(it, "ready")
     assert (found["model"], found["device"], found["dtype"]) == ("scripted", "cpu", "script")
+    assert found["attention"] is None
     assert (found["message"], found["tokensPerSecond"], found["enabled"]) == (None, None, True)
     item = {"uri": URI, "languageId": "python", "version": 1, "text": "x = "}
     it.notify("textDocument/didOpen", {"textDocument": item})

@@ -321,6 +321,7 @@ def _result(
         "model": model.name,
         "device": model.device,
         "dtype": model.dtype,
+        "attention": model.attention or None,
         **asdict(plan),
         "decode_tok_s": decode_tok_s,
         "prefill_tok_s": middle(found.prefill.get("midfill")),
@@ -377,6 +378,7 @@ def table(result: dict[str, Any]) -> Any:
         "engine free after a cancellation: p50 {p50} ms, p99 {p99} ms".format(**result["cancel_to_free_ms"]),
         f"float32 tokens compared with generate's: {equal}",
         f"peak memory: {result['peak_rss_mb']:.0f} MB",
+        *([f"attention kernel: {result['attention']}"] if result["attention"] else []),
         *(f"no {name}: {why}" for name, why in result["skipped"].items()),
     ]
     grid.caption = "\n".join(lines)

@@ -150,6 +150,7 @@ class ModelInfo:
         adapter: name of the LoRA adapter in use, or None.
         served_by: kind of the server that runs it; "" if it is our own, whose files are known.
         proven: its vocabulary is known to be that of `tokenizer`; false if a server takes text only.
+        attention: on a GPU with captured graphs the attention kernel, "flash" or "plain"; else "".
     """
 
     name: str
@@ -162,6 +163,7 @@ class ModelInfo:
     adapter: str | None = None
     served_by: str = ""
     proven: bool = True
+    attention: str = ""
 
 
 @dataclass(slots=True)

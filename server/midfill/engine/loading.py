@@ -109,6 +109,7 @@ def load(
         device=runner.device,
         dtype=runner.dtype,
         adapter=spec.adapter.name if spec.adapter is not None else None,
+        attention=runner.attention,
     )
     malloc.trim()
     return LoadedModel(info, runner, index, LoadedAdapters(runner, install, default), warm_up_s)

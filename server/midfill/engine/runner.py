@@ -17,6 +17,14 @@ from midfill.adapters.format import Adapter
 from midfill.engine.scheduler import Choice, Chunk
 
 
+class FixedMemoryError(MemoryError):
+    """A pass did not fit into memory, and fewer slots would not help: theirs is allocated once."""
+
+
+class DeviceLostError(Exception):
+    """Every operation on the device fails from now on. Only another device or process can go on."""
+
+
 class Runner(Protocol):
     """A model on a device. Runs on the engine thread, except for `prepare`.
 
@@ -53,6 +61,7 @@ class Runner(Protocol):
 
         Raises:
             MemoryError: there is not enough memory, on whatever device.
+            DeviceLostError: the device cannot be used any more.
         """
         ...
 
@@ -87,12 +96,14 @@ class LoadedRunner(Runner, Protocol):
         architecture: transformers' `model_type`; llama.cpp's name if a GGUF file has another.
         device: for the user, for example "cpu".
         dtype: "int8", "int4", "float32", "bfloat16" or "float16", or a GGUF file's type.
+        attention: see `ModelInfo`.
         warm_up_tokens: tokens of the warm-up's pass; less than a chunk if nothing is compiled or packed.
     """
 
     architecture: str
     device: str
     dtype: str
+    attention: str
     warm_up_tokens: int
 
     def warm_up(self, num_tokens: int) -> None:

@@ -119,11 +119,13 @@ class LlamaCppRunner:
         vocab_size: number of logits.
         device: "cpu", or the library's name of a GPU, for example "Vulkan0".
         dtype: the file's type, for example "Q4_K - Medium", or "float32".
+        attention: "".
         chunk_tokens, step_sequences, max_draft_tokens: see `engine.runner.Runner`.
     """
 
     chunk_tokens = 128  # on one core 1 % slower per token than 256; 64 are 5 % slower, 32 are 16 %
     warm_up_tokens = _LEAST_PART
+    attention = ""
     step_sequences = NUM_SLOTS
     max_draft_tokens = 7
 

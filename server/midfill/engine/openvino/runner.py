@@ -118,10 +118,12 @@ class OpenVinoRunner:
         vocab_size: number of logits.
         device: "cpu".
         dtype: "int8" or "float32".
+        attention: "".
         chunk_tokens, step_sequences, max_draft_tokens: see `engine.runner.Runner`.
     """
 
     device = "cpu"
+    attention = ""
     chunk_tokens = 64  # 80 ms on two cores, where one token takes 25, and 32 take 50
     warm_up_tokens = chunk_tokens
     step_sequences = NUM_SLOTS

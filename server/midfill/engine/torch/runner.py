@@ -7,6 +7,7 @@ tensors, slot numbers and token ids; nothing of threads, requests or text. Runs 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from array import array
@@ -19,6 +20,7 @@ import torch
 
 from midfill.adapters.format import Adapter
 from midfill.engine.kv_slots import NUM_SLOTS
+from midfill.engine.runner import DeviceLostError, FixedMemoryError
 from midfill.engine.scheduler import Choice, Chunk, SequenceState
 from midfill.engine.torch import attention, devices, graph_shapes
 from midfill.engine.torch.cuda_graphs import MARGIN, GraphDevice, GraphRunner
@@ -31,6 +33,7 @@ from midfill.engine.torch.kv_cache import (
     LayerKV,
     PackedPast,
     SequenceSpan,
+    flash_kernel,
 )
 from midfill.engine.torch.lora import LoraLayers
 from midfill.engine.torch.sampling import choose
@@ -46,6 +49,7 @@ class TorchRunner:
         vocab_size: number of logits.
         device: for the user, for example "cpu".
         dtype: a format of `devices.DTYPES`.
+        attention: see `ModelInfo`.
         chunk_tokens, step_sequences, max_draft_tokens: see `engine.runner.Runner`.
     """
 
@@ -79,6 +83,7 @@ class TorchRunner:
         self.vocab_size: int = config.vocab_size
         self.device = str(device)
         self.dtype = dtype
+        self.attention = ""
         self._thread_count = thread_count
         self.chunk_tokens = self.warm_up_tokens = chunk_tokens or devices.KINDS[device.type].chunk_tokens
         self.max_draft_tokens = graph_shapes.MAX_DRAFT_TOKENS
@@ -87,6 +92,7 @@ class TorchRunner:
         self._cache: KVCache = GrowingKVCache(self._num_layers, self.context)
         self._lora = LoraLayers(model, _compute_dtype(model))
         self._graphs: GraphRunner | None = None
+        self._fused = device.type != "cuda" or torch.version.hip is not None
         self._positions = torch.arange(self.context, device=device)
 
     def forward(
@@ -99,15 +105,38 @@ class TorchRunner:
         del interrupted
         self._choose_threads()
         try:
-            with memory_errors(), torch.inference_mode():
-                self._copy(chunks)
-                if self._graphs is None:
-                    return self._compute(chunks, allowed)
-                return self._compute_with_graphs(self._graphs, chunks, allowed)
+            return self._forward(chunks, allowed)
         except MemoryError:
-            if self._graphs is not None:
-                self._graphs.drop()
+            if self._graphs is None:
+                raise
+        except RuntimeError as error:
+            if self._is_lost():
+                raise DeviceLostError(str(error).split("\n")[0]) from error
             raise
+        # Another program may have taken the memory. What torch holds without using it may be enough.
+        self._graphs.pause()
+        self._release_memory()
+        try:
+            return self._forward(chunks, allowed)
+        except MemoryError as error:
+            raise FixedMemoryError(str(error)) from error
+
+    def _forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
+        with memory_errors(), torch.inference_mode():
+            self._copy(chunks)
+            if self._graphs is None:
+                return self._compute(chunks, allowed)
+            return self._compute_with_graphs(self._graphs, chunks, allowed)
+
+    def _is_lost(self) -> bool:
+        """Return whether the device fails even if nothing is asked of it."""
+        if self._device.type != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return True
+        return False
 
     def _copy(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
@@ -139,7 +168,8 @@ class TorchRunner:
 
         def install() -> None:
             if put_in() and self._graphs is not None:
-                self._graphs.restart()
+                with torch.inference_mode():
+                    self._graphs.replace_adapters()
 
         return install
 
@@ -180,12 +210,14 @@ class TorchRunner:
             self._fit_context(like, num_slots, free_bytes, prompt_tokens)
             cache = FixedKVCache(like, num_slots, self.context + MARGIN)
             self._cache = cache
+            chosen = kernel(like[0], self._num_heads)
+            self.attention = "flash" if chosen is flash_kernel else "plain"
             self._graphs = GraphRunner(
                 self.run,
                 cache,
                 context=self.context,
                 vocab_size=self.vocab_size,
-                kernel=kernel(like[0], self._num_heads),
+                kernel=chosen,
                 lora=self._lora,
                 device=device,
                 tensor_device=self._device,
@@ -239,7 +271,7 @@ class TorchRunner:
 
     def idle(self) -> bool:
         """Capture one more graph. Return whether there was one to capture."""
-        if self._graphs is None or not self._graphs.num_waiting:
+        if self._graphs is None:
             return False
         with torch.inference_mode():
             return self._graphs.capture_next()
@@ -262,8 +294,14 @@ class TorchRunner:
     def drop(self, slots: list[int]) -> None:
         """Free the memory of these slots."""
         self._cache.drop(slots)
+        self._release_memory()
+
+    def _release_memory(self) -> None:
+        """Return the memory that torch holds without using it."""
         if self._device.type != "cpu":
-            devices.empty_cache(self._device.type)
+            # It raises on a device that is lost, which the next pass finds out too.
+            with contextlib.suppress(RuntimeError):
+                devices.empty_cache(self._device.type)
 
     def _compute(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
         logits = self._logits(chunks, self._cache)
@@ -291,7 +329,7 @@ class TorchRunner:
         logits: torch.Tensor | None = self.run(
             torch.tensor([ids], device=self._device),
             torch.cat(positions)[None],
-            PackedPast(cache, spans),
+            PackedPast(cache, spans, fused=self._fused),
             torch.tensor(last, device=self._device) if last else None,
         )
         return logits

@@ -18,10 +18,11 @@ def handle(session: Session, params: Any) -> dict[str, Any]:
 
     `state` is "loading", "ready" or "failed", and `message` says why it failed. `model` is the name that the
     user chose; what only the loaded model knows is null before. `heldOut` is the adapter that this session
-    runs without, for comparison (`adapter_holdout`). `changedSettings` names the settings that are not at
-    their defaults, `calibration` the file that `midfill eval calibrate` has written. `modelMissing`: the
-    model has not been downloaded. If `params` name a document (`textDocument.uri`), `file` is the reason and
-    the message why it gets no suggestion anywhere; null if it does.
+    runs without, for comparison (`adapter_holdout`). `attention` is the attention kernel on a GPU, "flash" or
+    "plain". `changedSettings` names the settings that are not at their defaults, `calibration` the file that
+    `midfill eval calibrate` has written. `modelMissing`: the model has not been downloaded. If `params` name
+    a document (`textDocument.uri`), `file` is the reason and the message why it gets no suggestion anywhere;
+    null if it does.
     """
     completer = session.completer
     loaded = session.engine.model if completer.is_ready and session.engine is not None else None
@@ -39,6 +40,7 @@ def handle(session: Session, params: Any) -> dict[str, Any]:
         "heldOut": adapter if held_out else None,
         "device": loaded.device if loaded else None,
         "dtype": loaded.dtype if loaded else None,
+        "attention": (loaded.attention or None) if loaded else None,
         "calibration": completer.calibration.source or None,
         "changedSettings": changed(completer.settings),
         "tokensPerSecond": None if speed is None else round(speed, 1),
