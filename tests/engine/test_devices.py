@@ -312,3 +312,10 @@ async def test_an_engine_that_does_not_start_on_the_cpu_either_is_an_error(tmp_p
     with pytest.raises(EngineError, match="no such runner"):
         await start_alike([EngineSpec(tiny.LocalModel("tiny", tmp_path), device="cpu")], lambda _: broken)
     assert broken.closed
+
+
+async def test_4_bits_on_a_cpu_are_asked_for_by_name(tmp_path):
+    model = tiny.write_model("qwen2", tmp_path, hidden_size=64, intermediate_size=128)
+    async with tiny.running(model, dtype="int4") as engine:
+        assert (engine.model.device, engine.model.dtype) == ("cpu", "int4")
+        assert len(await tiny.collect_ids(engine, list(range(40)))) > 0

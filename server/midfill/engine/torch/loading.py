@@ -98,7 +98,7 @@ def load_runner(
             ahead=ahead,
             report=report,
             fused=kind.fused,
-            compute=None if is_cpu else getattr(torch, chosen.half),
+            compute=_compute(plan, chosen),
             packed=is_cpu or chosen.packed_products,
         )
     torch.set_num_threads(num_threads)
@@ -162,6 +162,15 @@ def choose_format(
         instead = memory.largest_that_fits(device.automatic, free, prompt_tokens, model.family)
         raise EngineError(memory.refusal(model.name, device.name or kind.title, needs, free, instead))
     return fitting
+
+
+def _compute(plan: str, device: Device) -> torch.dtype | None:
+    """Return the type of the activations with 8- or 4-bit weights; see `build_model`."""
+    if device.kind == "cpu":
+        # Its packed products are 80 times faster with bfloat16 than with float32.
+        return torch.bfloat16 if plan == "int4" else None
+    compute: torch.dtype = getattr(torch, device.half)
+    return compute
 
 
 def _largest(files: dict[str, Path]) -> str | None:
