@@ -17,13 +17,16 @@ import tiny
 import tiny_gguf
 import torch
 
+from midfill.engine.api import EngineSpec
 from midfill.engine.llamacpp import bindings, context, devices
 from midfill.engine.llamacpp import runner as llamacpp_runner
 from midfill.engine.llamacpp.context import Span
 from midfill.engine.llamacpp.devices import Gpu
+from midfill.engine.loading import load as load_model
 from midfill.engine.scheduler import Chunk, SequenceState
 from midfill.errors import EngineError, ModelError
 from midfill.models.gguf_file import GGUFFile, TensorInfo, open_gguf
+from midfill.training.verdict import served_model
 
 KEPT = 400  # tokens of the context of the model
 
@@ -319,6 +322,24 @@ def test_the_pool_is_limited_by_the_context(model, runner):
     compute(runner, ids, 0)
     with pytest.raises(ValueError, match="beyond the context"):
         runner._context.compute([Span(0, KEPT, [1])], None, None)
+
+
+def test_a_folder_is_no_gguf_file(tmp_path):
+    model = tiny.write_model("qwen2", tmp_path / "model")
+    with pytest.raises(ModelError, match=r"needs a GGUF file; .*model is a folder"):
+        load_model(EngineSpec(model, runner="llamacpp"), lambda *_: None)
+
+
+def test_an_adapter_is_judged_on_the_form_that_serves(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIDFILL_CACHE", str(tmp_path))
+    folder = tiny.LocalModel("qwen2.5-coder-0.5b", tmp_path / "folder")
+    assert served_model(folder, "torch") == (folder, "torch")
+    assert served_model(folder, "llamacpp") == (folder, "auto")
+    file = tmp_path / "gguf" / "qwen2.5-coder-0.5b.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    served, runner = served_model(folder, "llamacpp")
+    assert (served.path, runner) == (file, "llamacpp")
 
 
 GPUS = [
