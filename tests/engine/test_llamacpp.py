@@ -172,7 +172,7 @@ def test_a_finished_part_is_what_the_whole_would_have_computed(model, runner):
     assert held[:2] == [60, 30]
 
 
-def test_a_long_pass_ends_soon_after_it_is_interrupted(tmp_path):
+def test_a_pass_is_aborted_in_its_middle(tmp_path):
     model = tiny.as_gguf(
         tiny.write_model(
             "llama", tmp_path / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=8
@@ -180,15 +180,19 @@ def test_a_long_pass_ends_soon_after_it_is_interrupted(tmp_path):
     )
     runner = load(model.path)
     [ids] = prompts(6, 64)
-    runner.forward([chunk(ids, 0)], [None])
-    runner.drop([0])
-    began = time.monotonic()
-    runner.forward([chunk(ids, 0)], [None])
-    whole_s = time.monotonic() - began
-    runner.drop([0])
-    until = time.monotonic() + whole_s / 4
-    assert runner.forward([chunk(ids, 0)], [None], lambda: time.monotonic() > until) is None
+    for _ in range(100):
+        asked = []
+        # Not before the pass, but as soon as the thread asks; on a busy machine that may be after the pass.
+        if (
+            runner.forward([chunk(ids, 0)], [None], lambda asked=asked: len(asked) > 0 or asked.append(1))
+            is None
+        ):
+            break
+        runner.drop([0])
+    else:
+        pytest.fail("no pass was aborted")
     assert runner._context.held[0] == 0
+    assert chosen(runner.forward([chunk(ids, 0)], [None])) == [expected(model, ids)]
 
 
 def test_the_callback_is_native_and_reads_the_flag(runner):
