@@ -25,7 +25,7 @@ from midfill.engine.token_healing import TokenIndex
 from midfill.engine.torch import devices
 from midfill.engine.torch.devices import Device
 from midfill.engine.torch.threads import ThreadCount, num_cores
-from midfill.errors import EngineError
+from midfill.errors import EngineError, ModelError
 from midfill.models.gguf import tokenizer_from_metadata
 from midfill.models.gguf_file import open_gguf
 from midfill.models.store import verify
@@ -208,6 +208,11 @@ def _load_openvino(
 def _load_llamacpp(spec: EngineSpec, progress: Progress) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
     from midfill.engine.llamacpp import runner as llamacpp_runner
 
+    if spec.model.path.is_dir():
+        raise ModelError(
+            f'Runner "llamacpp" needs a GGUF file; {spec.model.path} is a folder. Name a file that ends in '
+            '.gguf, or use runner "auto".'
+        )
     progress("mapping the model file", None)
     with open_gguf(spec.model.path) as file:
         header = file

@@ -25,6 +25,7 @@ from midfill.evaluation.fillers import Hole, PipelineFiller
 from midfill.evaluation.records import Records
 from midfill.evaluation.repository import score
 from midfill.evaluation.statistics import ALPHA, Effect, effect, median_bounds, more_commits
+from midfill.models import store
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
 from midfill.training.data import Example
@@ -352,6 +353,17 @@ def _in_rounds(examples: Sequence[Example]) -> list[Example]:
     return [group[number] for number in range(rounds) for group in by_commit.values() if number < len(group)]
 
 
+def served_model(model: LocalModel, runner: str) -> tuple[LocalModel, str]:
+    """Return the base model as the user's runner takes it, and the runner.
+
+    If there is no GGUF file of a model that was trained on its folder, OpenVINO or torch runs the folder.
+    """
+    if runner != "llamacpp":
+        return model, runner
+    found = store.find_for(model.name, runner)
+    return (model, "auto") if found is None else (found, runner)
+
+
 async def fill(
     model: LocalModel,
     adapter: Path,
@@ -372,12 +384,9 @@ async def fill(
         num_threads: threads of each model.
         tell: called with the share done.
     """
+    served, runner = served_model(model, settings.runner)
     spec = EngineSpec(
-        model,
-        device=settings.device,
-        dtype=settings.dtype,
-        num_threads=num_threads,
-        runner=settings.runner,
+        served, device=settings.device, dtype=settings.dtype, num_threads=num_threads, runner=runner
     )
     settings = settings.model_copy(update={"adapter": None, "deadline_s": 600.0})
     engines = await start_alike([spec, replace(spec, adapter=adapter)])
