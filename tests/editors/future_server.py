@@ -5,7 +5,10 @@ Started as `python future_server.py EXPLANATION`; EXPLANATION is a JSON object.
 
 import json
 import sys
+from pathlib import Path
 
+# Clients start programs with PYTHONSAFEPATH: Python then imports nothing from the folder of a script.
+sys.path.insert(0, str(Path(__file__).parent))
 from wire import received, send
 
 CAPABILITIES = {"textDocumentSync": {"openClose": True, "change": 2}, "inlineCompletionProvider": {}}
