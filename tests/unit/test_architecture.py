@@ -45,6 +45,7 @@ TORCH_ALLOWED = {
     ),
     *(f"engine/torch/{name}.py" for name in ("lora", "quantize", "runner", "sampling", "weights")),
     *(f"training/{name}.py" for name in ("model", "quantized_base", "trainer")),
+    *(f"bench/{name}.py" for name in ("gpu", "gpu_model")),
 }
 
 
