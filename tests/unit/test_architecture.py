@@ -48,6 +48,7 @@ TORCH_ALLOWED = {
         for name in ("lora", "quantize", "runner", "sampling", "weight_only", "weights")
     ),
     *(f"training/{name}.py" for name in ("model", "quantized_base", "trainer")),
+    *(f"bench/{name}.py" for name in ("gpu", "gpu_model")),
 }
 
 

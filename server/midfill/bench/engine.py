@@ -211,14 +211,15 @@ async def _cancellations(engine: Engine, plan: EnginePlan) -> list[float]:
     moments = random.Random(0)
     num_tokens = min(_CANCELLED_TOKENS, engine.model.context - 1)
     prompt = _prompt(engine.model, "kept", num_tokens)
-    await _run(engine, prompt, 1)
+    read_s = (await _run(engine, prompt, 1)).prefill_s
     freed_ms = []
     for number in range(plan.cancellations):
         num_kept = (num_tokens - num_tokens // 8) * (plan.cancellations - 1 - number) // plan.cancellations
         new = _prompt(engine.model, f"cancelled_{number}", num_tokens - num_kept)
         request = Request((*prompt[:num_kept], *new), 1)
         reading = asyncio.create_task(_exhaust(engine, request))
-        await asyncio.sleep(moments.uniform(0.02, 0.5))
+        # Early enough that the prompt is still being read, on a GPU too.
+        await asyncio.sleep(moments.uniform(0.04, 1.0) * min(0.5, 0.9 * read_s * len(new) / num_tokens))
         cancelled_s = time.monotonic()
         if reading.done():
             continue

@@ -350,7 +350,7 @@ def flash_kernel(
 ) -> torch.Tensor:
     """`Kernel` with torch's flash attention, on CUDA only: reads the entries in place.
 
-    Calls the operation that `torch.nn.attention.varlen` wraps. The wrapper adds a kernel per layer, and its
+    Calls the operation that torch's `varlen_attn` wraps. The wrapper adds a kernel per layer, and its
     arguments are not the same in all versions of torch.
     """
     limits = rows.limits

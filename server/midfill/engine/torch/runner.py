@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -275,6 +275,22 @@ class TorchRunner:
             return False
         with torch.inference_mode():
             return self._graphs.capture_next()
+
+    @property
+    def num_graphs(self) -> int:
+        """Number of captured graphs."""
+        return 0 if self._graphs is None else self._graphs.num_captured
+
+    @contextlib.contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        """Run plain passes instead of captured ones, to compare them."""
+        graphs, self._graphs = self._graphs, None
+        if graphs is not None:
+            graphs.discard_run_ahead()
+        try:
+            yield
+        finally:
+            self._graphs = graphs
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk of this size and a single token: the first passes are slow."""

@@ -116,7 +116,7 @@ def _empty_model(path: Path, dtype: torch.dtype) -> Any:
             "use a model with plain attention."
         )
     try:
-        with _parameters_on_meta():
+        with parameters_on_meta():
             return AutoModelForCausalLM.from_config(
                 config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False
             )
@@ -125,7 +125,7 @@ def _empty_model(path: Path, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Give the modules made in this thread parameters without memory, on torch's meta device.
 
     Buffers stay real: rotary frequencies are computed by the modules and are in no file. So
