@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -97,9 +97,7 @@ def load_runner(
             num_threads=num_threads,
             ahead=ahead,
             report=report,
-            fused=kind.fused,
-            compute=_compute(plan, chosen),
-            packed=is_cpu or chosen.packed_products,
+            **_form(plan, chosen),
         )
     torch.set_num_threads(num_threads)
     runner = TorchRunner(model, plan, target, thread_count, chunk_tokens=kind.chunk_tokens)
@@ -164,13 +162,14 @@ def choose_format(
     return fitting
 
 
-def _compute(plan: str, device: Device) -> torch.dtype | None:
-    """Return the type of the activations with 8- or 4-bit weights; see `build_model`."""
-    if device.kind == "cpu":
-        # Its packed products are 80 times faster with bfloat16 than with float32.
-        return torch.bfloat16 if plan == "int4" else None
-    compute: torch.dtype = getattr(torch, device.half)
-    return compute
+def _form(plan: str, device: Device) -> dict[str, Any]:
+    """Return the arguments of `build_model` that follow from a format and a device."""
+    fused = devices.KINDS[device.kind].fused
+    if device.kind != "cpu":
+        compute = getattr(torch, device.half)
+        return {"fused": fused, "compute": compute, "packed": device.packed_products}
+    # The CPU's packed products are 80 times faster with bfloat16 than with float32.
+    return {"fused": fused, "compute": torch.bfloat16 if plan == "int4" else None, "packed": True}
 
 
 def _largest(files: dict[str, Path]) -> str | None:
