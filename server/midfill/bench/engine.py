@@ -28,6 +28,7 @@ from midfill.bench.baselines import (
     can_run_llama_cpp,
 )
 from midfill.engine.api import Engine, ModelInfo, Progress, Request
+from midfill.engine.llamacpp.bindings import INSTALL, PACKAGE
 from midfill.settings import Settings
 from midfill.system.measure import peak_rss_mb, percentiles
 
@@ -155,7 +156,7 @@ async def _start_baselines(
             "there is no GGUF file of these weights; run `midfill model pull NAME --gguf`, or use --gguf FILE"
         )
     elif not can_run_llama_cpp():
-        found.skipped[LLAMA_CPP] = "xllamacpp is not installed; run: pip install xllamacpp"
+        found.skipped[LLAMA_CPP] = f"{PACKAGE} is not installed; run: {INSTALL}"
     context = max(plan.prefill_tokens, plan.context_tokens + plan.decode_tokens) + _WARM_UP_TOKENS
     for name, path in paths.items():
         if path is None or name in found.skipped:

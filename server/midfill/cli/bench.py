@@ -175,9 +175,9 @@ def bench_engine(
     """Measure prefill and decode speed, and compare with transformers' generate and llama.cpp.
 
     All engines run the same weights in turns, within the same minutes. llama.cpp needs the GGUF file
-    (`midfill model pull NAME --gguf`) and `pip install xllamacpp`. Takes a minute or two, during which the
-    machine should be idle. With --shape nothing is downloaded: random weights are written to a temporary
-    folder (2 bytes per weight).
+    (`midfill model pull NAME --gguf`) and the extra `bench`. Takes a minute or two, during which the machine
+    should be idle. With --shape nothing is downloaded: random weights are written to a temporary folder (2
+    bytes per weight).
 
     \b
     Examples:
@@ -392,12 +392,13 @@ def _baseline(
     from midfill.bench.backends import GenerateBackend
     from midfill.bench.baselines import can_run_llama_cpp
     from midfill.bench.llama_vim import LlamaVim, Options
+    from midfill.engine.llamacpp.bindings import INSTALL, PACKAGE
     from midfill.models import store
 
     if name == "generate":
         return GenerateBackend(installed_model(settings.model), settings)
     if not can_run_llama_cpp():
-        raise MidfillError("--against llama.cpp needs xllamacpp. Run: pip install xllamacpp")
+        raise MidfillError(f"--against llama.cpp needs {PACKAGE}. Run: {INSTALL}")
     if (file := gguf or store.find_gguf(settings.model)) is None:
         raise MidfillError(
             "--against llama.cpp needs the weights as a GGUF file. "
