@@ -119,7 +119,8 @@ def test_adapters_of_llama_cpp_that_leave_are_freed(tmp_path, monkeypatch):
         with_it()
         assert ours.probe(PROMPT, key).any()
         grown.append(process.memory_info().rss)
-    assert max(grown[-5:]) - max(grown[:5]) < 10 * size
+    # Twenty swaps after the allocator has what it needs; each would keep `size` if nothing were freed.
+    assert max(grown[-5:]) - max(grown[15:20]) < 10 * size
 
 
 @pytest.mark.parametrize(("kind", "runner"), [("gpt_bigcode", "openvino"), ("qwen2", "torch")])

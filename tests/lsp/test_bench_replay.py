@@ -183,7 +183,7 @@ def test_made_up_typing_is_drawn(tmp_path, engine):
         ((), 2, "Give either a TRACE (a file of recorded typing) or --files DIR"),
         (("a.jsonl", "--files", "."), 2, "Give either a TRACE (a file of recorded typing) or --files DIR"),
         (("nowhere.jsonl",), 1, "Cannot read nowhere.jsonl"),
-        (("--files", "/nowhere"), 1, "has no source file of"),
+        (("--files", "/nowhere"), 2, "Directory '/nowhere' does not exist"),
     ],
 )
 def test_a_replay_of_nothing_is_refused(arguments, status, message):
@@ -234,7 +234,8 @@ def test_a_shape_is_measured_without_any_model(tmp_path, monkeypatch):
     # How it is measured does not depend on the size of the model, which would be 164 million weights.
     small = {"n_embd": 48, "n_layer": 2, "n_inner": 96, "vocab_size": 3_000}
     monkeypatch.setitem(SHAPES, "tiny_starcoder_py", SHAPES["tiny_starcoder_py"] | small)
-    options = "--rounds 1 --cancellations 2 --prefill-tokens 128 --context-tokens 64 --device cpu --json"
+    # A prompt of so small a model may have been read before its request is cancelled.
+    options = "--rounds 1 --cancellations 12 --prefill-tokens 128 --context-tokens 64 --device cpu --json"
     done = CliRunner().invoke(cli, ["bench", "engine", "--shape", "tiny_starcoder_py", *options.split()])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)

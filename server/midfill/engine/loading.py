@@ -40,6 +40,8 @@ _LOG = logging.getLogger(__name__)
 _CAPTURE_S = 4.0
 """Seconds of loading spent on CUDA graphs; the remaining graphs are captured when the engine is idle."""
 
+_OPENVINO_REFUSES = 'OpenVINO cannot run this model: {}. Use runner "auto" or "torch".'
+
 _SAMPLE = "def area(width, height):\n    return width * height\n"
 
 
@@ -123,6 +125,10 @@ def _place(spec: EngineSpec, find_gpus: Callable[[str], Sequence[Device]]) -> tu
     if spec.runner == "llamacpp":
         # Its own library looks for GPUs.
         return devices.CPU, spec.dtype
+    if spec.runner == "openvino":
+        if spec.device not in {"auto", "cpu"}:
+            raise EngineError(_OPENVINO_REFUSES.format(f'it does not support device "{spec.device}"'))
+        return devices.CPU, spec.dtype
     device, why = devices.choose(spec.device, find_gpus(spec.device))
     if device.kind != "cpu":
         from midfill.engine.torch.loading import choose_format
@@ -183,7 +189,7 @@ def _openvino_shape(spec: EngineSpec, device: Device) -> DecoderShape | None:
             except UnsupportedError as error:
                 why = str(error)
     if spec.runner == "openvino":
-        raise EngineError(f'OpenVINO cannot run this model: {why}. Use runner "auto" or "torch".')
+        raise EngineError(_OPENVINO_REFUSES.format(why))
     return None
 
 
