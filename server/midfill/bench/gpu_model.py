@@ -133,7 +133,8 @@ def made_up_adapter(runner_model: Any, rank: int, key: str) -> Adapter:
     branches = {}
     for name, module in runner_model.named_modules():
         linear = type(module) is torch.nn.Linear or getattr(module, "acts_as_linear", False)
-        if linear and "lm_head" not in name:
+        # The product that fused layers share is not a layer of its own.
+        if linear and "lm_head" not in name and "_shared" not in name.split("."):
             down = np.full((rank, module.in_features), 1e-3, np.float32)
             up = np.full((module.out_features, rank), 1e-3, np.float32)
             branches[name] = Branch(down, up, 1.0)
