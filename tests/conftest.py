@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 from xdist.scheduler import LoadGroupScheduling
 
+# Each of the processes of a run has one core, and its tests have small models: threads of torch that wait for
+# each other take more time than they save. Read when torch is imported, also by the programs of tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import profiles
 from midfill.models import catalogue, fetch
 from turns import fcntl, turn

@@ -31,6 +31,7 @@
 ;;; Code:
 
 (require 'cl-lib)
+(require 'seq)
 (require 'midfill-server)
 
 (defcustom midfill-auto t
@@ -76,10 +77,11 @@ They are called in the buffer after each command."
 
 (cl-defstruct (midfill--suggestion (:constructor midfill--make-suggestion) (:copier nil))
   "The text that may stand at a place.
-CLOSERS are the brackets and quotes behind point that are in TEXT, too;
-the editor has put them there.  COMMAND tells the server at CONNECTION
-that it was accepted."
-  place text closers command connection)
+REPLACED is the number of closers after point that it takes the place of.
+PAIRS has a cons for each closer of TEXT that Emacs may insert by itself:
+the offset of its opener, -1 if that is before TEXT, and its own.
+COMMAND tells the server at CONNECTION that it was accepted."
+  place text replaced pairs command connection)
 
 (cl-defstruct (midfill--question (:constructor midfill--make-question) (:copier nil))
   "A pending request."
@@ -146,22 +148,32 @@ that it was accepted."
        (= (midfill--place-tick place) (buffer-chars-modified-tick))
        (= (midfill--place-point place) (point))))
 
-(defun midfill--closing (text closers)
-  "Where TEXT closes, in their order, what CLOSERS close: offsets."
-  (let ((depth 0) (places nil) (wanted (append closers nil)))
-    (dotimes (at (length text))
-      (let ((char (aref text at)))
-        (cond
-         ((and wanted (zerop depth) (eq char (car wanted)))
-          (pop wanted)
-          (push at places))
-         ((memq char '(?\( ?\[ ?{)) (cl-incf depth))
-         ((memq char '(?\) ?\] ?})) (setq depth (max 0 (1- depth)))))))
-    (nreverse places)))
+(defun midfill--are-closers (text)
+  "Return non-nil if TEXT is nothing but closers."
+  (string-match-p "\\`[])}>\"'`]*\\'" text))
+
+(defun midfill--matched (added awaited text)
+  "Return the offsets in AWAITED at which TEXT has the closers ADDED, in order.
+Emacs may have closed some of what was typed, and other brackets not.
+One after TEXT stays where it is and is left out.  t if ADDED has others."
+  (catch 'other
+    (let (offsets)
+      (seq-doseq (char added)
+        (while (and awaited
+                    (not (if (< (car awaited) (length text))
+                             (eq char (aref text (car awaited)))
+                           (midfill--are-closers (string char)))))
+          (pop awaited))
+        (unless awaited
+          (throw 'other t))
+        (let ((at (pop awaited)))
+          (when (< at (length text))
+            (push at offsets))))
+      (nreverse offsets))))
 
 (defun midfill--rest (suggestion)
   "What of SUGGESTION is left at point; nil if it does not hold there.
-A cons of the text and of those closers behind point that are in it."
+A cons of the text and of the offsets in it of closers after point."
   (when-let* ((place (and suggestion (midfill--suggestion-place suggestion)))
               (start (midfill--place-point place))
               (text (midfill--suggestion-text suggestion)))
@@ -169,22 +181,25 @@ A cons of the text and of those closers behind point that are in it."
                (<= (point-min) start (point))
                (< (- (point) start) (length text)))
       (let* ((typed (buffer-substring-no-properties start (point)))
-             (rest (substring text (length typed)))
-             (used (length (midfill--closing typed (midfill--suggestion-closers suggestion))))
+             (size (length typed))
+             (pairs (seq-filter (lambda (pair) (and (< (car pair) size) (<= size (cdr pair))))
+                                (midfill--suggestion-pairs suggestion)))
+             (given (mapcar #'cdr (seq-filter (lambda (pair) (< (car pair) 0)) pairs)))
+             (awaited (mapcar #'cdr (seq-remove (lambda (pair) (< (car pair) 0)) pairs)))
+             (used (max 0 (- (midfill--suggestion-replaced suggestion) (length given))))
              (behind (substring (midfill--place-tail place) used))
              (tail (midfill--tail))
              ;; What was typed, over closers or not, and what the editor has closed at that, is all that
              ;; may have changed.
-             (num-new (- (length tail) (length behind)))
-             (closers (and (>= num-new 0)
-                           (concat (substring tail 0 num-new)
-                                   (substring (midfill--suggestion-closers suggestion) used)))))
-        (and closers
-             (string-prefix-p typed text)
-             (string-suffix-p behind tail)
-             (= (- (buffer-size) (midfill--place-size place)) (+ (- (length typed) used) num-new))
-             (>= (length (midfill--closing rest closers)) num-new)
-             (cons rest closers))))))
+             (num-new (- (length tail) (length behind))))
+        (when (and (>= num-new 0)
+                   (string-prefix-p typed text)
+                   (string-suffix-p behind tail)
+                   (= (- (buffer-size) (midfill--place-size place)) (+ (- size used) num-new)))
+          (let ((offsets (midfill--matched (substring tail 0 num-new) awaited text)))
+            (when (listp offsets)
+              (cons (substring text size)
+                    (mapcar (lambda (at) (- at size)) (append offsets given))))))))))
 
 (defun midfill--piece (text part)
   "Return the first word of TEXT, or the rest of its first line, or all of it.
@@ -224,7 +239,7 @@ PART is `word', `line' or nil.  An empty first line includes the next."
 ;;; Showing
 
 (defun midfill--draw (rest)
-  "Show REST, a text and the closers that are in it, as ghost text at point."
+  "Show REST, a text and the closers after point in it, as ghost text at point."
   (let ((shown (propertize (car rest) 'face 'midfill-suggestion))
         (end (+ (point) (length (cdr rest)))))
     ;; The cursor stands before the text, not behind it.
@@ -262,20 +277,20 @@ PART is `word', `line' or nil.  An empty first line includes the next."
 
 ;;; Asking
 
-(defun midfill--closers-of (range)
-  "The text behind point that RANGE covers; nil if it does not begin at point."
+(defun midfill--num-replaced (range)
+  "The number of closers after point that RANGE covers; nil if it covers others."
   (let ((begin (midfill-server-get range :start))
         (end (midfill-server-get range :end)))
     (cond
-     ((null range) "")
+     ((null range) 0)
      ((not (equal (midfill-server-get begin :line) (midfill-server-get end :line))) nil)
      (t
       ;; Behind point a closer is one unit in every encoding.
       (let ((length (- (midfill-server-get end :character) (midfill-server-get begin :character)))
             (tail (midfill--tail)))
         (and (<= 0 length (length tail))
-             (string-match-p "\\`[])}\"'`]*\\'" (substring tail 0 length))
-             (substring tail 0 length)))))))
+             (midfill--are-closers (substring tail 0 length))
+             length))))))
 
 (defun midfill--suggestion-of (item place connection)
   "The suggestion of the inline completion ITEM at PLACE.
@@ -283,11 +298,15 @@ ITEM came from CONNECTION.  nil if it would replace anything but what the
 editor has closed by itself: ghost text can only add."
   (let* ((text (midfill-server-get item :insertText))
          (text (if (stringp text) text (midfill-server-get text :value)))
-         (closers (midfill--closers-of (midfill-server-get item :range))))
-    (when (and (stringp text) (not (string-empty-p text)) closers)
-      (midfill--make-suggestion :place place :text (replace-regexp-in-string "\r\n" "\n" text t t)
-                                :closers closers :command (midfill-server-get item :command)
-                                :connection connection))))
+         (replaced (midfill--num-replaced (midfill-server-get item :range)))
+         (pairs (mapcar (lambda (pair) (cons (elt pair 0) (elt pair 1)))
+                        (midfill-server-get item :data :closers))))
+    (when (and (stringp text) (not (string-empty-p text)) replaced)
+      (let ((suggestion
+             (midfill--make-suggestion
+              :place place :text (replace-regexp-in-string "\r\n" "\n" text t t) :replaced replaced
+              :pairs pairs :command (midfill-server-get item :command) :connection connection)))
+        (and (midfill--rest suggestion) suggestion)))))
 
 (defun midfill--answered (question result)
   "Show RESULT, the answer to QUESTION, unless it is outdated."
@@ -388,10 +407,7 @@ Not every change comes from a command."
          (is-all (equal piece (car rest))))
     ;; One undo takes back what was accepted, and not what had been typed before.
     (undo-boundary)
-    (let ((used (if is-all
-                    (length (cdr rest))
-                  (length (midfill--closing piece (cdr rest))))))
-      (delete-region (point) (+ (point) used)))
+    (delete-region (point) (+ (point) (seq-count (lambda (at) (< at (length piece))) (cdr rest))))
     (insert piece)
     (when is-all
       (midfill--clear)

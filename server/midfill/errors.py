@@ -29,6 +29,10 @@ class ModelError(MidfillError):
     """A model cannot be found, downloaded, verified, converted or used."""
 
 
+class ModelMissingError(ModelError):
+    """A model that could be downloaded is not on this machine."""
+
+
 class AdapterError(MidfillError):
     """An adapter cannot be loaded, or does not belong to the model."""
 

@@ -27,6 +27,7 @@ from pydantic.alias_generators import to_camel
 
 from midfill.errors import SettingsError
 from midfill.system import text_files
+from midfill.system.file_errors import why_unreadable, why_unwritable
 from midfill.system.printable import printable
 from midfill.text.secret_filter import SECRET_FILES
 
@@ -67,7 +68,7 @@ LOCAL_ENGINES = ("auto", "local", "shared")
 
 # The form of a setting with a pattern, for error messages.
 _FORMS = {
-    "device": "use `auto`, `cpu`, `cuda` or `cuda:N`",
+    "device": "use `auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`",
     "engine_key": "say where the key is read from: `env:NAME`, `keyring:SERVICE/USER` or `command:PROGRAM`",
 }
 # Their values are not quoted in error messages: a user may have written the secret itself.
@@ -157,18 +158,21 @@ class Settings(BaseModel):
     )
     device: Annotated[str, _AT_START] = Field(
         default="auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="Device that runs the model: `cpu`, `cuda`, or `cuda:N` for one of several GPUs. "
-        "`auto`: a GPU if there is one.",
+        pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu(:\d+)?)$",
+        description="Device that runs the model: `cpu`, `cuda` (NVIDIA and AMD), `cuda:N` for one of several "
+        "GPUs, `mps` (Apple), `xpu` (Intel). `auto`: an NVIDIA or AMD GPU if it can run the model, otherwise "
+        "the CPU.",
     )
-    dtype: Annotated[Literal["auto", "int8", "float32", "bfloat16"], _AT_START] = Field(
+    dtype: Annotated[Literal["auto", "int8", "int4", "float32", "bfloat16", "float16"], _AT_START] = Field(
         default="auto",
-        description="Number format of the model's weights. `auto`: int8 on a CPU, bfloat16 on a GPU.",
+        description="Number format of the model's weights. `auto`: int8 on a CPU; on a GPU 16 bits, or "
+        "fewer if its memory is too small for them.",
     )
-    runner: Annotated[Literal["auto", "openvino", "torch"], _AT_START] = Field(
+    runner: Annotated[Literal["auto", "openvino", "torch", "llamacpp"], _AT_START] = Field(
         default="auto",
         description="Library that runs the model. `auto`: OpenVINO for int8 on a CPU if it supports the "
-        "model, otherwise torch.",
+        "model, otherwise torch. `llamacpp`: llama.cpp runs the model's GGUF file as it is; it needs the "
+        "package xllamacpp, in the version that `midfill doctor` names.",
     )
     num_threads: Annotated[int, _AT_START] = Field(
         default=0,
@@ -202,12 +206,13 @@ class Settings(BaseModel):
         description="Maximum length, in tokens, of a suggestion that you ask for explicitly; if it is less "
         "than `max_new_tokens`, that counts.",
     )
-    popup_budget_ms: Annotated[int, _ANY_TIME] = Field(
-        default=80,
+    popup_budget_ms: Annotated[int | None, _ANY_TIME] = Field(
+        default=None,
         ge=0,
         le=60_000,
         description="Maximum time, in milliseconds, that the completion popup waits for the model. A "
-        "suggestion that takes longer is in the popup at the next keystroke.",
+        "suggestion that takes longer is in the popup at the next keystroke. Without a value: 80, and in "
+        "Helix, which adds late items to its popup itself, as long as the model takes.",
     )
     layout: Annotated[Literal["auto", "anchored", "appending", "psm", "spm"], _ANY_TIME] = Field(
         default="auto",
@@ -282,6 +287,13 @@ class Settings(BaseModel):
         if self.engine in LOCAL_ENGINES:
             return ()
         return (self.engine,) if isinstance(self.engine, str) else self.engine
+
+    @property
+    def longest_prompt(self) -> int:
+        """The maximum number of tokens of a prompt with its output."""
+        others = self.context_tokens if self.context else 0
+        output = max(self.max_new_tokens, self.max_new_tokens_invoked)
+        return self.prefix_tokens + self.suffix_tokens + others + output
 
 
 def _is_port(parts: SplitResult) -> bool:
@@ -437,8 +449,7 @@ def store(key: str, value: str | float | bool, path: Path | None = None) -> Path
             )
         text_files.replace(path, (text_files.BOM if before.startswith(text_files.BOM) else "") + after)
     except (OSError, TOMLKitError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise SettingsError(f"Cannot write the settings file {path}: {why}.") from error
+        raise SettingsError(f"Cannot write the settings file {path}: {why_unwritable(error)}.") from error
     return path
 
 
@@ -476,7 +487,10 @@ def vscode_settings() -> dict[str, dict[str, Any]]:
         text = schema.pop("description")
         del schema["title"]
         if "anyOf" in schema:
-            schema["type"] = [one["type"] for one in schema.pop("anyOf")]
+            kinds = schema.pop("anyOf")
+            # Limits of one type say nothing of a value of another.
+            schema |= {key: limit for kind in kinds for key, limit in kind.items()}
+            schema["type"] = [kind["type"] for kind in kinds]
         declared[f"midfill.{to_camel(name)}"] = schema | {
             "markdownDescription": f"{text} {_RESTART}" if own.restart else text,
             "scope": "window" if own.scope is Scope.PROJECT else "machine",
@@ -490,6 +504,8 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(text_files.read(path))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise SettingsError(f"Cannot read the settings file {path}: {why_unreadable(error)}.") from error
+    except (UnicodeError, tomllib.TOMLDecodeError) as error:
         said = str(error).rstrip(".")
         raise SettingsError(f"Cannot read the settings file {path}: {said}. Correct or delete it.") from error

@@ -21,12 +21,6 @@ def pytest_runtest_makereport(item):
     return report
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "tests/editors/" in item.nodeid:
-            item.add_marker(pytest.mark.flaky(reruns=1))
-
-
 def installed(editor, *programs):
     """The path of an editor's first program. CI installs what is missing; a developer without it skips."""
     script = Path(__file__).with_name("install.sh")

@@ -5,25 +5,13 @@ Started as `python future_server.py EXPLANATION`; EXPLANATION is a JSON object.
 
 import json
 import sys
+from pathlib import Path
+
+# Clients start programs with PYTHONSAFEPATH: Python then imports nothing from the folder of a script.
+sys.path.insert(0, str(Path(__file__).parent))
+from wire import received, send
 
 CAPABILITIES = {"textDocumentSync": {"openClose": True, "change": 2}, "inlineCompletionProvider": {}}
-
-
-def send(**message):
-    body = json.dumps({"jsonrpc": "2.0", **message}).encode()
-    sys.stdout.buffer.write(b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    sys.stdout.buffer.flush()
-
-
-def received():
-    while line := sys.stdin.buffer.readline():
-        length = 0
-        while line.strip():
-            name, _, value = line.partition(b":")
-            length = int(value) if name.lower() == b"content-length" else length
-            line = sys.stdin.buffer.readline()
-        yield json.loads(sys.stdin.buffer.read(length))
-
 
 results = {
     "initialize": {"capabilities": CAPABILITIES, "serverInfo": {"name": "midfill", "version": "9.0.0"}},

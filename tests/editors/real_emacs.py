@@ -25,6 +25,8 @@ class Emacs(Terminal):
 
     def __init__(self, folder, rules, *, client="own", before="", **options):
         super().__init__(folder, rules, **options)
+        self._commands = folder / "commands"
+        self._commands.touch()
         init = folder / ".emacs.d" / "init.el"
         init.parent.mkdir()
         init.write_text(
@@ -37,8 +39,10 @@ class Emacs(Terminal):
             f"(setq server-name {_lisp(str(self._sockets / 'emacs'))})\n"
             "(menu-bar-mode -1)\n"
             "(electric-indent-mode -1)\n"
-            "(defvar commands-run 0)\n"
-            "(add-hook 'post-command-hook (lambda () (setq commands-run (1+ commands-run))))\n"
+            # A character for each command that has run.
+            f"(setq commands-file {_lisp(str(self._commands))})\n"
+            "(add-hook 'post-command-hook\n"
+            '  (lambda () (let ((inhibit-quit t)) (write-region "." nil commands-file t \'silent))))\n'
             f"(add-to-list 'load-path {_lisp(str(PACKAGE))})\n"
             f"(setq midfill-client '{client}\n"
             f"      midfill-command (json-parse-string {_lisp(json.dumps(self.command))} :array-type 'list)\n"
@@ -64,11 +68,12 @@ class Emacs(Terminal):
     def run(self, *keys):
         """Press keys that are a command, and wait until it has run.
 
-        C-g throws away what was typed after it and not read yet.
+        C-g throws away what was typed after it and not read yet. While Emacs answers a question of ours, it
+        ends that answer and is no command: so nothing is asked here.
         """
-        before = self.lisp("commands-run")
+        before = self._commands.stat().st_size
         self.press(*keys)
-        self.until(lambda: self.lisp("commands-run") > before, f"the command of {keys}")
+        self.until(lambda: self._commands.stat().st_size > before, f"the command of {keys}")
 
     def escape(self):
         """Press Escape, where that is a command (evil, viper), and wait until it has run.

@@ -6,16 +6,20 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
 
+import forkserver
+from midfill.lsp.client import SERVE_COMMAND
+
 # Generous: it is reached only by what never happens, and machines may be busy.
 LIMIT_S = 90
 POLL_S = 0.02
+# Each look costs a process.
+_POLL_END_S = 0.5
 
 COLUMNS, LINES = 80, 24
 
@@ -48,12 +52,11 @@ FUTURE = [
 
 def serve_command(folder, rules, log):
     """What starts the server with these rules of the scripted engine; `(None,)` is the real default model."""
-    command = [sys.executable, "-P", "-m", "midfill", "serve"]
-    if rules != (None,):
-        script = folder / "script.json"
-        script.write_text(json.dumps({"rules": rules, "log": str(log)}))
-        command += ["--engine", f"scripted:{script}"]
-    return command
+    if rules == (None,):
+        return list(SERVE_COMMAND)
+    script = folder / "script.json"
+    script.write_text(json.dumps({"rules": rules, "log": str(log)}))
+    return [*forkserver.command("serve"), "--engine", f"scripted:{script}"]
 
 
 class Terminal:
@@ -175,10 +178,14 @@ class Terminal:
 
     def until(self, condition, what):
         end = time.monotonic() + LIMIT_S
+        next_look = 0.0
         while not condition():
-            if self.tmux("display-message", "-p", "#{pane_dead}") == "1":
-                raise AssertionError(f"the editor has ended before {what}: {self.describe()}")
-            if time.monotonic() > end:
+            now = time.monotonic()
+            if now >= next_look:
+                next_look = now + _POLL_END_S
+                if self.tmux("display-message", "-p", "#{pane_dead}") == "1":
+                    raise AssertionError(f"the editor has ended before {what}: {self.describe()}")
+            if now > end:
                 raise AssertionError(f"{what} never came: {self.describe()}")
             time.sleep(POLL_S)
 

@@ -59,6 +59,23 @@ def test_typing_through_a_suggestion_shortens_it_at_once_and_asks_nobody(emacs):
     editor.reads(VALUES + "\ntotal = sum(values)")
 
 
+def test_brackets_and_quotes_that_emacs_closes_take_nothing_away(emacs):
+    editor = emacs({"after": "é = f", "text": '("(", x)\n'}, text="x = 1").ready()
+    editor.lisp("(progn (electric-pair-local-mode 1) t)")
+    editor.press("End", "Enter")
+    editor.type("é = f")
+    editor.shows('("(", x)')
+    editor.until(lambda: editor.model_calls, "the end of the model's work")
+    asked = editor.asked
+    editor.type('("')
+    editor.until(lambda: editor.text == 'x = 1\né = f("")', "the closed bracket and quote")
+    # Both quotes and the bracket of the suggestion are those of Emacs.
+    editor.sees("x = 1", 'é = f("(", x)')
+    assert editor.asked == asked
+    editor.press("Tab")
+    editor.reads('x = 1\né = f("(", x)')
+
+
 def test_moving_on_takes_the_request_back(emacs):
     slow = {"after": "first = ", "text": "1" * 100, "token_delay_s": 0.3}
     editor = emacs(slow, {"after": "second = ", "text": "2"}, text="# here").ready()

@@ -147,6 +147,21 @@ def test_a_bracket_that_is_closed_by_itself_takes_nothing_away(neovim):
     assert editor.cursor == (3, 17)
 
 
+def test_brackets_in_strings_and_characters_of_many_bytes_before_a_closed_bracket(neovim):
+    pairs = AUTOPAIRS + """ vim.keymap.set('i', '"', '""<C-g>U<Left>')"""
+    editor = neovim({"after": "é = f", "text": '("é(", x)\n'}, text="x = 1", before=pairs)
+    editor.press("oé = f")
+    editor.sees('("é(", x)')
+    editor.until(lambda: editor.model_calls, "the end of the model's work")
+    asked = num_requests(editor)
+    editor.press('("')
+    editor.until(lambda: editor.text == 'x = 1\né = f("")', "the closed bracket and quote")
+    assert editor.screen[1] == 'é = f("é(", x)'
+    assert num_requests(editor) == asked
+    editor.press("<Tab>")
+    editor.reads('x = 1\né = f("é(", x)')
+
+
 def test_an_item_that_goes_on_behind_a_closed_bracket(neovim):
     rule = {"after": "def area(", "text": METHOD["text"][1:]}
     editor = neovim(rule, text="class Box:\n\n# end", before=AUTOPAIRS)
@@ -173,7 +188,8 @@ def test_closed_brackets_that_end_up_on_a_later_line(neovim):
         "local server = require('midfill.server') server.call = function(_, method, _, _, answered) "
         "if method == 'request' then vim.schedule(function() answered(nil, {items = {{"
         "insertText = '\\n    1,\\n], key=2)\\n', range = {start = {line = 1, character = 3}, "
-        "['end'] = {line = 1, character = 5}}}}}) end) return true, 1 end end"
+        "['end'] = {line = 1, character = 5}}, data = {closers = {{-1, 8}, {-1, 16}}}}}}) end) "
+        "return true, 1 end end"
     )
     editor.press(TRIGGERED)
     editor.until(lambda: "], key=2)" in editor.screen, "ghost text")

@@ -65,6 +65,27 @@ def test_typing_through_a_suggestion_shortens_it_at_once_and_asks_nobody(vim):
     editor.reads(VALUES + "\ntotal = sum(values)")
 
 
+# As plugins such as delimitMate do.
+AUTOPAIRS = "execute(['inoremap ( ()<C-g>U<Left>', 'inoremap \" \"\"<C-g>U<Left>'])"
+
+
+def test_brackets_and_quotes_that_vim_closes_take_nothing_away(vim):
+    editor = vim({"after": "é = f", "text": '("(", x)\n'}, text="x = 1").ready()
+    editor.eval(AUTOPAIRS)
+    editor.type("oé = f")
+    editor.shows('("(", x)')
+    editor.until(lambda: editor.model_calls, "the end of the model's work")
+    asked = editor.asked
+    editor.type('("')
+    editor.until(lambda: editor.text == 'x = 1\né = f("")', "the closed bracket and quote")
+    # Both quotes and the bracket of the suggestion are those of Vim.
+    editor.shows('(", x)')
+    editor.sees("x = 1", 'é = f("(", x)')
+    assert editor.asked == asked
+    editor.press("Tab")
+    editor.reads('x = 1\né = f("(", x)')
+
+
 def test_moving_on_takes_the_request_back(vim):
     slow = {"after": "first = ", "text": "1" * 100, "token_delay_s": 0.3}
     editor = vim(slow, {"after": "second = ", "text": "2"}, text="# here").ready()

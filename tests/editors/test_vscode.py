@@ -15,7 +15,8 @@ from real_vscode import EXTENSION, STATUS, Window, npm
 
 from midfill import __version__
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+# A real window in a real browser misses a key now and then.
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow, pytest.mark.flaky(reruns=1)]
 
 SERVE = {"midfill__server__command": [sys.executable, "-P", "-m", "midfill"]}
 VALUES = "values = [1, 2]\n"
@@ -246,6 +247,19 @@ def test_a_server_that_dies_again_and_again_is_given_up(window, vscode, engine):
     assert len(window.server_pids) == 1
 
 
+def test_a_wrong_command_leads_to_its_setting(window, vscode, engine):
+    vscode.configure(**engine.settings | {"midfill__server__command": ["/nowhere/midfill"]})
+    window.shows("midfill stopped")
+    window.says("The server cannot be started (spawn /nowhere/midfill ENOENT)")
+    # It never ran, so it has not crashed, and is not started again.
+    assert len(window.notes) == 1
+    window.click("Settings")
+    window.page.locator(".tab.active", has_text="Settings").wait_for()
+    window.press("Control+W")
+    vscode.configure(**engine.settings)
+    window.shows("scripted")
+
+
 def test_settings_count_without_a_restart(window, vscode, engine):
     window.open("settings.py", VALUES)
     pids = window.server_pids
@@ -319,6 +333,17 @@ def test_toggle_for_a_language(window):
     window.run("midfill: Toggle Suggestions for This Language")
     window.shows("midfill off: python")
     window.run("midfill: Toggle Suggestions for This Language")
+    window.shows("scripted")
+
+
+def test_a_file_that_gets_nothing_says_so_and_why(window):
+    window.open("local.env", "NAME=value\n")
+    window.shows("midfill off: this file")
+    # As VS Code spells the setting.
+    assert "midfill.excludedFiles" in window.tooltip
+    window.press("Alt+Backslash")
+    window.explains("midfill.excludedFiles")
+    window.open("allowed.py", VALUES)
     window.shows("scripted")
 
 
@@ -407,11 +432,22 @@ def test_restricted_mode_ignores_the_settings_of_a_workspace(another_window, vsc
 
 
 def test_the_server_is_installed_into_an_environment_of_its_own(another_window, vscode, engine):
-    vscode.configure(**engine.settings | {"midfill__server__command": []})
+    none = {"midfill__server__command": [], "midfill__server__arguments": []}
+    vscode.configure(**engine.settings | none, midfill__model="/nowhere/tiny.gguf")
     window = another_window("install")
     window.says("The server is not installed")
+    # What is fetched, how much it is, and where it goes.
+    [note] = window.notes
+    assert all(words in note for words in ("1.6 GB or more", "/nowhere/tiny.gguf", "midfill.midfill/server"))
     assert window.status == "midfill"
     window.click("Install")
+    window.shows("midfill downloading")
+    # One answer for both: the model is fetched next, without another question. Here that cannot succeed.
+    window.says("There is no model '/nowhere/tiny.gguf'")
+    assert [note for note in window.notes if "Download it" in note] == []
+    window.shows("midfill: no model")
+    window.run("Notifications: Clear All Notifications")
+    vscode.configure(**engine.settings | {"midfill__server__command": []})
     window.shows("scripted")
     program = vscode.data / "User/globalStorage/midfill.midfill/server/bin/midfill"
     assert window.serves(program)
@@ -423,6 +459,57 @@ def test_the_server_is_installed_into_an_environment_of_its_own(another_window, 
     window.run("midfill: Restart Server")
     window.until(lambda: window.serves(Path(sys.executable).parent / "midfill"), "the server on the PATH")
     window.shows("scripted")
+
+
+PULLING = """#!/bin/sh
+# midfill, but a download takes until the file `go` is here, and brings the scripted model.
+here={folder}
+if [ "$1 $2" = "model pull" ]; then
+    echo "fetching it: 100 of 1117 MB (8 %)" >&2
+    while [ ! -e $here/go ]; do [ -e $here ] && sleep 0.05 || exit 1; done
+    touch $here/pulled
+    exit 0
+fi
+[ "$1" != serve ] || [ ! -e $here/pulled ] || exec {python} -P -m midfill "$@" --engine scripted:{script}
+exec {python} -P -m midfill "$@"
+"""
+
+
+def test_a_missing_model_is_offered_and_downloaded_with_its_progress(
+    another_window, vscode, engine, tmp_path
+):
+    program = tmp_path / "midfill"
+    program.write_text(PULLING.format(folder=tmp_path, python=sys.executable, script=engine.script))
+    program.chmod(0o755)
+    vscode.configure(midfill__server__command=[str(program)], midfill__model="qwen2.5-coder-1.5b")
+    window = another_window("missing")
+    window.shows("midfill: no model")
+    window.says("The model qwen2.5-coder-1.5b (1.1 GB) is not on this machine. Download it into ")
+    # One question, no error, and nothing that asks for a command of a terminal.
+    assert len(window.notes) == 1
+    assert "midfill model pull" not in window.notes[0] + window.tooltip
+    window.page.locator(STATUS).click()
+    window.choose("Download the model")
+    window.shows("midfill downloading")
+    window.says("100 of 1117 MB")
+    assert "100 of 1117 MB" in window.tooltip
+    # Cancelled, it can be asked for again.
+    window.click("Cancel")
+    window.shows("midfill: no model")
+    window.run("midfill: Download the Chosen Model")
+    window.shows("midfill downloading")
+    (tmp_path / "go").touch()
+    window.shows("scripted")
+    window.open("main.py", VALUES)
+    window.type("total = ")
+    window.gets("sum(values)")
+
+
+def test_the_walkthrough_has_no_marks_that_vs_code_draws_as_they_are():
+    manifest = json.loads((EXTENSION / "package.json").read_text(encoding="utf-8"))
+    steps = manifest["contributes"]["walkthroughs"][0]["steps"]
+    assert steps
+    assert [step for step in steps if "`" in step["title"] + step["description"]] == []
 
 
 def test_nothing_of_the_folder_that_is_open_is_run(another_window, vscode, engine):

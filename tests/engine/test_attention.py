@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulated_cuda import emulated
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -151,14 +152,64 @@ def test_flash_attention_is_called_as_torch_declares_it(rows, width, window):
 
 def test_flash_attention_is_told_where_each_sequence_begins_and_ends():
     memory = memories(2)["fixed"]
-    past = FixedShapePast(
-        memory, torch.tensor([2, 0]), torch.tensor([250, 40]), GraphShape(2, 4, 512), flash_kernel
-    )
-    queries, keys, ends = past.limits
-    assert queries.tolist() == [0, 4, 8]
+    slots, starts = torch.tensor([2, 0]), torch.tensor([250, 40])
+    past = FixedShapePast(memory, slots, starts, GraphShape(2, 32, 512), flash_kernel)
+    queries, keys, num_keys, num_queries = past.limits
+    assert queries.tolist() == [0, 32, 64]
     assert keys[:2].tolist() == [1200, 0]
-    assert ends.tolist() == [254, 44]
-    assert {tensor.dtype for tensor in (queries, keys, ends)} == {torch.int32}
+    assert num_keys.tolist() == [282, 72]
+    assert num_queries == 32
+    assert {tensor.dtype for tensor in (queries, keys, num_keys)} == {torch.int32}
+
+
+def test_the_few_queries_of_a_key_are_sequences_of_their_own():
+    """So that the kernel spreads them over the device; each sees the keys up to itself."""
+    memory = memories(2)["fixed"]
+    slots, starts = torch.tensor([2, 0]), torch.tensor([250, 40])
+    past = FixedShapePast(memory, slots, starts, GraphShape(2, 4, 252), flash_kernel)
+    queries, keys, num_keys, num_queries = past.limits
+    assert queries.tolist() == list(range(9))
+    assert keys[:8].tolist() == [1200] * 4 + [0] * 4
+    # Padding of a pass that is being captured is no reason to read more than the graph's shape says.
+    assert num_keys.tolist() == [251, 252, 252, 252, 41, 42, 43, 44]
+    assert num_queries == 1
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("heads", list(HEADS.values()), ids=HEADS)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 8), (2, 4), (1, 40), (4, 1)])
+def test_flash_attention_sees_what_the_plain_kernel_sees(heads, window, rows, width):
+    """By FlashAttention's own rules (tests/engine/emulated_cuda.py)."""
+    num_heads, key_heads = heads
+    memory = memories(key_heads)["fixed"]
+    starts, slots = torch.tensor([250, 40, 0, 479][:rows]), torch.tensor([2, 0, 3, 1][:rows])
+    filled(memory, dict.fromkeys(range(4), 600), key_heads)
+    query = random(1, num_heads, rows * width, WIDTH, seed=1)
+    with emulated() as cuda:
+        outputs = []
+        for kernel in (flash_kernel, packed_kernel):
+            past = FixedShapePast(memory, slots, starts, GraphShape(rows, width, 520), kernel)
+            outputs.append(kernel(past, query, memory.layers[0], None, window))
+        assert cuda.stats["flash"] == 1
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_products_on_cuda_are_as_exact_as_the_fused_kernel(masked):
+    """In bf16, against fp32: products that are rounded before the softmax would be ten times as wrong."""
+    query = 3 * random(1, 14, 8, 64, seed=1)
+    keys, values = (random(1, 2, 700, 64, seed=seed) for seed in (2, 3))
+    positions = torch.arange(692, 700)[None]
+    mask = packed_mask(positions, range(700), 7, None, torch.float32) if masked else None
+    exact = packed(*(t.bfloat16().float() for t in (query, keys, values)), mask, None)
+    errors = []
+    with emulated():
+        for fused in (True, False):
+            narrow = [tensor.bfloat16() for tensor in (query, keys, values)]
+            half_mask = None if mask is None else mask.bfloat16()
+            output = packed(*narrow, half_mask, None, fused=fused)
+            errors.append(float((output.float() - exact).norm() / exact.norm()))
+    assert errors[1] < 1.5 * errors[0] < 0.01
 
 
 def test_a_slot_grows_by_doubling_and_keeps_what_it_holds():

@@ -16,7 +16,7 @@ RULES = (Rule(after="total =", text=SUGGESTED), Rule(text="zzz"))
 EACH_S = 0.3
 
 
-def episode():
+def recorded():
     """TYPED, a key every `EACH_S`, and a request 50 ms after each."""
     keys = [
         Key(EACH_S, (Change(char, (1, column), (1, column)),), (1, column + 1), 0.05)
@@ -26,13 +26,13 @@ def episode():
 
 
 async def played(*rules, pace=None):
-    """The figures of one episode."""
+    """The figures of one session."""
     engine = ScriptedEngine(Script(list(rules)))
     await engine.start(lambda _message, _share: None)
     # A token is a character here.
     settings = Settings(prefetch=False, max_new_tokens=64)
     typist = PipelineBackend(engine, ("qwen2.5-coder", FAMILIES["qwen2.5-coder"]), settings)
-    (session,) = await replay([episode()], [typist], lambda _message, _share: None, pace)
+    (session,) = await replay([recorded()], [typist], lambda _message, _share: None, pace)
     await engine.close()
     return summarise(session)
 

@@ -16,6 +16,7 @@ import torch
 from stepping import Recorder, Sequences, expected, prompts
 
 from midfill.engine.local import load
+from midfill.engine.runner import FixedMemoryError
 from midfill.engine.scheduler import Chunk, SequenceState
 from midfill.engine.torch.cuda_graphs import MARGIN, GraphRunner
 from midfill.engine.torch.fuse import fuse
@@ -287,23 +288,25 @@ def test_less_memory_is_a_shorter_context(models):
     assert runner.context == 256
 
 
-def test_out_of_memory_frees_the_graphs_and_goes_on_without(models):
+def test_a_pass_that_did_not_fit_is_tried_once_more_and_the_graphs_stay(models):
     path = models["qwen2"].path
     runner, recorder = make(path)
     [prompt] = prompts(13, 30)
     running = Sequences(runner, [prompt])
     running.step([0])
-    recorder.error = torch.OutOfMemoryError("CUDA out of memory")
-    running.tokens[0] = [*prompt, 7]
-    running.computed[0] = 30
-    with pytest.raises(MemoryError):
-        running.step([0])
-    recorder.error = None
-    replays = recorder.num_replays
-    for _ in range(3):
-        running.step([0])
-    assert recorder.num_replays == replays
-    assert running.tokens[0] == expected(path, [*prompt, 7], 3)
+    for errors in (1, 2):
+        recorder.error, recorder.num_errors = torch.OutOfMemoryError("CUDA out of memory"), errors
+        running.tokens[0] = [*prompt, 7]
+        running.computed[0] = 30
+        if errors == 2:
+            with pytest.raises(FixedMemoryError):
+                running.step([0])
+        replays = recorder.num_replays
+        for _ in range(3):
+            running.step([0])
+        assert recorder.num_replays >= replays + 3
+        assert running.tokens[0] == expected(path, [*prompt, 7], 3)
+    # Nothing is captured for a while.
     assert not runner.idle()
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from stepping import Sequences, expected, prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from midfill.engine.torch.fuse import fuse
+from midfill.engine.torch.fuse import fuse, fuse_projections
 from midfill.engine.torch.runner import TorchRunner
+from midfill.engine.torch.weights import build_model
+from midfill.errors import ModelError
+from midfill.models.safetensors_io import find_tensors
 
 VIEWS = (
     "view",
@@ -104,3 +111,117 @@ def test_projections_of_different_inputs_are_not_mixed_up(tmp_path):
             (2, "v_proj", one),
         ]:
             torch.testing.assert_close(getattr(attention, name)(inputs), plain[place](inputs))
+
+
+class AliveWeights(TorchDispatchMode):
+    """Before each concatenation: the number of projections that are alive but not part of it."""
+
+    def __init__(self, model):
+        super().__init__()
+        linears = [one for one in model.modules() if type(one) is torch.nn.Linear]
+        self._weights = [weakref.ref(one.weight) for one in linears if one is not model.lm_head]
+        self.counts = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten.cat.default and args[0][0].ndim == 2:
+            alive = [one() for one in self._weights]
+            self.counts.append(sum(one is not None for one in alive))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_the_layers_of_a_group_are_released_before_the_next_is_copied(tmp_path):
+    model = tiny.build(tiny.write_model("llama", tmp_path).path, "float32")
+    with AliveWeights(model) as alive:
+        fuse(model)
+    # Three layers: query, key and value become one, gate and up another. What remains of each layer is two.
+    assert alive.counts == [21, 18, 16, 13, 11, 8]
+
+
+def tensor_bytes():
+    """The memory of all tensors that were made since `gc.freeze`."""
+    storages = {}
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu":
+            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@pytest.fixture
+def only_new_objects():
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("only_new_objects")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_fused_layers_takes_the_weights_and_no_more(tmp_path, dtype):
+    path = tiny.write_model("llama", tmp_path).path
+    seen = []
+    model = build_model(
+        path,
+        find_tensors(path),
+        dtype,
+        torch.device("cpu"),
+        num_threads=1,
+        ahead={},
+        report=lambda _share: seen.append(tensor_bytes()),
+        fused=True,
+    )
+    seen.append(tensor_bytes())
+    weights = sum(one.untyped_storage().nbytes() for one in model.parameters())
+    layer = sum(one.untyped_storage().nbytes() for one in model.model.layers[0].parameters())
+    assert weights <= max(seen) <= weights + layer
+    assert any(name.endswith("_shared.linear.weight") for name, _ in model.named_parameters())
+    assert not fuse_projections(model)
+
+
+@pytest.mark.parametrize("kind", list(tiny.CONFIGS))
+def test_a_model_that_is_loaded_fused_gives_the_same_logits(tmp_path, kind):
+    path = tiny.write_model(kind, tmp_path).path
+    fused = build_model(
+        path,
+        find_tensors(path),
+        "float32",
+        torch.device("cpu"),
+        num_threads=1,
+        ahead={},
+        report=lambda _: None,
+        fused=True,
+    )
+    ids = torch.arange(50)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            fused(ids).logits, tiny.build(path, "float32")(ids).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj.weight", "mlp.up_proj.weight", "self_attn.v_proj.bias"])
+def test_a_tensor_of_a_fused_layer_at_fault_is_named(tmp_path, name):
+    path = tiny.write_model("qwen2", tmp_path).path
+    tensors = load_file(path / "model.safetensors")
+    full = f"model.layers.1.{name}"
+
+    def build():
+        save_file(tensors, path / "model.safetensors")
+        return build_model(
+            path,
+            find_tensors(path),
+            "float32",
+            torch.device("cpu"),
+            num_threads=1,
+            ahead={},
+            report=lambda _: None,
+            fused=True,
+        )
+
+    tensors[full].view(-1)[3] = float("nan")
+    with pytest.raises(ModelError, match=rf"{full} holds values that are not finite"):
+        build()
+    tensors[full] = tensors[full][:5].contiguous().nan_to_num()
+    with pytest.raises(ModelError, match=rf"{full} in .* has shape"):
+        build()
+    del tensors[full]
+    with pytest.raises(ModelError, match=rf"for example {full}"):
+        build()

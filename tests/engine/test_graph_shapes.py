@@ -17,10 +17,14 @@ class Captures:
         self.shapes = []
         self.room = room
         self.error = None
+        self.fits = lambda _shape: True
+        self.now_s = 0.0
 
     def capture(self, shape):
         if self.error is not None:
             raise self.error
+        if not self.fits(shape):
+            raise MemoryError
         self.shapes.append(shape)
         return str(shape)
 
@@ -30,7 +34,7 @@ class Captures:
 
 def make(**options):
     captures = Captures(**options)
-    return captures, GraphCache(LONGEST, captures.capture, captures.has_room)
+    return captures, GraphCache(LONGEST, captures.capture, captures.has_room, lambda: captures.now_s)
 
 
 def wanted(found, rows, width, end, *, head=True):
@@ -127,36 +131,75 @@ def test_what_was_missed_is_captured_next():
     assert wanted(found, 2, 1, 100)[0] == GraphShape(2, 1, 256)
 
 
-def test_without_room_nothing_more_is_captured():
+def test_without_room_nothing_more_is_captured_for_a_while():
     captures, found = make(room=3)
     while found.capture_next():
         pass
     assert len(found) == len(captures.shapes) == 3
-    assert found.num_waiting == 0
     assert wanted(found, 1, 1, 10) is not None
+    captures.room = 5
+    assert not found.capture_next()
+    captures.now_s += graph_shapes.RETRY_S
+    while found.capture_next():
+        pass
+    assert len(found) == 5
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("operation not permitted when stream is capturing")]
-)
-def test_a_capture_that_fails_is_the_last(error, caplog):
+def test_a_model_that_cannot_be_captured_runs_without_graphs(caplog):
     captures, found = make()
     found.capture_next()
-    captures.error = error
+    captures.error = RuntimeError("operation not permitted when stream is capturing")
     assert not found.capture_next()
     captures.error = None
+    captures.now_s += graph_shapes.RETRY_S
     assert not found.capture_next()
-    assert len(found) == 1
-    assert ("runs without graphs" in caplog.text) == isinstance(error, RuntimeError)
+    found.restart()
+    assert not found.capture_next()
+    assert len(found) == 0
+    assert "runs without graphs" in caplog.text
 
 
-def test_out_of_memory_frees_every_pass():
-    _, found = make()
+def test_what_does_not_fit_is_skipped_and_the_rest_is_captured():
+    """The widest passes over the longest past need most; all others still have a graph."""
+    captures, found = make()
+    too_large = GraphShape(1, 256, LONGEST)
+    captures.fits = lambda shape: not shape.serves(too_large)
+    while found.capture_next():
+        pass
+    missing = [shape for shape in graph_shapes.likely(LONGEST) if shape not in captures.shapes]
+    assert missing == [shape for shape in graph_shapes.likely(LONGEST) if shape.serves(too_large)]
+    assert GraphShape(1, 512, 4096) in captures.shapes
+    assert wanted(found, 1, 1, 10)[0].keys == 256
+    # Later there is room.
+    captures.fits = lambda _shape: True
+    assert not found.capture_next()
+    captures.now_s += graph_shapes.RETRY_S
+    while found.capture_next():
+        pass
+    assert set(captures.shapes) == set(graph_shapes.likely(LONGEST))
+
+
+def test_out_of_memory_in_a_pass_keeps_the_graphs():
+    captures, found = make()
     found.capture_next()
+    found.pause()
+    assert not found.capture_next()
     assert wanted(found, 1, 1, 10) is not None
-    found.drop()
-    assert (len(found), found.num_waiting) == (0, 0)
+    captures.now_s += graph_shapes.RETRY_S
+    assert found.capture_next()
+
+
+def test_graphs_that_are_discarded_are_captured_again_only_after_a_restart():
+    _, found = make()
+    while not found.serves_every_step:
+        assert found.capture_next()
+    assert len(found) == len(graph_shapes.WIDTHS) + 3
+    found.clear()
+    assert (len(found), found.num_waiting, found.capture_next()) == (0, 0, False)
     assert wanted(found, 1, 1, 10) is None
+    found.restart()
+    assert found.capture_next()
+    assert wanted(found, 1, 1, 10) is not None
 
 
 @pytest.mark.parametrize(
@@ -166,6 +209,32 @@ def test_out_of_memory_frees_every_pass():
 def test_slots_have_room_for_the_context_or_for_what_fits_into_a_third_of_the_memory(free_gb, expected):
     # 12 KB a token and 4 slots, as the 0.5b has.
     assert graph_shapes.capacity(32768, 12_288, 4, int(free_gb * 2**30)) == expected
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "prompt_tokens", "expected"),
+    [
+        (100, 704, 32768),  # all of it fits into an eighth
+        (6, 704, 16384),
+        (4, 704, 8192),
+        (4, 12_000, 16384),  # what the settings ask for counts
+        (2, 704, 8192),
+        (1, 704, 4096),
+        (1, 8192, 8192),  # more than a third, but less than two
+        (0.5, 8192, 2048),
+        (0.05, 704, 256),
+    ],
+)
+def test_where_memory_is_small_slots_have_room_for_the_prompts(free_gb, prompt_tokens, expected):
+    free = int(free_gb * 2**30)
+    assert graph_shapes.capacity(32768, 12_288, 4, free, prompt_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "expected"), [(0, 256), (1, 256), (256, 256), (257, 512), (704, 1024), (9000, 8192)]
+)
+def test_a_slot_has_room_for_a_prompt_in_the_smallest_bucket(prompt_tokens, expected):
+    assert graph_shapes.slot_tokens(8192, prompt_tokens) == expected
 
 
 def test_no_room_for_slots_at_all():

@@ -17,13 +17,26 @@ from midfill.errors import AdapterError, EngineError, EngineUnavailableError
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-RUNNERS = ("torch", "openvino")
+RUNNERS = ("torch", "openvino", "llamacpp")
 PROMPT = list(range(70))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny.write_model("qwen2", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory):
+    """llama.cpp's form of adapters is kept there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIDFILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def of(runner, model):
+    """The model in the form that a runner takes."""
+    return tiny.as_gguf(model) if runner == "llamacpp" else model
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +73,7 @@ async def ids(engine, key, prompt=PROMPT, num_tokens=12):
 
 @pytest.mark.parametrize("runner", RUNNERS)
 async def test_requests_of_several_adapters_run_side_by_side(model, sources, oracles, runner):
-    async with tiny.running(model, runner=runner) as engine:
+    async with tiny.running(of(runner, model), runner=runner) as engine:
         control = engine.model.tokenizer.control_ids
         await engine.set_adapters(sources)
         keys = [source.key for source in sources] + ["base"]
@@ -72,7 +85,7 @@ async def test_requests_of_several_adapters_run_side_by_side(model, sources, ora
 @pytest.mark.parametrize("runner", RUNNERS)
 async def test_adapters_are_swapped_while_requests_run(model, sources, oracles, runner):
     """Typists ask without end for what is in the model; every answer is that of one adapter alone."""
-    async with tiny.running(model, runner=runner, num_threads=1) as engine:
+    async with tiny.running(of(runner, model), runner=runner, num_threads=1) as engine:
         control = engine.model.tokenizer.control_ids
         usable = ["base"]
         answers = []
@@ -108,7 +121,7 @@ async def test_adapters_are_swapped_while_requests_run(model, sources, oracles, 
 
 @pytest.mark.parametrize("runner", RUNNERS)
 async def test_a_request_under_way_keeps_the_adapter_that_leaves(model, sources, oracles, runner):
-    async with tiny.running(model, runner=runner) as engine:
+    async with tiny.running(of(runner, model), runner=runner) as engine:
         control = engine.model.tokenizer.control_ids
         await engine.set_adapters(sources[:1])
         first = sources[0].key
@@ -155,7 +168,7 @@ async def test_one_that_cannot_be_used_changes_nothing(model, sources, oracles, 
     bad = adapters.write_adapter(model.path, tmp_path / "bad", ["q_proj", "down_proj"], seed=5)
     file = bad / "adapter_model.safetensors"
     save_file({name: value * 1e30 for name, value in load_file(file).items()}, file)
-    async with tiny.running(model, runner=runner) as engine:
+    async with tiny.running(of(runner, model), runner=runner) as engine:
         control = engine.model.tokenizer.control_ids
         await engine.set_adapters(sources[:1])
         with pytest.raises(AdapterError, match="not finite"):

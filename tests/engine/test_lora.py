@@ -6,6 +6,7 @@ import json
 import os
 
 import adapters
+import psutil
 import pytest
 import tiny
 import torch
@@ -42,7 +43,10 @@ def runner(request, monkeypatch):
 def runner_of(model, adapter=None, **options):
     """The runner of a model with an adapter, without an engine around it; and the adapter's key."""
     loaded = load(
-        EngineSpec(model, **{"device": "cpu", "dtype": "float32", "adapter": adapter, **options}),
+        EngineSpec(
+            model,
+            **{"device": "cpu", "dtype": "float32", "num_threads": 1, "adapter": adapter, **options},
+        ),
         lambda *_: None,
     )
     return loaded.runner, loaded.adapters.default
@@ -67,6 +71,56 @@ def test_logits_equal_peft(tmp_path, kind, runner):
     assert worst(ours.probe(PROMPT, key), expected) < 1e-4
     assert worst(ours.probe(PROMPT, None), logits_of(base, PROMPT)) < 1e-4
     assert (expected - logits_of(base, PROMPT)).abs().max() > 0.1
+
+
+# llama.cpp looks GELU up in a table of 16-bit floats.
+LLAMA_CPP = {"qwen2": 1e-3, "llama": 1e-3, "gpt_bigcode": 0.02, "starcoder2": 0.02}
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), LLAMA_CPP.items())
+@pytest.mark.parametrize("options", [{}, {"rank_pattern": {"c_proj": 2, "k_proj": 7}, "use_rslora": True}])
+def test_logits_equal_peft_in_llama_cpp(tmp_path, monkeypatch, kind, tolerance, options):
+    monkeypatch.setenv("MIDFILL_CACHE", str(tmp_path / "cache"))
+    changes = {"sliding_window": None} if kind == "starcoder2" else {}
+    model = tiny.write_model(kind, tmp_path / "model", **changes)
+    folder = adapters.write_adapter(model.path, tmp_path / "adapter", adapters.TARGETS[kind], **options)
+    file = tiny.as_gguf(model)
+    ours, key = runner_of(file, folder, runner="llamacpp")
+    base = tiny.reference(model.path)
+    expected = logits_of(adapters.peft_model(model.path, folder), PROMPT)
+    assert worst(ours.probe(PROMPT, key), expected) < tolerance
+    assert worst(ours.probe(PROMPT, None), logits_of(base, PROMPT)) < tolerance
+    assert (expected - logits_of(base, PROMPT)).abs().max() > 0.1
+    # It is written once.
+    [written] = (tmp_path / "cache" / "gguf-adapters").iterdir()
+    before = written.stat().st_ino
+    runner_of(file, folder, runner="llamacpp")
+    assert written.stat().st_ino == before
+    # Unless it was damaged.
+    written.write_bytes(written.read_bytes()[:-100])
+    ours, key = runner_of(file, folder, runner="llamacpp")
+    assert worst(ours.probe(PROMPT, key), expected) < tolerance
+
+
+def test_adapters_of_llama_cpp_that_leave_are_freed(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIDFILL_CACHE", str(tmp_path / "cache"))
+    model = tiny.write_model("qwen2", tmp_path / "model")
+    folder = adapters.write_adapter(model.path, tmp_path / "adapter", adapters.TARGETS["qwen2"], r=128)
+    file = tiny.as_gguf(model)
+    ours, key = runner_of(file, folder, runner="llamacpp")
+    adapter = read(folder, file.path)
+    size = sum(array.nbytes for branch in adapter.branches.values() for array in (branch.up, branch.down))
+    with_it = ours.prepare({key: adapter})
+    without = ours.prepare({})
+    process = psutil.Process()
+    grown = []
+    for _ in range(40):
+        without()
+        with_it()
+        assert ours.probe(PROMPT, key).any()
+        grown.append(process.memory_info().rss)
+    # Twenty swaps after the allocator has what it needs; each would keep `size` if nothing were freed.
+    assert max(grown[-5:]) - max(grown[15:20]) < 10 * size
 
 
 @pytest.mark.parametrize(("kind", "runner"), [("gpt_bigcode", "openvino"), ("qwen2", "torch")])

@@ -3,10 +3,12 @@
 import asyncio
 import json
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 
 import httpx2
 import psutil
 import pytest
+from filelock import FileLock
 from serving import hosted
 
 from midfill.engine.api import AdapterSource, Request
@@ -47,6 +49,18 @@ async def window(spec):
         yield engine
     finally:
         await engine.close()
+
+
+async def test_a_process_that_never_finishes_starting_it_is_an_error_of_the_engine(spec):
+    async with window(spec) as engine:
+        with FileLock(engine.socket.with_suffix(".lock")):
+            other = SharedEngine(replace(spec, start_s=0.1))
+            with pytest.raises(EngineUnavailableError, match=r"more than 0\.1 s\. End that process, or set"):
+                await other.start(lambda _message, _share: None)
+            await other.close()
+        # The lock is free again.
+        await other.start(lambda _message, _share: None)
+        await other.close()
 
 
 async def ask(engine, text="x = ", **options):

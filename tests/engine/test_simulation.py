@@ -24,7 +24,7 @@ from midfill.bench.simulation import ReplicaSet
 from midfill.cli.main import cli
 from midfill.engine.kv_slots import NUM_SLOTS
 from midfill.engine.openvino import runner as openvino_runner
-from midfill.engine.torch import runner
+from midfill.engine.torch import devices, runner
 from midfill.errors import MidfillError
 from midfill.fim.templates import FAMILIES
 from midfill.settings import Settings
@@ -115,7 +115,7 @@ def test_capacities_are_those_of_the_engines():
         openvino_runner._NUM_PARTS,
     )
     assert cuda.sequences == runner.TorchRunner.step_sequences
-    assert cuda.chunk_tokens == runner._CHUNK_TOKENS["cuda"]
+    assert cuda.chunk_tokens == devices.KINDS["cuda"].chunk_tokens
 
 
 def test_one_typist_waits_for_the_steps_of_each_request():
@@ -228,7 +228,7 @@ def test_service_times_are_kept_in_a_file(tmp_path):
     assert EngineProfile.read(path) == PROFILE
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1, "episodes": []}', '{"version": 99}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1, "sessions": []}', '{"version": 99}'])
 def test_a_file_that_is_none_is_refused(tmp_path, text):
     path = tmp_path / "box.json"
     path.write_text(text)

@@ -92,10 +92,11 @@ def test_memory_is_bounded():
     assert len(proposer._followers) < 150_000
 
 
-@pytest.mark.parametrize("runner", ["torch", pytest.param("openvino", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runner", ["torch", pytest.param("openvino", marks=pytest.mark.slow), "llamacpp"])
 async def test_guesses_change_no_token_and_save_passes(tmp_path, runner):
     model = tiny.write_model("llama", tmp_path / "model")
     reference = tiny.reference(model.path)
+    model = tiny.as_gguf(model) if runner == "llamacpp" else model
     sizes: list[tuple[int, int]] = []  # tokens and right guesses of each pass
 
     def load_counting(spec, progress):

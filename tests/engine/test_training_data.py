@@ -171,7 +171,7 @@ def test_a_plan_counts_what_there_is(repository, model):
     plan = summarise(selection, examples, estimate_speed(model.path), 600.0, {}, room)
     assert plan["commits"]["test"] == len({example.commit for example in examples.test})
     assert plan["examples"] == {"train": 120, "dev": len(examples.dev), "test": len(examples.test)}
-    assert not plan["judgement"]["enough"]
+    assert not plan["evaluation"]["enough"]
     text = describe(plan)
     assert "Too little data for the verdict" in text
     assert "1 no code" in text

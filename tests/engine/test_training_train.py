@@ -335,7 +335,7 @@ def test_two_processes_learn_what_one_learns(repository, model, alone, tmp_path,
     else:
         found, said = command_line(repository, model, tmp_path, "--processes", 2, *options)
         result = json.loads(said)
-        # Judged with it too, up to the engines' answers; there are too few commits for more. The answers of a
+        # Evaluated with it too, up to the engines' answers; there are too few commits for more. Those of a
         # tiny model take as long as Python does: whether the adapter slows them depends on the machine.
         assert result["base_weights"] == form
         assert 0 < result["commits"] < 20

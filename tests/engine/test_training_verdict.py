@@ -216,7 +216,7 @@ def test_an_adapter_of_another_base_is_rejected(job, good, model, tmp_path):
     assert result["nll_gain"] is None
 
 
-def test_commits_that_judge_again_and_again_ask_for_more(job, good, model, examples, tmp_path):
+def test_commits_that_evaluate_again_and_again_ask_for_more(job, good, model, examples, tmp_path):
     assert learn.record_comparison(examples.test, "a") == 1
     assert learn.record_comparison(examples.test, "a") == 1
     assert learn.record_comparison(examples.test, "b") == 2
@@ -247,7 +247,7 @@ def test_the_model_that_learns_is_gone_before_two_engines_are_loaded(job, good, 
     assert not alive
 
 
-def test_what_has_been_judged_is_not_computed_again(job, good, model, monkeypatch):
+def test_what_has_been_evaluated_is_not_computed_again(job, good, model, monkeypatch):
     _, _, first = evaluated(job, good, model)
 
     real = Adapted.middle_and_end
@@ -258,18 +258,18 @@ def test_what_has_been_judged_is_not_computed_again(job, good, model, monkeypatc
     _, _, second = evaluated(job, good, model)
     assert second["nll_gain"] == first["nll_gain"]
     assert len(calls) < 10  # those that compare the adapter without strength with its base
-    kept = (learn.run_folder("tiny") / "judged.jsonl").read_text()
+    kept = (learn.run_folder("tiny") / "evaluation.jsonl").read_text()
     assert "pipeline" not in kept
 
 
-def test_training_judges_and_registers_in_one_go(job, model, examples):
+def test_training_evaluates_and_registers_in_one_go(job, model, examples):
     # What it forgets of other code is another test's subject.
     limits = replace(LIMITS, general=10.0)
     job = replace(job, max_steps=30, changes=(("learning_rate", 5e-3), ("rank", 8)), limits=limits)
     result = learn.train(job, model, SETTINGS, nothing, lambda: False)
     entry = Registry().get("tiny")
-    assert entry.judgement.verdict == result["verdict"] == "enabled", result["reasons"]
-    assert entry.judgement.details["nll_gain"] == result["nll_gain"]
+    assert entry.evaluation.verdict == result["verdict"] == "enabled", result["reasons"]
+    assert entry.evaluation.details["nll_gain"] == result["nll_gain"]
     assert entry.digest == result["digest"]
     assert result["training"]["steps"] == 30
     assert result["scale"] in {0.5, 0.75, 1.0}

@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import tiny_gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -22,6 +23,8 @@ from midfill.models.safetensors_io import find_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import gguf
 
 CONTROL = ("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
 MERGES = [("d", "e"), ("de", "f"), ("r", "e"), ("re", "t"), ("Ġ", "Ġ"), ("i", "n"), ("p", "r"), ("in", "t")]
@@ -124,7 +127,35 @@ def write_model(kind: str, folder: Path, *, seed: int = 0, **changes: object) ->
     return LocalModel(f"tiny-{kind}", folder)
 
 
+GGUF_NAMES = {"gpt_bigcode": "starcoder"}
+"""llama.cpp's names of architectures, where they are others."""
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
+    """The vocabulary of `write_tokenizer`."""
+    texts = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in MERGES)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*texts, *CONTROL])
+    writer.add_token_types([1] * len(texts) + [3] * len(CONTROL))
+    writer.add_token_merges([f"{left} {right}" for left, right in MERGES])
+    writer.add_eos_token_id(len(texts))
+    writer.add_bos_token_id(len(texts))
+
+
+def as_gguf(model: LocalModel) -> LocalModel:
+    """The same model as a GGUF file in float32, beside its folder."""
+    kind = model.name.removeprefix("tiny-")
+    path = model.path.with_name(f"{model.path.name}.gguf")
+    if not path.exists():
+        name = GGUF_NAMES.get(kind, kind)
+        tiny_gguf.write_transformers(path, name, reference(model.path), _add_vocabulary)
+    return LocalModel(model.name, path, model.family)
+
+
 def reference(path: Path) -> torch.nn.Module:
+    """The model of a folder; of the folder beside a file that `as_gguf` wrote."""
+    path = path.with_suffix("") if path.suffix == ".gguf" else path
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
@@ -152,7 +183,7 @@ def logprobs(model: torch.nn.Module, ids: list[int], generated: list[int]) -> li
 
 @asynccontextmanager
 async def running(model: LocalModel, *, load_model=load, **options: object):
-    spec = EngineSpec(model, **{"device": "cpu", "dtype": "float32", **options})
+    spec = EngineSpec(model, **{"device": "cpu", "dtype": "float32", "num_threads": 1, **options})
     engine = LocalEngine(spec, load=load_model)
     try:
         await engine.start(lambda *_: None)

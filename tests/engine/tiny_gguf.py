@@ -34,6 +34,58 @@ def add_vocabulary(writer: gguf.GGUFWriter, pre: str = "qwen2") -> None:
     writer.add_bos_token_id(token_id("<|endoftext|>"))
 
 
+def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """`permute` of llama.cpp's convert_hf_to_gguf.py."""
+    rows, columns = weight.shape
+    halves = weight.reshape(num_heads, 2, rows // num_heads // 2, columns)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, columns)
+
+
+def write_transformers(path: Path, name: str, model, vocabulary=add_vocabulary) -> Path:
+    """Write one of transformers' models in float32.
+
+    Args:
+        path: of the file.
+        name: llama.cpp's name of the architecture.
+        model: the model.
+        vocabulary: adds the vocabulary to a writer.
+    """
+    config = model.config
+    is_bigcode = name == "starcoder"
+    kv_heads = 1 if is_bigcode else config.num_key_value_heads
+    writer = gguf.GGUFWriter(path, name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    inner = config.n_inner or 4 * config.n_embd if is_bigcode else config.intermediate_size
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-6))
+    writer.add_layer_norm_eps(1e-5)
+    if not is_bigcode:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        if config.rope_parameters["rope_type"] == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(config.rope_parameters["factor"])
+    if name == "gemma":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    vocabulary(writer)
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for key, value in model.state_dict().items():
+        if key == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        weight = value.float().numpy()
+        if name == "llama" and ("q_proj" in key or "k_proj" in key):
+            weight = permuted(weight, config.num_attention_heads if "q_proj" in key else kv_heads)
+        if name == "gemma" and key.endswith("norm.weight"):
+            weight = weight + 1
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), weight)
+    return write(path, writer)
+
+
 def write(path: Path, writer: gguf.GGUFWriter) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -2,9 +2,10 @@ import json
 
 import pytest
 import pytest_asyncio
-from raw import Raw
+from raw import COMMAND, Raw
 
-from midfill.lsp.client import SERVE_COMMAND, Client
+import forkserver
+from midfill.lsp.client import Client
 
 WARM = {"after": "warm", "text": "!"}
 
@@ -21,13 +22,19 @@ def script(tmp_path):
     return write
 
 
+@pytest.fixture
+def command(request):
+    """What starts a server: a forked one, unless the test looks at the process itself."""
+    return COMMAND if request.node.get_closest_marker("process") else forkserver.command("serve")
+
+
 @pytest_asyncio.fixture(loop_scope="module")
-async def scripted(script):
+async def scripted(script, command):
     """Start a raw server with a scripted engine: `await scripted(rule, ...)`."""
     servers = []
 
     async def start(*rules, initialize=True, arguments=(), **options):
-        server = await Raw.start(*script(*rules, **options), *arguments)
+        server = await Raw.start(*script(*rules, **options), *arguments, command=command)
         servers.append(server)
         if initialize:
             await server.initialize()
@@ -39,12 +46,12 @@ async def scripted(script):
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def client(script):
+async def client(script, command):
     """Start a scripted server behind the product's own client: `await client(rule, ...)`."""
     clients = []
 
     async def start(*rules, arguments=(), options=None, **script_options):
-        it = await Client.start([*SERVE_COMMAND, *script(*rules, **script_options), *arguments])
+        it = await Client.start([*command, *script(*rules, **script_options), *arguments])
         clients.append(it)
         it.heard = []
         it.on_notification = lambda method, params: it.heard.append((method, params))
@@ -70,7 +77,9 @@ async def shares(tmp_path_factory):
             folder = tmp_path_factory.mktemp("shared")
             script = {"rules": [WARM, *rules], "log": str(folder / "log")}
             (folder / "script.json").write_text(json.dumps(script))
-            server = servers[key] = await Raw.start("--engine", f"scripted:{folder / 'script.json'}")
+            server = servers[key] = await Raw.start(
+                "--engine", f"scripted:{folder / 'script.json'}", command=COMMAND
+            )
             server.engine_log = folder / "log"
             await server.initialize()
         return servers[key]

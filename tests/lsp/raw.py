@@ -6,12 +6,14 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 
-COMMAND = [sys.executable, "-P", "-m", "midfill", "serve"]
+import forkserver
+from midfill.lsp.client import SERVE_COMMAND
+
+COMMAND = list(SERVE_COMMAND)
 # Only what hangs takes so long, on the slowest machine too.
 TIMEOUT_S = 60
 
@@ -41,14 +43,17 @@ def descendants(pid):
 class Raw:
     """Use `async with await Raw.start(...)`; the process is dead afterwards."""
 
-    def __init__(self, process):
+    def __init__(self, process, *, forked=False):
         self.process = process
         self.seen = []
+        self._forked = forked
 
     @classmethod
     async def start(cls, *arguments, env=None, cwd=None, command=None):
+        """Start a server: a forked one, if no other command is given (`tests/forkserver.py`)."""
+        command = tuple(command or forkserver.command("serve"))
         process = await asyncio.create_subprocess_exec(
-            *(command or COMMAND),
+            *command,
             *arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -57,7 +62,7 @@ class Raw:
             cwd=cwd,
             limit=1 << 26,
         )
-        return cls(process)
+        return cls(process, forked=command == forkserver.command("serve") != SERVE_COMMAND)
 
     async def __aenter__(self):
         return self
@@ -127,18 +132,24 @@ class Raw:
                 messages.append(await self.receive())
         return messages
 
+    @property
+    def pid(self):
+        """The server's process id."""
+        assert not self._forked, "mark the test with `process`: a forked server is another process"
+        return self.process.pid
+
     def memory(self):
         """Bytes of memory in use (resident set)."""
-        return psutil.Process(self.process.pid).memory_info().rss
+        return psutil.Process(self.pid).memory_info().rss
 
     def peak_memory(self):
         """The most bytes of memory that it has ever had."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.pid}/status").read_text()
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
     def loop_s(self):
         """Seconds that the event loop's thread has computed: what else runs on the machine is not in it."""
-        pid = self.process.pid
+        pid = self.pid
         return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
 
     def close_output(self):

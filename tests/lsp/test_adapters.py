@@ -8,7 +8,7 @@ from planted_adapters import write_adapter, write_base
 from raw import Raw
 
 from midfill.adapters.bindings import OFF, Bindings
-from midfill.adapters.registry import Judgement, Registry
+from midfill.adapters.registry import Evaluation, Registry
 from midfill.completion.stats.acceptance import is_held_out, key_of, read_sessions
 from midfill.lsp.client import SERVE_COMMAND
 
@@ -19,15 +19,15 @@ RULES = [{"adapter": "one", "text": "1"}, {"adapter": "two", "text": "2"}, {"tex
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The user's folders, with a base model and two adapters; one more that was judged bad."""
+    """The user's folders, with a base model and two adapters; one more that was rejected."""
     monkeypatch.setenv("MIDFILL_DATA", str(tmp_path / "data"))
     base = write_base(tmp_path / "model")
     (base.path / "config.json").write_text('{"model_type": "llama"}')
     (base.path / "tokenizer.json").write_text("{}")
     for seed, name in enumerate(("one", "two", "bad")):
         folder = write_adapter(tmp_path / name, seed=seed)
-        verdict = Judgement("rejected", ("It was worse.",)) if name == "bad" else None
-        Registry().add(folder, name=name, base=base, judgement=verdict)
+        verdict = Evaluation("rejected", ("It was worse.",)) if name == "bad" else None
+        Registry().add(folder, name=name, base=base, evaluation=verdict)
     (tmp_path / "project").mkdir()
     return tmp_path
 
@@ -108,6 +108,18 @@ async def test_a_change_on_the_command_line_counts_in_a_running_server(home, sta
     await settled(server, uri, "0")
 
 
+async def test_one_may_be_chosen_while_the_model_is_loaded(home, scripted):
+    server = await scripted(
+        *RULES, arguments=["--model", str(home / "model")], initialize=False, load_delay_s=600
+    )
+    await server.initialize(rootUri=(home / "project").as_uri())
+    assert await command(server, "midfill.adapter.use", "one") == {"running": None, "error": None}
+    assert Bindings().read().uses(digest("one")) == [f"workspace {home / 'project'}"]
+    assert await command(server, "midfill.adapter.off") == {"running": None, "error": None}
+    assert Bindings().read().uses(digest("one")) == []
+    assert not any(message.get("method") == "window/showMessage" for message in server.seen)
+
+
 async def test_an_answer_of_one_adapter_is_not_given_for_another(home, start):
     """The document stays as it is, and what was remembered for it is forgotten."""
     server = await start()
@@ -158,7 +170,7 @@ async def test_the_commands_list_and_bind(home, start):
     assert await answer(server, (home / "a.py").as_uri()) == "0"
 
 
-async def test_one_that_was_judged_bad_is_not_used_even_if_it_is_bound(home, start):
+async def test_one_that_was_rejected_is_not_used_even_if_it_is_bound(home, start):
     Bindings().bind(digest("bad"))
     server = await start()
     uri = (home / "a.py").as_uri()
@@ -199,7 +211,7 @@ async def test_a_workspace_only_asks(home, start):
     asks_for(home, "one")
     server = await start()
     asked = await question(server)
-    assert "asks for your adapter one (not judged)" in asked["params"]["message"]
+    assert "asks for your adapter one (not evaluated)" in asked["params"]["message"]
     uri = (home / "project" / "a.py").as_uri()
     assert await answer(server, uri) == "0"
     server.send({"jsonrpc": "2.0", "id": asked["id"], "result": {"title": "Use it"}})

@@ -6,13 +6,13 @@ the same in a long file as in a short one is held by test_load.py.
 
 import json
 import subprocess
-import sys
 
-COMMAND = [sys.executable, "-P", "-m", "midfill", "bench", "lsp", "--json", "--keys", "60"]
+import forkserver
 
 
 def test_the_overhead_of_a_key_is_told_beside_its_budget():
-    done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=200, check=True)
+    command = forkserver.command("bench", "lsp", "--json", "--keys", "60")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     found = json.loads(done.stdout)
     assert found["keys"] == 60
     assert 0 < found["median_ms"] <= found["p95_ms"] <= found["p99_ms"] <= found["max_ms"]
@@ -21,7 +21,7 @@ def test_the_overhead_of_a_key_is_told_beside_its_budget():
 
 
 def soak(*options):
-    command = [sys.executable, "-P", "-m", "midfill", "bench", "soak", "--engine", "scripted", "--json"]
+    command = forkserver.command("bench", "soak", "--engine", "scripted", "--json")
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     print(done.stdout)
     return done.returncode, json.loads(done.stdout)

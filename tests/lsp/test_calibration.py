@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from midfill.lsp.client import SERVE_COMMAND
+import forkserver
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -43,8 +43,7 @@ def results(path, seed, model="scripted"):
 
 async def midfill(*arguments):
     process = await asyncio.create_subprocess_exec(
-        *SERVE_COMMAND[:-1],
-        *arguments,
+        *forkserver.command(*arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

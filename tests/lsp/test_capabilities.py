@@ -3,6 +3,8 @@
 import pytest
 from raw import Raw
 
+from midfill.lsp.handlers.execute_command import COMMANDS
+from midfill.lsp.known_clients import KNOWN_CLIENTS
 from midfill.lsp.messages import TEST_HOOKS
 from midfill.lsp.routes import TEST_ROUTES
 
@@ -112,6 +114,20 @@ async def test_what_is_announced_in_detail(scripted):
     }
     # No item has more to tell when it is asked again.
     assert announced["completionProvider"] == {"resolveProvider": False}
+
+
+async def test_helix_is_told_of_the_commands_that_a_person_can_use_in_it(scripted):
+    server = await scripted(initialize=False)
+    info = {"name": "helix", "version": "25.07.1 (a05c151b)"}
+    announced = (await server.initialize(capabilities=EVERYTHING, clientInfo=info))["capabilities"]
+    adapters = [f"midfill.adapter.{name}" for name in ("off", "train", "stop")]
+    assert announced["executeCommandProvider"] == {"commands": ["midfill.explain", *adapters]}
+
+
+async def test_every_command_of_the_table_of_clients_exists():
+    named = {name for row in KNOWN_CLIENTS for name in row.commands or ()}
+    assert named <= set(COMMANDS)
+    assert named
 
 
 @pytest.mark.parametrize("method", [route.method for route in TEST_ROUTES])

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 from planted import certain, possible
-from raw import Raw, descendants
+from raw import COMMAND, Raw, descendants
 
 from midfill.completion.answer import Trigger
 from midfill.engine.scripted import Script, ScriptedEngine
@@ -80,6 +80,7 @@ async def test_a_file_of_the_workspace_is_in_the_prompt(scripted, root):
     assert any(segment["source"].startswith("context") and segment["tokens"] for segment in segments)
 
 
+@pytest.mark.process
 async def test_no_file_is_read_without_a_folder_or_with_the_setting_off(scripted, root):
     for settings, folder in ((ON, False), ({"context": []}, True)):
         rule = {"contains": "def __init__(self, width", "text": "seen"}
@@ -87,13 +88,14 @@ async def test_no_file_is_read_without_a_folder_or_with_the_setting_off(scripted
         uri = (root / "main.py").as_uri()
         open_document(server, uri, MAIN)
         assert await ask(server, uri, MAIN) == "plain"
-        assert psutil.Process(server.process.pid).children(recursive=True) == []
+        assert psutil.Process(server.pid).children(recursive=True) == []
 
 
+@pytest.mark.process
 async def test_the_indexing_process_is_our_own_and_ends(scripted, root):
     server = await start(scripted, root, {"contains": "def __init__(self, width", "text": "seen"})
-    process = psutil.Process(server.process.pid)
-    seen = {tuple(line[1:]) for line in descendants(server.process.pid).values()}
+    process = psutil.Process(server.pid)
+    seen = {tuple(line[1:]) for line in descendants(server.pid).values()}
     uri = (root / "main.py").as_uri()
     open_document(server, uri, MAIN)
     await until(server, uri, MAIN, "seen")
@@ -191,12 +193,12 @@ async def test_nothing_in_a_workspace_blocks_an_answer_while_it_is_indexed(scrip
 async def test_the_server_ends_while_it_indexes(script, root):
     for number in range(2_000):
         (root / f"file_{number}.py").write_text(f"def f_{number}(a):\n    return a + {number}\n" * 40)
-    async with await Raw.start(*script({"text": "1"})) as server:
+    async with await Raw.start(*script({"text": "1"}), command=COMMAND) as server:
         await server.initialize(
             workspaceFolders=[{"uri": root.as_uri(), "name": "w"}], initializationOptions=ON
         )
         await server.loaded()
-        children = psutil.Process(server.process.pid).children(recursive=True)
+        children = psutil.Process(server.pid).children(recursive=True)
         server.request("bye", "shutdown")
         await server.answer("bye")
         server.notify("exit")

@@ -8,13 +8,17 @@ import pytest
 from hostile_git import lacking
 from planted_adapters import write_base
 
-COMMAND = [sys.executable, "-P", "-m", "midfill", "eval"]
+import forkserver
+
 CODE = "import math\n\n\ndef area(radius):\n    return math.pi * abs(radius) ** 2  # é𐐀\n\n\nprint(area(2))\n"
 
 
 def measured(*arguments):
     done = subprocess.run(
-        [*COMMAND, *map(str, arguments), "--json"], capture_output=True, text=True, check=False
+        [*forkserver.command("eval", *map(str, arguments)), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -62,7 +66,8 @@ def test_tasks_are_filled_plotted_and_compared(tmp_path, script):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     again = measured("infilling", tasks, "--engine", script, "--server", "--compare", results)
     assert again["pass@1"] == first["pass@1"]
-    assert again["compared"] == {"tasks": 1, "better": 0, "worse": 0, "p": 1.0}
+    equal = {"tasks": 1, "better": 0, "worse": 0, "p": 1.0}
+    assert again["compared"] == {**equal, "line_0": equal}
 
 
 def test_settings_and_options_that_cannot_be_meant_are_refused(tmp_path):
@@ -71,13 +76,15 @@ def test_settings_and_options_that_cannot_be_meant_are_refused(tmp_path):
         ("repo", str(tmp_path), "--set", "max_new_tokens"),
         ("infilling", "x", "--raw", "--server"),
     ):
-        done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            forkserver.command("eval", *arguments), capture_output=True, text=True, check=False
+        )
         assert done.returncode == 2
         assert done.stderr.startswith("midfill eval")
         assert done.stderr.endswith("--help\n")
         assert done.stderr.count("\n") == 1
     done = subprocess.run(
-        [*COMMAND, "repo", str(tmp_path), "--set", "no_setting=1"],
+        forkserver.command("eval", "repo", str(tmp_path), "--set", "no_setting=1"),
         capture_output=True,
         text=True,
         check=False,
@@ -98,8 +105,26 @@ def test_a_repository_that_names_programs_runs_none(tmp_path, script, command):
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     rest = ["--model", tmp_path / "base"] if command[0] == "adapter" else ["--holes", "2", "--engine", script]
     done = subprocess.run(
-        [*COMMAND[:-1], *map(str, [*command, folder, *rest])], capture_output=True, text=True, check=False
+        forkserver.command(*map(str, [*command, folder, *rest])), capture_output=True, text=True, check=False
     )
     assert not marker.exists()
     assert "Traceback" not in done.stderr
     assert done.returncode == 0 if command[0] == "eval" else "git" in done.stderr, done.stderr
+
+
+def test_scenarios_are_played_to_the_server(tmp_path, script):
+    folder = tmp_path / "scenarios"
+    folder.mkdir()
+    head = "language: python\nfile: area.py\nrow: 2\ncol: 99\n"
+    buffer = "-- buffer.txt --\ndef area(radius):\n    return abs(\n-- steps --\nrequest-completion manual\n"
+    (folder / "edit.txtar").write_text(
+        f"id: edit\n{head}{buffer}-- history --\n<|file|> area.py\n<|old|>\ndef area(r):\n<|new|>\n"
+        "def area(radius):\n-- expected --\ndef area(radius):\n    return abs(radius) ** 2\n"
+    )
+    (folder / "silent.txtar").write_text(f"id: silent\n{head}{buffer}  expect !shown\n")
+    results = tmp_path / "results"
+    summary = measured("edits", folder, "--engine", script, "--results", results)
+    assert (summary["score"], summary["shown"], summary["quiet"]) == (1.0, 1.0, 0.0)
+    assert summary["latency_ms"]["p50"] > 0
+    again = measured("edits", folder, "--engine", script, "--results", results)
+    assert again == summary

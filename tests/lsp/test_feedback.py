@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+import forkserver
 from midfill.completion.stats.acceptance import AcceptanceCounts, read
-from midfill.lsp.client import SERVE_COMMAND, Client
+from midfill.lsp.client import Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -17,7 +18,7 @@ HERE = {"textDocument": {"uri": URI}, "position": {"line": 0, "character": 4}, "
 
 async def start(script, tmp_path, monkeypatch, name="an editor", options=None):
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path / "state"))
-    client = await Client.start([*SERVE_COMMAND, *script({"text": "compute(1)"})])
+    client = await Client.start([*forkserver.command("serve"), *script({"text": "compute(1)"})])
     heard = []
     client.on_notification = lambda method, params: heard.append((method, params))
     await client.initialize(options, name)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from raw import COMMAND, Raw, descendants, frame
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.process]
 
 URI = "file:///work/main.py"
 OPEN = {"textDocument": {"uri": URI, "languageId": "python", "version": 1, "text": "a = \n"}}
@@ -167,9 +167,9 @@ EDITOR = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
 async def test_the_death_of_the_editor_ends_it_though_its_input_stays_open(script, levels):
     command = [sys.executable, "-c", EDITOR] * levels + COMMAND
     async with await Raw.start(*script(), command=command) as editor:
-        await editor.initialize(processId=editor.process.pid)
+        await editor.initialize(processId=editor.pid)
         await editor.loaded()
-        servers = descendants(editor.process.pid)
+        servers = descendants(editor.pid)
         assert len(servers) == levels
         editor.process.kill()
         async with asyncio.timeout(60):
@@ -213,7 +213,7 @@ async def test_a_strange_process_id_does_not_lock_the_editor_out(scripted, proce
 async def test_it_leaves_no_child_behind(scripted):
     server = await scripted()
     await server.loaded()
-    children = psutil.Process(server.process.pid).children(recursive=True)
+    children = psutil.Process(server.pid).children(recursive=True)
     server.process.stdin.close()
     await server.status()
     assert not [child for child in children if child.is_running()]
@@ -223,7 +223,7 @@ async def test_it_leaves_no_child_behind(scripted):
 async def test_an_idle_server_neither_polls_nor_spins(scripted):
     server = await scripted()
     await server.loaded()
-    process = psutil.Process(server.process.pid)
+    process = psutil.Process(server.pid)
     await asyncio.sleep(1)  # start-up (imports, the first collection) is over
     cpu, switches = sum(process.cpu_times()[:2]), process.num_ctx_switches().voluntary
     # Time itself is under test.
@@ -240,7 +240,7 @@ async def test_it_does_not_spin_while_a_request_waits_and_input_has_garbage(scri
     server.notify("textDocument/didOpen", OPEN)
     server.send_bytes(b"\r\n\r\nContent-Length: -1\r\n\r\nxx")
     server.request(1, "textDocument/inlineCompletion", ASK)
-    process = psutil.Process(server.process.pid)
+    process = psutil.Process(server.pid)
     await asyncio.sleep(1)  # what was sent has been read
     cpu = sum(process.cpu_times()[:2])
     # Time itself is under test.

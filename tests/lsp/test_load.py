@@ -7,7 +7,7 @@ import json
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.process, pytest.mark.slow]
 
 URI = "file:///work/main.py"
 MB = 1_000_000
@@ -45,7 +45,7 @@ async def answers(server, num):
 
 def computed_s(server):
     """Seconds of processor time that the server has used: other programs do not count."""
-    return sum(psutil.Process(server.process.pid).cpu_times()[:2])
+    return sum(psutil.Process(server.pid).cpu_times()[:2])
 
 
 @pytest.mark.parametrize("char", ["x", "é"])

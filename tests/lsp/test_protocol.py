@@ -302,6 +302,7 @@ async def test_garbage_between_frames_neither_kills_nor_deafens(shared, garbage)
     await shared.serves()
 
 
+@pytest.mark.process
 async def test_a_length_of_a_terabyte_allocates_nothing(scripted):
     server = await scripted()
     before = server.memory()

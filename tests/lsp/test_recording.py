@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 from raw import Raw
 
-from midfill.lsp.client import SERVE_COMMAND
+import forkserver
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 URI = "file:///work/main.py"
 HEADER = '{"midfillRecording": 1}\n'
-MIDFILL = [sys.executable, "-P", "-m", "midfill"]
 
 
 @pytest.fixture
@@ -24,10 +23,11 @@ def rules():
     return [{"after": "slow = ", "hang": True}, {"after": "a = ", "text": "1"}, {"text": "other"}]
 
 
-async def record(script, rules, path):
+async def record(script, rules, path, client=None):
     """A session of everything that can be answered in several ways."""
     async with await Raw.start(*script(*rules), "--record", str(path)) as server:
-        await server.initialize(processId=1, capabilities={"window": {"workDoneProgress": True}})
+        info = {"clientInfo": {"name": client, "version": "1"}} if client else {}
+        await server.initialize(processId=1, capabilities={"window": {"workDoneProgress": True}}, **info)
         # Its answer depends on whether the model has been loaded, so a replay does not compare it.
         ask(server, "early", 0, 0)
         while (message := await server.receive()).get("params", {}).get("value", {}).get("kind") != "end":
@@ -67,9 +67,9 @@ def ask(server, id_, line, character):
 
 
 def replay(path, script_arguments, *options):
-    command = shlex.join([*SERVE_COMMAND, *script_arguments])
+    command = shlex.join([*forkserver.command("serve"), *script_arguments])
     return subprocess.run(
-        [*MIDFILL, "replay", str(path), "--command", command, *options],
+        forkserver.command("replay", str(path), "--command", command, *options),
         capture_output=True,
         text=True,
         timeout=60,
@@ -77,9 +77,11 @@ def replay(path, script_arguments, *options):
     )
 
 
-async def test_a_recorded_session_is_replayed_with_equal_answers(script, tmp_path, rules):
+@pytest.mark.parametrize("client", [None, "helix"])
+async def test_a_recorded_session_is_replayed_with_equal_answers(script, tmp_path, rules, client):
     path = tmp_path / "session.jsonl"
-    await record(script, rules, path)
+    # Helix gets other answers than most clients, in a replay too.
+    await record(script, rules, path, client)
     done = replay(path, script(*rules), "--json")
     result = json.loads(done.stdout)
     assert result["different"] == []
@@ -89,15 +91,16 @@ async def test_a_recorded_session_is_replayed_with_equal_answers(script, tmp_pat
     assert done.returncode == 0
 
 
-async def test_a_replay_is_no_second_opinion(script, tmp_path, rules, monkeypatch):
+@pytest.mark.parametrize("client", [None, "helix"])
+async def test_a_replay_is_no_second_opinion(script, tmp_path, rules, monkeypatch, client):
     monkeypatch.setenv("MIDFILL_STATE", str(tmp_path / "state"))
     path = tmp_path / "session.jsonl"
-    await record(script, rules, path)
+    await record(script, rules, path, client)
     counts = (tmp_path / "state" / "feedback.json").read_text()
     assert '"offered": 2' in counts
-    command = shlex.join([*SERVE_COMMAND, *script(*rules)])
+    command = shlex.join([*forkserver.command("serve"), *script(*rules)])
     replayed = subprocess.run(
-        [*MIDFILL, "replay", str(path), "--command", command, "--speed", "0"],
+        forkserver.command("replay", str(path), "--command", command, "--speed", "0"),
         capture_output=True,
         check=False,
     )
@@ -124,7 +127,7 @@ async def test_a_recording_is_private_and_says_what_it_holds(script, tmp_path, r
     assert {line["from"] for line in lines} == {"client", "server"}
     assert [line["t"] for line in lines] == sorted(line["t"] for line in lines)
     help_text = subprocess.run(
-        [*MIDFILL, "serve", "--help"], capture_output=True, text=True, check=True
+        forkserver.command("serve", "--help"), capture_output=True, text=True, check=True
     ).stdout
     assert "source text" in " ".join(help_text.split())
 
@@ -232,7 +235,7 @@ async def test_a_strangers_recording_trains_and_chooses_no_adapter(script, tmp_p
 
 async def test_a_recording_that_cannot_be_written_is_said_at_once(script, tmp_path):
     done = subprocess.run(
-        [*MIDFILL, "serve", *script(), "--record", str(tmp_path / "no" / "x")],
+        [*forkserver.command("serve", *script()), "--record", str(tmp_path / "no" / "x")],
         capture_output=True,
         text=True,
         input="",

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import raw
-from raw import Raw
+from raw import COMMAND, Raw
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 from faulty import GOOD, STREAM, Faulty, chunk, event, listing, page, tokenize, word
@@ -46,7 +46,7 @@ def sglang(**more):
     )
 
 
-async def serve(server_url, tmp_path, **settings):
+async def serve(server_url, tmp_path, *, command=None, **settings):
     config = tmp_path / "config.toml"
     lines = {"engine": server_url, "eagerness": "always", "prefetch": False} | settings
     config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in lines.items()))
@@ -57,7 +57,7 @@ async def serve(server_url, tmp_path, **settings):
         "HF_HOME": str(tmp_path / "hf"),
     }
     log = tmp_path / "log.txt"
-    server = await Raw.start("--log-level", "debug", "--log-file", str(log), env=env)
+    server = await Raw.start("--log-level", "debug", "--log-file", str(log), env=env, command=command)
     server.log = log
     return server
 
@@ -95,12 +95,12 @@ def shown(server):
 
 
 async def test_a_served_model_gives_suggestions_without_any_library_for_models(tmp_path):
-    async with sglang() as model, await serve(model.url, tmp_path) as server:
+    async with sglang() as model, await serve(model.url, tmp_path, command=COMMAND) as server:
         await server.initialize()
         assert await until(server, "a + b") == ("a + b", None)
-        libraries = {Path(region.path).name for region in psutil.Process(server.process.pid).memory_maps()}
+        libraries = {Path(region.path).name for region in psutil.Process(server.pid).memory_maps()}
         assert not [name for name in libraries if "torch" in name or "openvino" in name]
-        connections = psutil.Process(server.process.pid).net_connections()
+        connections = psutil.Process(server.pid).net_connections()
         assert {(c.raddr.ip, c.raddr.port) for c in connections if c.raddr} <= {("127.0.0.1", model.port)}
         assert not [c for c in connections if c.status == psutil.CONN_LISTEN]
         assert shown(server) == []

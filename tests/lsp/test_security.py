@@ -10,13 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 from planted import certain
-from raw import Raw
+from raw import COMMAND, Raw
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SECRET = "hunter2-the-secret"
 CONSOLE_SCRIPT = [str(Path(sys.executable).with_name("midfill")), "serve"]
-MODULE = [sys.executable, "-P", "-m", "midfill", "serve"]
 SENTINELS = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|endoftext|>", "<|file_sep|>"]
 
 
@@ -57,7 +56,7 @@ async def session(server, root):
     await server.serves()
 
 
-@pytest.mark.parametrize("command", [CONSOLE_SCRIPT, MODULE], ids=["midfill serve", "python -P -m midfill"])
+@pytest.mark.parametrize("command", [CONSOLE_SCRIPT, COMMAND], ids=["midfill serve", "python -P -m midfill"])
 async def test_modules_in_the_working_directory_are_never_imported(script, tmp_path, command):
     root = tmp_path / "cloned"
     root.mkdir()
@@ -76,7 +75,7 @@ async def test_nothing_is_written_into_the_workspace(script, tmp_path):
     root.mkdir()
     (root / "main.py").write_text("x = \n")
     before = {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
-    async with await Raw.start(*script({"text": "1"}), cwd=root) as server:
+    async with await Raw.start(*script({"text": "1"}), command=COMMAND, cwd=root) as server:
         await server.initialize(rootUri=root.as_uri(), workspaceFolders=[{"uri": root.as_uri(), "name": "w"}])
         await session(server, root)
         server.process.stdin.close()
@@ -84,10 +83,11 @@ async def test_nothing_is_written_into_the_workspace(script, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]} == before
 
 
+@pytest.mark.process
 async def test_it_neither_listens_nor_connects(scripted, tmp_path):
     server = await scripted({"text": "1"})
     await session(server, tmp_path)
-    process = psutil.Process(server.process.pid)
+    process = psutil.Process(server.pid)
     assert [c for p in [process, *process.children(recursive=True)] for c in p.net_connections("inet")] == []
     sockets = [c for c in process.net_connections("unix") if c.laddr]
     assert sockets == []
@@ -236,7 +236,7 @@ async def test_files_of_the_workspace_choose_nothing(script, tmp_path):
     config = tmp_path / "home"
     config.mkdir()
     environment = {"HOME": str(config), "XDG_CONFIG_HOME": str(config)}
-    async with await Raw.start(*script({"text": "1"}), cwd=root, env=environment) as server:
+    async with await Raw.start(*script({"text": "1"}), command=COMMAND, cwd=root, env=environment) as server:
         await server.initialize(rootUri=root.as_uri())
         await server.loaded()
         uri = (root / "main.py").as_uri()
@@ -260,20 +260,21 @@ async def test_a_running_server_keeps_its_model(scripted):
     assert server.seen[-2] == message
 
 
+@pytest.mark.process
 async def test_the_server_starts_no_program(scripted, tmp_path):
     server = await scripted({"text": "1"})
     await session(server, tmp_path)
-    assert psutil.Process(server.process.pid).children(recursive=True) == []
+    assert psutil.Process(server.pid).children(recursive=True) == []
 
 
 async def test_its_files_are_not_handed_to_children(script):
     """A child that a library starts must not hold our pipes open: the editor would wait for it."""
     if not shutil.which("true") or not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc")
-    async with await Raw.start(*script()) as server:
+    async with await Raw.start(*script(), command=COMMAND) as server:
         await server.initialize()
         inheritable = []
-        for path in Path(f"/proc/{server.process.pid}/fdinfo").iterdir():
+        for path in Path(f"/proc/{server.pid}/fdinfo").iterdir():
             flags = next(line for line in path.read_text().splitlines() if line.startswith("flags"))
             if int(path.name) > 2 and not int(flags.split()[1], 8) & os.O_CLOEXEC:
                 inheritable.append(path.name)

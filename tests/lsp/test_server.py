@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from midfill.lsp.client import ServerError
+from midfill.lsp.client import SERVE_COMMAND, Client, ServerError
+from midfill.lsp.messages import REPLAYED
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -69,7 +70,8 @@ async def test_a_suggestion_extends_the_selected_item_of_the_popup(client, selec
     params = at(0, 11)
     params["context"]["selectedCompletionInfo"] = selected | {"range": area}
     answer = await server.request("textDocument/inlineCompletion", params)
-    assert answer["items"] == [{"insertText": insert, "range": area}]
+    closers = [[insert.index("("), insert.index(")")]]
+    assert answer["items"] == [{"insertText": insert, "range": area, "data": {"closers": closers}}]
     # The document itself has not changed.
     text = await server.request("midfill/documentText", {"textDocument": {"uri": URI}})
     assert text["text"] == "x = json.lo\n"
@@ -91,7 +93,7 @@ async def test_ghost_text_goes_to_the_cursor(client):
     open_document(server, "print(add(1, ))\n")
     here = {"line": 0, "character": 13}
     assert await ghost(server, 0, 13) == {
-        "items": [{"insertText": "2", "range": {"start": here, "end": here}}]
+        "items": [{"insertText": "2", "range": {"start": here, "end": here}, "data": {"closers": []}}]
     }
 
 
@@ -158,6 +160,25 @@ async def test_no_popup_waits_for_the_model(client, tmp_path):
     assert answer["items"][0]["label"] == "sum(values)"
     finished = [run for run in map(json.loads, log.read_text().splitlines()) if not run["idle"]]
     assert len(finished) <= 2  # the one that warms up and this one
+
+
+async def test_helix_waits_for_the_model_and_gets_no_empty_incomplete_answer(script):
+    """Helix would open no popup for that, and would hide the items of every slower server."""
+    rules = script({"after": "total = su", "text": "m(values)", "prefill_delay_s": 0.5}, {"text": ""})
+    server = await Client.start([*SERVE_COMMAND, *rules])
+    try:
+        await server.load({"eagerness": "always"}, name=REPLAYED + "helix")
+        open_document(server, "total = su\nnothing\n")
+        (item,) = (answer := await popup(server, 0, 10))["items"]
+        # Six times the budget of other editors, and here at once; it asks again at the next key.
+        assert (item["label"], answer["isIncomplete"]) == ("sum(values)", True)
+        assert await popup(server, 1, 7) == {"isIncomplete": False, "items": []}
+        # The user's own budget wins, and what is late is still not sent as "empty and incomplete".
+        server.notify("workspace/didChangeConfiguration", {"settings": {"popupBudgetMs": 0}})
+        change(server, (1, 0), (1, 7), "x = 1; total = su", 2)
+        assert await popup(server, 1, 17) == {"isIncomplete": False, "items": []}
+    finally:
+        await server.close()
 
 
 async def test_edits_are_applied_in_order(client):

@@ -15,10 +15,10 @@ import psutil
 import pytest
 import pytest_asyncio
 import raw
-from raw import Raw
+from raw import COMMAND, Raw
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from tiny import write_model
+from tiny import as_gguf, write_model
 
 from midfill.lsp.client import SERVE_COMMAND
 
@@ -45,7 +45,7 @@ def _patience(monkeypatch):
 class Place:
     """A user's settings and sockets; the shared engine there is ended by its pid."""
 
-    def __init__(self, folder, model):
+    def __init__(self, folder, model, **changes):
         self.runtime = folder / "run"
         self.runtime.mkdir(mode=0o700)
         settings = {
@@ -53,18 +53,20 @@ class Place:
             "model": str(model),
             "dtype": "float32",
             "runner": "torch",
+            "num_threads": 1,
             "eagerness": "always",
             "prefetch": False,
             "max_new_tokens": 8,
             "deadline_s": 100.0,
+            **changes,
         }
         config = folder / "config.toml"
         config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
         self.env = {"MIDFILL_CONFIG": str(config), "MIDFILL_RUNTIME": str(self.runtime)}
         self.servers = []
 
-    async def serve(self):
-        server = await Raw.start("--log-level", "info", env=self.env)
+    async def serve(self, command=None):
+        server = await Raw.start("--log-level", "info", env=self.env, command=command)
         self.servers.append(server)
         await server.initialize()
         return server
@@ -130,7 +132,7 @@ def asked_the_model(why):
 
 @pytest.mark.slow
 async def test_ten_servers_have_one_model_and_none_disturbs_another(place):
-    servers = [await place.serve() for _ in range(NUM_SERVERS)]
+    servers = [await place.serve(COMMAND) for _ in range(NUM_SERVERS)]
     await asyncio.gather(*map(loaded, servers))
     engines = [
         process
@@ -139,7 +141,7 @@ async def test_ten_servers_have_one_model_and_none_disturbs_another(place):
     ]
     assert [process.pid for process in engines] == [await place.pid()]
     for server in servers:
-        libraries = {Path(region.path).name for region in psutil.Process(server.process.pid).memory_maps()}
+        libraries = {Path(region.path).name for region in psutil.Process(server.pid).memory_maps()}
         assert not [name for name in libraries if "torch" in name or "openvino" in name]
 
     async def window(server):
@@ -183,6 +185,33 @@ async def test_an_engine_that_dies_is_started_anew_by_the_next_request(place):
     answers = await asyncio.gather(*map(ask, servers))
     assert all(asked_the_model(why) for _, why in answers), answers
     assert await place.pid() not in {before, after}
+
+
+async def test_llama_cpp_ends_its_own_process_and_not_the_editors_server(tmp_path):
+    folder = tmp_path / "tiny-granite-code"
+    file = as_gguf(write_model("llama", folder)).path
+    place = Place(tmp_path, file, engine="local", runner="llamacpp")
+    try:
+        server = await place.serve()
+        await loaded(server)
+        for _ in range(2):
+            _, why = await ask(server)
+            assert asked_the_model(why), why
+            engine = psutil.Process(await place.pid())
+            assert engine.pid != server.process.pid
+            assert not [region for region in _files(server.process.pid) if "xllamacpp" in region]
+            assert [region for region in _files(engine.pid) if "xllamacpp" in region]
+            # As ggml does on a failed assertion.
+            engine.send_signal(signals.SIGABRT)
+            engine.wait(60)
+        _, why = await ask(server)
+        assert asked_the_model(why), why
+    finally:
+        await place.close()
+
+
+def _files(pid):
+    return [region.path for region in psutil.Process(pid).memory_maps()]
 
 
 @pytest.mark.parametrize("signal", ["SIGTERM", "SIGINT"])

@@ -1,8 +1,11 @@
 """`midfill/status`: what a status line shows."""
 
 import asyncio
+import os
 
 import pytest
+
+from midfill.lsp.client import SERVE_COMMAND, Client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -30,6 +33,7 @@ async def test_a_loaded_model_tells_where_it_runs_and_how_fast(client):
     it = await client({"text": "a" * 20, "token_delay_s": 0.01}, options={"prefetch": False})
     found = await status(it, "ready")
     assert (found["model"], found["device"], found["dtype"]) == ("scripted", "cpu", "script")
+    assert found["attention"] is None
     assert (found["message"], found["tokensPerSecond"], found["enabled"]) == (None, None, True)
     item = {"uri": URI, "languageId": "python", "version": 1, "text": "x = "}
     it.notify("textDocument/didOpen", {"textDocument": item})
@@ -57,3 +61,40 @@ async def test_a_null_takes_a_setting_back_to_the_users_own(client):
     it.notify("workspace/didChangeConfiguration", {"settings": {"midfill": {"enabled": None}}})
     assert (await status(it))["enabled"] is True
     assert not any(method == "window/showMessage" for method, _ in it.heard)
+
+
+async def test_a_file_that_gets_nothing_is_told_with_the_reason(client):
+    it = await client({"text": "1"}, options={"excluded_files": ["*.env"], "disabled_languages": ["text"]})
+    await status(it, "ready")
+    texts = {
+        "main.py": ("python", "x = ", None),
+        "empty.py": ("python", "", None),
+        "local.env": ("shellscript", "A=1\n", "file-excluded"),
+        "notes.txt": ("text", "a\n", "language-off"),
+    }
+    for name, (language, text, reason) in texts.items():
+        uri = f"file:///work/{name}"
+        item = {"uri": uri, "languageId": language, "version": 1, "text": text}
+        it.notify("textDocument/didOpen", {"textDocument": item})
+        found = (await it.request("midfill/status", {"textDocument": {"uri": uri}}))["file"]
+        assert (found and found["reason"]) == reason
+        assert reason is None or found["message"]
+    for params in (
+        {},
+        {"textDocument": None},
+        {"textDocument": {"uri": 7}},
+        [],
+        {"textDocument": {"uri": "x"}},
+    ):
+        assert (await it.request("midfill/status", params))["file"] is None
+
+
+async def test_a_model_that_was_not_downloaded_is_told_from_one_that_fails(client, tmp_path):
+    it = await client(load_error="There is no model here.")
+    assert (await status(it, "failed"))["modelMissing"] is False
+    it = await Client.start(SERVE_COMMAND, env=os.environ | {"MIDFILL_CACHE": str(tmp_path / "empty")})
+    try:
+        await it.initialize()
+        assert (await status(it, "failed"))["modelMissing"] is True
+    finally:
+        await it.close()

@@ -8,7 +8,7 @@ import raw
 import tiny
 from planted_history import Planted, grow
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.process]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def progress(message, kind):
 
 
 def workers(server):
-    found = raw.descendants(server.process.pid)
+    found = raw.descendants(server.pid)
     return [process for process, line in found.items() if "midfill.training.worker" in line]
 
 

@@ -11,6 +11,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads_as_for_a_user():
+    """Programs with a real model use as many threads as they would outside these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        yield
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(model):
     """A server that has loaded the default model; loading takes seconds, so a module shares it."""

@@ -66,7 +66,17 @@ def test_the_doctor_finds_nothing_wrong(model):
     )
     assert done.returncode == 0, done.stdout
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
-    assert set(checks) == {"versions", "settings", "device", "cache", "model", "memory", "gate", "speed"}
+    assert set(checks) == {
+        "versions",
+        "settings",
+        "device",
+        "gpu",
+        "cache",
+        "model",
+        "memory",
+        "gate",
+        "speed",
+    }
     assert all(check["status"] != "error" for check in checks.values())
     assert all(check["remedy"] for check in checks.values() if check["status"] != "ok")
 

@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from midfill.cli.engine_choice import engine_factory
 from midfill.completion.confidence import Eagerness
-from midfill.evaluation import holes, infilling, repository, sandbox
+from midfill.evaluation import holes, infilling, infilling_tasks, repository, sandbox
 from midfill.evaluation.fillers import PipelineFiller
 from midfill.evaluation.records import Records
 from midfill.settings import Settings
@@ -66,7 +66,7 @@ async def test_infilling_has_not_dropped(engine):
         pytest.skip(f"the infilling tasks of ../shared are not here: {TASKS}")
     tasks = [
         task
-        for task in infilling.read_tasks(TASKS)
+        for task in infilling_tasks.read_tasks(TASKS)
         if task.id in PASSED and sandbox.missing(task.language) is None
     ]
     records = Records(None, {})
@@ -81,7 +81,7 @@ async def test_infilling_has_not_dropped(engine):
 
 
 async def test_our_own_source_is_filled(engine):
-    samples = holes.choose(REPOSITORY, Settings(), count=NUM_HOLES, seed=0)
+    samples = holes.choose(REPOSITORY, Settings(), count=NUM_HOLES, seed=0, places="line-ends")
     records = Records(None, {})
     await repository.evaluate(samples, filler(engine, eagerness="always"), records, lambda _share: None)
     results = [repository.read_result(row) for row in records.rows.values()]

@@ -12,7 +12,7 @@ import httpx2
 import psutil
 import pytest
 
-from midfill.evaluation import infilling
+from midfill.evaluation import infilling_tasks
 from midfill.lsp.client import Client, ServerError
 
 TASKS = Path(__file__).parents[3] / "shared" / "data" / "infilling" / "dev-tasks.jsonl.gz"
@@ -97,7 +97,9 @@ async def fill_in_tasks(client):
     """The infilling tasks, on a server that sends token ids and has no library for models itself."""
     if not TASKS.exists():
         pytest.skip(f"the infilling tasks of ../shared are not here: {TASKS}")
-    tasks = [task for task in infilling.read_tasks(TASKS) if task.id.startswith("SingleLine")][:NUM_TASKS]
+    tasks = [task for task in infilling_tasks.read_tasks(TASKS) if task.id.startswith("SingleLine")][
+        :NUM_TASKS
+    ]
     found = [
         await ghost(client, f"{task.before}▮{task.after}", f"task{at}.py") for at, task in enumerate(tasks)
     ]

@@ -56,6 +56,12 @@ def _path(name):
     return path
 
 
+@pytest.fixture(scope="session")
+def vocabulary_file():
+    """The GGUF file with the vocabulary of a real model, by name."""
+    return _path
+
+
 def _from_gguf(name):
     return tokenizer_from_gguf(_path(name))
 

@@ -208,7 +208,7 @@ def test_what_is_no_file_is_not_read(tmp_path):
         (folder / name).unlink()
         os.mkfifo(folder / name)
         assert "no adapter" in refusal(folder)
-    assert "no adapter" in refusal(tmp_path / "nowhere")
+    assert "There is no folder" in refusal(tmp_path / "nowhere")
 
 
 def test_the_layers_of_a_model(tmp_path):

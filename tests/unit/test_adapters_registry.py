@@ -7,7 +7,7 @@ import sys
 import pytest
 from planted_adapters import change_tensors, write_adapter, write_base
 
-from midfill.adapters.registry import Judgement, Registry
+from midfill.adapters.registry import Evaluation, Registry
 from midfill.errors import AdapterError
 
 
@@ -32,7 +32,7 @@ def test_an_adapter_is_added_found_and_removed(registry, base, tmp_path):
         == registry.get("sha256:" + entry.digest[:12])
         == entry
     )
-    assert (entry.base, entry.rank, entry.judgement) == ("base", 2, Judgement())
+    assert (entry.base, entry.rank, entry.evaluation) == ("base", 2, Evaluation())
     assert sorted(path.name for path in entry.path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -76,21 +76,21 @@ def test_a_name_is_taken_once(registry, base, tmp_path):
     assert registry.entries() == [entry]
 
 
-def test_judgements(registry, base, tmp_path):
-    rejected = Judgement("rejected", ("worse",), details={"nll_gain": -0.1})
-    entry = registry.add(write_adapter(tmp_path / "a"), name="mine", base=base, judgement=rejected)
-    assert registry.get("mine").judgement == rejected
-    assert not entry.judgement.usable
-    assert registry.force("mine").judgement == Judgement(
+def test_evaluations(registry, base, tmp_path):
+    rejected = Evaluation("rejected", ("worse",), details={"nll_gain": -0.1})
+    entry = registry.add(write_adapter(tmp_path / "a"), name="mine", base=base, evaluation=rejected)
+    assert registry.get("mine").evaluation == rejected
+    assert not entry.evaluation.usable
+    assert registry.force("mine").evaluation == Evaluation(
         "rejected", ("worse",), forced=True, details={"nll_gain": -0.1}
     )
-    assert registry.get("mine").judgement.usable
-    registry.set_judgement("mine", Judgement("enabled"))
-    assert registry.get("mine").judgement == Judgement("enabled")
-    assert Judgement().usable
-    assert not Judgement("inconclusive").usable
+    assert registry.get("mine").evaluation.usable
+    registry.set_evaluation("mine", Evaluation("enabled"))
+    assert registry.get("mine").evaluation == Evaluation("enabled")
+    assert Evaluation().usable
+    assert not Evaluation("inconclusive").usable
     with pytest.raises(AdapterError, match="no verdict"):
-        Judgement("fine")
+        Evaluation("fine")
 
 
 def test_files_that_changed_are_noticed(registry, base, tmp_path):

@@ -43,8 +43,12 @@ TORCH_ALLOWED = {
         f"engine/torch/{name}.py"
         for name in ("attention", "cuda", "cuda_graphs", "errors", "fuse", "kv_cache", "loading")
     ),
-    *(f"engine/torch/{name}.py" for name in ("lora", "quantize", "runner", "sampling", "weights")),
+    *(
+        f"engine/torch/{name}.py"
+        for name in ("lora", "quantize", "runner", "sampling", "weight_only", "weights")
+    ),
     *(f"training/{name}.py" for name in ("model", "quantized_base", "trainer")),
+    *(f"bench/{name}.py" for name in ("gpu", "gpu_model")),
 }
 
 

@@ -178,7 +178,7 @@ def test_the_command_prints_the_runs(source, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--trace", "/no/such/trace"], "Cannot read /no/such/trace: No such file or directory."),
+        (["--trace", "/no/such/trace"], "Cannot read /no/such/trace: there is no such file. Check the path."),
         ([], "Give either a TRACE (a file of recorded typing) or --files DIR (a source tree)."),
         (["--trace", "x", "--users", "0,many"], "'0,many' is not a list of numbers from 1 to 100000"),
     ],

@@ -88,7 +88,7 @@ def test_a_bad_line_is_named(tmp_path, row, why):
 
 
 def test_files_that_are_no_trace_are_refused_in_a_sentence(tmp_path):
-    with pytest.raises(MidfillError, match=r"Cannot read .*No such file"):
+    with pytest.raises(MidfillError, match=r"Cannot read .*there is no such file"):
         read_trace(tmp_path / "none.jsonl")
     (tmp_path / "plain.gz").write_text("not compressed")
     with pytest.raises(MidfillError, match=r"Cannot read .*plain\.gz"):

@@ -1,4 +1,4 @@
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from midfill.completion.postprocess.brackets import scan
@@ -87,6 +87,8 @@ def test_a_stopper_that_is_asked_for_each_character_says_what_one_says_that_is_a
 
 @settings(deadline=None)
 @given(places(tail=st.just("")), TEXT)
+# Moved to the next step of indentation, it is the next line again, which it was not at the cursor.
+@example(CursorContext(" ", "", ("x:if",), max_lines=1, language_id="python"), "x:if")
 def test_cleaning_twice_is_cleaning_once(cursor, text):
     once = cleaned(text, cursor)
     # The closers of a text that was cut at its last line come on top.

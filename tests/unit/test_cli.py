@@ -9,6 +9,7 @@ import sys
 import click
 import pytest
 
+import forkserver
 from midfill.cli.main import cli
 
 pytestmark = pytest.mark.programs
@@ -26,7 +27,7 @@ def midfill(tmp_path):
 
     def run(*arguments, text=None, cwd=None):
         return subprocess.run(
-            [*COMMAND, *arguments],
+            forkserver.command(*arguments),
             input=text,
             capture_output=True,
             text=True,
@@ -167,7 +168,7 @@ def test_a_completion_from_stdin_as_json(midfill, script):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("nowhere.py:1:1", "Cannot read nowhere.py: No such file or directory."),
+        ("nowhere.py:1:1", "Cannot read nowhere.py: there is no such file. Check the path."),
         ("a.py:9:1", "a.py has 2 lines, so there is no line 9."),
         ("a.py:0:1", "'a.py:0:1' is not FILE:LINE:COL"),
         ("a.py", "'a.py' is not FILE:LINE:COL"),
@@ -208,6 +209,29 @@ def test_models_are_listed(midfill):
         "seed-coder-8b",
     }
     assert not any(model["installed"] for model in models["models"])
+    files = {model["name"]: model["gguf"] for model in models["models"]}
+    assert files["qwen2.5-coder-0.5b"] == "available"
+    assert files["mellum-4b"] is None
+
+
+def test_with_llama_cpp_a_model_is_its_gguf_file(midfill, tmp_path):
+    (tmp_path / "config.toml").write_text('runner = "llamacpp"\n')
+    done = midfill("complete", "-:1:1", text="a = 1\n")
+    assert done.returncode == 1
+    assert "Run: midfill model pull qwen2.5-coder-0.5b --gguf" in done.stderr
+    file = tmp_path / "cache" / "gguf" / "qwen2.5-coder-0.5b.gguf"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"GGUF")
+    models = json.loads(midfill("model", "list", "--json").stdout)["models"]
+    assert [(model["installed"], model["gguf"]) for model in models if model["gguf"] == "here"] == [
+        (False, "here")
+    ]
+    assert json.loads(midfill("status", "--json").stdout)["model_path"] == str(file)
+    assert midfill("model", "use", "qwen2.5-coder-0.5b").returncode == 0
+    # It is used as it is, and damaged.
+    done = midfill("complete", "-:1:1", text="a = 1\n")
+    assert done.returncode == 1
+    assert "damaged or incomplete" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["use", "path"])

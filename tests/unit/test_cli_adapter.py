@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from planted_adapters import LAYERS, change_tensors, write_adapter, write_base
 
 from midfill.adapters.bindings import Bindings
-from midfill.adapters.registry import Judgement, Registry
+from midfill.adapters.registry import Evaluation, Registry
 from midfill.cli.main import cli
 from midfill.errors import MidfillError
 
@@ -45,7 +45,7 @@ def test_an_adapter_from_import_to_removal(base, tmp_path):
     assert "No adapters yet" in midfill("list")
     assert "Imported mine" in midfill("import", write_adapter(tmp_path / "a"), "--name", "mine")
     [listed] = json.loads(midfill("list", "--json"))["adapters"]
-    assert (listed["name"], listed["rank"], listed["judgement"]["verdict"], listed["used"]) == (
+    assert (listed["name"], listed["rank"], listed["evaluation"]["verdict"], listed["used"]) == (
         "mine",
         2,
         "none",
@@ -81,16 +81,16 @@ def test_places(base, tmp_path):
     assert "no change" in midfill("rollback")
 
 
-def test_one_that_was_judged_bad_is_used_by_force_only(base, tmp_path):
+def test_one_that_was_rejected_is_used_by_force_only(base, tmp_path):
     midfill("import", write_adapter(tmp_path / "a"), "--name", "mine")
-    Registry().set_judgement("mine", Judgement("rejected", ("It was worse than the base.",)))
+    Registry().set_evaluation("mine", Evaluation("rejected", ("It was worse than the base.",)))
     refusal = midfill("use", "mine")
     assert "verdict 'rejected'" in refusal
     assert "worse than the base" in refusal
     assert Bindings().read().workspaces == {}
     assert "mine is now used" in midfill("use", "mine", "--force")
     assert "rejected, forced" in midfill("list")
-    assert json.loads(midfill("show", "mine", "--json"))["judgement"]["forced"] is True
+    assert json.loads(midfill("show", "mine", "--json"))["evaluation"]["forced"] is True
 
 
 def test_what_is_wrong_is_said(base, tmp_path):
@@ -156,7 +156,7 @@ def test_an_adapter_comes_from_the_hub(hub, tmp_path):
     assert status == 0, output
     entry = Registry().get("good")
     assert json.loads(output)["digest"] == entry.digest
-    assert (entry.source, entry.judgement.verdict) == ("someone/good of the hub", "none")
+    assert (entry.source, entry.evaluation.verdict) == ("someone/good of the hub", "none")
     # Neither code nor pickles came along, nor were they asked for.
     assert hub.fetched == {"adapter_config.json", "adapter_model.safetensors"}
     assert {path.name for path in entry.path.iterdir()} == hub.fetched

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from planted_adapters import write_adapter, write_base
 from planted_history import Planted, grow
 
-from midfill.adapters.registry import Judgement, Registry, check_name
+from midfill.adapters.registry import Evaluation, Registry, check_name
 from midfill.cli.main import cli
 from midfill.completion.stats import acceptance as feedback
 from midfill.errors import AdapterError, MidfillError
@@ -69,7 +69,7 @@ def test_every_folder_has_a_name_that_an_adapter_can_have(folder):
     assert jobs.name_for(Path("/src/project")) == "project"
 
 
-def test_a_name_that_is_a_path_is_judged_nowhere(monkeypatch, tmp_path):
+def test_a_name_that_is_a_path_is_evaluated_nowhere(monkeypatch, tmp_path):
     monkeypatch.setenv("MIDFILL_DATA", str(tmp_path / "data"))
     job = jobs.Job(tmp_path, "..", 0.0)
     model = LocalModel("tiny", tmp_path, "stable-code", source="a test")
@@ -133,7 +133,7 @@ def test_a_verdict_that_is_forced_is_shown_as_such(monkeypatch, tmp_path):
         write_adapter(tmp_path / "one"),
         name="one",
         base=base,
-        judgement=Judgement("rejected", ("worse",), forced=True),
+        evaluation=Evaluation("rejected", ("worse",), forced=True),
     )
     assert "rejected, forced" in run("list").output
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from midfill.cli import editor_files
 from midfill.cli import editor_setup as editors
 from midfill.cli.main import cli
 from midfill.errors import MidfillError
@@ -68,6 +69,64 @@ def test_what_is_written_is_shown_and_a_second_run_has_nothing_to_do(home, name)
     assert again["status"] == "ready"
     assert path.read_text() == before
     assert "already set up" in run(name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_was_written_is_shown_and_taken_back(home, name):
+    path = home / FILES[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    theirs = {"vim": "set number\r\n", "emacs": ";; mine\n", "helix": "# mine\n"}.get(name)
+    theirs = '{\n  "editor.tabSize": 4\n}\n' if path.suffix == ".json" else theirs
+    if theirs is not None:
+        path.write_bytes(theirs.encode())
+    report(name, "--write")
+    written = path.read_bytes()
+    output = run(name, "--undo")
+    assert "---" in output
+    assert f"midfill setup {name} --undo --write" in output
+    assert path.read_bytes() == written
+    [done] = report(name, "--undo", "--write")
+    assert done["status"] == "written"
+    if theirs is None:
+        # The whole file was ours.
+        assert not path.exists()
+    else:
+        assert path.read_bytes().decode() == theirs
+    [again] = report(name, "--undo", "--write")
+    assert again["status"] == "ready"
+    assert "Nothing of midfill's setup is in it." in run(name, "--undo")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "left"),
+    [
+        ('{"midfill.server.command": ["x"], "a": 1}', '{ "a": 1}'),
+        ('{\n  "a": 1,\n  "midfill.server.command": [\n    "x"\n  ]\n}\n', '{\n  "a": 1,\n}\n'),
+        ('{\n  // "midfill.server.command": ["x"],\n}\n', '{\n  // "midfill.server.command": ["x"],\n}\n'),
+    ],
+)
+def test_vs_codes_setting_is_taken_out_wherever_it_stands(home, theirs, left):
+    path = home / FILES["vscode"]
+    path.parent.mkdir(parents=True)
+    path.write_text(theirs)
+    report("vscode", "--undo", "--write")
+    assert path.read_text() == left
+
+
+@pytest.mark.parametrize("name", ["vim", "emacs", "neovim"])
+def test_lines_of_the_users_own_are_not_taken_out(home, name):
+    path = home / FILES[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = {"vim": "let g:midfill_x = 1\n", "emacs": "(global-midfill-mode)\n", "neovim": "-- mine\n"}[name]
+    path.write_text(own)
+    [done] = report(name, "--undo", "--write")
+    assert (done["status"], path.read_text()) == ("ready", own)
+    assert "remove" in done["steps"][0]
+
+
+@pytest.mark.parametrize("name", ["sublime", "kate", "zed", "jetbrains"])
+def test_what_was_put_in_by_hand_is_taken_out_by_hand(home, name):
+    assert "by hand" in run(name, "--undo", "--write")
 
 
 def test_the_plugins_are_found():
@@ -148,7 +207,7 @@ def test_helix_keeps_comments_servers_and_order(home):
         "auto-format": True,
         "language-servers": ["rust-analyzer", "midfill"],
     }
-    assert languages["go"]["language-servers"] == ["gopls", "midfill"]
+    assert languages["go"]["language-servers"] == ["gopls", "golangci-lint-lsp", "midfill"]
 
 
 def test_vs_codes_comments_stay(home):
@@ -231,7 +290,7 @@ def test_a_file_that_changed_meanwhile_is_not_written(home):
     edit = editors.find("vim").plan(editors.here()).edit
     (home / ".vimrc").write_text("set number\n")
     with pytest.raises(MidfillError, match="has changed in the meantime"):
-        editors.write(edit)
+        editor_files.write(edit)
     assert (home / ".vimrc").read_text() == "set number\n"
 
 

@@ -10,18 +10,8 @@ from midfill.engine.scripted import Rule, Script, ScriptedEngine
 from midfill.errors import MidfillError
 from midfill.evaluation import sandbox
 from midfill.evaluation.fillers import Filled, PipelineFiller, RawFiller
-from midfill.evaluation.infilling import (
-    Result,
-    Task,
-    compare,
-    describe,
-    evaluate,
-    read_tasks,
-    repeats_next_line,
-    runnable,
-    sample,
-    summarise,
-)
+from midfill.evaluation.infilling import Result, compare, describe, evaluate, repeats_next_line, summarise
+from midfill.evaluation.infilling_tasks import Task, read_tasks, runnable, sample
 from midfill.evaluation.records import Records, read
 from midfill.settings import Settings
 
@@ -55,7 +45,8 @@ def tasks(tmp_path):
 
 def result(id_, passed, **more):
     values = {"sentinel": False, "repeats_next_line": False, "reason": None, "latency_ms": 1.0} | more
-    return Result(id_, "x", passed, exact=False, similarity=0.5, **values)
+    values = {"exact": False, "line_0": False, "language": "python", "text": "x", "similarity": 0.5} | values
+    return Result(id_, passed=passed, **values)
 
 
 async def scripted(*rules):
@@ -65,7 +56,7 @@ async def scripted(*rules):
 
 
 async def passes(task, text):
-    return await sandbox.passes(task.language, task.program(text))
+    return await task.passes(text)
 
 
 async def test_the_truth_passes_and_nothing_fails(tasks):
@@ -197,12 +188,12 @@ async def test_sentinels_and_repeated_lines_are_counted(tasks):
     ],
 )
 def test_the_next_line_is_repeated(text, repeats):
-    task = Task("A/1", "python", "def f(a):\n", "\n\n    return a\n", "    a += 1", "")
+    task = Task("A/1", "python", "def f(a):\n", "\n\n    return a\n", "    a += 1")
     assert repeats_next_line(task, text) is repeats
 
 
 def test_a_line_that_stands_twice_by_right_is_no_repetition():
-    task = Task("A/1", "python", "def f(a):\n", "\n    a += 1\n", "    a += 1", "")
+    task = Task("A/1", "python", "def f(a):\n", "\n    a += 1\n", "    a += 1")
     assert not repeats_next_line(task, "    a += 1")
 
 
@@ -225,11 +216,87 @@ def test_shares_are_by_kind():
     assert "skipped, java: No JDK." in text
 
 
+def test_shares_are_also_by_language_and_untested_tasks_do_not_count_as_failures():
+    results = [
+        result("A/1", True, line_0=True),
+        result("A/2", None, language="cpp", line_0=True, text="", reason="model-silent"),
+        result("B/1", None, language="cpp"),
+    ]
+    summary = summarise(results)
+    assert summary["pass@1"] == {"A": 1.0, "A, python": 1.0, "A, cpp": None, "B": None, "all": 1.0}
+    assert summary["line_0"] == {"A": 1.0, "A, python": 1.0, "A, cpp": 1.0, "B": 0.0, "all": 0.6667}
+    assert summary["empty_reasons"] == {name: {"model-silent": 1} for name in ("A", "A, cpp", "all")}
+    text = describe(summary | {"model": "m", "skipped": {}, "network": False})
+    assert "empty, A, cpp: model-silent 1" in text
+    [row] = [line for line in text.splitlines() if line.startswith("B ")]
+    assert row.split() == ["B", "-", "0.0%", "0.0%", "50.0%", "0.0%"]
+
+
+SUMS = "import sys\nfor line in sys.stdin:\n    "
+CPP = "#include <iostream>\r\nint main() {\r\n  int a, b;\r\n  std::cin >> a >> b;\r\n"
+
+
+@pytest.mark.parametrize(
+    ("language", "prompt", "solution", "wrong"),
+    [
+        ("python", SUMS, "print(sum(map(int, line.split())))", "print(3)"),
+        ("cpp", CPP, "  std::cout << a + b << std::endl;\r\n", "  std::cout << 3;"),
+        ("cpp", CPP, "  std::cout << a + b;\r\n", "  does not compile"),
+    ],
+)
+async def test_programs_are_tested_by_what_they_print(tmp_path, language, prompt, solution, wrong):
+    if (why := sandbox.missing(language)) is not None:
+        pytest.skip(why)
+    io_tests = [
+        {"input": "1 2\n", "output": ["4", "3  \n\n"]},
+        {"input": "2 3\n", "output": ["5"]},
+    ]
+    row = {"task_id": "Io/1", "language": language, "prompt": prompt, "canonical_solution": solution}
+    row |= {"suffix": "}\n" if language == "cpp" else "\n", "io_tests": io_tests}
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps(row))
+    [task] = read_tasks(path)
+    assert await task.passes(task.truth) is True
+    assert await task.passes(wrong) is False
+    assert "\r" not in task.truth
+    assert task.hole.cursor.column == (0 if language == "cpp" else 4)
+
+
+async def test_tasks_without_tests_are_filled_and_compared_with_the_original(tmp_path, monkeypatch):
+    rows = [
+        {"task_id": f"Dev/{n}", "language": "c_sharp", "prompt": "var a = ", "suffix": ";\n"}
+        | {"canonical_solution": truth}
+        for n, truth in enumerate(("new List<int>()", "new List<int>().ToArray()", "null"))
+    ]
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("PATH", "")
+    left, skipped = runnable(read_tasks(path))
+    assert (len(left), skipped) == (3, {})
+
+    class Fixed:
+        async def fill(self, hole, _trigger):
+            assert hole.language == "csharp"
+            return Filled("new List<int>()\n// more")
+
+    records = Records(None, {})
+    await evaluate(left, Fixed(), records, lambda _share: None, cut=True)
+    found = list(records.rows.values())
+    assert [(one["passed"], one["passed_when_cut"]) for one in found] == [(None, None)] * 3
+    assert [(one["exact"], one["line_0"], one["exact_when_cut"]) for one in found] == [
+        (False, True, True),
+        (False, False, False),
+        (False, False, False),
+    ]
+
+
 def test_runs_are_compared_in_pairs():
     ours = [result(f"A/{n}", n < 9) for n in range(10)]
     theirs = {f"A/{n}": {"passed": n in (0, 9)} for n in range(10)}
+    compared = compare([*ours, result("A/10", None)], theirs | {"A/10": {"passed": True, "line_0": True}})
     # 8 better, 1 worse: the exact two-sided binomial of 1 in 9 is 20 / 512.
-    assert compare(ours, theirs) == {"tasks": 10, "better": 8, "worse": 1, "p": 0.0391}
+    assert compared.pop("line_0") == {"tasks": 1, "better": 0, "worse": 1, "p": 1.0}
+    assert compared == {"tasks": 10, "better": 8, "worse": 1, "p": 0.0391}
 
 
 def test_a_sample_is_even_and_always_the_same(tasks):

@@ -71,7 +71,7 @@ def repository(tmp_path):
 
 
 def places(kind, text=CODE):
-    return {text[start:end] for start, end in holes._PLACES[kind](text)}
+    return {text[start:end] for start, end in holes._SPANS[kind](text)}
 
 
 def test_holes_are_where_completions_are_asked_for():
@@ -85,6 +85,20 @@ def test_holes_are_where_completions_are_asked_for():
         CODE[CODE.index("# A comment") : -1],
     }
     assert places("nothing") == {""}
+
+
+def test_holes_inside_lines_and_words_have_text_after_them():
+    line = "    max_tokens = self.read(maxLines, 3)  # of each"
+    inside = places("inside-line", line)
+    assert {"self", "self.read", "read(maxLines", "maxLines, 3)  #", "of"} <= inside
+    # Not the first token, nor the last, nor what the next word would touch, nor punctuation alone.
+    assert not inside & {"max_tokens", "each", "=", "3)"}
+    assert places("inside-word", line) == {"max_", "max"}
+    assert places("nothing-inside", line) == {""}
+    spans = list(holes._SPANS["nothing-inside"](line))
+    assert (line.index("self"), line.index("self")) in spans
+    assert (line.index("Lines") - 3, line.index("Lines") - 3) in spans
+    assert all(0 < start < len(line) for start, _ in spans)
 
 
 def test_line_ends_of_windows_are_no_part_of_a_hole():
@@ -156,12 +170,12 @@ def test_scores(text, truth, expected):
 async def run(repository):
     """Fill holes of the repository with a script; returns the header and the rows."""
 
-    async def play(*rules, count=30):
+    async def play(*rules, count=30, places="line-ends"):
         engine = ScriptedEngine(Script(list(rules)))
         await engine.start(lambda _message, _share: None)
         everything = Settings(eagerness="always")
         kept = records.Records(None, {"eval": "repo", "settings": {"rules": len(rules)}})
-        samples = holes.choose(repository, Settings(), count=count, seed=1)
+        samples = holes.choose(repository, Settings(), count=count, seed=1, places=places)
         await evaluate(samples, PipelineFiller(engine, everything), kept, lambda _share: None)
         return kept.header, kept.rows
 
@@ -183,6 +197,15 @@ async def test_a_model_that_knows_the_text_is_exact_and_one_that_does_not_is_not
     assert bad["precision"]["all"] == 0
     assert bad["silent_where_nothing"] == 0
     assert "rest-of-line" in describe(good)
+
+
+async def test_holes_inside_lines_have_figures_of_their_own(run):
+    _, rows = await run(Rule("nonsense"), places="inside")
+    assert {row["kind"] for row in rows.values()} == {"inside-line", "inside-word", "nothing-inside"}
+    summary = summarise([read_result(row) for row in rows.values()], Eagerness.ALWAYS)
+    assert set(summary["saved_share_by_kind"]) == {"inside-line", "inside-word"}
+    assert set(summary["shown"]) == {"inside-line", "inside-word", "nothing-inside", "all"}
+    assert "nothing-inside" in describe(summary)
 
 
 async def test_each_eagerness_is_worked_out_from_one_run_as_the_pipeline_would_show_it(repository):

@@ -80,6 +80,20 @@ NO_SECRETS = [
     "Authorization: Basic dXNlcjpwYXNzd29yZA==",
     'url = "postgres://user:password@localhost/db1"',
     'MultiHostUrl("https://foo.com:123,foo:bar@bar.com/path1")',
+    '"change_password": "20/m/ip,5/m/key",',
+    'PASSWORD = "c0rrecth0rse"',
+    'MasterUserPassword="hunter2000",',
+    'password = b"S3CuR1Ty"',
+    'credentials="arn:aws:iam::000000000000:role/service-role/role1",',
+    'client_request_token = "ED9F8B6C-85B7-B7E4-38F2A3BEB13C"',
+    'IdempotencyToken="k3f9-20221125230308947400000001q7x",',
+    '"SECRET_HASH": "kIWuIv6ElVe9ahZHJ+gqvZe6CgEkVE/BjQmJcMSgF3E=",',
+    'headers["Authorization"] == "Bearer synthetic-access-token-1"',
+    '"authorizationToken": "QVdTOnVzLWVhc3QtMS1hdXRoLXRva2Vu",',  # AWS:us-east-1-auth-token
+    "Example api_key='d5345c0ecc68ae6295c69f91926b2bd379e25481a40c34b5884d157a9f65d8fa'",
+    "'mssql+pyodbc://scott:tiger^5HHH@mssql2017:1433/test'",
+    # {"sub": "foo"}
+    '"Authorization": "Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJmb28ifQ.NnExK_dlNAYyzACrXtXDrc",',
     'compute("", "test_secret") => "f7f9bd47fb987337b5796fdc1fdb9ba221d0d5396814bfcaf9521f43fd8927fd"',
 ]
 
@@ -124,6 +138,8 @@ def test_what_is_about_secrets_does_not_silence_its_file(line):
         '"access_token":"2YotnFZFEjr1zCsicMWpAA",',
         '"access_token":"mF_9.B5f-4.1JqM",',
         "http://www.example.com/path?access_token=h480djs93hd8",
+        'SECRET_KEY = "09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7"',
+        '"AWS_SECRET_ACCESS_KEY": "uV3F3YluFJax1cknvbcGwgjvx4QpvB+leU8dUj2o",',
         "Authorization: Basic czZCaGRSa3F0MzpnWDFmQmF0M2JW",
         "token=45ghiukldjahdnhzdauz&token_type_hint=refresh_token",
         "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxMjM0NTY3ODkwIiwibmFtZSI6IkpvaG4gRG9lIiwiaWF0IjoxNTE2Mj"
@@ -150,6 +166,10 @@ def test_a_password_that_somebody_chose_is_one():
         'const clientSecret: string = "Vb7xQ2m9Tz4Lw8Rk";',
         '{\\"password\\": \\"Kx82mmQ1z\\"}',
         "config['secret_key'] = 'n3B0xq7Lr2Vt'",
+        'password = "5/mXq8LtZ2"',
+        'password = "hunter-of-9-ghosts"',
+        'headers["Authorization"] = "Bearer synthetic-access-q8Zr2LmV0xTn5Kb7"',
+        "for example with api_key='d5345c0ecc68ae6295c69f91926b2bd379e25481a40c34b5884d157a9f65d8fa'",
         'TOKEN_GITHUB_PROD = "a8f5f167f44f4964e6c998dee827110c"',
     ):
         assert severity(line) is Severity.CERTAIN, line

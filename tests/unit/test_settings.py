@@ -287,7 +287,10 @@ def test_no_settings_of_any_kind_are_no_junk(values):
     ("values", "sentence"),
     [
         ({"maxNewTokens": "many"}, "Setting 'maxNewTokens' cannot be \"many\": it must be a valid integer."),
-        ({"device": "gpu"}, "Setting 'device' cannot be \"gpu\": use `auto`, `cpu`, `cuda` or `cuda:N`."),
+        (
+            {"device": "gpu"},
+            "Setting 'device' cannot be \"gpu\": use `auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`.",
+        ),
         ({"modle": "x"}, "Unknown setting 'modle'. Did you mean 'model'?"),
         ({"xyz": 1}, "Unknown setting 'xyz'. Remove it, or check its spelling."),
         ([1], "Settings must be an object of names and values, not [1]."),

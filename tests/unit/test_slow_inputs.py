@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from midfill.completion import closer_pairs
 from midfill.completion.autoclose import matched_closer_offsets, reconcile_auto_closed
 from midfill.completion.confidence import Eagerness, Evidence, length_to_show
 from midfill.completion.context import chunks, files, index
@@ -246,7 +247,8 @@ OF_SUGGESTIONS = {
     "confidence": shown,
     "popup": popup,
     "autoclose.reconcile_auto_closed": lambda text: reconcile_auto_closed(text, ')"}'),
-    "suggestions.matched_closer_offsets": lambda text: matched_closer_offsets(text, ')"}'),
+    "autoclose.matched_closer_offsets": lambda text: matched_closer_offsets(text, ')"}'),
+    "closer_pairs": closer_pairs.closer_pairs,
 }
 SIZES = {**dict.fromkeys(OF_DOCUMENTS, 100_000), **dict.fromkeys(OF_SUGGESTIONS, 8_000)}
 

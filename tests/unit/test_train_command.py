@@ -45,7 +45,7 @@ async def test_a_rejected_adapter_is_not_offered():
         RESULT | {"verdict": "rejected", "reasons": ["It was worse."]}
     )
     assert person.heard == [
-        ("info", "The adapter mine was judged rejected and is not used. It was worse."),
+        ("info", "The adapter mine has the verdict 'rejected' and is not used. It was worse."),
     ]
 
 

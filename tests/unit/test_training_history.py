@@ -128,7 +128,7 @@ def test_the_split_goes_by_time(planted):
     assert all(f"run_stage_{number}(" not in text for number in range(2 * divide(30)[0], 60))
 
 
-def test_a_longer_history_judges_by_more_commits_but_not_by_most():
+def test_a_longer_history_is_tested_on_more_commits_but_not_on_most():
     for count in range(4, 2000):
         train, dev, test = divide(count)
         assert train > 0

@@ -174,7 +174,7 @@ def test_a_busy_machine_rejects_no_adapter_that_is_quick_enough():
     assert found[1.6].count("rejected") > found[1.6].count("enabled")
 
 
-def test_commits_that_have_judged_others_ask_for_more():
+def test_commits_that_have_evaluated_others_ask_for_more():
     result = as_dict(replace(GOOD, num_comparisons=5), decide(GOOD))
     assert result["alpha"] == pytest.approx(0.005)
 

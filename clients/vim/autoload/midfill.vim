@@ -16,7 +16,8 @@ const POPUP_MS = 2000
 
 # Where the cursor is: buf, row, col (bytes before it), before, after, num_lines, tick. {} is nowhere.
 var seen: dict<any> = {}
-# What is on the screen: place, text, closers behind the cursor that are in it, command. {} is nothing.
+# What is on the screen: place, text, num_replaced closers after the cursor, pairs of openers and closers of the
+# text (see Pairs), command. {} is nothing.
 var shown: dict<any> = {}
 # The buffer in which the suggestion is drawn.
 var drawn_in = -1
@@ -39,28 +40,51 @@ def Here(): dict<any>
   }
 enddef
 
-# Where a text closes, in their order, what these closers close: offsets in bytes.
-def Closing(text: string, closers: string): list<number>
-  final places: list<number> = []
-  var offset = 0
-  var depth = 0
-  for char in split(text, '\zs')
-    if len(places) < len(closers) && depth == 0 && char ==# closers[len(places)]
-      add(places, offset)
-    elseif stridx('([{', char) >= 0
-      depth += 1
-    elseif stridx(')]}', char) >= 0
-      depth = max([0, depth - 1])
-    endif
-    offset += len(char)
-  endfor
-  return places
+# Return which closers of an item's text Vim may insert by itself, by a plugin: offsets in bytes of the opener, -1
+# if it is before the text, and of the closer.
+def Pairs(item: dict<any>, text: string): list<list<number>>
+  const data: any = item->get('data', {})
+  const sent: any = type(data) == v:t_dict ? data->get('closers', []) : []
+  # The server counts code points.
+  const Bytes = (offset: number): number => offset < 0 ? -1 : byteidxcomp(text, offset)
+  return type(sent) != v:t_list ? [] : mapnew(sent, (_, pair: list<number>) => [Bytes(pair[0]), Bytes(pair[1])])
 enddef
 
-# What of a suggestion is left at a place: its text, and those closers behind the cursor that are in it.
+# Return the offsets, in a suggestion's text, of those of its closers that stand after the cursor once this many
+# bytes of it are typed. [-1] if anything else does.
+def Standing(suggestion: dict<any>, num_typed: number, after: string): list<number>
+  const text: string = suggestion.text
+  const pairs: list<list<number>> = copy(suggestion.pairs)->filter((_, pair) => pair[0] < num_typed && num_typed <= pair[1])
+  const given = copy(pairs)->filter((_, pair) => pair[0] < 0)->mapnew((_, pair) => pair[1])
+  final awaited = copy(pairs)->filter((_, pair) => pair[0] >= 0)->mapnew((_, pair) => pair[1])
+  const behind = strpart(suggestion.place.after, suggestion.num_replaced - len(given))
+  const num_new = len(after) - len(behind)
+  if num_new < 0 || strpart(after, num_new) !=# behind
+    return [-1]
+  endif
+  final offsets: list<number> = []
+  # Vim may have closed some of what was typed, and other brackets not.
+  for char in split(strpart(after, 0, num_new), '\zs')
+    while !empty(awaited) && strpart(text, awaited[0], 1) !=# char && !(awaited[0] == len(text) && IsClosers(char))
+      remove(awaited, 0)
+    endwhile
+    if empty(awaited)
+      return [-1]
+    endif
+    add(offsets, remove(awaited, 0))
+  endfor
+  # One after the text stays where it is.
+  return filter(offsets, (_, at) => at < len(text)) + given
+enddef
+
+def IsClosers(text: string): bool
+  return text =~ '^[])}>"''`]*$'
+enddef
+
+# What of a suggestion is left at a place: its text, and where in it the closers are that stand after the cursor.
 # The text is '' if it does not hold there.
-def Rest(suggestion: dict<any>, place: dict<any>): dict<string>
-  const none = {text: '', closers: ''}
+def Rest(suggestion: dict<any>, place: dict<any>): dict<any>
+  const none = {text: '', offsets: []}
   if empty(suggestion)
     return none
   endif
@@ -77,15 +101,12 @@ def Rest(suggestion: dict<any>, place: dict<any>): dict<string>
     return none
   endif
   # What was typed, over closers or not, and what the editor has closed at that, is all that may have changed.
-  const text = strpart(wanted, len(now))
-  const used = len(Closing(strpart(now, len(origin.before)), suggestion.closers))
-  const behind = strpart(origin.after, used)
-  const num_new = len(place.after) - len(behind)
-  if num_new < 0 || strpart(place.after, num_new) !=# behind
+  const num_typed = len(now) - len(origin.before)
+  const offsets = Standing(suggestion, num_typed, place.after)
+  if offsets == [-1]
     return none
   endif
-  const closers = strpart(place.after, 0, num_new) .. strpart(suggestion.closers, used)
-  return len(Closing(text, closers)) >= num_new ? {text: text, closers: closers} : none
+  return {text: strpart(wanted, len(now)), offsets: mapnew(offsets, (_, at) => at - num_typed)}
 enddef
 
 # Return a text with tabs as spaces, as it looks from a column on: text properties ignore tab stops.
@@ -105,19 +126,22 @@ def ExpandTabs(text: string, column: number): string
 enddef
 
 # Draw the rest of a suggestion at the cursor, around the closers that stand there already.
-def Draw(place: dict<any>, rest: dict<string>)
+def Draw(place: dict<any>, rest: dict<any>)
   Undraw()
   drawn_in = place.buf
-  const [line; below] = split(rest.text, "\n", true)
-  const first = ExpandTabs(line, strdisplaywidth(place.before))
+  const [first; below] = split(rest.text, "\n", true)
   var from = 0
   var col = place.col + 1
-  for to in Closing(first, rest.closers) + [len(first)]
+  var width = strdisplaywidth(place.before)
+  for to in copy(rest.offsets)->filter((_, at) => at < len(first)) + [len(first)]
     if to > from
-      prop_add(place.row, col, {type: 'midfill', text: strpart(first, from, to - from)})
+      const text = ExpandTabs(strpart(first, from, to - from), width)
+      prop_add(place.row, col, {type: 'midfill', text: text})
+      width += strdisplaywidth(text)
     endif
     from = to + 1
     col += 1
+    width += 1
   endfor
   for under in below
     # A text must not be empty.
@@ -187,25 +211,29 @@ def Answered(question: dict<any>, result: any)
     return
   endif
   const item: dict<any> = items[0]
-  const text: string = type(item.insertText) == v:t_dict ? item.insertText.value : item.insertText
-  var closers = ''
+  const sent: string = type(item.insertText) == v:t_dict ? item.insertText.value : item.insertText
+  const text = substitute(sent, "\r\n", "\n", 'g')
+  var num_replaced = 0
   if item->has_key('range')
     # Behind the cursor a closer is one unit in every encoding.
     const [from, to] = [item.range.start, item.range.end]
-    closers = strpart(question.place.after, 0, max([0, to.character - from.character]))
+    num_replaced = to.character - from.character
     # Ghost text can only add: an item that replaces more than what the editor has closed is not shown.
-    if from.line != to.line || from.character > to.character || closers !~ '^[])}"''`]*$'
+    if from.line != to.line || num_replaced < 0 || !IsClosers(strpart(question.place.after, 0, num_replaced))
       return
     endif
   endif
-  if text != ''
-    shown = {
-      place: question.place,
-      text: substitute(text, "\r\n", "\n", 'g'),
-      closers: closers,
-      command: item->get('command', {}),
-    }
-    Draw(question.place, Rest(shown, question.place))
+  const suggestion = {
+    place: question.place,
+    text: text,
+    num_replaced: num_replaced,
+    pairs: Pairs(item, text),
+    command: item->get('command', {}),
+  }
+  const rest = Rest(suggestion, question.place)
+  if rest.text != ''
+    shown = suggestion
+    Draw(question.place, rest)
   endif
 enddef
 
@@ -280,7 +308,7 @@ export def Accept(part = ''): bool
   endif
   const piece = Piece(rest.text, part)
   const is_all = piece ==# rest.text
-  Insert(place, piece, is_all ? len(rest.closers) : len(Closing(piece, rest.closers)))
+  Insert(place, piece, len(copy(rest.offsets)->filter((_, at) => at < len(piece))))
   if !is_all
     Changed()
     return true

@@ -13,6 +13,8 @@ interface Model {
   license?: string;
   parameters?: number;
   memory_mb?: number;
+  /** Size of the download; null or undefined if it is not known. */
+  download_mb?: number | null;
 }
 
 /** A row of `midfill adapter list --json`. */
@@ -36,6 +38,9 @@ export async function menu(session: Session): Promise<void> {
   const entries: [string, string, string][] = [];
   if (state.kind === "missing") {
     entries.push(["cloud-download", "Install server", "midfill.installServer"]);
+  }
+  if (state.kind === "failed" && state.status.modelMissing === true) {
+    entries.push(["cloud-download", "Download the model", "midfill.downloadModel"]);
   }
   if (snoozeEnd !== undefined) {
     entries.push(["play", "End snooze", "midfill.toggle"]);
@@ -95,6 +100,7 @@ export async function snooze(session: Session): Promise<void> {
 export async function chooseModel(
   { command: find, programs }: CommandLine,
   configuration: Configuration,
+  session: Session,
   log: vscode.LogOutputChannel,
 ): Promise<void> {
   const command = await find();
@@ -112,34 +118,34 @@ export async function chooseModel(
   if (chosen === undefined) {
     return;
   }
-  if (chosen.model.installed || (await pull(programs, command, chosen.model.name, log))) {
+  if (chosen.model.installed || (await pull(programs, command, chosen.model.name, session, log))) {
     await configuration.set("model", chosen.model.name);
   }
 }
 
-/** Offers to download the chosen model if it is not on this machine. Returns true if it was downloaded. */
-export async function offerModel(
-  programs: Programs,
-  command: string[],
-  name: string,
-  log: vscode.LogOutputChannel,
-): Promise<boolean> {
-  const { models } = await ask<{ models: Model[] }>(programs, command, ["model", "list", "--json"]);
-  if (!models.some((model) => model.name === name && !model.installed)) {
-    return false;
-  }
-  const message = `midfill: The model ${name} is not on this machine.`;
+/** Asks whether to download a model that is not on this machine. Returns true if so. */
+export async function offerModel(programs: Programs, command: string[], name: string): Promise<boolean> {
+  const { models, cache } = await ask<{ models: Model[]; cache: string }>(programs, command, [
+    "model",
+    "list",
+    "--json",
+  ]);
+  const size = models.find((model) => model.name === name)?.download_mb;
+  const what = size == null ? name : `${name} (${(size / 1000).toFixed(1)} GB)`;
+  const message = `midfill: The model ${what} is not on this machine. Download it into ${cache}?`;
   const chosen = await vscode.window.showInformationMessage(message, "Download", "Choose Another Model");
   if (chosen === "Choose Another Model") {
     await vscode.commands.executeCommand("midfill.chooseModel");
   }
-  return chosen === "Download" && (await pull(programs, command, name, log));
+  return chosen === "Download";
 }
 
-async function pull(
+/** Downloads a model, with its progress and a Cancel button. Returns false if the user cancelled. */
+export async function pull(
   programs: Programs,
   command: string[],
   name: string,
+  session: Session,
   log: vscode.LogOutputChannel,
 ): Promise<boolean> {
   const options = {
@@ -147,22 +153,31 @@ async function pull(
     title: `Downloading ${name}`,
     cancellable: true,
   };
-  return vscode.window.withProgress(options, async (progress, token) => {
-    let last = "";
-    const told = (line: string) => {
-      last = line;
-      log.info(line);
-      progress.report({ message: line });
-    };
-    const { status } = await programs.run([...command, "model", "pull", name], told, token);
-    if (token.isCancellationRequested) {
-      return false;
-    }
-    if (status !== 0) {
-      throw new Error(last || `Could not download ${name}. See the log.`);
-    }
-    return true;
-  });
+  session.work = `Downloading ${name}.`;
+  try {
+    return await vscode.window.withProgress(options, async (progress, token) => {
+      let last = "";
+      let done = 0;
+      const told = (line: string) => {
+        last = line;
+        log.info(line);
+        const percentage = Number(/\((\d+) %\)$/.exec(line)?.[1] ?? done);
+        progress.report({ message: line, increment: Math.max(0, percentage - done) });
+        done = Math.max(done, percentage);
+        session.work = line;
+      };
+      const { status } = await programs.run([...command, "model", "pull", name], told, token);
+      if (token.isCancellationRequested) {
+        return false;
+      }
+      if (status !== 0) {
+        throw new Error(last || `Could not download ${name}. See the log.`);
+      }
+      return true;
+    });
+  } finally {
+    session.work = undefined;
+  }
 }
 
 export async function chooseAdapter(

@@ -2,6 +2,7 @@
 
 import * as vscode from "vscode";
 
+import { SECTION } from "./configuration.js";
 import { type Explanation, type Session } from "./session.js";
 
 export const SCHEME = "midfill-explanation";
@@ -24,6 +25,15 @@ export class Pages implements vscode.TextDocumentContentProvider {
   }
 }
 
+/** Returns a sentence of the server with the names of settings as VS Code spells them. */
+export function asSettings(sentence: string): string {
+  const settings = vscode.workspace.getConfiguration(SECTION);
+  return sentence.replace(/`([a-z][a-z_]*)`/g, (quoted, name: string) => {
+    const spelled = name.replace(/_([a-z])/g, (_, letter: string) => letter.toUpperCase());
+    return settings.has(spelled) ? `${SECTION}.${spelled}` : quoted;
+  });
+}
+
 export async function explainLast(session: Session, pages: Pages): Promise<void> {
   const document = vscode.window.activeTextEditor?.document.uri;
   if (document === undefined) {
@@ -44,7 +54,7 @@ export async function explainLast(session: Session, pages: Pages): Promise<void>
     : // A newer server may send a reason without a sentence.
       message || (reason ? `No suggestion: ${reason}.` : `The last suggestion came from: ${source}.`);
   const offered = nothing ? [] : ["Details"];
-  const chosen = await vscode.window.showInformationMessage(`midfill: ${what}`, ...offered);
+  const chosen = await vscode.window.showInformationMessage(`midfill: ${asSettings(what)}`, ...offered);
   if (chosen === "Details") {
     const detailed = await session.explain(document, true);
     if (detailed !== undefined) {

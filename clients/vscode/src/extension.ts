@@ -10,6 +10,8 @@ import { Programs } from "./programs.js";
 import { Session } from "./session.js";
 import { StatusBar } from "./statusbar.js";
 
+const DEFAULT_MODEL = "qwen2.5-coder-0.5b";
+
 class Extension {
   private readonly configuration: Configuration;
   private readonly programs: Programs;
@@ -19,12 +21,14 @@ class Extension {
   private readonly pages = new Pages();
   private server: Server | undefined;
   private offered: string | undefined;
+  /** The user has agreed to the download of the model when the server was not yet installed. */
+  private agreed = false;
 
   constructor(context: vscode.ExtensionContext) {
     this.configuration = new Configuration(context.extension.packageJSON);
     this.programs = new Programs(context.globalStorageUri.fsPath);
-    this.installation = new Installation(context, this.programs, this.log);
     this.session = new Session(this.configuration, this.log, this.programs);
+    this.installation = new Installation(context, this.programs, this.session, this.log);
     context.subscriptions.push(
       this.log,
       this.session,
@@ -49,11 +53,12 @@ class Extension {
       toggle: () => choices.toggle(this.session, this.configuration),
       toggleLanguage: () => choices.toggleLanguage(this.configuration),
       snooze: () => choices.snooze(this.session),
-      chooseModel: () => choices.chooseModel(commandLine, this.configuration, this.log),
+      chooseModel: () => choices.chooseModel(commandLine, this.configuration, this.session, this.log),
       chooseAdapter: () => choices.chooseAdapter(commandLine, this.configuration),
       explainLast: () => explainLast(this.session, this.pages),
       restart: () => this.start(),
       installServer: () => this.install(),
+      downloadModel: () => this.download(),
       showLog: () => {
         this.log.show();
         return Promise.resolve();
@@ -87,11 +92,17 @@ class Extension {
   }
 
   private async offer(): Promise<void> {
+    const model = this.configuration.get<string>("model", DEFAULT_MODEL);
+    const size = model === DEFAULT_MODEL ? ", 0.5 GB" : "";
     const message =
-      "midfill: The server is not installed: there is no midfill on the PATH. " +
-      "The extension can install it in a separate Python environment.";
+      "midfill: The server is not installed: there is no midfill on the PATH. The extension can install it in a " +
+      `separate Python environment (1.6 GB or more, in ${this.installation.folder}) and download the model ` +
+      `(${model}${size}). Nothing has been fetched yet.`;
     const chosen = await vscode.window.showInformationMessage(message, "Install", "Settings");
-    if (chosen === "Install") {
+    // The message may have been there for long: the server may be here by now.
+    if (chosen === "Install" && this.session.state.kind === "missing" && this.session.work === undefined) {
+      // One answer for both downloads.
+      this.agreed = true;
       await this.install();
     } else if (chosen === "Settings") {
       await vscode.commands.executeCommand("workbench.action.openSettings", "midfill.server.command");
@@ -99,7 +110,26 @@ class Extension {
   }
 
   private async install(): Promise<void> {
-    if (await this.installation.install()) {
+    let installed = false;
+    try {
+      installed = await this.installation.install();
+    } finally {
+      // An installation that was cancelled or failed takes the answer about the model back, too.
+      this.agreed = this.agreed && installed;
+    }
+    if (installed) {
+      await this.start();
+    }
+  }
+
+  /** Downloads the model that is chosen, and starts the server with it. */
+  private async download(): Promise<void> {
+    const { state } = this.session;
+    if (this.server === undefined || !("status" in state)) {
+      return;
+    }
+    const { command } = this.server;
+    if (await choices.pull(this.programs, command, state.status.model, this.session, this.log)) {
       await this.start();
     }
   }
@@ -129,12 +159,23 @@ class Extension {
     const runs = "status" in state;
     void vscode.commands.executeCommand("setContext", "midfill.running", runs);
     void vscode.commands.executeCommand("setContext", "midfill.ready", state.kind === "ready");
+    if (state.kind !== "failed" || state.status.modelMissing !== true || this.server === undefined) {
+      return;
+    }
     // Offer each model once only.
-    if (state.kind === "failed" && this.server !== undefined && this.offered !== state.status.model) {
-      this.offered = state.status.model;
-      if (await choices.offerModel(this.programs, this.server.command, state.status.model, this.log)) {
-        await this.start();
-      }
+    const { model } = state.status;
+    if (this.offered === model) {
+      return;
+    }
+    this.offered = model;
+    const agreed = this.agreed;
+    this.agreed = false;
+    const isMissing = () => {
+      const now = this.session.state;
+      return now.kind === "failed" && now.status.model === model && this.session.work === undefined;
+    };
+    if ((agreed || (await choices.offerModel(this.programs, this.server.command, model))) && isMissing()) {
+      await this.download();
     }
   }
 

@@ -6,6 +6,7 @@ import * as path from "node:path";
 import * as vscode from "vscode";
 
 import { find, ISOLATED, type Programs, WINDOWS } from "./programs.js";
+import { type Session } from "./session.js";
 
 const PYTHONS = [
   ...[14, 13, 12, 11].map((minor) => [`python3.${minor}`]),
@@ -13,6 +14,8 @@ const PYTHONS = [
   ["python"],
   ...(WINDOWS ? [["py", "-3"]] : []),
 ];
+// In megabytes.
+const UNITS: Record<string, number> = { kB: 0.001, MB: 1, GB: 1000 };
 const OLDEST = "3.11";
 // Prints the version if it is new enough and can create environments.
 const PROBE =
@@ -26,13 +29,15 @@ export interface Server {
 }
 
 export class Installation {
-  private readonly folder: string;
+  /** Where the server is installed. */
+  readonly folder: string;
   private readonly program: string;
   private readonly mark: string;
 
   constructor(
     private readonly extension: vscode.ExtensionContext,
     private readonly programs: Programs,
+    private readonly session: Session,
     private readonly log: vscode.LogOutputChannel,
   ) {
     this.folder = path.join(extension.globalStorageUri.fsPath, "server");
@@ -72,7 +77,14 @@ export class Installation {
       title: "Installing the midfill server",
       cancellable: true,
     };
-    return vscode.window.withProgress(options, (progress, token) => this.fill(python, progress, token));
+    this.session.work = "Installing the server.";
+    try {
+      return await vscode.window.withProgress(options, (progress, token) =>
+        this.fill(python, progress, token),
+      );
+    } finally {
+      this.session.work = undefined;
+    }
   }
 
   private async fill(
@@ -84,12 +96,17 @@ export class Installation {
     await fs.mkdir(path.dirname(this.folder), { recursive: true });
     // An environment without the mark is incomplete: it is not used, and created again.
     await fs.rm(this.mark, { force: true });
+    let megabytes = 0;
+    const report = (message: string) => {
+      progress.report({ message });
+      this.session.work = `Installing the server: ${message}.`;
+    };
     const isCancelled = () => token.isCancellationRequested;
     const step = async (message: string, command: string[]) => {
       if (isCancelled()) {
         return;
       }
-      progress.report({ message });
+      report(message);
       this.log.info(command.join(" "));
       const errors: string[] = [];
       const told = (line: string) => {
@@ -97,11 +114,13 @@ export class Installation {
         if (line.startsWith("ERROR:")) {
           errors.push(line);
         }
-        const what = /^\s*(Collecting|Downloading|Installing collected packages)(?:[: ]+)([\w.-]*)/.exec(
-          line,
-        );
-        if (what !== null) {
-          progress.report({ message: what[1]?.startsWith("I") ? "installing packages" : (what[2] ?? "") });
+        const found = /^\s*Downloading ([A-Za-z0-9._]+).*\(([\d.]+) (kB|MB|GB)\)/.exec(line);
+        if (found !== null) {
+          const [, name = "", size = "0", unit = "MB"] = found;
+          megabytes += Number(size) * (UNITS[unit] ?? 1);
+          report(`${name} (${size} ${unit}), ${megabytes.toFixed(0)} MB in all`);
+        } else if (/^\s*Installing collected packages/.test(line)) {
+          report(`unpacking ${megabytes.toFixed(0)} MB`);
         }
       };
       const { status } = await this.programs.run(command, told, token);

@@ -29,6 +29,10 @@ const END_MS = 1_000;
 export interface ServerStatus {
   state: "loading" | "ready" | "failed";
   message: string | null;
+  /** The model could not be loaded, because it has not been downloaded. Servers before 0.2 do not say it. */
+  modelMissing?: boolean;
+  /** Why the active file gets no suggestion anywhere; null if it does. */
+  file?: { reason: string; message: string } | null;
   enabled: boolean;
   model: string;
   adapter: string | null;
@@ -60,6 +64,8 @@ type Progress = WorkDoneProgressBegin | WorkDoneProgressReport | WorkDoneProgres
 interface Run {
   client: LanguageClient;
   child?: ChildProcess;
+  /** There is no such program: to start it again would not help. */
+  unstartable?: boolean;
   ended: Promise<string>;
 }
 
@@ -87,6 +93,7 @@ export class Session implements vscode.Disposable {
   private refresh: NodeJS.Timeout | undefined;
   private snooze: NodeJS.Timeout | undefined;
   private snoozedUntil: Date | undefined;
+  private task: string | undefined;
   private turn = 0;
 
   constructor(
@@ -102,6 +109,21 @@ export class Session implements vscode.Disposable {
   /** The end of the snooze, if there is one. */
   get snoozeEnd(): Date | undefined {
     return this.snoozedUntil;
+  }
+
+  /** What the extension is downloading or installing now, with its progress. */
+  get work(): string | undefined {
+    return this.task;
+  }
+
+  set work(task: string | undefined) {
+    this.task = task;
+    this.changed.fire(this.current);
+  }
+
+  /** Requests the status anew, for another file perhaps. */
+  refreshStatus(): void {
+    this.updateSoon(0);
   }
 
   /** Starts the server with this command, replaces a running one, and resets the count of crashes. */
@@ -217,6 +239,7 @@ export class Session implements vscode.Disposable {
         });
         return child;
       } catch (error) {
+        run.unstartable = true;
         tell(error instanceof Error ? error.message : String(error));
         throw error;
       }
@@ -269,7 +292,9 @@ export class Session implements vscode.Disposable {
     if (client === undefined) {
       return;
     }
-    const status = await client.sendRequest<ServerStatus>("midfill/status", {});
+    const uri = vscode.window.activeTextEditor?.document.uri.toString();
+    const params = uri === undefined ? {} : { textDocument: { uri } };
+    const status = await client.sendRequest<ServerStatus>("midfill/status", params);
     if (client === this.run?.client) {
       const before = this.current;
       const progress = before.kind === "loading" ? before : { percentage: undefined, step: undefined };
@@ -321,6 +346,11 @@ export class Session implements vscode.Disposable {
     const why = await Promise.race([run.ended, after(END_MS, otherwise)]);
     await release(run);
     this.log.error(`the server ended: ${why}`);
+    if (run.unstartable === true) {
+      this.become({ kind: "stopped", why });
+      await this.askForAnother(why);
+      return;
+    }
     const now = Date.now();
     this.deaths = [...this.deaths.filter((death) => now - death < WINDOW_MS), now];
     const pause = PAUSES_MS[this.deaths.length - 1];
@@ -330,6 +360,16 @@ export class Session implements vscode.Disposable {
     } else {
       this.become({ kind: "starting" });
       this.restart = setTimeout(() => void this.launch(), pause);
+    }
+  }
+
+  private async askForAnother(why: string): Promise<void> {
+    const message = `midfill: The server cannot be started (${why}). Check the setting midfill.server.command.`;
+    const chosen = await vscode.window.showErrorMessage(message, "Settings", "Show Log");
+    if (chosen === "Settings") {
+      await vscode.commands.executeCommand("workbench.action.openSettings", "midfill.server.command");
+    } else if (chosen === "Show Log") {
+      this.log.show();
     }
   }
 
@@ -348,6 +388,17 @@ export class Session implements vscode.Disposable {
     if (type !== MessageType.Error && type !== MessageType.Warning) {
       await vscode.window.showInformationMessage(message);
       return;
+    }
+    if (type === MessageType.Error) {
+      // The extension asks for the download of a missing model itself; the message names a command for terminals.
+      await this.update().catch((error: unknown) => {
+        this.unheard(error);
+      });
+      const { current } = this;
+      if (current.kind === "failed" && current.status.modelMissing === true) {
+        this.log.info(message);
+        return;
+      }
     }
     const show =
       type === MessageType.Error ? vscode.window.showErrorMessage : vscode.window.showWarningMessage;

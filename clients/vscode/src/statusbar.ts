@@ -3,6 +3,7 @@
 import * as vscode from "vscode";
 
 import { type Configuration } from "./configuration.js";
+import { asSettings } from "./explanation.js";
 import { type ServerStatus, type Session } from "./session.js";
 
 interface Face {
@@ -29,7 +30,10 @@ export class StatusBar implements vscode.Disposable {
     };
     this.listeners = [
       session.onDidChange(draw),
-      vscode.window.onDidChangeActiveTextEditor(draw),
+      vscode.window.onDidChangeActiveTextEditor(() => {
+        session.refreshStatus();
+        draw();
+      }),
       vscode.workspace.onDidChangeConfiguration(draw),
     ];
     this.draw();
@@ -59,7 +63,10 @@ export class StatusBar implements vscode.Disposable {
   }
 
   private face(): Face {
-    const { state, snoozeEnd } = this.session;
+    const { state, snoozeEnd, work } = this.session;
+    if (work !== undefined) {
+      return { icon: "loading~spin", text: "midfill downloading", what: work };
+    }
     switch (state.kind) {
       case "missing":
         return { icon: "warning", text: "midfill", what: "The server is not installed.", alarming: true };
@@ -73,6 +80,10 @@ export class StatusBar implements vscode.Disposable {
       case "starting":
         return { icon: "loading~spin", text: "midfill", what: "The server is starting." };
       case "failed":
+        if (state.status.modelMissing === true) {
+          const what = `The model ${state.status.model} has not been downloaded yet. Click to download it.`;
+          return { icon: "cloud-download", text: "midfill: no model", what };
+        }
         return {
           icon: "error",
           text: "midfill failed",
@@ -102,6 +113,10 @@ export class StatusBar implements vscode.Disposable {
     ) {
       const what = `Suggestions are switched off for ${language}.`;
       return { icon: "circle-slash", text: `midfill off: ${language}`, what };
+    }
+    const { file } = state.status;
+    if (file != null) {
+      return { icon: "circle-slash", text: "midfill off: this file", what: asSettings(file.message) };
     }
     const text = adapter === null ? model : `${model} + ${adapter}`;
     return { icon: "sparkle", text, what: "Suggestions appear as you type." };

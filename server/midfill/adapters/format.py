@@ -27,7 +27,10 @@ from safetensors import SafetensorError, safe_open
 
 from midfill.adapters.patterns import PatternError, compile_pattern, ends, fullmatch
 from midfill.errors import AdapterError, ModelError
+from midfill.models.gguf import linear_layers
+from midfill.models.gguf_file import open_gguf
 from midfill.models.safetensors_io import check_header, find_tensors, shapes_of
+from midfill.system.file_errors import why_unreadable
 from midfill.system.json_files import parse_json, read_json
 
 CONFIG = "adapter_config.json"
@@ -186,21 +189,25 @@ def digest_of(path: Path) -> str:
             with (path / name).open("rb") as stream:
                 whole.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
-            raise AdapterError(f"{path / name} cannot be read: {error.strerror}.") from error
+            raise AdapterError(f"{path / name} cannot be read: {why_unreadable(error)}.") from error
     return whole.hexdigest()
 
 
 def layers_of(model: Path) -> dict[str, tuple[int, int]]:
-    """Return the linear layers of a model's folder: every matrix in its files except embeddings and the head.
+    """Return the linear layers of a model's folder or GGUF file: all matrices but embeddings and the head.
 
     Raises `ModelError`.
     """
-    layers = {}
-    for tensor, shape in shapes_of(find_tensors(model)).items():
-        name = tensor.removesuffix(".weight")
-        if name != tensor and name.rpartition(".")[2] not in _NO_LINEAR and len(shape) == 2:
-            layers[name] = (shape[0], shape[1])
-    return layers
+    if model.is_file():
+        with open_gguf(model) as file:
+            shapes = {name: layer.shape for name, layer in linear_layers(file).items()}
+    else:
+        shapes = {
+            tensor.removesuffix(".weight"): (shape[0], shape[1])
+            for tensor, shape in shapes_of(find_tensors(model)).items()
+            if tensor.endswith(".weight") and len(shape) == 2
+        }
+    return {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in _NO_LINEAR}
 
 
 def fingerprint_of(model: Path) -> str:
@@ -241,12 +248,16 @@ def _samples(file: Path, names: list[str]) -> dict[str, bytes]:
 
 def _load_config(path: Path) -> Any:
     file = path / CONFIG
+    if not path.exists():
+        raise AdapterError(f"There is no folder {path}. Check the path.")
     if not _is_regular(file):
         raise AdapterError(f"{path} is not an adapter: it has no {CONFIG}.")
     try:
         return read_json(file, max_bytes=_MAX_CONFIG_BYTES)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} is not an adapter: {CONFIG} cannot be read ({error}).") from error
+        raise AdapterError(
+            f"{path} is not an adapter: {CONFIG} cannot be read: {why_unreadable(error)}."
+        ) from error
 
 
 def _is_regular(path: Path) -> bool:

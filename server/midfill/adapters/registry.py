@@ -49,7 +49,7 @@ class BaseModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Evaluation:
     """The result of an adapter's evaluation on later commits.
 
     Attributes:
@@ -87,7 +87,7 @@ class Entry:
         rank: the largest rank of its branches.
         num_parameters: number of weights of all branches.
         source: where it came from, for the user.
-        judgement: the result of its evaluation.
+        evaluation: the result of its evaluation.
         path: its folder, in PEFT's format.
     """
 
@@ -99,7 +99,7 @@ class Entry:
     rank: int
     num_parameters: int
     source: str
-    judgement: Judgement
+    evaluation: Evaluation
     path: Path
 
     def as_dict(self) -> dict[str, Any]:
@@ -157,19 +157,19 @@ class Registry:
         *,
         name: str,
         base: BaseModel,
-        judgement: Judgement | None = None,
+        evaluation: Evaluation | None = None,
         source: str = "",
     ) -> Entry:
         """Copy the adapter of a folder into the registry.
 
         Only the configuration and the weights are copied. If the adapter is registered under this name
-        already, only its judgement is updated, if one is given.
+        already, only its evaluation is updated, if one is given.
 
         Args:
             folder: in PEFT's format.
             name: letters, digits, ".", "_" and "-"; not taken by another adapter.
             base: the model that it was trained on, on this machine.
-            judgement: by default that it was never evaluated.
+            evaluation: by default that it was never evaluated.
             source: where it came from, for the user.
 
         Raises:
@@ -185,7 +185,7 @@ class Registry:
             adapter = peft_format.read(copy, layers)
             entries = self.entries()
             if (known := _known(entries, name, adapter.digest)) is not None:
-                changed = replace(known, judgement=judgement or known.judgement)
+                changed = replace(known, evaluation=evaluation or known.evaluation)
                 self._write([changed if entry is known else entry for entry in entries])
                 return changed
             entry = Entry(
@@ -197,7 +197,7 @@ class Registry:
                 rank=adapter.rank,
                 num_parameters=adapter.num_parameters,
                 source=source,
-                judgement=judgement or Judgement(),
+                evaluation=evaluation or Evaluation(),
                 path=self.root / adapter.digest,
             )
             if entry.path.exists():  # left by a process that ended before it wrote the index
@@ -214,13 +214,13 @@ class Registry:
             shutil.rmtree(entry.path, ignore_errors=True)
         return entry
 
-    def set_judgement(self, name: str, judgement: Judgement) -> Entry:
-        """Replace the judgement of an adapter."""
-        return self._change(name, lambda _: judgement)
+    def set_evaluation(self, name: str, evaluation: Evaluation) -> Entry:
+        """Replace the evaluation of an adapter."""
+        return self._change(name, lambda _: evaluation)
 
     def force(self, name: str) -> Entry:
         """Record that the user wants to use an adapter in spite of its verdict."""
-        return self._change(name, lambda judgement: replace(judgement, forced=True))
+        return self._change(name, lambda evaluation: replace(evaluation, forced=True))
 
     def check(self, entry: Entry, base: BaseModel | None = None) -> None:
         """Raise `AdapterError` if an adapter's files have changed, or if it belongs to another model."""
@@ -240,12 +240,12 @@ class Registry:
     def _change(self, name: str, change: Any) -> Entry:
         with self._locked():
             entry = self.get(name)
-            changed = replace(entry, judgement=change(entry.judgement))
+            changed = replace(entry, evaluation=change(entry.evaluation))
             self._write([changed if other.digest == entry.digest else other for other in self.entries()])
         return changed
 
     def _entry(self, values: Mapping[str, Any]) -> Entry:
-        judgement = values["judgement"]
+        evaluation = values["evaluation"]
         digest = values["digest"]
         if re.fullmatch("[0-9a-f]{64}", digest) is None:
             raise AdapterError(
@@ -253,7 +253,7 @@ class Registry:
             )
         return Entry(
             **{key: values[key] for key in _STORED},
-            judgement=Judgement(**judgement | {"reasons": tuple(judgement["reasons"])}),
+            evaluation=Evaluation(**evaluation | {"reasons": tuple(evaluation["reasons"])}),
             path=self.root / digest,
         )
 
@@ -322,10 +322,10 @@ def check_name(name: str) -> None:
 
 def check_usable(entry: Entry) -> None:
     """Raise `AdapterError` if the verdict is against this adapter and the user has not overruled it."""
-    if not entry.judgement.usable:
-        reasons = " ".join(entry.judgement.reasons)
+    if not entry.evaluation.usable:
+        reasons = " ".join(entry.evaluation.reasons)
         raise AdapterError(
-            f"The adapter {entry.name} has the verdict {entry.judgement.verdict!r} and is not used. "
+            f"The adapter {entry.name} has the verdict {entry.evaluation.verdict!r} and is not used. "
             f"{reasons} To use it anyway, run: midfill adapter use {entry.name} --force"
         )
 

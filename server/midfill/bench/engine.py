@@ -28,6 +28,7 @@ from midfill.bench.baselines import (
     can_run_llama_cpp,
 )
 from midfill.engine.api import Engine, ModelInfo, Progress, Request
+from midfill.engine.llamacpp.bindings import INSTALL, PACKAGE
 from midfill.settings import Settings
 from midfill.system.measure import peak_rss_mb, percentiles
 
@@ -155,7 +156,7 @@ async def _start_baselines(
             "there is no GGUF file of these weights; run `midfill model pull NAME --gguf`, or use --gguf FILE"
         )
     elif not can_run_llama_cpp():
-        found.skipped[LLAMA_CPP] = "xllamacpp is not installed; run: pip install xllamacpp"
+        found.skipped[LLAMA_CPP] = f"{PACKAGE} is not installed; run: {INSTALL}"
     context = max(plan.prefill_tokens, plan.context_tokens + plan.decode_tokens) + _WARM_UP_TOKENS
     for name, path in paths.items():
         if path is None or name in found.skipped:
@@ -211,14 +212,15 @@ async def _cancellations(engine: Engine, plan: EnginePlan) -> list[float]:
     moments = random.Random(0)
     num_tokens = min(_CANCELLED_TOKENS, engine.model.context - 1)
     prompt = _prompt(engine.model, "kept", num_tokens)
-    await _run(engine, prompt, 1)
+    read_s = (await _run(engine, prompt, 1)).prefill_s
     freed_ms = []
     for number in range(plan.cancellations):
         num_kept = (num_tokens - num_tokens // 8) * (plan.cancellations - 1 - number) // plan.cancellations
         new = _prompt(engine.model, f"cancelled_{number}", num_tokens - num_kept)
         request = Request((*prompt[:num_kept], *new), 1)
         reading = asyncio.create_task(_exhaust(engine, request))
-        await asyncio.sleep(moments.uniform(0.02, 0.5))
+        # Early enough that the prompt is still being read, on a GPU too.
+        await asyncio.sleep(moments.uniform(0.04, 1.0) * min(0.5, 0.9 * read_s * len(new) / num_tokens))
         cancelled_s = time.monotonic()
         if reading.done():
             continue
@@ -321,6 +323,7 @@ def _result(
         "model": model.name,
         "device": model.device,
         "dtype": model.dtype,
+        "attention": model.attention or None,
         **asdict(plan),
         "decode_tok_s": decode_tok_s,
         "prefill_tok_s": middle(found.prefill.get("midfill")),
@@ -377,6 +380,7 @@ def table(result: dict[str, Any]) -> Any:
         "engine free after a cancellation: p50 {p50} ms, p99 {p99} ms".format(**result["cancel_to_free_ms"]),
         f"float32 tokens compared with generate's: {equal}",
         f"peak memory: {result['peak_rss_mb']:.0f} MB",
+        *([f"attention kernel: {result['attention']}"] if result["attention"] else []),
         *(f"no {name}: {why}" for name, why in result["skipped"].items()),
     ]
     grid.caption = "\n".join(lines)

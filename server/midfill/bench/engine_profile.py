@@ -28,6 +28,7 @@ from midfill.engine.kv_slots import NUM_SLOTS, common_prefix
 from midfill.engine.remote.client.remote import RemoteEngine
 from midfill.engine.remote.client.shared import SharedEngine
 from midfill.errors import MidfillError
+from midfill.system.file_errors import why_unreadable, why_unwritable
 from midfill.system.json_files import read_json
 from midfill.text.documents import Document, Encoding, Snapshot
 
@@ -162,7 +163,7 @@ class EngineProfile:
         try:
             path.write_text(json.dumps({"version": _VERSION} | asdict(self)), encoding="utf-8")
         except OSError as error:
-            raise MidfillError(f"Cannot write {path}: {error.strerror}.") from error
+            raise MidfillError(f"Cannot write {path}: {why_unwritable(error)}.") from error
 
     @staticmethod
     def read(path: Path) -> EngineProfile:
@@ -180,7 +181,7 @@ class EngineProfile:
             capacity = Capacity(**values.pop("capacity"))
             return EngineProfile(capacity=capacity, step_ms=steps, sessions=sessions, **values)
         except OSError as error:
-            raise MidfillError(f"Cannot read {path}: {error.strerror}.") from error
+            raise MidfillError(f"Cannot read {path}: {why_unreadable(error)}.") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MidfillError(
                 f"{path} was not written by `midfill bench load --save-service`, or is damaged."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from midfill.bench.backends import OUTCOMES, SuggestionRequest
 from midfill.bench.replay import BackendRun
 from midfill.errors import MidfillError
+from midfill.system.file_errors import why_unwritable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ def plot(runs: Sequence[BackendRun], title: str, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise MidfillError(f"Cannot write the picture {path}: {error}.") from error
+        raise MidfillError(f"Cannot write the picture {path}: {why_unwritable(error)}.") from error
 
 
 def _distribution(axes: Axes, runs: Sequence[BackendRun]) -> None:

@@ -64,7 +64,7 @@ def summarise(run: BackendRun) -> dict[str, Any]:
         "peak_rss_mb": run.peak_rss_mb,
         "startup_s": round(run.startup_s, 2),
         "first_suggestion_s": _rounded(run.first_suggestion_s),
-        "episodes": run.num_sessions,
+        "sessions": run.num_sessions,
         "keys": run.num_keys,
         "seconds": round(run.seconds, 1),
         "samples": {name: len(values) for name, values in times.items()},
@@ -291,7 +291,7 @@ def table(summary: dict[str, Any]) -> Any:
     from rich.table import Table
 
     others = summary.get("others", {})
-    title = "{requests} requests, {keys} keys in {episodes} documents, {seconds} s".format(**summary)
+    title = "{requests} requests, {keys} keys in {sessions} sessions, {seconds} s".format(**summary)
     grid = Table(title=title, title_justify="left", show_header=bool(others), box=None, padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     for name in ("midfill", *others):

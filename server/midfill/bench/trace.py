@@ -16,6 +16,7 @@ from typing import Any
 
 from midfill.errors import MidfillError
 from midfill.lsp.messages import MalformedError, read_edited, read_inline_completion, read_opened, read_uri
+from midfill.system.file_errors import why_unreadable
 from midfill.text.documents import Change, Document, Encoding
 
 
@@ -79,7 +80,7 @@ def read_trace(path: Path) -> list[TypingSession]:
     except UnicodeDecodeError as error:
         raise MidfillError(f"{path}, line {number + 1}: this is not text in UTF-8.") from error
     except (OSError, EOFError) as error:
-        raise MidfillError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+        raise MidfillError(f"Cannot read {path}: {why_unreadable(error)}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = "not JSON" if isinstance(error, json.JSONDecodeError) else str(error) or "not a message"
         raise MidfillError(f"{path}, line {number}: this is not a row of a typing trace ({why}).") from error

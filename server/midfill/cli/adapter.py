@@ -11,6 +11,7 @@ from midfill.cli.engine_choice import installed_model, read_settings
 from midfill.cli.options import JSON, MODEL
 from midfill.cli.terminal import say, show, with_progress
 from midfill.errors import AdapterError
+from midfill.system.file_errors import why_unwritable
 
 if TYPE_CHECKING:
     from midfill.adapters.bindings import Bound
@@ -102,7 +103,7 @@ def adapter_use(
     registry = Registry()
     entry = registry.get(name)
     registry.check(entry)
-    if force and not entry.judgement.usable:
+    if force and not entry.evaluation.usable:
         entry = registry.force(entry.digest)
     check_usable(entry)
     Bindings().bind(entry.digest, **scope)
@@ -221,7 +222,7 @@ def adapter_export(name: str, folder: Path) -> None:
     except FileExistsError as error:
         raise AdapterError(f"{folder} already exists. Name a new folder.") from error
     except OSError as error:
-        raise AdapterError(f"Cannot write {folder}: {error.strerror}.") from error
+        raise AdapterError(f"Cannot write {folder}: {why_unwritable(error)}.") from error
     say(f"Exported {entry.name} to {folder}.")
 
 
@@ -368,14 +369,14 @@ def _table(result: dict[str, Any]) -> Any:
         table.add_column(title)
     for entry in result["adapters"]:
         row = [entry["name"], entry["digest"][:12], entry["base"], str(entry["rank"])]
-        table.add_row(*row, _verdict(entry["judgement"]), ", ".join(entry["used"]))
+        table.add_row(*row, _verdict(entry["evaluation"]), ", ".join(entry["used"]))
     return (
         table if result["adapters"] else "No adapters yet. Get one: midfill adapter train, or adapter import."
     )
 
 
 def _page(entry: dict[str, Any]) -> str:
-    judgement = entry["judgement"]
+    evaluation = entry["evaluation"]
     lines = {
         "name": entry["name"],
         "digest": f"sha256:{entry['digest']}",
@@ -383,16 +384,16 @@ def _page(entry: dict[str, Any]) -> str:
         "rank": f"{entry['rank']} ({entry['num_parameters'] / 1e6:.1f} million weights)",
         "created": entry["created"],
         "source": entry["source"],
-        "verdict": " ".join([_verdict(judgement), *judgement["reasons"]]),
+        "verdict": " ".join([_verdict(evaluation), *evaluation["reasons"]]),
         "used": ", ".join(entry["used"]) or "nowhere",
         "folder": entry["path"],
     }
     return "\n".join(f"{key:10} {value}" for key, value in lines.items())
 
 
-def _verdict(judgement: dict[str, Any]) -> str:
-    shown = "not evaluated" if judgement["verdict"] == "none" else str(judgement["verdict"])
-    return f"{shown}, forced" if judgement["forced"] else shown
+def _verdict(evaluation: dict[str, Any]) -> str:
+    shown = "not evaluated" if evaluation["verdict"] == "none" else str(evaluation["verdict"])
+    return f"{shown}, forced" if evaluation["forced"] else shown
 
 
 def _bindings_text(bound: Bound, names: dict[str, str]) -> str:

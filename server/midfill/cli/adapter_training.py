@@ -78,6 +78,7 @@ def adapter_plan(repo: Path, budget: float, base_weights: str, model: str | None
     """
     import psutil
 
+    from midfill.engine.torch.devices import find_gpus
     from midfill.training import data, memory, plan
     from midfill.training.history import Repository
     from midfill.training.selection import select
@@ -91,8 +92,10 @@ def adapter_plan(repo: Path, budget: float, base_weights: str, model: str | None
         selection = select(repository, settings)
         report("cutting examples", None)
         examples = data.build_examples(repository, selection, base, settings)
-        free = psutil.virtual_memory().available
-        room = memory.estimate(base.path, base_weights, settings, free)
+        _, room = memory.place(base.path, base_weights, settings, find_gpus(settings.device))
+        if room is None:
+            free = psutil.virtual_memory().available
+            room = memory.estimate(base.path, base_weights, settings, free)
         speed = plan.estimate_speed(base.path, room["base_weights"])
         return plan.summarise(selection, examples, speed, budget, _prompt_settings(settings), room)
 
@@ -249,9 +252,9 @@ def adapter_eval(
     fingerprint = entry.fingerprint if entry is not None else None
     result = _run("eval", job, settings, adapter=folder, fingerprint=fingerprint)
     if entry is not None:
-        from midfill.training.verdict import judgement_of
+        from midfill.training.verdict import evaluation_of
 
-        registry.set_judgement(entry.name, judgement_of(result, forced=force))
+        registry.set_evaluation(entry.name, evaluation_of(result, forced=force))
     show({"adapter": label, "forced": force, **result}, _describe, as_json=as_json)
 
 

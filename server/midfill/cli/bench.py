@@ -33,10 +33,13 @@ GGUF = click.option(
 
 _NUM_SIMULATED = 60
 _FILES = click.option(
-    "--files", type=click.Path(path_type=Path), help="Simulate typing into this source tree."
+    "--files",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Simulate typing into this source tree.",
 )
-_EPISODES = click.option(
-    "--episodes",
+_SESSIONS = click.option(
+    "--sessions",
+    "num_sessions",
     type=click.IntRange(1),
     show_default=f"all of a recording, {_NUM_SIMULATED} simulated",
     help="Number of typing sessions to play: the first of a recording, or simulated.",
@@ -52,7 +55,7 @@ _SEED = click.option(
 
 def typing_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that `read_sessions` takes when there is no recording."""
-    return _FILES(_EPISODES(_SEED(command)))
+    return _FILES(_SESSIONS(_SEED(command)))
 
 
 @click.group()
@@ -124,7 +127,7 @@ def bench_index(folder: Path, lookups: int, seed: int, as_json: bool) -> None:
 @click.option(
     "--device",
     metavar="NAME",
-    help="Device of the model: auto, cpu, cuda or cuda:N. [default: the setting `device`]",
+    help="Device of the model: auto, cpu, cuda, cuda:N, mps, xpu. [default: the setting `device`]",
 )
 @GGUF
 @click.option(
@@ -172,9 +175,9 @@ def bench_engine(
     """Measure prefill and decode speed, and compare with transformers' generate and llama.cpp.
 
     All engines run the same weights in turns, within the same minutes. llama.cpp needs the GGUF file
-    (`midfill model pull NAME --gguf`) and `pip install xllamacpp`. Takes a minute or two, during which the
-    machine should be idle. With --shape nothing is downloaded: random weights are written to a temporary
-    folder (2 bytes per weight).
+    (`midfill model pull NAME --gguf`) and the extra `bench`. Takes a minute or two, during which the machine
+    should be idle. With --shape nothing is downloaded: random weights are written to a temporary folder (2
+    bytes per weight).
 
     \b
     Examples:
@@ -201,6 +204,9 @@ def bench_engine(
                     shape, folder, report=lambda share: report(f"writing random weights of {shape}", share)
                 )
                 used, weights = settings.model_copy(update={"model": str(folder)}), Weights(folder)
+            elif engine_override is None and settings.runner == "llamacpp":
+                # In fewer bits than any folder has them.
+                weights = Weights(None, gguf or store.find_gguf(settings.model))
             elif engine_override is None and (found := store.find(settings.model)) is not None:
                 weights = Weights(found.path, gguf or store.find_gguf(settings.model))
             result = asyncio.run(
@@ -221,7 +227,7 @@ def bench_engine(
 @click.option(
     "--device",
     metavar="NAME",
-    help="Device of the model: auto, cpu, cuda or cuda:N. [default: the setting `device`]",
+    help="Device of the model: auto, cpu, cuda, cuda:N, mps, xpu. [default: the setting `device`]",
 )
 @MODEL
 @JSON
@@ -309,7 +315,7 @@ def bench_replay(
     trace: Path | None,
     files: Path | None,
     seed: int,
-    episodes: int | None,
+    num_sessions: int | None,
     limit_s: float | None,
     speed: float,
     accepts: bool,
@@ -342,7 +348,7 @@ def bench_replay(
 
     if plot is not None:
         need_matplotlib()
-    sessions = read_sessions(trace, files, seed, episodes)
+    sessions = read_sessions(trace, files, seed, num_sessions)
     settings = read_settings(model=model)
     baselines = [_baseline(name, settings, gguf, lines, patient=patient) for name in dict.fromkeys(against)]
     backends = [ServerBackend(engine_override, {"model": model} if model else None), *baselines]
@@ -366,16 +372,16 @@ def bench_replay(
 
 
 def read_sessions(
-    trace: Path | None, files: Path | None, seed: int, episodes: int | None
+    trace: Path | None, files: Path | None, seed: int, num_sessions: int | None
 ) -> list[TypingSession]:
     """Read a recording, or simulate typing by `typing_options`. Raises `MidfillError`."""
     from midfill.bench import trace as traces
     from midfill.bench import virtual_user
 
     if trace is not None and files is None:
-        return traces.read_trace(trace)[:episodes]
+        return traces.read_trace(trace)[:num_sessions]
     if files is not None and trace is None:
-        return virtual_user.generate(files, seed, episodes or _NUM_SIMULATED)
+        return virtual_user.generate(files, seed, num_sessions or _NUM_SIMULATED)
     raise click.UsageError("Give either a TRACE (a file of recorded typing) or --files DIR (a source tree).")
 
 
@@ -386,12 +392,13 @@ def _baseline(
     from midfill.bench.backends import GenerateBackend
     from midfill.bench.baselines import can_run_llama_cpp
     from midfill.bench.llama_vim import LlamaVim, Options
+    from midfill.engine.llamacpp.bindings import INSTALL, PACKAGE
     from midfill.models import store
 
     if name == "generate":
         return GenerateBackend(installed_model(settings.model), settings)
     if not can_run_llama_cpp():
-        raise MidfillError("--against llama.cpp needs xllamacpp. Run: pip install xllamacpp")
+        raise MidfillError(f"--against llama.cpp needs {PACKAGE}. Run: {INSTALL}")
     if (file := gguf or store.find_gguf(settings.model)) is None:
         raise MidfillError(
             "--against llama.cpp needs the weights as a GGUF file. "

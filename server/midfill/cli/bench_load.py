@@ -144,7 +144,7 @@ def bench_load(
     users: tuple[int, ...],
     trace: Path | None,
     files: Path | None,
-    episodes: int | None,
+    num_sessions: int | None,
     seed: int,
     duration: float,
     target_ms: float,
@@ -187,10 +187,10 @@ def bench_load(
 
     # The fallback would be measured in place of the engine.
     settings = read_settings(model=model, engine_fallback=False)
-    sessions = read_sessions(trace, files, seed, episodes)
+    sessions = read_sessions(trace, files, seed, num_sessions)
     known = None if service is None else EngineProfile.read(service)
     if known is not None and [len(one.keys) for one in known.sessions] != [len(one.keys) for one in sessions]:
-        raise MidfillError(f"{service} was measured with other typing. Give the same --trace and --episodes.")
+        raise MidfillError(f"{service} was measured with other typing. Give the same --trace and --sessions.")
     plans = [load.LoadPlan(count, duration, seed) for count in users]
     run = _Run(settings, engine_override, sessions, plans, save, known)
     found = with_progress("loading the model", lambda report: asyncio.run(run.measure(report)))

@@ -16,6 +16,7 @@ from midfill.cli.engine_choice import engine_factory, read_settings
 from midfill.cli.options import ADAPTER, ENGINE, JSON, MODEL
 from midfill.cli.terminal import say
 from midfill.errors import MidfillError
+from midfill.system.file_errors import why_unreadable
 
 if TYPE_CHECKING:
     from midfill.engine.api import Engine
@@ -130,7 +131,7 @@ def _read_position(where: str, language: str | None) -> Any:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         text = data.decode("utf-8-sig")
     except OSError as error:
-        raise MidfillError(f"Cannot read {name}: {error.strerror}.") from error
+        raise MidfillError(f"Cannot read {name}: {why_unreadable(error)}.") from error
     except UnicodeDecodeError as error:
         raise MidfillError(f"{name} is not UTF-8 text.") from error
     uri = "untitled:stdin" if name == "-" else Path(name).resolve().as_uri()

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,11 +19,14 @@ from typing import Any
 import psutil
 
 from midfill import settings as settings_file
+from midfill.cli import gpu_checks
 from midfill.completion import calibrations
 from midfill.completion.answer import Trigger
 from midfill.completion.completer import Completer
-from midfill.engine.api import Engine, Request
-from midfill.errors import MidfillError, SettingsError
+from midfill.engine.api import Engine, LocalModel, Request
+from midfill.engine.torch import devices
+from midfill.engine.torch.devices import Device
+from midfill.errors import EngineError, MidfillError, SettingsError
 from midfill.fim.probing import identify, probe
 from midfill.models import catalogue, store
 from midfill.settings import Settings
@@ -31,6 +34,7 @@ from midfill.text.documents import Document, Point, Snapshot
 
 MakeEngine = Callable[[Settings], Engine]
 
+_GPU_PAGE = "server/docs/gpu.md"
 _PACKAGES = ("midfill", "torch", "transformers", "peft", "tokenizers", "pygls")
 _SPEED_TEST_S = 1.0
 _SPEED_TEST_TOKENS = 257
@@ -76,8 +80,11 @@ async def examine(make_engine: MakeEngine) -> list[Check]:
     settings = Settings()
     if checks[-1].status == "ok":
         settings = settings_file.load()
-    checks += [_device(settings), _cache(), _calibration(settings), _model(settings)]
-    checks.append(_memory(settings))
+    gpus = devices.torch_devices()
+    found = gpu_checks.examine_gpus(gpu_checks.find_hardware(), gpus, devices.installed_build())
+    checks += [Check("gpu", one.status, one.found, one.remedy) for one in found]
+    checks += [_device(settings, gpus), _cache(), _calibration(settings), _model(settings)]
+    checks.append(_memory(settings, gpus))
     if checks[-2].status != "error":
         checks.append(await _speed(settings, make_engine))
     return checks
@@ -99,17 +106,36 @@ def _settings_file() -> list[Check]:
     return [Check("settings", "ok", f"{path if path.exists() else 'no file'}: {what}")]
 
 
-def _device(settings: Settings) -> Check:
+def _device(settings: Settings, gpus: Sequence[Device]) -> Check:
+    """Check the device that the settings choose."""
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if settings.runner == "llamacpp":
+        return _llamacpp_device(settings, cores)
     import torch
 
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     cpu = f"{cores} cores, {torch.backends.cpu.get_cpu_capability()}"
-    if torch.cuda.is_available():
-        return Check("device", "ok", f"{torch.cuda.get_device_name()}; {cpu}")
-    if settings.device.startswith("cuda"):
-        remedy = "Set `device` to auto, or install the driver and a CUDA build of torch."
-        return Check("device", "error", f"no CUDA device found, but `device` is {settings.device!r}", remedy)
-    return Check("device", "ok", f"CPU: {cpu}")
+    try:
+        device, why = devices.choose(settings.device, gpus)
+    except EngineError as error:
+        remedy = f"Set `device` to auto, or install a torch for the GPU: see {_GPU_PAGE}"
+        return Check("device", "error", str(error), remedy)
+    if device.kind == "cpu":
+        return Check("device", "ok", f"CPU: {cpu}" + f"; {why}" * bool(why))
+    return Check("device", "ok", f"{device.torch_name}: {device.whole_name}; {cpu}")
+
+
+def _llamacpp_device(settings: Settings, cores: int) -> Check:
+    """Check what llama.cpp's library finds; GPUs need another build of it."""
+    from midfill.engine.llamacpp import devices
+
+    try:
+        found = devices.gpus()
+    except EngineError as error:
+        return Check("device", "error", str(error), f"Run: {devices.INSTALL}")
+    shown = [*map(str, found), f"CPU: {cores} cores"]
+    if not found and settings.device != "cpu":
+        return Check("device", "ok", f"{shown[0]}; no GPU: {devices.HINT}")
+    return Check("device", "ok", "; ".join(shown))
 
 
 def _cache() -> Check:
@@ -131,25 +157,53 @@ def _calibration(settings: Settings) -> Check:
 
 
 def _model(settings: Settings) -> Check:
+    remedy = f"Run: midfill model pull {settings.model}"
     try:
-        found = store.find(settings.model)
+        found = store.find_for(settings.model, settings.runner)
     except MidfillError as error:
-        return Check("model", "error", str(error), f"Run: midfill model pull {settings.model}")
+        return Check("model", "error", str(error), remedy)
     if found is None:
-        remedy = f"Run: midfill model pull {settings.model}"
         return Check("model", "error", f"{settings.model} is not on this machine", remedy)
     return Check("model", "ok", f"{found.name} in {found.path}")
 
 
-def _memory(settings: Settings) -> Check:
+def _memory(settings: Settings, gpus: Sequence[Device]) -> Check:
+    """Check if the model fits into the memory of the device that the settings choose."""
+    try:
+        device, _ = devices.choose(settings.device, gpus)
+        found = store.find(settings.model)
+    except MidfillError:
+        device, found = devices.CPU, None
+    if settings.runner != "llamacpp" and device.kind != "cpu" and found is not None:
+        return _gpu_memory(settings, device, found)
     free_mb = psutil.virtual_memory().available / _MB
     entry = catalogue.lookup(settings.model)
     if entry is not None and free_mb < entry.memory_mb:
-        found = f"{free_mb / 1000:.1f} GB free, but {entry.name} needs {entry.memory_mb / 1000:.1f} GB"
+        said = f"{free_mb / 1000:.1f} GB free, but {entry.name} needs {entry.memory_mb / 1000:.1f} GB"
         return Check(
-            "memory", "warning", found, "Close programs, or choose a smaller model: midfill model list"
+            "memory", "warning", said, "Close programs, or choose a smaller model: midfill model list"
         )
     return Check("memory", "ok", f"{free_mb / 1000:.1f} GB free")
+
+
+def _gpu_memory(settings: Settings, device: Device, model: LocalModel) -> Check:
+    from midfill.engine.torch.loading import choose_format
+
+    try:
+        dtype = choose_format(
+            model,
+            device,
+            settings.dtype,
+            prompt_tokens=settings.longest_prompt,
+            adapters=settings.adapter is not None,
+        )
+    except MidfillError as error:
+        status = "warning" if settings.device == "auto" else "error"
+        return Check("memory", status, str(error), f"See {_GPU_PAGE}")
+    free_gb = device.free_bytes() / 1e9
+    return Check(
+        "memory", "ok", f"{free_gb:.1f} GB of {device.torch_name} free; {model.name} fits in {dtype}"
+    )
 
 
 async def _speed(settings: Settings, make_engine: MakeEngine) -> Check:

@@ -1,109 +1,33 @@
 """The configuration files by which each editor starts midfill.
 
-Each editor is a row of `EDITORS`: its programs, its configuration file and the lines to add. The user's own
-lines never change: ours stand between two marks, in a separate file, or are inserted by a parser that keeps
-comments. Only `write` writes, and it keeps a backup beside the file.
+Each editor is a row of `EDITORS`: its programs, its configuration file, the lines to add, and how to take
+them out again. The user's own lines never change: ours stand between two marks, in a separate file, or are
+inserted by a parser that keeps comments. Nothing is written here (`editor_files.write`).
 """
 
 from __future__ import annotations
 
-import codecs
-import difflib
 import json
-import os
 import re
-import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import midfill
+from midfill.cli import editor_helix
+from midfill.cli.editor_files import Edit, Home, Plan, read, with_block, without_block
 from midfill.errors import MidfillError
 from midfill.system import text_files as textfiles
 from midfill.system.programs import find_program
 
-_BEGIN, _END = ">>> midfill >>>", "<<< midfill <<<"
-
-# From Helix's default table: a list in the user's file replaces the whole list, so it has to name these too.
-_HELIX_SERVERS = {
-    "python": ["pylsp"],
-    "javascript": ["typescript-language-server"],
-    "typescript": ["typescript-language-server"],
-    "rust": ["rust-analyzer"],
-    "go": ["gopls"],
-    "c": ["clangd"],
-    "cpp": ["clangd"],
-    "java": ["jdtls"],
-    "ruby": ["solargraph"],
-    "bash": ["bash-language-server"],
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """A file's text before (None: there is no file) and after the change."""
-
-    path: Path
-    before: str | None
-    after: str
-
-    @property
-    def diff(self) -> str:
-        """Return the change as a unified diff; "" if there is none."""
-        old = [] if self.before is None else self.before.splitlines(keepends=True)
-        new = self.after.splitlines(keepends=True)
-        name = str(self.path)
-        lines = difflib.unified_diff(old, new, "/dev/null" if self.before is None else name, name)
-        return "".join(line if line.endswith("\n") else line + "\n" for line in lines)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The changes and steps that set up one editor.
-
-    Attributes:
-        edit: of its configuration file; None if the user has to write it.
-        steps: sentences for the user: what to do by hand, or what to know.
-        shown: the configuration to copy, if `edit` is None.
-    """
-
-    edit: Edit | None = None
-    steps: tuple[str, ...] = ()
-    shown: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Home:
-    """The user's folders, and the command to start.
-
-    Attributes:
-        command: starts the server of this installation, with absolute paths.
-        clients: the folder of the editor plugins.
-        home: the user's home folder.
-    """
-
-    command: tuple[str, ...]
-    clients: Path
-    home: Path = field(default_factory=Path.home)
-
-    @property
-    def config(self) -> Path:
-        """Return the folder of configuration files."""
-        if sys.platform == "win32":
-            return Path(os.environ.get("LOCALAPPDATA") or self.home / "AppData" / "Local")
-        return Path(os.environ.get("XDG_CONFIG_HOME") or self.home / ".config")
-
-    @property
-    def applications(self) -> Path:
-        """Return the folder where graphical applications keep their configuration."""
-        if sys.platform == "win32":
-            return Path(os.environ.get("APPDATA") or self.home / "AppData" / "Roaming")
-        if sys.platform == "darwin":
-            return self.home / "Library" / "Application Support"
-        return self.config
+_HELIX = ("hx", "helix")
+_NEOVIM_LINE = "-- Written by: midfill setup neovim"
+# Lines of the user's with which midfill is set up already.
+_VIM_LINES = re.compile(r"^[^\"\n]*clients/vim\b|^[^\"\n]*g:midfill_", re.MULTILINE)
+_EMACS_LINES = re.compile(r"^[^;\n]*global-midfill-mode", re.MULTILINE)
+_CODE_SETTING = re.compile(r'"midfill\.server\.command"\s*:\s*(\[[^\]]*\])')
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +39,24 @@ class Editor:
         title: its name for people.
         programs: it is installed if one of these is on the PATH.
         plan: returns what to change for the given folders.
+        undo: returns how to take that back; None if midfill writes nothing for this editor.
     """
 
     name: str
     title: str
     programs: tuple[str, ...]
     plan: Callable[[Home], Plan]
+    undo: Callable[[Home], Plan] | None = None
 
     @property
     def found(self) -> str | None:
         """Return the path of its program; None if it is not installed."""
-        return next((path for program in self.programs if (path := find_program(program))), None)
+        return _first(*self.programs)
+
+
+def _first(*programs: str) -> str | None:
+    """Return the path of the first of these programs that is on the PATH; None if none is."""
+    return next((path for program in programs if (path := find_program(program))), None)
 
 
 def here() -> Home:
@@ -152,93 +83,25 @@ def find(name: str) -> Editor:
     )
 
 
-def write(edit: Edit) -> Path | None:
-    """Write an edit atomically. Return the path of the backup; None if there was no file.
-
-    Raises `MidfillError` if the file has changed since the edit was planned, or cannot be written.
-    """
-    # Dotfiles are often symbolic links, which must stay.
-    path = edit.path.resolve()
-    if _read(path) != edit.before:
-        raise MidfillError(f"{edit.path} has changed in the meantime. Run the command again.")
-    backup = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if edit.before is not None:
-            backup = _unused(edit.path)
-            shutil.copy2(path, backup)
-        textfiles.replace(path, edit.after)
-    except OSError as error:
-        raise MidfillError(f"Cannot write {edit.path}: {error.strerror}.") from error
-    return backup
-
-
-def _unused(path: Path) -> Path:
-    backup = path.with_name(path.name + ".before-midfill")
-    number = 1
-    while backup.exists():
-        number += 1
-        backup = path.with_name(f"{path.name}.before-midfill-{number}")
-    return backup
-
-
-def _read(path: Path) -> str | None:
-    """Return a file's text with its line ends and byte order mark; None if there is no file."""
-    try:
-        data = path.read_bytes()
-        text = textfiles.decode(data)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise MidfillError(f"Cannot read {path}: {error.strerror}.") from error
-    except UnicodeError as error:
-        raise MidfillError(f"Cannot read {path}: {error}") from error
-    return textfiles.BOM + text if data.startswith(codecs.BOM_UTF8) else text
-
-
-def _with_block(path: Path, comment: str, lines: str, own: re.Pattern[str]) -> Plan:
-    """Return the plan to put lines between marks at the end of a file, or to replace those of an earlier run.
-
-    Args:
-        path: the user's file.
-        comment: starts a comment line in it.
-        lines: what to add.
-        own: matches lines with which the user has set up midfill already; nothing is added then.
-    """
-    before = _read(path)
-    text = before or ""
-    block = f"{comment} {_BEGIN} (written by: midfill setup)\n{lines}{comment} {_END}\n"
-    ending = "\r\n" if "\r\n" in text else "\n"
-    block = block.replace("\n", ending)
-    marked = re.compile(
-        rf"^{re.escape(comment)} {re.escape(_BEGIN)}.*?^{re.escape(comment)} {re.escape(_END)}[^\n]*\n?",
-        re.MULTILINE | re.DOTALL,
-    )
-    if found := marked.search(text):
-        after = text[: found.start()] + block + text[found.end() :]
-    elif own.search(text):
-        return Plan(Edit(path, before, text), ("Your own lines in this file already set up midfill.",))
-    else:
-        gap = "" if not text else ending if text.endswith("\n") else 2 * ending
-        after = text + gap + block
-    return Plan(Edit(path, before, after))
-
-
 def _quoted(text: str) -> str:
     """Return the text as a string literal of Lua, Emacs Lisp or JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 
+def _neovim_file(home: Home) -> Path:
+    return home.config / "nvim" / "plugin" / "midfill.lua"
+
+
 def _neovim(home: Home) -> Plan:
     folder = home.config / "nvim"
-    path = folder / "plugin" / "midfill.lua"
-    before = _read(path)
+    path = _neovim_file(home)
+    before = read(path)
     for init in (folder / "init.lua", folder / "init.vim"):
-        if before is None and re.search(r"require\W+midfill\W", _read(init) or ""):
+        if before is None and re.search(r"require\W+midfill\W", read(init) or ""):
             return Plan(Edit(path, "", ""), (f"Your own lines in {init} already set up midfill.",))
     command = ", ".join(map(_quoted, home.command))
     after = (
-        "-- Written by: midfill setup neovim\n"
+        f"{_NEOVIM_LINE}\n"
         f"vim.opt.runtimepath:append({_quoted(str(home.clients / 'neovim'))})\n"
         f'require("midfill").setup({{ cmd = {{ {command} }} }})\n'
     )
@@ -248,10 +111,20 @@ def _neovim(home: Home) -> Plan:
     )
 
 
-def _vim(home: Home) -> Plan:
-    candidates = (home.home / ".vimrc", home.home / ".vim" / "vimrc", home.config / "vim" / "vimrc")
-    path = next((path for path in candidates if path.exists()), candidates[0])
+def _undo_neovim(home: Home) -> Plan:
+    path = _neovim_file(home)
+    before = read(path)
+    if before is None or before.startswith(_NEOVIM_LINE):
+        return Plan(Edit(path, before, None))
+    return Plan(Edit(path, before, before), ("This file is your own: remove it yourself.",))
 
+
+def _vimrc(home: Home) -> Path:
+    candidates = (home.home / ".vimrc", home.home / ".vim" / "vimrc", home.config / "vim" / "vimrc")
+    return next((path for path in candidates if path.exists()), candidates[0])
+
+
+def _vim(home: Home) -> Plan:
     def quoted(text: str) -> str:
         return "'" + text.replace("'", "''") + "'"
 
@@ -262,23 +135,28 @@ def _vim(home: Home) -> Plan:
         f"let g:midfill_command = [{command}]\n"
         "filetype plugin on\n"
     )
-    plan = _with_block(
-        path, '"', lines, re.compile(r"^[^\"\n]*clients/vim\b|^[^\"\n]*g:midfill_", re.MULTILINE)
-    )
+    plan = with_block(_vimrc(home), '"', lines, _VIM_LINES)
     return Plan(
         plan.edit,
         (*plan.steps, "<Tab> accepts, <C-Right> accepts a word, <M-Right> a line. More: :help midfill"),
     )
 
 
-def _emacs(home: Home) -> Plan:
+def _undo_vim(home: Home) -> Plan:
+    return without_block(_vimrc(home), '"', _VIM_LINES)
+
+
+def _init_el(home: Home) -> Path:
     candidates = (
         home.home / ".emacs",
         home.home / ".emacs.el",
         home.home / ".emacs.d" / "init.el",
         home.config / "emacs" / "init.el",
     )
-    path = next((path for path in candidates if path.exists()), candidates[2])
+    return next((path for path in candidates if path.exists()), candidates[2])
+
+
+def _emacs(home: Home) -> Plan:
     command = " ".join(map(_quoted, home.command))
     lines = (
         f"(add-to-list 'load-path {_quoted(str(home.clients / 'emacs'))})\n"
@@ -286,51 +164,22 @@ def _emacs(home: Home) -> Plan:
         f"(setq midfill-command '({command}))\n"
         "(global-midfill-mode)\n"
     )
-    plan = _with_block(path, ";;", lines, re.compile(r"^[^;\n]*global-midfill-mode", re.MULTILINE))
+    plan = with_block(_init_el(home), ";;", lines, _EMACS_LINES)
     return Plan(plan.edit, (*plan.steps, "TAB accepts, C-<right> accepts a word, M-<right> a line."))
 
 
-def _helix(home: Home) -> Plan:
-    import tomlkit
-    from tomlkit.exceptions import TOMLKitError
+def _undo_emacs(home: Home) -> Plan:
+    return without_block(_init_el(home), ";;", _EMACS_LINES)
 
-    path = home.config / "helix" / "languages.toml"
-    before = _read(path)
-    try:
-        mark = textfiles.BOM if (before or "").startswith(textfiles.BOM) else ""
-        document: Any = tomlkit.parse((before or "").removeprefix(mark))
-        program, *arguments = home.command
-        servers = document.setdefault("language-server", tomlkit.table(is_super_table=True))
-        wanted = {"command": program, "args": arguments}
-        if dict(servers.get("midfill", {})) != wanted:
-            servers["midfill"] = wanted
-        if "language" not in document:
-            document["language"] = tomlkit.aot()
-        languages = document["language"]
-        for name, defaults in _HELIX_SERVERS.items():
-            entry = next((one for one in languages if one.get("name") == name), None)
-            if entry is None:
-                entry = tomlkit.table()
-                entry["name"] = name
-                languages.append(entry)
-                entry = languages[-1]
-            names = entry.setdefault("language-servers", list(defaults))
-            if "midfill" not in [one.get("name") if isinstance(one, dict) else one for one in names]:
-                names.append("midfill")
-        after = mark + tomlkit.dumps(document)
-    except (TOMLKitError, TypeError, AttributeError, ValueError) as error:
-        raise MidfillError(f"{path} is not valid TOML for Helix ({error}). Correct it first.") from error
-    steps = (
-        "Helix shows suggestions in its popup; it has no ghost text.",
-        f"Set up for {', '.join(_HELIX_SERVERS)}. For other languages, add it to their `language-servers`.",
-    )
-    return Plan(Edit(path, before, after), steps)
+
+def _helix(home: Home) -> Plan:
+    return editor_helix.plan(home, _first(*_HELIX))
 
 
 def _code(folder: str) -> Callable[[Home], Plan]:
     def plan(home: Home) -> Plan:
-        path = home.applications / folder / "User" / "settings.json"
-        before = _read(path)
+        path = _code_file(home, folder)
+        before = read(path)
         text = before if before and before.strip().strip(textfiles.BOM) else "{\n}\n"
         command = json.dumps(list(home.command[:-1]))
         code = _code_of(text)
@@ -341,7 +190,7 @@ def _code(folder: str) -> Callable[[Home], Plan]:
             "To install the extension, run in clients/vscode of midfill's repository: `npm ci && "
             "npm run package`, then `code --install-extension midfill.vsix`.",
         )
-        if found := re.search(r'"midfill\.server\.command"\s*:\s*(\[[^\]]*\])', code):
+        if found := _CODE_SETTING.search(code):
             after = text[: found.start(1)] + command + text[found.end(1) :]
         else:
             comma = "" if code[start + 1 :].lstrip().startswith("}") else ","
@@ -351,6 +200,27 @@ def _code(folder: str) -> Callable[[Home], Plan]:
         return Plan(Edit(path, before, after), steps)
 
     return plan
+
+
+def _code_file(home: Home, folder: str) -> Path:
+    return home.applications / folder / "User" / "settings.json"
+
+
+def _undo_code(folder: str) -> Callable[[Home], Plan]:
+    def undo(home: Home) -> Plan:
+        path = _code_file(home, folder)
+        before = after = read(path)
+        if before is not None and (found := _CODE_SETTING.search(_code_of(before))):
+            start, end = found.span()
+            # With its comma, and its line, if nothing else is on that.
+            end += len(re.match(r"[ \t]*,?", before[end:])[0])  # type: ignore[index] # it always matches
+            lead = re.search(r"\r?\n[ \t]*\Z", before[:start])
+            if lead and re.match(r"[ \t]*(\r?\n|\Z)", before[end:]):
+                start = lead.start()
+            after = before[:start] + before[end:]
+        return Plan(Edit(path, before, after))
+
+    return undo
 
 
 def _code_of(text: str) -> str:
@@ -407,13 +277,19 @@ def _jetbrains(home: Home) -> Plan:
 
 
 EDITORS = (
-    Editor("vscode", "VS Code", ("code",), _code("Code")),
-    Editor("vscode-insiders", "VS Code Insiders", ("code-insiders",), _code("Code - Insiders")),
-    Editor("vscodium", "VSCodium", ("codium",), _code("VSCodium")),
-    Editor("neovim", "Neovim", ("nvim",), _neovim),
-    Editor("vim", "Vim", ("vim",), _vim),
-    Editor("emacs", "Emacs", ("emacs",), _emacs),
-    Editor("helix", "Helix", ("hx", "helix"), _helix),
+    Editor("vscode", "VS Code", ("code",), _code("Code"), _undo_code("Code")),
+    Editor(
+        "vscode-insiders",
+        "VS Code Insiders",
+        ("code-insiders",),
+        _code("Code - Insiders"),
+        _undo_code("Code - Insiders"),
+    ),
+    Editor("vscodium", "VSCodium", ("codium",), _code("VSCodium"), _undo_code("VSCodium")),
+    Editor("neovim", "Neovim", ("nvim",), _neovim, _undo_neovim),
+    Editor("vim", "Vim", ("vim",), _vim, _undo_vim),
+    Editor("emacs", "Emacs", ("emacs",), _emacs, _undo_emacs),
+    Editor("helix", "Helix", _HELIX, _helix, editor_helix.undo),
     Editor("sublime", "Sublime Text", ("subl",), _sublime),
     Editor("kate", "Kate", ("kate",), _kate),
     Editor("zed", "Zed", ("zed", "zeditor"), _zed),

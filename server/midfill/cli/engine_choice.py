@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ _SHARED = (
     *("model", "family", "adapter", "device", "dtype", "runner", "num_threads"),
     *("engine_unload_min", "engine_exit_min"),
 )
+
+_HAS_SOCKETS = hasattr(socket, "AF_UNIX")
+"""Whether this system has the sockets of a shared engine. Windows does not."""
 
 TEST_ENGINES = ("busy:", "scripted:")
 """Prefixes that `--engine` takes in addition to the values of the setting `engine`."""
@@ -38,13 +42,17 @@ def with_engine(settings: Settings, engine: str) -> Settings:
     return schema.parse({"engine": engine}, base=settings, where="command line")
 
 
-def engine_factory(engine_override: str | None, *, drafts: bool = True) -> Callable[[Settings], Engine]:
+def engine_factory(
+    engine_override: str | None, *, drafts: bool = True, survive: bool = False
+) -> Callable[[Settings], Engine]:
     """Return a function that makes the engine of the given settings, or the one that `--engine` names.
 
     Args:
         engine_override: a value of the setting `engine`, "scripted:FILE" or "busy:FILE" (both for tests), or
             None to use the settings.
         drafts: use speculative decoding; see `EngineSpec`.
+        survive: this process must not end with the model's library. llama.cpp ends the process on a failed
+            assertion, so it runs in the shared engine's process then, which is started again.
     """
 
     def make(settings: Settings) -> Engine:
@@ -60,22 +68,27 @@ def engine_factory(engine_override: str | None, *, drafts: bool = True) -> Calla
             settings = with_engine(settings, engine_override)
         if settings.engine_urls:
             return _remote_with_fallback(settings)
-        if settings.engine == "shared":
+        if settings.engine == "shared" or (survive and settings.runner == "llamacpp" and _HAS_SOCKETS):
             return _shared_engine(settings)
         return local_engine(settings, drafts=drafts)
 
     return make
 
 
-def installed_model(name: str) -> LocalModel:
-    """Return a model of this machine. Raises `ModelError` that names the command to download it."""
-    from midfill.errors import ModelError
+def installed_model(name: str, runner: str = "auto") -> LocalModel:
+    """Return a model of this machine. Raises `ModelMissingError` that names the command to download it."""
+    from midfill.errors import ModelMissingError
     from midfill.models import store
 
-    found = store.find(name)
-    if found is None:
-        raise ModelError(f"The model {name!r} is not on this machine. Run: midfill model pull {name}")
-    return found
+    found = store.find_for(name, runner)
+    if found is not None:
+        return found
+    if runner != "llamacpp":
+        raise ModelMissingError(f"The model {name!r} is not on this machine. Run: midfill model pull {name}")
+    raise ModelMissingError(
+        f'There is no GGUF file of the model {name!r} on this machine, which runner "llamacpp" needs. '
+        f"Run: midfill model pull {name} --gguf, or set `model` to the path of a GGUF file."
+    )
 
 
 def adapter_folder(name: str) -> Path:
@@ -96,13 +109,14 @@ def local_engine(settings: Settings, *, drafts: bool = True) -> Engine:
 
     return create(
         EngineSpec(
-            model=installed_model(settings.model),
+            model=installed_model(settings.model, settings.runner),
             device=settings.device,
             dtype=settings.dtype,
             adapter=adapter_folder(settings.adapter) if settings.adapter else None,
             num_threads=settings.num_threads,
             runner=settings.runner,
             drafts=drafts,
+            prompt_tokens=settings.longest_prompt,
         )
     )
 
@@ -113,7 +127,7 @@ def remote_engine(settings: Settings) -> RemoteEngine:
     from midfill.engine.remote.client.remote import RemoteEngine
     from midfill.models import store
 
-    own = store.find(settings.model)
+    own = store.find_for(settings.model, settings.runner)
     others = [model for model in store.installed() if own is None or model.path != own.path]
     spec = RemoteSpec(
         urls=settings.engine_urls,
@@ -140,5 +154,5 @@ def _shared_engine(settings: Settings) -> Engine:
     from midfill.engine.remote.client.shared import SharedEngine, ShareSpec
 
     values = settings.model_dump(include=set(_SHARED))
-    model = installed_model(settings.model)
+    model = installed_model(settings.model, settings.runner)
     return SharedEngine(ShareSpec(model, ("--settings", json.dumps(values)), deadline_s=settings.deadline_s))

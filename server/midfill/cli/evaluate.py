@@ -87,11 +87,15 @@ def eval_infilling(
     as_json: bool,
     engine_override: str | None,
 ) -> None:
-    """Fill the holes of FILE's tasks, run their tests, and print the share that passes.
+    """Fill the holes of FILE's tasks, run their tests, and print what is right.
 
-    FILE has one JSON object per line (.jsonl or .jsonl.gz), in the format of HumanEval-Infilling: task_id,
-    prompt, suffix, canonical_solution, test. The programs are run, without network where the system allows
-    it, but they can write your files: use tasks that you trust. JavaScript needs node, Java needs a JDK.
+    Prints the shares whose tests pass, that are the original text, whose first line is the original's ("line
+    0"), and that are empty and why, by kind and language.
+
+    FILE has one JSON object per line (.jsonl or .jsonl.gz): task_id, language, prompt, suffix,
+    canonical_solution, and as tests `test` (HumanEval-Infilling), `io_tests` (SAFIM) or none. The programs
+    are run, without network where the system allows it, but they can write your files: use tasks that you
+    trust. JavaScript needs node, Java a JDK, C++ needs g++.
 
     \b
     Examples:
@@ -99,17 +103,24 @@ def eval_infilling(
       midfill eval infilling tasks.jsonl --results new.jsonl --compare old.jsonl --json
       midfill eval infilling tasks.jsonl --raw --cut --plot raw.png
     """
-    from midfill.evaluation import infilling, records
+    from midfill.evaluation import infilling, infilling_tasks, records
 
     if raw and server:
         raise click.UsageError("--raw and --server exclude each other.")
     draw = _plotter(plot)
-    tasks, skipped = infilling.runnable(infilling.read_tasks(file))
-    tasks = infilling.sample(tasks, limit) if limit else tasks
+    tasks, skipped = infilling_tasks.runnable(infilling_tasks.read_tasks(file))
+    tasks = infilling_tasks.sample(tasks, limit) if limit else tasks
     settings = _settings(given, model=model, adapter=adapter, max_new_tokens=max_tokens)
     earlier = records.read(compare)[1] if compare else None
     through = _through(raw, server)
-    header = {"eval": "infilling", "tasks": file.name, "cut": cut, "through": through, **_described(settings)}
+    header = {
+        "eval": "infilling",
+        "version": 2,
+        "tasks": file.name,
+        "cut": cut,
+        "through": through,
+        **_described(settings),
+    }
     kept = records.Records(results, header)
     if any(task.id not in kept.rows for task in tasks):
 
@@ -135,11 +146,76 @@ def _infilling_summary(rows: list[dict[str, Any]], skipped: Any, earlier: Any) -
     return summary
 
 
+@evaluate.command("edits")
+@click.argument("folder", metavar="DIR", type=_FILE)
+@_RESULTS
+@_SET
+@MODEL
+@ADAPTER
+@JSON
+@ENGINE
+def eval_edits(
+    folder: Path,
+    results: Path | None,
+    given: tuple[str, ...],
+    model: str | None,
+    adapter: str | None,
+    as_json: bool,
+    engine_override: str | None,
+) -> None:
+    """Play next-edit scenarios to a server, and print how often it makes the right edit or stays silent.
+
+    DIR has .txtar files: each a buffer, a cursor, earlier edits, and the buffer as it should be after the
+    next one, or that nothing must be suggested. "score" is the mean agreement of the changed lines with the
+    expected ones (chrF, 0 to 1), where no suggestion counts as 0; "quiet" is the share of the scenarios
+    without a next edit in which nothing was suggested.
+
+    \b
+    Examples:
+      midfill eval edits scenarios/
+      midfill eval edits scenarios/ --set eagerness=careful --results careful.jsonl --json
+    """
+    from midfill.evaluation import next_edits, records
+    from midfill.lsp.server_editor import ServerEditor
+    from midfill.lsp.server_filler import options_of, start_server
+    from midfill.settings import load
+
+    scenarios = next_edits.read_scenarios(folder)
+    settings = _settings(given, model=model, adapter=adapter)
+    header = {"eval": "edits", "scenarios": folder.resolve().name, **_described(settings)}
+    kept = records.Records(results, header | {"eagerness": settings.eagerness})
+
+    async def run(report: Progress) -> None:
+        client = await start_server(options_of(settings, load()), report, engine_override)
+        try:
+            await next_edits.evaluate(
+                scenarios,
+                ServerEditor(client, settings.model),
+                kept,
+                lambda share: report("playing scenarios", share),
+            )
+        finally:
+            await client.close()
+
+    if any(scenario.id not in kept.rows for scenario in scenarios):
+        with_progress("loading the model", lambda report: asyncio.run(run(report)))
+    found = [next_edits.Result(**kept.rows[scenario.id]) for scenario in scenarios]
+    summary = {"model": settings.model, **next_edits.summarise(found)}
+    show(summary, next_edits.describe, as_json=as_json)
+
+
 @evaluate.command("repo")
 @click.argument("path", type=_FILE, required=False)
 @click.option("--holes", type=click.IntRange(1), default=100, show_default=True, help="Number of holes.")
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Random seed: another one chooses other holes."
+)
+@click.option(
+    "--places",
+    type=click.Choice(["all", "line-ends", "inside"]),
+    default="all",
+    show_default=True,
+    help="Where holes may be: at the ends of lines, inside lines and words, or both.",
 )
 @_SERVER
 @_RESULTS
@@ -160,6 +236,7 @@ def eval_repo(
     path: Path | None,
     holes: int,
     seed: int,
+    places: str,
     server: bool,
     results: Path | None,
     compare: tuple[Path, Path] | None,
@@ -180,7 +257,7 @@ def eval_repo(
     Examples:
       midfill eval repo .
       midfill eval repo ~/src/app --holes 300 --results app.jsonl --plot app.png
-      midfill eval repo . --set suffix_tokens=512 --results long.jsonl
+      midfill eval repo . --places inside --set suffix_tokens=512 --results long.jsonl
       midfill eval repo --compare short.jsonl long.jsonl --json
     """
     if compare:
@@ -196,11 +273,20 @@ def eval_repo(
     settings = _settings(given, model=model, adapter=adapter)
     eagerness = Eagerness(settings.eagerness)
     header = {"eval": "repo", "repository": path.resolve().name, "seed": seed, **_described(settings)}
+    header["places"] = places
     header["through"] = _through(raw=False, server=server)
     if server:
         header["eagerness"] = str(eagerness)
     kept_header, rows = _fill_repo_holes(
-        path, settings, header, engine_override, results=results, count=holes, seed=seed, server=server
+        path,
+        settings,
+        header,
+        engine_override,
+        results=results,
+        server=server,
+        count=holes,
+        seed=seed,
+        places=places,
     )
     found = [repository.read_result(row) for row in rows]
     by = calibrations.in_use(settings.model).calibration
@@ -225,14 +311,16 @@ def _fill_repo_holes(
     engine_override: str | None,
     *,
     results: Path | None,
-    count: int,
-    seed: int,
     server: bool,
+    **draw: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Fill the holes that the file of results does not have yet. Return its header and a row per hole."""
+    """Fill the holes that the file of results does not have yet. Return its header and a row per hole.
+
+    `draw` is passed to `holes.choose`.
+    """
     from midfill.evaluation import holes, records, repository
 
-    samples = holes.choose(path, settings, count=count, seed=seed)
+    samples = holes.choose(path, settings, **draw)
     kept = records.Records(results, header)
     if not server:
         # The confidence filter is the last stage, so it can be applied to the results afterwards.

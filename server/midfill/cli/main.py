@@ -15,6 +15,7 @@ from midfill.cli import output
 from midfill.cli.adapter import adapter
 from midfill.cli.adapter_training import adapter_eval, adapter_plan, adapter_stats, adapter_train
 from midfill.cli.bench import bench
+from midfill.cli.bench_gpu import bench_gpu
 from midfill.cli.bench_load import bench_load
 from midfill.cli.bench_soak import bench_soak
 from midfill.cli.complete import complete
@@ -42,7 +43,7 @@ def cli() -> None:
 
 for _command in (adapter_plan, adapter_train, adapter_eval, adapter_stats):
     adapter.add_command(_command)
-for _command in (bench_load, bench_soak):
+for _command in (bench_gpu, bench_load, bench_soak):
     bench.add_command(_command)
 for _command in (serve, complete, demo, doctor, status, replay, setup):
     cli.add_command(_command)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,11 @@ from midfill.cli.engine_choice import engine_factory, installed_model, read_sett
 from midfill.cli.options import ADAPTER, JSON
 from midfill.cli.terminal import say, terminal, with_progress
 from midfill.errors import MidfillError
+
+if TYPE_CHECKING:
+    from midfill.engine.torch.devices import Device
+    from midfill.models.catalogue import Entry
+    from midfill.settings import Settings
 
 
 @click.group()
@@ -24,6 +29,9 @@ def model() -> None:
 def model_list(as_json: bool) -> None:
     """List the models of midfill's catalogue, and all others that are on this machine.
 
+    The memory is that of the device that the settings choose: on a GPU with the keys and values of the
+    longest prompt and 1 GB for other programs, in the best format that fits into what is free.
+
     \b
     Examples:
       midfill model list
@@ -31,6 +39,8 @@ def model_list(as_json: bool) -> None:
     """
     from midfill.models import catalogue, store
 
+    settings = read_settings()
+    device = _chosen_device(settings)
     here = {installed.name: installed for installed in store.installed()}
     rows: list[dict[str, Any]] = [
         {
@@ -39,9 +49,11 @@ def model_list(as_json: bool) -> None:
             "license": entry.license,
             "parameters": entry.parameters,
             "context": entry.context,
-            "memory_mb": entry.memory_mb,
+            **_memory_of(entry, device, settings),
+            "download_mb": entry.wheels.total_bytes // 1_000_000 if entry.wheels else None,
             "hub": entry.hub,
             "installed": entry.name in here,
+            "gguf": _gguf_state(entry),
         }
         for entry in catalogue.entries().values()
     ]
@@ -50,35 +62,89 @@ def model_list(as_json: bool) -> None:
         for name, found in here.items()
         if name not in catalogue.entries()
     ]
-    used = read_settings().model
+    used = settings.model
     if as_json:
-        click.echo(json.dumps({"models": rows, "used": used}))
+        where = {"device": device.torch_name, "free_mb": round(device.free_bytes() / 1e6) or None}
+        click.echo(json.dumps({"models": rows, "used": used, "cache": str(store.cache_root()), **where}))
         return
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "name", "parameters", "memory", "licence", "here"):
+    for title in ("", "name", "parameters", "memory", "licence", "here", "GGUF"):
         table.add_column(title, justify="right" if title in ("parameters", "memory") else "left")
     for row in rows:
         parameters = f"{row['parameters'] / 1e9:.1f} B" if "parameters" in row else ""
-        memory = f"{row['memory_mb'] / 1000:.1f} GB" if "memory_mb" in row else ""
+        memory = _memory_text(row)
         chosen = "*" if row["name"] == used else ""
         here_mark = "yes" if row["installed"] else ""
-        table.add_row(chosen, row["name"], parameters, memory, row.get("license", ""), here_mark)
+        license_, file = row.get("license", ""), row.get("gguf") or ""
+        table.add_row(chosen, row["name"], parameters, memory, license_, here_mark, file)
     terminal().print(table)
+    if device.kind != "cpu":
+        say(f"\nMemory on {device.torch_name}, {device.name}: {device.free_bytes() / 1e9:.1f} GB are free.")
     say("\n* in use. Download: midfill model pull NAME. Choose: midfill model use NAME.")
+    say('GGUF: the file for `runner = "llamacpp"`. Download: midfill model pull NAME --gguf.')
+
+
+def _gguf_state(entry: Entry) -> str | None:
+    """Return "here" or "available" for the GGUF file of a model of the catalogue, or None."""
+    from midfill.models import store
+
+    if store.find_gguf(entry.name) is not None:
+        return "here"
+    return "available" if entry.wheels is not None else None
+
+
+def _chosen_device(settings: Settings) -> Device:
+    """Return the device that the settings choose; the CPU if it is not there."""
+    from midfill.engine.torch import devices
+
+    try:
+        return devices.choose(settings.device, devices.find_gpus(settings.device))[0]
+    except MidfillError:
+        return devices.CPU
+
+
+def _memory_of(entry: Entry, device: Device, settings: Settings) -> dict[str, Any]:
+    """Return the memory that a model takes on a device, in which format, and if it is free.
+
+    Of the CPU only the estimate in the catalogue is returned.
+    """
+    from midfill.engine.torch import memory
+
+    if device.kind == "cpu":
+        return {"memory_mb": entry.memory_mb}
+    if (size := memory.size_in_catalogue(entry)) is None:
+        return {}
+    formats = device.automatic if settings.dtype == "auto" else (settings.dtype,)
+    needs = {dtype: memory.need(size, dtype, settings.longest_prompt) for dtype in formats}
+    fitting = memory.first_that_fits(needs, device.free_bytes())
+    dtype = fitting or formats[-1]
+    return {"memory_mb": round(needs[dtype].total / 1e6), "dtype": dtype, "fits": fitting is not None}
+
+
+def _memory_text(row: dict[str, Any]) -> str:
+    if "memory_mb" not in row:
+        return ""
+    text = f"{row['memory_mb'] / 1000:.1f} GB"
+    if "fits" not in row:
+        return text
+    return f"{text} {row['dtype']}" if row["fits"] else f"{text} too large"
 
 
 @model.command("pull")
 @click.argument("name")
 @click.option(
-    "--gguf", is_flag=True, help="Download the GGUF file of the same weights instead, for llama.cpp."
+    "--gguf",
+    is_flag=True,
+    help='Download the GGUF file of the same weights instead, for `runner = "llamacpp"`, with which it is '
+    "the default.",
 )
 def model_pull(name: str, gguf: bool) -> None:
     """Download a model. NAME is a catalogue name, a Hugging Face id, or a GGUF file to convert.
 
-    A stopped download resumes when you run the command again; nothing is downloaded twice. midfill itself
-    does not need the file that --gguf downloads: `midfill bench` compares with llama.cpp on it.
+    A stopped download resumes when you run the command again; nothing is downloaded twice. The runners
+    OpenVINO and torch need no GGUF file; llama.cpp needs nothing else, and runs any GGUF file where it is.
 
     \b
     Examples:
@@ -88,7 +154,7 @@ def model_pull(name: str, gguf: bool) -> None:
     """
     from midfill.models import fetch
 
-    if gguf:
+    if gguf or read_settings().runner == "llamacpp":
         file = with_progress(f"downloading {name}", lambda report: fetch.pull_gguf(name, report))
         say(f"The GGUF file of {name} is ready: {file}")
         return
@@ -143,7 +209,7 @@ def model_use(name: str) -> None:
     from midfill import settings
     from midfill.models import catalogue, store
 
-    if store.find(name) is None:
+    if store.find_for(name, read_settings().runner) is None:
         hint = f"Run: midfill model pull {name}"
         if catalogue.lookup(name) is None and "/" not in name:
             hint = "To see the known names, run: midfill model list"

@@ -15,6 +15,7 @@ import click
 from midfill.cli.engine_choice import TEST_ENGINES, engine_factory, read_settings, with_engine
 from midfill.cli.options import ADAPTER, ENGINE, MODEL
 from midfill.errors import SettingsError
+from midfill.system.file_errors import why_unwritable
 from midfill.system.printable import LogFormatter
 
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -71,7 +72,7 @@ def serve(
             # The server reports where the model runs, so the settings have to say it.
             settings, engine_override = with_engine(settings, engine_override), None
         tap = Recorder(record).note if record is not None else None
-        status = serve_stdio(settings, engine_factory(engine_override), tap)
+        status = serve_stdio(settings, engine_factory(engine_override, survive=True), tap)
     # A forward pass that still runs on the engine's thread must not keep the process alive.
     os._exit(status)
 
@@ -89,9 +90,7 @@ def _logging(log_file: Path | None, log_level: str) -> Iterator[None]:
             # With O_NONBLOCK a named pipe without a reader is an error instead of a wait.
             outlet = Outlet(os.open(log_file, flags | getattr(os, "O_NONBLOCK", 0), 0o600))
         except OSError as error:
-            raise SettingsError(
-                f"Cannot write the log file {log_file} ({error.strerror}). Give another one with --log-file."
-            ) from error
+            raise SettingsError(f"Cannot write the log file {log_file}: {why_unwritable(error)}.") from error
     handler = logging.StreamHandler(sys.stderr if outlet is None else as_text(outlet))
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("midfill")

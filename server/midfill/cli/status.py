@@ -33,7 +33,7 @@ def status(as_json: bool) -> None:
     settings = read_settings()
     counts_path = acceptance.counts_path()
     counts = acceptance.read(counts_path)
-    found = store.find(settings.model)
+    found = store.find_for(settings.model, settings.runner)
     calibration = calibrations.in_use(settings.model)
     result = {
         "version": __version__,

@@ -7,6 +7,8 @@ that they cannot send commands to the terminal.
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from midfill.engine.api import Progress
 
 T = TypeVar("T")
+
+# Minimum time between two lines of progress.
+_LINE_S = 1.0
 
 
 def say(text: str = "", *, err: bool = False, bold: bool | None = None) -> None:
@@ -53,12 +58,41 @@ def terminal(*, stderr: bool = False) -> Console:
     return Terminal(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
+class ProgressLines:
+    """Progress where there is no terminal: a line on stderr when it has changed, at most one a second.
+
+    The first report and the one that all is done are always printed.
+
+    Args:
+        title: printed in place of an empty message.
+        clock_s: gives the time in seconds.
+    """
+
+    def __init__(self, title: str, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._title = title
+        self._clock_s = clock_s
+        self._line = ""
+        self._printed_s = -math.inf
+
+    def report(self, message: str, share: float | None) -> None:
+        """Take a report. `share` of the work is done, from 0 to 1; None: unknown."""
+        line = (message or self._title) + ("" if share is None else f" ({int(100 * share)} %)")
+        now_s = self._clock_s()
+        is_done = share is not None and share >= 1
+        if line == self._line or (now_s < self._printed_s + _LINE_S and not is_done):
+            return
+        self._line, self._printed_s = line, now_s
+        say(line, err=True)
+
+
 def with_progress(title: str, work: Callable[[Progress], T]) -> T:
-    """Run `work` with a progress bar on stderr, and return its result."""
+    """Run `work` with a progress bar on stderr, or with lines if that is no terminal. Return its result."""
+    console = terminal(stderr=True)
+    if not console.is_terminal:
+        return work(ProgressLines(title).report)
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
-    console = terminal(stderr=True)
     with Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -66,8 +100,6 @@ def with_progress(title: str, work: Callable[[Progress], T]) -> T:
         TimeElapsedColumn(),
         console=console,
         transient=True,
-        # Elsewhere, an empty line would be all that is left of the bar.
-        disable=not console.is_terminal,
     ) as bar:
         # A column renders its text without `Terminal.render_str`.
         task = bar.add_task(shown(title), total=None)

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from midfill.completion.closer_pairs import closer_pairs
 from midfill.completion.origin import HashedText, Origin
 from midfill.text.documents import Change, Snapshot
 
@@ -57,16 +58,7 @@ def matched_closer_offsets(text: str, closed: str) -> list[int]:
 
     The list is shorter than `closed` if the text does not close the last ones.
     """
-    offsets: list[int] = []
-    depth = 0
-    for at, char in enumerate(text):
-        if len(offsets) < len(closed) and not depth and char == closed[len(offsets)]:
-            offsets.append(at)
-        elif char in _OPENERS:
-            depth += 1
-        elif char in _CLOSERS:
-            depth = max(0, depth - 1)
-    return offsets
+    return [closer for opener, closer in closer_pairs(text, closed) if opener < 0]
 
 
 def needs_closers(typed: str, closed: str) -> bool:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from midfill.completion.confidence import BUILT_IN, WEIGHTS, Calibration, Eagerness
 from midfill.errors import MidfillError
 from midfill.system import text_files as textfiles
+from midfill.system.file_errors import why_unreadable, why_unwritable
 from midfill.system.folders import data_folder
 
 _FORMAT = 1
@@ -101,7 +102,7 @@ def read(model: str) -> Saved | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CalibrationError(f"{path} cannot be read: {why_unreadable(error)}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -146,7 +147,7 @@ def write(saved: Saved) -> Path:
     try:
         textfiles.replace(path, json.dumps(saved.model_dump(), indent=1) + "\n")
     except OSError as error:
-        raise CalibrationError(f"Cannot write {path}: {error.strerror}.") from error
+        raise CalibrationError(f"Cannot write {path}: {why_unwritable(error)}.") from error
     return path
 
 

@@ -17,7 +17,7 @@ from midfill.completion.autoclose import AutoClosed
 from midfill.completion.cache import SuggestionCache
 from midfill.completion.confidence import BUILT_IN, Calibration
 from midfill.completion.context.collector import ContextCollector
-from midfill.completion.gate import reason_against
+from midfill.completion.gate import reason_against, reason_against_file
 from midfill.completion.idle import IdleTimers
 from midfill.completion.in_flight import InFlightCompletions
 from midfill.completion.pipeline import Pipeline
@@ -158,6 +158,10 @@ class Completer:
         if reason is not None or self._pipeline is not None:
             return reason
         return Reason.LOADING if self.failure is None else Reason.MODEL_FAILED
+
+    def reason_against_file(self, document: Document) -> Reason | None:
+        """Return the reason for suggesting nothing anywhere in a document, or None."""
+        return reason_against_file(document, self.settings, self._secrets)
 
     def _reason_against(self, snapshot: Snapshot, trigger: Trigger) -> Reason | None:
         return reason_against(snapshot, trigger, self.settings, self._secrets)

@@ -7,7 +7,7 @@ import re
 from midfill.completion.answer import Trigger
 from midfill.completion.reasons import Reason
 from midfill.settings import Settings
-from midfill.text.documents import Snapshot
+from midfill.text.documents import Document, Snapshot
 from midfill.text.languages import is_among
 from midfill.text.secret_filter import is_excluded
 from midfill.text.secret_watch import SecretWatch, Verdict
@@ -21,7 +21,19 @@ def reason_against(
     snapshot: Snapshot, trigger: Trigger, settings: Settings, secrets: SecretWatch
 ) -> Reason | None:
     """Return the reason for not asking the model, or None."""
-    document = snapshot.document
+    if (reason := reason_against_file(snapshot.document, settings, secrets)) is not None:
+        return reason
+    if trigger is Trigger.INVOKED:
+        return None
+    if _CONTINUES_WORD.match(snapshot.line_after):
+        return Reason.MID_WORD
+    if not _HARMLESS_TAIL.match(snapshot.line_after):
+        return Reason.LINE_TAIL
+    return None
+
+
+def reason_against_file(document: Document, settings: Settings, secrets: SecretWatch) -> Reason | None:
+    """Return the reason for suggesting nothing anywhere in a document, or None."""
     if not settings.enabled:
         return Reason.DISABLED
     if is_among(settings.disabled_languages, document.language_id, document.sent_language):
@@ -34,10 +46,4 @@ def reason_against(
         return Reason.EMPTY_FILE
     if settings.detect_secrets and (found := secrets.verdict(document)) is not Verdict.CLEAN:
         return Reason.SECRET_IN_FILE if found is Verdict.SECRET else Reason.SECRET_SEARCH
-    if trigger is Trigger.INVOKED:
-        return None
-    if _CONTINUES_WORD.match(snapshot.line_after):
-        return Reason.MID_WORD
-    if not _HARMLESS_TAIL.match(snapshot.line_after):
-        return Reason.LINE_TAIL
     return None

@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
 
 
 class LocalModel(Protocol):
-    """A model in a local folder: `config.json`, tokenizer, safetensors weights."""
+    """A model in a local folder (`config.json`, tokenizer, safetensors weights), or a GGUF file."""
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class LocalModel(Protocol):
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """The folder; for the runner "llamacpp" the GGUF file."""
         ...
 
     @property
@@ -79,7 +79,7 @@ class LocalModel(Protocol):
         ...
 
 
-RUNNERS = ("auto", "openvino", "torch")
+RUNNERS = ("auto", "openvino", "torch", "llamacpp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +87,19 @@ class EngineSpec:
     """The model to run in this process, and how to run it.
 
     Attributes:
-        model: the model's folder.
-        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
-        dtype: "auto" ("int8" on a CPU that can, "bfloat16" on CUDA), "int8", "float32", "bfloat16".
+        model: the model's folder or file.
+        device: "auto" (an NVIDIA or AMD GPU that can run it, else the CPU), "cpu", "cuda", "cuda:1", "mps",
+            "xpu", ...; see `torch.devices`.
+        dtype: "auto" ("int8" on a CPU that can; on a GPU the best that fits), or one of `devices.DTYPES`.
         adapter: folder of a LoRA adapter in PEFT format, for requests that name none; or None.
         num_threads: CPU threads of the model; 0 for one per physical core, and with torch fewer while other
             programs keep cores busy.
         runner: one of `RUNNERS`; "auto" is OpenVINO for int8 on a CPU if it knows the architecture, else
-            torch.
+            torch. "llamacpp" runs a GGUF file.
         drafts: use speculative decoding: propose draft tokens and verify several per pass. Off to measure
             without.
+        prompt_tokens: the longest prompt with its output that the settings allow; 0 if not known. Where the
+            memory of a GPU is small, the KV cache is sized by it.
     """
 
     model: LocalModel
@@ -106,6 +109,7 @@ class EngineSpec:
     num_threads: int = 0
     runner: str = "auto"
     drafts: bool = True
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +146,11 @@ class ModelInfo:
         context: maximum number of tokens of prompt and output together.
         tokenizer: the model's own.
         device: "cpu", "cuda:0", ...
-        dtype: "int8", "float32", "bfloat16".
+        dtype: "int8", "int4", "float32", "bfloat16", "float16".
         adapter: name of the LoRA adapter in use, or None.
         served_by: kind of the server that runs it; "" if it is our own, whose files are known.
         proven: its vocabulary is known to be that of `tokenizer`; false if a server takes text only.
+        attention: on a GPU with captured graphs the attention kernel, "flash" or "plain"; else "".
     """
 
     name: str
@@ -158,6 +163,7 @@ class ModelInfo:
     adapter: str | None = None
     served_by: str = ""
     proven: bool = True
+    attention: str = ""
 
 
 @dataclass(slots=True)

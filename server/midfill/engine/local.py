@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from midfill.engine.adapters.loaded import AdapterSwap
 from midfill.engine.api import AdapterSource, EngineSpec, ModelInfo, Progress, Request, Token
 from midfill.engine.loading import LoadedModel, load
+from midfill.engine.runner import DeviceLostError
 from midfill.engine.step_loop import ActiveRequest, End, Prewarm, SharedState, StepLoop
 from midfill.errors import EngineError, EngineUnavailableError, MidfillError
 
@@ -44,10 +45,12 @@ class LocalEngine:
     Attributes:
         lost: why a model that was loaded serves no longer although nobody closed it; None while it serves.
             Set by whichever thread notices.
+        device_lost: whether it was lost with its GPU, so that loading it there again would fail too.
     """
 
     def __init__(self, spec: EngineSpec, *, load: Load = load) -> None:
         self.lost: str | None = None
+        self.device_lost = False
         self._spec = spec
         self._load = load
         self._shared = SharedState()
@@ -168,6 +171,8 @@ class LocalEngine:
         """
         self._abandoned = self._shared.closing = True
         self.lost = self._shared.unavailable = reason
+        # The pass may never end, and then its memory on the GPU is never free again.
+        self.device_lost = self._loaded is not None and self._loaded.info.device != "cpu"
         for active in self._open:
             active.inbox.put_nowait(EngineUnavailableError(reason))
         self._ended.set()
@@ -184,6 +189,9 @@ class LocalEngine:
             if self._loaded is not None:
                 steps = StepLoop(shared, self._loaded, max_waiting=MAX_WAITING, speculate=self._spec.drafts)
                 steps.run()
+        except DeviceLostError as error:
+            reason = f"The GPU has failed ({error})."
+            self.lost, self.device_lost = self.lost or reason, True
         except BaseException as error:
             _LOG.critical("the engine thread ended", exc_info=True)
             reason = f"The engine stopped after an internal error ({type(error).__name__})."

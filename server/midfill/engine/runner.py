@@ -1,7 +1,7 @@
 """The runner contract: what the step loop needs of a model.
 
-`torch.runner.TorchRunner` and `openvino.runner.OpenVinoRunner` implement it. Importing this module imports
-neither library.
+Implemented by `torch.runner.TorchRunner`, `openvino.runner.OpenVinoRunner` and
+`llamacpp.runner.LlamaCppRunner`. Importing this module imports none of the libraries.
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ import numpy.typing as npt
 
 from midfill.adapters.format import Adapter
 from midfill.engine.scheduler import Choice, Chunk
+
+
+class FixedMemoryError(MemoryError):
+    """A pass did not fit into memory, and fewer slots would not help: theirs is allocated once."""
+
+
+class DeviceLostError(Exception):
+    """Every operation on the device fails from now on. Only another device or process can go on."""
 
 
 class Runner(Protocol):
@@ -53,6 +61,7 @@ class Runner(Protocol):
 
         Raises:
             MemoryError: there is not enough memory, on whatever device.
+            DeviceLostError: the device cannot be used any more.
         """
         ...
 
@@ -84,14 +93,18 @@ class LoadedRunner(Runner, Protocol):
     """A runner as `loading` sees it, once, right after it was built.
 
     Attributes:
-        architecture: transformers' `model_type`.
+        architecture: transformers' `model_type`; llama.cpp's name if a GGUF file has another.
         device: for the user, for example "cpu".
-        dtype: "int8", "float32" or "bfloat16".
+        dtype: "int8", "int4", "float32", "bfloat16" or "float16", or a GGUF file's type.
+        attention: see `ModelInfo`.
+        warm_up_tokens: tokens of the warm-up's pass; less than a chunk if nothing is compiled or packed.
     """
 
     architecture: str
     device: str
     dtype: str
+    attention: str
+    warm_up_tokens: int
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk of this size and then a single token."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from midfill.engine.api import BASE, AdapterSource, Engine, ModelInfo, Progress, Request, Token
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
+from midfill.system.file_errors import why_unreadable
 from midfill.system.json_files import read_json
 
 _SENTINELS = {
@@ -129,7 +130,7 @@ class Script:
             values["rules"] = [Rule(**rule) for rule in values.get("rules", [])]
             return Script(**values)
         except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"Cannot read the engine script {path}: {error}.") from error
+            raise ModelError(f"Cannot read the engine script {path}: {why_unreadable(error)}.") from error
 
 
 class _Turn:

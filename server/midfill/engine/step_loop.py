@@ -19,6 +19,7 @@ from midfill.engine.adapters.loaded import AdapterSwap
 from midfill.engine.api import Request, TextStream, Token
 from midfill.engine.kv_slots import NUM_SLOTS, Slots
 from midfill.engine.loading import LoadedModel
+from midfill.engine.runner import DeviceLostError, FixedMemoryError
 from midfill.engine.scheduler import Choice, Chunk, Priority, Scheduler, SequenceState
 from midfill.engine.speculation import NgramProposer
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError
@@ -256,12 +257,14 @@ class StepLoop:
             choices = self._runner.forward(
                 chunks, [self._allowed(chunk) for chunk in chunks], lambda: self._may_abort(chunks)
             )
-        except MemoryError:
+        except DeviceLostError:
+            raise
+        except MemoryError as error:
             self._fail(
                 chunks,
                 "There was not enough memory for this request; its KV cache was dropped. If it happens "
                 "again, use a smaller model or a shorter context.",
-                out_of_memory=True,
+                out_of_memory=not isinstance(error, FixedMemoryError),
             )
             return
         except Exception as error:

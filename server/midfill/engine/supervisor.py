@@ -39,11 +39,19 @@ class Supervisor:
 
     Args:
         make: makes an engine that is not started.
+        on_cpu: makes one that uses no GPU, for when that has failed; None if there is no GPU to lose.
         step_limit_s: a forward pass that takes longer is hung. A model whose passes are slow gets more time.
     """
 
-    def __init__(self, make: Callable[[], LocalEngine], *, step_limit_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        make: Callable[[], LocalEngine],
+        *,
+        on_cpu: Callable[[], LocalEngine] | None = None,
+        step_limit_s: float = 10.0,
+    ) -> None:
         self._make = make
+        self._on_cpu = on_cpu
         self._step_limit_s = step_limit_s
         self._engine = make()
         self._model: ModelInfo | None = None
@@ -57,7 +65,7 @@ class Supervisor:
 
     @property
     def model(self) -> ModelInfo:
-        """The running model; unchanged during a restart. See `Engine.model`."""
+        """The running model; unchanged until a restart is complete. See `Engine.model`."""
         if self._model is None or self._closed:
             return self._engine.model
         return self._model
@@ -160,6 +168,8 @@ class Supervisor:
             return why
         self._restarts.append(now)
         self._restart = asyncio.get_running_loop().create_task(self._replace(engine))
+        if engine.device_lost and self._on_cpu is not None:
+            return f"{engine.lost} The model is being loaded on the CPU; try again in a moment."
         return f"{engine.lost} It is being restarted; try again in a moment."
 
     async def _replace(self, lost: LocalEngine) -> None:
@@ -169,6 +179,8 @@ class Supervisor:
             await lost.close()  # A thread that died frees its model before the next one is loaded.
             if self._closed:
                 return
+            if lost.device_lost and self._on_cpu is not None:
+                self._make = self._on_cpu  # until midfill is restarted
             self._engine = self._make()
             await self._engine.start(lambda _message, _share: None)
             await self._engine.set_adapters(self._adapters)
@@ -178,6 +190,9 @@ class Supervisor:
             if not self._closed:
                 _LOG.error("%s", self._engine.lost)
         else:
-            _LOG.warning("the engine is ready again after %.1f s", time.monotonic() - began)
+            self._model = self._engine.model
+            _LOG.warning(
+                "the engine is ready again on %s after %.1f s", self._model.device, time.monotonic() - began
+            )
         finally:
             self._restart = None

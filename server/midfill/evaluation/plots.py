@@ -12,6 +12,7 @@ from midfill.completion.confidence import BUILT_IN, Calibration, confidence, lin
 from midfill.errors import MidfillError
 from midfill.evaluation.calibration import reliability
 from midfill.evaluation.repository import Result, score
+from midfill.system.file_errors import why_unwritable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,16 +22,18 @@ _COLOURS = ("#4393c3", "#d6604d", "#1a9850", "#999999")
 
 
 def infilling(summary: Mapping[str, Any], path: Path) -> None:
-    """Draw bars by kind: shares that pass and that are exact, and similarity. Raises `MidfillError`."""
+    """Draw bars by kind: shares that pass, are exact, or begin with the right line. Raises `MidfillError`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    kinds = list(summary["pass@1"])
-    names = ("pass@1", "exact", "similarity")
+    kinds = [kind for kind in summary["exact"] if "," not in kind]
+    names = ("pass@1", "exact", "line_0")
     for offset, (name, colour) in enumerate(zip(names, _COLOURS, strict=False)):
         places = [index + (offset - 1) * 0.27 for index in range(len(kinds))]
-        bars = axes.bar(places, [summary[name][kind] for kind in kinds], 0.25, label=name, color=colour)
+        bars = axes.bar(
+            places, [summary[name][kind] or 0.0 for kind in kinds], 0.25, label=name, color=colour
+        )
         axes.bar_label(bars, fmt="{:.0%}", fontsize=7)
     axes.set_xticks(range(len(kinds)), kinds, fontsize=8)
     axes.set_ylim(0, 1.05)
@@ -94,4 +97,4 @@ def _save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise MidfillError(f"Cannot write the picture {path}: {error}.") from error
+        raise MidfillError(f"Cannot write the picture {path}: {why_unwritable(error)}.") from error

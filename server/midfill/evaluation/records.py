@@ -14,6 +14,7 @@ from typing import Any
 
 from midfill.errors import MidfillError
 from midfill.system import text_files
+from midfill.system.file_errors import why_unreadable, why_unwritable
 
 
 class Records:
@@ -62,7 +63,7 @@ class Records:
             with os.fdopen(descriptor, "a", encoding="utf-8") as out:
                 out.write(text)
         except OSError as error:
-            raise MidfillError(f"Cannot write results to {self._path}: {error.strerror}.") from error
+            raise MidfillError(f"Cannot write results to {self._path}: {why_unwritable(error)}.") from error
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -79,7 +80,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]
     try:
         lines = text_files.read(path).splitlines()
     except (OSError, UnicodeError) as error:
-        raise MidfillError(f"Cannot read results from {path}: {str(error).rstrip('.')}.") from error
+        raise MidfillError(f"Cannot read results from {path}: {why_unreadable(error)}.") from error
     header = None
     rows = {}
     for line in lines:

@@ -206,7 +206,6 @@ def _figures(results: Sequence[Result], eagerness: Eagerness, by: Calibration) -
     shown = [result for result in results if scores[result.id].shown]
     parsed = [len(texts[result.id]) in result.broken for result in shown if result.broken is not None]
     files = [result.file for result in written]
-    chars = sum(len("".join(result.truth.split())) for result in written)
     return {
         "holes": len(results),
         "files": len({result.file for result in results}),
@@ -221,11 +220,21 @@ def _figures(results: Sequence[Result], eagerness: Eagerness, by: Calibration) -
         "too_long": rate(lambda one: one.too_long, shown),
         "syntax_errors": _mean(sum(parsed), len(parsed)),
         "saved_chars": sum(one.saved_chars for one in scores.values()),
-        "saved_share": _mean(sum(one.saved_chars for one in scores.values()), chars),
+        "saved_share": _mean(sum(one.saved_chars for one in scores.values()), _num_chars(written)),
+        "saved_share_by_kind": {
+            kind: _mean(sum(scores[one.id].saved_chars for one in group), _num_chars(group))
+            for kind in KINDS
+            if (group := [result for result in written if result.kind == kind])
+        },
         "silent_where_nothing": rate(lambda one: not one.shown, nothing)["all"] if nothing else None,
         "reasons": _count(result.reason or "low-confidence" for result in results if not texts[result.id]),
         "latency_ms": percentiles([result.latency_ms for result in results], 50, 95),
     }
+
+
+def _num_chars(results: Sequence[Result]) -> int:
+    """Return the number of characters of the original texts that are not blanks."""
+    return sum(len("".join(result.truth.split())) for result in results)
 
 
 def _mean(total: float, number: int) -> float | None:
@@ -294,10 +303,12 @@ def describe(summary: Mapping[str, Any]) -> str:
     """Return the summary as text."""
     names = ("exact", "first_line", "similarity", "shown", "precision", "too_long")
     kinds = list(summary["shown"])
-    rows = [f"{'':14}" + "".join(f"{name.replace('_', ' '):>12}" for name in names)]
+    headings = (*names, "saved")
+    rows = [f"{'':16}" + "".join(f"{name.replace('_', ' '):>12}" for name in headings)]
     for kind in kinds:
-        cells = (summary[name].get(kind) for name in names)
-        rows.append(f"{kind:14}" + "".join(f"{'-' if cell is None else f'{cell:.1%}':>12}" for cell in cells))
+        saved = summary["saved_share"] if kind == "all" else summary["saved_share_by_kind"].get(kind)
+        cells = (*(summary[name].get(kind) for name in names), saved)
+        rows.append(f"{kind:16}" + "".join(f"{'-' if cell is None else f'{cell:.1%}':>12}" for cell in cells))
     if summary["exact_interval"]:
         low, high = summary["exact_interval"]
         rows.append(f"exact, 95 % interval over files: {low:.1%} to {high:.1%}")

@@ -14,16 +14,20 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from midfill.system.programs import find_program
 
 _WALL_S = 10.0
+_COMPILER_WALL_S = 30.0
 # CPU seconds; a Java program is compiled first.
 _CPU_S = 20
-_FILE_BYTES = 1 << 20
+_FILE_BYTES = 8 << 20
 _MEMORY_MB = 1024
-_FILES = {"python": "main.py", "javascript": "main.js", "java": "Main.java"}
+_FILES = {"python": "main.py", "javascript": "main.js", "java": "Main.java", "cpp": "main.cpp"}
+_COMPILED = "main"
 _ISOLATED = ("--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--")
 
 
@@ -36,6 +40,8 @@ def missing(language: str) -> str | None:
     if language == "java":
         # `java` without the compiler cannot run a source file.
         return None if find_program("java") and find_program("javac") else "There is no JDK on the PATH."
+    if language == "cpp":
+        return None if find_program("g++") else "`g++` is not on the PATH."
     return f"Programs in {language} cannot be run."
 
 
@@ -56,37 +62,92 @@ def isolation() -> tuple[str, ...]:
 
 async def passes(language: str, program: str) -> bool:
     """Run a program; return whether it ends with status 0 within its limits. Check `missing` first."""
+    with _written(language, program) as folder:
+        return await _compile(language, folder) and await _run(language, _command(language), folder)
+
+
+async def prints(language: str, program: str, expected: Sequence[tuple[str, Sequence[str]]]) -> bool:
+    """Run a program with each input on stdin; return whether it prints one of the right outputs each time.
+
+    Args:
+        language: as for `missing`, which is to be checked first.
+        program: the source text.
+        expected: (input, right outputs) of each run. Blanks at the ends of lines and blank lines at the end
+            do not count.
+    """
+    with _written(language, program) as folder:
+        if not await _compile(language, folder):
+            return False
+        for given, outputs in expected:
+            (folder / "stdin").write_text(given, encoding="utf-8")
+            if not await _run(language, _command(language), folder):
+                return False
+            printed = (folder / "stdout").read_text(encoding="utf-8", errors="replace")
+            if _significant(printed) not in map(_significant, outputs):
+                return False
+    return True
+
+
+def _significant(output: str) -> list[str]:
+    return [line.rstrip() for line in output.rstrip().splitlines()]
+
+
+@contextmanager
+def _written(language: str, program: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="midfill-eval-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / _FILES[language]
-        path.write_text(program, encoding="utf-8", errors="replace")
+        path = Path(folder)
+        # Line ends stay as they are.
+        (path / _FILES[language]).write_bytes(program.encode("utf-8", errors="replace"))
+        (path / "stdin").touch()
+        yield path
+
+
+async def _compile(language: str, folder: Path) -> bool:
+    """Compile a program in a language that needs it; return whether it can be run."""
+    if language != "cpp":
+        return True
+    command = [find_program("g++") or "g++", "-std=c++20", "-O1", "-w", "-o", _COMPILED, _FILES[language]]
+    return await _run(language, command, folder, _COMPILER_WALL_S)
+
+
+async def _run(language: str, command: Sequence[str], folder: Path, wall_s: float | None = None) -> bool:
+    """Run a command in `folder`, with its files `stdin` and `stdout`; return whether its status is 0."""
+    with (folder / "stdin").open("rb") as stdin, (folder / "stdout").open("wb") as stdout:
         process = await asyncio.create_subprocess_exec(
             *isolation(),
-            *_runner(language),
-            str(path),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
+            *command,
+            stdin=stdin,
+            stdout=stdout,
             stderr=asyncio.subprocess.DEVNULL,
             cwd=folder,
-            env={"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"},
+            env={
+                "PATH": os.environ.get("PATH", ""),
+                "HOME": str(folder),
+                "TMPDIR": str(folder),
+                "LANG": "C.UTF-8",
+            },
             start_new_session=True,
             preexec_fn=functools.partial(_limit, language),
         )
-        try:
-            return await asyncio.wait_for(process.wait(), _WALL_S) == 0
-        except TimeoutError:
-            return False
-        finally:
-            _end_group(process.pid)
-            await process.wait()
+    try:
+        return await asyncio.wait_for(process.wait(), wall_s or _WALL_S) == 0
+    except TimeoutError:
+        return False
+    finally:
+        _end_group(process.pid)
+        await process.wait()
 
 
-def _runner(language: str) -> list[str]:
+def _command(language: str) -> list[str]:
+    if language == "cpp":
+        return [f"./{_COMPILED}"]
+    file = _FILES[language]
     if language == "python":
-        return [sys.executable, "-I", "-S"]
+        return [sys.executable, "-I", "-S", file]
     found = find_program({"javascript": "node", "java": "java"}[language]) or language
     if language == "javascript":
-        return [found, f"--max-old-space-size={_MEMORY_MB}"]
-    return [found, "-ea", f"-Xmx{_MEMORY_MB}m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
+        return [found, f"--max-old-space-size={_MEMORY_MB}", file]
+    return [found, "-ea", f"-Xmx{_MEMORY_MB}m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", file]
 
 
 def _limit(language: str) -> None:
@@ -94,7 +155,7 @@ def _limit(language: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # node and java reserve address space that they never use; their memory is limited by options.
-    if language == "python":
+    if language in {"python", "cpp"}:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_MB << 20, _MEMORY_MB << 20))
 
 

@@ -62,6 +62,7 @@ class AdapterRouter:
         self._file_state: list[tuple[int, int, int]] | None = None
         self._entries: dict[str, Entry] = {}  # the loaded ones, by digest
         self._engine: Adaptable | None = None
+        self._has_begun = False
         self._model: BaseModel | None = None
         self._folders: tuple[Path, ...] = ()
         self._checked_s = 0.0
@@ -75,11 +76,6 @@ class AdapterRouter:
     def _bound_for(self, document: Document) -> str | None:
         digest = self._bound.resolve(file_of(document.uri), document.language_id) if self._entries else None
         return digest if digest in self._entries else None
-
-    @property
-    def started(self) -> bool:
-        """True once adapters are served as the bindings say."""
-        return self._engine is not None
 
     @property
     def in_use(self) -> list[Entry]:
@@ -97,7 +93,6 @@ class AdapterRouter:
         self,
         engine: Engine,
         model: BaseModel | None,
-        folders: Sequence[Path],
         *,
         is_remote: bool = False,
         held_out: bool = False,
@@ -111,11 +106,11 @@ class AdapterRouter:
         can = model is not None or is_remote
         self._engine = engine if can and isinstance(engine, Adaptable) else None
         self._model = model
-        self._folders = tuple(folders)
+        self._has_begun = True
         await self.update()
 
     async def open_folders(self, folders: Sequence[Path]) -> None:
-        """Take the workspace's folders, and route by them."""
+        """Take the workspace's folders, and route by them once adapters are served."""
         self._folders = tuple(folders)
         await self.update()
 
@@ -128,7 +123,12 @@ class AdapterRouter:
         return bool(self._stat_files() != self._file_state)
 
     async def update(self) -> None:
-        """Read the files and load what they bind. Show each new problem once."""
+        """Read the files and load what they bind. Show each new problem once.
+
+        Does nothing before `start`, which reads the files too.
+        """
+        if not self._has_begun:
+            return
         async with self._lock:
             self._checked_s = time.monotonic()
             self._file_state = self._stat_files()
@@ -269,14 +269,14 @@ class AdapterRouter:
             digest = asked_by(folder)
             entry = known.get(digest or "")
             decided = str(folder) in bound.workspaces or digest in bound.refused.get(str(folder), ())
-            if entry is not None and entry.judgement.usable and not decided:
+            if entry is not None and entry.evaluation.usable and not decided:
                 found.append(AdapterRequest(folder, entry))
         return found
 
 
 def _question(request: AdapterRequest) -> str:
-    judgement = request.entry.judgement
-    verdict = "not judged" if judgement.verdict == "none" else f"judged {judgement.verdict}"
+    evaluation = request.entry.evaluation
+    verdict = "not evaluated" if evaluation.verdict == "none" else f"verdict: {evaluation.verdict}"
     return (
         f"the workspace {request.workspace.name} asks for your adapter {request.entry.name} ({verdict}). "
         "Use it there?"

@@ -13,6 +13,8 @@ from lsprotocol import types
 
 from midfill.completion.answer import Answer
 from midfill.completion.autoclose import text_before_closers
+from midfill.completion.closer_pairs import closer_pairs
+from midfill.lsp.known_clients import find
 from midfill.text.documents import Change, Encoding, Point, Snapshot, content_length, split_lines
 
 _LABEL_CHARS = 60
@@ -38,8 +40,7 @@ class PopupStyle:
     Attributes:
         markdown: it shows documentation as Markdown.
         insert_text_mode: it supports `insertTextMode`, and guesses the indentation of lines without it.
-        takes_edits: it inserts the text of an edit unchanged. Neovim 0.11 cuts it at the first blank, but
-            inserts a plain text whole, in place of the word before the cursor.
+        takes_edits: it inserts the text of an edit unchanged (`known_clients`).
     """
 
     markdown: bool = False
@@ -54,11 +55,10 @@ class PopupStyle:
         item = completion.completion_item if completion else None
         formats = (item.documentation_format if item else None) or ()
         modes = item.insert_text_mode_support.value_set if item and item.insert_text_mode_support else ()
-        info = params.client_info
         return PopupStyle(
             types.MarkupKind.Markdown in formats,
             types.InsertTextMode.AsIs in modes,
-            not (info is not None and info.name == "Neovim" and (info.version or "").startswith("0.11")),
+            find(params.client_info).takes_edits,
         )
 
 
@@ -72,8 +72,10 @@ def inline_item(
     """Return an item of `textDocument/inlineCompletion`.
 
     `selected` is the popup's selected item, which the editor would insert first: it shows only items that
-    extend it and have the same range.
+    extend it and have the same range. The item's `data` tells a client which closers of the text an editor
+    inserts by itself; `server/docs/editors.md` says how to use it.
     """
+    num_before = 0
     if selected is not None and selected.start is not None and selected.end is not None:
         start, end = selected.start, selected.end
         if answer.num_replaced:
@@ -81,9 +83,15 @@ def inline_item(
             end = (end[0], end[1] + answer.num_replaced)
         area = types.Range(types.Position(*start), types.Position(*end))
         item: dict[str, Any] = {"insertText": selected.text + answer.text, "range": area}
+        num_before = len(selected.text.replace("\r\n", "\n"))
     else:
         area = _range(snapshot, encoding, snapshot.cursor.column, answer.num_replaced)
         item = {"insertText": answer.text, "range": area}
+    replaced = snapshot.line_after[: answer.num_replaced]
+    pairs = closer_pairs(answer.text.replace("\r\n", "\n"), replaced)
+    item["data"] = {
+        "closers": [[-1 if at < 0 else num_before + at, num_before + closer] for at, closer in pairs]
+    }
     if command is not None:
         item["command"] = command
     return item

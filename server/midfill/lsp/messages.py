@@ -23,6 +23,8 @@ _AUTOMATIC = 2
 
 # The client name of midfill's own clients: the demo, the evaluations and the benchmarks.
 OWN_CLIENT = "midfill"
+# Before the recorded client's name, in a replay: answered like that client, and not counted either.
+REPLAYED = "midfill replay of "
 # The environment variable that adds the requests which only tests and benchmarks send, if it is set.
 TEST_HOOKS = "MIDFILL_TEST_HOOKS"
 

@@ -13,7 +13,7 @@ from midfill.completion import calibrations
 from midfill.completion.stats import acceptance
 from midfill.completion.stats.request_log import InstrumentedEngine
 from midfill.engine.api import Engine
-from midfill.errors import EngineUnavailableError, MidfillError
+from midfill.errors import EngineUnavailableError, MidfillError, ModelMissingError
 from midfill.fim.probing import identify
 from midfill.lsp.session import Session
 from midfill.models.store import find as find_model
@@ -60,6 +60,7 @@ async def _try_load(session: Session) -> bool:
                 await session.engine.close()
             return False
         except MidfillError as error:
+            session.model_missing = isinstance(error, ModelMissingError)
             _show_failure(session, str(error))
         except Exception as error:
             _LOG.exception("loading the model failed")
@@ -105,8 +106,7 @@ async def _start_adapters(session: Session, engine: Engine) -> None:
     is_remote = bool(settings.engine_urls)
     name = engine.model.name if is_remote else settings.model
     model = await asyncio.to_thread(find_model, name)
-    folders = [path for _, path in session.editor.workspace_folders()]
-    await session.router.start(engine, model, folders, is_remote=is_remote, held_out=held_out)
+    await session.router.start(engine, model, is_remote=is_remote, held_out=held_out)
 
 
 def _show_failure(session: Session, why: str) -> None:

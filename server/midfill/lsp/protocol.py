@@ -41,6 +41,7 @@ from pygls.protocol import LanguageServerProtocol, lsp_method
 
 from midfill.completion.stats.request_log import REQUEST
 from midfill.lsp.framing import FrameReader, FrameWriter, to_frame
+from midfill.lsp.known_clients import find
 from midfill.lsp.messages import MalformedError, ResponseError
 from midfill.system.log_stream import read_some
 
@@ -296,11 +297,13 @@ class Protocol(LanguageServerProtocol):
 
     @lsp_method(types.INITIALIZE)
     def lsp_initialize(self, params: types.InitializeParams) -> Any:
-        """Initialize as pygls does, without announcing commands of its registry and file operations."""
+        """Initialize as pygls does, but announce our commands, for this client, and no file operations."""
         result = yield from super().lsp_initialize(params)
-        result.capabilities.execute_command_provider = self.fm.feature_options.get(
-            types.WORKSPACE_EXECUTE_COMMAND
-        )
+        own: types.ExecuteCommandOptions | None = self.fm.feature_options.get(types.WORKSPACE_EXECUTE_COMMAND)
+        usable = find(params.client_info).commands
+        if own is not None and usable is not None:
+            own = types.ExecuteCommandOptions([name for name in own.commands if name in usable])
+        result.capabilities.execute_command_provider = own
         if result.capabilities.workspace is not None:
             result.capabilities.workspace.file_operations = None
         return result

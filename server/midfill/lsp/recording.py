@@ -29,8 +29,9 @@ from midfill import __version__
 from midfill.errors import MidfillError
 from midfill.lsp.client import SERVE_COMMAND, encode, read_message
 from midfill.lsp.framing import to_frame
-from midfill.lsp.messages import OWN_CLIENT
+from midfill.lsp.messages import OWN_CLIENT, REPLAYED
 from midfill.system import text_files as textfiles
+from midfill.system.file_errors import why_unreadable, why_unwritable
 from midfill.system.json_files import parse_json
 from midfill.text.characters import escaped
 
@@ -99,7 +100,7 @@ def _create(path: Path) -> tuple[Path, TextIO | None]:
         except FileExistsError:
             continue
         except OSError as error:
-            raise MidfillError(f"Cannot write the recording {name}: {error.strerror}.") from error
+            raise MidfillError(f"Cannot write the recording {name}: {why_unwritable(error)}.") from error
         return name, os.fdopen(descriptor, "w", encoding="utf-8")
     raise MidfillError(f"{_MAX_FILES} recordings named {path} exist already. Delete some of them.")
 
@@ -158,7 +159,7 @@ def read(path: Path) -> list[RecordedMessage]:
     try:
         rows = textfiles.read(path).split("\n")
     except (OSError, UnicodeError) as error:
-        raise MidfillError(f"Cannot read the recording {path}: {str(error).rstrip('.')}.") from error
+        raise MidfillError(f"Cannot read the recording {path}: {why_unreadable(error)}.") from error
     complete, lines = rows[:-1], []
     for number, row in enumerate(complete, start=1):
         try:
@@ -308,10 +309,12 @@ class _Replayer:
         message = line.message
         self.transcript.sent(line.key, line.method, time.monotonic() - self._begun)
         if line.method == "initialize" and isinstance(message.get("params"), dict):
-            # Not the recorded process id: the server would end with that process. And not its name: what
-            # was accepted has been counted already.
-            changed = {"processId": None, "clientInfo": {"name": OWN_CLIENT}}
-            message = message | {"params": message["params"] | changed}
+            # Not the recorded process id: the server would end with that process. And not its name alone:
+            # what was accepted has been counted already.
+            recorded = message["params"].get("clientInfo")
+            named = isinstance(recorded, dict) and isinstance(recorded.get("name"), str)
+            client = recorded | {"name": REPLAYED + recorded["name"]} if named else {"name": OWN_CLIENT}
+            message = message | {"params": message["params"] | {"processId": None, "clientInfo": client}}
             self._write(encode(message))
         else:
             self._write(to_frame(line.raw))

@@ -36,14 +36,7 @@ class ServerFiller:
         `options` are settings as an editor sends them; `engine` names a script instead of a model, for
         tests; `folder` is the workspace. Raises `MidfillError` with the server's message if it cannot load.
         """
-        client = await Client.start([*SERVE_COMMAND, *(["--engine", engine] if engine else [])])
-        try:
-            await client.load(options, lambda message: report(message, None), folder=folder)
-            await client.request("midfill/indexed", None)
-        except BaseException:
-            await client.close()
-            raise
-        return cls(client, model)
+        return cls(await start_server(options, report, engine, folder), model)
 
     async def close(self) -> None:
         """End the server."""
@@ -65,6 +58,20 @@ class ServerFiller:
         explained = await self._client.request("midfill/explain", document)
         self._client.notify("textDocument/didClose", document)
         return Filled(_inserted(items[0], hole) if items else "", explained["reason"], latency_ms)
+
+
+async def start_server(
+    options: Mapping[str, Any], report: Progress, engine: str | None = None, folder: Path | None = None
+) -> Client:
+    """Start a server and wait until it has loaded and indexed, as `ServerFiller.start` says."""
+    client = await Client.start([*SERVE_COMMAND, *(["--engine", engine] if engine else [])])
+    try:
+        await client.load(options, lambda message: report(message, None), folder=folder)
+        await client.request("midfill/indexed", None)
+    except BaseException:
+        await client.close()
+        raise
+    return client
 
 
 def _inserted(item: Mapping[str, Any], hole: Hole) -> str:

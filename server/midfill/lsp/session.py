@@ -20,6 +20,7 @@ from midfill.engine.api import Engine
 from midfill.lsp.adapter_routing import AdapterRouter
 from midfill.lsp.editor import EditorConnection
 from midfill.lsp.items import PopupStyle
+from midfill.lsp.known_clients import ANY_CLIENT
 from midfill.lsp.train_command import AdapterTraining
 from midfill.settings import Settings
 from midfill.text.documents import Document, Encoding, Point, Snapshot
@@ -46,7 +47,9 @@ class Session:
         cursors: where the user last was in a document, by URI.
         answers: the last answer of each open document, by URI; the newest is last.
         acceptance: counts which suggestions are accepted.
+        client: how the server answers this client.
         encoding: how the client counts columns.
+        model_missing: the model could not be loaded, because it has not been downloaded.
         initialized: the client has sent `initialized`, so the settings that need a restart are fixed.
         num_chars_closed: size of the documents that were closed since the last trim of the heap.
     """
@@ -67,8 +70,10 @@ class Session:
         self.notebooks = Notebooks()
         self.answers: dict[str, Answer] = {}
         self.acceptance = AcceptanceTracker(self.documents)
+        self.client = ANY_CLIENT
         self.encoding = Encoding.UTF16
         self.popup_style = PopupStyle()
+        self.model_missing = False
         self.initialized = False
         self.num_chars_closed = 0
         self._shown: set[str] = set()
@@ -79,6 +84,13 @@ class Session:
     def settings(self) -> Settings:
         """The settings in force."""
         return self.completer.settings
+
+    @property
+    def popup_budget_s(self) -> float | None:
+        """The time that a popup waits for the model; None: until it has answered. The user's setting wins."""
+        own = self.settings.popup_budget_ms
+        budget_ms = self.client.popup_budget_ms if own is None else own
+        return None if budget_ms is None else budget_ms / 1000
 
     def _drop_work(self) -> None:
         self.completer.drop_work()

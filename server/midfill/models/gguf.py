@@ -1,4 +1,4 @@
-"""Convert a GGUF file to a folder that the engine loads: config.json, tokenizer.json, model.safetensors.
+"""Convert a GGUF file to a folder for torch and OpenVINO: config.json, tokenizer.json, model.safetensors.
 
 Done once per file. The weights are dequantised block by block and written directly to the safetensors file in
 bfloat16, so a model of any size takes little memory. Knows how llama.cpp's converter renames and rearranges
@@ -184,6 +184,12 @@ def supported_architectures() -> list[str]:
     return sorted(_ARCHITECTURES)
 
 
+def model_type_of(metadata: Mapping[str, Any]) -> str:
+    """Return transformers' `model_type` of a file; llama.cpp's name if the architecture has no conversion."""
+    name = str(metadata.get("general.architecture"))
+    return _ARCHITECTURES[name].model_type if name in _ARCHITECTURES else name
+
+
 def tokenizer_from_gguf(path: Path) -> FastTokenizer:
     """Return the tokenizer inside a GGUF file, which may have no weights.
 
@@ -191,7 +197,12 @@ def tokenizer_from_gguf(path: Path) -> FastTokenizer:
         ModelError: the file or its vocabulary cannot be used.
     """
     with open_gguf(path) as file:
-        return FastTokenizer(tokenizer_json(file.metadata, str(path)))
+        return tokenizer_from_metadata(file.metadata, path)
+
+
+def tokenizer_from_metadata(metadata: Mapping[str, Any], path: Path) -> FastTokenizer:
+    """Return the tokenizer of a GGUF file's metadata; see `tokenizer_from_gguf`."""
+    return FastTokenizer(tokenizer_json(metadata, str(path)))
 
 
 def converted_bytes(path: Path) -> int:
@@ -296,8 +307,48 @@ def _tokenizer_config(config: Mapping[str, Any], file: GGUFFile) -> dict[str, An
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | named
 
 
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A matrix of a GGUF file, as an adapter sees it.
+
+    Attributes:
+        tensor: its name in the file.
+        shape: outputs, inputs.
+        head_rows: rows per attention head if they are permuted in the file, else 0.
+    """
+
+    tensor: str
+    shape: tuple[int, int]
+    head_rows: int
+
+
+def linear_layers(file: GGUFFile) -> dict[str, LinearLayer]:
+    """Return the matrices of a file by their modules' names in transformers, embeddings included.
+
+    Raises `ModelError` if the architecture is not supported, or the file has other weights.
+    """
+    return {
+        weight.name.removesuffix(".weight"): LinearLayer(
+            weight.source.name, (weight.source.shape[0], weight.source.shape[1]), weight.head_rows
+        )
+        for weight in _weights(file, _architecture(file))
+        if weight.name.endswith(".weight") and len(weight.source.shape) == 2
+    }
+
+
+def permuted(rows: NDArray[np.float32], head_rows: int) -> NDArray[np.float32]:
+    """Return rows of queries or keys in the order of llama.cpp's rotary embedding."""
+    halves = rows.reshape(-1, 2, head_rows // 2, rows.shape[-1])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
 def _plan(file: GGUFFile, architecture: _Architecture) -> tuple[list[_Weight], bool]:
-    """Return all weights of the result, and whether head and embedding are tied.
+    """Return all weights of the result, and whether head and embedding are tied. Raises `ModelError`."""
+    return _tie(file, _weights(file, architecture))
+
+
+def _weights(file: GGUFFile, architecture: _Architecture) -> list[_Weight]:
+    """Return all weights of the file.
 
     Raises:
         ModelError: a weight is missing, or the file has one that the architecture does not know.
@@ -331,7 +382,7 @@ def _plan(file: GGUFFile, architecture: _Architecture) -> tuple[list[_Weight], b
             f"{file.path} has weights that midfill does not know, such as {min(left)!r}. "
             "Use the model's safetensors version."
         )
-    return _tie(file, weights)
+    return weights
 
 
 def _expected(file: GGUFFile, architecture: _Architecture) -> Iterator[tuple[str, str]]:

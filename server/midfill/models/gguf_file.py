@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midfill.errors import ModelError
+from midfill.system.file_errors import why_unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING = 8
+_LENGTH = struct.Struct("<Q")
 _ARRAY = 9
 _MAX_DIMENSIONS = 4
 _MAX_KEY_BYTES = 65_535
@@ -98,7 +100,7 @@ def open_gguf(path: Path) -> Iterator[GGUFFile]:
     try:
         stream = path.open("rb")
     except OSError as error:
-        raise ModelError(f"The model file {path} cannot be read: {error.strerror}.") from error
+        raise ModelError(f"The model file {path} cannot be read: {why_unreadable(error)}.") from error
     with stream:
         try:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -166,8 +168,13 @@ class _Reader:
         return values
 
     def _string(self, limit: int | None = None) -> str:
-        (length,) = self._unpack("Q")
-        if length > self._size - self._at or (limit is not None and length > limit):
+        # A vocabulary has hundreds of thousands of texts.
+        rest = self._size - self._at - _LENGTH.size
+        if rest < 0:
+            raise self._damaged(f"it ends inside the header, at byte {self._size}")
+        (length,) = _LENGTH.unpack_from(self._data, self._at)
+        self._at += _LENGTH.size
+        if length > rest or (limit is not None and length > limit):
             raise self._damaged(f"a text of {length} bytes at byte {self._at} does not fit")
         self._text_bytes += length
         if self._text_bytes > _MAX_TEXT_BYTES:

@@ -21,6 +21,7 @@ from typing import Any
 from midfill.errors import ModelError
 from midfill.models import catalogue
 from midfill.models.catalogue import Entry
+from midfill.system.file_errors import why_unreadable
 from midfill.system.json_files import read_json
 from midfill.system.private import private_folder
 
@@ -30,11 +31,11 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class LocalModel:
-    """A complete model folder.
+    """A complete model.
 
     Attributes:
         name: catalogue name, hub id or path, as the user chose it.
-        path: the folder with config.json, tokenizer.json and safetensors weights.
+        path: the folder with config.json, tokenizer.json and safetensors weights, or a GGUF file.
         family: the FIM template that the catalogue names, or None.
         source: where the weights came from, for the user.
     """
@@ -98,8 +99,23 @@ def find(name_or_path: str, known: Mapping[str, Entry] | None = None) -> LocalMo
     return None
 
 
+def find_for(name_or_path: str, runner: str, known: Mapping[str, Entry] | None = None) -> LocalModel | None:
+    """Return the model in the form that a runner takes, or None: for "llamacpp" its GGUF file as it is.
+
+    Raises `ModelError`.
+    """
+    if runner != "llamacpp":
+        return find(name_or_path, known)
+    path = find_gguf(name_or_path, known)
+    if path is None:
+        return None
+    entry = catalogue.lookup(name_or_path, known)
+    name = entry.name if entry else name_or_path
+    return LocalModel(name, path, entry.family if entry else None, f"the file {path}")
+
+
 def find_gguf(name_or_path: str, known: Mapping[str, Entry] | None = None) -> Path | None:
-    """Return the GGUF file of a model, for other programs: a kept one or the user's own; else None."""
+    """Return the GGUF file of a model: one that was pulled, or the user's own; else None."""
     entry = catalogue.lookup(name_or_path, known)
     if entry is None and (path := as_path(name_or_path)) is not None:
         return path if path.suffix.lower() == ".gguf" and path.is_file() else None
@@ -156,7 +172,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(file)
     except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
+        raise ModelError(f"{file} cannot be read: {why_unreadable(error)}.") from error
     except ValueError as error:
         raise ModelError(f"{file} cannot be used: {error}. Fetch the model again.") from error
     if not isinstance(config, dict):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from midfill.errors import ModelError
+from midfill.system.file_errors import why_unreadable
 from midfill.system.json_files import read_json
 
 _MAX_ID = 1 << 20
@@ -53,7 +54,7 @@ def load_tokenizer(folder: Path) -> FastTokenizer:
     try:
         description = read_json(path)
     except OSError as error:
-        raise ModelError(f"The tokenizer {path} cannot be read: {error.strerror}.") from error
+        raise ModelError(f"The tokenizer {path} cannot be read: {why_unreadable(error)}.") from error
     except ValueError as error:
         raise ModelError(f"The tokenizer {path} cannot be used: {error}. Fetch the model again.") from error
     try:

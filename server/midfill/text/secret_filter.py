@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import fnmatch
-import json
 import math
 import re
 from collections import Counter
@@ -28,10 +27,12 @@ from midfill.text.secret_shapes import (
     NAME_WORDS,
     Assigned,
     assigned,
-    carried,
+    bearer_tokens,
+    carried_passwords,
     has_private_key,
     has_token,
     is_published,
+    is_sample_jwt,
     names_private_key,
 )
 
@@ -71,7 +72,11 @@ _PLACEHOLDER = re.compile(
 # Values chosen where any password would do: a word for it, also with digits for letters, or keys next to each
 # other.
 _LIKE_LETTERS = str.maketrans("0134578$@!", "oieastbsai")
-_LIKE_PASSWORD = re.compile(r"passw|pasw|secret|^pass|pass$|userpass|changeit|letmein|qwerty|admin")
+_LIKE_PASSWORD = re.compile(
+    r"passw|pasw|secret|^pass|pass$|userpass|changeit|letmein|qwerty|admin|correcthorse|security|pa[se]{2}word"
+    # What everybody knows as one.
+    r"|^hunter.{1,4}$"
+)
 _COUNTED = re.compile(
     r"abc123|123abc|(?<!\d)(?:0?12345|1234\D{0,3}\Z|[a-z]123\D{0,3}\Z)|abcdef|aaaaaa", re.IGNORECASE
 )
@@ -86,17 +91,22 @@ _LITERALS = (
     "putty-user-key-file",
     "begin ssh2",
 )
-_UUID = re.compile(r"[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}\Z", re.IGNORECASE)
+_UUID = re.compile(r"[\da-f]{8}(?:-[\da-f]{4}){2,3}-[\da-f]{12}\Z", re.IGNORECASE)
 # Shorter values are ambiguous: `"deadbeef"`, a colour, an abbreviated commit.
 _MIN_HEX = 20
 _MIN_VALUE = 6
+# Shorter ones may be the encoding of a text by chance.
+_MIN_ENCODED = 20
 _RANDOM_CHARS = re.compile(r"""(["'])([A-Za-z0-9+/=_\\-]{20,2000}+)\1""")
 _HEX = re.compile(r"[0-9a-fA-F]+\Z")
 # The alphabet's size bounds the entropy: 4.5 bits a character need 23 different ones.
 _MIN_ALPHABET = 23
-# A location: a URL without a password, a path, a name with dots.
+# A location: a URL without a password, a path, a name with dots or of Amazon's form. Or a rate, such as `5/m`
+# or `100/hour`.
 _LOCATION = re.compile(
-    r"[a-z][a-z0-9+.-]{1,20}://|\.{0,2}/|~|\d{4}-\d\d-\d\d|[A-Za-z]:\\|[A-Za-z_][\w-]*(?:\.[A-Za-z_][\w-]*)+\Z"
+    r"[a-z][a-z0-9+.-]{1,20}://|arn:[a-z-]{1,20}:"
+    r"|\.{0,2}/|~|\d{4}-\d\d-\d\d|[A-Za-z]:\\|[A-Za-z_][\w-]*(?:\.[A-Za-z_][\w-]*)+\Z"
+    r"|\d{1,6}/\d{0,3}(?:s|sec|m|min|h|d|seconds?|minutes?|hours?|days?)(?![A-Za-z0-9])"
 )
 _CHUNK = re.compile(r"[A-Za-z0-9]+")
 _WORD_LIKE = re.compile(
@@ -201,7 +211,9 @@ def _severity(line: str) -> Severity:
     if any(word in lower for word in NAME_WORDS):
         for one in assigned(line):
             worst = max(worst, _severity_assigned(one))
-    for value in carried(line, lower):
+    for value in bearer_tokens(line, lower):
+        worst = max(worst, _severity_value(value) if _looks_random(value) else Severity.POSSIBLE)
+    for value in carried_passwords(line, lower):
         worst = max(worst, _severity_value(value))
     if worst is Severity.NONE and (_has_random_text(line) or names_private_key(line)):
         return Severity.POSSIBLE
@@ -243,7 +255,7 @@ def _severity_value(value: str) -> Severity:
     """Tell a placeholder, a word and a real secret apart, for the value of a name like `password`."""
     if len(value) < _MIN_VALUE or _PLACEHOLDER.search(value) or _UUID.match(value) or " " in value:
         return Severity.NONE
-    if _COUNTED.search(value) or is_published(value):
+    if _COUNTED.search(value) or is_published(value) or is_sample_jwt(value):
         return Severity.POSSIBLE
     digits = sum(map(str.isdigit, value))
     letters = sum(map(str.isalpha, value))
@@ -254,18 +266,21 @@ def _severity_value(value: str) -> Severity:
 
 def _looks_random(value: str) -> bool:
     """Return whether a value does not consist of words and numbers, as names do."""
-    return not all(map(_is_word, _CHUNK.findall(_json_of(value) or value)))
+    return not all(map(_is_word, _CHUNK.findall(_encoded_text(value) or value)))
 
 
-def _json_of(value: str) -> str | None:
-    """Return the JSON that a value encodes, as the first part of a JWT does; None if it encodes none."""
-    if not value.startswith("eyJ"):
+def _encoded_text(value: str) -> str | None:
+    """Return the text that a value encodes in base64, such as JSON; None if it encodes none.
+
+    That random bytes are a text of this length is as good as impossible.
+    """
+    if len(value) < _MIN_ENCODED:
         return None
     try:
-        text = base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode("utf-8")
-        return text if isinstance(json.loads(text), dict) else None
-    except (ValueError, RecursionError):
+        text = base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).decode("ascii")
+    except ValueError:
         return None
+    return text if text.isprintable() else None
 
 
 def _is_word(chunk: str) -> bool:

@@ -193,6 +193,8 @@ _PUBLISHED = re.compile(
                 "SflKxwRJSM",
             ),  # how the signatures of RFC 7515 and jwt.io begin, as `_JWT` takes them
             "Eby8vdM02xNO",  # every Azure Storage emulator
+            *("0PN5J17HBGZHT7JJ3X82", "uV3F3YluFJax1cknvbcGwgjvx4Qp"),  # Amazon S3's first manual
+            "09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7",  # FastAPI's manual
         ]
     )
 )
@@ -258,18 +260,34 @@ def is_published(value: str) -> bool:
 
 def _has_jwt(line: str) -> bool:
     return any(
-        not is_made_up(found[0]) and _is_json("eyJ" + found[1]) and _is_json("eyJ" + found[2])
+        not is_made_up(found[0]) and _json_text(found[1]) and not _is_sample(found)
         for found in _JWT.finditer(line)
     )
 
 
-def _is_json(part: str) -> bool:
-    # A claim set may be cut off at the pattern's limit: its beginning is enough.
+def is_sample_jwt(value: str) -> bool:
+    """Return whether a value is a JWT that somebody has made up: nothing in its claims is a number."""
+    found = _JWT.match(value)
+    return found is not None and _is_sample(found)
+
+
+def _is_sample(jwt: re.Match[str]) -> bool:
+    # A server writes when a token ends, or for whom it is.
+    text = _json_text(jwt[2])
+    return not any(map(str.isdigit, text))
+
+
+def _json_text(part: str) -> str:
+    """Return the JSON that a part of a JWT, without its `eyJ`, encodes; "" if it encodes none.
+
+    A claim set may be cut off at the pattern's limit: its beginning is enough.
+    """
+    part = "eyJ" + part
     try:
-        text = base64.urlsafe_b64decode(part[: len(part) // 4 * 4]).decode("utf-8", "ignore")
+        text = base64.urlsafe_b64decode(part + "A" * (-len(part) % 4)).decode("utf-8", "ignore")
     except (ValueError, binascii.Error):
-        return False
-    return text.startswith('{"') and '":' in text
+        return ""
+    return text if text.startswith('{"') and '":' in text else ""
 
 
 # Names of secrets: chosen by people, or made by machines.
@@ -299,7 +317,9 @@ _VALUE = re.compile(
 )
 _BEARER = re.compile(r"\bbearer[ \t]{1,4}+([A-Za-z0-9._~+/-]{16,300}+)", re.IGNORECASE)
 _BASIC = re.compile(r"\bbasic[ \t]{1,4}+([A-Za-z0-9+/]{8,300}+={0,2})", re.IGNORECASE)
-_IN_ADDRESS = re.compile(r"://[^\s/:@,\"'<>{}$`]{0,100}+:([^\s/@,\"'<>{}$`]{3,200}+)@")
+# Before a name: its value is one, as in `Example api_key='...'`.
+_EXAMPLE = re.compile(r"\b(?:example|e\.g\.)[:,]?[ \t]{1,4}+[`\"']?\Z", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"://[^\s/:@,\"'<>{}$`]{0,100}+:(?<!//scott:)([^\s/@,\"'<>{}$`]{3,200}+)@")
 # Before `token` and `key`, these name something that is not a secret.
 _OTHER_KINDS = frozenset(
     [
@@ -332,12 +352,16 @@ _OTHER_KINDS = frozenset(
         "begin",
         "first",
         "last",
+        "idempotency",
+        "creation",
         "image",
         "audio",
         "video",
         "design",
     ]
 )
+# After the noun, these say that the value is computed from the secret, not the secret.
+_DIGESTS = frozenset(["hash", "digest", "checksum", "fingerprint", "thumbprint"])
 # The words of a name; "APIToken" has two, as "apiToken" and "API_TOKEN" have.
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # After the noun, these do not change what the name stands for.
@@ -403,7 +427,12 @@ def assigned(line: str) -> Iterator[Assigned]:
                 continue
             if (value := _VALUE.match(line, found.end())) is None:
                 break
-            exact = all(word.lower() in _SAME or word.isdigit() for word in _WORD.findall(rest))
+            words = [word.lower() for word in _WORD.findall(rest)]
+            if noun["chosen"] is None and not _DIGESTS.isdisjoint(words):
+                break
+            if _EXAMPLE.search(line, max(0, found.start() - 12), found.start()) is not None:
+                break
+            exact = all(word in _SAME or word.isdigit() for word in words)
             is_quoted = value["quoted"] is not None
             yield Assigned(value["quoted"] or value["bare"], noun["chosen"] is not None, is_quoted, exact)
             break
@@ -419,10 +448,14 @@ def _is_other_kind(before: str) -> bool:
     return any(word.lower() in _OTHER_KINDS for word in _WORD.findall(before)[-2:])
 
 
-def carried(line: str, lower: str) -> Iterator[str]:
-    """Yield passwords and tokens in request headers and in addresses."""
+def bearer_tokens(line: str, lower: str) -> Iterator[str]:
+    """Yield the tokens in request headers."""
     if "bearer" in lower:
         yield from (found[1] for found in _BEARER.finditer(line))
+
+
+def carried_passwords(line: str, lower: str) -> Iterator[str]:
+    """Yield passwords in request headers and in addresses."""
     if "basic" in lower:
         yield from (password for found in _BASIC.finditer(line) if (password := _decoded_password(found[1])))
     if "://" in lower:

@@ -1,6 +1,6 @@
 """A base model with a LoRA adapter in torch: losses, gradients, scales, PEFT's format.
 
-The modules are transformers' own in float32, or with frozen int8 weights (`quantized_base`), on CUDA in
+The modules are transformers' own in float32, or with frozen int8 weights (`quantized_base`), on a GPU in
 bfloat16; weights are loaded as the engine loads them. One sequence is computed at a time, without padding or
 packing, and the head only at the target's positions: a quarter less work on a small model with a large
 vocabulary. One thread owns it.
@@ -9,7 +9,6 @@ vocabulary. One thread owns it.
 from __future__ import annotations
 
 import gc
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -85,6 +84,7 @@ class Adapted:
         recipe: the adapter's form and initial values.
         num_threads: CPU threads.
         base_weights: "float32", "int8" (on a CPU only, see `quantized_base`) or "bfloat16".
+        device: where the model goes.
         yields: whether to pause while a server on this machine answers a user.
 
     Attributes:
@@ -98,12 +98,11 @@ class Adapted:
         *,
         num_threads: int,
         base_weights: str = "float32",
+        device: str = "cpu",
         yields: bool = True,
     ) -> None:
         self.local = model
-        # Each of several processes has its own device.
-        number = int(os.environ.get("LOCAL_RANK", "0"))
-        self.device = torch.device("cuda", number) if on_cuda() else torch.device("cpu")
+        self.device = torch.device(device)
         torch.set_num_threads(num_threads)
         base = build_model(
             model.path,
@@ -248,11 +247,6 @@ class Adapted:
     def _config_alpha(self) -> float:
         # The initial value; `save` changes it while writing only.
         return float(self._config.lora_alpha)
-
-
-def on_cuda() -> bool:
-    """Return whether training uses a GPU."""
-    return torch.cuda.is_available()
 
 
 def _switch_off_dropout(model: Any) -> None:

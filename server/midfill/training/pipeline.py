@@ -23,6 +23,7 @@ import psutil
 
 from midfill.adapters import format as peft_format
 from midfill.adapters.registry import Registry, locked
+from midfill.engine.torch.devices import Device, find_gpus
 from midfill.errors import AdapterError, MidfillError
 from midfill.evaluation.records import Records
 from midfill.models.store import LocalModel
@@ -36,10 +37,12 @@ from midfill.training import data, memory, report, verdict
 from midfill.training.data import Example, Examples
 from midfill.training.history import Repository
 from midfill.training.job import Job, run_folder
-from midfill.training.model import Adapted, Recipe, on_cuda, recipe_for
+from midfill.training.model import Adapted, Recipe, recipe_for
 from midfill.training.selection import Selection, select
 from midfill.training.trainer import Trained, Trainer, agree_on_base_weights, checkpoint_base_weights
 from midfill.training.verdict import Measurements
+
+FindGpus = Callable[[str], Sequence[Device]]
 
 Tell = Callable[[str, float | None, str], None]
 """Called with the stage, the share of it that is done, and a message."""
@@ -53,6 +56,7 @@ class _Run:
     model: LocalModel
     settings: Settings
     base_weights: str
+    device: Device
     tell: Tell
     selection: Selection
     examples: Examples
@@ -62,12 +66,14 @@ class _Run:
         return run_folder(self.job.name)
 
 
-def _prepare(job: Job, model: LocalModel, settings: Settings, tell: Tell, num_train: int) -> _Run:
+def _prepare(
+    job: Job, model: LocalModel, settings: Settings, tell: Tell, num_train: int, find_gpus: FindGpus
+) -> _Run:
     """Read the history and build the examples.
 
     Raises `MidfillError` if there is nothing to train on, or not enough memory.
     """
-    base_weights = _base_weights(job, model, settings, learns=bool(num_train))
+    device, base_weights = _place(job, model, settings, find_gpus, learns=bool(num_train))
     if base_weights == "int8":
         # Takes a tenth longer, and is used only where memory is short.
         malloc.give_large_blocks_back_at_once()
@@ -81,18 +87,24 @@ def _prepare(job: Job, model: LocalModel, settings: Settings, tell: Tell, num_tr
             f"The history of {repository.root} gives no examples to train on. To see what was skipped and "
             "why, run: midfill adapter plan"
         )
-    return _Run(job, model, settings, base_weights, tell, selection, examples)
+    return _Run(job, model, settings, base_weights, device, tell, selection, examples)
+
+
+def _place(
+    job: Job, model: LocalModel, settings: Settings, find_gpus: FindGpus, *, learns: bool
+) -> tuple[Device, str]:
+    """Return the device that the model goes to, and the form of its weights there."""
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = find_gpus(settings.device)
+    device, room = memory.place(model.path, job.base_weights, settings, gpus, rank=rank, learns=learns)
+    if room is None:
+        return device, _base_weights(job, model, settings, learns=learns)
+    return device, agree_on_base_weights(memory.choose_form(room))
 
 
 def _base_weights(job: Job, model: LocalModel, settings: Settings, *, learns: bool = True) -> str:
-    """Return the form of the base model's weights; a resumed training keeps the form of its checkpoint."""
+    """Return the form of the weights on a CPU; a resumed training keeps the form of its checkpoint."""
     wanted = job.base_weights
-    if on_cuda():
-        if wanted != "auto":
-            raise AdapterError(
-                f"On a GPU the base model is held in bfloat16, not in {wanted}. Run without --base-weights."
-            )
-        return "bfloat16"
     if wanted == "auto" and job.resume:
         kept = checkpoint_base_weights(run_folder(job.name) / "checkpoint")
         # A checkpoint of a GPU cannot be resumed on a CPU; it is refused later.
@@ -111,6 +123,7 @@ def train(
     stop: Callable[[], bool],
     *,
     leads: bool = True,
+    find_gpus: FindGpus = find_gpus,
 ) -> dict[str, Any]:
     """Train an adapter, evaluate it and register it with its verdict.
 
@@ -121,6 +134,7 @@ def train(
         tell: told the progress.
         stop: asked often; true ends the training with a checkpoint.
         leads: whether this is the process, of several that train, that evaluates and writes.
+        find_gpus: returns the GPUs that the setting `device` chooses from.
 
     Returns:
         The result as `--json` prints it; {} if this process does not lead.
@@ -134,10 +148,18 @@ def train(
             f"An adapter named {taken.name!r} exists already. Use another --name, or remove it: "
             f"midfill adapter rm {taken.name}"
         )
-    run = _prepare(job, model, settings, tell, data.NUM_TRAIN)
+    run = _prepare(job, model, settings, tell, data.NUM_TRAIN, find_gpus)
+    with memory.out_of_memory(run.device):
+        return _train_and_register(run, begun_s, stop, leads=leads)
+
+
+def _train_and_register(
+    run: _Run, begun_s: float, stop: Callable[[], bool], *, leads: bool
+) -> dict[str, Any]:
+    job, model, tell = run.job, run.model, run.tell
     tell("model", None, f"loading {model.name}")
     recipe = recipe_for(_num_parameters(model), **dict(job.changes))
-    adapted = Adapted(model, recipe, num_threads=job.num_threads, base_weights=run.base_weights)
+    adapted = _adapted(run, recipe)
     problem = verdict.zero_scale_problem(adapted, run.examples.dev or run.examples.test)
     tell("train", 0.0, "log-loss of the base model on the dev commits")
     base_dev, forward_s = _base_on_dev(adapted, run, leads)
@@ -152,7 +174,7 @@ def train(
         adapter,
         name=job.name,
         base=model,
-        judgement=verdict.judgement_of(result, forced=job.force),
+        evaluation=verdict.evaluation_of(result, forced=job.force),
         source=f"midfill adapter train on {run.selection.repository} at {run.selection.head[:12]}",
     )
     return {"adapter": entry.name, "digest": entry.digest, "forced": job.force, **result}
@@ -175,18 +197,28 @@ def evaluate(
         The result as `--json` prints it.
     """
     begun_s = time.monotonic()
-    run = _prepare(job, model, settings, tell, 0)
-    measurements = _check(adapter, fingerprint, model)
-    adapted = None
-    if not measurements.problems:
-        tell("model", None, f"loading {model.name}")
-        rank = peft_format.read(adapter, peft_format.layers_of(model.path)).rank
-        recipe = Recipe(1.0, rank=rank, alpha=rank)
-        adapted = Adapted(model, recipe, num_threads=job.num_threads, base_weights=run.base_weights)
-        adapted.load(adapter)
-        if problem := verdict.zero_scale_problem(adapted, run.examples.test):
-            measurements = Measurements(problems=(problem,))
-    return _evaluate(run, adapted, adapter, measurements, None, time.monotonic() - begun_s)
+    run = _prepare(job, model, settings, tell, 0, find_gpus)
+    with memory.out_of_memory(run.device):
+        measurements = _check(adapter, fingerprint, model)
+        adapted = None
+        if not measurements.problems:
+            tell("model", None, f"loading {model.name}")
+            rank = peft_format.read(adapter, peft_format.layers_of(model.path)).rank
+            adapted = _adapted(run, Recipe(1.0, rank=rank, alpha=rank))
+            adapted.load(adapter)
+            if problem := verdict.zero_scale_problem(adapted, run.examples.test):
+                measurements = Measurements(problems=(problem,))
+        return _evaluate(run, adapted, adapter, measurements, None, time.monotonic() - begun_s)
+
+
+def _adapted(run: _Run, recipe: Recipe) -> Adapted:
+    return Adapted(
+        run.model,
+        recipe,
+        num_threads=run.job.num_threads,
+        base_weights=run.base_weights,
+        device=run.device.torch_name,
+    )
 
 
 def _check(adapter: Path, fingerprint: str | None, model: LocalModel) -> Measurements:
@@ -273,7 +305,7 @@ def _evaluate(
             examples.test,
             examples.general,
             num_comparisons=num_comparisons,
-            records=Records(run.folder / "judged.jsonl", _header(run, adapter)),
+            records=Records(run.folder / "evaluation.jsonl", _header(run, adapter)),
             tell=lambda share: run.tell("evaluate", share, "log-loss on later commits"),
         )
         measurements = replace(measurements, scale=scale, dev=dev)
@@ -301,7 +333,7 @@ def _header(run: _Run, adapter: Path) -> dict[str, str]:
         "data": run.examples.digest,
         "base_weights": run.base_weights,
     }
-    file = run.folder / "judged.jsonl"
+    file = run.folder / "evaluation.jsonl"
     private_folder(file.parent)
     try:
         with file.open(encoding="utf-8") as lines:

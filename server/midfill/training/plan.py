@@ -94,12 +94,12 @@ def summarise(
         "tokens_per_example": round(mean, 1),
         "eta": {
             "budget_s": round(budget_s),
-            "judging_s": round(evaluation_s),
+            "evaluation_s": round(evaluation_s),
             "examples_learnt": min(affordable, 3 * len(examples.train)),
             "steps": min(affordable, 3 * len(examples.train)) // _STEP_EXAMPLES,
         },
         "memory": dict(memory),
-        "judgement": {
+        "evaluation": {
             "alpha": ALPHA,
             "spread": TYPICAL_SPREAD,
             "enough": commits >= _LIMITS.commits and len(examples.test) >= _LIMITS.examples,
@@ -116,7 +116,7 @@ def summarise(
 
 def describe(plan: Mapping[str, Any]) -> str:
     """Return the plan as text."""
-    files, commits, judgement, eta = plan["files"], plan["commits"], plan["judgement"], plan["eta"]
+    files, commits, evaluation, eta = plan["files"], plan["commits"], plan["evaluation"], plan["eta"]
     rows = [
         f"{plan['repository']} at {plan['head'][:12]}",
         f"files     {files['kept']} kept{_but(files['dropped'])}",
@@ -127,24 +127,24 @@ def describe(plan: Mapping[str, Any]) -> str:
         f"kinds     {_listed(plan['kinds']['train'])}",
         f"tokens    {plan['tokens_per_example']} per example, layout {plan['layout']}",
         f"time      {eta['budget_s'] / 60:.0f} min: about {eta['examples_learnt']} examples "
-        f"({eta['steps']} steps), of which evaluation takes about {max(1, eta['judging_s'] // 60)} min; "
+        f"({eta['steps']} steps), of which evaluation takes about {max(1, eta['evaluation_s'] // 60)} min; "
         "on an idle machine",
         _memory(plan["memory"]),
         "",
         "Power of the evaluation: how often a gain (in nats per token) is recognised as significant",
-        f"{'test commits':>14}" + "".join(f"{gain:>8}" for gain in next(iter(judgement["power"].values()))),
+        f"{'test commits':>14}" + "".join(f"{gain:>8}" for gain in next(iter(evaluation["power"].values()))),
     ]
-    for count, chances in judgement["power"].items():
+    for count, chances in evaluation["power"].items():
         here = "  here" if int(count) == commits["test"] else ""
         rows.append(f"{count:>14}" + "".join(f"{chance:8.0%}" for chance in chances.values()) + here)
-    if judgement["smallest_gain"] is not None:
+    if evaluation["smallest_gain"] is not None:
         rows.append(
-            f"Smallest gain that is recognised in four of five cases: {judgement['smallest_gain']:.3f}"
+            f"Smallest gain that is recognised in four of five cases: {evaluation['smallest_gain']:.3f}"
         )
-    if not judgement["enough"]:
+    if not evaluation["enough"]:
         rows.append(
-            f"Too little data for the verdict `enabled`, which needs {judgement['needed']['commits']} test "
-            f"commits and {judgement['needed']['examples']} examples."
+            f"Too little data for the verdict `enabled`, which needs {evaluation['needed']['commits']} test "
+            f"commits and {evaluation['needed']['examples']} examples."
         )
     return "\n".join(rows)
 
@@ -153,12 +153,12 @@ def _memory(memory: Mapping[str, Any]) -> str:
     needs = ", ".join(f"{need / 1000:.1f} GB in {form}" for form, need in memory["needed_mb"].items())
     form, free = memory["base_weights"], f"{memory['free_mb'] / 1000:.1f} GB are free"
     if form is None:
-        verdict = "not enough for either"
+        verdict = "not enough for either" if len(memory["needed_mb"]) > 1 else "not enough"
     elif form in memory["fits"]:
         verdict = f"the base model would be held in {form}"
     else:
         verdict = f"not enough for {form}"
-    return f"memory    about {needs} on a CPU; {free}: {verdict}"
+    return f"memory    about {needs} on {memory.get('device', 'a CPU')}; {free}: {verdict}"
 
 
 def _but(dropped: Mapping[str, int]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from midfill.errors import AdapterError
 from midfill.system import text_files
+from midfill.system.file_errors import why_unwritable
 from midfill.system.private import private_folder
 from midfill.training.verdict import Measurements
 
@@ -58,7 +59,7 @@ def write(
         private_folder(path.parent, tighten=False)
         text_files.replace(path, page, private=True)
     except OSError as error:
-        raise AdapterError(f"Cannot write the report {path}: {error.strerror}.") from error
+        raise AdapterError(f"Cannot write the report {path}: {why_unwritable(error)}.") from error
 
 
 def _verdict(result: Mapping[str, Any], forced: bool) -> str:

@@ -16,14 +16,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from midfill.adapters.registry import Judgement
+from midfill.adapters.registry import Evaluation
 from midfill.completion.answer import Trigger
-from midfill.engine.api import EngineSpec
+from midfill.engine.api import Engine, EngineSpec
 from midfill.engine.factory import create
+from midfill.errors import EngineError
 from midfill.evaluation.fillers import Hole, PipelineFiller
 from midfill.evaluation.records import Records
 from midfill.evaluation.repository import score
 from midfill.evaluation.statistics import ALPHA, Effect, effect, median_bounds, more_commits
+from midfill.models import store
 from midfill.models.store import LocalModel
 from midfill.settings import Settings
 from midfill.training.data import Example
@@ -351,6 +353,17 @@ def _in_rounds(examples: Sequence[Example]) -> list[Example]:
     return [group[number] for number in range(rounds) for group in by_commit.values() if number < len(group)]
 
 
+def served_model(model: LocalModel, runner: str) -> tuple[LocalModel, str]:
+    """Return the base model as the user's runner takes it, and the runner.
+
+    If there is no GGUF file of a model that was trained on its folder, OpenVINO or torch runs the folder.
+    """
+    if runner != "llamacpp":
+        return model, runner
+    found = store.find_for(model.name, runner)
+    return (model, "auto") if found is None else (found, runner)
+
+
 async def fill(
     model: LocalModel,
     adapter: Path,
@@ -371,19 +384,15 @@ async def fill(
         num_threads: threads of each model.
         tell: called with the share done.
     """
+    served, runner = served_model(model, settings.runner)
     spec = EngineSpec(
-        model,
-        device=settings.device,
-        dtype=settings.dtype,
-        num_threads=num_threads,
-        runner=settings.runner,
+        served, device=settings.device, dtype=settings.dtype, num_threads=num_threads, runner=runner
     )
     settings = settings.model_copy(update={"adapter": None, "deadline_s": 600.0})
-    engines = [create(spec), create(replace(spec, adapter=adapter))]
+    engines = await start_alike([spec, replace(spec, adapter=adapter)])
     fillers = []
     try:
         for engine in engines:
-            await engine.start(lambda _message, _share: None)
             filler = PipelineFiller(engine, settings)
             fillers.append(filler)
             if settings.context:
@@ -406,16 +415,44 @@ async def fill(
     finally:
         for filler in fillers:
             filler.close()
+        await _close(engines)
+
+
+async def start_alike(
+    specs: Sequence[EngineSpec], make: Callable[[EngineSpec], Engine] = create
+) -> list[Engine]:
+    """Start an engine for each spec, on one device and in one format, so that their speed can be compared.
+
+    Those that do not fit together into the memory of a GPU are started on the CPU. Raises as `Engine.start`.
+    """
+    engines = [make(spec) for spec in specs]
+    try:
         for engine in engines:
-            await engine.close()
+            await engine.start(lambda _message, _share: None)
+        if len({(engine.model.device, engine.model.dtype) for engine in engines}) == 1:
+            return engines
+    except EngineError:
+        if specs[0].device == "cpu":
+            await _close(engines)
+            raise
+    except BaseException:
+        await _close(engines)
+        raise
+    await _close(engines)
+    return await start_alike([replace(spec, device="cpu", dtype="auto") for spec in specs], make)
+
+
+async def _close(engines: Sequence[Engine]) -> None:
+    for engine in engines:
+        await engine.close()
 
 
 def _hole(example: Example, root: Path) -> Hole:
     return Hole((root / example.path).as_uri(), example.language, example.before, example.after)
 
 
-def judgement_of(result: Mapping[str, Any], *, forced: bool) -> Judgement:
+def evaluation_of(result: Mapping[str, Any], *, forced: bool) -> Evaluation:
     """Return a result as the registry keeps it."""
     kept = {key: value for key, value in result.items() if key not in {"verdict", "reasons", "training"}}
     training = {key: value for key, value in (result["training"] or {}).items() if key != "losses"}
-    return Judgement(result["verdict"], tuple(result["reasons"]), forced, {**kept, "training": training})
+    return Evaluation(result["verdict"], tuple(result["reasons"]), forced, {**kept, "training": training})

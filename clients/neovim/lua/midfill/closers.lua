@@ -1,74 +1,71 @@
---- Brackets and quotes that were closed behind the cursor before their time, by a plugin such as
---- nvim-autopairs: how a suggestion that closes them itself gets past them. The server does the same.
+--- Closers that an editor inserts after the cursor by itself, as a plugin such as nvim-autopairs does.
+---
+--- The server sends which closers of a suggestion those may be (`data.closers` of an item). This module finds
+--- which of them stand in the line.
 
 local M = {}
 
-local OPENERS, CLOSERS = "([{", ")]}"
-
----@param set string
----@param char string
-local function is_in(set, char)
-  return set:find(char, 1, true) ~= nil
-end
-
---- Whether a text is nothing but what editors put behind the cursor by themselves.
+--- Return true if a text is nothing but closers.
 ---@param text string
 function M.are_closers(text)
   return text:find("^[%)%]}>\"'`]*$") ~= nil
 end
 
---- Where a text closes, in their order, what these closers close; the last of them it may not.
----@param text string
----@param closed string
----@return integer[] places from 1, in bytes
-function M.closing(text, closed)
-  local places, depth = {}, 0
-  for at = 1, #text do
-    local char = text:sub(at, at)
-    if #places < #closed and depth == 0 and char == closed:sub(#places + 1, #places + 1) then
-      table.insert(places, at)
-    elseif is_in(OPENERS, char) then
-      depth = depth + 1
-    elseif is_in(CLOSERS, char) then
-      depth = math.max(0, depth - 1)
+--- Return the pairs of an item, in bytes instead of code points.
+---@param item table an InlineCompletionItem
+---@param text string its text
+---@param num_before integer bytes of it before the cursor, which are not counted
+---@return integer[][] each is the offset of an opener, -1 if it is before the text, and that of its closer
+function M.pairs_of(item, text, num_before)
+  local sent = vim.tbl_get(item, "data", "closers")
+  local starts = vim.str_utf_pos(text)
+  local function bytes(offset)
+    return (starts[offset + 1] or #text + 1) - 1 - num_before
+  end
+  local found = {}
+  for _, pair in ipairs(type(sent) == "table" and sent or {}) do
+    local opener = pair[1] < 0 and -1 or bytes(pair[1])
+    if pair[1] < 0 or opener >= 0 then
+      table.insert(found, { opener, bytes(pair[2]) })
     end
   end
-  return places
+  return found
 end
 
---- What to insert before these closers, and how many of them it takes the place of.
----@param text string
----@param closed string
----@return string, integer
-function M.fitted(text, closed)
-  if vim.endswith(text, closed) then
-    return text:sub(1, #text - #closed), 0
-  end
-  local places = M.closing(text, closed)
-  while #places > 0 and places[#places] == #text do
-    text = text:sub(1, #text - 1)
-    table.remove(places)
-  end
-  return text, #places
-end
-
---- Whether what was typed still needs the closers behind it.
----@param typed string
----@param closed string
-function M.awaits(typed, closed)
-  local first = closed:sub(1, 1)
-  if first == "" or is_in("\"'`", first) then
-    local _, count = typed:gsub(first == "" and "%z" or first, "")
-    return count == 0 or count % 2 == 1
-  end
-  local depth = 0
-  for char in typed:gmatch("[%(%[{%)%]}]") do
-    depth = depth + (is_in(OPENERS, char) and 1 or -1)
-    if depth < 0 then
-      return false
+--- Return the offsets, in a suggestion's text, of those of its closers that stand after the cursor; nil if
+--- anything else does.
+---@param suggestion midfill.Suggestion
+---@param num_typed integer bytes of its text that have been typed
+---@param after string the line after the cursor
+---@return integer[]?
+function M.standing(suggestion, num_typed, after)
+  local given, awaited = {}, {}
+  for _, pair in ipairs(suggestion.pairs) do
+    if pair[1] < num_typed and num_typed <= pair[2] then
+      table.insert(pair[1] < 0 and given or awaited, pair[2])
     end
   end
-  return true
+  local behind = suggestion.place.after:sub(suggestion.num_replaced - #given + 1)
+  if not vim.endswith(after, behind) then
+    return nil
+  end
+  local text, offsets, index = suggestion.text, {}, 0
+  -- The editor may have closed some of what was typed, and other brackets not.
+  for char in after:sub(1, #after - #behind):gmatch(".") do
+    repeat
+      index = index + 1
+      local at = awaited[index]
+      if at == nil then
+        return nil
+      end
+      local is_same = text:sub(at + 1, at + 1) == char
+    until is_same or (at == #text and M.are_closers(char))
+    -- One after the text stays where it is.
+    if awaited[index] < #text then
+      table.insert(offsets, awaited[index])
+    end
+  end
+  return vim.list_extend(offsets, given)
 end
 
 return M

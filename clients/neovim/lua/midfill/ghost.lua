@@ -29,6 +29,7 @@ local namespace = vim.api.nvim_create_namespace("midfill")
 ---@field place midfill.Place where `text` goes
 ---@field text string
 ---@field num_replaced integer how many closers behind the place it takes the place of
+---@field pairs integer[][] which closers of `text` the editor may insert by itself
 ---@field command? lsp.Command tells the server that it was accepted
 ---@field client_id integer
 
@@ -60,35 +61,40 @@ local function is_same(a, b)
   return a.buf == b.buf and a.tick == b.tick and a.row == b.row and a.col == b.col
 end
 
---- What of a suggestion is left at a place, and how many closers behind the cursor it takes the place of;
+--- What of a suggestion is left at a place, and where in that the closers are that stand behind the cursor;
 --- nil if it does not hold there.
 ---@param suggestion midfill.Suggestion
 ---@param place midfill.Place
----@return string?, integer
+---@return string? rest
+---@return integer[] offsets of closers in it, in bytes
 local function rest_at(suggestion, place)
   local origin = suggestion.place
   local is_before = place.row < origin.row or (place.row == origin.row and place.col < origin.col)
-  local tail = origin.after:sub(suggestion.num_replaced + 1)
-  if place.buf ~= origin.buf or is_before or not vim.endswith(place.after, tail) then
-    return nil, 0
-  end
-  -- What stands before that has been closed by itself, before or since.
-  local closed = place.after:sub(1, #place.after - #tail)
-  if place.num_lines - origin.num_lines ~= place.row - origin.row or not closers.are_closers(closed) then
-    return nil, 0
+  if place.buf ~= origin.buf or is_before or place.num_lines - origin.num_lines ~= place.row - origin.row then
+    return nil, {}
   end
   local lines = vim.api.nvim_buf_get_text(place.buf, origin.row, 0, place.row, place.col, {})
   local text = table.concat(lines, "\n")
-  local wanted = origin.before .. suggestion.text
-  local typed = text:sub(#origin.before + 1)
-  if not vim.startswith(wanted, text) or not closers.awaits(typed, closed) then
-    return nil, 0
+  if not vim.startswith(origin.before .. suggestion.text, text) then
+    return nil, {}
   end
-  local rest, num_replaced = closers.fitted(wanted:sub(#text + 1), closed)
+  local num_typed = #text - #origin.before
+  local standing = closers.standing(suggestion, num_typed, place.after)
+  if standing == nil then
+    return nil, {}
+  end
+  local rest, offsets = suggestion.text:sub(num_typed + 1), {}
+  for _, offset in ipairs(standing) do
+    table.insert(offsets, offset - num_typed)
+  end
+  -- Those at its end can stay where they are.
+  while #offsets > 0 and offsets[#offsets] == #rest - 1 do
+    rest = rest:sub(1, table.remove(offsets))
+  end
   if rest == "" then
-    return nil, 0
+    return nil, {}
   end
-  return rest, num_replaced
+  return rest, offsets
 end
 
 ---@param text string
@@ -109,13 +115,13 @@ end
 --- Draw a text of one line around the closers in it that stand in the buffer already.
 ---@param place midfill.Place
 ---@param first string
----@param places integer[] where in `first` those closers are
+---@param offsets integer[] where in `first` those closers are
 ---@param virt_lines table[] what stands below
-local function draw_around(place, first, places, virt_lines)
+local function draw_around(place, first, offsets, virt_lines)
   local start, width = 1, vim.fn.strdisplaywidth(place.before)
-  for index = 0, #places do
-    local piece = first:sub(start, (places[index + 1] or #first + 1) - 1)
-    local is_last = index == #places
+  for index = 0, #offsets do
+    local piece = first:sub(start, offsets[index + 1] or #first)
+    local is_last = index == #offsets
     if piece ~= "" or is_last then
       local drawn = expand_tabs(piece, width)
       vim.api.nvim_buf_set_extmark(place.buf, namespace, place.row, place.col + index, {
@@ -127,25 +133,24 @@ local function draw_around(place, first, places, virt_lines)
       })
       width = width + vim.api.nvim_strwidth(drawn) + 1
     end
-    start = (places[index + 1] or #first) + 1
+    start = (offsets[index + 1] or #first) + 2
   end
 end
 
 --- Draw the rest of a suggestion at the cursor.
 ---@param place midfill.Place
 ---@param rest string
----@param num_replaced integer
-local function draw(place, rest, num_replaced)
+---@param offsets integer[] where in `rest` the closers are that stand behind the cursor
+local function draw(place, rest, offsets)
   vim.api.nvim_buf_clear_namespace(place.buf, namespace, 0, -1)
   local lines = vim.split(rest, "\n", { plain = true })
   local virt_lines = {}
   for index = 2, #lines do
     table.insert(virt_lines, { { expand_tabs(lines[index], 0), "MidfillSuggestion" } })
   end
-  local replaced, tail = place.after:sub(1, num_replaced), place.after:sub(num_replaced + 1)
-  local places = closers.closing(lines[1], replaced)
-  if #places == num_replaced and (#lines == 1 or tail == "") then
-    draw_around(place, lines[1], places, virt_lines)
+  local tail = place.after:sub(#offsets + 1)
+  if (offsets[#offsets] or -1) < #lines[1] and (#lines == 1 or tail == "") then
+    draw_around(place, lines[1], offsets, virt_lines)
     return
   end
   -- What stands behind the cursor will end up behind the last line, so it is shown there.
@@ -207,7 +212,7 @@ end
 local function suggestion_of(client, place, item)
   local text = type(item.insertText) == "table" and item.insertText.value or item.insertText
   text = text:gsub("\r\n", "\n")
-  local num_replaced = 0
+  local whole, num_replaced = text, 0
   if item.range then
     local line = place.before .. place.after
     local first = byte_column(line, item.range.start.character, client.offset_encoding)
@@ -220,9 +225,6 @@ local function suggestion_of(client, place, item)
       return nil
     end
     text, num_replaced = text:sub(#typed + 1), #replaced
-    if #closers.closing(text, replaced) < num_replaced then
-      return nil
-    end
   end
   if text == "" then
     return nil
@@ -231,6 +233,7 @@ local function suggestion_of(client, place, item)
     place = place,
     text = text,
     num_replaced = num_replaced,
+    pairs = closers.pairs_of(item, whole, #whole - #text),
     command = item.command,
     client_id = client.id,
   }
@@ -257,9 +260,13 @@ local function request(kind)
     if not item or not M.can_show() or not is_same(place, here()) then
       return
     end
-    shown = suggestion_of(client, place, item)
-    if shown ~= nil then
-      draw(place, shown.text, shown.num_replaced)
+    local suggestion = suggestion_of(client, place, item)
+    if suggestion ~= nil then
+      local rest, offsets = rest_at(suggestion, place)
+      if rest then
+        shown = suggestion
+        draw(place, rest, offsets)
+      end
     end
   end
   local _, id = server.call(client, "request", METHOD, params, answered, place.buf)
@@ -293,9 +300,9 @@ local function changed()
     return
   end
   if shown ~= nil then
-    local rest, num_replaced = rest_at(shown, place)
+    local rest, offsets = rest_at(shown, place)
     if rest then
-      draw(place, rest, num_replaced)
+      draw(place, rest, offsets)
       return
     end
   end
@@ -335,14 +342,15 @@ function M.accept(part)
   if suggestion == nil then
     return false
   end
-  local rest, num_replaced = rest_at(suggestion, place)
+  local rest, offsets = rest_at(suggestion, place)
   if not rest then
     return false
   end
   local piece = pieces.first(rest, part)
-  if piece ~= rest then
+  local num_replaced = 0
+  for _, offset in ipairs(offsets) do
     -- Those closers whose turn it is.
-    num_replaced = #closers.closing(piece, place.after:sub(1, num_replaced))
+    num_replaced = num_replaced + (offset < #piece and 1 or 0)
   end
   local lines = vim.split(piece, "\n", { plain = true })
   -- One undo reverts the accepted text, but not the text typed before.

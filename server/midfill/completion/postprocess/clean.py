@@ -147,8 +147,13 @@ def _fitted_in(text: str, cursor: CursorContext, *, limited: bool) -> tuple[str,
 
     Also the reason in case it is blank.
     """
-    text, why = _indented(text, cursor)
-    text = text.rstrip()
+    moved, why = _indented(text, cursor)
+    if moved.strip() and moved != text:
+        # In its new column it may be what is below already.
+        stopper = Stopper(cursor)
+        moved = moved[: stopper.end(moved + "\n")]
+        why = why if moved.strip() else stopper.why
+    text = moved.rstrip()
     if not text.strip() or cursor.is_prose:
         return text, why or Reason.BLANK_LINES
     if not (text := _without_last_jump(text, cursor)).strip():

@@ -21,6 +21,7 @@ import psutil
 
 from midfill.adapters.format import Adapter
 from midfill.engine.adapters.lora_stack import LoraStack
+from midfill.engine.choosing import chooser
 from midfill.engine.kv_slots import NUM_SLOTS
 from midfill.engine.openvino.graph import DecoderShape, build_parts, siblings, skip_quantization
 from midfill.engine.openvino.int8_weights import Floats, ModelWeights, Tensors, read_merged, read_weights
@@ -117,11 +118,14 @@ class OpenVinoRunner:
         vocab_size: number of logits.
         device: "cpu".
         dtype: "int8" or "float32".
+        attention: "".
         chunk_tokens, step_sequences, max_draft_tokens: see `engine.runner.Runner`.
     """
 
     device = "cpu"
+    attention = ""
     chunk_tokens = 64  # 80 ms on two cores, where one token takes 25, and 32 take 50
+    warm_up_tokens = chunk_tokens
     step_sequences = NUM_SLOTS
     max_draft_tokens = 7
 
@@ -163,7 +167,7 @@ class OpenVinoRunner:
         except _PassAbortedError:
             return None
         return [
-            chunk.verify(_chooser(rows, ids)) if chunk.samples else []
+            chunk.verify(chooser(rows, ids)) if chunk.samples else []
             for chunk, rows, ids in zip(chunks, logits, allowed, strict=True)
         ]
 
@@ -496,19 +500,3 @@ class _Blocks:
         self._attach_tensors()
         self._free.extend(range(count - 1, self._count - 1, -1))
         self._count = count
-
-
-def _chooser(rows: Floats, allowed: array[int] | None) -> Callable[[int], Choice]:
-    return lambda number: _choose(rows[number], allowed)
-
-
-def _choose(logits: Floats, allowed: array[int] | None) -> Choice:
-    """Return the most likely allowed id (None allows all) with its log-probability among all ids."""
-    if allowed is None:
-        token = int(logits.argmax())
-    else:
-        ids = np.frombuffer(allowed, np.int64)
-        token = int(ids[logits[ids].argmax()])
-    highest = logits.max()
-    total = np.exp(logits - highest).sum(dtype=np.float64)
-    return Choice(token, float(logits[token] - highest - np.log(total)))

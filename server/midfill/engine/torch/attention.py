@@ -116,6 +116,8 @@ def packed(
     values: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float | None,
+    *,
+    fused: bool = True,
 ) -> torch.Tensor:
     """Return attention with the query heads of each key head packed into the query dimension.
 
@@ -125,6 +127,9 @@ def packed(
         values: batch x key heads x length x width of values.
         mask: added to the products, from `packed_mask`; None if every query sees every key.
         scale: factor of the products; None for 1 / sqrt(width).
+        fused: use torch's fused kernel, as everywhere but on CUDA. There a fused kernel with a mask gives
+            each key head to one block of threads, and there are only one or two heads; plain products are
+            spread over the whole device.
 
     Returns:
         batch x heads x queries x width of values.
@@ -132,18 +137,25 @@ def packed(
     batch, heads, num_queries, width = query.shape
     key_heads = keys.shape[1]
     groups = query.reshape(batch, key_heads, heads // key_heads * num_queries, width)
-    if query.is_cuda:
-        # With a mask the fused kernels give each key head to one block of threads, and there are only one or
-        # two heads. Plain products are spread over the whole device.
-        scale = width**-0.5 if scale is None else scale
-        products = torch.matmul(groups * scale, keys.transpose(2, 3))
-        if mask is not None:
-            products = products + mask
-        weights = products.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
-        output = torch.matmul(weights, values)
-    else:
+    if fused:
         output = functional.scaled_dot_product_attention(groups, keys, values, attn_mask=mask, scale=scale)
+    else:
+        # In fp32 up to the weights, as flash attention does: the softmax enlarges errors of its input.
+        products = _products(groups, keys.transpose(2, 3))
+        products *= width**-0.5 if scale is None else scale
+        if mask is not None:
+            products += mask
+        output = torch.matmul(products.softmax(dim=-1).to(values.dtype), values)
     return output.reshape(batch, heads, num_queries, values.shape[-1])
+
+
+def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the fp32 product of two batches of matrices, batch x heads x rows x columns."""
+    if left.dtype == torch.float32:
+        return torch.matmul(left, right)
+    # Only CUDA has this argument; without it the products are rounded to the type of the inputs.
+    product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
+    return product.view(*left.shape[:2], *product.shape[1:])
 
 
 def packed_mask(

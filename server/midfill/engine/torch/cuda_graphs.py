@@ -7,16 +7,20 @@ text, the device works on the following ones (`_MAX_RUN_AHEAD`); results return 
 that ran ahead in vain, because the output ended or was cancelled, are ignored: their keys and values lie
 after the tokens that count, and they cost the device at most that many steps.
 
+Requests without an adapter use graphs of the base model, so adapters cost them nothing.
+
 `GraphDevice` is the part of CUDA that this module needs; tests implement it by calling the pass instead of
 replaying it. Runs on the engine thread only.
 """
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +38,9 @@ _MAX_RUN_AHEAD = 2
 One hides the engine thread's work on a token, two also its wait for the interpreter lock; more would only
 delay the next request.
 """
+
+_RECAPTURE_S = 1.0
+"""How long a new adapter may hold up the engine to capture the graphs that every step needs."""
 
 _FAST_STEP_S = 0.002
 """If a decode step takes longer, only one runs ahead: a cancelled request still pays for those launched."""
@@ -60,8 +67,11 @@ class GraphDevice(Protocol):
         """Run once and capture; return what replays the run. Raises `MemoryError` if memory is short."""
         ...
 
-    def fetch(self, tensor: torch.Tensor) -> PendingCopy:
-        """Start to copy a tensor (rows x columns) as it is after everything launched so far."""
+    def fetch(self, tensor: torch.Tensor, *, sleeps: bool) -> PendingCopy:
+        """Start to copy a tensor (rows x columns) as it is after everything launched so far.
+
+        If it `sleeps`, whoever waits gives up the CPU. Otherwise it polls, which is quicker.
+        """
         ...
 
     def has_room(self) -> bool:
@@ -120,9 +130,14 @@ class GraphRunner:
         self._kernel = kernel
         self._lora = lora
         self._device = device
-        self._graphs: GraphCache[Callable[[], None]] = GraphCache(
+        self._pinned = tensor_device.type == "cuda"
+        self._base_graphs: GraphCache[Callable[[], None]] = GraphCache(
             context + MARGIN, self._capture, device.has_room
         )
+        self._lora_graphs: GraphCache[Callable[[], None]] = GraphCache(
+            context + MARGIN, partial(self._capture, adapters=True), device.has_room
+        )
+        self._lora_graphs.clear()  # until there are adapters
         most_rows = graph_shapes.ROWS[-1]
         # Filled by one upload: ids, slots, starts, the index of each row's last token, and its adapter.
         self._inputs = torch.zeros(MARGIN + 4 * most_rows, dtype=torch.int64, device=tensor_device)
@@ -139,31 +154,45 @@ class GraphRunner:
     @property
     def num_captured(self) -> int:
         """Number of captured graphs."""
-        return len(self._graphs)
+        return len(self._base_graphs) + len(self._lora_graphs)
 
     @property
     def num_waiting(self) -> int:
         """Number of shapes still to be captured."""
-        return self._graphs.num_waiting
+        return self._base_graphs.num_waiting + self._lora_graphs.num_waiting
 
     def capture_next(self) -> bool:
         """Capture one more graph; see `GraphCache.capture_next`."""
         self._run_ahead.clear()
-        return self._graphs.capture_next()
+        # First what every step needs, then what makes some steps faster.
+        both = sorted((self._lora_graphs, self._base_graphs), key=lambda graphs: graphs.serves_every_step)
+        return any(graphs.capture_next() for graphs in both)
 
     def set_step_duration(self, step_s: float) -> None:
         """Set how long a decode step takes, which decides how many run ahead."""
         self._max_run_ahead = _MAX_RUN_AHEAD if step_s <= _FAST_STEP_S else 1
 
-    def drop(self) -> None:
-        """Free the memory of all graphs and capture no more."""
+    def pause(self) -> None:
+        """Capture no more for a while: memory ran out. The graphs stay, because replays need no memory."""
         self._run_ahead.clear()
-        self._graphs.drop()
+        for graphs in (self._base_graphs, self._lora_graphs):
+            graphs.pause()
 
-    def restart(self) -> None:
-        """Discard all graphs and capture them again when idle: the model was changed."""
+    def replace_adapters(self) -> None:
+        """Discard the graphs with adapters: their layers or buffers were replaced.
+
+        Those that every step needs are captured at once, if that is quick, so that answers do not slow down
+        until the next pause. The graphs of the base model stay: what they run is still in memory.
+        """
         self._run_ahead.clear()
-        self._graphs.restart()
+        self._lora_graphs.clear()
+        if not self._lora:
+            return
+        self._lora_graphs.restart()
+        began = time.monotonic()
+        while not self._lora_graphs.serves_every_step and time.monotonic() - began < _RECAPTURE_S:
+            if not self._lora_graphs.capture_next():
+                return
 
     def discard_run_ahead(self) -> None:
         """Ignore the passes that run ahead: the slots are changed by other means."""
@@ -248,30 +277,33 @@ class GraphRunner:
         """Upload the inputs of a pass and replay its graph. Return None if no graph fits."""
         lengths = [len(chunk.tokens) for chunk in chunks]
         starts = [chunk.start for chunk in chunks]
-        found = self._find_graph(lengths, max(starts), head=any(chunk.samples for chunk in chunks))
+        keys = [chunk.sequence.key for chunk in chunks]
+        found = self._find_graph(
+            lengths, max(starts), head=any(chunk.samples for chunk in chunks), adapters=any(keys)
+        )
         if found is None:
             return None
         shape, replay = found
-        keys = [chunk.sequence.key for chunk in chunks]
         self._upload(
             shape, [chunk.tokens for chunk in chunks], [chunk.slot for chunk in chunks], starts, keys
         )
         replay()
         row_positions = [(chunk.slot, chunk.start, chunk.sequence.key) for chunk in chunks]
-        return _LaunchedPass(shape, row_positions, lengths, self._device.fetch(self._results))
+        return _LaunchedPass(shape, row_positions, lengths, self._fetch())
 
     def _find_graph(
-        self, lengths: Sequence[int], start: int, *, head: bool
+        self, lengths: Sequence[int], start: int, *, head: bool, adapters: bool
     ) -> tuple[GraphShape, Callable[[], None]] | None:
+        graphs = self._lora_graphs if adapters else self._base_graphs
         size = graph_shapes.fit(lengths)
         if size is None:
             return None
         rows, width = size
-        found = self._graphs.find(self._graphs.shape(rows, width, start + width, head=head))
+        found = graphs.find(graphs.shape(rows, width, start + width, head=head))
         if found is not None and found[0].keys < start + found[0].width:
             # A wider graph ends later, and must be long enough for its own padding.
             rows, width = found[0].rows, found[0].width
-            found = self._graphs.find(self._graphs.shape(rows, width, start + width, head=head))
+            found = graphs.find(graphs.shape(rows, width, start + width, head=head))
         return found
 
     def _launch_ahead(self, launched: _LaunchedPass) -> None:
@@ -285,16 +317,20 @@ class GraphRunner:
             furthest = max(start for _, start, _ in row_positions)
             if furthest >= self._context:
                 return
-            found = self._find_graph([1] * len(row_positions), furthest, head=True)
+            adapters = any(key for _, _, key in row_positions)
+            found = self._find_graph([1] * len(row_positions), furthest, head=True, adapters=adapters)
             # The previous pass has written no inputs for more or wider rows.
             if found is None or found[0].width > 1 or found[0].rows > last.shape.rows:
                 return
             shape, replay = found
             replay()
-            last = _LaunchedPass(
-                shape, row_positions, [1] * len(row_positions), self._device.fetch(self._results)
-            )
+            last = _LaunchedPass(shape, row_positions, [1] * len(row_positions), self._fetch())
             self._run_ahead.append(last)
+
+    def _fetch(self) -> PendingCopy:
+        """Start to copy the results of the pass launched last."""
+        # While a slow step runs, a core that polls would be busy most of the time.
+        return self._device.fetch(self._results, sleeps=self._max_run_ahead == 1)
 
     def _upload(
         self,
@@ -321,23 +357,23 @@ class GraphRunner:
             *(*adapters, *[adapters[0]] * spare, *unused),
         ]
         # Pinned memory is not reused before it has been copied, so the copy may be asynchronous.
-        host = torch.tensor(values, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
+        host = torch.tensor(values, dtype=torch.int64, pin_memory=self._pinned)
         self._inputs.copy_(host, non_blocking=True)
 
-    def _capture(self, shape: GraphShape) -> Callable[[], None]:
+    def _capture(self, shape: GraphShape, *, adapters: bool = False) -> Callable[[], None]:
         # After the context, where no slot holds anything.
         rows = range(shape.rows)
         tokens = [[0] * shape.width for _ in rows]
         nothing = [0 for _ in rows]
         self._upload(shape, tokens, nothing, [self._context for _ in rows], [None for _ in rows])
-        return self._device.capture(lambda: self._run(shape))
+        return self._device.capture(lambda: self._run(shape, adapters=adapters))
 
-    def _run(self, shape: GraphShape) -> None:
+    def _run(self, shape: GraphShape, *, adapters: bool = False) -> None:
         """The pass that is captured."""
         rows, width = shape.rows, shape.width
         slots, starts, last = self._slots[:rows], self._starts[:rows], self._last[:rows]
         past = FixedShapePast(self._cache, slots, starts, shape, self._kernel)
-        self._lora.choose_rows(self._adapters[:rows], width)
+        self._lora.choose_rows(self._adapters[:rows] if adapters else None, width)
         ids = self._ids[None, : rows * width]
         # Padding may lie after the last position that the model knows.
         positions = past.positions.clamp(max=self._context - 1).view(1, -1)

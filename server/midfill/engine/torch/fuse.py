@@ -10,6 +10,7 @@ Knows modules; nothing of caches or requests. Runs on the engine thread only.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,18 +21,67 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers that a module applies to the same input, by the names that most architectures use."""
 
 
+@dataclass(frozen=True, slots=True)
+class SharedProjection:
+    """Linear layers that became one.
+
+    Attributes:
+        linear: name of the layer that computes all of them.
+        parts: names of the layers that it replaces, in the order of its rows.
+        sizes: number of outputs of each of them.
+    """
+
+    linear: str
+    parts: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+
 def fuse(model: Any) -> int:
-    """Replace the modules that can be fused, in place. Return their number."""
-    replaced = 0
-    for module in list(model.modules()):
+    """Replace the modules that can be fused, in place. Return their number.
+
+    Of a loaded model not more than one group of layers is in memory twice.
+    """
+    shared = fuse_projections(model)
+    return sum(len(one.parts) for one in shared) + fuse_norms(model)
+
+
+def fuse_projections(model: Any) -> list[SharedProjection]:
+    """Replace linear layers that have the same input, in place.
+
+    If their weights are on torch's meta device, so is the weight that replaces them: a loader can then read
+    each of them into its rows, and none is ever in memory twice.
+    """
+    found = []
+    for parent, names in _groups(model):
+        module = model.get_submodule(parent)
+        linears = [getattr(module, name) for name in names]
+        shared = _Shared(linears)
+        sizes = tuple(linear.out_features for linear in linears)
+        # The layers are released here, before those of the next group are copied.
+        del linears
+        for index, name in enumerate(names):
+            setattr(module, name, _Part(shared, index))
+        parts = tuple(f"{parent}.{name}" if parent else name for name in names)
+        found.append(SharedProjection(f"{parts[0]}._shared.linear", parts, sizes))
+    return found
+
+
+def _groups(model: Any) -> list[tuple[str, tuple[str, ...]]]:
+    """Return each group of layers that can be fused: the name of its parent, and their names in it."""
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for parent, module in model.named_modules():
         for names in _SIBLINGS:
             linears: list[Any] = [getattr(module, name, None) for name in names]
             # Not for subclasses: int8 and LoRA layers hold more than a weight.
             if all(type(linear) is nn.Linear for linear in linears) and _alike(linears):
-                shared = _Shared(linears)
-                for index, name in enumerate(names):
-                    setattr(module, name, _Part(shared, index))
-                replaced += len(names)
+                found.append((parent, names))
+    return found
+
+
+def fuse_norms(model: Any) -> int:
+    """Replace each norm that has a known form by one operation, in place. Return their number."""
+    replaced = 0
+    for module in list(model.modules()):
         for name, child in module.named_children():
             if (norm := _fused_norm(child)) is not None:
                 setattr(module, name, norm)
@@ -44,16 +94,24 @@ def _alike(linears: list[Any]) -> bool:
 
 
 class _Shared(nn.Module):
-    """Linear layers with the same input as one product, computed when the first output is requested."""
+    """Linear layers with the same input as one product, computed when the first output is requested.
+
+    Attributes:
+        linear: the layer that computes them; a loader may replace it by one with fewer bits.
+    """
 
     def __init__(self, linears: list[nn.Linear]) -> None:
         super().__init__()
         self.sizes = [linear.out_features for linear in linears]
+        self.in_features = linears[0].in_features
         weights: list[torch.Tensor] = [linear.weight for linear in linears]
         biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+        linear = nn.Linear(self.in_features, sum(self.sizes), bias=False, device="meta")
         with torch.no_grad():
-            self.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
-            self.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+            linear.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+            if biases:
+                linear.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        self.linear: nn.Module = linear
         self._input: torch.Tensor | None = None
         self._outputs: list[torch.Tensor] = []
         self._num_unread = 0
@@ -62,7 +120,7 @@ class _Shared(nn.Module):
         """Return the output of one layer."""
         if self._input is not inputs:
             self._input = inputs
-            product = functional.linear(inputs, self.weight, self.bias)
+            product = self.linear(inputs)
             self._outputs = list(torch.split(product, self.sizes, dim=-1))
             self._num_unread = len(self.sizes)
         output = self._outputs[index]
@@ -82,7 +140,7 @@ class _Part(nn.Module):
         super().__init__()
         self._shared = shared
         self._index = index
-        self.in_features = shared.weight.shape[1]
+        self.in_features = shared.in_features
         self.out_features = shared.sizes[index]
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ Knows integers; nothing of tensors. Runs on the engine thread only.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -74,20 +75,41 @@ class GraphShape:
         )
 
 
-def capacity(context: int, token_bytes: int, num_slots: int, free_bytes: int) -> int:
+_COMMON_TOKENS = 8192
+"""Room for longer prompts than today's settings allow, where memory is not plenty."""
+
+
+def capacity(context: int, token_bytes: int, num_slots: int, free_bytes: int, prompt_tokens: int = 0) -> int:
     """Return the number of tokens per slot: the context, if a third of the free memory is enough for it.
 
-    Otherwise the largest bucket that fits into a third, so that passes and graphs have room too.
+    Otherwise the largest bucket that fits into a third, so that passes and graphs have room too. If
+    `prompt_tokens` is known (the longest prompt with its output), more than that and than 8192 tokens is
+    taken only if it fits into an eighth of the memory, and two thirds may be taken for the prompt.
 
     Raises:
         MemoryError: not even the smallest bucket fits.
     """
-    fitting = free_bytes // 3 // (token_bytes * num_slots)
-    if fitting >= context:
-        return context
-    if fitting < FIRST_BUCKET:
+    tokens = free_bytes // (token_bytes * num_slots)
+    most = context
+    if prompt_tokens and tokens // 8 < context:
+        most = max(slot_tokens(context, max(prompt_tokens, _COMMON_TOKENS)), _bucket_within(tokens // 8))
+    if tokens // 3 >= most:
+        return most
+    wanted = slot_tokens(context, prompt_tokens) if prompt_tokens else 0
+    found = max(_bucket_within(tokens // 3), wanted if wanted <= tokens * 2 // 3 else 0)
+    if not found:
         raise MemoryError(f"{num_slots} slots of {FIRST_BUCKET} tokens do not fit into the device's memory")
-    return FIRST_BUCKET << ((fitting // FIRST_BUCKET).bit_length() - 1)
+    return found
+
+
+def _bucket_within(tokens: int) -> int:
+    """Return the largest bucket of at most so many tokens, or 0."""
+    return FIRST_BUCKET << ((tokens // FIRST_BUCKET).bit_length() - 1) if tokens >= FIRST_BUCKET else 0
+
+
+def slot_tokens(context: int, prompt_tokens: int) -> int:
+    """Return the smallest bucket that has room for a prompt with its output, at most the context."""
+    return min(context, FIRST_BUCKET << (max(prompt_tokens - 1, 0) // FIRST_BUCKET).bit_length())
 
 
 def buckets(longest: int) -> tuple[int, ...]:
@@ -144,25 +166,41 @@ def likely(longest: int) -> Iterator[GraphShape]:
             yield GraphShape(rows, width, longest)
 
 
+RETRY_S = 60.0
+"""After memory ran out, what did not fit is tried again after this time."""
+
+
 class GraphCache(Generic[T]):
     """The captured graphs of one model.
+
+    A shape that does not fit into memory is skipped, with all that are larger, and tried again later: another
+    program may have freed memory by then. Captured graphs stay, because replaying them needs no memory.
 
     Args:
         longest: maximum number of keys that a pass may read.
         capture: captures a pass of a shape; raises `MemoryError` if there is no room, any other error if this
             model cannot be captured.
         has_room: returns whether there is memory for another graph.
+        now: returns a time in seconds.
     """
 
     def __init__(
-        self, longest: int, capture: Callable[[GraphShape], T], has_room: Callable[[], bool]
+        self,
+        longest: int,
+        capture: Callable[[GraphShape], T],
+        has_room: Callable[[], bool],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._capture = capture
         self._has_room = has_room
+        self._now = now
         self._longest = longest
         self._buckets = buckets(longest)
         self._waiting = list(likely(longest))
-        self._given_up = False
+        self._skipped: list[GraphShape] = []  # they did not fit
+        self._retry_at_s = 0.0
+        self._paused_until_s = 0.0
+        self._impossible = False
         self._captured: dict[GraphShape, T] = {}
         self._choices: dict[GraphShape, tuple[GraphShape, T] | None] = {}  # memoized results of `find`
 
@@ -190,42 +228,60 @@ class GraphCache(Generic[T]):
 
     @property
     def num_waiting(self) -> int:
-        """Number of shapes still to be captured."""
+        """Number of shapes still to be captured, without those that did not fit."""
         return len(self._waiting)
 
+    @property
+    def serves_every_step(self) -> bool:
+        """Whether every step of one sequence, and one token of several, finds a graph."""
+        return all(
+            any(shape.serves(wanted) for shape in self._captured)
+            for wanted in likely(self._longest)
+            if wanted.keys == self._longest and (wanted.rows == 1 or wanted.width == 1)
+        )
+
     def capture_next(self) -> bool:
-        """Capture one more shape, if there is one and room for it. Return whether it was done."""
+        """Capture one more shape, if there is one and room for it. Return whether one was tried."""
+        now = self._now()
+        if now < self._paused_until_s:
+            return False
+        if not self._waiting and now >= self._retry_at_s:
+            self._waiting, self._skipped = self._skipped, []
         if not self._waiting:
             return False
         if not self._has_room():
-            self._stop("there is no more memory for graphs")
+            self.pause()
             return False
         shape = self._waiting.pop(0)
         try:
             self._captured[shape] = self._capture(shape)
         except MemoryError:
-            self._stop("out of memory")
-            return False
+            larger = [each for each in self._waiting if each.serves(shape)]
+            self._waiting = [each for each in self._waiting if each not in larger]
+            self._skipped += [shape, *larger]
+            self._retry_at_s = now + RETRY_S
+            _LOG.info("no memory for the CUDA graph of %s; %d shapes are skipped", shape, 1 + len(larger))
         except Exception as error:
             _LOG.warning("CUDA graphs cannot capture this model (%s); it runs without graphs", error)
-            self._stop("it cannot be captured")
+            self._impossible = True
+            self.clear()
             return False
         self._choices.clear()
         return True
 
+    def pause(self) -> None:
+        """Capture no more for a while: memory ran out. The graphs stay."""
+        self._paused_until_s = self._now() + RETRY_S
+        _LOG.info("%d CUDA graphs captured, %d wait for more memory", len(self), len(self._waiting))
+
     def restart(self) -> None:
-        """Discard all graphs and capture them again, unless there is no room for them."""
+        """Discard all graphs and capture them again."""
+        self.clear()
+        self._waiting = [] if self._impossible else list(likely(self._longest))
+
+    def clear(self) -> None:
+        """Discard all graphs, and capture none until `restart`."""
         self._captured.clear()
         self._choices.clear()
-        self._waiting = [] if self._given_up else list(likely(self._longest))
-
-    def drop(self) -> None:
-        """Discard all graphs and capture no more: memory ran out."""
-        self._captured.clear()
-        self._choices.clear()
-        self._given_up = True
-        self._stop("memory ran out")
-
-    def _stop(self, why: str) -> None:
-        _LOG.info("%d CUDA graphs captured, %d not captured: %s", len(self), len(self._waiting), why)
         self._waiting.clear()
+        self._skipped.clear()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -157,9 +157,11 @@ class PackedPast:
     The projections see all tokens as one row. Attention is computed for one sequence after the other.
     """
 
-    def __init__(self, cache: KVCache, spans: Sequence[SequenceSpan]) -> None:
+    def __init__(self, cache: KVCache, spans: Sequence[SequenceSpan], *, fused: bool = True) -> None:
+        """Take the sequences of a pass; for `fused` see `attention.packed`."""
         self._cache = cache
         self._spans = spans
+        self._fused = fused
         self._layer: list[LayerKV] = []
         self._masks: dict[tuple[SequenceSpan, int | None], torch.Tensor] = {}
 
@@ -209,7 +211,7 @@ class PackedPast:
                 groups = query.shape[1] // keys.shape[1]
                 self._masks[key] = packed_mask(positions, range(first, end), groups, window, query.dtype)
             mask = self._masks[key]
-        return packed(query, keys, values, mask, scale).transpose(1, 2)
+        return packed(query, keys, values, mask, scale, fused=self._fused).transpose(1, 2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0; not used, because positions are given."""
@@ -221,6 +223,30 @@ Kernel = Callable[["FixedShapePast", torch.Tensor, LayerKV, float | None, int | 
 
 The arguments and result of `attention.Past.attend`, and the keys and values of all slots.
 """
+
+
+_SINGLE_QUERIES = 16
+"""Up to this many tokens per row each query is a sequence of its own for flash attention.
+
+With several queries per sequence the kernel neither packs heads nor splits keys: a few blocks of threads then
+read all keys, one after another.
+"""
+
+
+class _Limits(NamedTuple):
+    """The sequences of a pass for flash attention.
+
+    Attributes:
+        first_queries: index of the first query of each sequence, and the number of all queries.
+        first_keys: index of the first key of each sequence, and one more.
+        num_keys: number of keys of each sequence.
+        num_queries: queries per sequence.
+    """
+
+    first_queries: torch.Tensor
+    first_keys: torch.Tensor
+    num_keys: torch.Tensor
+    num_queries: int
 
 
 class FixedShapePast:
@@ -279,19 +305,24 @@ class FixedShapePast:
         return self._masks[window]
 
     @cached_property
-    def limits(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Offsets, in int32, for a kernel that takes all slots as one row of keys.
-
-        The first query of each row and the end of the last one; the first key of each row; the number of keys
-        of each row.
-        """
+    def limits(self) -> _Limits:
+        """Offsets, in int32, for a kernel that takes all slots as one row of keys."""
         num_rows, width = self.positions.shape
         first_keys = self.slots * self._cache.capacity
-        return (
-            torch.arange(0, (num_rows + 1) * width, width, dtype=torch.int32, device=self.slots.device),
+        ends = self._ends
+        if width <= _SINGLE_QUERIES:
+            # Each query is a sequence: so the kernel packs heads and splits keys over the device.
+            first_keys = first_keys[:, None].expand(-1, width).flatten()
+            ends = self.positions.flatten() + 1
+            num_rows, width = num_rows * width, 1
+        device = self.slots.device
+        return _Limits(
+            torch.arange(0, (num_rows + 1) * width, width, dtype=torch.int32, device=device),
             # One more, as the kernel requires. Only the beginnings count.
             torch.cat([first_keys, first_keys[-1:] + self._cache.capacity]).int(),
-            self._ends.int(),
+            # A pass that is being captured lies after the context, which a shorter graph does not read.
+            ends.clamp(max=self.num_keys).int(),
+            width,
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -309,35 +340,37 @@ def packed_kernel(
         tensor[:, : rows.num_keys].transpose(1, 2).index_select(0, rows.slots) for tensor in entries
     )
     query = query.view(heads, num_rows, width, depth).transpose(0, 1)
-    output = packed(query, keys, values, rows.mask(heads // keys.shape[1], window, query.dtype), scale)
+    mask = rows.mask(heads // keys.shape[1], window, query.dtype)
+    output = packed(query, keys, values, mask, scale, fused=False)
     return output.transpose(1, 2).reshape(1, num_rows * width, heads, -1)
 
 
 def flash_kernel(
     rows: FixedShapePast, query: torch.Tensor, entries: LayerKV, scale: float | None, window: int | None
 ) -> torch.Tensor:
-    """`Kernel` with torch's flash attention, on CUDA only: reads the entries in place."""
-    from torch.nn.attention.varlen import varlen_attn
+    """`Kernel` with torch's flash attention, on CUDA only: reads the entries in place.
 
-    width = rows.positions.shape[1]
-    # A single query sees all keys. Saying so lets the kernel pack heads and split keys over the device.
-    left, right = (-1, -1) if width == 1 else (-1, 0)
-    if window is not None:
-        left, right = window - 1, 0
-    first_queries, first_keys, num_keys = rows.limits
-    output = varlen_attn(
+    Calls the operation that torch's `varlen_attn` wraps. The wrapper adds a kernel per layer, and its
+    arguments are not the same in all versions of torch.
+    """
+    limits = rows.limits
+    # A single query sees all keys of its sequence. Saying so lets the kernel pack heads and split keys.
+    causal = window is None and limits.num_queries > 1
+    left, right = (-1, 0 if causal else -1) if window is None else (window - 1, 0)
+    output: torch.Tensor = torch.ops.aten._flash_attention_forward(  # noqa: SLF001 - it has no public name
         query[0].transpose(0, 1),
         entries[0].flatten(0, 1),
         entries[1].flatten(0, 1),
-        first_queries,
-        first_keys,
-        width,
+        limits.first_queries,
+        limits.first_keys,
+        limits.num_queries,
         rows.num_keys,
+        0.0,  # no dropout
+        causal,
+        False,  # no debug output
         scale=scale,
-        window_size=(left, right),
-        enable_gqa=True,
-        seqused_k=num_keys,
-    )
-    if not isinstance(output, torch.Tensor):
-        raise TypeError("varlen_attn returned more than the output")
+        window_size_left=left,
+        window_size_right=right,
+        seqused_k=limits.num_keys,
+    )[0]
     return output[None]

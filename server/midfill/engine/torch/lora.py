@@ -108,9 +108,12 @@ class LoraLayers:
         rows = [self.index(key) for key, count in tokens for _ in range(count)]
         self.choice = self._table[torch.tensor(rows, device=self._device)]
 
-    def choose_rows(self, indexes: torch.Tensor, width: int) -> None:
-        """Set them for a pass that is captured: rows of equal width, whose indexes are on the device."""
-        self.choice = self._table[indexes].repeat_interleave(width, dim=0) if self._wrapped else None
+    def choose_rows(self, indexes: torch.Tensor | None, width: int) -> None:
+        """Set them for a pass that is captured: rows of equal width, whose indexes are on the device.
+
+        Without indexes the pass is one of the base model only.
+        """
+        self.choice = None if indexes is None else self._table[indexes].repeat_interleave(width, dim=0)
 
     def _matrices(self, stack: LoraStack, name: str, base: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return both matrices of a layer, the ranks first."""

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_CPU = torch.device("cpu")
+
 _SMALLEST = 1e-12
 """Replaces the maximum of an all-zero row, to avoid a division by zero."""
 
@@ -94,20 +96,27 @@ class Int8Linear(nn.Linear):
 
 
 class Int8Embedding(nn.Embedding):
-    """An embedding with 8-bit rows; the rows that are looked up are converted to fp32.
+    """An embedding with 8-bit rows; the rows that are looked up are converted to the activations' type.
 
     Its rounding error is far below that of the activations after it. In 16 bits it would take a quarter of a
     small model's memory.
     """
 
-    def __init__(self, weight: Int8Weight, padding_idx: int | None) -> None:
+    def __init__(
+        self,
+        weight: Int8Weight,
+        padding_idx: int | None,
+        device: torch.device = _CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         num_rows, width = weight.values.shape
         super().__init__(num_rows, width, padding_idx, device="meta")
-        self.weight = nn.Parameter(weight.values, requires_grad=False)
-        self._scales = weight.scales.float()[:, None]
+        self.weight = nn.Parameter(weight.values.to(device), requires_grad=False)
+        # In float32 before they go to the device: some have no float64.
+        self._scales = weight.scales.float()[:, None].to(device, dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the rows in fp32."""
+        """Return the rows in the activations' type."""
         return self.weight[input] * self._scales[input]
 
 

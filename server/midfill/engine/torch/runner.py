@@ -7,10 +7,11 @@ tensors, slot numbers and token ids; nothing of threads, requests or text. Runs 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ import torch
 
 from midfill.adapters.format import Adapter
 from midfill.engine.kv_slots import NUM_SLOTS
+from midfill.engine.runner import DeviceLostError, FixedMemoryError
 from midfill.engine.scheduler import Choice, Chunk, SequenceState
-from midfill.engine.torch import attention, graph_shapes
+from midfill.engine.torch import attention, devices, graph_shapes
 from midfill.engine.torch.cuda_graphs import MARGIN, GraphDevice, GraphRunner
 from midfill.engine.torch.errors import memory_errors
 from midfill.engine.torch.kv_cache import (
@@ -31,13 +33,11 @@ from midfill.engine.torch.kv_cache import (
     LayerKV,
     PackedPast,
     SequenceSpan,
+    flash_kernel,
 )
 from midfill.engine.torch.lora import LoraLayers
 from midfill.engine.torch.sampling import choose
 from midfill.engine.torch.threads import ThreadCount
-
-_CHUNK_TOKENS = {"cpu": 64, "cuda": 512}
-"""Tokens per forward pass, by kind of device."""
 
 
 class TorchRunner:
@@ -48,16 +48,25 @@ class TorchRunner:
         context: maximum number of tokens of one sequence.
         vocab_size: number of logits.
         device: for the user, for example "cpu".
-        dtype: "int8", "float32" or "bfloat16".
+        dtype: a format of `devices.DTYPES`.
+        attention: see `ModelInfo`.
         chunk_tokens, step_sequences, max_draft_tokens: see `engine.runner.Runner`.
     """
 
     step_sequences = NUM_SLOTS
 
     def __init__(
-        self, model: Any, dtype: str, device: torch.device, thread_count: ThreadCount | None = None
+        self,
+        model: Any,
+        dtype: str,
+        device: torch.device,
+        thread_count: ThreadCount | None = None,
+        chunk_tokens: int | None = None,
     ) -> None:
-        """Take over a loaded model; `thread_count`, if given, sets the number of threads of each pass.
+        """Take over a loaded model.
+
+        `thread_count`, if given, sets the number of threads of each pass; `chunk_tokens` is by default what
+        `devices.KINDS` has.
 
         Raises `ModelError` if the model's attention cannot be replaced.
         """
@@ -74,14 +83,16 @@ class TorchRunner:
         self.vocab_size: int = config.vocab_size
         self.device = str(device)
         self.dtype = dtype
+        self.attention = ""
         self._thread_count = thread_count
-        self.chunk_tokens = _CHUNK_TOKENS[device.type]
+        self.chunk_tokens = self.warm_up_tokens = chunk_tokens or devices.KINDS[device.type].chunk_tokens
         self.max_draft_tokens = graph_shapes.MAX_DRAFT_TOKENS
         self._num_layers: int = config.num_hidden_layers
         self._num_heads: int = config.num_attention_heads
         self._cache: KVCache = GrowingKVCache(self._num_layers, self.context)
-        self._lora = LoraLayers(model, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        self._lora = LoraLayers(model, _compute_dtype(model))
         self._graphs: GraphRunner | None = None
+        self._fused = device.type != "cuda" or torch.version.hip is not None
         self._positions = torch.arange(self.context, device=device)
 
     def forward(
@@ -94,15 +105,38 @@ class TorchRunner:
         del interrupted
         self._choose_threads()
         try:
-            with memory_errors(), torch.inference_mode():
-                self._copy(chunks)
-                if self._graphs is None:
-                    return self._compute(chunks, allowed)
-                return self._compute_with_graphs(self._graphs, chunks, allowed)
+            return self._forward(chunks, allowed)
         except MemoryError:
-            if self._graphs is not None:
-                self._graphs.drop()
+            if self._graphs is None:
+                raise
+        except RuntimeError as error:
+            if self._is_lost():
+                raise DeviceLostError(str(error).split("\n")[0]) from error
             raise
+        # Another program may have taken the memory. What torch holds without using it may be enough.
+        self._graphs.pause()
+        self._release_memory()
+        try:
+            return self._forward(chunks, allowed)
+        except MemoryError as error:
+            raise FixedMemoryError(str(error)) from error
+
+    def _forward(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
+        with memory_errors(), torch.inference_mode():
+            self._copy(chunks)
+            if self._graphs is None:
+                return self._compute(chunks, allowed)
+            return self._compute_with_graphs(self._graphs, chunks, allowed)
+
+    def _is_lost(self) -> bool:
+        """Return whether the device fails even if nothing is asked of it."""
+        if self._device.type != "cuda":
+            return False
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return True
+        return False
 
     def _copy(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
@@ -134,7 +168,8 @@ class TorchRunner:
 
         def install() -> None:
             if put_in() and self._graphs is not None:
-                self._graphs.restart()
+                with torch.inference_mode():
+                    self._graphs.replace_adapters()
 
         return install
 
@@ -149,7 +184,12 @@ class TorchRunner:
         return found
 
     def use_graphs(
-        self, device: GraphDevice, kernel: Callable[[LayerKV, int], Kernel], num_slots: int, free_bytes: int
+        self,
+        device: GraphDevice,
+        kernel: Callable[[LayerKV, int], Kernel],
+        num_slots: int,
+        free_bytes: int,
+        prompt_tokens: int = 0,
     ) -> None:
         """Allocate the memory of all slots, and run captured graphs from now on.
 
@@ -160,28 +200,50 @@ class TorchRunner:
             num_slots: number of slots.
             free_bytes: free memory of the device; see `graph_shapes.capacity`. If it is short, `context`
                 becomes less.
+            prompt_tokens: see `EngineSpec`.
 
         Raises:
             MemoryError: there is not enough memory.
         """
-        prompt = SequenceState(key=None, tokens=[0])
         with memory_errors(), torch.inference_mode():
-            self._compute([Chunk(prompt, 0, 0, prompt.tokens, samples=False)], [None])
-            like = [self._cache.entries(layer, 0, 1) for layer in range(self._num_layers)]
-            token_bytes = sum(tensor[0].nbytes for entries in like for tensor in entries)
-            self.context = graph_shapes.capacity(self.context, token_bytes, num_slots, free_bytes)
+            like = self._entries_of_one_token()
+            self._fit_context(like, num_slots, free_bytes, prompt_tokens)
             cache = FixedKVCache(like, num_slots, self.context + MARGIN)
             self._cache = cache
+            chosen = kernel(like[0], self._num_heads)
+            self.attention = "flash" if chosen is flash_kernel else "plain"
             self._graphs = GraphRunner(
                 self.run,
                 cache,
                 context=self.context,
                 vocab_size=self.vocab_size,
-                kernel=kernel(like[0], self._num_heads),
+                kernel=chosen,
                 lora=self._lora,
                 device=device,
                 tensor_device=self._device,
             )
+
+    def limit_context(self, num_slots: int, free_bytes: int, prompt_tokens: int = 0) -> None:
+        """Make `context` less if the memory of all slots would not fit; see `graph_shapes.capacity`.
+
+        Raises:
+            MemoryError: there is not enough memory.
+        """
+        with memory_errors(), torch.inference_mode():
+            like = self._entries_of_one_token()
+            self._fit_context(like, num_slots, free_bytes, prompt_tokens)
+        self.drop([0])
+        self._cache = GrowingKVCache(self._num_layers, self.context)
+
+    def _entries_of_one_token(self) -> list[LayerKV]:
+        """Return the keys and values of each layer in slot 0, after a pass over one token."""
+        prompt = SequenceState(key=None, tokens=[0])
+        self._compute([Chunk(prompt, 0, 0, prompt.tokens, samples=False)], [None])
+        return [self._cache.entries(layer, 0, 1) for layer in range(self._num_layers)]
+
+    def _fit_context(self, like: list[LayerKV], num_slots: int, free_bytes: int, prompt_tokens: int) -> None:
+        token_bytes = sum(tensor[0].nbytes for entries in like for tensor in entries)
+        self.context = graph_shapes.capacity(self.context, token_bytes, num_slots, free_bytes, prompt_tokens)
 
     def capture(self, report: Callable[[float], None], limit_s: float) -> None:
         """Capture graphs for about `limit_s` seconds, the likeliest first, on a device that has them.
@@ -209,10 +271,26 @@ class TorchRunner:
 
     def idle(self) -> bool:
         """Capture one more graph. Return whether there was one to capture."""
-        if self._graphs is None or not self._graphs.num_waiting:
+        if self._graphs is None:
             return False
         with torch.inference_mode():
             return self._graphs.capture_next()
+
+    @property
+    def num_graphs(self) -> int:
+        """Number of captured graphs."""
+        return 0 if self._graphs is None else self._graphs.num_captured
+
+    @contextlib.contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        """Run plain passes instead of captured ones, to compare them."""
+        graphs, self._graphs = self._graphs, None
+        if graphs is not None:
+            graphs.discard_run_ahead()
+        try:
+            yield
+        finally:
+            self._graphs = graphs
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a chunk of this size and a single token: the first passes are slow."""
@@ -232,8 +310,14 @@ class TorchRunner:
     def drop(self, slots: list[int]) -> None:
         """Free the memory of these slots."""
         self._cache.drop(slots)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._release_memory()
+
+    def _release_memory(self) -> None:
+        """Return the memory that torch holds without using it."""
+        if self._device.type != "cpu":
+            # It raises on a device that is lost, which the next pass finds out too.
+            with contextlib.suppress(RuntimeError):
+                devices.empty_cache(self._device.type)
 
     def _compute(self, chunks: list[Chunk], allowed: list[array[int] | None]) -> list[list[Choice]]:
         logits = self._logits(chunks, self._cache)
@@ -261,7 +345,7 @@ class TorchRunner:
         logits: torch.Tensor | None = self.run(
             torch.tensor([ids], device=self._device),
             torch.cat(positions)[None],
-            PackedPast(cache, spans),
+            PackedPast(cache, spans, fused=self._fused),
             torch.tensor(last, device=self._device) if last else None,
         )
         return logits
@@ -291,6 +375,14 @@ class TorchRunner:
         with attention.attending(past):
             output = module(input_ids=ids, position_ids=positions, use_cache=True, **kwargs)
         return None if wanted is None else output.logits[0].float()
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    """Return the type of a model's activations: that of its norms, which are never quantized."""
+    norm: torch.Tensor = next(
+        one for one in model.parameters() if one.ndim == 1 and len(one) and one.is_floating_point()
+    )
+    return norm.dtype
 
 
 def _chooser(rows: Any, allowed: array[int] | None) -> Callable[[int], Choice]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from midfill.engine.torch.fuse import SharedProjection, fuse_norms, fuse_projections
 from midfill.engine.torch.quantize import Int8Embedding, Int8Linear, Int8Weight
+from midfill.engine.torch.weight_only import Int4Linear, Int4Weight, Int8WeightLinear, fits
 from midfill.errors import ModelError
 from midfill.models.safetensors_io import read_blocks
 from midfill.models.store import read_config
@@ -34,6 +36,10 @@ _HARMLESS = re.compile(r"(\.attn\.(masked_)?bias|\.masked_bias|\.rotary_emb\.inv
 
 # More than any model has: each layer is made before its weights are looked for.
 _LARGEST = {"num_hidden_layers": 1000, "hidden_size": 1 << 20, "vocab_size": 1 << 20}
+_COMPUTE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""The type of weights and activations, for formats that have one."""
+
+_QUANTIZED = {"int8", "int4"}
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 """Layers whose past can be cut at any token, which reuse needs. Recurrent states cannot be cut."""
 
@@ -48,18 +54,25 @@ def build_model(
     ahead: dict[str, Future[Int8Weight]],
     report: Callable[[float], None],
     int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module] = Int8Linear,
+    fused: bool = False,
+    compute: torch.dtype | None = None,
+    packed: bool = True,
 ) -> Any:
     """Build the model of the folder `path`, ready for inference.
 
     Args:
         path: folder with `config.json`.
         files: the file of each tensor; see `safetensors_io.find_tensors`.
-        dtype: "int8", "float32" or "bfloat16".
+        dtype: "int8", "int4", "float32", "bfloat16" or "float16".
         device: where the weights go.
         num_threads: number of layers that are read and packed at a time.
         ahead: int8 weights that are being built already, by the names of their tensors.
         report: called with the share done, 0..1; an exception raised by it ends the loading.
         int8_linear: makes a linear layer of its weight and bias, for "int8".
+        fused: compute layers of the same input as one, see `fuse`; their weights are read into one tensor.
+        compute: type of the activations with "int8" and "int4"; with None float32, and with "int8" the layers
+            of `quantize`, whose activations have 8 bits.
+        packed: use torch's packed products with 4-bit weights where the device has them.
 
     Returns:
         A transformers `PreTrainedModel` in eval mode, without gradients.
@@ -67,10 +80,16 @@ def build_model(
     Raises:
         ModelError: the folder does not hold a model that can be run; names the file or tensor at fault.
     """
-    model = _empty_model(path, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    loader = _Loader(model, files, dtype, device, ahead=ahead, report=report, int8_linear=int8_linear)
+    model = _empty_model(path, _COMPUTE.get(dtype) or compute or torch.float32)
+    layers = _Layers(device, compute or torch.float32, int8_linear, packed=packed)
+    if dtype == "int8" and compute is not None:
+        layers.int8_linear = layers.int8_weight_linear
+    shared = fuse_projections(model) if fused else []
+    loader = _Loader(model, files, dtype, device, layers, shared=shared, ahead=ahead, report=report)
     loader.run(num_threads)
     model.to(device)  # moves the buffers; the parameters are there already
+    if fused:
+        fuse_norms(model)
     model.eval()
     model.requires_grad_(requires_grad=False)
     return model
@@ -97,7 +116,7 @@ def _empty_model(path: Path, dtype: torch.dtype) -> Any:
             "use a model with plain attention."
         )
     try:
-        with _parameters_on_meta():
+        with parameters_on_meta():
             return AutoModelForCausalLM.from_config(
                 config, attn_implementation="sdpa", dtype=dtype, trust_remote_code=False
             )
@@ -106,7 +125,7 @@ def _empty_model(path: Path, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Give the modules made in this thread parameters without memory, on torch's meta device.
 
     Buffers stay real: rotary frequencies are computed by the modules and are in no file. So
@@ -126,6 +145,42 @@ def _parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
+class _Layers:
+    """Makes the layers that hold quantized weights.
+
+    Args:
+        device: where they go.
+        compute: type of the activations.
+        int8_linear: see `build_model`.
+        packed: see `build_model`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        compute: torch.dtype,
+        int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module],
+        *,
+        packed: bool,
+    ) -> None:
+        self.compute = compute
+        self.int8_linear = int8_linear
+        self._device = device
+        self._packed = packed
+
+    def int8_weight_linear(self, weight: Int8Weight, bias: torch.Tensor | None) -> nn.Module:
+        """Return a linear layer with 8-bit weights."""
+        return Int8WeightLinear(weight, bias, self._device, self.compute)
+
+    def int4_linear(self, weight: Int4Weight, bias: torch.Tensor | None) -> nn.Module:
+        """Return a linear layer with 4-bit weights."""
+        return Int4Linear(weight, bias, self._device, packed=self._packed)
+
+    def embedding(self, weight: Int8Weight, padding_idx: int | None) -> nn.Module:
+        """Return an embedding with 8-bit rows."""
+        return Int8Embedding(weight, padding_idx, self._device, self.compute)
+
+
 class _Loader:
     """Loads the tensors of the files into the modules of one model."""
 
@@ -135,10 +190,11 @@ class _Loader:
         files: dict[str, Path],
         dtype: str,
         device: torch.device,
+        layers: _Layers,
         *,
+        shared: Sequence[SharedProjection],
         ahead: dict[str, Future[Int8Weight]],
         report: Callable[[float], None],
-        int8_linear: Callable[[Int8Weight, torch.Tensor | None], nn.Module],
     ) -> None:
         self._model = model
         self._files = files
@@ -146,11 +202,12 @@ class _Loader:
         self._device = device
         self._ahead = ahead
         self._report = report
-        self._int8_linear = int8_linear
+        self._layers = layers
         self._embedding = model.get_input_embeddings()
         # Names without a tensor in the files, to the name whose tensor they share.
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
         self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._shared = {one.linear: one for one in shared}
 
     def run(self, num_threads: int) -> None:
         """Check the names, then load the largest modules first, while memory for scratch space is still free.
@@ -172,24 +229,29 @@ class _Loader:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        if self._dtype != "int8":
+        if self._dtype not in _QUANTIZED:
             self._model.tie_weights()
 
     def _load(self, name: str, module: nn.Module) -> None:
         with torch.inference_mode(mode=False), torch.no_grad():
-            if self._dtype == "int8" and type(module) is nn.Linear:
-                self._load_int8(name, module)
-            # Some models scale inside a subclass of Embedding; those stay in fp32.
-            elif self._dtype == "int8" and type(module) is nn.Embedding and module is self._embedding:
+            quantized = self._dtype in _QUANTIZED
+            if quantized and type(module) is nn.Linear:
+                if self._dtype == "int4" and fits(module.weight.shape):
+                    self._load_int4(name, module)
+                else:
+                    self._load_int8(name, module)
+            # Some models scale inside a subclass of Embedding; those stay as they are.
+            elif quantized and type(module) is nn.Embedding and module is self._embedding:
                 self._load_embedding(name, module)
             else:
                 self._load_plain(name, module)
 
     def _check_names(self) -> None:
         expected = {
-            self._tied.get(full, full)
+            tensor
             for name, module in self._modules.items()
-            for full in (_join(name, key) for key in (*_parameters(module), *_stored(module)))
+            for key, value in [*_parameters(module).items(), *_stored(module).items()]
+            for tensor, _ in self._sources(_join(name, key), value.shape)
         }
         missing = sorted(expected - self._files.keys())
         if missing:
@@ -208,19 +270,37 @@ class _Loader:
                 f"for example {unknown[0]}. Use weights and a config.json of the same model."
             )
 
-    def _blocks(self, name: str, shape: torch.Size) -> Iterator[torch.Tensor]:
-        """Yield blocks of a tensor; see `safetensors_io.read_blocks`. Values may be infinite or NaN."""
-        name = self._tied.get(name, name)
-        return read_blocks(self._files[name], name, shape)
+    def _sources(self, name: str, shape: torch.Size) -> list[tuple[str, torch.Size]]:
+        """Return the tensors of the files, and their shapes, whose rows make up a tensor of the model."""
+        module, _, key = name.rpartition(".")
+        if (shared := self._shared.get(module)) is None:
+            return [(self._tied.get(name, name), shape)]
+        return [
+            (_join(part, key), torch.Size((size, *shape[1:])))
+            for part, size in zip(shared.parts, shared.sizes, strict=True)
+        ]
+
+    def _blocks(self, name: str, shape: torch.Size, *, check: bool = True) -> Iterator[torch.Tensor]:
+        """Yield blocks of a tensor's rows; see `safetensors_io.read_blocks`.
+
+        Raises `ModelError` at NaN or infinity, unless the caller looks for them (`check`).
+        """
+        for tensor, part in self._sources(name, shape):
+            for block in read_blocks(self._files[tensor], tensor, part):
+                # The extremes reveal NaN and infinity without memory of the block's size.
+                if (
+                    check
+                    and block.numel()
+                    and not all(math.isfinite(extreme) for extreme in torch.aminmax(block))
+                ):
+                    raise _not_finite(tensor)
+                yield block
 
     def _read(self, name: str, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read a tensor into new memory, with the shape and (unless `dtype` is given) the type of `like`."""
         result = torch.empty(like.shape, dtype=dtype or like.dtype, device=self._device)
         start = 0
         for block in self._blocks(name, like.shape):
-            # The extremes reveal NaN and infinity without memory of the block's size.
-            if block.numel() and not all(math.isfinite(extreme) for extreme in torch.aminmax(block)):
-                raise self._not_finite(name)
             if like.ndim == 0:
                 result.copy_(block)
             else:
@@ -228,16 +308,19 @@ class _Loader:
                 start += len(block)
         return result
 
-    def _not_finite(self, name: str) -> ModelError:
-        name = self._tied.get(name, name)
-        return ModelError(f"{name} holds values that are not finite (NaN or infinity). Pull the model again.")
-
     def _load_int8(self, name: str, module: nn.Linear) -> None:
         bias = None if module.bias is None else self._read(_join(name, "bias"), module.bias)
-        self._replace(name, self._int8_linear(self._int8_weight(name, module), bias))
+        linear = self._layers.int8_linear if self._dtype == "int8" else self._layers.int8_weight_linear
+        self._replace(name, linear(self._int8_weight(name, module), bias))
+
+    def _load_int4(self, name: str, module: nn.Linear) -> None:
+        bias = None if module.bias is None else self._read(_join(name, "bias"), module.bias)
+        full, shape = _join(name, "weight"), module.weight.shape
+        weight = Int4Weight.of(shape, self._blocks(full, shape), self._layers.compute)
+        self._replace(name, self._layers.int4_linear(weight, bias))
 
     def _load_embedding(self, name: str, module: nn.Embedding) -> None:
-        self._replace(name, Int8Embedding(self._int8_weight(name, module), module.padding_idx))
+        self._replace(name, self._layers.embedding(self._int8_weight(name, module), module.padding_idx))
 
     def _int8_weight(self, name: str, module: nn.Linear | nn.Embedding) -> Int8Weight:
         full = _join(name, "weight")
@@ -247,9 +330,9 @@ class _Loader:
             if ahead is not None and ahead.result().values.shape == shape:
                 return ahead.result()
             # Reading it detects a wrong shape.
-            return Int8Weight(shape, self._blocks(full, shape))
+            return Int8Weight(shape, self._blocks(full, shape, check=False))
         except ValueError as error:
-            raise self._not_finite(full) from error
+            raise _not_finite(self._tied.get(full, full)) from error
 
     def _replace(self, name: str, made: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
@@ -266,6 +349,10 @@ class _Loader:
                 key,
                 nn.Parameter(tensor, requires_grad=False) if key in _parameters(module) else tensor,
             )
+
+
+def _not_finite(tensor: str) -> ModelError:
+    return ModelError(f"{tensor} holds values that are not finite (NaN or infinity). Pull the model again.")
 
 
 def _join(module: str, key: str) -> str:

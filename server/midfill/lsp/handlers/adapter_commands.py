@@ -25,9 +25,9 @@ async def list_adapters(session: Session, _: list[Any]) -> dict[str, Any]:
             "name": entry.name,
             "digest": entry.digest,
             "base": entry.base,
-            "verdict": entry.judgement.verdict,
-            "reasons": list(entry.judgement.reasons),
-            "forced": entry.judgement.forced,
+            "verdict": entry.evaluation.verdict,
+            "reasons": list(entry.evaluation.reasons),
+            "forced": entry.evaluation.forced,
             "usedIn": bound.uses(entry.digest),
             "running": entry.digest in running,
         }

@@ -16,7 +16,7 @@ from midfill.text.documents import Snapshot
 
 
 def handle(session: Session, request: CompletionRequest) -> Awaitable[types.CompletionList]:
-    """Answer with one item at most, within `popup_budget_ms`."""
+    """Answer with one item at most, within the popup's budget."""
     snapshot = session.snapshot(request.uri, request.position)
     whole = None if snapshot is None else session.whole(snapshot)
     work = session.run_newest("popup-work", request.uri, answer(session, whole, Trigger.AUTOMATIC))
@@ -28,7 +28,7 @@ async def _wait(
 ) -> types.CompletionList:
     """Return the item if it is there in time. A late one is computed to its end, for the next keystroke."""
     try:
-        await asyncio.wait([work], timeout=session.settings.popup_budget_ms / 1000)
+        await asyncio.wait([work], timeout=session.popup_budget_s)
     except asyncio.CancelledError:
         work.cancel()
         raise
@@ -39,4 +39,4 @@ async def _wait(
         item = popup_item(snapshot, found, session.encoding, command, session.popup_style)
         items = [item] if item is not None else []
     # What is typed next changes the suggestion, so the editor has to ask again.
-    return types.CompletionList(is_incomplete=True, items=items)
+    return types.CompletionList(is_incomplete=bool(items) or session.client.asks_again, items=items)

@@ -17,5 +17,4 @@ def open_folders(session: Session) -> None:
     """Index the folders of the workspace and route adapters by them."""
     folders = session.editor.workspace_folders()
     session.completer.context.open_folders(folders)
-    if session.router.started:
-        session.spawn(session.router.open_folders([path for _, path in folders]))
+    session.spawn(session.router.open_folders([path for _, path in folders]))

@@ -20,7 +20,7 @@ from midfill.engine.api import LocalModel, Tokenizer
 from midfill.engine.remote.client.dialects import DIALECTS, OWNERS, Dialect, InvalidResponseError, typed
 from midfill.errors import EngineError, EngineUnavailableError, ModelError
 from midfill.models import catalogue
-from midfill.models.tokenizer import load_tokenizer
+from midfill.models.vocabulary import tokenizer_of
 
 _MOST_BYTES = 4_000_000
 _ANSWER_S = 10.0
@@ -252,7 +252,7 @@ async def _tokenizer(
     loaded: list[tuple[LocalModel, Tokenizer]] = []
     for model in candidates:
         try:
-            loaded.append((model, await asyncio.to_thread(load_tokenizer, model.path)))
+            loaded.append((model, await asyncio.to_thread(tokenizer_of, model.path)))
         except ModelError:
             continue
         if isinstance(vocabulary, str):

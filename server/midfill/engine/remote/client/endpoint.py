@@ -32,6 +32,7 @@ from midfill.engine.remote.client.dialects import (
     StreamParser,
 )
 from midfill.errors import EngineError, EngineOverloadedError, EngineUnavailableError, SettingsError
+from midfill.system.file_errors import why_unreadable
 
 _CONNECT_S = 2.0
 _BETWEEN_S = 5.0
@@ -352,10 +353,9 @@ def _certificates(ca: Path | None) -> ssl.SSLContext | bool:
     try:
         context = ssl.create_default_context()
         context.load_verify_locations(cafile=str(ca))
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(
-            f"`engine_ca`: {ca} cannot be read as certificates ({type(error).__name__})."
-        ) from error
+    except OSError as error:  # `SSLError` is one
+        why = "it has no certificates in PEM" if isinstance(error, ssl.SSLError) else why_unreadable(error)
+        raise SettingsError(f"`engine_ca`: cannot read the certificates in {ca}: {why}.") from error
     return context
 
 

@@ -29,19 +29,19 @@ from pathlib import Path
 
 import httpx2
 import platformdirs
-from filelock import AsyncFileLock
+from filelock import AsyncFileLock, Timeout
 
 from midfill import __version__
 from midfill.engine.api import AdapterSource, LocalModel, ModelInfo, Progress, Request, Token
 from midfill.engine.remote.client.endpoint import LostError, RemoteSpec
 from midfill.engine.remote.client.remote import RemoteEngine
 from midfill.errors import AdapterError, EngineError, EngineUnavailableError, ModelError
+from midfill.models.vocabulary import tokenizer_of
 from midfill.system.private import create_private
 
 _LOG = logging.getLogger(__name__)
 
 _URL = "http://midfill"
-_LISTENS_S = 60.0
 _SAYS_S = 2.0
 _MAX_SOCKET_CHARS = 100
 """Length of a socket's path that is allowed everywhere (108 on Linux, 104 on macOS)."""
@@ -58,11 +58,13 @@ class ShareSpec:
         model: the model's folder, for its vocabulary.
         arguments: of `midfill engine serve`; they identify the engine.
         deadline_s: how long to wait for a first token.
+        start_s: how long to wait until the process listens, or another one has finished starting it.
     """
 
     model: LocalModel
     arguments: tuple[str, ...]
     deadline_s: float = 10.0
+    start_s: float = 60.0
 
 
 def runtime_dir() -> Path:
@@ -150,6 +152,10 @@ class SharedEngine:
             raise EngineError(
                 '`engine = "shared"` needs Unix sockets, which this system does not have; use "local".'
             )
+        if self._spec.model.path.is_file():
+            # The vocabulary of a GGUF file takes as long as the model; `detection` finds it ready.
+            loading = asyncio.ensure_future(asyncio.to_thread(tokenizer_of, self._spec.model.path))
+            loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         await self._join()
         await self._wait_until_ready(progress)
         pid = await self._listener() or 0
@@ -268,8 +274,19 @@ class SharedEngine:
                 return 0
 
     async def _join(self) -> None:
-        """Start the process unless one listens. One process at a time looks and starts."""
-        async with AsyncFileLock(str(self.socket.with_suffix(".lock")), timeout=_LISTENS_S):
+        """Start the process unless one listens. One process at a time looks and starts.
+
+        Raises `EngineUnavailableError`, also if another process does not finish.
+        """
+        lock = AsyncFileLock(str(self.socket.with_suffix(".lock")), timeout=self._spec.start_s)
+        try:
+            await lock.acquire()
+        except Timeout as error:
+            raise EngineUnavailableError(
+                "Another midfill process has been starting the shared engine for more than "
+                f'{self._spec.start_s:g} s. End that process, or set `engine = "local"`. See {self._log}.'
+            ) from error
+        try:
             if await self._listener() is not None:
                 return
             now = time.monotonic()
@@ -280,6 +297,8 @@ class SharedEngine:
                 )
             self._starts.append(now)
             await self._launch()
+        finally:
+            await lock.release()
 
     @property
     def _log(self) -> Path:
@@ -301,7 +320,7 @@ class SharedEngine:
         if process.stdout is None:
             raise AssertionError("stdout is a pipe")
         try:
-            line = await asyncio.wait_for(process.stdout.readline(), _LISTENS_S)
+            line = await asyncio.wait_for(process.stdout.readline(), self._spec.start_s)
         except TimeoutError:
             line = b""
         await process.wait()

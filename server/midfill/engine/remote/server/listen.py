@@ -28,6 +28,7 @@ from midfill.engine.remote.server.guard import Guard
 from midfill.engine.remote.server.model_host import ModelHost
 from midfill.errors import SettingsError
 from midfill.system import text_files
+from midfill.system.file_errors import why_unreadable, why_unwritable
 
 try:
     import resource
@@ -107,7 +108,7 @@ def read_tokens(path: Path) -> dict[str, str]:
         check_private(path)
         rows = [line.split() for line in text_files.read(path).splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
-        raise SettingsError(f"Cannot read the tokens in {path}: {str(error).rstrip('.')}.") from error
+        raise SettingsError(f"Cannot read the tokens in {path}: {why_unreadable(error)}.") from error
     if any(len(row) != 2 for row in rows) or not rows:
         raise SettingsError(f"{path} must consist of lines of `user token`.")
     return {token: user for user, token in rows}
@@ -217,6 +218,11 @@ def _tls(listen: ListenSpec) -> ssl.SSLContext | None:
     if listen.tls_cert is None or listen.tls_key is None:
         raise SettingsError("--tls-cert and --tls-key must be given together.")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    for file in (listen.tls_cert, listen.tls_key):
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise SettingsError(f"Cannot read {file}: {why_unreadable(error)}.") from error
     try:
         check_private(listen.tls_key)
         # For an encrypted key OpenSSL would ask for the password on the terminal.
@@ -248,7 +254,8 @@ def _open(listen: ListenSpec) -> socket.socket:
         sock.listen(_BACKLOG)
     except OSError as error:
         place = listen.socket or f"{listen.host}:{listen.port}"
-        raise SettingsError(f"Cannot listen on {place}: {error.strerror}.") from error
+        why = error.strerror if listen.socket is None else why_unwritable(error)
+        raise SettingsError(f"Cannot listen on {place}: {why}.") from error
     return sock
 
 

@@ -1,0 +1,1 @@
+"""Run a GGUF file with llama.cpp, in process."""
