@@ -93,6 +93,13 @@ async def test_a_program_cannot_take_all_memory(tasks):
     assert await passes(tasks[0], "    bytearray(1 << 20)\n    return a + b")
 
 
+async def test_a_program_cannot_write_large_files_but_print_what_nobody_reads(tasks):
+    assert await passes(tasks[0], "    print('x' * (4 << 20))\n    return a + b")
+    for size, passed in ((1 << 19, True), (2 << 20, False)):
+        write = f"    with open('out', 'wb') as out:\n        out.write(bytes({size}))\n    return a + b"
+        assert await passes(tasks[0], write) is passed
+
+
 async def test_a_program_does_not_see_our_environment(tasks, monkeypatch):
     monkeypatch.setenv("SECRET", "1")
     assert await passes(tasks[0], "    import os\n    assert 'SECRET' not in os.environ\n    return a + b")

@@ -24,7 +24,8 @@ _WALL_S = 10.0
 _COMPILER_WALL_S = 30.0
 # CPU seconds; a Java program is compiled first.
 _CPU_S = 20
-_FILE_BYTES = 8 << 20
+_FILE_BYTES = 1 << 20
+_COMPILER_FILE_BYTES = 8 << 20
 _MEMORY_MB = 1024
 _FILES = {"python": "main.py", "javascript": "main.js", "java": "Main.java", "cpp": "main.cpp"}
 _COMPILED = "main"
@@ -80,7 +81,7 @@ async def prints(language: str, program: str, expected: Sequence[tuple[str, Sequ
             return False
         for given, outputs in expected:
             (folder / "stdin").write_text(given, encoding="utf-8")
-            if not await _run(language, _command(language), folder):
+            if not await _run(language, _command(language), folder, keeps_output=True):
                 return False
             printed = (folder / "stdout").read_text(encoding="utf-8", errors="replace")
             if _significant(printed) not in map(_significant, outputs):
@@ -107,12 +108,24 @@ async def _compile(language: str, folder: Path) -> bool:
     if language != "cpp":
         return True
     command = [find_program("g++") or "g++", "-std=c++20", "-O1", "-w", "-o", _COMPILED, _FILES[language]]
-    return await _run(language, command, folder, _COMPILER_WALL_S)
+    return await _run(language, command, folder, wall_s=_COMPILER_WALL_S, file_bytes=_COMPILER_FILE_BYTES)
 
 
-async def _run(language: str, command: Sequence[str], folder: Path, wall_s: float | None = None) -> bool:
-    """Run a command in `folder`, with its files `stdin` and `stdout`; return whether its status is 0."""
-    with (folder / "stdin").open("rb") as stdin, (folder / "stdout").open("wb") as stdout:
+async def _run(
+    language: str,
+    command: Sequence[str],
+    folder: Path,
+    *,
+    keeps_output: bool = False,
+    wall_s: float | None = None,
+    file_bytes: int = _FILE_BYTES,
+) -> bool:
+    """Run a command in `folder`; return whether its status is 0.
+
+    It reads the file `stdin` and, if `keeps_output`, writes `stdout`, which is limited in size as any file.
+    """
+    output = folder / "stdout" if keeps_output else Path(os.devnull)
+    with (folder / "stdin").open("rb") as stdin, output.open("wb") as stdout:
         process = await asyncio.create_subprocess_exec(
             *isolation(),
             *command,
@@ -127,7 +140,7 @@ async def _run(language: str, command: Sequence[str], folder: Path, wall_s: floa
                 "LANG": "C.UTF-8",
             },
             start_new_session=True,
-            preexec_fn=functools.partial(_limit, language),
+            preexec_fn=functools.partial(_limit, language, file_bytes),
         )
     try:
         return await asyncio.wait_for(process.wait(), wall_s or _WALL_S) == 0
@@ -150,9 +163,9 @@ def _command(language: str) -> list[str]:
     return [found, "-ea", f"-Xmx{_MEMORY_MB}m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", file]
 
 
-def _limit(language: str) -> None:
+def _limit(language: str, file_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_S, _CPU_S))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # node and java reserve address space that they never use; their memory is limited by options.
     if language in {"python", "cpp"}:
