@@ -173,7 +173,7 @@ def eval_edits(
     \b
     Examples:
       midfill eval edits scenarios/
-      midfill eval edits scenarios/ --set eagerness=careful --results careful.jsonl --json
+      midfill eval edits scenarios/ --set max_new_tokens=64 --results long.jsonl --json
     """
     from midfill.evaluation import next_edits, records
     from midfill.lsp.server_editor import ServerEditor
@@ -183,7 +183,7 @@ def eval_edits(
     scenarios = next_edits.read_scenarios(folder)
     settings = _settings(given, model=model, adapter=adapter)
     header = {"eval": "edits", "scenarios": folder.resolve().name, **_described(settings)}
-    kept = records.Records(results, header | {"eagerness": settings.eagerness})
+    kept = records.Records(results, header)
 
     async def run(report: Progress) -> None:
         client = await start_server(options_of(settings, load()), report, engine_override)

@@ -41,7 +41,7 @@ class _Slot:
     last_used: int = 0
 
 
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+def common_prefix(left: Sequence[object], right: Sequence[object]) -> int:
     """Return the length of the longest common prefix."""
     limit = min(len(left), len(right))
     # Slices compare in C: the common case (one is the start of the other) needs no Python loop.

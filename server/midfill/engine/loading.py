@@ -26,8 +26,6 @@ from midfill.engine.torch import devices
 from midfill.engine.torch.devices import Device
 from midfill.engine.torch.threads import ThreadCount, num_cores
 from midfill.errors import EngineError, ModelError
-from midfill.models.gguf import tokenizer_from_metadata
-from midfill.models.gguf_file import open_gguf
 from midfill.models.store import verify
 from midfill.system import malloc
 
@@ -213,6 +211,8 @@ def _load_openvino(
 
 def _load_llamacpp(spec: EngineSpec, progress: Progress) -> tuple[LoadedRunner, tuple[Tokenizer, TokenIndex]]:
     from midfill.engine.llamacpp import runner as llamacpp_runner
+    from midfill.models.gguf import tokenizer_from_metadata
+    from midfill.models.gguf_file import open_gguf
 
     if spec.model.path.is_dir():
         raise ModelError(

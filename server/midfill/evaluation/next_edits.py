@@ -19,7 +19,7 @@ from midfill.evaluation.records import Records
 from midfill.system import text_files
 from midfill.system.file_errors import why_unreadable
 from midfill.system.measure import percentiles
-from midfill.text.documents import Point
+from midfill.text.documents import Point, changed_lines
 
 _SECTION = re.compile(r"(?m)^-- (\S+) --\n")
 _HUNK = re.compile(r"<\|file\|> ([^\n]+)\n<\|old\|>\n(.*?)<\|new\|>\n(.*?)(?=<\|file\|>|\Z)", re.DOTALL)
@@ -264,14 +264,9 @@ def delta_chrf(before: str, candidate: str, expected: str) -> float:
 
 def _changed(before: str, after: str) -> str:
     """Return the lines of `after` between the lines that both begin with and the lines that both end with."""
-    old, new = before.splitlines(), after.splitlines()
-    start = 0
-    while start < min(len(old), len(new)) and old[start] == new[start]:
-        start += 1
-    end = 0
-    while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
-        end += 1
-    return "\n".join(new[start : len(new) - end])
+    new = after.splitlines()
+    first, _, end = changed_lines(before.splitlines(), new)
+    return "\n".join(new[first:end])
 
 
 def _chrf(candidate: str, reference: str) -> float:

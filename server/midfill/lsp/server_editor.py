@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from midfill.engine.kv_slots import common_prefix
 from midfill.evaluation.next_edits import Suggested, TextEdit, offset, point
 from midfill.lsp.client import Client
 from midfill.text.documents import Encoding, Point, count_code_points, count_units
@@ -30,8 +31,8 @@ class ServerEditor:
     async def change(self, file: str, text: str) -> None:
         """Make the buffer's text `text` in one edit of what differs."""
         old = self._texts[file]
-        start = _common_start(old, text)
-        end = _common_start(old[start:][::-1], text[start:][::-1])
+        start = common_prefix(old, text)
+        end = common_prefix(old[start:][::-1], text[start:][::-1])
         area = {"start": self._position(file, start), "end": self._position(file, len(old) - end)}
         document = {"uri": _uri(file), "version": self._next_version()}
         change = {"range": area, "text": text[start : len(text) - end]}
@@ -80,8 +81,3 @@ class ServerEditor:
 
 def _uri(file: str) -> str:
     return f"file:///eval/{file}"
-
-
-def _common_start(one: str, other: str) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (first, second) in pairs if first != second), min(len(one), len(other)))
