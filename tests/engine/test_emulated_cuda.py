@@ -182,15 +182,9 @@ async def test_the_engine_equals_generate(models, kind, kernel, cuda):
         assert engine.model.attention == ("flash" if kernel is flash_kernel else "plain")
         control = engine.model.tokenizer.control_ids
         for turn in range(9):
-            at = int(torch.randint(max(1, len(ids) - 20), len(ids) + 1, (1,), generator=generator))
-            drop = int(torch.randint(0, 4, (1,), generator=generator))
-            ids = (ids[:at] + tiny.random_ids(generator, 1 + turn % 4) + ids[at + drop :])[:150]
+            ids = tiny.edited(ids, generator, 1 + turn % 4)
             if turn % 3 == 0:
-                task = asyncio.create_task(tiny.collect_ids(engine, ids, 30))
-                await tiny.settle()
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
+                await tiny.cancel(engine, ids)
             others = [tiny.random_ids(generator, 40) for _ in range(turn % 3)]
             found = await asyncio.gather(*(tiny.collect_ids(engine, each, 6) for each in (ids, *others)))
             with not_emulated():

@@ -46,6 +46,12 @@ class Counting(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+def build_fused(path):
+    """The model of a folder, whose layers are fused while it is loaded."""
+    options = {"num_threads": 1, "ahead": {}, "report": lambda _: None, "fused": True}
+    return build_model(path, find_tensors(path), "float32", torch.device("cpu"), **options)
+
+
 def operations(model, ids):
     with torch.inference_mode(), Counting() as counting:
         model(ids)
@@ -180,16 +186,7 @@ def test_loading_fused_layers_takes_the_weights_and_no_more(tmp_path, dtype):
 @pytest.mark.parametrize("kind", list(tiny.CONFIGS))
 def test_a_model_that_is_loaded_fused_gives_the_same_logits(tmp_path, kind):
     path = tiny.write_model(kind, tmp_path).path
-    fused = build_model(
-        path,
-        find_tensors(path),
-        "float32",
-        torch.device("cpu"),
-        num_threads=1,
-        ahead={},
-        report=lambda _: None,
-        fused=True,
-    )
+    fused = build_fused(path)
     ids = torch.arange(50)[None]
     with torch.inference_mode():
         torch.testing.assert_close(
@@ -205,16 +202,7 @@ def test_a_tensor_of_a_fused_layer_at_fault_is_named(tmp_path, name):
 
     def build():
         save_file(tensors, path / "model.safetensors")
-        return build_model(
-            path,
-            find_tensors(path),
-            "float32",
-            torch.device("cpu"),
-            num_threads=1,
-            ahead={},
-            report=lambda _: None,
-            fused=True,
-        )
+        return build_fused(path)
 
     tensors[full].view(-1)[3] = float("nan")
     with pytest.raises(ModelError, match=rf"{full} holds values that are not finite"):

@@ -115,10 +115,7 @@ async def test_two_hundred_random_edits_change_nothing(models, runner, kind):
     async with tiny.running(models.of(runner, kind), runner=runner) as engine:
         control = engine.model.tokenizer.control_ids
         for _ in range(200):
-            at = int(torch.randint(max(1, len(ids) - 20), len(ids) + 1, (1,), generator=generator))
-            drop = int(torch.randint(0, 4, (1,), generator=generator))
-            add = int(torch.randint(0, 5, (1,), generator=generator))
-            ids = (ids[:at] + tiny.random_ids(generator, add) + ids[at + drop :])[:150]
+            ids = tiny.edited(ids, generator)
             request = tiny.Request(tuple(ids), 4)
             generated = [token.id async for token in engine.generate(request)]
             assert tokens_agree(model, ids, generated, tiny.oracle(model, ids, 4, control), tolerance)

@@ -12,10 +12,11 @@ import weakref
 from pathlib import Path
 
 import gguf
+import passes
 import pytest
 import tiny
 import tiny_gguf
-import torch
+from passes import chosen, chunk, expected, prompts
 
 from midfill.engine.api import EngineSpec
 from midfill.engine.llamacpp import bindings, context, devices
@@ -48,24 +49,6 @@ def runner(model):
     return load(model.path)
 
 
-def prompts(seed, *lengths):
-    generator = torch.Generator().manual_seed(seed)
-    return [tiny.random_ids(generator, length) for length in lengths]
-
-
-def expected(model, ids):
-    [token] = tiny.oracle(tiny.reference(model.path), ids, 1, frozenset())
-    return token
-
-
-def chunk(ids, slot, start=0, **options):
-    return Chunk(SequenceState(None, ids), slot, start, ids[start:], samples=True, **options)
-
-
-def chosen(choices):
-    return [choice.id for [choice] in choices]
-
-
 def compute(runner, ids, slot):
     """The choice after a prompt that is longer than a pass."""
     for start in range(0, len(ids), runner.chunk_tokens):
@@ -76,20 +59,11 @@ def compute(runner, ids, slot):
 
 
 def test_sequences_of_one_pass_do_not_see_each_other(model, runner):
-    one, two, three = prompts(1, 30, 1, 33)
-    pass_ = [chunk(one, 0), chunk(two, 1), chunk(three, 2)]
-    assert chosen(runner.forward(pass_, [None] * 3)) == [expected(model, ids) for ids in (one, two, three)]
-    # One goes on, another is rewound, the third stays out.
-    longer, shorter = [*one, 7], [*three[:23], 9]
-    found = runner.forward([chunk(shorter, 2, 23), chunk(longer, 0, 30)], [None] * 2)
-    assert chosen(found) == [expected(model, shorter), expected(model, longer)]
+    passes.check_that_sequences_of_one_pass_do_not_see_each_other(model, runner, (30, 1, 33), 23)
 
 
 def test_a_part_of_a_prompt_chooses_nothing(model, runner):
-    [ids] = prompts(2, 50)
-    part = Chunk(SequenceState(None, ids), 0, 0, ids[:30], samples=False)
-    assert runner.forward([part], [None]) == [[]]
-    assert chosen(runner.forward([chunk(ids, 0, 30)], [None])) == [expected(model, ids)]
+    passes.check_that_a_part_of_a_prompt_chooses_nothing(model, runner)
 
 
 def test_a_copied_past_stays_when_its_source_changes(model, runner):

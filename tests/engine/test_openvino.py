@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 
+import passes
 import pytest
 import tiny
 import torch
+from passes import chosen, chunk, expected, prompts
 
 from midfill.engine.openvino import runner as openvino_runner
 from midfill.engine.openvino.graph import TENSOR_NAMES, UnsupportedError, read_shape
-from midfill.engine.scheduler import Chunk, SequenceState
 from midfill.errors import EngineError, ModelError
 
 
@@ -27,39 +28,12 @@ def runner(model):
     return openvino_runner.load(model.path, shape, dtype="float32", num_threads=1, report=lambda _: None)
 
 
-def prompts(seed, *lengths):
-    generator = torch.Generator().manual_seed(seed)
-    return [tiny.random_ids(generator, length) for length in lengths]
-
-
-def expected(model, ids):
-    [token] = tiny.oracle(tiny.reference(model.path), ids, 1, frozenset())
-    return token
-
-
-def chunk(ids, slot, start=0, **options):
-    return Chunk(SequenceState(None, ids), slot, start, ids[start:], samples=True, **options)
-
-
-def chosen(choices):
-    return [choice.id for [choice] in choices]
-
-
 def test_sequences_of_one_pass_do_not_see_each_other(model, runner):
-    one, two, three = prompts(1, 40, 1, 75)
-    pass_ = [chunk(one, 0), chunk(two, 1), chunk(three, 2)]
-    assert chosen(runner.forward(pass_, [None] * 3)) == [expected(model, ids) for ids in (one, two, three)]
-    # One goes on, another is rewound, the third stays out.
-    longer, shorter = [*one, 7], [*three[:33], 9]
-    found = runner.forward([chunk(shorter, 2, 33), chunk(longer, 0, 40)], [None] * 2)
-    assert chosen(found) == [expected(model, shorter), expected(model, longer)]
+    passes.check_that_sequences_of_one_pass_do_not_see_each_other(model, runner, (40, 1, 75), 33)
 
 
 def test_a_part_of_a_prompt_chooses_nothing(model, runner):
-    [ids] = prompts(2, 50)
-    part = Chunk(SequenceState(None, ids), 0, 0, ids[:30], samples=False)
-    assert runner.forward([part], [None]) == [[]]
-    assert chosen(runner.forward([chunk(ids, 0, 30)], [None])) == [expected(model, ids)]
+    passes.check_that_a_part_of_a_prompt_chooses_nothing(model, runner)
 
 
 def test_a_past_is_copied_and_memory_grows(model, runner):

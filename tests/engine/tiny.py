@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import pytest
 import tiny_gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -226,6 +227,24 @@ def build(path: Path, dtype: str) -> torch.nn.Module:
 
 def random_ids(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(0, 256, (count,), generator=generator).tolist()
+
+
+def edited(ids: list[int], generator: torch.Generator, num_new: int | None = None) -> list[int]:
+    """Return a text with some tokens near its end replaced by `num_new` others, of 150 tokens at most."""
+    at = int(torch.randint(max(1, len(ids) - 20), len(ids) + 1, (1,), generator=generator))
+    drop = int(torch.randint(0, 4, (1,), generator=generator))
+    if num_new is None:
+        num_new = int(torch.randint(0, 5, (1,), generator=generator))
+    return (ids[:at] + random_ids(generator, num_new) + ids[at + drop :])[:150]
+
+
+async def cancel(engine: LocalEngine, ids: list[int]) -> None:
+    """Start a request, let it reach the engine, and cancel it."""
+    task = asyncio.create_task(collect_ids(engine, ids, 30))
+    await settle()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 async def settle() -> None:
